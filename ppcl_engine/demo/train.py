@@ -1,0 +1,201 @@
+"""Train the demo's teacher from a seed: `python -m ppcl_engine.demo.train --output teacher.safetensors`.
+
+Rectified flow (velocity = noise - picture) on endless rendered pictures. Batches depend on
+(seed, step) alone, so a run that was killed goes on from its last save to the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..files import write_json, write_tensors
+from .codec import Codec, fit_codec
+from .task import random_captions, render
+
+TEACHER_CONFIG = {
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 32,
+    "num_attention_heads": 3,
+    "joint_attention_dim": 64,
+    "axes_dims_rope": [4, 14, 14],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    seed: int = 0
+    steps: int = 8000
+    batch: int = 48
+    learning_rate: float = 1.5e-3
+    final_learning_rate_share: float = 0.03
+    constant_share: float = 0.35
+    warm_up: int = 150
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    average_decay: float = 0.998
+    empty_captions: float = 0.1
+    save_every: int = 250
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, constant for `constant_share` of the run, then cosine to its final share."""
+    if step < recipe.warm_up:
+        return recipe.learning_rate * (step + 1) / recipe.warm_up
+    start = recipe.constant_share * recipe.steps
+    progress = max(0.0, (step - start) / max(1.0, recipe.steps - start))
+    low = recipe.final_learning_rate_share
+    return recipe.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """[n, c, h, w] -> tokens [n, h/2 * w/2, 4c], as diffusers' Qwen-Image pipeline packs them."""
+    n, c, h, w = latents.shape
+    return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, 4 * c)
+
+
+def training_batch(codec: Codec, recipe: Recipe, step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step + 1)
+    captions = random_captions(recipe.batch, generator)
+    clean = pack(codec.latents(render(captions, generator)))
+    noise = torch.randn(clean.shape, generator=generator)
+    logit_normal = torch.sigmoid(0.4 + torch.randn(recipe.batch, generator=generator))
+    uniform = torch.rand(recipe.batch, generator=generator)
+    t = torch.where(torch.rand(recipe.batch, generator=generator) < 0.7, logit_normal, uniform)
+    keep = torch.rand(recipe.batch, generator=generator) >= recipe.empty_captions
+    keep[0] = True  # one full caption keeps the batch's text length, hence the compiled shape
+    texts = [c.text() if k else "" for c, k in zip(captions, keep.tolist(), strict=True)]
+    text, mask = codec.text(texts)
+    noisy = torch.lerp(clean, noise, t[:, None, None])
+    return {"noisy": noisy, "t": t, "text": text, "mask": mask, "velocity": noise - clean}
+
+
+def new_teacher(seed: int):
+    """Xavier weights; modulations and the output layers start at zero, so every block starts as identity."""
+    from diffusers import QwenImageTransformer2DModel
+
+    torch.manual_seed(seed)
+    model = QwenImageTransformer2DModel(**TEACHER_CONFIG)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.xavier_uniform_(parameter)
+        if any(part in name for part in ("img_mod", "txt_mod", "norm_out", "proj_out")):
+            torch.nn.init.zeros_(parameter)
+    return model
+
+
+def predict(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    side = int(math.isqrt(batch["noisy"].shape[1]))
+    return model(
+        hidden_states=batch["noisy"],
+        encoder_hidden_states=batch["text"],
+        encoder_hidden_states_mask=batch["mask"],
+        timestep=batch["t"],
+        img_shapes=[[(1, side, side)]] * len(batch["t"]),
+        return_dict=False,
+    )[0]
+
+
+def train(recipe: Recipe, output: Path, compiled: bool, device: str) -> None:
+    codec = fit_codec(recipe.seed)
+    model = new_teacher(recipe.seed).to(device)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    resume = output.with_suffix(".resume.safetensors")
+    step = load_progress(resume, recipe, model, optimizer, average) if resume.exists() else 0
+    if compiled:
+        for block in model.transformer_blocks:
+            block.compile(dynamic=False)
+    start, first, losses = time.monotonic(), step, []
+    while step < recipe.steps:
+        batch = {k: v.to(device) for k, v in training_batch(codec, recipe, step).items()}
+        loss = (predict(model, batch) - batch["velocity"]).square().mean()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.step()
+        step += 1
+        decay = min(recipe.average_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.values()), list(model.parameters()), 1 - decay)
+        losses.append(loss.item())
+        if step % 50 == 0:
+            rate = (step - first) / (time.monotonic() - start)
+            print(
+                f"step {step}/{recipe.steps}  loss {sum(losses) / len(losses):.4f}  "
+                f"{rate:.2f} steps/s  {(recipe.steps - step) / rate / 60:.0f} min left",
+                flush=True,
+            )
+            losses = []
+        if step % recipe.save_every == 0 or step == recipe.steps:
+            save_progress(resume, recipe, step, model, optimizer, average)
+            save_teacher(output, recipe, step, average, codec)
+    write_json(output.with_suffix(".json"), {"recipe": asdict(recipe), "seconds": time.monotonic() - start})
+
+
+def save_progress(path: Path, recipe: Recipe, step: int, model, optimizer, average) -> None:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        tensors |= {f"weight.{name}": parameter.data, f"average.{name}": average[name]}
+        tensors |= {f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
+    write_tensors(path, tensors, {"step": str(step), "recipe": json.dumps(asdict(recipe))})
+
+
+def load_progress(path: Path, recipe: Recipe, model, optimizer, average) -> int:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        if json.loads(metadata["recipe"]) != asdict(recipe):
+            raise SystemExit(f"{path} belongs to another recipe; move it away or use the same options")
+        step = int(metadata["step"])
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(file.get_tensor(f"weight.{name}"))
+            average[name].copy_(file.get_tensor(f"average.{name}"))
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": file.get_tensor(f"first.{name}").to(parameter.device),
+                "exp_avg_sq": file.get_tensor(f"second.{name}").to(parameter.device),
+            }
+    return step
+
+
+def save_teacher(path: Path, recipe: Recipe, step: int, average, codec: Codec) -> None:
+    tensors = {f"model.diffusion_model.{name}": t.to("cpu", torch.bfloat16) for name, t in average.items()}
+    metadata = {
+        "config": json.dumps({"_class_name": "QwenImageTransformer2DModel", **TEACHER_CONFIG}),
+        "recipe": json.dumps(asdict(recipe)),
+        "step": str(step),
+        "license": "Apache-2.0",
+    }
+    write_tensors(path, tensors | codec.tensors(), metadata)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/teacher/teacher.safetensors"))
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-compile", action="store_true", help="plain blocks, where there is no C++ compiler")
+    options = parser.parse_args()
+    train(Recipe(steps=options.steps, seed=options.seed), options.output, not options.no_compile, options.device)
+
+
+if __name__ == "__main__":
+    main()
