@@ -1,12 +1,39 @@
-"""Files appear whole or not at all: write beside the target, flush to disk, then replace."""
+"""Files that appear whole or not at all, and safetensors read and written one tensor at a time.
+
+The safetensors library maps whole files into memory, and the operating system counts mapped
+pages as the process's own; streaming a 40 GB model needs plain reads, so the container format
+(8 bytes of header length, JSON header, raw data) is read and written here.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
 @contextmanager
@@ -41,9 +68,94 @@ def read_json(path: Path):
         raise ValueError(f"{path} is not a JSON file ({error}); remove it or restore it") from None
 
 
-def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
-    """safetensors with tensors made contiguous; `metadata` holds strings only."""
-    from safetensors.torch import save_file
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file of tensors that are already in memory."""
+    entries = [TensorEntry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
+    write_tensor_stream(path, entries, metadata)
 
-    with replacing(path) as temporary:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor to be written: `read` makes it when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensor_stream(path: Path, entries: list[TensorEntry], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file written tensor by tensor, so memory holds one tensor at a time."""
+    header: dict = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for entry in entries:
+        offsets = [offset, offset + entry.size]
+        header[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        offset += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for entry in entries:
+            tensor = entry.read().detach().to("cpu", entry.dtype).contiguous()
+            assert tuple(tensor.shape) == entry.shape, (entry.name, tensor.shape, entry.shape)
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+class TensorFile:
+    """A safetensors file, opened for reading single tensors without mapping it into memory.
+
+    Raises ValueError naming the file when it is not safetensors or is shorter than it says.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        size = self.path.stat().st_size
+        with open(self.path, "rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else HEADER_LIMIT + 1
+            if length > min(HEADER_LIMIT, size):
+                raise ValueError(f"{path} is not a safetensors file (no header); pass a .safetensors file")
+            try:
+                header = json.loads(file.read(length))
+            except (json.JSONDecodeError, UnicodeDecodeError):
+                raise ValueError(f"{path} is not a safetensors file (bad header); pass a .safetensors file") from None
+        if not isinstance(header, dict):
+            raise ValueError(f"{path} is not a safetensors file (bad header); pass a .safetensors file")
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.entries: dict[str, dict] = header
+        self._start = 8 + length
+        end = self._start + max((e["data_offsets"][1] for e in header.values()), default=0)
+        if end > size:
+            raise ValueError(f"{path} is truncated: {size:,} bytes of {end:,}; copy or download it again")
+
+    def keys(self) -> list[str]:
+        return list(self.entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.entries[name]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return DTYPES[self.entries[name]["dtype"]]
+
+    def read(self, name: str) -> torch.Tensor:
+        entry = self.entries[name]
+        first, last = entry["data_offsets"]
+        buffer = torch.empty(last - first, dtype=torch.uint8)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._start + first)
+            view, done = memoryview(buffer.numpy()), 0
+            while done < last - first:  # one read returns at most 2 GB
+                count = file.readinto(view[done:])
+                if not count:
+                    raise ValueError(f"{self.path} ended while {name} was read; copy or download it again")
+                done += count
+        return buffer.view(self.dtype(name)).reshape(self.shape(name))
+
+    def read_all(self) -> dict[str, torch.Tensor]:
+        return {name: self.read(name) for name in self.entries}

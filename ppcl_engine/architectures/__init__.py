@@ -1,0 +1,31 @@
+"""The registry: an explicit tuple. Unknown input is an error that lists what is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .base import Architecture, BlockState, Inputs
+from .qwen_image import QwenImage
+
+ARCHITECTURES: tuple[Architecture, ...] = (QwenImage(),)
+
+__all__ = ["ARCHITECTURES", "Architecture", "BlockState", "Inputs", "architecture_named", "detect_architecture"]
+
+
+def architecture_named(name: str) -> Architecture:
+    for architecture in ARCHITECTURES:
+        if architecture.name == name:
+            return architecture
+    raise ValueError(f"unknown architecture {name!r}; known: {', '.join(a.name for a in ARCHITECTURES)}")
+
+
+def detect_architecture(keys: Iterable[str], where: object) -> Architecture:
+    """Raises ValueError naming what is known and the first keys that fit nothing."""
+    keys = sorted(keys)
+    for architecture in ARCHITECTURES:
+        if architecture.detect(keys):
+            return architecture
+    raise ValueError(
+        f"{where} is of no known architecture (known: {', '.join(a.name for a in ARCHITECTURES)}); "
+        f"its first keys: {', '.join(keys[:4]) or 'none'}"
+    )

@@ -1,0 +1,102 @@
+"""What the method needs to know of an architecture: an initial layer, blocks, a final layer.
+
+Every stage is a loop over blocks, each `BlockState` in, `BlockState` out. Whatever else an
+architecture has (rotary tables, masks, guidance) travels inside the state and is its own business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+Inputs = dict[str, torch.Tensor]
+"""What one forward reads, named as diffusers names it, plus `grid` [images, 3] (frames, rows, columns)."""
+
+STREAMS = ("image", "text")
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """image [n, image_tokens, d], text [n, text_tokens, d], conditioning [n, d],
+    text_mask [n, text_tokens] or None (all real), extra: what else the blocks read."""
+
+    image: torch.Tensor
+    text: torch.Tensor
+    conditioning: torch.Tensor
+    text_mask: torch.Tensor | None = None
+    extra: Any = None
+
+    def with_streams(self, image: torch.Tensor, text: torch.Tensor) -> BlockState:
+        return replace(self, image=image, text=text)
+
+    def stream(self, name: str) -> torch.Tensor:
+        return getattr(self, name)
+
+    def real(self, name: str) -> torch.Tensor:
+        """Mask [n, tokens] of the tokens that are not padding."""
+        tokens = self.stream(name)
+        if name == "text" and self.text_mask is not None:
+            return self.text_mask
+        return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+    def real_tokens(self, name: str) -> torch.Tensor:
+        """[real tokens of all samples, d]"""
+        return self.stream(name)[self.real(name)]
+
+
+class Architecture(Protocol):
+    """One registered architecture. Configurations are dicts with diffusers' own names."""
+
+    name: str
+    block_arguments: dict[str, str]
+    """stream -> the name of a block's argument that brings it"""
+    block_returns: tuple[str, ...]
+    """the streams in the order in which a block returns them"""
+    model_configs: dict[str, dict]
+    """full-size models by name; the first is the default"""
+
+    def detect(self, keys: Iterable[str]) -> bool: ...
+
+    def infer_config(self, shapes: Callable[[str], tuple[int, ...]], keys: Iterable[str]) -> dict: ...
+
+    def num_blocks(self, config: dict) -> int: ...
+
+    def with_num_blocks(self, config: dict, count: int) -> dict: ...
+
+    def width(self, config: dict) -> int: ...
+
+    def block_prefix(self, index: int) -> str: ...
+
+    def build_block(self, config: dict, index: int) -> nn.Module: ...
+
+    def build_outer(self, config: dict) -> nn.Module: ...
+
+    def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module: ...
+
+    def used_streams(self, config: dict, index: int) -> tuple[str, ...]: ...
+
+    def embed(self, outer: nn.Module, inputs: Inputs) -> BlockState: ...
+
+    def run_block(self, block: nn.Module, state: BlockState) -> BlockState: ...
+
+    def final_image(self, outer: nn.Module, state: BlockState) -> torch.Tensor: ...
+
+    def finish(self, outer: nn.Module, state: BlockState) -> torch.Tensor: ...
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor: ...
+
+    def unpack(self, tokens: torch.Tensor, grid: torch.Tensor) -> torch.Tensor: ...
+
+    def grid(self, latents: torch.Tensor) -> torch.Tensor: ...
+
+    def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor: ...
+
+    def to_comfyui(self, key: str) -> str: ...
+
+    def from_comfyui(self, key: str) -> str: ...
+
+    def random_inputs(self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str) -> Inputs: ...

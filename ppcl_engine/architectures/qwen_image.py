@@ -1,0 +1,185 @@
+"""Qwen-Image: dual-stream blocks, all alike (method: Qwen-Image technical report; diffusers' class)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from .base import BlockState, Inputs
+
+ROTARY_SHARES = (2, 7, 7)  # of 16: frame, row, column; 16, 56, 56 of 128 in the released model
+
+
+class QwenImage:
+    name = "qwen_image"
+    block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
+    block_returns = ("text", "image")
+    model_configs = {
+        "qwen_image": {
+            "patch_size": 2,
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 60,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 3584,
+            "axes_dims_rope": [16, 56, 56],
+        }
+    }
+    tiny_config = {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 6,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "axes_dims_rope": [2, 6, 8],
+    }
+
+    def detect(self, keys: Iterable[str]) -> bool:
+        """FLUX also has `transformer_blocks.0`; only Qwen-Image has a `txt_norm` and no `context_embedder`."""
+        keys = set(keys)
+        return {"txt_norm.weight", "img_in.weight", "transformer_blocks.0.img_mod.1.weight"} <= keys
+
+    def infer_config(self, shapes: Callable[[str], tuple[int, ...]], keys: Iterable[str]) -> dict:
+        """Configuration from shapes alone, for files without one (ComfyUI single files)."""
+        width, in_channels = shapes("img_in.weight")
+        head = shapes("transformer_blocks.0.attn.norm_q.weight")[0]
+        depth = 1 + max(int(key.split(".")[1]) for key in keys if key.startswith("transformer_blocks."))
+        return {
+            "patch_size": 2,
+            "in_channels": in_channels,
+            "out_channels": shapes("proj_out.weight")[0] // 4,
+            "num_layers": depth,
+            "attention_head_dim": head,
+            "num_attention_heads": width // head,
+            "joint_attention_dim": shapes("txt_norm.weight")[0],
+            "axes_dims_rope": [head * share // 16 for share in ROTARY_SHARES],
+        }
+
+    def num_blocks(self, config: dict) -> int:
+        return config["num_layers"]
+
+    def with_num_blocks(self, config: dict, count: int) -> dict:
+        return {**config, "num_layers": count}
+
+    def width(self, config: dict) -> int:
+        return config["attention_head_dim"] * config["num_attention_heads"]
+
+    def block_prefix(self, index: int) -> str:
+        return f"transformer_blocks.{index}."
+
+    def build_block(self, config: dict, index: int) -> nn.Module:
+        from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+
+        return QwenImageTransformerBlock(
+            dim=self.width(config),
+            num_attention_heads=config["num_attention_heads"],
+            attention_head_dim=config["attention_head_dim"],
+            zero_cond_t=config.get("zero_cond_t", False),
+        )
+
+    def build_outer(self, config: dict) -> nn.Module:
+        """diffusers' model without a block: embeddings and the final layer."""
+        from diffusers import QwenImageTransformer2DModel
+
+        return QwenImageTransformer2DModel.from_config({**config, "num_layers": 0})
+
+    def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module:
+        """diffusers' model with these blocks; its forward is diffusers' own."""
+        outer.transformer_blocks = nn.ModuleList(blocks)
+        outer.register_to_config(num_layers=len(blocks))
+        return outer
+
+    def used_streams(self, config: dict, index: int) -> tuple[str, ...]:
+        """The last block's text is never read."""
+        return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
+
+    def embed(self, outer: nn.Module, inputs: Inputs) -> BlockState:
+        """All that diffusers' forward does before its loop over blocks."""
+        image = outer.img_in(inputs["hidden_states"])
+        text = outer.txt_in(outer.txt_norm(inputs["encoder_hidden_states"]))
+        timestep, modulate_index = inputs["timestep"].to(image.dtype), None
+        if outer.zero_cond_t:  # edit models modulate the reference's tokens as if at t = 0
+            timestep = torch.cat([timestep, timestep * 0])
+            modulate_index = self._modulate_index(inputs)
+        conditioning = outer.time_text_embed(timestep, image)
+        rotary = outer.pos_embed(self._image_shapes(inputs), max_txt_seq_len=text.shape[1], device=image.device)
+        mask = inputs.get("encoder_hidden_states_mask")
+        return BlockState(image, text, conditioning, None if mask is None else mask.bool(), (rotary, modulate_index))
+
+    def run_block(self, block: nn.Module, state: BlockState) -> BlockState:
+        rotary, modulate_index = state.extra
+        text, image = block(
+            hidden_states=state.image,
+            encoder_hidden_states=state.text,
+            encoder_hidden_states_mask=state.text_mask,
+            temb=state.conditioning,
+            image_rotary_emb=rotary,
+            modulate_index=modulate_index,
+        )
+        return state.with_streams(image, text)
+
+    def final_image(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+        return state.image
+
+    def finish(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+        conditioning = state.conditioning.chunk(2)[0] if outer.zero_cond_t else state.conditioning
+        return outer.proj_out(outer.norm_out(state.image, conditioning))
+
+    def pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """[n, c, h, w] -> tokens [n, h/2 * w/2, 4c], as diffusers' pipeline packs them."""
+        n, c, h, w = latents.shape
+        return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, 4 * c)
+
+    def unpack(self, tokens: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        """The inverse of `pack` for the first picture of `grid` [pictures, 3]."""
+        _, rows, columns = grid[0].tolist()
+        n, _, channels = tokens.shape
+        tokens = tokens[:, : rows * columns].reshape(n, rows, columns, channels // 4, 2, 2)
+        return tokens.permute(0, 3, 1, 4, 2, 5).reshape(n, channels // 4, rows * 2, columns * 2)
+
+    def grid(self, latents: torch.Tensor) -> torch.Tensor:
+        """[1, 3] (frames, rows, columns) of tokens"""
+        return torch.tensor([[1, latents.shape[-2] // 2, latents.shape[-1] // 2]])
+
+    def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
+        """diffusers' own forward on our inputs."""
+        return model(
+            hidden_states=inputs["hidden_states"],
+            encoder_hidden_states=inputs["encoder_hidden_states"],
+            encoder_hidden_states_mask=inputs.get("encoder_hidden_states_mask"),
+            timestep=inputs["timestep"],
+            img_shapes=self._image_shapes(inputs),
+            return_dict=False,
+        )[0]
+
+    def to_comfyui(self, key: str) -> str:
+        return key  # ComfyUI kept diffusers' names for Qwen-Image
+
+    def from_comfyui(self, key: str) -> str:
+        return key
+
+    def random_inputs(self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str) -> Inputs:
+        """Standard normal inputs of this shape, for tests, timing and counting."""
+        frames, rows, columns = grid
+        text_shape = (samples, text_tokens, config["joint_attention_dim"])
+        return {
+            "hidden_states": torch.randn(samples, frames * rows * columns, config["in_channels"], device=device),
+            "encoder_hidden_states": torch.randn(text_shape, device=device),
+            "encoder_hidden_states_mask": torch.ones(text_shape[:2], dtype=torch.bool, device=device),
+            "timestep": torch.rand(samples, device=device),
+            "grid": torch.tensor([grid]),
+        }
+
+    def _image_shapes(self, inputs: Inputs) -> list:
+        shapes = [tuple(row) for row in inputs["grid"].tolist()]
+        return [shapes] * len(inputs["timestep"])
+
+    def _modulate_index(self, inputs: Inputs) -> torch.Tensor:
+        sizes = [frames * rows * columns for frames, rows, columns in inputs["grid"].tolist()]
+        row = torch.tensor([0] * sizes[0] + [1] * sum(sizes[1:]), dtype=torch.int)
+        return row.to(inputs["hidden_states"].device).expand(len(inputs["timestep"]), -1)

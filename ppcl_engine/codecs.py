@@ -1,0 +1,114 @@
+"""Words and pictures to the tensors a transformer reads, and back.
+
+`TableCodec`: fixed tables inside the model's own file. `PipelineCodec` (pipelines.py): the text
+encoder and VAE of a diffusers folder. `open_codec` picks by what lies beside the transformer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from .files import TensorFile
+
+TABLES = ("text_encoder.token_embedding", "vae.mean", "vae.encode", "vae.decode")
+VOCABULARY_KEY = "vocabulary"
+
+
+class Codec(Protocol):
+    """Pictures are [n, 3, height, width] in [0, 1]; latents [n, channels, rows, columns]."""
+
+    picture_size: tuple[int, int]
+    """default height and width of a picture, pixels"""
+    latent_channels: int
+    pixels_per_latent: int
+
+    def text(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def latents(self, pictures: torch.Tensor) -> torch.Tensor: ...
+
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor: ...
+
+    def release(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class TableCodec:
+    """token_embedding [vocabulary, width]; mean [48], encode [48, 16], decode [16, 48] of a 4x4 block.
+
+    The first word of the vocabulary stands for an empty caption.
+    """
+
+    vocabulary: tuple[str, ...]
+    token_embedding: torch.Tensor
+    mean: torch.Tensor
+    encode: torch.Tensor
+    decode: torch.Tensor
+    picture_size: tuple[int, int] = (48, 48)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.encode.shape[1]
+
+    @property
+    def pixels_per_latent(self) -> int:
+        return int((len(self.mean) // 3) ** 0.5)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return dict(zip(TABLES, (self.token_embedding, self.mean, self.encode, self.decode), strict=True))
+
+    def metadata(self) -> dict[str, str]:
+        return {VOCABULARY_KEY: json.dumps(self.vocabulary)}
+
+    def latents(self, pictures: torch.Tensor) -> torch.Tensor:
+        """[n, 3, H, W] -> [n, 16, H/4, W/4], about unit variance"""
+        blocks = F.pixel_unshuffle(pictures, self.pixels_per_latent).movedim(1, -1)
+        return ((blocks - self.mean) @ self.encode).movedim(-1, 1)
+
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        """[n, 16, h, w] -> [n, 3, 4h, 4w], clipped to [0, 1]"""
+        blocks = latents.float().movedim(1, -1) @ self.decode + self.mean
+        return F.pixel_shuffle(blocks.movedim(-1, 1), self.pixels_per_latent).clamp(0, 1)
+
+    def text(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [n, tokens, width] and mask [n, tokens] (True = real). "" is one empty token."""
+        rows = [self.tokenize(text) for text in texts]
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+        mask = torch.tensor([[i < len(row) for i in range(length)] for row in rows])
+        return self.token_embedding[ids] * mask[..., None], mask
+
+    def tokenize(self, text: str) -> list[int]:
+        """Word indices. Raises ValueError naming the word that the model never saw."""
+        words = text.replace(",", " ").split()
+        unknown = [word for word in words if word not in self.vocabulary]
+        if unknown:
+            known = " ".join(self.vocabulary[1:])
+            raise ValueError(f"caption {text!r}: this model does not know the word {unknown[0]!r}; it knows: {known}")
+        return [self.vocabulary.index(word) for word in words] or [0]
+
+    def release(self) -> None:
+        """Nothing to release: the tables are kilobytes."""
+
+
+def open_codec(path: Path, device: str = "cpu") -> Codec:
+    """The codec of a model. Raises ValueError for a model that has none (a transformer's file alone)."""
+    path = Path(path)
+    if path.is_dir() and (path / "model_index.json").exists():
+        from .pipelines import PipelineCodec
+
+        return PipelineCodec(path, device)
+    if path.is_file():
+        file = TensorFile(path)
+        if set(TABLES) <= set(file.entries) and VOCABULARY_KEY in file.metadata:
+            tables = (file.read(name).float() for name in TABLES)
+            return TableCodec(tuple(json.loads(file.metadata[VOCABULARY_KEY])), *tables)
+    raise ValueError(
+        f"{path} brings no text encoder and VAE; give a diffusers pipeline folder, "
+        "or stored embeddings with --embeddings"
+    )

@@ -1,0 +1,190 @@
+"""Settings of every stage: frozen, keyword-only, one docstring a field (the CLI's help, the nodes' tooltips)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    model: Path
+    """The teacher: a diffusers folder, or a ComfyUI single file."""
+    run: Path
+    """The folder that this stage reads from and writes to."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the blocks; statistics are always float64."""
+    streamed: bool = False
+    """Read blocks from disk one after the other instead of keeping the whole model in memory."""
+    seed: int = 0
+    """Same seed, same files, same machine: same bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(Common):
+    """Record what the blocks see in real use: latents, timesteps and captions over the whole schedule."""
+
+    images: Path | None = None
+    """Folder of pictures, each with a .txt caption of the same name."""
+    prompts: Path | None = None
+    """Text file, one caption a line: the teacher draws them and its states on the way are kept."""
+    embeddings: Path | None = None
+    """Stored text embeddings (safetensors: text [n, tokens, width], mask [n, tokens], empty [1, tokens, width])."""
+    samples: int = 128
+    """Samples to keep; captions and pictures are used again with other timesteps when there are fewer."""
+    batch: int = 16
+    """Samples that go through a block at once."""
+    empty_captions: float = 0.1
+    """Share of samples with an empty caption, since sampling with guidance needs it too."""
+    steps: int = 20
+    """Sampling steps where the teacher draws by itself (prompts, embeddings)."""
+    guidance: float = 2.0
+    """Classifier-free guidance where the teacher draws by itself."""
+    height: int = 0
+    """Height of a picture in pixels; 0 is the model's default."""
+    width: int = 0
+    """Width of a picture in pixels; 0 is the model's default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig(Common):
+    """Fit a linear map to every block and stream: T(x) ~ x + W x + b."""
+
+    ridge: float = 1e-4
+    """Ridge as a share of the mean diagonal of X^T X."""
+    train_steps: int = 0
+    """Gradient steps after the ridge solution, as in the paper; kept only where held-out error falls."""
+    learning_rate: float = 1e-4
+    """Learning rate of these steps (Adam)."""
+    held_out: int = 1
+    """Batches of the calibration set that are kept from the fit and used to report its error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectConfig(Common):
+    """Find the intervals that one student can replace."""
+
+    method: Literal["ppcl", "budget"] = "budget"
+    """ppcl: the paper's greedy rule on CKA differences. budget: dynamic programme on measured end damage."""
+    remove: int = 0
+    """Blocks to remove in all (budget); 0 is the paper's share, 25 of 60."""
+    longest: int = 8
+    """Longest interval considered, blocks."""
+    eps: float = 0.02
+    """ppcl: a rise of D smaller than this share of the curves' scale does not end an interval."""
+    max_drop: float = 0.25
+    """ppcl: a first difference above this share of the curves' scale leaves the block single."""
+    kernel: Literal["linear", "rbf"] = "linear"
+    """Kernel of the alignment."""
+    local: bool = False
+    """Compare at the output of block k instead of the model's final image state."""
+    tokens: int = 4
+    """Image tokens a sample that enter the alignment."""
+    protect: str = ""
+    """Blocks that stay, as '0 1 59'."""
+    bootstrap: int = 200
+    """Resamples of the calibration samples behind the stability scores."""
+    explain: bool = False
+    """Print why each interval ends where it does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillDepthConfig(Common):
+    """Train one student an interval on the teacher's own states, each interval by itself."""
+
+    intervals: str = ""
+    """Which intervals of the plan, as '3-4 8-10'; empty is all."""
+    init: Literal["first", "middle"] = "first"
+    """The block a student starts as: the interval's first (paper) or its middle (the authors' code)."""
+    correction: str = "affine"
+    """What follows a student: affine, a rank such as 16, or none (files for stock hosts)."""
+    loss: Literal["direction", "direction_log_norm", "mse"] = "mse"
+    """direction is the paper's; direction_log_norm adds magnitude; mse is relative mean squared error."""
+    rounds: int = 8
+    """Rounds: one sweep of the teacher over fresh samples, then updates of every interval."""
+    updates: int = 40
+    """Updates of an interval in a round."""
+    batch: int = 16
+    """Samples of an update."""
+    learning_rate: float = 1e-3
+    """Peak learning rate (AdamW 0.9, 0.95), cosine to a thirtieth over all rounds."""
+    warm_up: int = 16
+    """Updates until the peak learning rate."""
+    weight_decay: float = 0.02
+    """Weight decay of matrices."""
+    cache_gb: float = 8.0
+    """Disk for the states between blocks; a round takes as many samples as fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantsConfig(Common):
+    """Measure each interval's damage and set the named sizes."""
+
+    most_parameters: float = 0.0
+    """Also make a variant of at most this many parameters (millions); 0 is none."""
+    most_megabytes: float = 0.0
+    """Also make a variant of at most this many MB of weights; 0 is none."""
+    most_milliseconds: float = 0.0
+    """Also make a variant of at most this time a forward; 0 is none."""
+    samples: int = 64
+    """Calibration samples behind the measurement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Common):
+    """Write the bundle, or one variant as a file of its own."""
+
+    layout: Literal["bundle", "comfyui", "diffusers", "ppcl"] = "bundle"
+    """bundle: all variants, needs the base model. comfyui, diffusers: one variant, renumbered, for stock
+    hosts (no corrections). ppcl: one variant with the teacher's indices, for our loaders."""
+    variant: str = "small"
+    """Which variant a file of its own holds."""
+    name: str = "pruned"
+    """File name without ending: letters, digits, '-', '_'."""
+    store: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Common):
+    """Compare variants with the teacher at the same seeds, and write report.html."""
+
+    captions: int = 100
+    """Pictures drawn a variant."""
+    prompts: Path | None = None
+    """Captions to draw, one a line; by default the calibration's own task where it has one."""
+    steps: int = 20
+    """Sampling steps."""
+    guidance: float = 2.0
+    """Classifier-free guidance."""
+    batch: int = 50
+    """Pictures at once."""
+    variants: str = ""
+    """Names, separated by commas; empty is every named variant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Draw pictures with any model file or bundle."""
+
+    path: Path
+    """Bundle, standalone, diffusers folder or single file."""
+    prompt: str
+    """What to draw; several captions are separated by '|'."""
+    base: Path | None = None
+    """The base model of a bundle; also where text encoder and VAE come from."""
+    variant: str | None = None
+    """Variant of a bundle."""
+    output: Path = Path("runs/generate.png")
+    """The picture to write."""
+    steps: int = 20
+    """Sampling steps."""
+    guidance: float = 2.0
+    """Classifier-free guidance."""
+    seed: int = 0
+    """Noise."""
+    device: str = "auto"
+    """Where to compute."""

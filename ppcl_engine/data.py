@@ -1,0 +1,138 @@
+"""Calibration sets: what a block sees in real use, in batches of one shape each, in one file.
+
+A batch is an architecture's inputs (latent tokens, timestep, text, mask, grid). Where the clean
+picture is known (`clean`), training draws new noise and timesteps for it every round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import flow
+from .architectures import Inputs
+from .files import TensorFile, write_tensors
+
+CLEAN = "clean"
+KIND = "ppcl_calibration"
+
+
+@dataclass
+class CalibrationSet:
+    """batches: inputs by diffusers' names, on the CPU, `clean` [n, tokens, channels] among them or not;
+    origin: how it was made (architecture, model fingerprint, seed, source)."""
+
+    batches: list[Inputs]
+    origin: dict = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def samples(self) -> int:
+        return sum(len(batch["timestep"]) for batch in self.batches)
+
+    @property
+    def hash(self) -> str:
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            for name in sorted(batch):
+                digest.update(name.encode() + batch[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def inputs(self, batch: int) -> Inputs:
+        return {name: t for name, t in self.batches[batch].items() if name != CLEAN}
+
+    def all_inputs(self) -> list[Inputs]:
+        return [self.inputs(batch) for batch in range(len(self))]
+
+    def fresh(self, batch: int, seed: int) -> Inputs:
+        """The batch with new noise and timesteps, uniform in t; as recorded where no clean picture is known."""
+        inputs = self.inputs(batch)
+        clean = self.batches[batch].get(CLEAN)
+        if clean is None:
+            return inputs
+        generator = torch.Generator().manual_seed(seed)
+        timestep = torch.rand(len(clean), generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        return {**inputs, "hidden_states": flow.noised(clean.float(), noise, timestep), "timestep": timestep}
+
+    def split(self, held_out: int) -> tuple[CalibrationSet, CalibrationSet]:
+        """(the first batches, the last `held_out`). Raises ValueError when nothing would be left."""
+        if not 0 < held_out < len(self):
+            raise ValueError(f"calibration has {len(self)} batches, so {held_out} cannot be held out; calibrate more")
+        return CalibrationSet(self.batches[:-held_out], self.origin), CalibrationSet(self.batches[-held_out:], self.origin)
+
+    def check_model(self, architecture: str, fingerprint: str, where: object) -> None:
+        expected = (self.origin.get("architecture"), self.origin.get("fingerprint"))
+        if expected != (architecture, fingerprint):
+            raise ValueError(f"{where} was calibrated on another model; run calibrate on this one")
+
+
+def save_calibration(path: Path, calibration: CalibrationSet) -> None:
+    tensors = {f"{i}.{name}": t for i, batch in enumerate(calibration.batches) for name, t in batch.items()}
+    write_tensors(path, tensors, {KIND: json.dumps(calibration.origin)})
+
+
+def load_calibration(path: Path) -> CalibrationSet:
+    """Raises ValueError when the file is missing, not safetensors, or holds something else."""
+    if not Path(path).exists():
+        raise ValueError(f"{path} does not exist; run calibrate first")
+    file = TensorFile(path)
+    if KIND not in file.metadata:
+        raise ValueError(f"{path} is no calibration set; run calibrate")
+    batches: dict[int, Inputs] = {}
+    for key in file.keys():
+        number, name = key.split(".", 1)
+        batches.setdefault(int(number), {})[name] = file.read(key)
+    return CalibrationSet([batches[i] for i in sorted(batches)], json.loads(file.metadata[KIND]))
+
+
+def batch_of(inputs: Inputs, rows: torch.Tensor) -> Inputs:
+    """The samples `rows` of a batch; `grid` is shared by all."""
+    return {name: t if name == "grid" else t[rows] for name, t in inputs.items()}
+
+
+def trimmed(inputs: Inputs) -> Inputs:
+    """Text cut to the longest real caption of the batch (padding at the end costs time, nothing else)."""
+    mask = inputs.get("encoder_hidden_states_mask")
+    if mask is None:
+        return inputs
+    length = int(mask.any(0).nonzero().max()) + 1
+    return {**inputs, "encoder_hidden_states_mask": mask[:, :length], "encoder_hidden_states": inputs["encoder_hidden_states"][:, :length]}
+
+
+def caption_file(path: Path) -> list[str]:
+    """One caption a line; blank lines are empty captions. Raises ValueError for a missing or empty file."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a text file with one caption a line")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if not lines:
+        raise ValueError(f"{path} is empty; write one caption a line")
+    return [line.strip() for line in lines]
+
+
+def picture_files(folder: Path) -> list[tuple[Path, str]]:
+    """Pictures with a .txt of the same name beside them, sorted. Raises ValueError naming one without."""
+    kinds = {".png", ".jpg", ".jpeg", ".webp"}
+    pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds) if folder.is_dir() else []
+    if not pictures:
+        raise ValueError(f"{folder} holds no pictures (.png .jpg .webp); give a folder of pictures with captions")
+    for picture in pictures:
+        if not picture.with_suffix(".txt").exists():
+            raise ValueError(f"{picture} has no caption; write it into {picture.with_suffix('.txt').name}")
+    return [(picture, picture.with_suffix(".txt").read_text(encoding="utf-8").strip()) for picture in pictures]
+
+
+def load_pictures(paths: list[Path], size: tuple[int, int]) -> torch.Tensor:
+    """[n, 3, height, width] in [0, 1], each resized to cover `size` and cropped at its centre."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    height, width = size
+    rows = [ImageOps.fit(Image.open(p).convert("RGB"), (width, height), Image.Resampling.LANCZOS) for p in paths]
+    return torch.stack([torch.from_numpy(np.asarray(r, dtype=np.float32) / 255) for r in rows]).movedim(-1, 1)

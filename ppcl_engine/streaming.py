@@ -1,0 +1,143 @@
+"""Where blocks and the states between them come from: memory, or disk, one after the other.
+
+Stages see one interface. Resident: every block stays on the device. Streamed: a block is read
+from its file when its turn comes, the next one meanwhile by a thread. Same arithmetic, so the
+results are the same bits.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .architectures import Architecture, BlockState, Inputs
+from .checkpoint import Weights
+from .files import TensorFile, write_tensors
+
+
+class Teacher:
+    """The teacher's outer layers on the device and its blocks, resident or streamed."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype, device: str, streamed: bool):
+        self.weights, self.dtype, self.device, self.streamed = weights, dtype, device, streamed
+        self.architecture: Architecture = weights.architecture
+        self.config = weights.config
+        self.num_blocks = weights.num_blocks
+        self.outer = weights.outer(dtype, device)
+        self._resident = None if streamed else [self._load(index) for index in range(self.num_blocks)]
+
+    def block(self, index: int) -> nn.Module:
+        return self._load(index) if self._resident is None else self._resident[index]
+
+    def walk(self, first: int, last: int) -> Iterator[tuple[int, nn.Module]]:
+        """Blocks first..last, both included; streamed ones are dropped when the loop goes on."""
+        yield from self.blocks(range(first, last + 1))
+
+    def blocks(self, indices: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
+        if self._resident is not None:
+            yield from ((index, self._resident[index]) for index in indices)
+            return
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(self._load, indices[0]) if indices else None
+            for position, index in enumerate(indices):
+                block = coming.result()
+                if position + 1 < len(indices):
+                    coming = reader.submit(self._load, indices[position + 1])
+                yield index, block
+                del block
+
+    def embed(self, inputs: Inputs) -> BlockState:
+        moved = {name: self._placed(name, tensor) for name, tensor in inputs.items()}
+        return self.architecture.embed(self.outer, moved)
+
+    def used_streams(self, index: int) -> tuple[str, ...]:
+        return self.architecture.used_streams(self.config, index)
+
+    def _placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name == "grid":
+            return tensor
+        floating = tensor.is_floating_point() and name != "timestep"
+        return tensor.to(self.device, self.dtype if floating else tensor.dtype)
+
+    def _load(self, index: int) -> nn.Module:
+        return self.weights.block(index, self.dtype, self.device)
+
+
+class StateStore:
+    """Both streams of a batch at a block boundary, by (boundary, batch): in memory, or a file each.
+
+    Boundary i is the input of block i. What does not change along the blocks (conditioning,
+    rotary tables, masks) is computed again from the inputs, not stored.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._memory: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def put(self, boundary: int, batch: int, state: BlockState) -> None:
+        streams = {"image": state.image.detach(), "text": state.text.detach()}
+        if self.folder is None:
+            self._memory[boundary, batch] = streams
+        else:
+            write_tensors(self._path(boundary, batch), streams)
+
+    def get(self, boundary: int, batch: int, like: BlockState) -> BlockState:
+        """The stored streams in a state whose other parts are those of `like`."""
+        if self.folder is None:
+            streams = self._memory[boundary, batch]
+        else:
+            streams = TensorFile(self._path(boundary, batch)).read_all()
+        return like.with_streams(streams["image"].to(like.image.device), streams["text"].to(like.text.device))
+
+    def has(self, boundary: int, batch: int) -> bool:
+        if self.folder is None:
+            return (boundary, batch) in self._memory
+        return self._path(boundary, batch).exists()
+
+    def drop(self, boundary: int, batch: int) -> None:
+        if self.folder is None:
+            self._memory.pop((boundary, batch), None)
+        else:
+            self._path(boundary, batch).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        self._memory.clear()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, boundary: int, batch: int) -> Path:
+        return self.folder / f"boundary_{boundary:03d}_batch_{batch:04d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A batch's state before and after a block."""
+
+    batch: int
+    before: BlockState
+    after: BlockState
+
+
+def sweep(teacher: Teacher, embedded: Sequence[BlockState], store: StateStore, last: int) -> Iterator[tuple[int, nn.Module, list[int]]]:
+    """Walks blocks 0..last over all batches; yields (index, block, batches) with boundary index+1 stored.
+
+    Boundary `index` is dropped when the caller is done with the block.
+    """
+    batches = list(range(len(embedded)))
+    for batch in batches:
+        store.put(0, batch, embedded[batch])
+    for index, block in teacher.walk(0, last):
+        for batch in batches:
+            before = store.get(index, batch, embedded[batch])
+            store.put(index + 1, batch, teacher.architecture.run_block(block, before))
+        yield index, block, batches
+        for batch in batches:
+            store.drop(index, batch)

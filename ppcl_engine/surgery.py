@@ -1,0 +1,107 @@
+"""Edits to a model: students in place of intervals, corrections behind them, gaps that pass through.
+
+A pruned model keeps the teacher's indices: where an interval was replaced, its first place holds
+the student and the others hold weightless pass-through blocks. LoRA names and ControlNet depth
+then come out right with no translation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .architectures import Architecture
+from .plan import Interval
+
+
+class Correction(nn.Module):
+    """y = x + W x + b on each stream that is used, W full or of low rank.
+
+    Why: a copied first block gives the state after one block; a least-squares affine map brings
+    it to the state after the interval (no training: error 0.26 against 1.12 in a trial).
+    """
+
+    def __init__(self, width: int, streams: tuple[str, ...], rank: int | None = None):
+        super().__init__()
+        self.maps = nn.ModuleDict({stream: _map(width, rank) for stream in streams})
+
+    def correct(self, stream: str, x: torch.Tensor) -> torch.Tensor:
+        return x + self.maps[stream](x) if stream in self.maps else x
+
+
+def _map(width: int, rank: int | None) -> nn.Module:
+    if rank is None:
+        return nn.Linear(width, width)
+    return nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, width))
+
+
+class CorrectedBlock(nn.Module):
+    """A student and the correction of what it returns; called as the block itself is."""
+
+    def __init__(self, block: nn.Module, correction: Correction, returns: tuple[str, ...]):
+        super().__init__()
+        self.block, self.correction, self.returns = block, correction, returns
+
+    def forward(self, *arguments, **named):
+        outputs = self.block(*arguments, **named)
+        return tuple(self.correction.correct(s, x) for s, x in zip(self.returns, outputs, strict=True))
+
+
+class PassThrough(nn.Module):
+    """Stands where a block was dropped; its arguments' names and order are the architecture's."""
+
+    def __init__(self, arguments: dict[str, str], returns: tuple[str, ...]):
+        super().__init__()
+        self.order = list(arguments.values())
+        self.returned = [arguments[stream] for stream in returns]
+
+    def forward(self, *arguments, **named):
+        named |= dict(zip(self.order, arguments, strict=False))
+        return tuple(named[name] for name in self.returned)
+
+
+def interval_streams(architecture: Architecture, config: dict, interval: Interval) -> tuple[str, ...]:
+    """The streams that anything behind the interval reads."""
+    return architecture.used_streams(config, interval.last)
+
+
+def build_student(architecture: Architecture, config: dict, interval: Interval) -> nn.Module:
+    """An empty student of the form the interval names (plain block, or with a correction)."""
+    block = architecture.build_block(config, interval.first)
+    if interval.correction == "none":
+        return block
+    rank = None if interval.correction == "affine" else int(interval.correction)
+    streams = interval_streams(architecture, config, interval)
+    correction = Correction(architecture.width(config), streams, rank)
+    return CorrectedBlock(block, correction, architecture.block_returns)
+
+
+def pruned_blocks(
+    architecture: Architecture,
+    num_blocks: int,
+    intervals: list[Interval],
+    teacher_block: Callable[[int], nn.Module],
+    student: Callable[[Interval], nn.Module],
+) -> list[nn.Module]:
+    """One module a teacher index: teacher block, student, or pass-through."""
+    starts = {interval.first: interval for interval in intervals}
+    gaps = {index for interval in intervals for index in interval.blocks}
+    blocks: list[nn.Module] = []
+    for index in range(num_blocks):
+        if index in starts:
+            blocks.append(student(starts[index]))
+        elif index in gaps:
+            blocks.append(PassThrough(architecture.block_arguments, architecture.block_returns))
+        else:
+            blocks.append(teacher_block(index))
+    return blocks
+
+
+def block_of_student(student: nn.Module) -> nn.Module:
+    return student.block if isinstance(student, CorrectedBlock) else student
+
+
+def corrections_of(student: nn.Module) -> Correction | None:
+    return student.correction if isinstance(student, CorrectedBlock) else None
