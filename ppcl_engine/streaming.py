@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -70,60 +69,51 @@ class Teacher:
 
 
 class StateStore:
-    """Both streams of a batch at a block boundary, by (boundary, batch): in memory, or a file each.
+    """Both streams of a batch at a block boundary, by (key, batch): in memory, or a file each.
 
-    Boundary i is the input of block i. What does not change along the blocks (conditioning,
+    Key i is the input of block i; other states (chains of a detection) have names of their own. What does not change along the blocks (conditioning,
     rotary tables, masks) is computed again from the inputs, not stored.
     """
 
     def __init__(self, folder: Path | None):
         self.folder = folder
-        self._memory: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        self._memory: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def put(self, boundary: int, batch: int, state: BlockState) -> None:
+    def put(self, key: int | str, batch: int, state: BlockState) -> None:
         streams = {"image": state.image.detach(), "text": state.text.detach()}
         if self.folder is None:
-            self._memory[boundary, batch] = streams
+            self._memory[str(key), batch] = streams
         else:
-            write_tensors(self._path(boundary, batch), streams)
+            write_tensors(self._path(key, batch), streams)
 
-    def get(self, boundary: int, batch: int, like: BlockState) -> BlockState:
+    def get(self, key: int | str, batch: int, like: BlockState) -> BlockState:
         """The stored streams in a state whose other parts are those of `like`."""
         if self.folder is None:
-            streams = self._memory[boundary, batch]
+            streams = self._memory[str(key), batch]
         else:
-            streams = TensorFile(self._path(boundary, batch)).read_all()
+            streams = TensorFile(self._path(key, batch)).read_all()
         return like.with_streams(streams["image"].to(like.image.device), streams["text"].to(like.text.device))
 
-    def has(self, boundary: int, batch: int) -> bool:
+    def has(self, key: int | str, batch: int) -> bool:
         if self.folder is None:
-            return (boundary, batch) in self._memory
-        return self._path(boundary, batch).exists()
+            return (str(key), batch) in self._memory
+        return self._path(key, batch).exists()
 
-    def drop(self, boundary: int, batch: int) -> None:
+    def drop(self, key: int | str, batch: int) -> None:
         if self.folder is None:
-            self._memory.pop((boundary, batch), None)
+            self._memory.pop((str(key), batch), None)
         else:
-            self._path(boundary, batch).unlink(missing_ok=True)
+            self._path(key, batch).unlink(missing_ok=True)
 
     def clear(self) -> None:
         self._memory.clear()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, boundary: int, batch: int) -> Path:
-        return self.folder / f"boundary_{boundary:03d}_batch_{batch:04d}.safetensors"
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """A batch's state before and after a block."""
-
-    batch: int
-    before: BlockState
-    after: BlockState
+    def _path(self, key: int | str, batch: int) -> Path:
+        return self.folder / f"state_{key}_batch_{batch}.safetensors"
 
 
 def sweep(teacher: Teacher, embedded: Sequence[BlockState], store: StateStore, last: int) -> Iterator[tuple[int, nn.Module, list[int]]]:

@@ -1,0 +1,79 @@
+"""A run folder: the files between stages, and what every stage opens first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .checkpoint import Weights
+from .config import Common
+from .data import CalibrationSet, load_calibration
+from .files import TensorFile
+from .plan import PruningPlan, plan_from_json
+from .streaming import Teacher
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Run:
+    """Names of the files in a run folder. Stages exchange these and nothing else."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.calibration = self.folder / "calibration.safetensors"
+        self.probes = self.folder / "probes"
+        self.curves = self.folder / "curves.safetensors"
+        self.detection = self.folder / "detect.json"
+        self.plan = self.folder / "plan.json"
+        self.students = self.folder / "depth"
+        self.evaluation = self.folder / "evaluate.json"
+        self.report = self.folder / "report.html"
+        self.states = self.folder / "states"
+
+    def load_plan(self) -> PruningPlan:
+        if not self.plan.exists():
+            raise ValueError(f"{self.plan} does not exist; run detect first")
+        return plan_from_json(self.plan.read_text(encoding="utf-8"), self.plan)
+
+    def probe(self, block: int) -> Path:
+        return self.probes / f"block_{block:03d}.safetensors"
+
+    def student(self, interval: str) -> Path:
+        return self.students / f"{interval}.safetensors"
+
+
+def resolve_device(device: str) -> str:
+    """Raises ValueError when a device is asked for that this machine does not have."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device} is not on this machine; use --device cpu")
+    return device
+
+
+def open_teacher(config: Common) -> Teacher:
+    torch.manual_seed(config.seed)
+    return Teacher(Weights(config.model), DTYPES[config.dtype], resolve_device(config.device), config.streamed)
+
+
+def open_calibration(config: Common, weights: Weights) -> CalibrationSet:
+    path = Run(config.run).calibration
+    calibration = load_calibration(path)
+    calibration.check_model(weights.architecture.name, weights.fingerprint, path)
+    return calibration
+
+
+def open_plan(config: Common, weights: Weights) -> PruningPlan:
+    plan = Run(config.run).load_plan()
+    plan.check_teacher(weights.architecture.name, weights.fingerprint, config.model)
+    return plan
+
+
+def load_probe(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """stream -> (weight, bias). Raises ValueError when the probe is missing."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; run probe first")
+    file = TensorFile(path)
+    streams = [name.split(".")[0] for name in file.keys() if name.endswith(".weight")]
+    return {stream: (file.read(f"{stream}.weight"), file.read(f"{stream}.bias")) for stream in streams}
