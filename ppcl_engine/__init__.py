@@ -1,0 +1,25 @@
+"""ppcl_engine: prune MMDiT diffusion transformers and put the pieces back at will (PPCL)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["PruningPlan", "__version__", "open_model"]
+
+if TYPE_CHECKING:
+    from .checkpoint import open_model
+    from .plan import PruningPlan
+
+
+def __getattr__(name: str):
+    """Lazy, so that importing the package does not import torch."""
+    if name == "open_model":
+        from .checkpoint import open_model
+
+        return open_model
+    if name == "PruningPlan":
+        from .plan import PruningPlan
+
+        return PruningPlan
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

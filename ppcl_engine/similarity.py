@@ -7,16 +7,19 @@ from dataclasses import dataclass
 import torch
 
 
-def hsic(k: torch.Tensor, l: torch.Tensor) -> torch.Tensor:  # noqa: E741
+def hsic(k: torch.Tensor, l: torch.Tensor, chosen: torch.Tensor | None = None) -> torch.Tensor:  # noqa: E741
     """Debiased Hilbert-Schmidt independence criterion of two Gram matrices [n, n], n > 3.
 
-    Song et al. 2012, "Feature selection via dependence maximization", equation 5.
+    Song et al. 2012, "Feature selection via dependence maximization", equation 5. `chosen` [n, r]
+    of zeros and ones gives one value for each of r subsets of the rows, in one pass.
     """
-    n = len(k)
     k, l = (m - torch.diag(m.diagonal()) for m in (k, l))  # noqa: E741
-    trace = (k * l).sum()
-    means = k.sum() * l.sum() / ((n - 1) * (n - 2))
-    cross = 2 * (k.sum(0) @ l.sum(0)) / (n - 2)
+    w = torch.ones(len(k), 1, dtype=k.dtype, device=k.device) if chosen is None else chosen.to(k)
+    n = w.sum(0)
+    k_rows, l_rows = w * (k @ w), w * (l @ w)
+    trace = (w * ((k * l) @ w)).sum(0)
+    means = k_rows.sum(0) * l_rows.sum(0) / ((n - 1) * (n - 2))
+    cross = 2 * (k_rows * l_rows).sum(0) / (n - 2)
     return (trace + means - cross) / (n * (n - 3))
 
 
@@ -34,9 +37,9 @@ def rbf_gram(x: torch.Tensor) -> torch.Tensor:
     return torch.exp(-squared / (2 * off_diagonal.median()))
 
 
-def cka(k: torch.Tensor, l: torch.Tensor) -> float:  # noqa: E741
-    """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) (Kornblith et al. 2019, equation 3)."""
-    return float(hsic(k, l) / (hsic(k, k) * hsic(l, l)).sqrt())
+def cka(k: torch.Tensor, l: torch.Tensor, chosen: torch.Tensor | None = None) -> torch.Tensor:  # noqa: E741
+    """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) (Kornblith et al. 2019, equation 3); one value a subset."""
+    return hsic(k, l, chosen) / (hsic(k, k, chosen) * hsic(l, l, chosen)).sqrt()
 
 
 def biased_linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -115,3 +118,17 @@ def bootstrap_ratio(above: torch.Tensor, below: torch.Tensor, seed: int, resampl
     ratios = above.double()[choice].sum(1) / below.double()[choice].sum(1)
     low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64))
     return float(low), float(high)
+
+
+def bootstrap_subsets(samples: int, rows_per_sample: int, resamples: int, seed: int) -> torch.Tensor:
+    """[samples * rows_per_sample, resamples + 1] zeros and ones; the first column takes all.
+
+    The others hold the samples that a draw with replacement hits, each once: a row that stands
+    twice in a Gram matrix would look like perfect alignment.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    choice = torch.randint(samples, (resamples, samples), generator=generator)
+    hit = torch.zeros(resamples + 1, samples, dtype=torch.float64)
+    hit[0] = 1
+    hit[1:].scatter_(1, choice, 1.0)
+    return hit.repeat_interleave(rows_per_sample, dim=1).T.contiguous()

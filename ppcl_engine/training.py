@@ -1,0 +1,130 @@
+"""One training loop's parts: schedule, optimiser state in safetensors, stopping, divergence.
+
+Every batch is a function of (seed, step), so a run that goes on from its last save ends in the
+same bits as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .files import TensorFile, write_tensors
+
+BETAS = (0.9, 0.95)
+FINAL_SHARE = 1 / 30
+
+
+class Diverged(ValueError):
+    """The loss is not a number; the message names step and interval."""
+
+
+class Stopped(Exception):
+    """Asked to stop (Ctrl-C); everything is saved. The message says how to go on."""
+
+
+def cosine_schedule(step: int, steps: int, peak: float, warm_up: int) -> float:
+    """Linear warm-up, then cosine to a thirtieth of the peak."""
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * min(1.0, progress))) / 2)
+
+
+class Trainer:
+    """A module, its AdamW and its loss history; saved and restored whole."""
+
+    def __init__(self, module: nn.Module, weight_decay: float):
+        self.module = module.requires_grad_(True)
+        matrices = [p for p in module.parameters() if p.ndim >= 2]
+        vectors = [p for p in module.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS)
+        self.step = 0
+        self.losses: list[float] = []
+
+    def update(self, loss: torch.Tensor, learning_rate: float, where: str) -> None:
+        """One step of AdamW. Raises Diverged, before the weights are touched, when the loss is not finite."""
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise Diverged(
+                f"loss is {value} at step {self.step} of {where}; the last good state is kept, lower --learning-rate"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.losses.append(value)
+        self.step += 1
+
+    def save(self, path: Path, settings: str) -> None:
+        tensors = {}
+        for name, parameter in self.module.named_parameters():
+            tensors[f"weight.{name}"] = parameter.detach()
+            state = self.optimizer.state.get(parameter)
+            if state:
+                tensors |= {f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float32)
+        write_tensors(path, tensors, {"step": str(self.step), "settings": settings})
+
+    def restore(self, path: Path) -> None:
+        file = TensorFile(path)
+        self.step = int(file.metadata["step"])
+        self.losses = file.read("losses").tolist()
+        for name, parameter in self.module.named_parameters():
+            parameter.data.copy_(file.read(f"weight.{name}"))
+            if f"first.{name}" in file.entries:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": file.read(f"first.{name}").to(parameter.device),
+                    "exp_avg_sq": file.read(f"second.{name}").to(parameter.device),
+                }
+
+
+def saved_step(path: Path, settings: str) -> int | None:
+    """Steps done by a saved trainer. None when there is none. Raises ValueError for other settings."""
+    if not path.exists():
+        return None
+    metadata = TensorFile(path).metadata
+    if metadata.get("settings") != settings:
+        changed = _changed(metadata.get("settings", "{}"), settings)
+        raise ValueError(f"{path} was trained with other settings ({changed}); use them, or another --run folder")
+    return int(metadata["step"])
+
+
+def saved_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; run distill-depth first")
+    file = TensorFile(path)
+    return {n.removeprefix("weight."): file.read(n) for n in file.keys() if n.startswith("weight.")}
+
+
+def _changed(old: str, new: str) -> str:
+    old_values, new_values = json.loads(old), json.loads(new)
+    names = [name for name in new_values if old_values.get(name) != new_values[name]]
+    return ", ".join(f"{name} {old_values.get(name)!r} -> {new_values[name]!r}" for name in names) or "format"
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yields `asked()`. The first Ctrl-C only sets it, so that the caller can save; the second interrupts."""
+    asked: list[int] = []
+
+    def handle(number, frame):
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, previous)
