@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from .architectures import Architecture, architecture_named, detect_architecture
 from .files import TensorEntry, TensorFile, read_json, write_tensor_stream
-from .plan import Interval, PruningPlan, Variant, plan_from_json
-from .surgery import PassThrough, build_student, pruned_blocks
+from .plan import Interval, PruningPlan, plan_from_json
+from .surgery import PassThrough, build_student, filled_student, pruned_blocks
 
 COMFYUI_PREFIX = "model.diffusion_model."
 PLAN_KEY = "ppcl_plan"
@@ -177,29 +178,26 @@ class Bundle:
         self.architecture = architecture_named(self.plan.architecture)
 
     def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module:
-        with torch.device("meta"):
-            student = build_student(self.architecture, self.plan.config, interval)
         prefix = student_prefix(interval)
-        missing = [name for name in student.state_dict() if prefix + name not in self.file.entries]
-        if missing:
-            raise ValueError(f"{self.file.path} lacks {prefix + missing[0]}; it does not match its own plan")
-        state = {name: self.file.read(prefix + name).to(device, dtype) for name in student.state_dict()}
-        student.load_state_dict(state, assign=True)
-        return student.eval().requires_grad_(False)
+        names = [key.removeprefix(prefix) for key in self.file.keys() if key.startswith(prefix)]
+        state = {name: self.file.read(prefix + name).to(device, dtype) for name in names}
+        return filled_student(self.architecture, self.plan.config, interval, state)
 
 
 def student_prefix(interval: Interval) -> str:
     return f"students.{interval.name}."
 
 
-def write_bundle(path: Path, plan: PruningPlan, student: Callable[[Interval], nn.Module], dtype: torch.dtype) -> None:
-    """`student(interval)` is called once an interval; memory holds one student at a time."""
+def write_bundle(
+    path: Path, plan: PruningPlan, student: Callable[[Interval], dict[str, torch.Tensor]], dtype: torch.dtype
+) -> None:
+    """`student(interval)` gives its state dict, once an interval; memory holds one student at a time."""
     entries, latest = [], {}
 
     def read(interval: Interval, name: str) -> torch.Tensor:
         if interval.name not in latest:
             latest.clear()
-            latest[interval.name] = student(interval).state_dict()
+            latest[interval.name] = student(interval)
         return latest[interval.name][name]
 
     architecture = architecture_named(plan.architecture)
@@ -216,17 +214,22 @@ def is_bundle(path: Path) -> bool:
     return Path(path).is_file() and PLAN_KEY in TensorFile(path).metadata
 
 
+class Students(Protocol):
+    """Where trained students come from: a bundle, or a run folder."""
+
+    def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module: ...
+
+
 def assemble(
-    weights: Weights, bundle: Bundle | None, variant: Variant, dtype: torch.dtype, device: str
+    weights: Weights, students: Students | None, intervals: Sequence[Interval], dtype: torch.dtype, device: str
 ) -> nn.Module:
-    """diffusers' model with the variant's intervals replaced, teacher indices kept."""
-    intervals = [bundle.plan.interval(name) for name in variant.intervals] if bundle else []
+    """diffusers' model with the intervals replaced, teacher indices kept."""
     blocks = pruned_blocks(
         weights.architecture,
         weights.num_blocks,
         intervals,
         lambda index: weights.block(index, dtype, device),
-        lambda interval: bundle.student(interval, dtype, device),
+        lambda interval: students.student(interval, dtype, device),
     )
     return weights.architecture.assemble(weights.outer(dtype, device), weights.config, blocks)
 
@@ -250,13 +253,13 @@ def open_model(
             raise ValueError(f"{path} is not a bundle, so it has no variant {variant!r}; leave the variant out")
         structure = standalone_structure(path)
         return _open_standalone(path, structure, dtype, device) if structure else assemble(
-            Weights(path), None, Variant(name="full"), dtype, device
+            Weights(path), None, (), dtype, device
         )
     if base is None:
         raise ValueError(f"{path} is a bundle: students only; give the base model it was made from as well")
     bundle, weights = Bundle(path), Weights(base)
     bundle.plan.check_teacher(weights.architecture.name, weights.fingerprint, base)
-    return assemble(weights, bundle, bundle.plan.variant(variant), dtype, device)
+    return assemble(weights, bundle, bundle.plan.intervals_of(bundle.plan.variant(variant)), dtype, device)
 
 
 def standalone_structure(path: Path) -> dict | None:

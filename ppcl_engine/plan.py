@@ -124,6 +124,9 @@ class PruningPlan:
         known = ", ".join([v.name for v in self.variants] + [FULL])
         raise ValueError(f"variant {name!r} is not in the plan; it has: {known}, or intervals as in '3-4,8-10'")
 
+    def intervals_of(self, variant: Variant) -> list[Interval]:
+        return [self.interval(name) for name in variant.intervals]
+
     def everything(self) -> Variant:
         return Variant(name="all", intervals=tuple(i.name for i in self.intervals))
 

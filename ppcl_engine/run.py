@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from .architectures import Architecture
 from .checkpoint import Weights
 from .config import Common
 from .data import CalibrationSet, load_calibration
 from .files import TensorFile
-from .plan import PruningPlan, plan_from_json
+from .plan import Interval, PruningPlan, plan_from_json
 from .streaming import Teacher
+from .surgery import filled_student
+from .training import saved_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -77,3 +81,24 @@ def load_probe(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     file = TensorFile(path)
     streams = [name.split(".")[0] for name in file.keys() if name.endswith(".weight")]
     return {stream: (file.read(f"{stream}.weight"), file.read(f"{stream}.bias")) for stream in streams}
+
+
+def load_student(run: Run, teacher: Teacher, interval: Interval) -> nn.Module:
+    """A trained student. Raises ValueError when the interval was not distilled yet."""
+    students = RunStudents(run, teacher.config, teacher.architecture)
+    return students.student(interval, teacher.dtype, teacher.device)
+
+
+def load_student_weights(run: Run, interval: Interval) -> dict[str, torch.Tensor]:
+    return saved_weights(run.student(interval.name))
+
+
+class RunStudents:
+    """Trained students of a run in the place of a bundle's."""
+
+    def __init__(self, run: Run, config: dict, architecture: Architecture):
+        self.run, self.config, self.architecture = run, config, architecture
+
+    def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module:
+        state = {n: t.to(device, dtype) for n, t in load_student_weights(self.run, interval).items()}
+        return filled_student(self.architecture, self.config, interval, state)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from . import flow
 from .architectures import Architecture, Inputs
+from .codecs import Codec
 from .data import CLEAN
 
 Text = tuple[torch.Tensor, torch.Tensor]
@@ -54,6 +57,54 @@ def draw(
 
     with torch.no_grad():
         return flow.euler(velocity, noise, steps, seen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Encoded captions, the empty one, and the latents' shape: all that drawing needs of a codec."""
+
+    given: Text
+    nothing: Text
+    latent_shape: tuple[int, int, int]
+
+    @property
+    def count(self) -> int:
+        return len(self.given[0])
+
+
+def encode_prompts(codec: Codec, texts: list[str], height: int = 0, width: int = 0) -> Prompts:
+    """height, width: pixels, 0 is the model's default. Raises ValueError for sizes that do not divide.
+
+    Encoding comes first and alone, so that a text encoder can leave memory before the transformer comes.
+    """
+    text, mask = codec.text(texts)
+    empty, empty_mask = codec.text([""])
+    height, width, pixels = height or codec.picture_size[0], width or codec.picture_size[1], codec.pixels_per_latent
+    if height % (2 * pixels) or width % (2 * pixels):
+        raise ValueError(f"{height} x {width} pixels is not a multiple of {2 * pixels}; change --height and --width")
+    shape = (codec.latent_channels, height // pixels, width // pixels)
+    return Prompts(given=(text.cpu(), mask.cpu()), nothing=(empty.cpu(), empty_mask.cpu()), latent_shape=shape)
+
+
+def draw_prompts(
+    architecture: Architecture,
+    model: torch.nn.Module,
+    prompts: Prompts,
+    seed: int,
+    steps: int,
+    guidance: float,
+    batch: int,
+    description: str,
+) -> torch.Tensor:
+    """Clean latents [n, channels, rows, columns] of all captions; picture i starts from (seed, i)'s noise."""
+    latents = []
+    for rows in tqdm(torch.arange(prompts.count).split(batch), desc=description, unit="batch"):
+        noise = torch.stack([seeded_noise(seed, i, prompts.latent_shape) for i in rows.tolist()])
+        grid = architecture.grid(noise)
+        given, nothing = rows_of(prompts.given, rows), expanded(prompts.nothing, len(rows))
+        clean = draw(architecture, model, architecture.pack(noise), grid, given, nothing, steps, guidance)
+        latents.append(architecture.unpack(clean, grid))
+    return torch.cat(latents)
 
 
 def seeded_noise(seed: int, index: int, shape: tuple[int, ...]) -> torch.Tensor:

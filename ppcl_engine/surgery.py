@@ -7,7 +7,7 @@ then come out right with no translation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -78,10 +78,20 @@ def build_student(architecture: Architecture, config: dict, interval: Interval) 
     return CorrectedBlock(block, correction, architecture.block_returns)
 
 
+def filled_student(
+    architecture: Architecture, config: dict, interval: Interval, state: dict[str, torch.Tensor]
+) -> nn.Module:
+    """A student with these tensors as its own, for inference."""
+    with torch.device("meta"):
+        student = build_student(architecture, config, interval)
+    student.load_state_dict(state, assign=True)
+    return student.eval().requires_grad_(False)
+
+
 def pruned_blocks(
     architecture: Architecture,
     num_blocks: int,
-    intervals: list[Interval],
+    intervals: Sequence[Interval],
     teacher_block: Callable[[int], nn.Module],
     student: Callable[[Interval], nn.Module],
 ) -> list[nn.Module]:

@@ -52,6 +52,7 @@ class Architecture(Protocol):
     """One registered architecture. Configurations are dicts with diffusers' own names."""
 
     name: str
+    diffusers_class: str
     block_arguments: dict[str, str]
     """stream -> the name of a block's argument that brings it"""
     block_returns: tuple[str, ...]
@@ -92,6 +93,8 @@ class Architecture(Protocol):
     def unpack(self, tokens: torch.Tensor, grid: torch.Tensor) -> torch.Tensor: ...
 
     def grid(self, latents: torch.Tensor) -> torch.Tensor: ...
+
+    def latent_shape(self, config: dict, height: int, width: int) -> tuple[int, int, int]: ...
 
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor: ...
 

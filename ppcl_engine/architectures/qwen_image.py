@@ -9,11 +9,13 @@ from torch import nn
 
 from .base import BlockState, Inputs
 
+VAE_PIXELS = 8  # pixels a latent position of its VAE covers
 ROTARY_SHARES = (2, 7, 7)  # of 16: frame, row, column; 16, 56, 56 of 128 in the released model
 
 
 class QwenImage:
     name = "qwen_image"
+    diffusers_class = "QwenImageTransformer2DModel"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
     block_returns = ("text", "image")
     model_configs = {
@@ -145,6 +147,12 @@ class QwenImage:
     def grid(self, latents: torch.Tensor) -> torch.Tensor:
         """[1, 3] (frames, rows, columns) of tokens"""
         return torch.tensor([[1, latents.shape[-2] // 2, latents.shape[-1] // 2]])
+
+    def latent_shape(self, config: dict, height: int, width: int) -> tuple[int, int, int]:
+        """(channels, rows, columns) of a picture in pixels. Raises ValueError for sizes that do not divide."""
+        if height % (2 * VAE_PIXELS) or width % (2 * VAE_PIXELS):
+            raise ValueError(f"{height} x {width} pixels is not a multiple of {2 * VAE_PIXELS}; change --height, --width")
+        return config["in_channels"] // 4, height // VAE_PIXELS, width // VAE_PIXELS
 
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
         """diffusers' own forward on our inputs."""

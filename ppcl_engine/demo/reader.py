@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..files import write_tensors
-from .codec import Codec, fit_codec
+from ..codecs import TableCodec
+from .codec import fit_codec
 from .task import (
     CHARACTERS,
     COLOUR_NAMES,
@@ -114,7 +115,7 @@ def score(readings: torch.Tensor, captions: list[Caption]) -> dict[str, torch.Te
     }
 
 
-def training_batch(codec: Codec, recipe: ReaderRecipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def training_batch(codec: TableCodec, recipe: ReaderRecipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Augmented pictures [batch, 3, 48, 48] and their table [batch, 5]; depends on (seed, step) alone."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step + 1)
     captions = random_captions(recipe.batch, generator)
@@ -164,7 +165,7 @@ def learning_rate(recipe: ReaderRecipe, step: int) -> float:
     return recipe.learning_rate * warm * (1 + math.cos(math.pi * step / recipe.steps)) / 2
 
 
-def train(recipe: ReaderRecipe, codec: Codec) -> Reader:
+def train(recipe: ReaderRecipe, codec: TableCodec) -> Reader:
     torch.manual_seed(recipe.seed)
     reader = Reader().train()
     optimizer = torch.optim.AdamW(reader.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -188,7 +189,7 @@ def train(recipe: ReaderRecipe, codec: Codec) -> Reader:
     return reader.eval()
 
 
-def accuracy(reader: Reader, codec: Codec, seed: int, count: int) -> dict[str, float]:
+def accuracy(reader: Reader, codec: TableCodec, seed: int, count: int) -> dict[str, float]:
     """Share read right of each of FIELDS, on `count` rendered pictures that went through the codec."""
     generator = torch.Generator().manual_seed(seed * 1_000_003)
     captions = random_captions(count, generator)

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import torch
 
+from ..architectures.qwen_image import QwenImage
 from ..files import write_json, write_tensors
-from .codec import Codec, fit_codec
+from ..codecs import TableCodec
+from .codec import fit_codec
 from .task import random_captions, render
 
+ARCHITECTURE = QwenImage()
 TEACHER_CONFIG = {
     "patch_size": 2,
     "in_channels": 64,
@@ -57,16 +60,10 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def pack(latents: torch.Tensor) -> torch.Tensor:
-    """[n, c, h, w] -> tokens [n, h/2 * w/2, 4c], as diffusers' Qwen-Image pipeline packs them."""
-    n, c, h, w = latents.shape
-    return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, 4 * c)
-
-
-def training_batch(codec: Codec, recipe: Recipe, step: int) -> dict[str, torch.Tensor]:
+def training_batch(codec: TableCodec, recipe: Recipe, step: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step + 1)
     captions = random_captions(recipe.batch, generator)
-    clean = pack(codec.latents(render(captions, generator)))
+    clean = ARCHITECTURE.pack(codec.latents(render(captions, generator)))
     noise = torch.randn(clean.shape, generator=generator)
     logit_normal = torch.sigmoid(0.4 + torch.randn(recipe.batch, generator=generator))
     uniform = torch.rand(recipe.batch, generator=generator)
@@ -94,15 +91,17 @@ def new_teacher(seed: int):
 
 
 def predict(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    side = int(math.isqrt(batch["noisy"].shape[1]))
-    return model(
-        hidden_states=batch["noisy"],
-        encoder_hidden_states=batch["text"],
-        encoder_hidden_states_mask=batch["mask"],
-        timestep=batch["t"],
-        img_shapes=[[(1, side, side)]] * len(batch["t"]),
-        return_dict=False,
-    )[0]
+    side = math.isqrt(batch["noisy"].shape[1])
+    return ARCHITECTURE.call(
+        model,
+        {
+            "hidden_states": batch["noisy"],
+            "encoder_hidden_states": batch["text"],
+            "encoder_hidden_states_mask": batch["mask"],
+            "timestep": batch["t"],
+            "grid": torch.tensor([[1, side, side]]),
+        },
+    )
 
 
 def train(recipe: Recipe, output: Path, compiled: bool, device: str) -> None:
@@ -175,13 +174,14 @@ def load_progress(path: Path, recipe: Recipe, model, optimizer, average) -> int:
     return step
 
 
-def save_teacher(path: Path, recipe: Recipe, step: int, average, codec: Codec) -> None:
+def save_teacher(path: Path, recipe: Recipe, step: int, average, codec: TableCodec) -> None:
     tensors = {f"model.diffusion_model.{name}": t.to("cpu", torch.bfloat16) for name, t in average.items()}
     metadata = {
         "config": json.dumps({"_class_name": "QwenImageTransformer2DModel", **TEACHER_CONFIG}),
         "recipe": json.dumps(asdict(recipe)),
         "step": str(step),
         "license": "Apache-2.0",
+        **codec.metadata(),
     }
     write_tensors(path, tensors | codec.tensors(), metadata)
 

@@ -14,11 +14,10 @@ from tqdm import tqdm
 from .. import flow, sampling
 from ..architectures import Architecture, Inputs
 from ..checkpoint import Weights, assemble
-from ..codecs import Codec, open_codec
+from ..codecs import open_codec
 from ..config import CalibrateConfig
 from ..data import CalibrationSet, caption_file, load_pictures, picture_files, save_calibration
 from ..files import TensorFile
-from ..plan import Variant
 from ..run import DTYPES, Run, resolve_device
 
 
@@ -72,59 +71,58 @@ def _from_drawing(config: CalibrateConfig, weights: Weights) -> list[Inputs]:
     """Text is encoded first and its encoder released, then the transformer comes."""
     device, architecture = resolve_device(config.device), weights.architecture
     generator = torch.Generator().manual_seed(config.seed)
-    text, mask, empty_text, empty_mask, shape = _texts(config, architecture, weights, generator, device)
-    model = assemble(weights, None, Variant(name="full"), DTYPES[config.dtype], device)
-    latents = torch.zeros(1, *shape)
-    grid = architecture.grid(latents)
+    empty = torch.rand(config.samples, generator=generator) < config.empty_captions
+    prompts = _stored_prompts(config, weights, empty) if config.embeddings else _encoded_prompts(config, empty, device)
+    model = assemble(weights, None, (), DTYPES[config.dtype], device)
     kept_steps = torch.randint(config.steps, (config.samples,), generator=generator)
     batches = []
     for chunk in tqdm(_chunks(config.samples, config.batch), desc="calibrate", unit="batch"):
-        noise = architecture.pack(torch.randn(len(chunk), *shape, generator=generator))
-        kept = torch.zeros_like(noise)
-        times = torch.zeros(len(chunk))
-
-        def seen(x, t, kept=kept, times=times, chunk=chunk):
-            rows = kept_steps[chunk] == round((1 - t) * config.steps)
-            kept[rows], times[rows] = x[rows], t
-
-        given = (text[chunk], mask[chunk])
-        nothing = (empty_text.expand(len(chunk), -1, -1), empty_mask.expand(len(chunk), -1))
-        clean = sampling.draw(architecture, model, noise, grid, given, nothing, config.steps, config.guidance, seen)
-        batches.append(sampling.inputs_of(kept, times, *given, grid, clean))
+        noise = torch.randn(len(chunk), *prompts.latent_shape, generator=generator)
+        given = sampling.rows_of(prompts.given, chunk)
+        batches.append(_drawn(config, architecture, model, prompts, noise, given, kept_steps[chunk]))
     return batches
 
 
-def _texts(config, architecture, weights, generator, device):
-    """(text, mask) of every sample, some empty; the empty caption's; the latents' shape."""
-    empty_rows = torch.rand(config.samples, generator=generator) < config.empty_captions
-    if config.embeddings:
-        file = TensorFile(config.embeddings)
-        absent = [name for name in ("text", "mask", "empty") if name not in file.entries]
-        if absent:
-            raise ValueError(f"{config.embeddings} has no tensor {absent[0]!r}; it needs text, mask and empty")
-        text, mask, empty = file.read("text"), file.read("mask").bool(), file.read("empty")
-        rows = torch.arange(config.samples) % len(text)
-        text, mask = text[rows].clone(), mask[rows].clone()
-        text[empty_rows, : empty.shape[1]], mask[empty_rows] = empty[0], False
-        mask[empty_rows, : empty.shape[1]] = True
-        empty_mask = torch.ones(empty.shape[:2], dtype=torch.bool)
-        channels = weights.config["in_channels"] // 4
-        return text, mask, empty, empty_mask, (channels, *_rows_columns(config, (1024, 1024), 8))
-    codec: Codec = open_codec(config.model, device)
-    prompts = caption_file(config.prompts)
-    texts = ["" if empty_rows[i] else prompts[i % len(prompts)] for i in range(config.samples)]
-    text, mask = codec.text(texts)
-    empty, empty_mask = codec.text([""])
-    shape = (codec.latent_channels, *_rows_columns(config, codec.picture_size, codec.pixels_per_latent))
+def _drawn(config, architecture, model, prompts, noise, given, kept_steps) -> Inputs:
+    """Draws a batch; of each picture one state on its way is kept, and the end as the clean one."""
+    grid, tokens = architecture.grid(noise), architecture.pack(noise)
+    kept, times = torch.zeros_like(tokens), torch.zeros(len(tokens))
+
+    def seen(x, t):
+        rows = kept_steps == round((1 - t) * config.steps)
+        kept[rows], times[rows] = x[rows], t
+
+    nothing = sampling.expanded(prompts.nothing, len(tokens))
+    clean = sampling.draw(architecture, model, tokens, grid, given, nothing, config.steps, config.guidance, seen)
+    return sampling.inputs_of(kept, times, *given, grid, clean)
+
+
+def _encoded_prompts(config: CalibrateConfig, empty: torch.Tensor, device: str) -> sampling.Prompts:
+    codec = open_codec(config.model, device)
+    captions = caption_file(config.prompts)
+    texts = ["" if empty[i] else captions[i % len(captions)] for i in range(config.samples)]
+    prompts = sampling.encode_prompts(codec, texts, config.height, config.width)
     codec.release()
-    return text.cpu(), mask.cpu(), empty.cpu(), empty_mask.cpu(), shape
+    return prompts
 
 
-def _rows_columns(config: CalibrateConfig, default: tuple[int, int], pixels: int) -> tuple[int, int]:
-    height, width = config.height or default[0], config.width or default[1]
-    if height % (2 * pixels) or width % (2 * pixels):
-        raise ValueError(f"{height} x {width} pixels is not a multiple of {2 * pixels}; change --height, --width")
-    return height // pixels, width // pixels
+def _stored_prompts(config: CalibrateConfig, weights: Weights, empty_rows: torch.Tensor) -> sampling.Prompts:
+    """From a file of embeddings. Raises ValueError naming the tensor that is missing or the size that is not given."""
+    file = TensorFile(config.embeddings)
+    absent = [name for name in ("text", "mask", "empty") if name not in file.entries]
+    if absent:
+        raise ValueError(f"{config.embeddings} has no tensor {absent[0]!r}; it needs text, mask and empty")
+    if not config.height or not config.width:
+        raise ValueError("stored embeddings do not say how large pictures are; give --height and --width")
+    empty = file.read("empty").float()
+    rows = torch.arange(config.samples) % file.shape("text")[0]
+    text, mask = file.read("text").float()[rows], file.read("mask").bool()[rows]
+    length = empty.shape[1]
+    text[empty_rows, :length], mask[empty_rows] = empty[0], False
+    mask[empty_rows, :length] = True
+    shape = weights.architecture.latent_shape(weights.config, config.height, config.width)
+    nothing = (empty, torch.ones(empty.shape[:2], dtype=torch.bool))
+    return sampling.Prompts(given=(text, mask), nothing=nothing, latent_shape=shape)
 
 
 def _chunks(count: int, size: int) -> tuple[torch.Tensor, ...]:

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from ppcl_engine.demo.accuracy import unpack
 from ppcl_engine.demo.codec import fit_codec
 from ppcl_engine.demo.reader import BUNDLED, load_reader, read, score
 from ppcl_engine.demo.task import caption_table, parse_caption, random_captions, render
-from ppcl_engine.demo.train import pack
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +67,3 @@ def test_codec_round_trips_with_unit_variance(codec, world):
     assert latents.shape == (300, 16, 12, 12)
     assert latents.var().item() == pytest.approx(1, abs=0.1)
     assert error < 0.05
-
-
-def test_unpack_is_the_inverse_of_pack():
-    latents = torch.randn(2, 16, 12, 12, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(unpack(pack(latents)), latents)

@@ -1,0 +1,208 @@
+"""Distil depth: one student an interval, each by itself, on the teacher's own states (paper, section 3.3).
+
+Works in rounds. A round is one sweep of the teacher over fresh samples, no further than the last
+interval, which leaves the states at interval boundaries in a cache; then every interval takes
+its updates from them. Input: the teacher's input of block u; target: its output of block v.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..architectures import BlockState
+from ..config import DistillDepthConfig
+from ..data import CalibrationSet
+from ..files import write_text
+from ..losses import LOSSES
+from ..plan import Interval, parse_intervals
+from ..run import Run, open_calibration, open_plan, open_teacher
+from ..similarity import NormalEquations
+from ..streaming import StateStore, Teacher
+from ..surgery import block_of_student, build_student, corrections_of, interval_streams
+from ..training import Stopped, Trainer, cosine_schedule, saved_step, stop_on_interrupt
+
+REUSE = 4  # updates from one cached batch: a sweep of the teacher costs many students' updates
+RIDGE = 1e-4
+
+
+def distill_depth(config: DistillDepthConfig) -> Path:
+    """Writes `depth/<interval>.safetensors`, weights and optimiser state, and the students' form into the plan.
+
+    Goes on from what is there. Raises Diverged (a ValueError) with the last good state kept, Stopped
+    on Ctrl-C after saving.
+    """
+    run, teacher = Run(config.run), open_teacher(config)
+    calibration = open_calibration(config, teacher.weights)
+    plan = open_plan(config, teacher.weights)
+    wanted = [plan.interval(i.name) for i in parse_intervals(config.intervals)] or list(plan.intervals)
+    intervals = [replace(interval, correction=_correction(config)) for interval in wanted]
+    settings = _settings(config, calibration)
+    steps_done = {i.name: saved_step(run.student(i.name), settings) or 0 for i in intervals}
+    total = config.rounds * config.updates
+    progress = tqdm(total=total * len(intervals), initial=sum(steps_done.values()), desc="distill-depth", unit="update")
+    with stop_on_interrupt() as asked, progress:
+        for number in range(config.rounds):
+            due = [i for i in intervals if saved_step(run.student(i.name), settings) in _unfinished(config, number)]
+            if due:
+                _Round(config, run, teacher, calibration, due, number, settings, progress, asked).work()
+    students = {interval.name: interval for interval in intervals}
+    plan = plan.with_parts(intervals=tuple(students.get(i.name, i) for i in plan.intervals), variants=())
+    write_text(run.plan, plan.to_json() + "\n")
+    return run.students
+
+
+def interval_loss(loss: str, student: BlockState, target: BlockState, streams: tuple[str, ...]) -> torch.Tensor:
+    """Sum over streams of the loss on real tokens (paper, equation 6)."""
+    return sum(LOSSES[loss](student.real_tokens(s).float(), target.real_tokens(s).float()) for s in streams)
+
+
+def _unfinished(config: DistillDepthConfig, number: int) -> set[int | None]:
+    done_before = {None} if number == 0 else set()
+    return done_before | set(range(number * config.updates, (number + 1) * config.updates))
+
+
+def _correction(config: DistillDepthConfig) -> str:
+    if config.correction not in ("affine", "none") and not (config.correction.isdigit() and int(config.correction)):
+        raise ValueError(f"--correction {config.correction!r} is not affine, none or a rank such as 16")
+    return config.correction
+
+
+def _settings(config: DistillDepthConfig, calibration: CalibrationSet) -> str:
+    names = ("init", "correction", "loss", "rounds", "updates", "learning_rate", "warm_up", "weight_decay", "seed", "dtype")
+    values = {name: getattr(config, name) for name in names}
+    return json.dumps({**values, "calibration": calibration.hash[:16]})
+
+
+@dataclass
+class _Round:
+    """One sweep of the teacher and the updates that it feeds."""
+
+    config: DistillDepthConfig
+    run: Run
+    teacher: Teacher
+    calibration: CalibrationSet
+    intervals: list[Interval]
+    number: int
+    settings: str
+    progress: tqdm
+    asked: Callable[[], bool]
+
+    def work(self) -> None:
+        self.store = StateStore(self.run.states / f"round_{self.number}" if self.config.streamed else None)
+        with torch.no_grad():
+            self._sweep()
+        for interval in self.intervals:
+            self._train(interval)
+        self.store.clear()
+
+    def _sweep(self) -> None:
+        """Leaves the input of each interval's first block and the output of its last in the store."""
+        first = self.teacher.embed(self._inputs(0))
+        self.batches = range(self._batches_that_fit(first))
+        self.embedded = [first] + [self.teacher.embed(self._inputs(b)) for b in self.batches[1:]]
+        wanted = {i.first for i in self.intervals} | {i.last + 1 for i in self.intervals}
+        for batch, state in enumerate(self.embedded):
+            self.store.put(0, batch, state)
+        for index, block in self.teacher.walk(0, max(i.last for i in self.intervals)):
+            for batch, like in enumerate(self.embedded):
+                state = self.store.get(index, batch, like)
+                self.store.put(index + 1, batch, self.teacher.architecture.run_block(block, state))
+                if index not in wanted:
+                    self.store.drop(index, batch)
+
+    def _inputs(self, batch: int):
+        """Batch `batch` of this round: the calibration set's batches in turn, with fresh noise and timesteps."""
+        count = self.number * self._sweep_batches() + batch
+        return self.calibration.fresh(count % len(self.calibration), self.config.seed * 1_000_003 + count)
+
+    def _sweep_batches(self) -> int:
+        return math.ceil(self.config.updates / REUSE)
+
+    def _batches_that_fit(self, state: BlockState) -> int:
+        boundaries = 2 * len(self.intervals) + 2
+        size = boundaries * (state.image.nbytes + state.text.nbytes)
+        fitting = int(self.config.cache_gb * 1e9 // size)
+        if not fitting:
+            raise ValueError(f"--cache-gb {self.config.cache_gb} is too small for one batch, which needs {size / 1e9:.2f}")
+        return min(self._sweep_batches(), fitting)
+
+    def _train(self, interval: Interval) -> None:
+        path, end = self.run.student(interval.name), (self.number + 1) * self.config.updates
+        trainer = Trainer(self._new_student(interval), self.config.weight_decay)
+        if path.exists():
+            trainer.restore(path)
+        else:
+            with torch.no_grad():
+                self._fit_correction(interval, trainer.module)
+        while trainer.step < end:
+            trainer.update(*self._loss(interval, trainer), f"interval {interval.name}")
+            self.progress.update()
+            self.progress.set_postfix_str(f"{interval.name} loss {trainer.losses[-1]:.4f}", refresh=False)
+            if self.asked():
+                trainer.save(path, self.settings)
+                raise Stopped(f"stopped at step {trainer.step} of interval {interval.name}; saved. Run the same command to go on")
+        trainer.save(path, self.settings)
+
+    def _loss(self, interval: Interval, trainer: Trainer) -> tuple[torch.Tensor, float]:
+        config, batch = self.config, trainer.step % len(self.batches)
+        source, target = self._pair(interval, batch)
+        student = self.teacher.architecture.run_block(trainer.module, source)
+        streams = interval_streams(self.teacher.architecture, self.teacher.config, interval)
+        total = config.rounds * config.updates
+        rate = cosine_schedule(trainer.step, total, config.learning_rate, config.warm_up)
+        return interval_loss(config.loss, student, target, streams), rate
+
+    def _pair(self, interval: Interval, batch: int) -> tuple[BlockState, BlockState]:
+        like = self.embedded[batch]
+        return self.store.get(interval.first, batch, like), self.store.get(interval.last + 1, batch, like)
+
+    def _new_student(self, interval: Interval) -> nn.Module:
+        origin = interval.first if self.config.init == "first" else (interval.first + interval.last) // 2
+        torch.manual_seed(self.config.seed)
+        student = build_student(self.teacher.architecture, self.teacher.config, interval)
+        student = student.to(self.teacher.device, self.teacher.dtype).train()
+        block_of_student(student).load_state_dict(copy.deepcopy(self.teacher.block(origin)).state_dict())
+        return student
+
+    def _fit_correction(self, interval: Interval, student: nn.Module) -> None:
+        """Least squares from what the copied block returns to the teacher's state after the interval."""
+        correction = corrections_of(student)
+        if correction is None:
+            return
+        width = self.teacher.architecture.width(self.teacher.config)
+        equations = {s: NormalEquations(width, width, self.teacher.device) for s in correction.maps}
+        for batch in self.batches:
+            source, target = self._pair(interval, batch)
+            output = self.teacher.architecture.run_block(block_of_student(student), source)
+            for stream, sums in equations.items():
+                x = output.real_tokens(stream)
+                sums.add(x, target.real_tokens(stream) - x)
+        for stream, sums in equations.items():
+            set_map(correction.maps[stream], sums)
+
+
+def set_map(target: nn.Module, equations: NormalEquations) -> None:
+    """The ridge solution into a Linear, or its best approximation of the rank of a pair of Linears.
+
+    Reduced-rank regression: project on the leading directions of the fitted values (Izenman 1975).
+    """
+    solution = equations.solve(RIDGE)
+    if isinstance(target, nn.Linear):
+        target.weight.copy_(solution.weight)
+        target.bias.copy_(solution.bias)
+        return
+    down, up = target
+    fitted = solution.weight @ equations.xx[:-1, :-1] @ solution.weight.T
+    leading = torch.linalg.eigh(fitted).eigenvectors[:, -down.out_features :]
+    down.weight.copy_(leading.T @ solution.weight)
+    up.weight.copy_(leading)
+    up.bias.copy_(solution.bias)

@@ -1,0 +1,205 @@
+"""Evaluate: every variant against the teacher at the same seeds, with bootstrap intervals.
+
+Velocity error on the calibration set by timestep; pictures drawn from the same noise (latent and
+picture PSNR, SSIM, what a reader reads in them, how much the caption matters); time, memory, size.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..checkpoint import Weights, assemble, parameter_count
+from ..config import EvaluateConfig
+from ..cost import CostModel
+from ..data import CalibrationSet, caption_file
+from ..files import write_json, write_tensors
+from ..plan import FULL, PruningPlan, Variant
+from ..quality import Reading, reader_of, ssim
+from ..reporting import write_report
+from ..run import DTYPES, Run, RunStudents, open_calibration, open_plan, resolve_device
+from ..sampling import Prompts, draw_prompts, encode_prompts, expanded, inputs_of, rows_of
+from ..similarity import bootstrap_interval, bootstrap_ratio
+
+SHOWN = 12
+TIMESTEP_PARTS = 8
+STORED_BYTES = 2  # bfloat16
+
+
+def evaluate(config: EvaluateConfig) -> Path:
+    """Writes `evaluate.json`, `pictures.safetensors` and the report. Returns the report's path."""
+    return evaluate_with(config, seconds=None)
+
+
+def evaluate_with(config: EvaluateConfig, seconds: Callable[[], float] | None) -> Path:
+    """`seconds()`: how long the whole run took, for the report."""
+    start = time.monotonic()
+    run, weights = Run(config.run), Weights(config.model)
+    plan, calibration = open_plan(config, weights), open_calibration(config, weights)
+    reading = reader_of(config, weights.path)
+    texts = caption_file(config.prompts) if config.prompts else reading.captions(config.captions, config.seed)
+    texts = [texts[i % len(texts)] for i in range(config.captions)]
+    judge = _Judge(config, run, weights, plan, calibration, reading, texts)
+    rows = [judge.row(variant) for variant in _variants(config, plan)]
+    write_json(
+        run.evaluation,
+        {
+            "captions": len(texts),
+            "steps": config.steps,
+            "guidance": config.guidance,
+            "seed": config.seed,
+            "seconds": time.monotonic() - start,
+            "device": resolve_device(config.device),
+            "machine": f"{platform.machine()} {torch.get_num_threads()} threads",
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "captions_shown": texts[:SHOWN],
+            "variants": rows,
+        },
+    )
+    write_tensors(run.folder / "pictures.safetensors", judge.shown)
+    return write_report(run.folder, seconds() if seconds else None)
+
+
+def _variants(config: EvaluateConfig, plan: PruningPlan) -> list[Variant]:
+    """The teacher first."""
+    names = [n.strip() for n in config.variants.split(",") if n.strip()] or [v.name for v in plan.variants]
+    return [plan.variant(FULL)] + [plan.variant(name) for name in names if name != FULL]
+
+
+class _Judge:
+    """Draws with one variant after the other; keeps what the teacher drew."""
+
+    def __init__(self, config, run: Run, weights: Weights, plan, calibration: CalibrationSet, reading: Reading, texts):
+        self.config, self.weights, self.plan, self.calibration = config, weights, plan, calibration
+        self.reading, self.texts = reading, texts
+        self.device, self.dtype = resolve_device(config.device), DTYPES[config.dtype]
+        self.students = RunStudents(run, weights.config, weights.architecture)
+        self.prompts: Prompts = encode_prompts(reading.codec, texts)
+        self.reading.codec.release()
+        inputs = calibration.inputs(0)
+        grid, tokens = tuple(inputs["grid"][0].tolist()), inputs["encoder_hidden_states"].shape[1]
+        self.cost = CostModel(weights.architecture, weights.config, grid, tokens)
+        self.shown: dict[str, torch.Tensor] = {}
+        self.teacher: dict = {}
+
+    def row(self, variant: Variant) -> dict:
+        if self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        intervals = self.plan.intervals_of(variant)
+        model = assemble(self.weights, self.students, intervals, self.dtype, self.device)
+        velocities, seconds = self._velocities(model, variant.name)
+        latents = draw_prompts(
+            self.weights.architecture, model, self.prompts, self.config.seed, self.config.steps,
+            self.config.guidance, self.config.batch, f"draw {variant.name}",
+        )
+        pictures = self.reading.codec.pictures(latents).cpu()
+        self.shown[variant.name] = (pictures[:SHOWN] * 255).round().byte()
+        ours = {"velocities": velocities, "latents": latents, "pictures": pictures, "seconds": seconds}
+        if not self.teacher:
+            self.teacher = ours
+        return {
+            "name": variant.name,
+            "parameters": parameter_count(model),
+            "bytes": parameter_count(model) * STORED_BYTES,
+            "flops": self.cost.variant(self.plan, variant).flops,
+            "seconds_per_step": seconds,
+            "latency_ratio": self.teacher["seconds"] / seconds,
+            "peak_memory_bytes": _peak_memory(self.device),
+            **self._against_teacher(ours),
+            **self._readings(pictures),
+            "text_sensitivity": self._text_sensitivity(model),
+        }
+
+    def _velocities(self, model, name: str) -> tuple[list[torch.Tensor], float]:
+        """Predictions on the calibration set, and the median seconds of a forward of one batch."""
+        outputs, seconds = [], []
+        with torch.no_grad():
+            for batch in tqdm(range(len(self.calibration)), desc=f"velocity {name}", unit="batch"):
+                inputs = self._placed(self.calibration.inputs(batch))
+                start = time.perf_counter()
+                outputs.append(self.weights.architecture.call(model, inputs).float().cpu())
+                seconds.append(time.perf_counter() - start)
+        return outputs, sorted(seconds)[len(seconds) // 2]
+
+    def _placed(self, inputs):
+        floating = ("hidden_states", "encoder_hidden_states")
+        return {
+            k: v if k == "grid" else v.to(self.device, self.dtype if k in floating else v.dtype) for k, v in inputs.items()
+        }
+
+    def _against_teacher(self, ours: dict) -> dict:
+        names = ("velocity_error", "velocity_error_by_timestep", "latent_psnr", "psnr", "ssim")
+        if ours is self.teacher:
+            return dict.fromkeys(names)
+        pairs = list(zip(ours["velocities"], self.teacher["velocities"], strict=True))
+        error = torch.cat([_squares(a - b) for a, b in pairs])
+        power = torch.cat([_squares(b) for _, b in pairs])
+        return {
+            "velocity_error": self._ratio(error, power),
+            "velocity_error_by_timestep": self._by_timestep(error, power),
+            "latent_psnr": self._mean(_psnr(ours["latents"], self.teacher["latents"], peak=None)),
+            "psnr": self._mean(_psnr(ours["pictures"], self.teacher["pictures"], peak=1.0)),
+            "ssim": self._mean(ssim(ours["pictures"], self.teacher["pictures"])),
+        }
+
+    def _by_timestep(self, error: torch.Tensor, power: torch.Tensor) -> list[dict]:
+        timesteps = torch.cat([batch["timestep"] for batch in self.calibration.batches])
+        rows = []
+        for part in range(TIMESTEP_PARTS):
+            here = (timesteps * TIMESTEP_PARTS).long().clamp_max(TIMESTEP_PARTS - 1) == part
+            if here.sum() > 1:
+                rows.append({"t": (part + 0.5) / TIMESTEP_PARTS, **self._ratio(error[here], power[here])})
+        return rows
+
+    def _readings(self, pictures: torch.Tensor) -> dict:
+        scores = self.reading.score(pictures, self.texts)
+        names = ("character", "shape", "colour")
+        return {f"{n}_accuracy": self._mean(scores[n].double()) if n in scores else None for n in names}
+
+    def _text_sensitivity(self, model) -> dict:
+        """|| v(caption) - v(empty) ||^2 / || v(caption) ||^2 at t = 0.7: how much the words matter."""
+        count = min(self.config.batch, self.prompts.count)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        noise = self.weights.architecture.pack(torch.randn(count, *self.prompts.latent_shape, generator=generator))
+        given = rows_of(self.prompts.given, torch.arange(count))
+        grid = self.weights.architecture.grid(torch.zeros(1, *self.prompts.latent_shape))
+        t = torch.full((count,), 0.7)
+        with torch.no_grad():
+            caption, empty = (
+                self.weights.architecture.call(model, self._placed(inputs_of(noise, t, *text, grid))).float().cpu()
+                for text in (given, expanded(self.prompts.nothing, count))
+            )
+        return self._ratio(_squares(caption - empty), _squares(caption))
+
+    def _mean(self, values: torch.Tensor) -> dict:
+        low, high = bootstrap_interval(values, self.config.seed)
+        return {"value": float(values.mean()), "low": low, "high": high}
+
+    def _ratio(self, above: torch.Tensor, below: torch.Tensor) -> dict:
+        low, high = bootstrap_ratio(above, below, self.config.seed)
+        return {"value": float(above.sum() / below.sum()), "low": low, "high": high}
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    return x.double().square().flatten(1).sum(1)
+
+
+def _psnr(ours: torch.Tensor, theirs: torch.Tensor, peak: float | None) -> torch.Tensor:
+    """Decibels a sample; `peak` None takes the teacher's own range, as latents have no fixed one. At most 100."""
+    error = (ours - theirs).double().square().flatten(1).mean(1).clamp_min(1e-12)
+    flat = theirs.double().flatten(1)
+    span = flat.amax(1) - flat.amin(1) if peak is None else torch.full_like(error, peak)
+    return (10 * (span.square() / error).log10()).clamp_max(100.0)
+
+
+def _peak_memory(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
