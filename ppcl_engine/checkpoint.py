@@ -262,6 +262,14 @@ def open_model(
     return assemble(weights, bundle, bundle.plan.intervals_of(bundle.plan.variant(variant)), dtype, device)
 
 
+def architecture_of(path: Path) -> Architecture:
+    """Of any file that `open_model` reads."""
+    if is_bundle(path):
+        return Bundle(path).architecture
+    structure = standalone_structure(path)
+    return architecture_named(structure["architecture"]) if structure else Weights(path).architecture
+
+
 def standalone_structure(path: Path) -> dict | None:
     """The structure tensor's content when `path` is a standalone in our own (non-stock) layout."""
     if not path.is_file():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,9 @@ class Common:
     """Read blocks from disk one after the other instead of keeping the whole model in memory."""
     seed: int = 0
     """Same seed, same files, same machine: same bits."""
+    dry_run: bool = False
+    """Only print what it would take (blocks, bytes, memory, time a step), resident and streamed; needs no
+    weights: --model may be the name of a known model, such as qwen_image, or a folder with a config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,3 +191,88 @@ class GenerateConfig:
     """Noise."""
     device: str = "auto"
     """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Say what a file holds, or what architectures are known."""
+
+    path: Path | None = None
+    """Bundle, standalone, diffusers folder or single file."""
+    architectures: bool = False
+    """List the known full-size models, counted without weights."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Time a forward of each variant on random inputs, interleaved, on this machine."""
+
+    path: Path
+    """Bundle, standalone, diffusers folder or single file."""
+    base: Path | None = None
+    """The base model of a bundle."""
+    rows: int = 6
+    """Rows of image tokens (a token covers 16 pixels of a full-size model)."""
+    columns: int = 6
+    """Columns of image tokens."""
+    text_tokens: int = 9
+    """Text tokens."""
+    batch: int = 1
+    """Samples at once."""
+    repeats: int = 10
+    """Forwards a variant; the median counts."""
+    device: str = "auto"
+    """Where to compute."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole method on the bundled teacher: calibrate to report, no download."""
+
+    run: Path = Path("runs/demo")
+    """Where everything goes."""
+    device: str = "auto"
+    """Where to compute."""
+    seed: int = 0
+    """Seed of every stage."""
+    captions: int = 200
+    """Pictures drawn a variant in the evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Run the stages that a TOML file names, in its order; [common] holds what they share."""
+
+    file: Path
+    """The file: tables named as the stages are, with their settings."""
+
+
+def from_mapping(kind: type, values: dict, where: str):
+    """A config from plain values (TOML, JSON). Raises ValueError naming the field that is unknown, missing or wrong."""
+    hints = get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{where}: unknown setting {unknown[0]!r}; known: {', '.join(sorted(hints))}")
+    missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
+    if missing:
+        raise ValueError(f"{where}: setting {missing[0]!r} is missing")
+    return kind(**{name: _converted(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+def _converted(hint, value, where: str):
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{where} = {value!r}; choose from {', '.join(map(str, get_args(hint)))}")
+        return value
+    kinds = get_args(hint) or (hint,)
+    if Path in kinds and isinstance(value, str):
+        return Path(value)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) not in kinds:
+        raise ValueError(f"{where} = {value!r} is not {' or '.join(getattr(k, '__name__', str(k)) for k in kinds)}")
+    return value

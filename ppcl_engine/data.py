@@ -38,7 +38,7 @@ class CalibrationSet:
 
     @property
     def hash(self) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(json.dumps(self.origin, sort_keys=True).encode())
         for batch in self.batches:
             for name in sorted(batch):
                 digest.update(name.encode() + batch[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

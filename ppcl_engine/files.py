@@ -125,9 +125,10 @@ class TensorFile:
                 header = json.loads(file.read(length))
             except (json.JSONDecodeError, UnicodeDecodeError):
                 raise ValueError(f"{path} is not a safetensors file (bad header); pass a .safetensors file") from None
-        if not isinstance(header, dict):
+        metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
+        if not isinstance(header, dict) or not all(map(_is_entry, header.values())):
             raise ValueError(f"{path} is not a safetensors file (bad header); pass a .safetensors file")
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self.metadata: dict[str, str] = metadata
         self.entries: dict[str, dict] = header
         self._start = 8 + length
         end = self._start + max((e["data_offsets"][1] for e in header.values()), default=0)
@@ -159,3 +160,12 @@ class TensorFile:
 
     def read_all(self) -> dict[str, torch.Tensor]:
         return {name: self.read(name) for name in self.entries}
+
+
+def _is_entry(value: object) -> bool:
+    """A header's entry: known dtype, shape, and offsets that hold just as many bytes."""
+    match value:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]} if dtype in DTYPES:
+            sizes = all(isinstance(size, int) and size >= 0 for size in shape)
+            return sizes and first >= 0 and last - first == math.prod(shape) * DTYPES[dtype].itemsize
+    return False

@@ -154,9 +154,14 @@ def plan_from_json(text: str, where: object = "plan") -> PruningPlan:
         raise ValueError(f"{where}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{where}: a plan is a JSON object")
+    if values.get("version", FORMAT_VERSION) != FORMAT_VERSION:  # its fields may be unknown too
+        raise ValueError(f"{where}: plan format {values['version']} is not {FORMAT_VERSION}; update ComfyUI-PPCL")
     parts = {"intervals": Interval, "sites": WidthSite, "variants": Variant}
     for name, kind in parts.items():
-        values[name] = tuple(_build(kind, row, f"{where}: {name}") for row in values.get(name, ()))
+        rows = values.get(name, [])
+        if not isinstance(rows, list):
+            raise ValueError(f"{where}: {name} is a list, found {rows!r}")
+        values[name] = tuple(_build(kind, row, f"{where}: {name}") for row in rows)
     return _build(PruningPlan, values, str(where))
 
 

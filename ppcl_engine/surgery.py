@@ -81,9 +81,12 @@ def build_student(architecture: Architecture, config: dict, interval: Interval) 
 def filled_student(
     architecture: Architecture, config: dict, interval: Interval, state: dict[str, torch.Tensor]
 ) -> nn.Module:
-    """A student with these tensors as its own, for inference."""
+    """A student with these tensors as its own, for inference. Raises ValueError when they are not its tensors."""
     with torch.device("meta"):
         student = build_student(architecture, config, interval)
+    wrong = sorted(student.state_dict().keys() ^ state.keys())
+    if wrong:
+        raise ValueError(f"student {interval.name}: tensor {wrong[0]} is missing or has no home; the file does not match its plan")
     student.load_state_dict(state, assign=True)
     return student.eval().requires_grad_(False)
 

@@ -51,20 +51,23 @@ class Trainer:
         self.losses: list[float] = []
 
     def update(self, loss: torch.Tensor, learning_rate: float, where: str) -> None:
-        """One step of AdamW. Raises Diverged, before the weights are touched, when the loss is not finite."""
+        """One step of AdamW. Raises Diverged, before the weights are touched, when loss or gradient is not finite."""
         value = float(loss.detach())
-        if not math.isfinite(value):
-            raise Diverged(
-                f"loss is {value} at step {self.step} of {where}; the last good state is kept, lower --learning-rate"
-            )
+        self._check_finite("loss", value, where)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self._check_finite("gradient", float(nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)), where)
         self.optimizer.step()
         self.losses.append(value)
         self.step += 1
+
+    def _check_finite(self, what: str, value: float, where: str) -> None:
+        if not math.isfinite(value):
+            raise Diverged(
+                f"{what} is {value} at step {self.step} of {where}; the last good state is kept, lower --learning-rate"
+            )
 
     def save(self, path: Path, settings: str) -> None:
         tensors = {}

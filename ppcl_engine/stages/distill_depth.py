@@ -23,7 +23,7 @@ from ..config import DistillDepthConfig
 from ..data import CalibrationSet
 from ..files import write_text
 from ..losses import LOSSES
-from ..plan import Interval, parse_intervals
+from ..plan import Interval, PruningPlan, parse_intervals
 from ..run import Run, open_calibration, open_plan, open_teacher
 from ..similarity import NormalEquations
 from ..streaming import StateStore, Teacher
@@ -53,7 +53,7 @@ def distill_depth(config: DistillDepthConfig) -> Path:
         for number in range(config.rounds):
             due = [i for i in intervals if saved_step(run.student(i.name), settings) in _unfinished(config, number)]
             if due:
-                _Round(config, run, teacher, calibration, due, number, settings, progress, asked).work()
+                _Round(config, run, teacher, calibration, plan, due, number, settings, progress, asked).work()
     students = {interval.name: interval for interval in intervals}
     plan = plan.with_parts(intervals=tuple(students.get(i.name, i) for i in plan.intervals), variants=())
     write_text(run.plan, plan.to_json() + "\n")
@@ -90,6 +90,7 @@ class _Round:
     run: Run
     teacher: Teacher
     calibration: CalibrationSet
+    plan: PruningPlan
     intervals: list[Interval]
     number: int
     settings: str
@@ -128,7 +129,7 @@ class _Round:
         return math.ceil(self.config.updates / REUSE)
 
     def _batches_that_fit(self, state: BlockState) -> int:
-        boundaries = 2 * len(self.intervals) + 2
+        boundaries = 2 * len(self.plan.intervals) + 2  # of the plan, not of this run: any subset gets the same batches
         size = boundaries * (state.image.nbytes + state.text.nbytes)
         fitting = int(self.config.cache_gb * 1e9 // size)
         if not fitting:
@@ -193,7 +194,7 @@ class _Round:
 def set_map(target: nn.Module, equations: NormalEquations) -> None:
     """The ridge solution into a Linear, or its best approximation of the rank of a pair of Linears.
 
-    Reduced-rank regression: project on the leading directions of the fitted values (Izenman 1975).
+    Reduced-rank regression: project on the leading directions of the fitted values, centred (Izenman 1975).
     """
     solution = equations.solve(RIDGE)
     if isinstance(target, nn.Linear):
@@ -201,8 +202,9 @@ def set_map(target: nn.Module, equations: NormalEquations) -> None:
         target.bias.copy_(solution.bias)
         return
     down, up = target
-    fitted = solution.weight @ equations.xx[:-1, :-1] @ solution.weight.T
-    leading = torch.linalg.eigh(fitted).eigenvectors[:, -down.out_features :]
+    mean = equations.xx[-1, :-1] / equations.rows
+    centred = equations.xx[:-1, :-1] - equations.rows * torch.outer(mean, mean)
+    leading = torch.linalg.eigh(solution.weight @ centred @ solution.weight.T).eigenvectors[:, -down.out_features :]
     down.weight.copy_(leading.T @ solution.weight)
     up.weight.copy_(leading)
-    up.bias.copy_(solution.bias)
+    up.bias.copy_(solution.bias + (solution.weight - leading @ leading.T @ solution.weight) @ mean)

@@ -1,0 +1,22 @@
+# Everything goes into .venv in this folder; a new machine needs python3 (3.10+), pip and make.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test setup clean
+
+demo: .venv/ready
+	$(BIN)/ppcl demo
+
+test: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,114 @@
+"""The command line: `ppcl STAGE --settings`. One dict from stage to its settings and function."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from . import config as settings
+
+STAGES: dict[str, tuple[type, str]] = {
+    "calibrate": (settings.CalibrateConfig, "stages.calibrate"),
+    "probe": (settings.ProbeConfig, "stages.probe"),
+    "detect": (settings.DetectConfig, "stages.detect"),
+    "distill-depth": (settings.DistillDepthConfig, "stages.distill_depth"),
+    "variants": (settings.VariantsConfig, "stages.variants"),
+    "export": (settings.ExportConfig, "stages.export"),
+    "evaluate": (settings.EvaluateConfig, "stages.evaluate"),
+    "generate": (settings.GenerateConfig, "stages.generate"),
+    "inspect": (settings.InspectConfig, "stages.inspect"),
+    "bench": (settings.BenchConfig, "stages.bench"),
+    "demo": (settings.DemoConfig, "demo.run"),
+}
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    from .training import Stopped
+
+    try:
+        _dispatch(arguments[0], arguments[1:])
+    except Stopped as stopped:
+        print(f"\nppcl: {stopped}", file=sys.stderr)
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        print("\nppcl: stopped; run the same command to go on", file=sys.stderr)
+        return INTERRUPTED
+    except ValueError as error:
+        print(f"ppcl: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        print(f"ppcl: {error.filename or 'file'}: {os.strerror(error.errno or 0)}; nothing half-written was left", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def _dispatch(stage: str, arguments: list[str]) -> None:
+    import tyro
+
+    if stage == "run":
+        run_file(tyro.cli(settings.RunConfig, args=arguments, prog="ppcl run").file)
+        return
+    if stage not in STAGES:
+        raise ValueError(f"unknown stage {stage!r}; known: {', '.join([*STAGES, 'run'])}")
+    kind, _ = STAGES[stage]
+    run_stage(stage, tyro.cli(kind, args=arguments, prog=f"ppcl {stage}"))
+
+
+def run_stage(stage: str, config) -> None:
+    if getattr(config, "dry_run", False):
+        from .estimate import print_estimate
+
+        print_estimate(config)
+        return
+    result = _function(stage)(config)
+    if result is not None:
+        print(f"{stage}: {result}")
+
+
+def run_file(path: Path) -> None:
+    """Every table is read and checked before the first stage starts."""
+    for stage, config in read_run_file(path):
+        run_stage(stage, config)
+
+
+def read_run_file(path: Path) -> list[tuple[str, object]]:
+    """Raises ValueError naming file, table and setting."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a TOML file")
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        tables = toml.loads(path.read_text(encoding="utf-8"))
+    except toml.TOMLDecodeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    common = tables.pop("common", {})
+    unknown = [name for name in tables if name not in STAGES]
+    if unknown:
+        raise ValueError(f"{path}: unknown stage [{unknown[0]}]; known: {', '.join(STAGES)}")
+    return [
+        (stage, settings.from_mapping(STAGES[stage][0], {**common, **table}, f"{path} [{stage}]"))
+        for stage, table in tables.items()
+    ]
+
+
+def _function(stage: str) -> Callable:
+    """The stage's function has the stage's name; its module is imported only now."""
+    module = importlib.import_module(f".{STAGES[stage][1]}", __package__)
+    return getattr(module, stage.replace("-", "_"))
+
+
+def _usage() -> str:
+    lines = [f"  {name:14} {kind.__doc__.splitlines()[0]}" for name, (kind, _) in STAGES.items()]
+    lines.append(f"  {'run':14} {settings.RunConfig.__doc__}")
+    return "usage: ppcl STAGE [settings]; ppcl STAGE --help lists them\n\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""`ppcl demo`: the whole method on the bundled teacher, from rendered pictures to a report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from ..config import (
+    CalibrateConfig,
+    DemoConfig,
+    DetectConfig,
+    DistillDepthConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ProbeConfig,
+    VariantsConfig,
+)
+from ..stages.calibrate import calibrate
+from ..stages.detect import detect
+from ..stages.distill_depth import distill_depth
+from ..stages.evaluate import evaluate_with
+from ..stages.export import export
+from ..stages.probe import probe
+from ..stages.variants import variants
+from .task import random_captions, render
+
+TEACHER = Path(__file__).with_name("teacher.safetensors")
+PICTURES = 480
+BATCH = 48
+
+
+def demo(config: DemoConfig) -> Path:
+    """Every stage in the method's order; run again, it goes on from what is there. Returns the report."""
+    start = time.monotonic()
+    common = {"model": TEACHER, "run": config.run, "device": config.device, "seed": config.seed}
+    images = render_pictures(config.run / "images", PICTURES, config.seed)
+    calibrate(CalibrateConfig(**common, images=images, samples=PICTURES, batch=BATCH))
+    probe(ProbeConfig(**common, held_out=2))
+    detect(DetectConfig(**common, explain=True))
+    distill_depth(DistillDepthConfig(**common))
+    variants(VariantsConfig(**common, samples=2 * BATCH))
+    export(ExportConfig(**common))
+    export(ExportConfig(**common, layout="ppcl", variant="small", name="small"))
+    _stock(common)
+    return evaluate_with(EvaluateConfig(**common, captions=config.captions), lambda: time.monotonic() - start)
+
+
+def _stock(common: dict) -> None:
+    """Students without corrections, for hosts that know nothing of us."""
+    import shutil
+
+    run = common["run"] / "stock"
+    run.mkdir(parents=True, exist_ok=True)
+    for name in ("calibration.safetensors", "plan.json"):
+        if not (run / name).exists():
+            shutil.copyfile(common["run"] / name, run / name)
+    stock = {**common, "run": run}
+    distill_depth(DistillDepthConfig(**stock, correction="none"))
+    variants(VariantsConfig(**stock, samples=2 * BATCH))
+    for layout in ("comfyui", "diffusers"):
+        export(ExportConfig(**stock, layout=layout, variant="small", name=f"small-{layout}"))
+
+
+def render_pictures(folder: Path, count: int, seed: int) -> Path:
+    """`count` pictures with captions beside them, as an artist would bring them."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    captions = random_captions(count, generator)
+    for index, (caption, picture) in enumerate(zip(captions, render(captions, generator), strict=True)):
+        pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{index:04d}.png")
+        (folder / f"{index:04d}.txt").write_text(caption.text() + "\n", encoding="utf-8")
+    return folder

@@ -1,0 +1,42 @@
+"""Generate: draw captions with any model file, and put the pictures side by side in one PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import architecture_of, is_bundle, open_model
+from ..codecs import open_codec
+from ..config import GenerateConfig
+from ..files import replacing
+from ..run import resolve_device
+from ..sampling import draw_prompts, encode_prompts
+
+BATCH = 16
+
+
+def generate(config: GenerateConfig) -> Path:
+    """Text is encoded first and its encoder released, then the transformer comes."""
+    device = resolve_device(config.device)
+    codec = open_codec(config.base or config.path, device)
+    prompts = encode_prompts(codec, [text.strip() for text in config.prompt.split("|")])
+    codec.release()
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    model = open_model(config.path, config.variant, config.base if is_bundle(config.path) else None, dtype, device)
+    architecture = architecture_of(config.path)
+    latents = draw_prompts(architecture, model, prompts, config.seed, config.steps, config.guidance, BATCH, "generate")
+    del model
+    save_row(config.output, codec.pictures(latents).cpu())
+    return config.output
+
+
+def save_row(path: Path, pictures: torch.Tensor) -> None:
+    """Pictures [n, 3, H, W] in [0, 1] beside each other; small ones enlarged without smoothing."""
+    from PIL import Image
+
+    row = (pictures * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2).numpy()
+    image = Image.fromarray(row)
+    scale = max(1, 256 // pictures.shape[-2])
+    with replacing(path) as temporary:
+        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(temporary, format="PNG")
