@@ -142,7 +142,10 @@ class TensorFile:
         return tuple(self.entries[name]["shape"])
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self.entries[name]["dtype"]]
+        stored = self.entries[name]["dtype"]
+        if stored not in DTYPES:
+            raise ValueError(f"{self.path}: {name} is {stored}, which is not read; known: {', '.join(DTYPES)}")
+        return DTYPES[stored]
 
     def read(self, name: str) -> torch.Tensor:
         entry = self.entries[name]
@@ -163,9 +166,10 @@ class TensorFile:
 
 
 def _is_entry(value: object) -> bool:
-    """A header's entry: known dtype, shape, and offsets that hold just as many bytes."""
+    """A header's entry: dtype, shape, and offsets that hold just as many bytes (of dtypes that we know)."""
     match value:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]} if dtype in DTYPES:
-            sizes = all(isinstance(size, int) and size >= 0 for size in shape)
-            return sizes and first >= 0 and last - first == math.prod(shape) * DTYPES[dtype].itemsize
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]}:
+            if not (0 <= first <= last and all(isinstance(size, int) and size >= 0 for size in shape)):
+                return False
+            return dtype not in DTYPES or last - first == math.prod(shape) * DTYPES[dtype].itemsize
     return False

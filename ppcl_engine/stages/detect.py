@@ -36,9 +36,9 @@ def detect(config: DetectConfig) -> Path:
     run, teacher = Run(config.run), open_teacher(config)
     calibration = open_calibration(config, teacher.weights)
     protect = _protected(config, teacher.num_blocks)
-    settings = json.dumps(
-        [calibration.hash, config.longest, config.kernel, config.local, config.tokens, config.bootstrap, config.seed]
-    )
+    probes = [TensorFile(path).metadata.get("settings") for path in sorted(run.probes.glob("block_*.safetensors"))]
+    names = ("longest", "kernel", "local", "tokens", "bootstrap", "seed", "dtype")
+    settings = json.dumps([calibration.hash, probes, *(getattr(config, name) for name in names)])
     curves = _load_curves(run.curves, settings)
     if curves is None:
         curves = _measure(config, run, teacher, calibration.all_inputs())

@@ -1,0 +1,210 @@
+"""Peak memory against depth: streamed stages stay flat from 15 to 60 blocks, resident ones grow.
+
+Every measurement is a fresh process; its peak is the operating system's own (VmHWM: resident and
+mapped pages together). `identical`: streamed and resident runs wrote the same files, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppcl_engine.architectures.qwen_image import QwenImage
+from ppcl_engine.checkpoint import Weights
+from ppcl_engine.config import DistillDepthConfig, ProbeConfig
+from ppcl_engine.data import CalibrationSet, save_calibration
+from ppcl_engine.files import write_text
+from ppcl_engine.plan import Interval, PruningPlan
+from ppcl_engine.run import Run
+
+from . import report
+from .teachers import origin, random_teacher
+
+STAGES = ("probe", "distill_depth")
+IMPORTS = "imports"  # a process that loads the libraries and stops: the floor under every figure
+WIDE = {
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "attention_head_dim": 128,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 64,
+    "axes_dims_rope": [16, 56, 56],
+}
+NARROW = {**WIDE, "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": [2, 6, 8]}
+INTERVAL, EVERY = 3, 5  # one interval of 3 blocks in every 5, so their number grows with depth
+BATCHES, SAMPLES, GRID, TEXT_TOKENS = 3, 4, (1, 6, 6), 8
+FLAT, GROWS = 1.05, 2.0  # the goals
+
+
+@dataclass(frozen=True)
+class Scale:
+    config: dict
+    depths: tuple[int, int]
+    rounds: int
+    updates: int
+    fresh: bool
+
+
+FULL = Scale(WIDE, (15, 60), rounds=2, updates=4, fresh=True)
+QUICK = Scale(NARROW, (5, 10), rounds=1, updates=2, fresh=False)
+
+
+def peak_bytes() -> int:
+    """Of this process since it began. ru_maxrss would carry over the parent's peak where the child was forked."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def intervals(depth: int) -> tuple[Interval, ...]:
+    starts = range(1, depth - INTERVAL, EVERY)
+    return tuple(Interval(first=first, last=first + INTERVAL - 1) for first in starts)
+
+
+def prepare(folder: Path, scale: Scale, depth: int) -> Path:
+    """The random teacher of this depth and a run folder with calibration and plan; returns the teacher's file."""
+    import torch
+
+    model = folder / f"teacher_{depth}.safetensors"
+    random_teacher(model, {**scale.config, "num_layers": depth}, seed=depth)
+    weights = Weights(model)
+    torch.manual_seed(0)
+    batches = [QwenImage().random_inputs(weights.config, SAMPLES, GRID, TEXT_TOKENS, "cpu") for _ in range(BATCHES)]
+    for batch in batches:
+        batch["clean"] = torch.randn_like(batch["hidden_states"])
+    run = Run(folder / f"prepared_{depth}")
+    save_calibration(run.calibration, CalibrationSet(batches, origin(weights)))
+    plan = PruningPlan(
+        architecture="qwen_image",
+        config=weights.config,
+        num_blocks=depth,
+        fingerprint=weights.fingerprint,
+        intervals=intervals(depth),
+    )
+    write_text(run.plan, plan.to_json())
+    return model
+
+
+def run_stage(stage: str, model: Path, run: Path, streamed: bool, rounds: int, updates: int) -> dict:
+    """Runs a stage in this process: {"peak": bytes, "seconds"}."""
+    from ppcl_engine.stages.distill_depth import distill_depth
+    from ppcl_engine.stages.probe import probe
+
+    common = {"model": model, "run": run, "streamed": streamed, "device": "cpu"}
+    start = time.perf_counter()
+    if stage == "probe":
+        probe(ProbeConfig(**common))
+    elif stage == "distill_depth":
+        distill_depth(DistillDepthConfig(**common, rounds=rounds, updates=updates))
+    else:
+        from diffusers import QwenImageTransformer2DModel  # noqa: F401
+    return {"peak": peak_bytes(), "seconds": round(time.perf_counter() - start, 2)}
+
+
+def measure(stage: str, model: Path, run: Path, streamed: bool, scale: Scale) -> dict:
+    """`run_stage` in a fresh process (quick runs: in this one, whose peak then means nothing)."""
+    if not scale.fresh and stage != IMPORTS:
+        return run_stage(stage, model, run, streamed, scale.rounds, scale.updates)
+    command = [sys.executable, "-m", "benchmarks.memory", "--child", stage, str(model), str(run)]
+    command += [str(int(streamed)), str(scale.rounds), str(scale.updates)]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def digest(folder: Path) -> str:
+    """Of all files that a stage left: names and bytes."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        total.update(str(path.relative_to(folder)).encode())
+        with open(path, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def measured(folder: Path, scale: Scale) -> list[dict]:
+    """One row a (depth, stage, mode): {"depth", "stage", "streamed", "peak", "seconds", "digest"}."""
+    rows = []
+    for depth in scale.depths:
+        model = prepare(folder, scale, depth)
+        for stage in STAGES:
+            for streamed in (True, False):
+                run = folder / "run"
+                shutil.copytree(folder / f"prepared_{depth}", run)
+                row = measure(stage, model, run, streamed, scale)
+                rows.append({"depth": depth, "stage": stage, "streamed": streamed, **row, "digest": digest(run)})
+                shutil.rmtree(run)
+                mode = "streamed" if streamed else "resident"
+                print(f"{stage} {mode} {depth} blocks: {row['peak'] / 1e6:.0f} MB, {row['seconds']} s", flush=True)
+        model.unlink()
+    return rows
+
+
+def summary(rows: list[dict]) -> dict:
+    def by_depth(stage: str, streamed: bool, field: str) -> dict:
+        return {str(r["depth"]): r[field] for r in rows if (r["stage"], r["streamed"]) == (stage, streamed)}
+
+    def ratio(stage: str, streamed: bool) -> float:
+        shallow, deep = by_depth(stage, streamed, "peak").values()
+        return round(deep / shallow, 4)
+
+    same = {stage: by_depth(stage, True, "digest") == by_depth(stage, False, "digest") for stage in STAGES}
+    modes = {"streamed": True, "resident": False}
+    ratios = {mode: {stage: ratio(stage, flag) for stage in STAGES} for mode, flag in modes.items()}
+    return {
+        **{stage: by_depth(stage, True, "peak") for stage in STAGES},
+        "resident": {stage: by_depth(stage, False, "peak") for stage in STAGES},
+        "ratios": ratios,
+        "identical": all(same.values()),
+        "identical_stages": same,
+        "goal_met": max(ratios["streamed"].values()) <= FLAT and min(ratios["resident"].values()) >= GROWS,
+        "seconds": {mode: {stage: by_depth(stage, flag, "seconds") for stage in STAGES} for mode, flag in modes.items()},
+    }
+
+
+def show(values: dict, depths: tuple[int, int]) -> None:
+    rows = []
+    for mode in ("streamed", "resident"):
+        for stage in STAGES:
+            peaks = values[stage] if mode == "streamed" else values["resident"][stage]
+            sizes = [f"{peaks[str(depth)] / 1e6:.0f} MB" for depth in depths]
+            ratio, same = values["ratios"][mode][stage], values["identical_stages"][stage]
+            rows.append([f"{stage} {mode}", *sizes, f"{ratio:.3f}", same])
+    header = ["stage", *(f"{depth} blocks" for depth in depths), "ratio", "same files"]
+    report.print_table(f"peak memory (libraries alone: {values['imports'] / 1e6:.0f} MB)", header, rows)
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = report.options("memory", __doc__)
+    parser.add_argument("--folder", type=Path, help="where temporary files go (7 GB pass through; on a disk, not in memory)")
+    parser.add_argument("--depths", type=int, nargs=2, help="other depths than 15 and 60")
+    chosen: Namespace = report.parse(parser, arguments)
+    scale = QUICK if chosen.quick else FULL
+    if chosen.depths:
+        scale = Scale(scale.config, tuple(chosen.depths), scale.rounds, scale.updates, scale.fresh)
+    with tempfile.TemporaryDirectory(dir=chosen.folder, prefix="ppcl_memory_") as name:
+        imports = measure(IMPORTS, Path(name), Path(name), True, scale)["peak"]
+        values = {**summary(measured(Path(name), scale)), "imports": imports}
+    values |= {"teacher": scale.config, "intervals": {str(d): len(intervals(d)) for d in scale.depths}}
+    show(values, scale.depths)
+    return report.write("memory", chosen, values)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        stage, model, run, *numbers = sys.argv[2:]
+        streamed, rounds, updates = map(int, numbers)
+        print(json.dumps(run_stage(stage, Path(model), Path(run), bool(streamed), rounds, updates)))
+    else:
+        main()

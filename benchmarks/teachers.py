@@ -1,0 +1,83 @@
+"""Teachers and calibration sets that benchmarks measure with: the demo's own, and random ones of any size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from ppcl_engine import demo, flow, sampling
+from ppcl_engine.architectures.qwen_image import QwenImage
+from ppcl_engine.checkpoint import Weights, expected_shapes
+from ppcl_engine.codecs import TABLES, VOCABULARY_KEY, TableCodec, open_codec
+from ppcl_engine.data import CalibrationSet
+from ppcl_engine.demo.codec import VOCABULARY
+from ppcl_engine.demo.task import random_captions, render
+from ppcl_engine.files import TensorEntry, TensorFile, write_tensor_stream
+from ppcl_engine.stages.calibrate import spread_timesteps
+
+BUNDLED = Path(demo.__file__).parent / "teacher.safetensors"
+IN_TRAINING = Path("runs/teacher/teacher.safetensors")
+EMPTY_CAPTIONS = 0.1
+
+
+def default_teacher() -> Path:
+    return BUNDLED if BUNDLED.exists() else IN_TRAINING
+
+
+def describe(path: Path, weights: Weights) -> dict:
+    """Where a result's teacher comes from; `step`: how long it was trained, where its file says so."""
+    step = TensorFile(path).metadata.get("step")
+    return {"path": str(path), "fingerprint": weights.fingerprint, "blocks": weights.num_blocks, "step": step and int(step)}
+
+
+def demo_codec(path: Path) -> TableCodec:
+    """The codec in a demo teacher's file; files saved before the vocabulary moved into them have the task's own."""
+    file = TensorFile(path)
+    if VOCABULARY_KEY in file.metadata:
+        return open_codec(path)
+    return TableCodec(VOCABULARY, *(file.read(name).float() for name in TABLES))
+
+
+def rendered(path: Path, weights: Weights, samples: int, batch: int, seed: int) -> CalibrationSet:
+    """Pictures of the demo's task with captions, noised at timesteps that cover the whole schedule."""
+    codec, generator = demo_codec(path), torch.Generator().manual_seed(seed)
+    captions = random_captions(samples, generator)
+    empty = torch.rand(samples, generator=generator) < EMPTY_CAPTIONS
+    text, mask = codec.text(["" if e else c.text() for c, e in zip(captions, empty, strict=True)])
+    latents = codec.latents(render(captions, generator))
+    clean, t = weights.architecture.pack(latents), spread_timesteps(samples, generator)
+    noisy = flow.noised(clean, torch.randn(clean.shape, generator=generator), t)
+    grid = weights.architecture.grid(latents)
+    chunks = torch.arange(samples).split(batch)
+    batches = [sampling.inputs_of(noisy[c], t[c], text[c], mask[c], grid, clean[c]) for c in chunks]
+    return CalibrationSet(batches, origin(weights))
+
+
+def origin(weights: Weights) -> dict:
+    return {"architecture": weights.architecture.name, "fingerprint": weights.fingerprint, "source": "benchmark"}
+
+
+def random_teacher(path: Path, config: dict, seed: int, codec: TableCodec | None = None) -> None:
+    """A Qwen-Image file of random fp32 weights, written tensor by tensor: memory holds one at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = expected_shapes(QwenImage(), config)
+    entries = [
+        TensorEntry(name, torch.float32, shape, lambda n=name, s=shape: _random_tensor(n, s, generator))
+        for name, shape in shapes.items()
+    ]
+    metadata = {"config": json.dumps(config)}
+    if codec is not None:  # then the transformer's keys need ComfyUI's prefix, as in the demo's teacher
+        entries = [TensorEntry(f"model.diffusion_model.{e.name}", e.dtype, e.shape, e.read) for e in entries]
+        entries += [TensorEntry(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in codec.tensors().items()]
+        metadata |= codec.metadata()
+    write_tensor_stream(path, entries, metadata)
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Matrices keep the scale of what they multiply; norms are near one, biases near zero."""
+    values = torch.randn(shape, generator=generator)
+    if len(shape) > 1:
+        return values / shape[-1] ** 0.5
+    return 0.02 * values + (1.0 if "norm" in name and name.endswith("weight") else 0.0)

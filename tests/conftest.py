@@ -1,0 +1,133 @@
+"""A tiny random teacher, a calibration set with padded text, and the stages run on them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ppcl_engine import config
+from ppcl_engine.architectures import architecture_named
+from ppcl_engine.checkpoint import Weights
+from ppcl_engine.data import CLEAN, CalibrationSet, save_calibration
+from ppcl_engine.files import write_tensors
+from ppcl_engine.flow import noised
+from ppcl_engine.run import Run
+
+torch.set_num_threads(1)
+
+CONFIGS = {
+    "probe": (config.ProbeConfig, {}),
+    "detect": (config.DetectConfig, {"remove": 2, "longest": 4, "bootstrap": 8, "tokens": 3}),
+    "distill_depth": (config.DistillDepthConfig, {"rounds": 2, "updates": 6, "warm_up": 2}),
+    "variants": (config.VariantsConfig, {"samples": 12}),
+}
+
+
+@pytest.fixture(scope="session")
+def architecture():
+    return architecture_named("qwen_image")
+
+
+@pytest.fixture(scope="session")
+def make_model(architecture):
+    """diffusers' own class at the tiny size, with weights so large that every block matters."""
+    from diffusers import QwenImageTransformer2DModel
+
+    def make(seed: int = 0, **changes) -> torch.nn.Module:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            model = QwenImageTransformer2DModel(**{**architecture.tiny_config, **changes}).eval()
+            for parameter in model.parameters():
+                matrix = parameter.ndim == 2
+                noise = torch.randn_like(parameter)
+                parameter.copy_(noise / parameter.shape[1] ** 0.5 if matrix else parameter + 0.1 * noise)
+        return model.requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_config(architecture):
+    """The configuration of a model, as our files carry it."""
+    return lambda model: {k: v for k, v in model.config.items() if k in architecture.tiny_config or k == "zero_cond_t"}
+
+
+@pytest.fixture(scope="session")
+def save_model(model_config):
+    def save(path: Path, model: torch.nn.Module) -> Path:
+        write_tensors(path, model.state_dict(), {"config": json.dumps(model_config(model))})
+        return path
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def model(make_model):
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory, model, save_model) -> Path:
+    return save_model(tmp_path_factory.mktemp("teacher") / "teacher.safetensors", model)
+
+
+@pytest.fixture(scope="session")
+def padded_inputs(architecture):
+    """Inputs of the tiny model whose captions have different lengths; padding holds noise, not zeros."""
+
+    def make(seed: int = 0, samples: int = 6, grid=(1, 2, 3), text_tokens: int = 5) -> dict:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            inputs = architecture.random_inputs(architecture.tiny_config, samples, grid, text_tokens, "cpu")
+            lengths = torch.randint(2, text_tokens + 1, (samples, 1))
+        lengths[0] = text_tokens - 2
+        return {**inputs, "encoder_hidden_states_mask": torch.arange(text_tokens) < lengths}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def calibration_of(architecture, padded_inputs):
+    """A calibration set for a teacher file, with the clean picture of every sample."""
+
+    def make(teacher: Path, batches: int = 4, **options) -> CalibrationSet:
+        rows = []
+        for seed in range(batches):
+            inputs = padded_inputs(seed=seed, **options)
+            clean = torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(100 + seed))
+            inputs["hidden_states"] = noised(clean, inputs["hidden_states"], inputs["timestep"])
+            rows.append({**inputs, CLEAN: clean})
+        origin = {"architecture": architecture.name, "fingerprint": Weights(teacher).fingerprint}
+        return CalibrationSet(rows, origin)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_run(calibration_of):
+    """A run folder that holds a calibration set."""
+
+    def make(folder: Path, teacher: Path, calibration: CalibrationSet | None = None) -> Path:
+        save_calibration(Run(folder).calibration, calibration or calibration_of(teacher))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_stages():
+    """Runs stages by name at tiny settings; `settings` go to every stage that knows them."""
+
+    def run(teacher: Path, folder: Path, *names: str, **settings) -> Run:
+        for name in names:
+            kind, tiny = CONFIGS[name]
+            chosen = {k: v for k, v in settings.items() if k in kind.__dataclass_fields__}
+            stage = getattr(importlib.import_module(f"ppcl_engine.stages.{name}"), name)
+            stage(kind(**{"model": teacher, "run": folder, "device": "cpu", **tiny, **chosen}))
+        return Run(folder)
+
+    return run

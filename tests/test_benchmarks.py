@@ -1,0 +1,113 @@
+"""The benchmarks' quick forms on a tiny random teacher: they run, and their files hold what other tools read."""
+
+import json
+
+import pytest
+
+from benchmarks import distill_speed, memory, removal
+from benchmarks.teachers import random_teacher
+from ppcl_engine.demo.codec import fit_codec
+
+CONFIG = {**memory.NARROW, "num_layers": 6}
+ABOUT = {"quick", "command", "machine", "versions"}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    random_teacher(path, CONFIG, seed=0, codec=fit_codec(0, samples=16))
+    return path
+
+
+def run(benchmark, folder, *options):
+    path = benchmark.main(["--quick", "--output", str(folder), *map(str, options)])
+    values = json.loads(path.read_text())
+    assert path.parent == folder and values.keys() >= ABOUT
+    assert values["command"].startswith(f"python -m {benchmark.__name__} --quick")
+    assert values["machine"]["threads"] >= 1 and values["versions"].keys() >= {"torch", "diffusers"}
+    return values
+
+
+def test_memory(tmp_path):
+    values = run(memory, tmp_path, "--folder", tmp_path)
+    depths = {str(depth) for depth in memory.QUICK.depths}
+    for stage in memory.STAGES:
+        assert values[stage].keys() == values["resident"][stage].keys() == depths
+        assert all(peak > 1e8 for peak in values[stage].values())
+    assert values["identical"] is True
+    assert values["ratios"]["streamed"].keys() == set(memory.STAGES)
+    assert values["imports"] > 1e8
+
+
+def test_memory_intervals_grow_in_number_with_depth():
+    assert [len(memory.intervals(depth)) for depth in memory.FULL.depths] == [3, 12]
+
+
+def test_random_teacher_is_the_same_for_the_same_seed(tmp_path):
+    for name in ("one", "two"):
+        random_teacher(tmp_path / name, CONFIG, seed=3)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_distill_speed(tmp_path, teacher):
+    values = run(distill_speed, tmp_path, "--teacher", teacher, "--intervals", "1-2 3-4", "--batch", 4)
+    assert values["plain"] > 0 and values.keys() >= {"ours", "plain_light", "ratio", "ratio_light"}
+    steps, seconds, loss = values["curves"]["plain"][0][-1]
+    assert steps == 6 and seconds == pytest.approx(values["plain"]) and loss == pytest.approx(values["target"][0])
+    assert all(curve for curves in values["curves"].values() for curve in curves)
+
+
+def test_the_chain_of_the_plain_recipe_is_the_teacher_when_students_are(tmp_path, teacher):
+    """An interval's student that is the teacher's own block, the others skipped: both passes then lose the same."""
+    import torch
+    from torch import nn
+
+    from benchmarks.teachers import rendered
+    from ppcl_engine.checkpoint import Weights
+    from ppcl_engine.plan import parse_intervals
+    from ppcl_engine.streaming import Teacher
+
+    weights = Weights(teacher)
+    source = Teacher(weights, torch.float32, "cpu", streamed=False)
+    inputs = rendered(teacher, weights, 2, 2, seed=0).inputs(0)
+    students = nn.ModuleDict({"1-2": source.block(1)})
+    first = parse_intervals("1-2")
+    light = distill_speed.plain_loss(source, students, first, inputs, authors=False)
+    assert float(distill_speed.plain_loss(source, students, first, inputs, authors=True)) == pytest.approx(2 * float(light))
+
+
+def test_removal(tmp_path, teacher):
+    values = run(removal, tmp_path, "--teacher", teacher)
+    assert [row["blocks"] for row in values["single"]] == ["0", "1", "2", "3", "4", "5"]
+    assert all(row["low"] <= row["error"] <= row["high"] for row in values["single"])
+    assert [(m["removed"], m["kind"]) for m in values["means"]] == [
+        (1, "contiguous"), (2, "contiguous"), (2, "apart"), (3, "contiguous"), (3, "apart"),
+    ]  # fmt: skip
+    assert {d["removed"] for d in values["differences"]} == {2, 3}
+    assert (tmp_path / "removal.png").stat().st_size > 1000
+
+
+def test_removal_is_the_forward_without_those_blocks(teacher):
+    import torch
+
+    from benchmarks.teachers import rendered
+    from ppcl_engine.checkpoint import Weights
+    from ppcl_engine.streaming import Teacher
+
+    weights = Weights(teacher)
+    source = Teacher(weights, torch.float32, "cpu", streamed=False)
+    with torch.no_grad():
+        embedded = source.embed(rendered(teacher, weights, 2, 2, seed=0).inputs(0))
+        measured = removal.Removal(source, embedded)
+        state = embedded
+        for index in (0, 2, 5):
+            state = source.architecture.run_block(source.block(index), state)
+        velocity = source.architecture.finish(source.outer, state)
+        expected = (velocity.double() - measured.target).square().flatten(1).sum(1)
+        assert torch.equal(measured.squared((1, 3, 4)), expected)
+
+
+def test_placements():
+    assert removal.placements(4, 2, "contiguous") == [(0, 1), (1, 2), (2, 3)]
+    assert removal.placements(4, 2, "apart") == [(0, 2), (0, 3), (1, 3)]
+    assert [removal.name_of(p) for p in ((3,), (3, 4, 5), (3, 7))] == ["3", "3-5", "3+7"]

@@ -1,0 +1,147 @@
+"""PruningPlan: JSON both ways, and what cannot be applied is refused by name."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ppcl_engine.plan import FULL, SITE_KINDS, Interval, PruningPlan, Variant, WidthSite, parse_intervals, plan_from_json
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+def plan_of(**parts) -> PruningPlan:
+    base = {"architecture": "qwen_image", "config": {"num_layers": 10}, "num_blocks": 10, "fingerprint": "f" * 64}
+    return PruningPlan(**{**base, **parts})
+
+
+PLAN = plan_of(
+    intervals=(Interval(first=1, last=3), Interval(first=5, last=6, correction="affine")),
+    sites=(WidthSite(block=8, kind="text"),),
+    variants=(
+        Variant(name="large", intervals=("5-6",), parameters=90),
+        Variant(name="small", intervals=("1-3", "5-6"), parameters=70),
+    ),
+)
+
+
+@st.composite
+def plans(draw) -> PruningPlan:
+    blocks = draw(st.integers(2, 30))
+    cuts = sorted(draw(st.sets(st.integers(0, blocks - 1), max_size=8)))
+    pairs = list(zip(cuts[::2], cuts[1::2], strict=False))
+    intervals = tuple(
+        Interval(
+            first=u,
+            last=v,
+            score=draw(st.none() | FINITE),
+            stability=draw(st.none() | st.floats(0, 1)),
+            parameters=draw(st.none() | st.integers(0)),
+            correction=draw(st.sampled_from(["none", "affine", "16"])),
+        )
+        for u, v in pairs
+    )
+    names = [i.name for i in intervals]
+    chosen = st.lists(st.sampled_from(names), unique=True).map(tuple) if names else st.just(())
+    variant = st.builds(Variant, name=st.text(), intervals=chosen, flops=st.none() | FINITE, damage=st.none() | FINITE)
+    site = st.builds(WidthSite, block=st.integers(0, blocks - 1), kind=st.sampled_from(SITE_KINDS))
+    return plan_of(
+        num_blocks=blocks,
+        intervals=draw(st.permutations(intervals).map(tuple)),
+        sites=tuple(draw(st.lists(site, max_size=3))),
+        variants=tuple(draw(st.lists(variant, max_size=3))),
+        provenance=draw(st.dictionaries(st.text(), st.text())),
+    )
+
+
+@given(plans())
+def test_json_there_and_back(plan):
+    assert plan_from_json(plan.to_json()) == plan
+
+
+def test_an_interval_includes_both_ends():
+    interval = Interval(first=3, last=5)
+    assert (interval.name, interval.removed, list(interval.blocks)) == ("3-5", 2, [3, 4, 5])
+
+
+REFUSED = {
+    "overlap": ({"intervals": (Interval(first=4, last=6), Interval(first=1, last=4))}, "1-4 and 4-6 overlap"),
+    "out of range": ({"intervals": (Interval(first=8, last=10),)}, "8-10 is not inside blocks 0-9"),
+    "a single block": ({"intervals": (Interval(first=8, last=8),)}, "8-8 .* at least two blocks"),
+    "negative": ({"intervals": (Interval(first=-1, last=2),)}, "-1-2 is not inside"),
+    "unknown kind": ({"sites": (WidthSite(block=1, kind="heads"),)}, "'heads' is unknown; known: text"),
+    "site out of range": ({"sites": (WidthSite(block=10, kind="text"),)}, "block 10"),
+    "variant of nothing": ({"variants": (Variant(name="x", intervals=("1-2",)),)}, "'1-2' is not in the plan"),
+    "newer version": ({"version": 2}, "format 2 is not 1; update"),
+}
+
+
+@pytest.mark.parametrize("parts, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_applied_is_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(**parts)
+
+
+def edited(**changes) -> str:
+    return json.dumps(json.loads(PLAN.to_json()) | changes)
+
+
+BAD_JSON = {
+    "not JSON": ("{", "file: not JSON"),
+    "a list": ("[]", "file: a plan is a JSON object"),
+    "unknown field": (edited(speed=1), "unknown field 'speed'; known: architecture"),
+    "unknown field of an interval": (edited(intervals=[{"first": 1, "last": 2, "colour": 0}]), "intervals: unknown field 'colour'"),
+    "missing field of an interval": (edited(intervals=[{"first": 1}]), "file: intervals: .*last"),
+    "intervals that are words": (edited(intervals=["1-2"]), "intervals: expected an object, found '1-2'"),
+    "intervals that are no list": (edited(intervals=7), "intervals is a list, found 7"),
+    "words for numbers": (edited(intervals=[{"first": "1", "last": "2"}]), "file: "),
+    "newer version with a new field": (edited(version=2, heads=[]), "format 2 is not 1; update"),
+}
+
+
+@pytest.mark.parametrize("text, message", BAD_JSON.values(), ids=BAD_JSON)
+def test_bad_json_names_the_part(text, message):
+    with pytest.raises(ValueError, match=message):
+        plan_from_json(text, "file")
+
+
+def test_a_missing_field_of_the_plan_is_named():
+    values = json.loads(PLAN.to_json())
+    del values["fingerprint"]
+    with pytest.raises(ValueError, match="file: .*fingerprint"):
+        plan_from_json(json.dumps(values), "file")
+
+
+def test_another_teacher_is_refused():
+    PLAN.check_teacher("qwen_image", "f" * 64, "model")
+    with pytest.raises(ValueError, match="model is flux, the plan is for qwen_image"):
+        PLAN.check_teacher("flux", "f" * 64, "model")
+    with pytest.raises(ValueError, match="model .*not the teacher of this plan"):
+        PLAN.check_teacher("qwen_image", "0" * 64, "model")
+
+
+def test_variants_by_name_size_and_intervals():
+    assert PLAN.variant("large").intervals == ("5-6",)
+    assert PLAN.variant(None).name == "small"
+    assert PLAN.variant(FULL).intervals == ()
+    assert PLAN.variant("5-6,1-3").intervals == ("5-6", "1-3")
+    assert plan_of(intervals=PLAN.intervals).variant(None).intervals == ("1-3", "5-6")
+    for unknown in ("huge", "1-3,7-8", "1-3 5-6"):
+        with pytest.raises(ValueError, match="is not in the plan; it has: "):
+            PLAN.variant(unknown)
+
+
+def test_with_parts_checks_again():
+    assert PLAN.with_parts(variants=()).variants == ()
+    with pytest.raises(ValueError, match="'5-6' is not in the plan; it has: 1-3"):
+        PLAN.with_parts(intervals=PLAN.intervals[:1])
+
+
+def test_parse_intervals():
+    assert [i.name for i in parse_intervals("3-4 8-10,11-12")] == ["3-4", "8-10", "11-12"]
+    assert parse_intervals("") == ()
+    with pytest.raises(ValueError, match="'3–4' is not an interval"):
+        parse_intervals("3–4")
+    published = "3-4 5-7 8-10 11-12 15-24 25-27 29-30 42-43 45-47 48-49 52-53 54-55 56-57"
+    assert sum(i.removed for i in parse_intervals(published)) == 25
