@@ -86,6 +86,8 @@ class DetectConfig(Common):
     """Compare at the output of block k instead of the model's final image state."""
     tokens: int = 4
     """Image tokens a sample that enter the alignment."""
+    samples: int = 128
+    """Calibration samples to measure on, whole batches, at least two."""
     protect: str = ""
     """Blocks that stay, as '0 1 59'."""
     bootstrap: int = 200

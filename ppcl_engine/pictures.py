@@ -6,24 +6,36 @@ when something is drawn, and never through pyplot, so nothing global changes.
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
-from functools import lru_cache
 
 import torch
 
+from .canvas import (
+    BAND,
+    BLUE,
+    DAMAGE_COLOURS,
+    INK,
+    KEPT,
+    LINES,
+    MARKERS,
+    ORANGE,
+    QUIET,
+    RESTORED,
+    SHADE,
+    VERMILION,
+    WIDTH,
+    draw_text,
+    drawable,
+    label,
+    logarithmic,
+    new_figure,
+    png_bytes,
+    shortened,
+    tidy,
+)
 from .plan import Interval, PruningPlan, Variant
 
-BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"
-LINES = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
-MARKERS = ("o", "s", "^", "D", "v", "P")
-INK, QUIET, RULE, KEPT = "#1B2733", "#5C6B7A", "#D9DFE5", "#C9D2DB"
-RESTORED, SHADE = "#FBE3B4", "#E3F0F8"
-DAMAGE_COLOURS = ("#F4F8FB", "#A9CDE4", "#3F8FC1", "#0B4F80", "#062A47")
-WIDTH = 10.0  # inches; shown about 1070 pixels wide, so 9 points read as 13 pixels
-DPI = 180
-BAND = (0.025, 0.975)
 MAP_LEFT, MAP_RIGHT = 1.3, 1.45  # inches for names and for parameters
 
 
@@ -42,30 +54,30 @@ def layer_map(plan: PruningPlan, variants: list[Variant], parameters: dict[str, 
     levels = _label_levels(sorted(plan.intervals, key=lambda i: i.first), blocks)
     above, below = 0.45 + 0.24 * max(levels.values(), default=0), 0.78
     height = above + 0.42 * rows + below
-    figure = _figure(height)
+    figure = new_figure(height)
     axes = figure.add_axes((MAP_LEFT / WIDTH, below / height, 1 - (MAP_LEFT + MAP_RIGHT) / WIDTH, 0.42 * rows / height))
     axes.set(xlim=(0, blocks), ylim=(rows, 0))
     axes.axis("off")
     for row, variant in enumerate(variants):
         _map_row(axes, plan, variant, row)
         middle = (below + 0.42 * (rows - row - 0.5)) / height
-        _label(figure, 0.05 / WIDTH, middle, _short(variant.name, 16), weight="bold")
+        label(figure, 0.05 / WIDTH, middle, shortened(variant.name, 16), weight="bold")
         count = parameters.get(variant.name)
         if count:
-            _label(figure, 1 - 0.72 / WIDTH, middle, count_text(count), ha="right", size=10)
-            _label(figure, 1 - 0.05 / WIDTH, middle, f"{100 * count / teacher:.1f} %", ha="right", color=QUIET)
+            label(figure, 1 - 0.72 / WIDTH, middle, count_text(count), ha="right", size=10)
+            label(figure, 1 - 0.05 / WIDTH, middle, f"{100 * count / teacher:.1f} %", ha="right", color=QUIET)
     step = 1 if blocks <= 40 else 5
     for block in range(0, blocks, step):
-        _text(axes, block + 0.5, rows + 0.28, str(block), ha="center", size=7.5, color=QUIET)
-    _label(figure, 0.05 / WIDTH, (below - 0.12) / height, "teacher block", size=7.5, color=QUIET)
+        draw_text(axes, block + 0.5, rows + 0.28, str(block), ha="center", size=7.5, color=QUIET)
+    label(figure, 0.05 / WIDTH, (below - 0.12) / height, "teacher block", size=7.5, color=QUIET)
     for interval in plan.intervals:
         top = -0.14 - 0.56 * levels[interval.name]
         axes.plot([interval.first + 0.12, interval.last + 0.88], [top, top], color=BLUE, lw=2, clip_on=False,
                   solid_capstyle="butt")
         middle = (interval.first + interval.last + 1) / 2
-        _text(axes, middle, top - 0.32, _range(interval), ha="center", size=8.5, color=BLUE, weight="bold")
+        draw_text(axes, middle, top - 0.32, _range(interval), ha="center", size=8.5, color=BLUE, weight="bold")
     _map_legend(figure, MAP_LEFT / WIDTH, 0.12 / height)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def _label_levels(intervals: list[Interval], blocks: int) -> dict[str, int]:
@@ -117,8 +129,8 @@ def _map_legend(figure, left: float, bottom: float) -> None:
         handles=handles, loc="lower left", bbox_to_anchor=(left, bottom), ncols=4, frameon=False, fontsize=8.5,
         borderaxespad=0, borderpad=0, handlelength=1.6, columnspacing=2.2,
     )  # fmt: skip
-    for label in legend.get_texts():
-        label.set_color(INK)
+    for entry in legend.get_texts():
+        entry.set_color(INK)
 
 
 def cka_curves(plan: PruningPlan, cka: torch.Tensor) -> bytes:
@@ -126,7 +138,7 @@ def cka_curves(plan: PruningPlan, cka: torch.Tensor) -> bytes:
     columns = min(3, len(plan.intervals))
     rows = math.ceil(len(plan.intervals) / columns)
     height = 2.75 * rows + 0.45
-    figure = _figure(height)
+    figure = new_figure(height)
     grid = figure.add_gridspec(
         rows, columns, left=0.07, right=0.985, top=1 - 0.72 / height, bottom=0.5 / height, hspace=0.42, wspace=0.22,
     )  # fmt: skip
@@ -134,7 +146,7 @@ def cka_curves(plan: PruningPlan, cka: torch.Tensor) -> bytes:
         inner = grid[place // columns, place % columns].subgridspec(2, 1, height_ratios=(1.7, 1), hspace=0.14)
         _cka_panel(figure.add_subplot(inner[0]), figure.add_subplot(inner[1]), interval, cka[interval.first], place % columns == 0)
     _curve_legend(figure, cka.shape[2] > 1, height)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def _cka_panel(upper, lower, interval: Interval, rows: torch.Tensor, first_column: bool) -> None:
@@ -145,7 +157,7 @@ def _cka_panel(upper, lower, interval: Interval, rows: torch.Tensor, first_colum
     blocks = list(range(interval.first, interval.first + len(rows)))
     end = min(interval.last - interval.first, len(rows) - 1)
     for axes in (upper, lower):
-        _tidy(axes)
+        tidy(axes)
         axes.axvspan(interval.first - 0.5, interval.last + 0.5, color=SHADE, lw=0)
         axes.axvline(interval.last + 0.5, color=VERMILION, lw=1.2, ls=(0, (4, 2)))
         axes.set_xlim(interval.first - 0.5, interval.first + max(len(rows) - 1, 1) + 0.5)
@@ -183,8 +195,8 @@ def _curve_legend(figure, band: bool, height: float) -> None:
         handles=handles, loc="upper left", bbox_to_anchor=(0.065, 1 - 0.08 / height), ncols=5, frameon=False,
         fontsize=8.5, borderaxespad=0, borderpad=0, handlelength=2, columnspacing=2,
     )  # fmt: skip
-    for label in legend.get_texts():
-        label.set_color(INK)
+    for entry in legend.get_texts():
+        entry.set_color(INK)
 
 
 def damage_map(plan: PruningPlan, damage: torch.Tensor) -> bytes:
@@ -198,10 +210,10 @@ def damage_map(plan: PruningPlan, damage: torch.Tensor) -> bytes:
     positive = damage[damage > 0]
     low, high = (float(positive.min()), float(positive.max())) if len(positive) else (1e-6, 1.0)
     height = 0.95 + 0.3 * (longest - 1)
-    figure = _figure(height)
+    figure = new_figure(height)
     share = (height - 0.95) / height
     axes = figure.add_axes((0.85 / WIDTH, 0.62 / height, (WIDTH - 2.05) / WIDTH, share))
-    _tidy(axes, grid=False)
+    tidy(axes, grid=False)
     colours = LinearSegmentedColormap.from_list("damage", DAMAGE_COLOURS)
     cells = damage[:, 1:].T.clamp_min(low).numpy()
     corners = [x - 0.5 for x in range(blocks + 1)], [y + 1.5 for y in range(longest)]
@@ -212,7 +224,7 @@ def damage_map(plan: PruningPlan, damage: torch.Tensor) -> bytes:
         axes.add_patch(Rectangle(box, 1, 1, fill=False, edgecolor=VERMILION, lw=2.4, clip_on=False, zorder=4))
         crowded = any(i.removed == interval.removed and 0 < i.first - interval.first < reach for i in plan.intervals)
         beside = not crowded and interval.first < blocks - reach
-        _text(axes, interval.first + (0.68 if beside else -0.68), interval.removed + 1, _range(interval), size=8, weight="bold",
+        draw_text(axes, interval.first + (0.68 if beside else -0.68), interval.removed + 1, _range(interval), size=8, weight="bold",
               color=INK, ha="left" if beside else "right", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.9})
     axes.set_xticks(range(0, blocks, 1 if blocks <= 40 else 5))
     axes.set_yticks(range(2, longest + 1))
@@ -223,7 +235,7 @@ def damage_map(plan: PruningPlan, damage: torch.Tensor) -> bytes:
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     bar.ax.tick_params(labelsize=8, colors=QUIET, length=0, which="both")
     bar.ax.set_title("damage", fontsize=8.5, color=QUIET, loc="left", pad=6)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def loss_curves(losses: dict[str, torch.Tensor]) -> bytes:
@@ -233,20 +245,20 @@ def loss_curves(losses: dict[str, torch.Tensor]) -> bytes:
     names = list(losses)
     shades = colormaps["viridis"]
     colours = LINES if len(names) <= len(LINES) else [shades(0.86 * i / (len(names) - 1)) for i in range(len(names))]
-    figure = _figure(max(3.9, 0.21 * len(names) + 0.6))
+    figure = new_figure(max(3.9, 0.21 * len(names) + 0.6))
     axes = figure.add_axes((0.07, 0.54 / figure.get_figheight(), 0.84, 1 - 0.64 / figure.get_figheight()))
-    _tidy(axes)
+    tidy(axes)
     smoothed = {name: _running_mean(values) for name, values in losses.items()}
     for name, colour in zip(names, colours, strict=False):
         axes.plot(losses[name].numpy(), color=colour, lw=0.6, alpha=0.25 if len(names) <= len(LINES) else 0.1)
         axes.plot(smoothed[name].numpy(), color=colour, lw=2)
-    _logarithmic(axes)
+    logarithmic(axes)
     axes.set_xlim(0, max(max(len(values) for values in losses.values()) - 1, 1))
     axes.set_xlabel("update", fontsize=9, color=QUIET)
     axes.set_ylabel("loss", fontsize=9, color=QUIET)
     ends = {name: float(values[-1]) for name, values in smoothed.items()}
     _end_labels(axes, ends, {name: name.replace("-", "–") for name in names}, dict(zip(names, colours, strict=False)))
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def _running_mean(values: torch.Tensor) -> torch.Tensor:
@@ -264,7 +276,7 @@ def _end_labels(axes, ends: dict[str, float], labels: dict[str, str], colours: d
     gap = 0.2 / (axes.figure.get_figheight() * axes.get_position().height)
     heights = [max(0.0, (math.log10(max(ends[name], 1e-12)) - low) / (high - low)) for name in names]
     for name, height in zip(names, spread(heights, gap), strict=True):
-        _text(axes, 1.012, height, labels[name], size=9.5, weight="bold", color=colours[name], transform=axes.transAxes)
+        draw_text(axes, 1.012, height, labels[name], size=9.5, weight="bold", color=colours[name], transform=axes.transAxes)
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
@@ -284,21 +296,21 @@ def spread(heights: list[float], gap: float) -> list[float]:
 
 def velocity_errors(rows: dict[str, list[dict]]) -> bytes:
     """rows: variant -> [{"t", "value", "low", "high"}]. Relative squared error of the velocity."""
-    figure = _figure(3.7)
+    figure = new_figure(3.7)
     axes = figure.add_axes((0.07, 0.14, 0.8, 0.83))
-    _tidy(axes)
+    tidy(axes)
     for place, (name, points) in enumerate(rows.items()):
         colour, t = LINES[place % len(LINES)], [p["t"] for p in points]
         axes.fill_between(t, [p["low"] for p in points], [p["high"] for p in points], color=colour, alpha=0.16, lw=0)
         axes.plot(t, [p["value"] for p in points], color=colour, lw=2, marker=MARKERS[place % len(MARKERS)], ms=5,
                   clip_on=False)
-    _logarithmic(axes)
+    logarithmic(axes)
     axes.set_xlim(0, max((p[-1]["t"] for p in rows.values()), default=1.0))
     axes.set_xlabel("timestep t  (0: picture, 1: noise)", fontsize=9, color=QUIET)
     axes.set_ylabel("velocity error", fontsize=9, color=QUIET)
     colours = {name: LINES[place % len(LINES)] for place, name in enumerate(rows)}
-    _end_labels(axes, {n: p[-1]["value"] for n, p in rows.items()}, {n: _short(n, 18) for n in rows}, colours)
-    return _png(figure)
+    _end_labels(axes, {n: p[-1]["value"] for n, p in rows.items()}, {n: shortened(n, 18) for n in rows}, colours)
+    return png_bytes(figure)
 
 
 def picture_sheet(names: list[str], captions: list[str], pictures: dict[str, torch.Tensor]) -> bytes:
@@ -306,13 +318,13 @@ def picture_sheet(names: list[str], captions: list[str], pictures: dict[str, tor
     high, wide = pictures[names[0]].shape[2:]
     cell = min((WIDTH - MAP_LEFT) / len(captions), 2.2)
     tall, letters = cell * high / wide, max(6, int(cell * 13))
-    titles = [textwrap.wrap(_drawable(c), letters, max_lines=7, placeholder="…") for c in captions]
+    titles = [textwrap.wrap(drawable(c), letters, max_lines=7, placeholder="…") for c in captions]
     head = 0.18 + 0.128 * max(len(lines) for lines in titles)
     height = head + len(names) * tall
-    figure = _figure(height)
+    figure = new_figure(height)
     for row, name in enumerate(names):
         bottom = height - head - (row + 1) * tall
-        _label(figure, 0.05 / WIDTH, (bottom + 0.5 * tall) / height, _short(name, 16), weight="bold")
+        label(figure, 0.05 / WIDTH, (bottom + 0.5 * tall) / height, shortened(name, 16), weight="bold")
         for column, picture in enumerate(pictures[name][: len(captions)]):
             left = MAP_LEFT + column * cell
             axes = figure.add_axes((left / WIDTH, (bottom + 0.04 * tall) / height, 0.95 * cell / WIDTH, 0.95 * tall / height))
@@ -320,71 +332,9 @@ def picture_sheet(names: list[str], captions: list[str], pictures: dict[str, tor
             axes.axis("off")
     for column, lines in enumerate(titles):
         place = (MAP_LEFT + column * cell) / WIDTH, 1 - (head - 0.07) / height
-        _label(figure, *place, "\n".join(lines), va="bottom", size=7.5, color=QUIET)
-    return _png(figure)
-
-
-@lru_cache(maxsize=1)
-def _characters() -> frozenset[int]:
-    from matplotlib import font_manager
-
-    return frozenset(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())
-
-
-def _drawable(text: str) -> str:
-    """Characters that the font of the pictures lacks become boxes; the page itself shows them."""
-    return "".join(c if ord(c) in _characters() or c.isspace() else "▯" for c in text)
+        label(figure, *place, "\n".join(lines), va="bottom", size=7.5, color=QUIET)
+    return png_bytes(figure)
 
 
 def _range(interval: Interval) -> str:
     return f"{interval.first}–{interval.last}"
-
-
-def _figure(height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _tidy(axes, grid: bool = True) -> None:
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom" and grid)
-        spine.set_color(QUIET)
-    axes.tick_params(labelsize=8.5, colors=QUIET, length=0, which="both")
-    axes.set_axisbelow(True)
-    if grid:
-        axes.grid(axis="y", color=RULE, lw=0.7)
-
-
-def _logarithmic(axes) -> None:
-    """A logarithmic y axis with plain numbers; more of them where it spans little."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    steps = (1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
-    axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=30))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _label(figure, x: float, y: float, text: str, **style) -> None:
-    figure.text(x, y, text, **{"size": 9.5, "color": INK, "va": "center", "parse_math": False, **style})
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _text(axes, x: float, y: float, text: str, **style) -> None:
-    style = {"size": 9.5, "color": INK, "va": "center", "clip_on": False, "parse_math": False, **style}
-    axes.text(x, y, text, **style)
-
-
-def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()

@@ -1,13 +1,7 @@
-"""The report of a run: report.html, which stands alone, report.json, and the pictures beside them.
-
-Everything that a user wrote (captions, names) goes into the page through `tag`, which escapes it.
-"""
+"""The report of a run: report.html, which stands alone, report.json, and the pictures beside them."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +10,9 @@ import torch
 
 from . import pictures as draw
 from .files import TensorFile, read_json, replacing, write_json, write_text
-from .pictures import count_text
 from .plan import PruningPlan, Variant
+from .report_page import FIDELITY, page
 from .run import Run
-
-THUMBNAIL = 192  # pixels, the longer side of a picture in the page
-ACCURACIES = {"character_accuracy": "characters", "shape_accuracy": "shapes", "colour_accuracy": "colours"}
-FIDELITY = {
-    "velocity_error": ("velocity error", "{:.4f}"),
-    "latent_psnr": ("latents, PSNR dB", "{:.1f}"),
-    "psnr": ("pictures, PSNR dB", "{:.1f}"),
-    "ssim": ("pictures, SSIM", "{:.3f}"),
-    "character_accuracy": ("characters right", "%"),
-    "shape_accuracy": ("shapes right", "%"),
-    "colour_accuracy": ("colours right", "%"),
-    "text_sensitivity": ("text sensitivity", "{:.3f}"),
-}
-NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -42,7 +22,7 @@ class Results:
     plan: PruningPlan
     evaluation: dict
     detection: dict
-    settings: list
+    settings: dict
     calibration: dict
     cka: torch.Tensor
     damage: torch.Tensor
@@ -56,6 +36,10 @@ class Results:
     @property
     def students(self) -> list[dict]:
         return self.evaluation["variants"][1:]
+
+    @property
+    def pictured(self) -> list[str]:
+        return [row["name"] for row in self.evaluation["variants"] if row["name"] in self.pictures]
 
     def row(self, name: str) -> dict | None:
         return next((row for row in self.evaluation["variants"] if row["name"] == name), None)
@@ -95,7 +79,7 @@ def _read(files: Run) -> Results:
         plan=plan,
         evaluation=evaluation,
         detection=read_json(files.detection),
-        settings=json.loads(curves.metadata.get("settings", "[]")),
+        settings=json.loads(curves.metadata.get("settings", "{}")),
         calibration=json.loads(origin.get("ppcl_calibration", "{}")),
         cka=curves.read("cka"),
         damage=curves.read("error").sum(-1) / curves.read("power").sum(),
@@ -145,7 +129,7 @@ def _drawings(results: Results) -> dict[str, bytes]:
     if any(by_timestep.values()):
         drawings["velocity_error"] = draw.velocity_errors({name: rows for name, rows in by_timestep.items() if rows})
     if evaluation["captions_shown"]:
-        drawings["pictures"] = draw.picture_sheet(_pictured(results), evaluation["captions_shown"], results.pictures)
+        drawings["pictures"] = draw.picture_sheet(results.pictured, evaluation["captions_shown"], results.pictures)
     return drawings
 
 
@@ -154,283 +138,3 @@ def _map_variants(results: Results) -> list[Variant]:
     names = [row["name"] for row in results.evaluation["variants"]]
     names += [v.name for v in results.plan.variants if v.name not in names]
     return [results.plan.variant(name) for name in names]
-
-
-def _pictured(results: Results) -> list[str]:
-    return [row["name"] for row in results.evaluation["variants"] if row["name"] in results.pictures]
-
-
-class Html(str):
-    """Text that is HTML already."""
-
-
-def tag(name: str, *content: object, **attributes: object) -> Html:
-    """An element; content and attribute values that are not Html are escaped."""
-    text = "".join(f' {key.rstrip("_")}="{html.escape(str(value))}"' for key, value in attributes.items())
-    return Html(f"<{name}{text}>{_joined(content)}</{name}>")
-
-
-def _joined(content: tuple | list) -> Html:
-    return Html("".join(part if isinstance(part, Html) else html.escape(str(part)) for part in content))
-
-
-def _image(png: bytes, alt: str, **attributes: object) -> Html:
-    data = base64.b64encode(png).decode()
-    text = "".join(f' {key.rstrip("_")}="{html.escape(str(value))}"' for key, value in attributes.items())
-    return Html(f'<img alt="{html.escape(alt)}"{text} src="data:image/png;base64,{data}">')
-
-
-def page(results: Results, drawings: dict[str, bytes], seconds: float | None) -> str:
-    def figure(name: str, alt: str) -> Html:
-        return tag("div", _image(drawings[name], alt, class_="wide"), class_="scroll") if name in drawings else Html()
-
-    def section(title: str, text: str | Html, *content: Html) -> Html:
-        body = _joined(content)
-        return tag("section", tag("h2", title), tag("p", text), body) if body else Html()
-
-    source = results.plan.provenance.get("source_model") or results.plan.architecture
-    body = [
-        tag("header", tag("p", "PPCL pruning report", class_="eyebrow"), tag("h1", source), tag("p", _lead(results), class_="lead")),
-        section("Layer map", _MAP_TEXT, figure("layer_map", "layer map: a row a variant, a cell a teacher block")),
-        section("Where intervals end", _CKA_TEXT, figure("cka_curves", "CKA curves of the chosen intervals")),
-        section("Intervals", _INTERVAL_TEXT, _interval_table(results), _explanation(results)),
-        section("Damage of every possible interval", _DAMAGE_TEXT, figure("damage_map", "damage of every pair of blocks")),
-        section("Training of the students", _LOSS_TEXT, figure("loss_curves", "training loss of each interval's student")),
-        section("Pictures", _PICTURE_TEXT, _picture_grid(results)),
-        section("Size and speed", _SIZE_TEXT, _size_table(results)),
-        section("Fidelity", _fidelity_text(results), _fidelity_table(results)),
-        section("Velocity error by timestep", _TIMESTEP_TEXT, figure("velocity_error", "velocity error by timestep")),
-        section("What was run", "", _facts(results, seconds)),
-    ]
-    head = [Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
-            tag("title", f"{source}: PPCL report"), tag("style", Html(_STYLE))]  # fmt: skip
-    return f"<!doctype html>\n{tag('html', tag('head', *head), tag('body', tag('main', *body)), lang='en')}\n"
-
-
-def _lead(results: Results) -> Html:
-    plan, rows = results.plan, results.students
-    removed = sum(interval.removed for interval in plan.intervals)
-    count = len(plan.intervals)
-    text = f"{count} {'interval' if count == 1 else 'intervals'} of neighbouring blocks can each be replaced by one student; "
-    text += f"with all of them on, {plan.num_blocks - removed} blocks do the work of {plan.num_blocks}. "
-    if not rows:
-        return _joined([text])
-    small = min(rows, key=lambda row: row["parameters"])
-    share = f"{100 * small['parameters'] / results.teacher['parameters']:.0f} % of the parameters"
-    parts = [text, "The smallest variant, ", tag("strong", small["name"]), ", has ", tag("strong", share)]
-    if small.get("latency_ratio"):
-        parts += [", runs ", tag("strong", f"{small['latency_ratio']:.2f}×"), " as fast"]
-    if small.get("character_accuracy"):
-        right, before = small["character_accuracy"], results.teacher.get("character_accuracy")
-        parts += [" and draws ", tag("strong", _stat(right, "%")), " of characters right"]
-        parts += [", the teacher ", tag("span", _stat(before, "%"))] if before else []
-    elif small.get("psnr"):
-        parts += [" and draws the teacher's pictures to within ", tag("strong", f"{_stat(small['psnr'], '{:.1f}')} dB")]
-    return _joined([*parts, "."])
-
-
-def _table(heads: list[str], rows: list[list[object]], classes: str = "") -> Html:
-    """The first column names the row; the others are numbers."""
-    head = tag("tr", *(tag("th", h, scope="col") for h in heads))
-    body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *body), class_=f"numbers {classes}"), class_="scroll")
-
-
-def _interval_table(results: Results) -> Html:
-    rows = []
-    for i in results.plan.intervals:
-        loss = results.losses.get(i.name)
-        measured = next((r for r in results.detection["intervals"] if (r["first"], r["last"]) == (i.first, i.last)), {})
-        predicted = measured.get("score")
-        rows.append([
-            f"{i.first}–{i.last}", i.first, i.last, i.removed,
-            NONE if predicted is None else f"{predicted:.4f}",
-            NONE if i.score is None else f"{i.score:.4f}",
-            NONE if i.stability is None else f"{100 * i.stability:.0f} %",
-            NONE if i.parameters is None else count_text(i.parameters),
-            i.correction,
-            NONE if loss is None else f"{float(loss[-max(1, len(loss) // 20):].median()):.4f}",
-        ])  # fmt: skip
-    heads = ["interval", "first", "last", "blocks saved", "damage, linear map", "damage score", "stability", "student", "correction", "final loss"]
-    return _table(heads, rows) if rows else Html()
-
-
-def _explanation(results: Results) -> Html:
-    lines = results.detection.get("explain", [])
-    return tag("details", tag("summary", "Why each interval ends where it does"), tag("pre", "\n".join(lines))) if lines else Html()
-
-
-def _picture_grid(results: Results) -> Html:
-    captions, names = results.evaluation["captions_shown"], _pictured(results)
-    if not captions or not names:
-        return Html()
-    width = max(72, min(230, 936 // len(captions) - 6))
-    head = [tag("td"), *(tag("th", tag("div", caption, title=caption, style=f"width:{width}px"), scope="col") for caption in captions)]
-    rows = [tag("tr", *head)]
-    for name in names:
-        cells = [tag("td", _thumbnail(p, f"{name}: {c}", width)) for p, c in zip(results.pictures[name], captions, strict=False)]
-        rows.append(tag("tr", tag("th", name, scope="row"), *cells))
-    return tag("div", tag("table", *rows, class_="pictures"), class_="scroll")
-
-
-def _thumbnail(picture: torch.Tensor, alt: str, width: int) -> Html:
-    """picture: uint8 [3, height, width]"""
-    from PIL import Image
-
-    image = Image.fromarray(picture.movedim(0, -1).contiguous().numpy())
-    small = max(image.size) < 128
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return _image(buffer.getvalue(), alt, width=width, **({"class_": "pixels"} if small else {}))
-
-
-def _size_table(results: Results) -> Html:
-    teacher = results.teacher
-
-    def row(r: dict) -> list[object]:
-        variant = results.plan.variant(r["name"])
-        blocks = results.plan.num_blocks - sum(results.plan.interval(name).removed for name in variant.intervals)
-        memory, flops, ratio = r.get("peak_memory_bytes"), r.get("flops"), r.get("latency_ratio")
-        return [
-            r["name"], blocks, count_text(r["parameters"]), f"{100 * r['parameters'] / teacher['parameters']:.1f} %",
-            _bytes(r["bytes"]), f"{100 * flops / teacher['flops']:.1f} %" if flops and teacher.get("flops") else NONE,
-            _seconds(r["seconds_per_step"]), f"{ratio:.2f}×" if ratio else NONE, _bytes(memory) if memory else NONE,
-        ]  # fmt: skip
-
-    heads = ["variant", "blocks", "parameters", "of the teacher", "weights", "FLOPs", "time a step", "speed", "peak memory"]
-    return _table(heads, [row(r) for r in results.evaluation["variants"]])
-
-
-def _fidelity_table(results: Results) -> Html:
-    rows = results.evaluation["variants"]
-    shown = [name for name in FIDELITY if any(row.get(name) for row in rows)]
-    heads = ["variant", *(FIDELITY[name][0] for name in shown)]
-    return _table(heads, [[r["name"], *(_cell(r.get(name), FIDELITY[name][1]) for name in shown)] for r in rows], "stats")
-
-
-def _stat(stat: dict | None, form: str) -> str:
-    """97.0 % (95.1–98.4)"""
-    if not stat:
-        return NONE
-    if form == "%":
-        return f"{100 * stat['value']:.1f} % ({100 * stat['low']:.1f}–{100 * stat['high']:.1f})"
-    return f"{form.format(stat['value'])} ({form.format(stat['low'])}–{form.format(stat['high'])})"
-
-
-def _cell(stat: dict | None, form: str) -> Html:
-    value, _, error = _stat(stat, form).partition(" (")
-    return _joined([value, " ", tag("small", f"({error}")]) if error else _joined([value])
-
-
-def _fidelity_text(results: Results) -> str:
-    text = "Each variant against the teacher at the same seeds; in brackets 95 % bootstrap intervals over samples. Velocity error is "
-    text += "squared and relative to the teacher's velocity (0 is identical); PSNR and SSIM compare pictures drawn from the same noise."
-    if any(results.teacher.get(name) for name in ACCURACIES):
-        text += " A reader looks at every picture and says which character, shape and colours it sees."
-    return text + " Text sensitivity is how much of the velocity changes when the caption is taken away; it should stay at the teacher's."
-
-
-def _facts(results: Results, seconds: float | None) -> Html:
-    plan, run = results.plan, results.evaluation
-    names = ("longest interval", "kernel", "local alignment", "image tokens a sample", "resamples", "seed")
-    method = {"budget": "dynamic programme on measured damage", "ppcl": "greedy rule on CKA differences (the paper's)"}
-    settings = [("yes" if v else "no") if isinstance(v, bool) else v for v in results.settings[1:]]
-    versions = ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items())
-    facts = {
-        "Teacher": f"{plan.provenance.get('source_model', '')} ({plan.architecture}, {plan.num_blocks} blocks, fingerprint {plan.fingerprint[:12]})",
-        "Detection": method.get(results.detection.get("method"), results.detection.get("method")),
-        "Detection settings": ", ".join(f"{n} {v}" for n, v in zip(names, settings, strict=False)),
-        "Teacher passes": _passes(results),
-        "Calibration": ", ".join(
-            [f"{k} {v}" for k, v in results.calibration.items() if k not in ("architecture", "fingerprint")]
-            + [f"hash {plan.provenance.get('calibration', '')[:12]}"]
-        ),
-        "Pictures": f"{run['captions']} captions, {run['steps']} steps, guidance {run['guidance']}, seed {run['seed']}",
-        "Machine": f"{run['machine']}, {run['device']}",
-        "Versions": versions,
-        "Time": ", ".join([*([f"{_duration(seconds)} in all"] if seconds else []), f"{_duration(run['seconds'])} of evaluation"]),
-        **{k.replace("_", " ").capitalize(): v for k, v in plan.provenance.items() if k not in ("source_model", "calibration", "method")},
-    }
-    return tag("dl", *(_joined([tag("dt", name), tag("dd", value)]) for name, value in facts.items() if value not in ("", None)))
-
-
-def _passes(results: Results) -> str:
-    passes = results.detection.get("block_passes_per_batch")
-    return f"{passes:,} block passes a batch for detection".replace(",", " ") if passes else ""
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-_MAP_TEXT = (
-    "One row a variant, one cell a block of the teacher. A student stands in the place of the first block of its interval and "
-    "does the work of all of it. Each interval is a switch: where it is off, the teacher's own blocks run."
-)
-_CKA_TEXT = (
-    "For each interval's first block u: how well the teacher's final image state survives when everything after u up to block k "
-    "is replaced by linear maps (CKA, 1 is perfect). Below, the drop D that each further block adds."
-)
-_INTERVAL_TEXT = (
-    "Damage is the squared error of the final velocity, relative to the teacher's, with only this interval replaced: by one "
-    "linear map, as detection measured it, and by the trained student (score). Stability is the share of bootstrap resamples of "
-    "the calibration samples that choose this very interval."
-)
-_DAMAGE_TEXT = (
-    "What it costs to replace an interval by one linear map, for every first block and every length (darker is worse, "
-    "logarithmic). The chosen ones are outlined."
-)
-_LOSS_TEXT = "Each student learns by itself, on the teacher's own states. Faint: every update; bold: running mean."
-_PICTURE_TEXT = "The same caption and the same noise in every column; the teacher in the first row."
-_SIZE_TEXT = (
-    "Weights as stored in bfloat16. Time and speed are of one forward of a calibration batch on the machine named below. "
-    "Peak memory is the GPU's; on a CPU it is the whole process's up to then."
-)
-_TIMESTEP_TEXT = "Where on the way from noise to picture the variants leave the teacher. Bands are 95 % bootstrap intervals."
-_STYLE = """
-:root{--ink:#1b2733;--quiet:#5c6b7a;--rule:#d9dfe5;--accent:#0072b2;--shade:#f3f6f9}
-*{box-sizing:border-box}
-body{margin:0;background:#fff;color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:1140px;margin:0 auto;padding:56px 36px 96px}
-header{border-top:5px solid var(--accent);padding-top:22px}
-h1{font-size:2.3rem;line-height:1.15;letter-spacing:-.02em;margin:.1em 0 .45em;overflow-wrap:anywhere}
-h2{font-size:1.3rem;letter-spacing:-.01em;margin:0 0 .35em}
-p{max-width:76ch;text-wrap:pretty;margin:0 0 1.1em}
-section>p{color:var(--quiet)}section>p:empty{display:none}
-.eyebrow{color:var(--accent);font-weight:600;margin:0}
-.lead{font-size:1.16rem;line-height:1.6}.lead strong,.lead span{white-space:nowrap}
-section{margin-top:60px}
-.scroll{overflow-x:auto}
-img.wide{display:block;width:100%;min-width:760px;height:auto}
-table{border-collapse:separate;border-spacing:0}
-table.numbers{width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-.numbers th,.numbers td{padding:.5em .7em;text-align:right;white-space:nowrap;border-bottom:1px solid var(--rule)}
-.numbers thead th{color:var(--quiet);font-weight:500;font-size:.82rem;white-space:normal;vertical-align:bottom;border-bottom:2px solid var(--ink);line-height:1.3}
-.numbers th:first-child{text-align:left;padding-left:0;position:sticky;left:0;background:#fff}
-.numbers tbody th{font-weight:650}
-.stats td{vertical-align:top}.stats tbody th{vertical-align:top}
-.stats small{display:block;color:var(--quiet);font-size:.8rem}
-.pictures th,.pictures td{padding:2px 3px;vertical-align:middle}
-.pictures tr:first-child th{vertical-align:bottom;font-weight:400;text-align:left;font-size:.72rem;line-height:1.3;color:var(--quiet);padding-bottom:8px}
-.pictures th div{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:6;overflow:hidden;overflow-wrap:anywhere}
-.pictures th[scope=row],.pictures td:first-child:empty{position:sticky;left:0;background:#fff;text-align:left;padding-right:14px;font-size:.9rem;font-weight:650}
-.pictures img{display:block;border-radius:3px;height:auto}
-.pixels{image-rendering:pixelated}
-details{margin-top:18px}summary{cursor:pointer;color:var(--accent);font-weight:600}
-pre{background:var(--shade);padding:16px 18px;border-radius:6px;overflow-x:auto;font-size:.82rem;line-height:1.5}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.55em 2em;margin:0}
-dt{color:var(--quiet)}dd{margin:0;overflow-wrap:anywhere}
-@media(max-width:640px){main{padding:24px 18px 64px}h1{font-size:1.8rem}.lead{font-size:1.06rem}section{margin-top:44px}
-dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.9em}}
-@media print{main{padding:0}section{break-inside:avoid}}
-"""

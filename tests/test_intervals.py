@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl_engine.intervals import budget_intervals, curve_scale, first_difference, greedy_intervals, least_damage, stability
+from ppcl_engine.intervals import (
+    budget_intervals,
+    curve_scale,
+    first_difference,
+    greedy_intervals,
+    least_damage,
+    stability,
+)
 
 STEPS = [0.0, 0.10, 0.05, 0.04, 0.30, 0.02, 0.40, 0.41]  # D(u, k) = STEPS[k] for every u
 

@@ -1,9 +1,11 @@
 """A diffusers folder's text encoder, VAE and transformer give what diffusers' own pipeline gives."""
 
 import gc
+import inspect
 import json
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,8 +85,6 @@ def test_many_captions_are_encoded_in_parts(codec):
 
 
 def test_long_captions_are_cut_where_the_pipeline_cuts_them(codec, pipeline):
-    import inspect
-
     limit = inspect.signature(type(pipeline).__call__).parameters["max_sequence_length"].default
     caption = "x" * 600
     with torch.no_grad():
@@ -124,8 +124,6 @@ def test_latents_are_the_normalised_mode_of_the_posterior(codec, pipeline):
 
 def test_latents_and_pictures_undo_each_other_normalisation(codec, monkeypatch):
     """With a VAE that changes nothing, there and back is the identity."""
-    from types import SimpleNamespace
-
     vae = SimpleNamespace(
         config=codec._open_vae().config,
         encode=lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: torch.cat([x, x[:, :1]], 1))),
@@ -153,6 +151,10 @@ def edit_class(copy):
     (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
 
 
+def break_merges(copy):
+    (copy / "tokenizer" / "merges.txt").write_text("#version: 0.2\nz q\n")
+
+
 def cut_weights(copy):
     file = copy / "text_encoder" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -167,7 +169,7 @@ def cut_weights(copy):
         (lambda copy: shutil.rmtree(copy / "tokenizer"), r"has no tokenizer; download"),
         (lambda copy: (copy / "tokenizer" / "vocab.json").unlink(), r"tokenizer has neither tokenizer.json nor vocab"),
         (lambda copy: (copy / "tokenizer" / "vocab.json").write_text("{"), r"tokenizer cannot be read \(.*BPE.*\); down"),
-        (lambda copy: (copy / "tokenizer" / "merges.txt").write_text("#version: 0.2\nz q\n"), r"tokenizer cannot be read \(.*zq"),
+        (break_merges, r"tokenizer cannot be read \(.*zq"),
         (lambda copy: (copy / "text_encoder" / "model.safetensors").unlink(), r"text_encoder has no .safetensors file"),
         (cut_weights, r"model.safetensors is truncated"),
     ],

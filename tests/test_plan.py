@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppcl_engine.plan import FULL, SITE_KINDS, Interval, PruningPlan, Variant, WidthSite, parse_intervals, plan_from_json
+from ppcl_engine.plan import (
+    FULL,
+    SITE_KINDS,
+    Interval,
+    PruningPlan,
+    Variant,
+    WidthSite,
+    parse_intervals,
+    plan_from_json,
+)
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 

@@ -48,7 +48,7 @@ def make_run(folder, intervals=INTERVALS[0], reader=False, bootstrap=3):
     cka = torch.where(pairs[..., None], torch.rand(BLOCKS, LONGEST, 1 + bootstrap), torch.nan)
     error = torch.where(pairs[..., None], torch.rand(BLOCKS, LONGEST, SAMPLES), torch.nan)
     curves = {"cka": cka.double(), "error": error.double(), "power": torch.ones(SAMPLES).double()}
-    write_tensors(folder / "curves.safetensors", curves, {"settings": json.dumps(["c", LONGEST, "linear", False, 4, bootstrap, 0])})
+    write_tensors(folder / "curves.safetensors", curves, {"settings": json.dumps({"calibration": "c", "longest": LONGEST, "bootstrap": bootstrap})})
     found = [{"first": u, "last": v, "score": 0.2, "stability": 0.5} for u, v in intervals]
     write_json(folder / "detect.json", {"method": "budget", "intervals": found, "explain": ["D > 0.1 & so on"]})
     for name in names:

@@ -8,8 +8,8 @@ from ppcl_engine.plan import Interval
 from ppcl_engine.similarity import NormalEquations
 from ppcl_engine.stages.distill_depth import set_map
 from ppcl_engine.surgery import (
-    Correction,
     CorrectedBlock,
+    Correction,
     PassThrough,
     block_of_student,
     build_student,

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..files import write_tensors
 from ..codecs import TableCodec
+from ..files import write_tensors
 from .codec import fit_codec
 from .task import (
     CHARACTERS,

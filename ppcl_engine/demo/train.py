@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from ..architectures.qwen_image import QwenImage
-from ..files import write_json, write_tensors
 from ..codecs import TableCodec
+from ..files import write_json, write_tensors
 from .codec import fit_codec
 from .task import random_captions, render
 

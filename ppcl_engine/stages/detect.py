@@ -37,11 +37,13 @@ def detect(config: DetectConfig) -> Path:
     calibration = open_calibration(config, teacher.weights)
     protect = _protected(config, teacher.num_blocks)
     probes = [TensorFile(path).metadata.get("settings") for path in sorted(run.probes.glob("block_*.safetensors"))]
-    names = ("longest", "kernel", "local", "tokens", "bootstrap", "seed", "dtype")
-    settings = json.dumps([calibration.hash, probes, *(getattr(config, name) for name in names)])
+    names = ("samples", "longest", "kernel", "local", "tokens", "bootstrap", "seed", "dtype")
+    measured = {name: getattr(config, name) for name in names}
+    settings = json.dumps({"calibration": calibration.hash, "probes": probes, **measured})
     curves = _load_curves(run.curves, settings)
     if curves is None:
-        curves = _measure(config, run, teacher, calibration.all_inputs())
+        batches = max(2, round(config.samples / calibration.samples * len(calibration)))
+        curves = _measure(config, run, teacher, calibration.all_inputs()[:batches])
         write_tensors(run.curves, curves.tensors(), {"settings": settings})
     result = choose(config, curves, protect)
     write_json(run.detection, result)

@@ -19,6 +19,7 @@ from ..config import EvaluateConfig
 from ..cost import CostModel
 from ..data import CalibrationSet, caption_file
 from ..files import write_json, write_tensors
+from ..memory import PeakMemory
 from ..plan import FULL, PruningPlan, Variant
 from ..quality import Reading, reader_of, ssim
 from ..reporting import write_report
@@ -88,8 +89,7 @@ class _Judge:
         self.teacher: dict = {}
 
     def row(self, variant: Variant) -> dict:
-        if self.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
+        memory = PeakMemory(self.device)
         intervals = self.plan.intervals_of(variant)
         model = assemble(self.weights, self.students, intervals, self.dtype, self.device)
         velocities, seconds = self._velocities(model, variant.name)
@@ -98,6 +98,7 @@ class _Judge:
             self.config.guidance, self.config.batch, f"draw {variant.name}",
         )
         pictures = self.reading.codec.pictures(latents).cpu()
+        peak = memory.above_start()
         self.shown[variant.name] = (pictures[:SHOWN] * 255).round().byte()
         ours = {"velocities": velocities, "latents": latents, "pictures": pictures, "seconds": seconds}
         if not self.teacher:
@@ -109,7 +110,7 @@ class _Judge:
             "flops": self.cost.variant(self.plan, variant).flops,
             "seconds_per_step": seconds,
             "latency_ratio": self.teacher["seconds"] / seconds,
-            "peak_memory_bytes": _peak_memory(self.device),
+            "peak_memory_bytes": peak,
             **self._against_teacher(ours),
             **self._readings(pictures),
             "text_sensitivity": self._text_sensitivity(model),
@@ -195,11 +196,3 @@ def _psnr(ours: torch.Tensor, theirs: torch.Tensor, peak: float | None) -> torch
     flat = theirs.double().flatten(1)
     span = flat.amax(1) - flat.amin(1) if peak is None else torch.full_like(error, peak)
     return (10 * (span.square() / error).log10()).clamp_max(100.0)
-
-
-def _peak_memory(device: str) -> int:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
