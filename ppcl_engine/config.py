@@ -112,8 +112,6 @@ class DistillDepthConfig(Common):
     """Rounds: one sweep of the teacher over fresh samples, then updates of every interval."""
     updates: int = 40
     """Updates of an interval in a round."""
-    batch: int = 16
-    """Samples of an update."""
     learning_rate: float = 1e-3
     """Peak learning rate (AdamW 0.9, 0.95), cosine to a thirtieth over all rounds."""
     warm_up: int = 16

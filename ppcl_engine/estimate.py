@@ -58,18 +58,18 @@ def _from_config_file(model: Path, values: dict) -> tuple[str, Architecture, dic
     raise ValueError(f"{model}: class {values.get('_class_name')!r} is unknown; known: {known}")
 
 
-def estimate(architecture: Architecture, config: dict, dtype: torch.dtype, device: str, batch: int) -> list[Estimate]:
+def estimate(architecture: Architecture, config: dict, dtype: torch.dtype, device: str) -> list[Estimate]:
     """Resident and streamed, with one student in training."""
     cost = CostModel(architecture, config, GRID, TEXT_TOKENS)
     blocks, size = architecture.num_blocks(config), dtype.itemsize
     block = cost.block(0)
     student = cost.student(Interval(first=0, last=1, correction="affine"))
     tokens = math.prod(GRID) + TEXT_TOKENS
-    activations = batch * tokens * architecture.width(config) * ACTIVATIONS_PER_TOKEN * size
+    activations = tokens * architecture.width(config) * ACTIVATIONS_PER_TOKEN * size
     training = OPTIMISER_COPIES * student.parameters * size + activations
     outer = cost.outer_parameters * size
     speed = _flops_a_second(device, dtype)
-    seconds = batch * (3 * student.flops + block.flops * blocks / 4) / speed  # a sweep feeds four updates
+    seconds = (3 * student.flops + block.flops * blocks / 4) / speed  # a sweep feeds four updates
     rows = []
     for name, resident_blocks in (("resident", blocks), ("streamed", 2)):
         needed = outer + resident_blocks * block.parameters * size + training
@@ -84,12 +84,12 @@ def print_estimate(config: Common) -> None:
     blocks = architecture.num_blocks(settings)
     cost = CostModel(architecture, settings, GRID, TEXT_TOKENS)
     parameters = cost.outer_parameters + sum(cost.block(i).parameters for i in range(blocks))
-    batch = getattr(config, "batch", 1)
     print(f"{name}: {architecture.name}, {blocks} blocks, {parameters / 1e9:.2f} B parameters")
-    print(f"on disk: {parameters * 2 / 1e9:.1f} GB in bf16, {parameters * 4 / 1e9:.1f} GB in fp32; free here: {_free_disk(config.run) / 1e9:.0f} GB")
-    print(f"distil depth on {device} in {config.dtype}, {batch} samples of 1024 x 1024 an update:")
+    free = _free_disk(config.run) / 1e9
+    print(f"on disk: {parameters * 2 / 1e9:.1f} GB in bf16, {parameters * 4 / 1e9:.1f} GB in fp32; {free:.0f} GB are free")
+    print(f"distil depth on {device} in {config.dtype}, one sample of 1024 x 1024 an update:")
     print(f"{'':10} {'device GB':>10} {'host GB':>10} {'s a step':>10}  fits")
-    for row in estimate(architecture, settings, dtype, device, batch):
+    for row in estimate(architecture, settings, dtype, device):
         fits = "yes" if row.fits else f"no: {_memory(device) / 1e9:.0f} GB here"
         print(f"{row.name:10} {row.device_bytes / 1e9:>10.1f} {row.host_bytes / 1e9:>10.1f} {row.seconds_a_step:>10.1f}  {fits}")
 

@@ -7,6 +7,7 @@ pages as the process's own; streaming a 40 GB model needs plain reads, so the co
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -38,9 +39,14 @@ HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it replaces `path`, on failure it goes."""
+    """Yields a temporary path beside `path`; on success it replaces `path`, on failure it goes.
+
+    What a killed process left beside `path` goes too.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary

@@ -1,0 +1,139 @@
+"""A user's mistakes end in one line and exit code 2; a file of several stages is checked before the first starts."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+
+from ppcl_engine import files
+from ppcl_engine.__main__ import STAGES, USER_ERROR, main, read_run_file
+from ppcl_engine.files import write_tensors
+from ppcl_engine.plan import PruningPlan
+
+EVERY_STAGE = list(STAGES)
+
+
+@pytest.fixture
+def failing(capsys):
+    """Runs a command that must fail; returns its one line."""
+
+    def run(*arguments) -> str:
+        assert main([str(a) for a in arguments]) == USER_ERROR
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ppcl:")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def run_folder(tmp_path, teacher_file, make_run):
+    return make_run(tmp_path / "run", teacher_file)
+
+
+def plan_file(run_folder, teacher_file, **changes):
+    from ppcl_engine.checkpoint import Weights
+
+    weights = Weights(teacher_file)
+    values = {"architecture": weights.architecture.name, "config": weights.config, "num_blocks": 6}
+    plan = json.loads(PruningPlan(**values, fingerprint=weights.fingerprint).to_json())
+    (run_folder / "plan.json").write_text(json.dumps({**plan, **changes}))
+
+
+def test_unknown_stage_lists_the_known_ones(failing):
+    assert "distill-depth" in failing("prune")
+
+
+def test_help_names_every_stage_and_every_setting_has_a_text(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(stage in text for stage in EVERY_STAGE)
+    for stage in EVERY_STAGE:
+        with pytest.raises(SystemExit) as end:
+            main([stage, "--help"])
+        assert end.value.code == 0
+
+
+def test_unknown_architecture_lists_known_ones_and_first_keys(failing, tmp_path):
+    import torch
+
+    write_tensors(tmp_path / "other.safetensors", {"unet.down.weight": torch.zeros(2)})
+    line = failing("inspect", "--path", tmp_path / "other.safetensors")
+    assert "qwen_image" in line and "unet.down.weight" in line
+
+
+def test_foreign_and_truncated_files(failing, tmp_path, teacher_file):
+    (tmp_path / "text.safetensors").write_text("this is a poem, not a model")
+    assert "not a safetensors file" in failing("inspect", "--path", tmp_path / "text.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(teacher_file.read_bytes()[:-100])
+    assert "truncated" in failing("inspect", "--path", tmp_path / "cut.safetensors")
+    assert "does not exist" in failing("inspect", "--path", tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"fingerprint": "0" * 64}, "is not the teacher of this plan"),
+        ({"intervals": [{"first": 1, "last": 9}]}, "interval 1-9 is not inside blocks 0-5"),
+        ({"intervals": [{"first": 0, "last": 2}, {"first": 2, "last": 3}]}, "intervals 0-2 and 2-3 overlap"),
+        ({"architecture": "sdxl"}, "the plan is for sdxl"),
+        ({"speed": 3}, "unknown field 'speed'"),
+    ],
+)
+def test_plans_that_cannot_be_applied(failing, run_folder, teacher_file, changes, expected):
+    plan_file(run_folder, teacher_file, **changes)
+    assert expected in failing("distill-depth", "--model", teacher_file, "--run", run_folder)
+
+
+def test_stages_out_of_order_say_what_to_run_first(failing, tmp_path, run_folder, teacher_file):
+    assert "run calibrate first" in failing("probe", "--model", teacher_file, "--run", tmp_path / "empty")
+    assert "run detect first" in failing("distill-depth", "--model", teacher_file, "--run", run_folder)
+    assert "run probe first" in failing("detect", "--model", teacher_file, "--run", run_folder)
+
+
+def test_a_read_only_place_and_a_full_disk(failing, run_folder, teacher_file, monkeypatch):
+    """A folder that cannot be made (root may write anywhere, /proc takes no file), and a disk without space."""
+    line = failing("demo", "--run", "/proc/ppcl")
+    assert "/proc/ppcl" in line
+
+    def full(*arguments, **named):
+        raise OSError(errno.ENOSPC, "No space left on device", str(run_folder / "probes" / "block_000.safetensors"))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    line = failing("probe", "--model", teacher_file, "--run", run_folder)
+    assert "No space left on device" in line and "block_000" in line
+    assert not list(run_folder.rglob("*.partial")) and not list(run_folder.glob("probes/*.safetensors"))
+
+
+def test_a_loss_that_is_not_a_number_names_step_and_interval(failing, run_folder, teacher_file):
+    plan_file(run_folder, teacher_file, intervals=[{"first": 1, "last": 2}])
+    arguments = ["--model", teacher_file, "--run", run_folder, "--rounds", 2, "--updates", 4]
+    line = failing("distill-depth", *arguments, "--learning-rate", "1e30", "--warm-up", 0)
+    assert "step" in line and "interval 1-2" in line and "last good state is kept" in line
+
+
+def test_a_run_file_is_checked_before_anything_starts(tmp_path, failing):
+    path = tmp_path / "run.toml"
+    path.write_text('[common]\nmodel = "m"\nrun = "r"\n[probe]\n[detect]\nlongestt = 3\n')
+    assert "[detect]: unknown setting 'longestt'" in failing("run", "--file", path)
+    path.write_text('[common]\nmodel = "m"\nrun = "r"\n[detect]\nkernel = "cubic"\n')
+    assert "kernel = 'cubic'; choose from linear, rbf" in failing("run", "--file", path)
+    path.write_text("[prune]\n")
+    assert "unknown stage [prune]" in failing("run", "--file", path)
+    path.write_text('[common]\nmodel = "m"\nrun = "r"\nstreamed = true\n[distill-depth]\nlearning_rate = 1\n[probe]\n')
+    assert [stage for stage, _ in read_run_file(path)] == ["distill-depth", "probe"]
+
+
+def test_dry_run_of_the_twenty_billion_model_needs_no_weights(capsys, tmp_path):
+    assert main(["distill-depth", "--model", "qwen_image", "--run", str(tmp_path), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "60 blocks, 20.43 B" in text and "resident" in text and "streamed" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_known_architectures_as_json(capsys):
+    assert main(["inspect", "--architectures", "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known["qwen_image"]["blocks"] == 60 and round(known["qwen_image"]["parameters"] / 1e9, 2) == 20.43
