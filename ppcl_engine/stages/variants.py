@@ -37,14 +37,14 @@ def variants(config: VariantsConfig) -> Path:
     batches = max(1, round(config.samples / calibration.samples * len(calibration)))
     inputs = calibration.all_inputs()[-batches:]
     with torch.no_grad():
-        measured = _Damage(teacher, run, plan, inputs)
+        measured = Damage(teacher, run, plan, inputs)
         plan = plan.with_parts(intervals=tuple(measured.interval(i) for i in tqdm(plan.intervals, desc="variants")))
         plan = plan.with_parts(variants=tuple(_named(config, teacher, plan, measured, inputs[0])))
     write_text(run.plan, plan.to_json() + "\n")
     return run.plan
 
 
-class _Damage:
+class Damage:
     """Velocity error of sets of intervals on the same inputs; students are kept in memory (one block each)."""
 
     def __init__(self, teacher: Teacher, run: Run, plan: PruningPlan, inputs: list):
@@ -53,11 +53,13 @@ class _Damage:
         self.target = self._velocities(())
 
     def of(self, intervals: tuple[Interval, ...]) -> float:
-        error = power = 0.0
-        for ours, theirs in zip(self._velocities(intervals), self.target, strict=True):
-            error += float((ours - theirs).double().square().sum())
-            power += float(theirs.double().square().sum())
-        return error / power
+        error, power = self.per_sample(intervals)
+        return float(error.sum() / power.sum())
+
+    def per_sample(self, intervals: tuple[Interval, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared error of the velocity and its own square, each summed over a sample."""
+        pairs = list(zip(self._velocities(intervals), self.target, strict=True))
+        return torch.cat([_squares(a - b) for a, b in pairs]), torch.cat([_squares(b) for _, b in pairs])
 
     def interval(self, interval: Interval) -> Interval:
         parameters = sum(t.numel() for t in load_student(self.run, self.teacher, interval).parameters())
@@ -79,7 +81,11 @@ class _Damage:
         return self.teacher.architecture.run_block(block, state)
 
 
-def _named(config: VariantsConfig, teacher: Teacher, plan: PruningPlan, measured: _Damage, inputs) -> list[Variant]:
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    return x.double().square().flatten(1).sum(1).cpu()
+
+
+def _named(config: VariantsConfig, teacher: Teacher, plan: PruningPlan, measured: Damage, inputs) -> list[Variant]:
     """full, large, medium, small, and one for each limit that was given."""
     grid = tuple(inputs["grid"][0].tolist())
     cost = CostModel(teacher.architecture, teacher.config, grid, inputs["encoder_hidden_states"].shape[1])
@@ -114,7 +120,7 @@ def _subset_of(gains: list[float], plan: PruningPlan, saving: float) -> tuple[st
     return tuple(plan.intervals[index].name for index in chosen)
 
 
-def _variant(name, chosen, plan: PruningPlan, cost: CostModel, milliseconds: float, measured: _Damage) -> Variant:
+def _variant(name, chosen, plan: PruningPlan, cost: CostModel, milliseconds: float, measured: Damage) -> Variant:
     counted = cost.variant(plan, Variant(name=name, intervals=chosen))
     removed = sum(plan.interval(n).removed for n in chosen)
     return Variant(
@@ -128,7 +134,7 @@ def _variant(name, chosen, plan: PruningPlan, cost: CostModel, milliseconds: flo
     )
 
 
-def _block_milliseconds(measured: _Damage, repeats: int = 5) -> float:
+def _block_milliseconds(measured: Damage, repeats: int = 5) -> float:
     """Median time of block 0 on one sample-batch of the calibration, milliseconds a sample."""
     block, state = measured.teacher.block(0), measured.embedded[0]
     return 1e3 * _median_seconds(lambda: measured._run(block, state), repeats) / len(state.image)
