@@ -16,7 +16,10 @@ TEXT_WIDTH = 32
 SHARD_SIZE = "400KB"  # the transformer is about 1 MB, so it is cut into several files
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                   "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")  # fmt: skip
-TEMPLATE_WORDS = ["system", "Describe", "user", "assistant", "Ġthe", "Ġimage", "Ġby", "Ġdetailing", "Ġcolor", "Ġshape", "Ġsize", "Ġtexture", "Ġquantity", "Ġtext", "Ġspatial", "Ġrelationships", "Ġof", "Ġobjects", "Ġand", "Ġbackground"]  # Ġ is how byte-level BPE writes a space
+TEMPLATE_WORDS = (  # Ġ is how byte-level BPE writes a space
+    *("system", "Describe", "user", "assistant", "Ġthe", "Ġimage", "Ġby", "Ġdetailing", "Ġcolor", "Ġshape", "Ġsize"),
+    *("Ġtexture", "Ġquantity", "Ġtext", "Ġspatial", "Ġrelationships", "Ġof", "Ġobjects", "Ġand", "Ġbackground"),
+)
 TRANSFORMER_CONFIG = {
     "patch_size": 2,
     "in_channels": 4 * LATENT_CHANNELS,

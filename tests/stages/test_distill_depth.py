@@ -54,13 +54,15 @@ def students(run: Run) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("loss", ["direction", "direction_log_norm", "mse"])
 @pytest.mark.parametrize("correction", ["none", "affine"])
-def test_the_loss_falls(new_run, distill, loss, correction):
-    run = new_run()
-    distill(run, loss=loss, correction=correction, rounds=4, updates=16, learning_rate=3e-3)
+def test_the_loss_falls(new_run, distill, teacher_file, calibration_of, loss, correction):
+    """On pictures that were not seen before: the first pass of round 1 against the first of round 0."""
+    run = new_run(calibration=calibration_of(teacher_file, samples=32))
+    distill(run, loss=loss, correction=correction, rounds=2, updates=64, learning_rate=1e-3)
     for interval in ALL:
         history = losses(run, interval)
-        assert len(history) == 64
-        assert sum(history[-16:]) < 0.8 * sum(history[:16])
+        print(correction, loss, interval, [round(sum(history[i:i+16]), 3) for i in range(0, 128, 16)])
+        assert len(history) == 128
+        assert sum(history[64:80]) < 0.9 * sum(history[:16])
 
 
 def test_the_affine_start_beats_a_plain_copy_before_any_training(new_run, distill):
