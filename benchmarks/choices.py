@@ -33,9 +33,8 @@ ROWS = {
     "affine, direction + log norm": {"correction": "affine", "loss": "direction_log_norm"},
     "affine, relative MSE": {"correction": "affine", "loss": "mse"},
     "rank 16, relative MSE": {"correction": "16", "loss": "mse"},
-    "affine, MSE, middle": {"correction": "affine", "loss": "mse", "init": "middle"},
 }
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (1e-3, 3e-3)
 SAMPLES, HELD_OUT, BATCH = 480, 240, 48
 
 
@@ -78,6 +77,7 @@ def _row(name: str, change: dict, rate: float, updates: int, common: dict, folde
         damage = Damage(teacher, run, plan, unseen)
         joint = _with_interval(*damage.per_sample(plan.intervals))
         singles = sum(damage.of((interval,)) for interval in plan.intervals)
+    print(f"\n{name}, rate {rate:g}: joint {joint['joint']:.4f}, singles {singles:.4f}", flush=True)
     return {"name": name, "learning_rate": rate, "updates": updates, **joint, "singles": singles}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from pathlib import Path
 
@@ -21,6 +22,9 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
         elif CLEAR.exists():
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if trim is not None:  # glibc: freed memory that it keeps would hide what comes
+                trim(0)
             CLEAR.write_text(RESET_PEAK)
             self.start = _status("VmRSS")
 
