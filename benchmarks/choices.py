@@ -34,7 +34,7 @@ ROWS = {
     "affine, relative MSE": {"correction": "affine", "loss": "mse"},
     "rank 16, relative MSE": {"correction": "16", "loss": "mse"},
 }
-LEARNING_RATES = (1e-3, 3e-3)
+LEARNING_RATES = (3e-3, 1e-3)
 SAMPLES, HELD_OUT, BATCH = 480, 240, 48
 
 
@@ -55,8 +55,8 @@ def measure(chosen) -> dict:
         rates = LEARNING_RATES if not chosen.quick else LEARNING_RATES[:1]
         trained = [
             _row(name, {**PAPER, **change}, rate, updates, common, folder, teacher, unseen)
-            for name, change in ROWS.items()
             for rate in rates
+            for name, change in ROWS.items()
         ]
         intervals = [i.name for i in base.load_plan().intervals]
     return {"teacher": teachers.describe(model, teacher.weights), "intervals": intervals, "untrained": untrained,

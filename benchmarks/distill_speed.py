@@ -151,8 +151,8 @@ def plain_loss(teacher: Teacher, students: nn.ModuleDict, intervals, inputs: Inp
         if index in starts:
             interval, student = starts[index], students[starts[index].name]
             sources = [state, chain] if authors else [state]
-            run_student = partial(checkpoint, run_block, student, use_reentrant=False) if authors else partial(run_block, student)
-            outputs = [run_student(source) for source in sources]
+            run = partial(checkpoint, run_block, use_reentrant=False) if authors else run_block
+            outputs = [run(student, source) for source in sources]
             replaced = set(interval.blocks)
         with torch.no_grad():
             before, state = state, run_block(block, state)

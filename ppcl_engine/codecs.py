@@ -9,24 +9,35 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from .files import TensorFile
+from .flow import euler_timesteps
 
 TABLES = ("text_encoder.token_embedding", "vae.mean", "vae.encode", "vae.decode")
 VOCABULARY_KEY = "vocabulary"
 
 
 class Codec(Protocol):
-    """Pictures are [n, 3, height, width] in [0, 1]; latents [n, channels, rows, columns]."""
+    """What surrounds a transformer, and how a picture is drawn with it.
+
+    Pictures are [n, 3, height, width] in [0, 1]; latents [n, channels, rows, columns]; text
+    [n, tokens, width]. All fp32 on the CPU, in and out; masks are bool.
+    """
 
     picture_size: tuple[int, int]
     """default height and width of a picture, pixels"""
     latent_channels: int
     pixels_per_latent: int
+    rescales_guidance: bool
+    """whether the guided velocity of every token keeps the norm of the caption's"""
+
+    def timesteps(self, steps: int, image_tokens: int) -> list[float]:
+        """1, ..., 0, both ends included: where a picture of so many tokens is sampled"""
+        ...
 
     def text(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -50,6 +61,7 @@ class TableCodec:
     encode: torch.Tensor
     decode: torch.Tensor
     picture_size: tuple[int, int] = (48, 48)
+    rescales_guidance: ClassVar[bool] = False
 
     @property
     def latent_channels(self) -> int:
@@ -65,6 +77,10 @@ class TableCodec:
     def metadata(self) -> dict[str, str]:
         return {VOCABULARY_KEY: json.dumps(self.vocabulary)}
 
+    def timesteps(self, steps: int, image_tokens: int) -> list[float]:
+        """Equal steps, whatever the size."""
+        return euler_timesteps(steps)
+
     def latents(self, pictures: torch.Tensor) -> torch.Tensor:
         """[n, 3, H, W] -> [n, 16, H/4, W/4], about unit variance"""
         blocks = F.pixel_unshuffle(pictures, self.pixels_per_latent).movedim(1, -1)
@@ -72,7 +88,7 @@ class TableCodec:
 
     def pictures(self, latents: torch.Tensor) -> torch.Tensor:
         """[n, 16, h, w] -> [n, 3, 4h, 4w], clipped to [0, 1]"""
-        blocks = latents.float().movedim(1, -1) @ self.decode + self.mean
+        blocks = latents.movedim(1, -1) @ self.decode + self.mean
         return F.pixel_shuffle(blocks.movedim(-1, 1), self.pixels_per_latent).clamp(0, 1)
 
     def text(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

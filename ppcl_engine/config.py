@@ -35,7 +35,8 @@ class CalibrateConfig(Common):
     prompts: Path | None = None
     """Text file, one caption a line: the teacher draws them and its states on the way are kept."""
     embeddings: Path | None = None
-    """Stored text embeddings (safetensors: text [n, tokens, width], mask [n, tokens], empty [1, tokens, width])."""
+    """Stored text embeddings (safetensors: text [n, tokens, width], mask [n, tokens], empty [1, tokens, width]);
+    the teacher draws in equal steps, since the model's own schedule is in its pipeline folder."""
     samples: int = 128
     """Samples to keep; captions and pictures are used again with other timesteps when there are fewer."""
     batch: int = 16
@@ -58,7 +59,7 @@ class ProbeConfig(Common):
 
     ridge: float = 1e-4
     """Ridge as a share of the mean diagonal of X^T X."""
-    train_steps: int = 0
+    train_steps: int = 50
     """Gradient steps after the ridge solution, as in the paper; kept only where held-out error falls."""
     learning_rate: float = 1e-4
     """Learning rate of these steps (Adam)."""
@@ -167,6 +168,10 @@ class EvaluateConfig(Common):
     """Pictures at once."""
     variants: str = ""
     """Names, separated by commas; empty is every named variant."""
+    height: int = 0
+    """Height of a picture in pixels; 0 is the model's default."""
+    width: int = 0
+    """Width of a picture in pixels; 0 is the model's default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +194,10 @@ class GenerateConfig:
     """Classifier-free guidance."""
     seed: int = 0
     """Noise."""
+    height: int = 0
+    """Height of a picture in pixels; 0 is the model's default."""
+    width: int = 0
+    """Width of a picture in pixels; 0 is the model's default."""
     device: str = "auto"
     """Where to compute."""
 
@@ -241,6 +250,8 @@ class DemoConfig:
     """Seed of every stage."""
     captions: int = 200
     """Pictures drawn a variant in the evaluation."""
+    quick: bool = False
+    """Fewest samples and updates: shows in a minute that everything runs; its figures mean nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

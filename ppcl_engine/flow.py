@@ -22,16 +22,21 @@ def guided(empty: torch.Tensor, caption: torch.Tensor, guidance: float) -> torch
     return empty + guidance * (caption - empty)
 
 
+def rescaled(guided: torch.Tensor, caption: torch.Tensor) -> torch.Tensor:
+    """guided * |caption| / |guided|, token by token, as diffusers' QwenImagePipeline keeps the caption's norm."""
+    return guided * (caption.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+
 def euler(
     velocity: Callable[[torch.Tensor, float], torch.Tensor],
     noise: torch.Tensor,
-    steps: int,
-    seen: Callable[[torch.Tensor, float], None] = lambda x, t: None,
+    timesteps: list[float],
+    seen: Callable[[int, torch.Tensor, float], None] = lambda step, x, t: None,
 ) -> torch.Tensor:
-    """From noise at t = 1 to a picture at t = 0; `seen` is shown every state before its step."""
+    """From noise at t = 1 to a picture at t = 0, both among the timesteps; `seen` is shown every step's
+    number, its state before the step, and its t."""
     x = noise
-    times = euler_timesteps(steps)
-    for now, then in zip(times, times[1:], strict=False):
-        seen(x, now)
+    for step, (now, then) in enumerate(zip(timesteps, timesteps[1:], strict=False)):
+        seen(step, x, now)
         x = x + (then - now) * velocity(x, now)
     return x

@@ -1,7 +1,7 @@
-"""The text encoder and VAE of a diffusers pipeline folder, loaded when needed and released after use.
+"""The text encoder, VAE and schedule of a diffusers pipeline folder; models are loaded when needed and released.
 
-Prompts go through the pipeline's own `encode_prompt`; nothing of it is written again here. The
-transformer is never loaded: checkpoint.py reads it.
+Prompts go through the pipeline's own `encode_prompt`, timesteps through its own scheduler; nothing of
+them is written again here. The transformer is never loaded: checkpoint.py reads it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import torch
 from torch import nn
 
 from .files import TensorFile, read_json
+from .flow import euler_timesteps
 
 PIPELINES = ("QwenImagePipeline",)
+SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
 LATENT_SIDE = 128  # QwenImagePipeline.default_sample_size
 TEXT_TOKENS = 512  # the limit of QwenImagePipeline's call; longer prompts are cut there too
 TEXTS_AT_ONCE = 8  # the text encoder also computes 152,000 logits for every token
@@ -29,6 +32,8 @@ class PipelineCodec:
     ValueError for a folder of another pipeline, with a part missing, or with an unreadable part.
     """
 
+    rescales_guidance = True  # QwenImagePipeline's call does
+
     def __init__(self, folder: Path, device: str = "cpu"):
         self.folder, self.device = Path(folder), device
         self.dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
@@ -39,6 +44,20 @@ class PipelineCodec:
         self.picture_size = (LATENT_SIDE * self.pixels_per_latent,) * 2
         self._text_pipeline = None
         self._vae = None
+
+    def timesteps(self, steps: int, image_tokens: int) -> list[float]:
+        """The pipeline's own, shifted for the picture's size. Raises ValueError for fewer steps than the shift needs."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+        from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
+
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(read_json(self.folder / SCHEDULER_FILE))
+        config = scheduler.config
+        if config.shift_terminal and steps < 2:  # it stretches the line from the first timestep to the last
+            raise ValueError(f"{self.folder / SCHEDULER_FILE} has a shift_terminal, which needs 2 steps; raise --steps")
+        lengths = config.base_image_seq_len, config.max_image_seq_len
+        shift = calculate_shift(image_tokens, *lengths, config.base_shift, config.max_shift)
+        retrieve_timesteps(scheduler, sigmas=euler_timesteps(steps)[:-1], mu=shift)
+        return scheduler.sigmas.tolist()
 
     def text(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings [n, tokens, width] and mask [n, tokens] (True = real), zeros after the real tokens.
@@ -105,13 +124,16 @@ class PipelineCodec:
 
 
 def _check_layout(folder: Path) -> None:
-    """Raises ValueError for another pipeline's class or for a part that is not there."""
+    """Raises ValueError for another class of pipeline or scheduler, and for a part that is not there."""
     name = read_json(folder / "model_index.json").get("_class_name")
     if name not in PIPELINES:
         raise ValueError(f"{folder}/model_index.json is of a {name}; known pipelines: {', '.join(PIPELINES)}")
-    for part in ("vae/config.json", "text_encoder/config.json", "tokenizer"):
+    for part in ("vae/config.json", "text_encoder/config.json", "tokenizer", SCHEDULER_FILE):
         if not (folder / part).exists():
             raise ValueError(f"{folder} has no {part}; download the whole pipeline folder again")
+    name = read_json(folder / SCHEDULER_FILE).get("_class_name")
+    if name not in SCHEDULERS:
+        raise ValueError(f"{folder / SCHEDULER_FILE} is of a {name}; known schedulers: {', '.join(SCHEDULERS)}")
 
 
 def _read_part(loader: type, folder: Path, **options) -> nn.Module:

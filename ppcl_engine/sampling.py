@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -17,12 +17,32 @@ Text = tuple[torch.Tensor, torch.Tensor]
 """embeddings [n, tokens, width] and mask [n, tokens]"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Encoded captions, the empty one (one row), and how a picture is drawn: all that drawing needs of a codec."""
+
+    given: Text
+    nothing: Text
+    latent_shape: tuple[int, int, int]
+    timesteps: Callable[[int, int], list[float]]
+    """a `Codec`'s: (steps, image tokens) -> 1, ..., 0"""
+    rescales_guidance: bool
+
+    @property
+    def count(self) -> int:
+        return len(self.given[0])
+
+    def rows(self, rows: torch.Tensor) -> Prompts:
+        """The captions `rows` alone."""
+        return replace(self, given=(self.given[0][rows], self.given[1][rows]))
+
+
 def inputs_of(tokens, t, text, mask, grid, clean=None) -> Inputs:
     """A batch by diffusers' names: tokens [n, tokens, channels], t [n], text and mask, grid [pictures, 3]."""
     inputs = {
         "hidden_states": tokens,
         "timestep": t,
-        "encoder_hidden_states": text.float(),
+        "encoder_hidden_states": text,
         "encoder_hidden_states_mask": mask,
         "grid": grid,
     }
@@ -34,14 +54,14 @@ def draw(
     model: torch.nn.Module,
     noise: torch.Tensor,
     grid: torch.Tensor,
-    given: Text,
-    nothing: Text,
+    prompts: Prompts,
     steps: int,
     guidance: float,
-    seen: Callable[[torch.Tensor, float], None] = lambda x, t: None,
+    seen: Callable[[int, torch.Tensor, float], None] = lambda step, x, t: None,
 ) -> torch.Tensor:
-    """noise [n, tokens, channels] -> clean tokens; `given` are the captions, `nothing` the empty one,
-    both with n rows. All on the CPU but the forward itself. `seen` is shown every state and its t."""
+    """noise [n, tokens, channels] -> clean tokens of the n prompts. All on the CPU but the forward itself.
+    `seen` is shown every step's number, its state and its t."""
+    nothing = expanded(prompts.nothing, len(noise))
     parameter = next(model.parameters())
 
     def velocity_of(x, t, text, mask):
@@ -52,38 +72,40 @@ def draw(
         return architecture.call(model, placed).float().cpu()
 
     def velocity(x, t):
-        caption = velocity_of(x, t, *given)
-        return caption if guidance == 1 else flow.guided(velocity_of(x, t, *nothing), caption, guidance)
+        caption = velocity_of(x, t, *prompts.given)
+        if guidance == 1:
+            return caption
+        guided = flow.guided(velocity_of(x, t, *nothing), caption, guidance)
+        return flow.rescaled(guided, caption) if prompts.rescales_guidance else guided
 
     with torch.no_grad():
-        return flow.euler(velocity, noise, steps, seen)
+        return flow.euler(velocity, noise, prompts.timesteps(steps, noise.shape[1]), seen)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """Encoded captions, the empty one, and the latents' shape: all that drawing needs of a codec."""
-
-    given: Text
-    nothing: Text
-    latent_shape: tuple[int, int, int]
-
-    @property
-    def count(self) -> int:
-        return len(self.given[0])
+def picture_size(codec: Codec, height: int, width: int) -> tuple[int, int]:
+    """Height and width in pixels; 0 is the model's default. Raises ValueError for sizes that do not divide."""
+    height, width, token = height or codec.picture_size[0], width or codec.picture_size[1], 2 * codec.pixels_per_latent
+    if height % token or width % token:
+        raise ValueError(f"{height} x {width} pixels is not a multiple of {token}; change --height and --width")
+    return height, width
 
 
 def encode_prompts(codec: Codec, texts: list[str], height: int = 0, width: int = 0) -> Prompts:
     """height, width: pixels, 0 is the model's default. Raises ValueError for sizes that do not divide.
 
-    Encoding comes first and alone, so that a text encoder can leave memory before the transformer comes.
+    Encoding comes first and alone, and the codec is released, so that the text encoder has left
+    memory before the transformer comes.
     """
-    text, mask = codec.text(texts)
-    empty, empty_mask = codec.text([""])
-    height, width, pixels = height or codec.picture_size[0], width or codec.picture_size[1], codec.pixels_per_latent
-    if height % (2 * pixels) or width % (2 * pixels):
-        raise ValueError(f"{height} x {width} pixels is not a multiple of {2 * pixels}; change --height and --width")
-    shape = (codec.latent_channels, height // pixels, width // pixels)
-    return Prompts(given=(text.cpu(), mask.cpu()), nothing=(empty.cpu(), empty_mask.cpu()), latent_shape=shape)
+    rows, columns = (side // codec.pixels_per_latent for side in picture_size(codec, height, width))
+    prompts = Prompts(
+        given=codec.text(texts),
+        nothing=codec.text([""]),
+        latent_shape=(codec.latent_channels, rows, columns),
+        timesteps=codec.timesteps,
+        rescales_guidance=codec.rescales_guidance,
+    )
+    codec.release()
+    return prompts
 
 
 def draw_prompts(
@@ -101,8 +123,7 @@ def draw_prompts(
     for rows in tqdm(torch.arange(prompts.count).split(batch), desc=description, unit="batch"):
         noise = torch.stack([seeded_noise(seed, i, prompts.latent_shape) for i in rows.tolist()])
         grid = architecture.grid(noise)
-        given, nothing = rows_of(prompts.given, rows), expanded(prompts.nothing, len(rows))
-        clean = draw(architecture, model, architecture.pack(noise), grid, given, nothing, steps, guidance)
+        clean = draw(architecture, model, architecture.pack(noise), grid, prompts.rows(rows), steps, guidance)
         latents.append(architecture.unpack(clean, grid))
     return torch.cat(latents)
 
@@ -116,7 +137,3 @@ def seeded_noise(seed: int, index: int, shape: tuple[int, ...]) -> torch.Tensor:
 def expanded(text: Text, count: int) -> Text:
     """One caption's embeddings for `count` rows."""
     return text[0].expand(count, -1, -1), text[1].expand(count, -1)
-
-
-def rows_of(text: Text, rows: torch.Tensor) -> Text:
-    return text[0][rows], text[1][rows]

@@ -20,7 +20,7 @@ from ppcl_engine.run import Run
 torch.set_num_threads(1)
 
 CONFIGS = {
-    "probe": (config.ProbeConfig, {}),
+    "probe": (config.ProbeConfig, {"train_steps": 0}),
     "detect": (config.DetectConfig, {"remove": 2, "longest": 4, "bootstrap": 8, "tokens": 3}),
     "distill_depth": (config.DistillDepthConfig, {"rounds": 2, "updates": 6, "warm_up": 2}),
     "variants": (config.VariantsConfig, {"samples": 12}),

@@ -161,8 +161,12 @@ def test_full_is_the_teacher_bit_for_bit(architecture, bundle, teacher_file, mod
     assert torch.equal(architecture.call(opened, inputs), architecture.call(model, inputs))
 
 
-@pytest.mark.parametrize("variant, kept", [("1-2", [0, 1, 3, 4, 5]), ("3-5", [0, 1, 2, 3]), (None, [0, 1, 3]), ("small", [0, 1, 3])])
-def test_a_variant_runs_students_in_place_of_its_intervals(architecture, bundle, teacher_file, model, padded_inputs, variant, kept):
+@pytest.mark.parametrize(
+    "variant, kept", [("1-2", [0, 1, 3, 4, 5]), ("3-5", [0, 1, 2, 3]), (None, [0, 1, 3]), ("small", [0, 1, 3])]
+)
+def test_a_variant_runs_students_in_place_of_its_intervals(
+    architecture, bundle, teacher_file, model, padded_inputs, variant, kept
+):
     path, plan, students = bundle
     opened, inputs = open_model(path, variant, teacher_file), padded_inputs()
     assert kept_blocks(list(opened.transformer_blocks)) == kept and opened.config.num_layers == 6
@@ -182,7 +186,9 @@ def test_an_interval_given_back_is_the_teacher_there(bundle, teacher_file, model
         assert same(opened.transformer_blocks[index].state_dict(), model.transformer_blocks[index].state_dict())
 
 
-def test_students_that_copy_the_teacher_where_the_rest_is_identity(tmp_path, architecture, make_model, save_model, padded_inputs):
+def test_students_that_copy_the_teacher_where_the_rest_is_identity(
+    tmp_path, architecture, make_model, save_model, padded_inputs
+):
     """Blocks whose gates are zero do nothing, so a copy of the block before them replaces the whole interval."""
     model = make_model(seed=2)
     for index in (2, 3):
@@ -191,9 +197,15 @@ def test_students_that_copy_the_teacher_where_the_rest_is_identity(tmp_path, arc
     base = save_model(tmp_path / "base.safetensors", model)
     weights = Weights(base)
     plan = PruningPlan(
-        architecture=architecture.name, config=weights.config, num_blocks=6, fingerprint=weights.fingerprint, intervals=(Interval(first=1, last=3),)
+        architecture=architecture.name,
+        config=weights.config,
+        num_blocks=6,
+        fingerprint=weights.fingerprint,
+        intervals=(Interval(first=1, last=3),),
     )
-    write_bundle(tmp_path / "a", plan, lambda interval: model.transformer_blocks[interval.first].state_dict(), torch.float32)
+    write_bundle(
+        tmp_path / "a", plan, lambda interval: model.transformer_blocks[interval.first].state_dict(), torch.float32
+    )
     opened, inputs = open_model(tmp_path / "a", base=base), padded_inputs()
     assert kept_blocks(list(opened.transformer_blocks)) == [0, 1, 4, 5]
     assert torch.equal(architecture.call(opened, inputs), architecture.call(model, inputs))

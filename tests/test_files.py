@@ -29,7 +29,11 @@ def sample(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def every_dtype():
-    tensors = {f"{name}.{len(shape)}": sample(dtype, shape) for name, dtype in DTYPES.items() for shape in [(), (3,), (2, 0), (2, 3, 5)]}
+    tensors = {
+        f"{name}.{len(shape)}": sample(dtype, shape)
+        for name, dtype in DTYPES.items()
+        for shape in [(), (3,), (2, 0), (2, 3, 5)]
+    }
     return tensors | {"transposed": torch.arange(6.0).reshape(2, 3).T}
 
 
@@ -55,7 +59,10 @@ SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.dictionaries(NAMES, st.tuples(st.sampled_from(list(DTYPES.values())), SHAPES), max_size=5), st.dictionaries(NAMES, st.text(max_size=4)))
+@given(
+    st.dictionaries(NAMES, st.tuples(st.sampled_from(list(DTYPES.values())), SHAPES), max_size=5),
+    st.dictionaries(NAMES, st.text(max_size=4)),
+)
 def test_any_names_and_shapes_go_there_and_back(tmp_path_factory, parts, metadata):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     tensors = {name: sample(dtype, shape) for name, (dtype, shape) in parts.items()}
@@ -97,7 +104,14 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, content, reason):
 
 
 def test_a_dtype_we_do_not_know_hurts_only_when_it_is_read(tmp_path):
-    (tmp_path / "a").write_bytes(container({"odd": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}, "b": {**ENTRY, "shape": [1], "data_offsets": [4, 8]}}))
+    (tmp_path / "a").write_bytes(
+        container(
+            {
+                "odd": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]},
+                "b": {**ENTRY, "shape": [1], "data_offsets": [4, 8]},
+            }
+        )
+    )
     file = TensorFile(tmp_path / "a")
     assert file.read("b").tolist() == [0.0]
     with pytest.raises(ValueError, match="odd is F4"):

@@ -50,7 +50,9 @@ def test_nothing_imports_comfy():
 
 
 def test_the_core_does_not_import_stages_or_the_command_line():
-    core = [f for f in FILES if "/" not in f and f != "__main__.py"] + [f for f in FILES if f.startswith("architectures/")]
+    core = [f for f in FILES if "/" not in f and f != "__main__.py"] + [
+        f for f in FILES if f.startswith("architectures/")
+    ]
     for file in core:
         assert not any(n.startswith("ppcl_engine.stages") or n == "ppcl_engine.__main__" for n in FILES[file]), file
 

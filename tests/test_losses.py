@@ -12,7 +12,9 @@ TEACHER = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
 
 def test_direction_is_the_distance_of_unit_vectors():
     """60 degrees on the first token, 180 on the second: (2 - 2/2 + 2 + 2) / 2."""
-    turn = torch.tensor([[math.cos(math.pi / 3), -math.sin(math.pi / 3)], [math.sin(math.pi / 3), math.cos(math.pi / 3)]])
+    turn = torch.tensor(
+        [[math.cos(math.pi / 3), -math.sin(math.pi / 3)], [math.sin(math.pi / 3), math.cos(math.pi / 3)]]
+    )
     student = torch.stack([turn @ TEACHER[0] * 7, -TEACHER[1]])
     assert float(direction(student, TEACHER)) == pytest.approx(2.5)
     unit = [torch.nn.functional.normalize(m, dim=-1) for m in (student, TEACHER)]

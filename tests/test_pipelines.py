@@ -14,6 +14,7 @@ from ppcl_engine.architectures import architecture_named
 from ppcl_engine.checkpoint import Weights, open_model
 from ppcl_engine.codecs import open_codec
 from ppcl_engine.pipelines import LATENT_SIDE, TEXT_TOKENS, TEXTS_AT_ONCE, PipelineCodec
+from ppcl_engine.sampling import draw_prompts, encode_prompts, seeded_noise
 
 from .tiny_pipeline import LATENT_CHANNELS, TEXT_WIDTH, build_tiny_pipeline
 
@@ -146,9 +147,51 @@ def test_release_frees_both_models_and_the_codec_still_works(folder):
     assert torch.equal(codec.text(CAPTIONS)[0], text)
 
 
+@pytest.mark.parametrize("steps, guidance", [(2, 3.5), (5, 2.0), (3, 1.0)])
+def test_a_drawing_is_the_pipelines_own(folder, pipeline, codec, steps, guidance):
+    """Shifted timesteps and rescaled guidance: latents and pictures of the pipeline's call from the same noise."""
+    architecture = architecture_named("qwen_image")
+    prompts = encode_prompts(codec, CAPTIONS, height=32, width=48)
+    latents = draw_prompts(architecture, open_model(folder), prompts, 7, steps, guidance, 2, "draw")
+    noise = torch.stack([seeded_noise(7, i, prompts.latent_shape) for i in range(len(CAPTIONS))])
+    call = {"prompt": CAPTIONS, "negative_prompt": [""] * len(CAPTIONS), "true_cfg_scale": guidance}
+    call |= {"height": 32, "width": 48, "num_inference_steps": steps, "latents": architecture.pack(noise)}
+    expected = pipeline(**call, output_type="latent").images
+    assert (latents - noise).abs().max() > 0.1
+    torch.testing.assert_close(architecture.pack(latents), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(codec.pictures(latents), pipeline(**call, output_type="pt").images, rtol=0, atol=1e-4)
+
+
+def test_timesteps_are_shifted_for_the_pictures_size(folder, codec, tmp_path):
+    small, large = codec.timesteps(4, 256), codec.timesteps(4, 8192)
+    assert len(small) == len(large) == 5 and small == sorted(small, reverse=True)
+    assert small[0] == large[0] == 1 and small[-1] == large[-1] == 0
+    assert small[-2] == pytest.approx(0.02) and all(a < b for a, b in zip(small[1:3], large[1:3], strict=True))
+    with pytest.raises(ValueError, match="has a shift_terminal, which needs 2 steps; raise --steps$"):
+        codec.timesteps(1, 256)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    edit_json(copy / "scheduler" / "scheduler_config.json", use_dynamic_shifting=False, shift_terminal=None)
+    assert open_codec(copy).timesteps(4, 256) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert open_codec(copy).timesteps(1, 256) == [1.0, 0.0]
+
+
+def test_sizes_that_do_not_divide_are_refused_before_anything_is_encoded(codec):
+    codec.release()
+    with pytest.raises(ValueError, match="^32 x 44 pixels is not a multiple of 8; change --height and --width$"):
+        encode_prompts(codec, CAPTIONS, height=32, width=44)
+    assert codec._text_pipeline is None
+
+
+def edit_json(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
 def edit_class(copy):
-    index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    edit_json(copy / "model_index.json", _class_name="FluxPipeline")
+
+
+def edit_scheduler(copy):
+    edit_json(copy / "scheduler" / "scheduler_config.json", _class_name="UniPCMultistepScheduler")
 
 
 def break_merges(copy):
@@ -164,6 +207,8 @@ def cut_weights(copy):
     "damage, message",
     [
         (edit_class, r"is of a FluxPipeline; known pipelines: QwenImagePipeline$"),
+        (edit_scheduler, r"is of a UniPCMultistepScheduler; known schedulers: FlowMatchEulerDiscreteScheduler$"),
+        (lambda copy: shutil.rmtree(copy / "scheduler"), r"has no scheduler/scheduler_config.json; download"),
         (lambda copy: shutil.rmtree(copy / "vae"), r"has no vae/config.json; download"),
         (lambda copy: shutil.rmtree(copy / "text_encoder"), r"has no text_encoder/config.json; download"),
         (lambda copy: shutil.rmtree(copy / "tokenizer"), r"has no tokenizer; download"),

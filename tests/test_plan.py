@@ -100,7 +100,10 @@ BAD_JSON = {
     "not JSON": ("{", "file: not JSON"),
     "a list": ("[]", "file: a plan is a JSON object"),
     "unknown field": (edited(speed=1), "unknown field 'speed'; known: architecture"),
-    "unknown field of an interval": (edited(intervals=[{"first": 1, "last": 2, "colour": 0}]), "intervals: unknown field 'colour'"),
+    "unknown field of an interval": (
+        edited(intervals=[{"first": 1, "last": 2, "colour": 0}]),
+        "intervals: unknown field 'colour'",
+    ),
     "missing field of an interval": (edited(intervals=[{"first": 1}]), "file: intervals: .*last"),
     "intervals that are words": (edited(intervals=["1-2"]), "intervals: expected an object, found '1-2'"),
     "intervals that are no list": (edited(intervals=7), "intervals is a list, found 7"),

@@ -26,7 +26,9 @@ def pruned(architecture, make_model):
     model = make_model(seed=3)
     teacher, config = model.transformer_blocks, architecture.tiny_config
     torch.manual_seed(0)
-    blocks = pruned_blocks(architecture, 6, INTERVALS, lambda i: teacher[i], lambda i: build_student(architecture, config, i))
+    blocks = pruned_blocks(
+        architecture, 6, INTERVALS, lambda i: teacher[i], lambda i: build_student(architecture, config, i)
+    )
     return architecture.assemble(model, config, blocks).requires_grad_(True)
 
 
@@ -63,7 +65,9 @@ def test_gradient_checkpointing_changes_nothing(architecture, pruned, padded_inp
         pruned.zero_grad()
         velocity = architecture.call(pruned, inputs)
         velocity.square().mean().backward()
-        gradients.append({n: p.grad.clone() for n, p in pruned.named_parameters() if p.grad is not None} | {"": velocity})
+        gradients.append(
+            {n: p.grad.clone() for n, p in pruned.named_parameters() if p.grad is not None} | {"": velocity}
+        )
     assert pruned.is_gradient_checkpointing
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
@@ -87,7 +91,9 @@ def test_a_zero_correction_is_the_block_itself(architecture, model, padded_input
 def regression(seed: int = 0):
     """Correlated rows far from zero, and targets that no map of low rank reaches."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(200, 8, generator=generator) @ torch.randn(8, 8, generator=generator) + 20 * torch.randn(8, generator=generator)
+    x = torch.randn(200, 8, generator=generator) @ torch.randn(8, 8, generator=generator) + 20 * torch.randn(
+        8, generator=generator
+    )
     y = x @ torch.randn(8, 8, generator=generator) + torch.randn(200, 8, generator=generator) - 5
     equations = NormalEquations(8, 8)
     equations.add(x, y)

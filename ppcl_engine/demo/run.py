@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -27,38 +28,36 @@ from ..stages.variants import variants
 from .task import random_captions, render
 
 TEACHER = Path(__file__).with_name("teacher.safetensors")
-PICTURES = 480
-BATCH = 48
+FULL_SIZE = {"pictures": 480, "batch": 48, "bootstrap": 200, "longest": 8, "rounds": 16}
+QUICK = {"pictures": 16, "batch": 4, "bootstrap": 5, "longest": 2, "rounds": 1}
 
 
 def demo(config: DemoConfig) -> Path:
     """Every stage in the method's order; run again, it goes on from what is there. Returns the report."""
     start = time.monotonic()
+    size = QUICK if config.quick else FULL_SIZE
     common = {"model": TEACHER, "run": config.run, "device": config.device, "seed": config.seed}
-    images = render_pictures(config.run / "images", PICTURES, config.seed)
-    calibrate(CalibrateConfig(**common, images=images, samples=PICTURES, batch=BATCH))
-    probe(ProbeConfig(**common, held_out=2))
-    detect(DetectConfig(**common, explain=True))
-    distill_depth(DistillDepthConfig(**common))
-    variants(VariantsConfig(**common, samples=2 * BATCH))
+    images = render_pictures(config.run / "images", size["pictures"], config.seed)
+    calibrate(CalibrateConfig(**common, images=images, samples=size["pictures"], batch=size["batch"]))
+    probe(ProbeConfig(**common))
+    detect(DetectConfig(**common, longest=size["longest"], bootstrap=size["bootstrap"], explain=True))
+    distill_depth(DistillDepthConfig(**common, rounds=size["rounds"]))
+    variants(VariantsConfig(**common))
     export(ExportConfig(**common))
     export(ExportConfig(**common, layout="ppcl", variant="small", name="small"))
-    _stock(common)
+    _stock(common, size["rounds"])
     return evaluate_with(EvaluateConfig(**common, captions=config.captions), lambda: time.monotonic() - start)
 
 
-def _stock(common: dict) -> None:
+def _stock(common: dict, rounds: int) -> None:
     """Students without corrections, for hosts that know nothing of us."""
-    import shutil
-
     run = common["run"] / "stock"
     run.mkdir(parents=True, exist_ok=True)
     for name in ("calibration.safetensors", "plan.json"):
-        if not (run / name).exists():
-            shutil.copyfile(common["run"] / name, run / name)
+        shutil.copyfile(common["run"] / name, run / name)
     stock = {**common, "run": run}
-    distill_depth(DistillDepthConfig(**stock, correction="none"))
-    variants(VariantsConfig(**stock, samples=2 * BATCH))
+    distill_depth(DistillDepthConfig(**stock, rounds=rounds, correction="none"))
+    variants(VariantsConfig(**stock))
     for layout in ("comfyui", "diffusers"):
         export(ExportConfig(**stock, layout=layout, variant="small", name=f"small-{layout}"))
 

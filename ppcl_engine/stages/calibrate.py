@@ -33,10 +33,7 @@ def calibrate(config: CalibrateConfig) -> Path:
         "seed": config.seed,
         "source": "images" if config.images else "prompts" if config.prompts else "embeddings",
     }
-    if config.images:
-        batches = _from_images(config, weights.architecture)
-    else:
-        batches = _from_drawing(config, weights)
+    batches = _from_images(config, weights.architecture) if config.images else _from_drawing(config, weights)
     save_calibration(run.calibration, CalibrationSet(batches, origin))
     return run.calibration
 
@@ -48,20 +45,22 @@ def spread_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def _from_images(config: CalibrateConfig, architecture: Architecture) -> list[Inputs]:
+    """All captions first, then all pictures: the text encoder and the VAE are never in memory together."""
     codec = open_codec(config.model, resolve_device(config.device))
+    size = sampling.picture_size(codec, config.height, config.width)
     rows = picture_files(config.images)
-    size = (config.height or codec.picture_size[0], config.width or codec.picture_size[1])
     generator = torch.Generator().manual_seed(config.seed)
     empty = torch.rand(config.samples, generator=generator) < config.empty_captions
     timesteps = spread_timesteps(config.samples, generator)
+    chunks = _chunks(config.samples, config.batch)
+    captions = [caption for _, caption in rows]
+    texts = [codec.text(_texts(captions, empty, chunk)) for chunk in tqdm(chunks, desc="captions", unit="batch")]
+    codec.release()
     batches = []
-    for chunk in tqdm(_chunks(config.samples, config.batch), desc="calibrate", unit="batch"):
-        chosen = [rows[i % len(rows)] for i in chunk.tolist()]
-        texts = ["" if empty[i] else caption for i, (_, caption) in zip(chunk.tolist(), chosen, strict=True)]
-        latents = codec.latents(load_pictures([path for path, _ in chosen], size)).float().cpu()
+    for chunk, (text, mask) in zip(tqdm(chunks, desc="calibrate", unit="batch"), texts, strict=True):
+        latents = codec.latents(load_pictures([rows[i % len(rows)][0] for i in chunk.tolist()], size))
         clean, t = architecture.pack(latents), timesteps[chunk]
         noise = torch.randn(clean.shape, generator=generator)
-        text, mask = codec.text(texts)
         batches.append(sampling.inputs_of(flow.noised(clean, noise, t), t, text, mask, architecture.grid(latents), clean))
     codec.release()
     return batches
@@ -78,36 +77,33 @@ def _from_drawing(config: CalibrateConfig, weights: Weights) -> list[Inputs]:
     batches = []
     for chunk in tqdm(_chunks(config.samples, config.batch), desc="calibrate", unit="batch"):
         noise = torch.randn(len(chunk), *prompts.latent_shape, generator=generator)
-        given = sampling.rows_of(prompts.given, chunk)
-        batches.append(_drawn(config, architecture, model, prompts, noise, given, kept_steps[chunk]))
+        batches.append(_drawn(config, architecture, model, prompts.rows(chunk), noise, kept_steps[chunk]))
     return batches
 
 
-def _drawn(config, architecture, model, prompts, noise, given, kept_steps) -> Inputs:
+def _drawn(config, architecture, model, prompts, noise, kept_steps) -> Inputs:
     """Draws a batch; of each picture one state on its way is kept, and the end as the clean one."""
     grid, tokens = architecture.grid(noise), architecture.pack(noise)
     kept, times = torch.zeros_like(tokens), torch.zeros(len(tokens))
 
-    def seen(x, t):
-        rows = kept_steps == round((1 - t) * config.steps)
+    def seen(step, x, t):
+        rows = kept_steps == step
         kept[rows], times[rows] = x[rows], t
 
-    nothing = sampling.expanded(prompts.nothing, len(tokens))
-    clean = sampling.draw(architecture, model, tokens, grid, given, nothing, config.steps, config.guidance, seen)
-    return sampling.inputs_of(kept, times, *given, grid, clean)
+    clean = sampling.draw(architecture, model, tokens, grid, prompts, config.steps, config.guidance, seen)
+    return sampling.inputs_of(kept, times, *prompts.given, grid, clean)
 
 
 def _encoded_prompts(config: CalibrateConfig, empty: torch.Tensor, device: str) -> sampling.Prompts:
-    codec = open_codec(config.model, device)
-    captions = caption_file(config.prompts)
-    texts = ["" if empty[i] else captions[i % len(captions)] for i in range(config.samples)]
-    prompts = sampling.encode_prompts(codec, texts, config.height, config.width)
-    codec.release()
-    return prompts
+    texts = _texts(caption_file(config.prompts), empty, torch.arange(config.samples))
+    return sampling.encode_prompts(open_codec(config.model, device), texts, config.height, config.width)
 
 
 def _stored_prompts(config: CalibrateConfig, weights: Weights, empty_rows: torch.Tensor) -> sampling.Prompts:
-    """From a file of embeddings. Raises ValueError naming the tensor that is missing or the size that is not given."""
+    """From a file of embeddings, to be drawn in equal steps: it brings no schedule.
+
+    Raises ValueError naming the tensor that is missing or the size that is not given.
+    """
     file = TensorFile(config.embeddings)
     absent = [name for name in ("text", "mask", "empty") if name not in file.entries]
     if absent:
@@ -122,7 +118,18 @@ def _stored_prompts(config: CalibrateConfig, weights: Weights, empty_rows: torch
     mask[empty_rows, :length] = True
     shape = weights.architecture.latent_shape(weights.config, config.height, config.width)
     nothing = (empty, torch.ones(empty.shape[:2], dtype=torch.bool))
-    return sampling.Prompts(given=(text, mask), nothing=nothing, latent_shape=shape)
+    return sampling.Prompts(
+        given=(text, mask),
+        nothing=nothing,
+        latent_shape=shape,
+        timesteps=lambda steps, image_tokens: flow.euler_timesteps(steps),
+        rescales_guidance=False,
+    )
+
+
+def _texts(captions: list[str], empty: torch.Tensor, samples: torch.Tensor) -> list[str]:
+    """The caption of each sample, in turn, or "" where `empty` [all samples] says so."""
+    return ["" if empty[i] else captions[i % len(captions)] for i in samples.tolist()]
 
 
 def _chunks(count: int, size: int) -> tuple[torch.Tensor, ...]:

@@ -19,6 +19,7 @@ from ..run import DTYPES, Run, load_student_weights, open_plan
 
 GUARD_TENSOR = "ppcl_needs_its_node_pack"
 STRUCTURE_KEY = "ppcl_structure"
+SOURCE_PLAN_KEY = "ppcl_source_plan"
 
 
 def export(config: ExportConfig) -> Path:
@@ -40,7 +41,7 @@ def export(config: ExportConfig) -> Path:
     _refuse_corrections(plan, variant, config.layout)
     tensors, block_map = _renumbered(tensors, weights.architecture, plan, variant)
     stock_config = weights.architecture.with_num_blocks(weights.config, len(block_map))
-    metadata = {MAP_KEY: json.dumps(block_map), PLAN_KEY + "_source": plan.to_json(), "format": "pt"}
+    metadata = {MAP_KEY: json.dumps(block_map), SOURCE_PLAN_KEY: plan.to_json(), "format": "pt"}
     if config.layout == "comfyui":
         to_comfyui = weights.architecture.to_comfyui
         path = folder / f"{config.name}.safetensors"
@@ -49,7 +50,7 @@ def export(config: ExportConfig) -> Path:
         return path
     path = folder / config.name
     _write(path / "diffusion_pytorch_model.safetensors", tensors, dtype, metadata)
-    write_json(path / "config.json", {"_class_name": weights.architecture.diffusers_class, **stock_config, MAP_KEY: block_map})
+    write_json(path / "config.json", {"_class_name": weights.architecture.diffusers_class, **stock_config})
     return path
 
 

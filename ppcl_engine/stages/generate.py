@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
@@ -17,17 +18,18 @@ BATCH = 16
 
 
 def generate(config: GenerateConfig) -> Path:
-    """Text is encoded first and its encoder released, then the transformer comes."""
+    """The text encoder, the transformer and the VAE are in memory one after the other."""
     device = resolve_device(config.device)
     codec = open_codec(config.base or config.path, device)
-    prompts = encode_prompts(codec, [text.strip() for text in config.prompt.split("|")])
-    codec.release()
+    texts = [text.strip() for text in config.prompt.split("|")]
+    prompts = encode_prompts(codec, texts, config.height, config.width)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model = open_model(config.path, config.variant, config.base if is_bundle(config.path) else None, dtype, device)
     architecture = architecture_of(config.path)
     latents = draw_prompts(architecture, model, prompts, config.seed, config.steps, config.guidance, BATCH, "generate")
     del model
-    save_row(config.output, codec.pictures(latents).cpu())
+    gc.collect()
+    save_row(config.output, codec.pictures(latents))
     return config.output
 
 

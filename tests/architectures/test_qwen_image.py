@@ -86,7 +86,9 @@ def test_the_full_size_class_is_ours_block_for_block(architecture):
     with torch.device("meta"):
         theirs = QwenImageTransformer2DModel()  # diffusers' defaults are the released model
     assert {n: tuple(t.shape) for n, t in theirs.state_dict().items()} == expected_shapes(architecture, config)
-    assert {name: theirs.config[name] if name != "axes_dims_rope" else list(theirs.config[name]) for name in config} == config
+    assert {
+        name: theirs.config[name] if name != "axes_dims_rope" else list(theirs.config[name]) for name in config
+    } == config
 
 
 @pytest.mark.parametrize("size", ["full", "head 32"])
@@ -121,5 +123,7 @@ def test_the_registry_names_what_it_knows(architecture):
         architecture_named("flux")
     keys = expected_shapes(architecture, architecture.tiny_config)
     assert detect_architecture(keys, "file") is architecture
-    with pytest.raises(ValueError, match="file is of no known architecture .known: qwen_image.; its first keys: a, b, c, d$"):
+    with pytest.raises(
+        ValueError, match="file is of no known architecture .known: qwen_image.; its first keys: a, b, c, d$"
+    ):
         detect_architecture("edcba", "file")

@@ -57,6 +57,8 @@ def planted(request, tmp_path_factory, make_model, save_model, make_run, calibra
     calibration = calibration_of(teacher, batches=6, samples=12, text_tokens=8)
     run_stages(teacher, make_run(folder / "run", teacher, calibration), "probe")
     return teacher, folder / "run"
+
+
 @pytest.mark.parametrize("method", ["ppcl", "budget"])
 def test_the_planted_intervals_are_found_and_no_others(planted, run_stages, method):
     run = run_stages(*planted, "detect", method=method, remove=REMOVE, longest=5)
@@ -106,7 +108,9 @@ def copied(probed: Run, folder) -> Run:
 
 
 @pytest.mark.parametrize("local", [False, True])
-def test_curves_are_what_the_method_says(tmp_path, architecture, model, teacher_file, probed, calibration_of, run_stages, local):
+def test_curves_are_what_the_method_says(
+    tmp_path, architecture, model, teacher_file, probed, calibration_of, run_stages, local
+):
     """cka: block 1 real, 2 and 3 by their probes, then the teacher. damage: the best affine map of 1-3 instead."""
     run = run_stages(teacher_file, copied(probed, tmp_path).folder, "detect", tokens=6, local=local)
     boundaries = []
@@ -184,7 +188,9 @@ def test_the_rbf_kernel_gives_other_curves(tmp_path, teacher_file, probed, run_s
     assert torch.equal(tables[0].isnan(), tables[1].isnan())
     assert 1e-3 < float((tables[0] - tables[1]).abs().nan_to_num().max()) < 1
     pairs = [[k - u < 4 and u < k for k in range(u, u + 4)] for u in range(6)]
-    assert (~tables[0].isnan()).tolist() == [[ok and u + j < 6 for j, ok in enumerate(row)] for u, row in enumerate(pairs)]
+    assert (~tables[0].isnan()).tolist() == [
+        [ok and u + j < 6 for j, ok in enumerate(row)] for u, row in enumerate(pairs)
+    ]
 
 
 def test_an_untrained_model_is_refused(tmp_path, make_model, save_model, make_run, run_stages):

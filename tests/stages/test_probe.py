@@ -89,7 +89,9 @@ def test_finished_blocks_are_not_fitted_again(tmp_path, teacher_file, make_run, 
     assert all(path.read_bytes() != content for path, (_, content) in before.items())
 
 
-def test_another_models_probes_are_not_taken_for_finished(tmp_path, teacher_file, make_model, save_model, calibration_of, make_run, run_stages):
+def test_another_models_probes_are_not_taken_for_finished(
+    tmp_path, teacher_file, make_model, save_model, calibration_of, make_run, run_stages
+):
     """The same pictures, captions and seed give the same batches for every model."""
     other = save_model(tmp_path / "other.safetensors", make_model(seed=1))
     run = run_stages(teacher_file, make_run(tmp_path / "run", teacher_file), "probe")
@@ -109,7 +111,9 @@ def test_training_is_kept_only_where_it_helps(tmp_path, teacher_file, make_run, 
         for stream, numbers in report(trained, block).items():
             start = report(plain, block)[stream]
             assert start["held_out_trained"] is None and numbers["held_out"] == start["held_out"]
-            changed = not torch.equal(load_probe(trained.probe(block))[stream][0], load_probe(plain.probe(block))[stream][0])
+            changed = not torch.equal(
+                load_probe(trained.probe(block))[stream][0], load_probe(plain.probe(block))[stream][0]
+            )
             assert changed == (numbers["held_out_trained"] < numbers["held_out"])
             kept += changed
             assert torch.equal(load_probe(wild.probe(block))[stream][0], load_probe(plain.probe(block))[stream][0])
@@ -120,7 +124,10 @@ def test_a_batch_is_held_out_of_the_fit(tmp_path, teacher_file, calibration_of, 
     calibration = calibration_of(teacher_file)
     other = CalibrationSet(calibration_of(teacher_file).batches, calibration.origin)
     other.batches[-1]["hidden_states"] = other.batches[-1]["hidden_states"] * -2
-    a, b = (run_stages(teacher_file, make_run(tmp_path / n, teacher_file, c), "probe") for n, c in (("a", calibration), ("b", other)))
+    a, b = (
+        run_stages(teacher_file, make_run(tmp_path / n, teacher_file, c), "probe")
+        for n, c in (("a", calibration), ("b", other))
+    )
     assert CLEAN in load_calibration(a.calibration).batches[0]
     assert torch.equal(load_probe(a.probe(3))["image"][0], load_probe(b.probe(3))["image"][0])
     assert report(a, 3)["image"]["held_out"] != report(b, 3)["image"]["held_out"]
