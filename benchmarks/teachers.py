@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -29,7 +30,8 @@ def default_teacher() -> Path:
 def describe(path: Path, weights: Weights) -> dict:
     """Where a result's teacher comes from; `step`: how long it was trained, where its file says so."""
     step = TensorFile(path).metadata.get("step")
-    return {"path": str(path), "fingerprint": weights.fingerprint, "blocks": weights.num_blocks, "step": step and int(step)}
+    about = {"path": os.path.relpath(path), "fingerprint": weights.fingerprint, "blocks": weights.num_blocks}
+    return {**about, "step": step and int(step)}
 
 
 def demo_codec(path: Path) -> TableCodec:

@@ -149,3 +149,13 @@ def test_json_there_and_back_and_refused(tmp_path):
     (tmp_path / "a.json").write_bytes(b"{")
     with pytest.raises(ValueError, match="a.json is not a JSON file"):
         read_json(tmp_path / "a.json")
+
+
+def test_who_reads_the_old_file_keeps_it_whole_while_it_is_replaced(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_tensors(path, {"a": torch.zeros(4)})
+    content = path.read_bytes()
+    with open(path, "rb") as reader:
+        write_tensors(path, {"a": torch.ones(4)})
+        assert reader.read() == content
+    assert TensorFile(path).read("a").tolist() == [1.0] * 4

@@ -67,6 +67,7 @@ def build_tiny_pipeline(folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer = QwenImageTransformer2DModel(**TRANSFORMER_CONFIG)
+        _enlarge(transformer)
         transformer.save_pretrained(folder / "transformer", max_shard_size=SHARD_SIZE)
         AutoencoderKLQwenImage(**VAE_CONFIG).save_pretrained(folder / "vae")
         _text_encoder(vocabulary()).save_pretrained(folder / "text_encoder")
@@ -90,6 +91,14 @@ def vocabulary() -> dict[str, int]:
     words = [first + last for first, last in merges()]
     tokens = dict.fromkeys([*letters, *words, *SPECIAL_TOKENS])
     return {token: index for index, token in enumerate(tokens)}
+
+
+def _enlarge(model: torch.nn.Module) -> None:
+    """Weights so large that every block matters, as in a trained model."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(noise / parameter.shape[1] ** 0.5 if parameter.ndim == 2 else parameter + 0.1 * noise)
 
 
 def _write_tokenizer(folder: Path) -> None:
