@@ -50,7 +50,9 @@ def measure(chosen) -> dict:
         unseen = teachers.rendered(model, teacher.weights, held_out, BATCH, seed=1).all_inputs()
         probe(ProbeConfig(**common))
         detect(DetectConfig(**common, bootstrap=0))
-        untrained = [_row(name, {**PAPER, **change}, 0.0, 0, common, folder, teacher, unseen) for name, change in ROWS.items()]
+        untrained = [
+            _row(name, {**PAPER, **change}, 0.0, 0, common, folder, teacher, unseen) for name, change in ROWS.items()
+        ]
         updates = 320 if not chosen.quick else 4
         rates = LEARNING_RATES if not chosen.quick else LEARNING_RATES[:1]
         trained = [
@@ -70,8 +72,16 @@ def _row(name: str, change: dict, rate: float, updates: int, common: dict, folde
     for file in ("calibration.safetensors", "plan.json"):
         (run.folder / file).symlink_to(folder / "base" / file)
     rounds = max(1, updates // 40)
-    settings = {**common, "run": run.folder, "learning_rate": rate, "rounds": rounds, "updates": max(1, updates // rounds)}
-    distill_depth(DistillDepthConfig(**settings, **change, warm_up=16 if updates else 0, weight_decay=0.02 if updates else 0.0))
+    settings = {
+        **common,
+        "run": run.folder,
+        "learning_rate": rate,
+        "rounds": rounds,
+        "updates": max(1, updates // rounds),
+    }
+    distill_depth(
+        DistillDepthConfig(**settings, **change, warm_up=16 if updates else 0, weight_decay=0.02 if updates else 0.0)
+    )
     plan = open_plan(DistillDepthConfig(**settings), teacher.weights)
     with torch.no_grad():
         damage = Damage(teacher, run, plan, unseen)
@@ -88,12 +98,20 @@ def _with_interval(error: torch.Tensor, power: torch.Tensor) -> dict:
 
 def main(arguments: list[str] | None = None) -> Path:
     parser = report.options("choices", __doc__)
-    parser.add_argument("--teacher", type=Path, default=teachers.default_teacher())
+    parser.add_argument("--teacher", type=Path, default=teachers.BUNDLED)
     chosen = report.parse(parser, arguments)
     values = measure(chosen)
-    for title, rows in (("No training", values["untrained"]), (f"{values['updates']} updates an interval", values["trained"])):
+    for title, rows in (
+        ("No training", values["untrained"]),
+        (f"{values['updates']} updates an interval", values["trained"]),
+    ):
         lines = [
-            (r["name"], f"{r['learning_rate']:g}", f"{r['joint']:.4f} ({r['low']:.4f}-{r['high']:.4f})", f"{r['singles']:.4f}")
+            (
+                r["name"],
+                f"{r['learning_rate']:g}",
+                f"{r['joint']:.4f} ({r['low']:.4f}-{r['high']:.4f})",
+                f"{r['singles']:.4f}",
+            )
             for r in rows
         ]
         report.print_table(title, ("setting", "rate", "joint damage", "singles"), lines)

@@ -38,7 +38,7 @@ from ppcl_engine.surgery import interval_streams
 from ppcl_engine.training import Trainer, cosine_schedule
 
 from . import report
-from .teachers import default_teacher, describe, rendered
+from .teachers import BUNDLED, describe, rendered
 
 INTERVALS = "2-4 6-8 10-12 14-16 18-20"
 LOSS = "direction"
@@ -218,7 +218,9 @@ def tuned(recipe: Recipe, rates: list[float], horizon: int) -> float:
     return min(losses, key=losses.get)
 
 
-def shortest(recipe: Recipe, rate: float, seed: int, target: float, start: int, grain: int, longest: int) -> list[Trained]:
+def shortest(
+    recipe: Recipe, rate: float, seed: int, target: float, start: int, grain: int, longest: int
+) -> list[Trained]:
     """Trainings of growing or shrinking length around the shortest whose end is at or below `target`.
 
     Each has its own full schedule, so the shortest one that reaches the target is what a user would run.
@@ -319,7 +321,7 @@ def settings_of(chosen) -> dict:
 
 def main(arguments: list[str] | None = None) -> Path:
     parser = report.options("distill_speed", __doc__)
-    parser.add_argument("--teacher", type=Path, default=default_teacher())
+    parser.add_argument("--teacher", type=Path, default=BUNDLED)
     parser.add_argument("--intervals", default=INTERVALS)
     parser.add_argument("--steps", type=int, help="steps of the plain recipe that set the target (300)")
     parser.add_argument("--updates", type=int, help="updates of a round of ours, and the grain of the search (40)")

@@ -202,7 +202,9 @@ def show(values: dict, depths: tuple[int, int]) -> None:
 
 def main(arguments: list[str] | None = None) -> Path:
     parser = report.options("memory", __doc__)
-    parser.add_argument("--folder", type=Path, help="where temporary files go (7 GB pass through; on a disk, not in memory)")
+    parser.add_argument(
+        "--folder", type=Path, help="where temporary files go (7 GB pass through; on a disk, not in memory)"
+    )
     parser.add_argument("--depths", type=int, nargs=2, help="other depths than 15 and 60")
     chosen: Namespace = report.parse(parser, arguments)
     scale = QUICK if chosen.quick else FULL

@@ -26,7 +26,7 @@ from ppcl_engine.similarity import bootstrap_ratio
 from ppcl_engine.streaming import Teacher
 
 from . import report
-from .teachers import default_teacher, describe, rendered
+from .teachers import BUNDLED, describe, rendered
 
 CONTIGUOUS, APART = "contiguous", "apart"
 SIZES = (1, 2, 3)
@@ -115,7 +115,12 @@ class Measured:
     def difference(self, size: int, contiguous: list[Placement], apart: list[Placement]) -> dict:
         """Mean of contiguous minus mean of apart; the interval is paired, sample by sample."""
         values = self.error(self.mean(contiguous) - self.mean(apart))
-        return {"removed": size, "contiguous_minus_apart": values["error"], "low": values["low"], "high": values["high"]}
+        return {
+            "removed": size,
+            "contiguous_minus_apart": values["error"],
+            "low": values["low"],
+            "high": values["high"],
+        }
 
 
 def measure(removal: Removal, groups: dict[tuple[int, str], list[Placement]]) -> Measured:
@@ -131,7 +136,9 @@ def summary(measured: Measured, groups: dict[tuple[int, str], list[Placement]], 
         "single": [measured.placement(row) for row in groups[1, CONTIGUOUS]],
         "means": [measured.group(*key, rows, possible[key]) for key, rows in groups.items()],
         "differences": [measured.difference(*pair) for pair in pairs],
-        "placements": {f"{n} {kind}": [measured.placement(r) for r in rows] for (n, kind), rows in groups.items() if n > 1},
+        "placements": {
+            f"{n} {kind}": [measured.placement(r) for r in rows] for (n, kind), rows in groups.items() if n > 1
+        },
     }
 
 
@@ -182,7 +189,7 @@ def _whiskers(rows: list[dict]) -> list[list[float]]:
 
 def main(arguments: list[str] | None = None) -> Path:
     parser = report.options("removal", __doc__)
-    parser.add_argument("--teacher", type=Path, default=default_teacher())
+    parser.add_argument("--teacher", type=Path, default=BUNDLED)
     parser.add_argument("--samples", type=int, help="pictures in the batch, each at its own timestep (64)")
     parser.add_argument("--most", type=int, help="placements of 3 blocks apart that are drawn at random (300)")
     chosen = report.parse(parser, arguments)

@@ -20,8 +20,12 @@ PACKAGES = ("torch", "diffusers", "safetensors", "numpy")
 
 def options(name: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="smallest sizes, to see that it runs; figures mean nothing")
-    parser.add_argument("--output", type=Path, help=f"folder of {name}.json (default {RESULTS.parent.name}/{RESULTS.name})")
+    parser.add_argument(
+        "--quick", action="store_true", help="smallest sizes, to see that it runs; figures mean nothing"
+    )
+    parser.add_argument(
+        "--output", type=Path, help=f"folder of {name}.json (default {RESULTS.parent.name}/{RESULTS.name})"
+    )
     return parser
 
 

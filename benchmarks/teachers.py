@@ -11,20 +11,14 @@ import torch
 from ppcl_engine import demo, flow, sampling
 from ppcl_engine.architectures.qwen_image import QwenImage
 from ppcl_engine.checkpoint import Weights, expected_shapes
-from ppcl_engine.codecs import TABLES, VOCABULARY_KEY, TableCodec, open_codec
+from ppcl_engine.codecs import TableCodec, open_codec
 from ppcl_engine.data import CalibrationSet
-from ppcl_engine.demo.codec import VOCABULARY
 from ppcl_engine.demo.task import random_captions, render
 from ppcl_engine.files import TensorEntry, TensorFile, write_tensor_stream
 from ppcl_engine.stages.calibrate import spread_timesteps
 
 BUNDLED = Path(demo.__file__).parent / "teacher.safetensors"
-IN_TRAINING = Path("runs/teacher/teacher.safetensors")
 EMPTY_CAPTIONS = 0.1
-
-
-def default_teacher() -> Path:
-    return BUNDLED if BUNDLED.exists() else IN_TRAINING
 
 
 def describe(path: Path, weights: Weights) -> dict:
@@ -34,17 +28,9 @@ def describe(path: Path, weights: Weights) -> dict:
     return {**about, "step": step and int(step)}
 
 
-def demo_codec(path: Path) -> TableCodec:
-    """The codec in a demo teacher's file; files saved before the vocabulary moved into them have the task's own."""
-    file = TensorFile(path)
-    if VOCABULARY_KEY in file.metadata:
-        return open_codec(path)
-    return TableCodec(VOCABULARY, *(file.read(name).float() for name in TABLES))
-
-
 def rendered(path: Path, weights: Weights, samples: int, batch: int, seed: int) -> CalibrationSet:
     """Pictures of the demo's task with captions, noised at timesteps that cover the whole schedule."""
-    codec, generator = demo_codec(path), torch.Generator().manual_seed(seed)
+    codec, generator = open_codec(path), torch.Generator().manual_seed(seed)
     captions = random_captions(samples, generator)
     empty = torch.rand(samples, generator=generator) < EMPTY_CAPTIONS
     text, mask = codec.text(["" if e else c.text() for c, e in zip(captions, empty, strict=True)])

@@ -45,7 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ppcl: {error}", file=sys.stderr)
         return USER_ERROR
     except OSError as error:
-        print(f"ppcl: {error.filename or 'file'}: {os.strerror(error.errno or 0)}; nothing half-written was left", file=sys.stderr)
+        print(
+            f"ppcl: {error.filename or 'file'}: {os.strerror(error.errno or 0)}; nothing half-written was left",
+            file=sys.stderr,
+        )
         return USER_ERROR
     return 0
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 from functools import lru_cache
 
+from .plan import Interval
+
 BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"
 LINES = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -79,3 +81,7 @@ def png_bytes(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def range_text(interval: Interval) -> str:
+    return f"{interval.first}–{interval.last}"

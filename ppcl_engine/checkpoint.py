@@ -103,7 +103,9 @@ class Weights:
         return digest.hexdigest()
 
     def block_bytes(self, index: int) -> int:
-        return sum(self._stored_bytes(key) for key in self._tensors if key.startswith(self.architecture.block_prefix(index)))
+        return sum(
+            self._stored_bytes(key) for key in self._tensors if key.startswith(self.architecture.block_prefix(index))
+        )
 
     def _stored_bytes(self, key: str) -> int:
         return torch.Size(self.shape(key)).numel() * self.stored_dtype(key).itemsize
@@ -116,7 +118,9 @@ class Weights:
         if missing:
             raise ValueError(f"{self.path} lacks {len(missing)} tensors, first {missing[0]}; it is incomplete")
         if unknown:
-            raise ValueError(f"{self.path} has {len(unknown)} tensors with no home, first {unknown[0]}; is it another model?")
+            raise ValueError(
+                f"{self.path} has {len(unknown)} tensors with no home, first {unknown[0]}; is it another model?"
+            )
         if wrong:
             raise ValueError(f"{self.path}: {wrong[0]} has shape {self.shape(wrong[0])}, not {expected[wrong[0]]}")
 
@@ -252,8 +256,10 @@ def open_model(
         if variant is not None:
             raise ValueError(f"{path} is not a bundle, so it has no variant {variant!r}; leave the variant out")
         structure = standalone_structure(path)
-        return _open_standalone(path, structure, dtype, device) if structure else assemble(
-            Weights(path), None, (), dtype, device
+        return (
+            _open_standalone(path, structure, dtype, device)
+            if structure
+            else assemble(Weights(path), None, (), dtype, device)
         )
     if base is None:
         raise ValueError(f"{path} is a bundle: students only; give the base model it was made from as well")

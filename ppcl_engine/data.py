@@ -65,7 +65,9 @@ class CalibrationSet:
         """(the first batches, the last `held_out`). Raises ValueError when nothing would be left."""
         if not 0 < held_out < len(self):
             raise ValueError(f"calibration has {len(self)} batches, so {held_out} cannot be held out; calibrate more")
-        return CalibrationSet(self.batches[:-held_out], self.origin), CalibrationSet(self.batches[-held_out:], self.origin)
+        return CalibrationSet(self.batches[:-held_out], self.origin), CalibrationSet(
+            self.batches[-held_out:], self.origin
+        )
 
     def check_model(self, architecture: str, fingerprint: str, where: object) -> None:
         expected = (self.origin.get("architecture"), self.origin.get("fingerprint"))
@@ -103,7 +105,11 @@ def trimmed(inputs: Inputs) -> Inputs:
     if mask is None:
         return inputs
     length = int(mask.any(0).nonzero().max()) + 1
-    return {**inputs, "encoder_hidden_states_mask": mask[:, :length], "encoder_hidden_states": inputs["encoder_hidden_states"][:, :length]}
+    return {
+        **inputs,
+        "encoder_hidden_states_mask": mask[:, :length],
+        "encoder_hidden_states": inputs["encoder_hidden_states"][:, :length],
+    }
 
 
 def caption_file(path: Path) -> list[str]:

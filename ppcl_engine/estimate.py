@@ -86,12 +86,16 @@ def print_estimate(config: Common) -> None:
     parameters = cost.outer_parameters + sum(cost.block(i).parameters for i in range(blocks))
     print(f"{name}: {architecture.name}, {blocks} blocks, {parameters / 1e9:.2f} B parameters")
     free = _free_disk(config.run) / 1e9
-    print(f"on disk: {parameters * 2 / 1e9:.1f} GB in bf16, {parameters * 4 / 1e9:.1f} GB in fp32; {free:.0f} GB are free")
+    print(
+        f"on disk: {parameters * 2 / 1e9:.1f} GB in bf16, {parameters * 4 / 1e9:.1f} GB in fp32; {free:.0f} GB are free"
+    )
     print(f"distil depth on {device} in {config.dtype}, one sample of 1024 x 1024 an update:")
     print(f"{'':10} {'device GB':>10} {'host GB':>10} {'s a step':>10}  fits")
     for row in estimate(architecture, settings, dtype, device):
         fits = "yes" if row.fits else f"no: {_memory(device) / 1e9:.0f} GB here"
-        print(f"{row.name:10} {row.device_bytes / 1e9:>10.1f} {row.host_bytes / 1e9:>10.1f} {row.seconds_a_step:>10.1f}  {fits}")
+        print(
+            f"{row.name:10} {row.device_bytes / 1e9:>10.1f} {row.host_bytes / 1e9:>10.1f} {row.seconds_a_step:>10.1f}  {fits}"
+        )
 
 
 def _flops_a_second(device: str, dtype: torch.dtype) -> float:

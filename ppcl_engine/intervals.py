@@ -66,7 +66,9 @@ def _grow(cka, u, num_blocks, longest, scale, eps, max_drop, protect) -> Found:
         if k == u + 1 and d > max_drop * scale:
             return Found(u, u, f"D({u},{k}) = {d:.5f} > max_drop x scale = {max_drop * scale:.5f}: stays single")
         if d > previous + eps * scale:
-            return Found(u, k - 1, f"D rises: D({u},{k}) = {d:.5f} > D({u},{k - 1}) = {previous:.5f} + {eps * scale:.5f}")
+            return Found(
+                u, k - 1, f"D rises: D({u},{k}) = {d:.5f} > D({u},{k - 1}) = {previous:.5f} + {eps * scale:.5f}"
+            )
         previous = d
     return Found(u, num_blocks - 1, "last block")
 

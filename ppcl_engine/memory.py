@@ -22,9 +22,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
         elif CLEAR.exists():
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-            if trim is not None:  # glibc: freed memory that it keeps would hide what comes
-                trim(0)
+            return_freed_memory()  # what the allocator keeps would hide what comes
             CLEAR.write_text(RESET_PEAK)
             self.start = _status("VmRSS")
 
@@ -32,6 +30,13 @@ class PeakMemory:
         if self.cuda:
             return torch.cuda.max_memory_allocated() - self.start
         return _status("VmHWM") - self.start if CLEAR.exists() else None
+
+
+def return_freed_memory() -> None:
+    """Gives the pages that glibc keeps after `free` back to the operating system; other libraries do it by themselves."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _status(field: str) -> int:

@@ -97,8 +97,7 @@ class PruningPlan:
             if not 0 <= site.block < self.num_blocks:
                 raise ValueError(f"width site in block {site.block}: there are {self.num_blocks} blocks")
         for variant in self.variants:
-            for name in variant.intervals:
-                self.interval(name)
+            self._check_variant(variant)
 
     def interval(self, name: str) -> Interval:
         for interval in self.intervals:
@@ -120,9 +119,16 @@ class PruningPlan:
         if name == FULL:
             return Variant(name=FULL)
         if re.fullmatch(r"\d+-\d+(,\d+-\d+)*", name):
-            return Variant(name=name, intervals=tuple(self.interval(n).name for n in name.split(",")))
+            return self._check_variant(Variant(name=name, intervals=tuple(name.split(","))))
         known = ", ".join([v.name for v in self.variants] + [FULL])
         raise ValueError(f"variant {name!r} is not in the plan; it has: {known}, or intervals as in '3-4,8-10'")
+
+    def _check_variant(self, variant: Variant) -> Variant:
+        for name in variant.intervals:
+            self.interval(name)
+        if len(set(variant.intervals)) < len(variant.intervals):
+            raise ValueError(f"variant {variant.name!r} names an interval twice; name each once")
+        return variant
 
     def intervals_of(self, variant: Variant) -> list[Interval]:
         return [self.interval(name) for name in variant.intervals]

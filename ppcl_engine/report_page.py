@@ -10,6 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from .pictures import count_text
+from .report_texts import (
+    CKA_TEXT,
+    DAMAGE_TEXT,
+    INTERVAL_TEXT,
+    LOSS_TEXT,
+    MAP_TEXT,
+    PICTURE_TEXT,
+    SIZE_TEXT,
+    STYLE,
+    TIMESTEP_TEXT,
+)
 
 if TYPE_CHECKING:
     from .reporting import Results
@@ -59,20 +70,29 @@ def page(results: Results, drawings: dict[str, bytes], seconds: float | None) ->
 
     source = results.plan.provenance.get("source_model") or results.plan.architecture
     body = [
-        tag("header", tag("p", "PPCL pruning report", class_="eyebrow"), tag("h1", source), tag("p", _lead(results), class_="lead")),
-        section("Layer map", _MAP_TEXT, figure("layer_map", "layer map: a row a variant, a cell a teacher block")),
-        section("Where intervals end", _CKA_TEXT, figure("cka_curves", "CKA curves of the chosen intervals")),
-        section("Intervals", _INTERVAL_TEXT, _interval_table(results), _explanation(results)),
-        section("Damage of every possible interval", _DAMAGE_TEXT, figure("damage_map", "damage of every pair of blocks")),
-        section("Training of the students", _LOSS_TEXT, figure("loss_curves", "training loss of each interval's student")),
-        section("Pictures", _PICTURE_TEXT, _picture_grid(results)),
-        section("Size and speed", _SIZE_TEXT, _size_table(results)),
+        tag(
+            "header",
+            tag("p", "PPCL pruning report", class_="eyebrow"),
+            tag("h1", source),
+            tag("p", _lead(results), class_="lead"),
+        ),
+        section("Layer map", MAP_TEXT, figure("layer_map", "layer map: a row a variant, a cell a teacher block")),
+        section("Where intervals end", CKA_TEXT, figure("cka_curves", "CKA curves of the chosen intervals")),
+        section("Intervals", INTERVAL_TEXT, _interval_table(results), _explanation(results)),
+        section(
+            "Damage of every possible interval", DAMAGE_TEXT, figure("damage_map", "damage of every pair of blocks")
+        ),
+        section(
+            "Training of the students", LOSS_TEXT, figure("loss_curves", "training loss of each interval's student")
+        ),
+        section("Pictures", PICTURE_TEXT, _picture_grid(results)),
+        section("Size and speed", SIZE_TEXT, _size_table(results)),
         section("Fidelity", _fidelity_text(results), _fidelity_table(results)),
-        section("Velocity error by timestep", _TIMESTEP_TEXT, figure("velocity_error", "velocity error by timestep")),
+        section("Velocity error by timestep", TIMESTEP_TEXT, figure("velocity_error", "velocity error by timestep")),
         section("What was run", "", _facts(results, seconds)),
     ]
     head = [Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
-            tag("title", f"{source}: PPCL report"), tag("style", Html(_STYLE))]  # fmt: skip
+            tag("title", f"{source}: PPCL report"), tag("style", Html(STYLE))]  # fmt: skip
     return f"<!doctype html>\n{tag('html', tag('head', *head), tag('body', tag('main', *body)), lang='en')}\n"
 
 
@@ -102,7 +122,9 @@ def _table(heads: list[str], rows: list[list[object]], classes: str = "") -> Htm
     """The first column names the row; the others are numbers."""
     head = tag("tr", *(tag("th", h, scope="col") for h in heads))
     body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *body), class_=f"numbers {classes}"), class_="scroll")
+    return tag(
+        "div", tag("table", tag("thead", head), tag("tbody", *body), class_=f"numbers {classes}"), class_="scroll"
+    )
 
 
 def _interval_table(results: Results) -> Html:
@@ -120,13 +142,28 @@ def _interval_table(results: Results) -> Html:
             i.correction,
             NONE if loss is None else f"{float(loss[-max(1, len(loss) // 20):].median()):.4f}",
         ])  # fmt: skip
-    heads = ["interval", "first", "last", "blocks saved", "damage, linear map", "damage score", "stability", "student", "correction", "final loss"]
+    heads = [
+        "interval",
+        "first",
+        "last",
+        "blocks saved",
+        "damage, linear map",
+        "damage score",
+        "stability",
+        "student",
+        "correction",
+        "final loss",
+    ]
     return _table(heads, rows) if rows else Html()
 
 
 def _explanation(results: Results) -> Html:
     lines = results.detection.get("explain", [])
-    return tag("details", tag("summary", "Why each interval ends where it does"), tag("pre", "\n".join(lines))) if lines else Html()
+    return (
+        tag("details", tag("summary", "Why each interval ends where it does"), tag("pre", "\n".join(lines)))
+        if lines
+        else Html()
+    )
 
 
 def _picture_grid(results: Results) -> Html:
@@ -134,10 +171,16 @@ def _picture_grid(results: Results) -> Html:
     if not captions or not names:
         return Html()
     width = max(72, min(230, 936 // len(captions) - 6))
-    head = [tag("td"), *(tag("th", tag("div", caption, title=caption, style=f"width:{width}px"), scope="col") for caption in captions)]
+    head = [
+        tag("td"),
+        *(tag("th", tag("div", caption, title=caption, style=f"width:{width}px"), scope="col") for caption in captions),
+    ]
     rows = [tag("tr", *head)]
     for name in names:
-        cells = [tag("td", _thumbnail(p, f"{name}: {c}", width)) for p, c in zip(results.pictures[name], captions, strict=False)]
+        cells = [
+            tag("td", _thumbnail(p, f"{name}: {c}", width))
+            for p, c in zip(results.pictures[name], captions, strict=False)
+        ]
         rows.append(tag("tr", tag("th", name, scope="row"), *cells))
     return tag("div", tag("table", *rows, class_="pictures"), class_="scroll")
 
@@ -167,7 +210,17 @@ def _size_table(results: Results) -> Html:
             _seconds(r["seconds_per_step"]), f"{ratio:.2f}×" if ratio else NONE, _bytes(memory) if memory else NONE,
         ]  # fmt: skip
 
-    heads = ["variant", "blocks", "parameters", "of the teacher", "weights", "FLOPs", "time a step", "speed", "peak memory"]
+    heads = [
+        "variant",
+        "blocks",
+        "parameters",
+        "of the teacher",
+        "weights",
+        "FLOPs",
+        "time a step",
+        "speed",
+        "peak memory",
+    ]
     return _table(heads, [row(r) for r in results.evaluation["variants"]])
 
 
@@ -175,7 +228,9 @@ def _fidelity_table(results: Results) -> Html:
     rows = results.evaluation["variants"]
     shown = [name for name in FIDELITY if any(row.get(name) for row in rows)]
     heads = ["variant", *(FIDELITY[name][0] for name in shown)]
-    return _table(heads, [[r["name"], *(_cell(r.get(name), FIDELITY[name][1]) for name in shown)] for r in rows], "stats")
+    return _table(
+        heads, [[r["name"], *(_cell(r.get(name), FIDELITY[name][1]) for name in shown)] for r in rows], "stats"
+    )
 
 
 def _stat(stat: dict | None, form: str) -> str:
@@ -197,7 +252,10 @@ def _fidelity_text(results: Results) -> str:
     text += "squared and relative to the teacher's velocity (0 is identical); PSNR and SSIM compare pictures drawn from the same noise."
     if any(results.teacher.get(name) for name in ACCURACIES):
         text += " A reader looks at every picture and says which character, shape and colours it sees."
-    return text + " Text sensitivity is how much of the velocity changes when the caption is taken away; it should stay at the teacher's."
+    return (
+        text
+        + " Text sensitivity is how much of the velocity changes when the caption is taken away; it should stay at the teacher's."
+    )
 
 
 def _facts(results: Results, seconds: float | None) -> Html:
@@ -217,10 +275,19 @@ def _facts(results: Results, seconds: float | None) -> Html:
         "Pictures": f"{run['captions']} captions, {run['steps']} steps, guidance {run['guidance']}, seed {run['seed']}",
         "Machine": f"{run['machine']}, {run['device']}",
         "Versions": versions,
-        "Time": ", ".join([*([f"{_duration(seconds)} in all"] if seconds else []), f"{_duration(run['seconds'])} of evaluation"]),
-        **{k.replace("_", " ").capitalize(): v for k, v in plan.provenance.items() if k not in ("source_model", "calibration", "method")},
+        "Time": ", ".join(
+            [*([f"{_duration(seconds)} in all"] if seconds else []), f"{_duration(run['seconds'])} of evaluation"]
+        ),
+        **{
+            k.replace("_", " ").capitalize(): v
+            for k, v in plan.provenance.items()
+            if k not in ("source_model", "calibration", "method")
+        },
     }
-    return tag("dl", *(_joined([tag("dt", name), tag("dd", value)]) for name, value in facts.items() if value not in ("", None)))
+    return tag(
+        "dl",
+        *(_joined([tag("dt", name), tag("dd", value)]) for name, value in facts.items() if value not in ("", None)),
+    )
 
 
 def _passes(results: Results) -> str:
@@ -238,67 +305,10 @@ def _seconds(seconds: float) -> str:
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-_MAP_TEXT = (
-    "One row a variant, one cell a block of the teacher. A student stands in the place of the first block of its interval and "
-    "does the work of all of it. Each interval is a switch: where it is off, the teacher's own blocks run."
-)
-_CKA_TEXT = (
-    "For each interval's first block u: how well the teacher's final image state survives when everything after u up to block k "
-    "is replaced by linear maps (CKA, 1 is perfect). Below, the drop D that each further block adds."
-)
-_INTERVAL_TEXT = (
-    "Damage is the squared error of the final velocity, relative to the teacher's, with only this interval replaced: by one "
-    "linear map, as detection measured it, and by the trained student (score). Stability is the share of bootstrap resamples of "
-    "the calibration samples that choose this very interval."
-)
-_DAMAGE_TEXT = (
-    "What it costs to replace an interval by one linear map, for every first block and every length (darker is worse, "
-    "logarithmic). The chosen ones are outlined."
-)
-_LOSS_TEXT = "Each student learns by itself, on the teacher's own states. Faint: every update; bold: running mean."
-_PICTURE_TEXT = "The same caption and the same noise in every column; the teacher in the first row."
-_SIZE_TEXT = (
-    "Weights as stored in bfloat16. Time and speed are of one forward of a calibration batch on the machine named below. "
-    "Peak memory is what loading and drawing with this variant took above what the process held before."
-)
-_TIMESTEP_TEXT = "Where on the way from noise to picture the variants leave the teacher. Bands are 95 % bootstrap intervals."
-_STYLE = """
-:root{--ink:#1b2733;--quiet:#5c6b7a;--rule:#d9dfe5;--accent:#0072b2;--shade:#f3f6f9}
-*{box-sizing:border-box}
-body{margin:0;background:#fff;color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:1140px;margin:0 auto;padding:56px 36px 96px}
-header{border-top:5px solid var(--accent);padding-top:22px}
-h1{font-size:2.3rem;line-height:1.15;letter-spacing:-.02em;margin:.1em 0 .45em;overflow-wrap:anywhere}
-h2{font-size:1.3rem;letter-spacing:-.01em;margin:0 0 .35em}
-p{max-width:76ch;text-wrap:pretty;margin:0 0 1.1em}
-section>p{color:var(--quiet)}section>p:empty{display:none}
-.eyebrow{color:var(--accent);font-weight:600;margin:0}
-.lead{font-size:1.16rem;line-height:1.6}.lead strong,.lead span{white-space:nowrap}
-section{margin-top:60px}
-.scroll{overflow-x:auto}
-img.wide{display:block;width:100%;min-width:760px;height:auto}
-table{border-collapse:separate;border-spacing:0}
-table.numbers{width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-.numbers th,.numbers td{padding:.5em .7em;text-align:right;white-space:nowrap;border-bottom:1px solid var(--rule)}
-.numbers thead th{color:var(--quiet);font-weight:500;font-size:.82rem;white-space:normal;vertical-align:bottom;border-bottom:2px solid var(--ink);line-height:1.3}
-.numbers th:first-child{text-align:left;padding-left:0;position:sticky;left:0;background:#fff}
-.numbers tbody th{font-weight:650}
-.stats td{vertical-align:top}.stats tbody th{vertical-align:top}
-.stats small{display:block;color:var(--quiet);font-size:.8rem}
-.pictures th,.pictures td{padding:2px 3px;vertical-align:middle}
-.pictures tr:first-child th{vertical-align:bottom;font-weight:400;text-align:left;font-size:.72rem;line-height:1.3;color:var(--quiet);padding-bottom:8px}
-.pictures th div{display:-webkit-box;-webkit-box-orient:vertical;-webkit-line-clamp:6;overflow:hidden;overflow-wrap:anywhere}
-.pictures th[scope=row],.pictures td:first-child:empty{position:sticky;left:0;background:#fff;text-align:left;padding-right:14px;font-size:.9rem;font-weight:650}
-.pictures img{display:block;border-radius:3px;height:auto}
-.pixels{image-rendering:pixelated}
-details{margin-top:18px}summary{cursor:pointer;color:var(--accent);font-weight:600}
-pre{background:var(--shade);padding:16px 18px;border-radius:6px;overflow-x:auto;font-size:.82rem;line-height:1.5}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.55em 2em;margin:0}
-dt{color:var(--quiet)}dd{margin:0;overflow-wrap:anywhere}
-@media(max-width:640px){main{padding:24px 18px 64px}h1{font-size:1.8rem}.lead{font-size:1.06rem}section{margin-top:44px}
-dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.9em}}
-@media print{main{padding:0}section{break-inside:avoid}}
-"""
+    return (
+        f"{minutes // 60} h {minutes % 60:02d} min"
+        if minutes >= 60
+        else f"{minutes} min {rest:02d} s"
+        if minutes
+        else f"{rest} s"
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from . import charts
 from . import pictures as draw
 from .files import TensorFile, read_json, replacing, write_json, write_text
 from .plan import PruningPlan, Variant
@@ -109,7 +110,10 @@ def summary(results: Results, seconds: float | None) -> dict:
         ],
         "variants": [flat(row) for row in results.students],
         "num_blocks": results.plan.num_blocks,
-        **{name: evaluation.get(name) for name in ("captions", "steps", "guidance", "seed", "device", "machine", "versions")},
+        **{
+            name: evaluation.get(name)
+            for name in ("captions", "steps", "guidance", "seed", "device", "machine", "versions")
+        },
         "evaluate_seconds": evaluation.get("seconds"),
     }
 
@@ -121,13 +125,13 @@ def _drawings(results: Results) -> dict[str, bytes]:
     parameters |= {row["name"]: row["parameters"] for row in evaluation["variants"]}
     drawings = {"layer_map": draw.layer_map(plan, _map_variants(results), parameters, results.teacher["parameters"])}
     if plan.intervals:
-        drawings["cka_curves"] = draw.cka_curves(plan, results.cka)
+        drawings["cka_curves"] = charts.cka_curves(plan, results.cka)
         drawings["damage_map"] = draw.damage_map(plan, results.damage)
     if results.losses:
-        drawings["loss_curves"] = draw.loss_curves(results.losses)
+        drawings["loss_curves"] = charts.loss_curves(results.losses)
     by_timestep = {row["name"]: row["velocity_error_by_timestep"] for row in results.students}
     if any(by_timestep.values()):
-        drawings["velocity_error"] = draw.velocity_errors({name: rows for name, rows in by_timestep.items() if rows})
+        drawings["velocity_error"] = charts.velocity_errors({name: rows for name, rows in by_timestep.items() if rows})
     if evaluation["captions_shown"]:
         drawings["pictures"] = draw.picture_sheet(results.pictured, evaluation["captions_shown"], results.pictures)
     return drawings

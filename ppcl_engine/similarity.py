@@ -102,7 +102,9 @@ class Solution:
     rows: int
 
 
-def bootstrap_interval(values: torch.Tensor, seed: int, resamples: int = 1000, level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(
+    values: torch.Tensor, seed: int, resamples: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
     """Percentile interval of the mean of `values` [n] (Efron 1979)."""
     generator = torch.Generator().manual_seed(seed)
     choice = torch.randint(len(values), (resamples, len(values)), generator=generator)

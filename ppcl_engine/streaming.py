@@ -18,6 +18,7 @@ from torch import nn
 from .architectures import Architecture, BlockState, Inputs
 from .checkpoint import Weights
 from .files import TensorFile, write_tensors
+from .memory import return_freed_memory
 
 
 class Teacher:
@@ -50,6 +51,7 @@ class Teacher:
                     coming = reader.submit(self._load, indices[position + 1])
                 yield index, block
                 del block
+                return_freed_memory()
 
     def embed(self, inputs: Inputs) -> BlockState:
         moved = {name: self._placed(name, tensor) for name, tensor in inputs.items()}
@@ -116,7 +118,9 @@ class StateStore:
         return self.folder / f"state_{key}_batch_{batch}.safetensors"
 
 
-def sweep(teacher: Teacher, embedded: Sequence[BlockState], store: StateStore, last: int) -> Iterator[tuple[int, nn.Module, list[int]]]:
+def sweep(
+    teacher: Teacher, embedded: Sequence[BlockState], store: StateStore, last: int
+) -> Iterator[tuple[int, nn.Module, list[int]]]:
     """Walks blocks 0..last over all batches; yields (index, block, batches) with boundary index+1 stored.
 
     Boundary `index` is dropped when the caller is done with the block.

@@ -17,7 +17,7 @@ from .plan import Interval
 
 
 class Correction(nn.Module):
-    """y = x + W x + b on each stream that is used, W full or of low rank.
+    """y = x + W x + b on each stream that is used, W full or of low rank; starts as the identity.
 
     Why: a copied first block gives the state after one block; a least-squares affine map brings
     it to the state after the interval (no training: error 0.26 against 1.12 in a trial).
@@ -26,6 +26,8 @@ class Correction(nn.Module):
     def __init__(self, width: int, streams: tuple[str, ...], rank: int | None = None):
         super().__init__()
         self.maps = nn.ModuleDict({stream: _map(width, rank) for stream in streams})
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def correct(self, stream: str, x: torch.Tensor) -> torch.Tensor:
         return x + self.maps[stream](x) if stream in self.maps else x
@@ -37,16 +39,19 @@ def _map(width: int, rank: int | None) -> nn.Module:
     return nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, width))
 
 
-class CorrectedBlock(nn.Module):
-    """A student and the correction of what it returns; called as the block itself is."""
+def add_correction(block: nn.Module, correction: Correction, returns: tuple[str, ...]) -> nn.Module:
+    """Puts the correction behind what the block returns.
 
-    def __init__(self, block: nn.Module, correction: Correction, returns: tuple[str, ...]):
-        super().__init__()
-        self.block, self.correction, self.returns = block, correction, returns
+    As a part of the block and a hook on it, not a module around it: the block's own tensors keep the names
+    that LoRA files know them by.
+    """
 
-    def forward(self, *arguments, **named):
-        outputs = self.block(*arguments, **named)
-        return tuple(self.correction.correct(s, x) for s, x in zip(self.returns, outputs, strict=True))
+    def correct(module: nn.Module, arguments, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(module.correction.correct(s, x) for s, x in zip(returns, outputs, strict=True))
+
+    block.correction = correction
+    block.register_forward_hook(correct)
+    return block
 
 
 class PassThrough(nn.Module):
@@ -75,7 +80,7 @@ def build_student(architecture: Architecture, config: dict, interval: Interval) 
     rank = None if interval.correction == "affine" else int(interval.correction)
     streams = interval_streams(architecture, config, interval)
     correction = Correction(architecture.width(config), streams, rank)
-    return CorrectedBlock(block, correction, architecture.block_returns)
+    return add_correction(block, correction, architecture.block_returns)
 
 
 def filled_student(
@@ -86,7 +91,9 @@ def filled_student(
         student = build_student(architecture, config, interval)
     wrong = sorted(student.state_dict().keys() ^ state.keys())
     if wrong:
-        raise ValueError(f"student {interval.name}: tensor {wrong[0]} is missing or has no home; the file does not match its plan")
+        raise ValueError(
+            f"student {interval.name}: tensor {wrong[0]} is missing or has no home; the file does not match its plan: run distill-depth again"
+        )
     student.load_state_dict(state, assign=True)
     return student.eval().requires_grad_(False)
 
@@ -110,11 +117,3 @@ def pruned_blocks(
         else:
             blocks.append(teacher_block(index))
     return blocks
-
-
-def block_of_student(student: nn.Module) -> nn.Module:
-    return student.block if isinstance(student, CorrectedBlock) else student
-
-
-def corrections_of(student: nn.Module) -> Correction | None:
-    return student.correction if isinstance(student, CorrectedBlock) else None

@@ -73,7 +73,9 @@ def test_the_chain_of_the_plain_recipe_is_the_teacher_when_students_are(tmp_path
     students = nn.ModuleDict({"1-2": source.block(1)})
     first = parse_intervals("1-2")
     light = distill_speed.plain_loss(source, students, first, inputs, authors=False)
-    assert float(distill_speed.plain_loss(source, students, first, inputs, authors=True)) == pytest.approx(2 * float(light))
+    assert float(distill_speed.plain_loss(source, students, first, inputs, authors=True)) == pytest.approx(
+        2 * float(light)
+    )
 
 
 def test_removal(tmp_path, teacher):

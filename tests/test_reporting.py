@@ -9,12 +9,13 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+from ppcl_engine.charts import spread
 from ppcl_engine.files import read_json, write_json, write_tensors, write_text
-from ppcl_engine.pictures import count_text, spread
+from ppcl_engine.pictures import count_text
 from ppcl_engine.plan import Interval, PruningPlan, Variant
 from ppcl_engine.reporting import write_report
 
-CAPTIONS = ["<script>alert(1)</script>", "five $dollars$ & \"quotes\" 一只猫 \\frac{"]
+CAPTIONS = ["<script>alert(1)</script>", 'five $dollars$ & "quotes" 一只猫 \\frac{']
 BLOCKS, LONGEST, SAMPLES = 6, 4, 5
 ACCURACIES = ("character_accuracy", "shape_accuracy", "colour_accuracy")
 PNGS = ("layer_map", "cka_curves", "damage_map", "loss_curves", "velocity_error", "pictures")
@@ -48,13 +49,25 @@ def make_run(folder, intervals=INTERVALS[0], reader=False, bootstrap=3):
     cka = torch.where(pairs[..., None], torch.rand(BLOCKS, LONGEST, 1 + bootstrap), torch.nan)
     error = torch.where(pairs[..., None], torch.rand(BLOCKS, LONGEST, SAMPLES), torch.nan)
     curves = {"cka": cka.double(), "error": error.double(), "power": torch.ones(SAMPLES).double()}
-    write_tensors(folder / "curves.safetensors", curves, {"settings": json.dumps({"calibration": "c", "longest": LONGEST, "bootstrap": bootstrap})})
+    write_tensors(
+        folder / "curves.safetensors",
+        curves,
+        {"settings": json.dumps({"calibration": "c", "longest": LONGEST, "bootstrap": bootstrap})},
+    )
     found = [{"first": u, "last": v, "score": 0.2, "stability": 0.5} for u, v in intervals]
     write_json(folder / "detect.json", {"method": "budget", "intervals": found, "explain": ["D > 0.1 & so on"]})
     for name in names:
         write_tensors(folder / "depth" / f"{name}.safetensors", {"losses": torch.rand(50)})
     rows = [evaluated("full", 5000, reader, teacher=True), evaluated("small & <b>", 4000, reader, teacher=False)]
-    settings = {"captions": 2, "steps": 4, "guidance": 2.0, "seed": 0, "seconds": 9.5, "device": "cpu", "machine": "a & b"}
+    settings = {
+        "captions": 2,
+        "steps": 4,
+        "guidance": 2.0,
+        "seed": 0,
+        "seconds": 9.5,
+        "device": "cpu",
+        "machine": "a & b",
+    }
     settings |= {"versions": {"torch": "2"}, "captions_shown": CAPTIONS, "variants": rows}
     write_json(folder / "evaluate.json", settings)
     pictures = {row["name"]: torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8) for row in rows}
@@ -120,7 +133,11 @@ def test_json_has_the_promised_fields(run):
     assert [(i["first"], i["last"], i["stability"]) for i in report["intervals"]] == [(1, 2, 0.5)]
     (variant,) = report["variants"]
     assert variant["name"] == "small & <b>" and variant["character_accuracy"] is None
-    assert (variant["velocity_error"], variant["velocity_error_low"], variant["velocity_error_high"]) == (0.5, 0.49, 0.51)
+    assert (variant["velocity_error"], variant["velocity_error_low"], variant["velocity_error_high"]) == (
+        0.5,
+        0.49,
+        0.51,
+    )
     assert (variant["psnr"], variant["seconds_per_step"], variant["bytes"]) == (0.5, 0.02, 8000)
 
 

@@ -1,5 +1,7 @@
 """Blocks that are put into a model behave as diffusers' own, however they are called."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,12 +10,10 @@ from ppcl_engine.plan import Interval
 from ppcl_engine.similarity import NormalEquations
 from ppcl_engine.stages.distill_depth import set_map
 from ppcl_engine.surgery import (
-    CorrectedBlock,
     Correction,
     PassThrough,
-    block_of_student,
+    add_correction,
     build_student,
-    corrections_of,
     pruned_blocks,
 )
 
@@ -36,11 +36,11 @@ def test_one_module_a_teacher_index(architecture, pruned):
     blocks = list(pruned.transformer_blocks)
     assert len(blocks) == 6 and kept_blocks(blocks) == [0, 1, 4]
     assert all(isinstance(blocks[i], PassThrough) and not blocks[i].state_dict() for i in (2, 3, 5))
-    assert type(block_of_student(blocks[1])) is type(block_of_student(blocks[0])) is type(blocks[0])
-    assert corrections_of(blocks[0]) is None
-    assert set(corrections_of(blocks[1]).maps) == {"image", "text"}
-    assert set(corrections_of(blocks[4]).maps) == {"image"}  # nothing reads the text behind the last block
-    assert [m.weight.shape for m in corrections_of(blocks[4]).maps["image"]] == [(2, 32), (32, 2)]
+    assert type(blocks[1]) is type(blocks[0])
+    assert not hasattr(blocks[0], "correction")
+    assert set(blocks[1].correction.maps) == {"image", "text"}
+    assert set(blocks[4].correction.maps) == {"image"}  # nothing reads the text behind the last block
+    assert [m.weight.shape for m in blocks[4].correction.maps["image"]] == [(2, 32), (32, 2)]
 
 
 def test_called_positionally_and_by_keyword(architecture, pruned, padded_inputs):
@@ -77,9 +77,7 @@ def test_gradient_checkpointing_changes_nothing(architecture, pruned, padded_inp
 def test_a_zero_correction_is_the_block_itself(architecture, model, padded_inputs):
     state, block = architecture.embed(model, padded_inputs()), model.transformer_blocks[2]
     correction = Correction(32, ("image", "text"))
-    corrected = CorrectedBlock(block, correction, architecture.block_returns)
-    for parameter in correction.parameters():
-        torch.nn.init.zeros_(parameter)
+    corrected = add_correction(copy.deepcopy(block), correction, architecture.block_returns)
     plain = architecture.run_block(block, state)
     same = architecture.run_block(corrected, state)
     assert torch.equal(same.image, plain.image) and torch.equal(same.text, plain.text)

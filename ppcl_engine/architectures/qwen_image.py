@@ -151,7 +151,9 @@ class QwenImage:
     def latent_shape(self, config: dict, height: int, width: int) -> tuple[int, int, int]:
         """(channels, rows, columns) of a picture in pixels. Raises ValueError for sizes that do not divide."""
         if height % (2 * VAE_PIXELS) or width % (2 * VAE_PIXELS):
-            raise ValueError(f"{height} x {width} pixels is not a multiple of {2 * VAE_PIXELS}; change --height, --width")
+            raise ValueError(
+                f"{height} x {width} pixels is not a multiple of {2 * VAE_PIXELS}; change --height, --width"
+            )
         return config["in_channels"] // 4, height // VAE_PIXELS, width // VAE_PIXELS
 
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:

@@ -27,9 +27,7 @@ def fit_codec(seed: int, samples: int = 4096) -> TableCodec:
     pictures = render(random_captions(samples, generator), generator)
     blocks = F.pixel_unshuffle(pictures, BLOCK).movedim(1, -1).flatten(0, 2).double()
     mean = blocks.mean(0)
-    _, values, vectors = torch.linalg.svd(
-        (blocks - mean).T @ (blocks - mean) / len(blocks), full_matrices=False
-    )
+    _, values, vectors = torch.linalg.svd((blocks - mean).T @ (blocks - mean) / len(blocks), full_matrices=False)
     deviation = values[:CHANNELS].sqrt()
     scale = deviation.sqrt() * deviation.mean().sqrt()  # mean channel variance becomes one
     basis = vectors[:CHANNELS].T

@@ -14,7 +14,11 @@ from ..run import DTYPES, resolve_device
 def bench(config: BenchConfig) -> None:
     """Prints a table: parameters, median milliseconds, ratio to the first."""
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
-    names = ["full", *(v.name for v in Bundle(config.path).plan.variants if v.name != "full")] if is_bundle(config.path) else [None]
+    names = (
+        ["full", *(v.name for v in Bundle(config.path).plan.variants if v.name != "full")]
+        if is_bundle(config.path)
+        else [None]
+    )
     models = {name: open_model(config.path, name, config.base if name else None, dtype, device) for name in names}
     architecture = architecture_of(config.path)
     model_config = dict(next(iter(models.values())).config)
@@ -30,7 +34,9 @@ def bench(config: BenchConfig) -> None:
     first = next(iter(medians.values()))
     print(f"{'variant':12} {'parameters':>14} {'ms':>10} {'ratio':>7}")
     for name, model in models.items():
-        print(f"{name or 'model':12} {parameter_count(model):>14,} {1e3 * medians[name]:>10.2f} {medians[name] / first:>7.3f}")
+        print(
+            f"{name or 'model':12} {parameter_count(model):>14,} {1e3 * medians[name]:>10.2f} {medians[name] / first:>7.3f}"
+        )
 
 
 def _timed(work, device: str) -> float:

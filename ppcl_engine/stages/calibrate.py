@@ -61,7 +61,9 @@ def _from_images(config: CalibrateConfig, architecture: Architecture) -> list[In
         latents = codec.latents(load_pictures([rows[i % len(rows)][0] for i in chunk.tolist()], size))
         clean, t = architecture.pack(latents), timesteps[chunk]
         noise = torch.randn(clean.shape, generator=generator)
-        batches.append(sampling.inputs_of(flow.noised(clean, noise, t), t, text, mask, architecture.grid(latents), clean))
+        batches.append(
+            sampling.inputs_of(flow.noised(clean, noise, t), t, text, mask, architecture.grid(latents), clean)
+        )
     codec.release()
     return batches
 

@@ -96,9 +96,10 @@ def choose(config: DetectConfig, curves: Curves, protect: frozenset[int]) -> dic
     scale = curve_scale(curves.cka_of(0), blocks, longest)
     remove = config.remove or round(blocks * PUBLISHED_SHARE)
     damage = curves.damage_of(torch.ones_like(curves.power))
-    rules = {"ppcl": partial(_greedy, config, blocks, longest, protect), "budget": lambda cost: budget_intervals(
-        cost, blocks, longest, remove, protect
-    )}
+    rules = {
+        "ppcl": partial(_greedy, config, blocks, longest, protect),
+        "budget": lambda cost: budget_intervals(cost, blocks, longest, remove, protect),
+    }
     explained = greedy_intervals(curves.cka_of(0), blocks, longest, scale, config.eps, config.max_drop, protect)
     resamples = curves.cka.shape[2] - 1
     if config.method == "ppcl":
@@ -106,7 +107,9 @@ def choose(config: DetectConfig, curves: Curves, protect: frozenset[int]) -> dic
         again = [rules["ppcl"](curves.cka_of(column)) for column in range(1, resamples + 1)]
     else:
         chosen = rules["budget"](damage)
-        again = [rules["budget"](curves.damage_of(weights)) for weights in _sample_weights(curves, resamples, config.seed)]
+        again = [
+            rules["budget"](curves.damage_of(weights)) for weights in _sample_weights(curves, resamples, config.seed)
+        ]
     shares = stability(chosen, again) if resamples else [None] * len(chosen)
     return {
         "method": config.method,

@@ -27,7 +27,7 @@ from ..plan import Interval, PruningPlan, parse_intervals
 from ..run import Run, open_calibration, open_plan, open_teacher
 from ..similarity import NormalEquations
 from ..streaming import StateStore, Teacher
-from ..surgery import block_of_student, build_student, corrections_of, interval_streams
+from ..surgery import build_student, interval_streams
 from ..training import Stopped, Trainer, cosine_schedule, saved_step, stop_on_interrupt
 
 REUSE = 4  # updates from one cached batch: a sweep of the teacher costs many students' updates
@@ -55,8 +55,9 @@ def distill_depth(config: DistillDepthConfig) -> Path:
             if due:
                 _Round(config, run, teacher, calibration, plan, due, number, settings, progress, asked).work()
     students = {interval.name: interval for interval in intervals}
-    plan = plan.with_parts(intervals=tuple(students.get(i.name, i) for i in plan.intervals), variants=())
-    write_text(run.plan, plan.to_json() + "\n")
+    trained = tuple(students.get(i.name, i) for i in plan.intervals)
+    if trained != plan.intervals or any(steps < total for steps in steps_done.values()):
+        write_text(run.plan, plan.with_parts(intervals=trained, variants=()).to_json() + "\n")
     return run.students
 
 
@@ -77,7 +78,19 @@ def _correction(config: DistillDepthConfig) -> str:
 
 
 def _settings(config: DistillDepthConfig, calibration: CalibrationSet) -> str:
-    names = ("init", "correction", "loss", "rounds", "updates", "learning_rate", "warm_up", "weight_decay", "seed", "dtype")
+    names = (
+        "init",
+        "correction",
+        "loss",
+        "rounds",
+        "updates",
+        "learning_rate",
+        "warm_up",
+        "weight_decay",
+        "cache_gb",
+        "seed",
+        "dtype",
+    )
     values = {name: getattr(config, name) for name in names}
     return json.dumps({**values, "calibration": calibration.hash[:16]})
 
@@ -133,7 +146,9 @@ class _Round:
         size = boundaries * (state.image.nbytes + state.text.nbytes)
         fitting = int(self.config.cache_gb * 1e9 // size)
         if not fitting:
-            raise ValueError(f"--cache-gb {self.config.cache_gb} is too small for one batch, which needs {size / 1e9:.2f}")
+            raise ValueError(
+                f"--cache-gb {self.config.cache_gb} is too small for one batch, which needs {size / 1e9:.2f}"
+            )
         return min(self._sweep_batches(), fitting)
 
     def _train(self, interval: Interval) -> None:
@@ -150,7 +165,9 @@ class _Round:
             self.progress.set_postfix_str(f"{interval.name} loss {trainer.losses[-1]:.4f}", refresh=False)
             if self.asked():
                 trainer.save(path, self.settings)
-                raise Stopped(f"stopped at step {trainer.step} of interval {interval.name}; saved. Run the same command to go on")
+                raise Stopped(
+                    f"stopped at step {trainer.step} of interval {interval.name}; saved. Run the same command to go on"
+                )
         trainer.save(path, self.settings)
 
     def _loss(self, interval: Interval, trainer: Trainer) -> tuple[torch.Tensor, float]:
@@ -168,22 +185,22 @@ class _Round:
 
     def _new_student(self, interval: Interval) -> nn.Module:
         origin = interval.first if self.config.init == "first" else (interval.first + interval.last) // 2
-        torch.manual_seed(self.config.seed)
         student = build_student(self.teacher.architecture, self.teacher.config, interval)
         student = student.to(self.teacher.device, self.teacher.dtype).train()
-        block_of_student(student).load_state_dict(copy.deepcopy(self.teacher.block(origin)).state_dict())
+        copied = copy.deepcopy(self.teacher.block(origin).state_dict())
+        student.load_state_dict({**student.state_dict(), **copied})
         return student
 
     def _fit_correction(self, interval: Interval, student: nn.Module) -> None:
         """Least squares from what the copied block returns to the teacher's state after the interval."""
-        correction = corrections_of(student)
-        if correction is None:
+        if interval.correction == "none":
             return
+        correction = student.correction  # still the identity, so the student returns what its block does
         width = self.teacher.architecture.width(self.teacher.config)
         equations = {s: NormalEquations(width, width, self.teacher.device) for s in correction.maps}
         for batch in self.batches:
             source, target = self._pair(interval, batch)
-            output = self.teacher.architecture.run_block(block_of_student(student), source)
+            output = self.teacher.architecture.run_block(student, source)
             for stream, sums in equations.items():
                 x = output.real_tokens(stream)
                 sums.add(x, target.real_tokens(stream) - x)

@@ -116,8 +116,14 @@ class _Judge:
         model = assemble(self.weights, self.students, intervals, self.dtype, self.device)
         velocities, seconds = self._velocities(model, variant.name)
         latents = draw_prompts(
-            self.weights.architecture, model, self.prompts, self.config.seed, self.config.steps,
-            self.config.guidance, self.config.batch, f"draw {variant.name}",
+            self.weights.architecture,
+            model,
+            self.prompts,
+            self.config.seed,
+            self.config.steps,
+            self.config.guidance,
+            self.config.batch,
+            f"draw {variant.name}",
         )
         return {
             "velocities": velocities,
@@ -142,7 +148,8 @@ class _Judge:
     def _placed(self, inputs):
         floating = ("hidden_states", "encoder_hidden_states")
         return {
-            k: v if k == "grid" else v.to(self.device, self.dtype if k in floating else v.dtype) for k, v in inputs.items()
+            k: v if k == "grid" else v.to(self.device, self.dtype if k in floating else v.dtype)
+            for k, v in inputs.items()
         }
 
     def _against_teacher(self, ours: dict) -> dict:

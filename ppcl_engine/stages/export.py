@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ..architectures import Architecture
-from ..checkpoint import BUNDLE_SUFFIX, MAP_KEY, PLAN_KEY, STRUCTURE_TENSOR, Weights, write_bundle
+from ..checkpoint import BUNDLE_SUFFIX, MAP_KEY, STRUCTURE_TENSOR, Weights, write_bundle
 from ..config import ExportConfig
 from ..files import TensorEntry, write_json, write_tensor_stream
 from ..plan import Interval, PruningPlan, Variant

@@ -41,4 +41,6 @@ def save_row(path: Path, pictures: torch.Tensor) -> None:
     image = Image.fromarray(row)
     scale = max(1, 256 // pictures.shape[-2])
     with replacing(path) as temporary:
-        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(temporary, format="PNG")
+        image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(
+            temporary, format="PNG"
+        )

@@ -37,13 +37,22 @@ def describe(path: Path) -> dict:
     if is_bundle(path):
         plan, kind = Bundle(path).plan, "bundle"
     elif structure := standalone_structure(path):
-        return {"kind": "standalone with teacher indices", "architecture": structure["architecture"],
-                "blocks": structure["num_blocks"], "intervals": [f"{i['first']}-{i['last']}" for i in structure["intervals"]]}
+        return {
+            "kind": "standalone with teacher indices",
+            "architecture": structure["architecture"],
+            "blocks": structure["num_blocks"],
+            "intervals": [f"{i['first']}-{i['last']}" for i in structure["intervals"]],
+        }
     else:
         weights = Weights(path)
         parameters = sum(math.prod(weights.shape(key)) for key in weights.keys())
-        return {"kind": "full model", "architecture": weights.architecture.name, "blocks": weights.num_blocks,
-                "parameters": parameters, "fingerprint": weights.fingerprint}
+        return {
+            "kind": "full model",
+            "architecture": weights.architecture.name,
+            "blocks": weights.num_blocks,
+            "parameters": parameters,
+            "fingerprint": weights.fingerprint,
+        }
     return {
         "kind": kind,
         "architecture": plan.architecture,
@@ -55,4 +64,7 @@ def describe(path: Path) -> dict:
 
 
 def _as_text(found: dict) -> str:
-    return "\n".join(f"{name:14} {value if not isinstance(value, list) else ' '.join(map(str, value))}" for name, value in found.items())
+    return "\n".join(
+        f"{name:14} {value if not isinstance(value, list) else ' '.join(map(str, value))}"
+        for name, value in found.items()
+    )

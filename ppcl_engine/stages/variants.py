@@ -116,7 +116,9 @@ def _subset(cost: CostModel, plan: PruningPlan, saving: float) -> tuple[str, ...
 def _subset_of(gains: list[float], plan: PruningPlan, saving: float) -> tuple[str, ...]:
     chosen = least_damage([(g, i.score) for g, i in zip(gains, plan.intervals, strict=True)], saving)
     if chosen is None:
-        raise ValueError("even with all intervals replaced the model is above this limit; raise it, or detect more with --remove")
+        raise ValueError(
+            "even with all intervals replaced the model is above this limit; raise it, or detect more with --remove"
+        )
     return tuple(plan.intervals[index].name for index in chosen)
 
 

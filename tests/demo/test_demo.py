@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from ppcl_engine.__main__ import main
-from ppcl_engine.demo.run import TEACHER
 from ppcl_engine.checkpoint import open_model
+from ppcl_engine.demo.run import TEACHER
 
 
 def test_the_demo_leaves_bundle_exports_and_report(tmp_path, capsys):
@@ -17,7 +17,13 @@ def test_the_demo_leaves_bundle_exports_and_report(tmp_path, capsys):
     assert report["teacher"]["parameters"] == 8_106_176
     names = [variant["name"] for variant in report["variants"]]
     assert names == ["large", "medium", "small"]
-    for file in ("report.html", "layer_map.png", "pictures.png", "exports/pruned.ppcl.safetensors", "exports/small.safetensors"):
+    for file in (
+        "report.html",
+        "layer_map.png",
+        "pictures.png",
+        "exports/pruned.ppcl.safetensors",
+        "exports/small.safetensors",
+    ):
         assert (tmp_path / file).stat().st_size > 1000
     assert (tmp_path / "stock" / "exports" / "small-diffusers" / "config.json").exists()
     bundle = tmp_path / "exports" / "pruned.ppcl.safetensors"

@@ -29,7 +29,9 @@ def distilled(tmp_path_factory, teacher_file, make_run, run_stages):
 @pytest.fixture
 def exported(distilled, teacher_file):
     def make(correction: str, layout: str, **options):
-        return export(ExportConfig(model=teacher_file, run=distilled[correction], layout=layout, store="float32", **options))
+        return export(
+            ExportConfig(model=teacher_file, run=distilled[correction], layout=layout, store="float32", **options)
+        )
 
     return make
 
@@ -57,7 +59,9 @@ def test_a_comfyui_single_file_opens_as_the_same_model(exported, engine_output, 
 
 
 @pytest.mark.parametrize("correction", ["none", "affine"])
-def test_our_own_layout_keeps_teacher_indices_and_corrections(exported, engine_output, architecture, padded_inputs, correction):
+def test_our_own_layout_keeps_teacher_indices_and_corrections(
+    exported, engine_output, architecture, padded_inputs, correction
+):
     path = exported(correction, "ppcl")
     assert torch.equal(architecture.call(open_model(path), padded_inputs(3)), engine_output(correction))
     assert len(open_model(path).transformer_blocks) == 6
