@@ -225,14 +225,20 @@ class Students(Protocol):
 
 
 def assemble(
-    weights: Weights, students: Students | None, intervals: Sequence[Interval], dtype: torch.dtype, device: str
+    weights: Weights,
+    students: Students | None,
+    intervals: Sequence[Interval],
+    dtype: torch.dtype,
+    device: str,
+    teacher_block: Callable[[int], nn.Module] | None = None,
 ) -> nn.Module:
-    """diffusers' model with the intervals replaced, teacher indices kept."""
+    """diffusers' model with the intervals replaced, teacher indices kept. `teacher_block` (default: read into
+    memory) gives the blocks that stay."""
     blocks = pruned_blocks(
         weights.architecture,
         weights.num_blocks,
         intervals,
-        lambda index: weights.block(index, dtype, device),
+        teacher_block or (lambda index: weights.block(index, dtype, device)),
         lambda interval: students.student(interval, dtype, device),
     )
     return weights.architecture.assemble(weights.outer(dtype, device), weights.config, blocks)

@@ -8,7 +8,7 @@ results are the same bits.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -68,6 +68,28 @@ class Teacher:
 
     def _load(self, index: int) -> nn.Module:
         return self.weights.block(index, self.dtype, self.device)
+
+
+class StreamedBlock(nn.Module):
+    """A place in a model whose block is read when it is called and dropped after: any forward, little memory."""
+
+    def __init__(self, load: Callable[[int], nn.Module], index: int):
+        super().__init__()
+        self.load, self.index = load, index
+
+    def forward(self, *arguments, **named):
+        outputs = self.load(self.index)(*arguments, **named)
+        return_freed_memory()
+        return outputs
+
+
+def block_loader(weights: Weights, dtype: torch.dtype, device: str, streamed: bool) -> Callable[[int], nn.Module]:
+    """What `checkpoint.assemble` asks for the teacher's blocks: modules with weights, or streamed places."""
+
+    def load(index: int) -> nn.Module:
+        return weights.block(index, dtype, device)
+
+    return (lambda index: StreamedBlock(load, index)) if streamed else load
 
 
 class StateStore:

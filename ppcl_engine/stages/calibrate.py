@@ -6,6 +6,10 @@ and stored embeddings (the teacher draws; states on its way are kept).
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -17,8 +21,9 @@ from ..checkpoint import Weights, assemble
 from ..codecs import open_codec
 from ..config import CalibrateConfig
 from ..data import CalibrationSet, caption_file, load_pictures, picture_files, save_calibration
-from ..files import TensorFile
+from ..files import TensorFile, write_tensors
 from ..run import DTYPES, Run, resolve_device
+from ..streaming import block_loader
 
 
 def calibrate(config: CalibrateConfig) -> Path:
@@ -33,9 +38,34 @@ def calibrate(config: CalibrateConfig) -> Path:
         "seed": config.seed,
         "source": "images" if config.images else "prompts" if config.prompts else "embeddings",
     }
-    batches = _from_images(config, weights.architecture) if config.images else _from_drawing(config, weights)
+    parts = _Parts(run.states / "calibrate", config, origin["fingerprint"])
+    if config.images:
+        batches = _from_images(config, weights.architecture, parts)
+    else:
+        batches = _from_drawing(config, weights, parts)
     save_calibration(run.calibration, CalibrationSet(batches, origin))
+    parts.remove()
     return run.calibration
+
+
+class _Parts:
+    """Batches that are done, a file each: drawing them takes hours on a large model."""
+
+    def __init__(self, folder: Path, config: CalibrateConfig, fingerprint: str):
+        self.folder = folder
+        values = {f.name: str(getattr(config, f.name)) for f in fields(config) if f.name != "run"}
+        self.settings = json.dumps({**values, "fingerprint": fingerprint})
+
+    def done(self, number: int, make: Callable[[], Inputs]) -> Inputs:
+        path = self.folder / f"batch_{number}.safetensors"
+        if path.exists() and (file := TensorFile(path)).metadata["settings"] == self.settings:
+            return file.read_all()
+        inputs = make()
+        write_tensors(path, inputs, {"settings": self.settings})
+        return inputs
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
 
 
 def spread_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -44,7 +74,7 @@ def spread_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
     return parts[torch.randperm(count, generator=generator)]
 
 
-def _from_images(config: CalibrateConfig, architecture: Architecture) -> list[Inputs]:
+def _from_images(config: CalibrateConfig, architecture: Architecture, parts: _Parts) -> list[Inputs]:
     """All captions first, then all pictures: the text encoder and the VAE are never in memory together."""
     codec = open_codec(config.model, resolve_device(config.device))
     size = sampling.picture_size(codec, config.height, config.width)
@@ -57,29 +87,38 @@ def _from_images(config: CalibrateConfig, architecture: Architecture) -> list[In
     texts = [codec.text(_texts(captions, empty, chunk)) for chunk in tqdm(chunks, desc="captions", unit="batch")]
     codec.release()
     batches = []
-    for chunk, (text, mask) in zip(tqdm(chunks, desc="calibrate", unit="batch"), texts, strict=True):
-        latents = codec.latents(load_pictures([rows[i % len(rows)][0] for i in chunk.tolist()], size))
-        clean, t = architecture.pack(latents), timesteps[chunk]
-        noise = torch.randn(clean.shape, generator=generator)
-        batches.append(
-            sampling.inputs_of(flow.noised(clean, noise, t), t, text, mask, architecture.grid(latents), clean)
-        )
+    for number, (chunk, text) in enumerate(zip(tqdm(chunks, desc="calibrate", unit="batch"), texts, strict=True)):
+        noise_seed = int(torch.randint(2**62, (), generator=generator))
+        paths = [rows[i % len(rows)][0] for i in chunk.tolist()]
+
+        def make(paths=paths, t=timesteps[chunk], text=text, noise_seed=noise_seed) -> Inputs:
+            return _noised(architecture, codec.latents(load_pictures(paths, size)), t, text, noise_seed)
+
+        batches.append(parts.done(number, make))
     codec.release()
     return batches
 
 
-def _from_drawing(config: CalibrateConfig, weights: Weights) -> list[Inputs]:
+def _noised(architecture: Architecture, latents: torch.Tensor, t: torch.Tensor, text, noise_seed: int) -> Inputs:
+    clean = architecture.pack(latents)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(noise_seed))
+    return sampling.inputs_of(flow.noised(clean, noise, t), t, *text, architecture.grid(latents), clean)
+
+
+def _from_drawing(config: CalibrateConfig, weights: Weights, parts: _Parts) -> list[Inputs]:
     """Text is encoded first and its encoder released, then the transformer comes."""
     device, architecture = resolve_device(config.device), weights.architecture
     generator = torch.Generator().manual_seed(config.seed)
     empty = torch.rand(config.samples, generator=generator) < config.empty_captions
     prompts = _stored_prompts(config, weights, empty) if config.embeddings else _encoded_prompts(config, empty, device)
-    model = assemble(weights, None, (), DTYPES[config.dtype], device)
+    load = block_loader(weights, DTYPES[config.dtype], device, config.streamed)
+    model = assemble(weights, None, (), DTYPES[config.dtype], device, load)
     kept_steps = torch.randint(config.steps, (config.samples,), generator=generator)
     batches = []
-    for chunk in tqdm(_chunks(config.samples, config.batch), desc="calibrate", unit="batch"):
+    for number, chunk in enumerate(tqdm(_chunks(config.samples, config.batch), desc="calibrate", unit="batch")):
         noise = torch.randn(len(chunk), *prompts.latent_shape, generator=generator)
-        batches.append(_drawn(config, architecture, model, prompts.rows(chunk), noise, kept_steps[chunk]))
+        given = (prompts.rows(chunk), noise, kept_steps[chunk])
+        batches.append(parts.done(number, lambda given=given: _drawn(config, architecture, model, *given)))
     return batches
 
 

@@ -40,11 +40,10 @@ def detect(config: DetectConfig) -> Path:
     names = ("samples", "longest", "kernel", "local", "tokens", "bootstrap", "seed", "dtype")
     measured = {name: getattr(config, name) for name in names}
     settings = json.dumps({"calibration": calibration.hash, "probes": probes, **measured})
-    curves = _load_curves(run.curves, settings)
-    if curves is None:
+    curves, measured_blocks = _load_curves(run.curves, settings)
+    if measured_blocks < teacher.num_blocks - 1:
         batches = max(2, round(config.samples / calibration.samples * len(calibration)))
-        curves = _measure(config, run, teacher, calibration.all_inputs()[:batches])
-        write_tensors(run.curves, curves.tensors(), {"settings": settings})
+        curves = _measure(config, run, teacher, calibration.all_inputs()[:batches], settings, curves, measured_blocks)
     result = choose(config, curves, protect)
     write_json(run.detection, result)
     plan = PruningPlan(
@@ -159,21 +158,27 @@ def _protected(config: DetectConfig, blocks: int) -> frozenset[int]:
     return frozenset(map(int, words))
 
 
-def _load_curves(path: Path, settings: str) -> Curves | None:
-    if not path.exists():
-        return None
-    file = TensorFile(path)
-    return Curves(**file.read_all()) if file.metadata.get("settings") == settings else None
+def _load_curves(path: Path, settings: str) -> tuple[Curves | None, int]:
+    """Curves of the same settings, and how many first blocks they cover."""
+    if path.exists() and (file := TensorFile(path)).metadata.get("settings") == settings:
+        return Curves(**file.read_all()), int(file.metadata["blocks"])
+    return None, 0
 
 
-def _measure(config: DetectConfig, run: Run, teacher: Teacher, inputs: list) -> Curves:
-    """Both curves of every pair. The second half of the batches is held out of the least-squares maps."""
+def _measure(
+    config, run: Run, teacher: Teacher, inputs: list, settings: str, curves: Curves | None, done: int
+) -> Curves:
+    """Both curves of every pair, saved block by block. The second half of the batches is held out of the
+    least-squares maps."""
     if len(inputs) < 2:
         raise ValueError("detect needs at least two calibration batches; calibrate with a smaller --batch")
     with torch.no_grad():
         measurement = _Measurement(config, run, teacher, inputs)
-        for u in tqdm(range(teacher.num_blocks - 1), desc="detect", unit="block"):
+        measurement.curves = curves or measurement.curves
+        blocks = range(done, teacher.num_blocks - 1)
+        for u in tqdm(blocks, initial=done, total=teacher.num_blocks - 1, desc="detect", unit="block"):
             measurement.chains_from(u)
+            write_tensors(run.curves, measurement.curves.tensors(), {"settings": settings, "blocks": str(u + 1)})
         measurement.store.clear()
     return measurement.curves
 

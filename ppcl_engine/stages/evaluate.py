@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..checkpoint import Weights, assemble, parameter_count
+from ..checkpoint import Weights, assemble
 from ..config import EvaluateConfig
 from ..cost import CostModel
 from ..data import CalibrationSet, caption_file
@@ -27,6 +27,7 @@ from ..reporting import write_report
 from ..run import DTYPES, Run, RunStudents, open_calibration, open_plan, resolve_device
 from ..sampling import Prompts, draw_prompts, encode_prompts, expanded, inputs_of
 from ..similarity import bootstrap_interval, bootstrap_ratio
+from ..streaming import block_loader
 
 SHOWN = 12
 TIMESTEP_PARTS = 8
@@ -96,11 +97,12 @@ class _Judge:
         self.shown[variant.name] = (pictures[:SHOWN] * 255).round().byte()
         if not self.teacher:
             self.teacher = ours
+        cost = self.cost.variant(self.plan, variant)
         return {
             "name": variant.name,
-            "parameters": ours["parameters"],
-            "bytes": ours["parameters"] * STORED_BYTES,
-            "flops": self.cost.variant(self.plan, variant).flops,
+            "parameters": cost.parameters,
+            "bytes": cost.parameters * STORED_BYTES,
+            "flops": cost.flops,
             "seconds_per_step": ours["seconds"],
             "latency_ratio": self.teacher["seconds"] / ours["seconds"],
             "peak_memory_bytes": ours["peak"],
@@ -113,7 +115,8 @@ class _Judge:
         """All that needs the transformer, which nothing returned here holds; `peak` is its own memory's."""
         memory = PeakMemory(self.device)
         intervals = self.plan.intervals_of(variant)
-        model = assemble(self.weights, self.students, intervals, self.dtype, self.device)
+        load = block_loader(self.weights, self.dtype, self.device, self.config.streamed)
+        model = assemble(self.weights, self.students, intervals, self.dtype, self.device, load)
         velocities, seconds = self._velocities(model, variant.name)
         latents = draw_prompts(
             self.weights.architecture,
@@ -130,7 +133,6 @@ class _Judge:
             "seconds": seconds,
             "latents": latents,
             "peak": memory.above_start(),
-            "parameters": parameter_count(model),
             "text_sensitivity": self._text_sensitivity(model),
         }
 
