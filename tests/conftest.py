@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 CONFIGS = {
     "probe": (config.ProbeConfig, {"train_steps": 0}),
     "detect": (config.DetectConfig, {"remove": 2, "longest": 4, "bootstrap": 8, "tokens": 3}),
-    "distill_depth": (config.DistillDepthConfig, {"rounds": 2, "updates": 6, "warm_up": 2}),
+    "distill_depth": (config.DistillDepthConfig, {"rounds": 2, "updates": 6, "warm_up": 2, "learning_rate": 1e-3}),
     "variants": (config.VariantsConfig, {"samples": 12}),
 }
 

@@ -28,7 +28,8 @@ from ..stages.variants import variants
 from .task import random_captions, render
 
 TEACHER = Path(__file__).with_name("teacher.safetensors")
-FULL_SIZE = {"pictures": 480, "batch": 48, "bootstrap": 200, "longest": 8, "rounds": 16}
+FULL_SIZE = {"pictures": 480, "batch": 48, "bootstrap": 200, "longest": 8, "rounds": 20}
+LEARNING_RATE = 3e-3
 QUICK = {"pictures": 16, "batch": 4, "bootstrap": 5, "longest": 2, "rounds": 1}
 
 
@@ -41,7 +42,7 @@ def demo(config: DemoConfig) -> Path:
     calibrate(CalibrateConfig(**common, images=images, samples=size["pictures"], batch=size["batch"]))
     probe(ProbeConfig(**common))
     detect(DetectConfig(**common, longest=size["longest"], bootstrap=size["bootstrap"], explain=True))
-    distill_depth(DistillDepthConfig(**common, rounds=size["rounds"]))
+    distill_depth(DistillDepthConfig(**common, rounds=size["rounds"], learning_rate=LEARNING_RATE))
     variants(VariantsConfig(**common))
     export(ExportConfig(**common))
     export(ExportConfig(**common, layout="ppcl", variant="small", name="small"))
@@ -56,7 +57,7 @@ def _stock(common: dict, rounds: int) -> None:
     for name in ("calibration.safetensors", "plan.json"):
         shutil.copyfile(common["run"] / name, run / name)
     stock = {**common, "run": run}
-    distill_depth(DistillDepthConfig(**stock, rounds=rounds, correction="none"))
+    distill_depth(DistillDepthConfig(**stock, rounds=rounds, learning_rate=LEARNING_RATE, correction="none"))
     variants(VariantsConfig(**stock))
     for layout in ("comfyui", "diffusers"):
         export(ExportConfig(**stock, layout=layout, variant="small", name=f"small-{layout}"))
