@@ -24,6 +24,7 @@ STAGES: dict[str, tuple[type, str]] = {
     "demo": (settings.DemoConfig, "demo.run"),
 }
 USER_ERROR, INTERRUPTED = 2, 130
+_ADVICE = "nothing half-written was left; free space, or choose a folder that can be written"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,10 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ppcl: {error}", file=sys.stderr)
         return USER_ERROR
     except OSError as error:
-        print(
-            f"ppcl: {error.filename or 'file'}: {os.strerror(error.errno or 0)}; nothing half-written was left",
-            file=sys.stderr,
-        )
+        print(f"ppcl: {error.filename}: {os.strerror(error.errno or 0)}; {_ADVICE}", file=sys.stderr)
         return USER_ERROR
     return 0
 

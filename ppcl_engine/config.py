@@ -114,7 +114,8 @@ class DistillDepthConfig(Common):
     updates: int = 40
     """Updates of an interval in a round."""
     learning_rate: float = 1e-5
-    """Peak learning rate (AdamW 0.9, 0.95; the authors' for 20 B, small models want 100 times more), cosine to a thirtieth over all rounds."""
+    """Peak learning rate (AdamW 0.9, 0.95), cosine to a thirtieth over all rounds. The default is the authors' for
+    20 B; the demo's 8 M want 3e-3."""
     warm_up: int = 16
     """Updates until the peak learning rate."""
     weight_decay: float = 0.02

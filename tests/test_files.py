@@ -1,6 +1,8 @@
 """The container format, against the safetensors library; files appear whole or not at all."""
 
+import errno
 import json
+import os
 import struct
 
 import pytest
@@ -159,3 +161,13 @@ def test_who_reads_the_old_file_keeps_it_whole_while_it_is_replaced(tmp_path):
         write_tensors(path, {"a": torch.ones(4)})
         assert reader.read() == content
     assert TensorFile(path).read("a").tolist() == [1.0] * 4
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*model\.safetensors"):
+        write_tensors(tmp_path / "model.safetensors", {"a": torch.zeros(1)})
+    assert not list(tmp_path.iterdir())
