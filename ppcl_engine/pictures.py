@@ -210,7 +210,7 @@ def picture_sheet(names: list[str], captions: list[str], pictures: dict[str, tor
     high, wide = pictures[names[0]].shape[2:]
     cell = min((WIDTH - MAP_LEFT) / len(captions), 2.2)
     tall, letters = cell * high / wide, max(6, int(cell * 13))
-    titles = [textwrap.wrap(drawable(c), letters, max_lines=7, placeholder="…") for c in captions]
+    titles = [textwrap.wrap(drawable(c), max(letters, 10), max_lines=7, placeholder="…") for c in captions]
     head = 0.18 + 0.128 * max(len(lines) for lines in titles)
     height = head + len(names) * tall
     figure = new_figure(height)
