@@ -248,7 +248,7 @@ def _cell(stat: dict | None, form: str) -> Html:
 
 
 def _fidelity_text(results: Results) -> str:
-    text = "Each variant against the teacher at the same seeds; in brackets 95 % bootstrap intervals over samples. Velocity error is "
+    text = "Each variant against the teacher at the same seeds; in brackets 95 % intervals over samples (Wilson for what a reader reads, else bootstrap). Velocity error is "
     text += "squared and relative to the teacher's velocity (0 is identical); PSNR and SSIM compare pictures drawn from the same noise."
     if any(results.teacher.get(name) for name in ACCURACIES):
         text += " A reader looks at every picture and says which character, shape and colours it sees."

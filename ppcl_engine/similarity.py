@@ -113,6 +113,14 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def wilson_interval(right: torch.Tensor) -> tuple[float, float]:
+    """95 % interval of a share of trues in `right`, bool [n] (Wilson 1927). The bootstrap's has no width at 0 and 100 %."""
+    count, share, z = len(right), float(right.double().mean()), 1.959964
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def bootstrap_ratio(above: torch.Tensor, below: torch.Tensor, seed: int, resamples: int = 1000) -> tuple[float, float]:
     """95 % percentile interval of sum(above) / sum(below), both [n], resampled together."""
     generator = torch.Generator().manual_seed(seed)

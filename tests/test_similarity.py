@@ -15,6 +15,7 @@ from ppcl_engine.similarity import (
     hsic,
     linear_gram,
     rbf_gram,
+    wilson_interval,
 )
 
 
@@ -155,3 +156,12 @@ def test_bootstrap_subsets_take_whole_samples_once():
     assert torch.equal(by_sample.amin(1), by_sample.amax(1))
     assert 0.55 < float(by_sample[:, 0, 1:].mean()) < 0.75  # a draw hits 1 - (1 - 1/10)^10 = 65 %
     assert torch.equal(subsets, bootstrap_subsets(10, 3, 50, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "expected"), [(1000, 1000, (0.99617, 1.0)), (0, 50, (0.0, 0.07135)), (81, 263, (0.2553, 0.3662))]
+)
+def test_wilson_interval_against_published_values(right, count, expected):
+    """81 of 263: Newcombe 1998, table I, method 3."""
+    values = torch.arange(count) < right
+    assert wilson_interval(values) == pytest.approx(expected, abs=1e-4)

@@ -17,7 +17,7 @@ from ..checkpoint import Weights, open_model
 from ..codecs import open_codec
 from ..files import replacing, write_json
 from ..sampling import draw_prompts, encode_prompts
-from ..similarity import bootstrap_interval
+from ..similarity import wilson_interval
 from .reader import load_reader, read, score
 from .task import CHARACTERS, COLOUR_NAMES, FIELDS, SHAPES, SIZE, Caption, caption_table, random_captions
 
@@ -66,11 +66,11 @@ def write_grid(path: Path, pictures: torch.Tensor, captions: list[Caption], righ
         sheet.save(temporary, format="PNG")
 
 
-def measure(scores: dict[str, torch.Tensor], seed: int) -> dict[str, float]:
+def measure(scores: dict[str, torch.Tensor]) -> dict[str, float]:
     """`{name}_accuracy`, `{name}_accuracy_low` and `{name}_accuracy_high` of each bool [n] in `scores`."""
     result = {}
     for name, right in scores.items():
-        low, high = bootstrap_interval(right, seed)
+        low, high = wilson_interval(right)
         share = right.double().mean().item()
         result |= {f"{name}_accuracy": share, f"{name}_accuracy_low": low, f"{name}_accuracy_high": high}
     return result
@@ -102,7 +102,7 @@ def main() -> None:
         "seed": options.seed,
         "seconds": round(time.monotonic() - start, 1),
         "parameters": sum(p.numel() for p in model.parameters()),
-        **measure(scores, options.seed),
+        **measure(scores),
         "confusions": confusions(readings, captions),
     }
     write_json(options.output / "teacher_accuracy.json", report)

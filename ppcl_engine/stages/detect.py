@@ -148,7 +148,8 @@ def _explanation(config, greedy, chosen, curves: Curves, damage) -> list[str]:
             longer = f"; to {v + 1}: {damage(u, v + 1):.4f}" if v + 1 < min(len(curves.cka), u + config.longest) else ""
             drop = first_difference(curves.cka_of(0), u, v)
             lines.append(f"budget {u}-{v}: damage {damage(u, v):.4f}, D at its end {drop:.5f}{longer}")
-    return lines
+    passes = block_passes(*curves.cka.shape[:2], 1 if config.local else 2)
+    return [*lines, f"cost: {passes:,} block passes a batch"]
 
 
 def _protected(config: DetectConfig, blocks: int) -> frozenset[int]:

@@ -26,11 +26,12 @@ from ..quality import Reading, reader_of, ssim
 from ..reporting import write_report
 from ..run import DTYPES, Run, RunStudents, open_calibration, open_plan, resolve_device
 from ..sampling import Prompts, draw_prompts, encode_prompts, expanded, inputs_of
-from ..similarity import bootstrap_interval, bootstrap_ratio
+from ..similarity import bootstrap_interval, bootstrap_ratio, wilson_interval
 from ..streaming import block_loader
 
 SHOWN = 12
 TIMESTEP_PARTS = 8
+REPEATS = 15
 STORED_BYTES = 2  # bfloat16
 
 
@@ -48,7 +49,9 @@ def evaluate_with(config: EvaluateConfig, seconds: Callable[[], float] | None) -
     texts = caption_file(config.prompts) if config.prompts else reading.captions(config.captions, config.seed)
     texts = [texts[i % len(texts)] for i in range(config.captions)]
     judge = _Judge(config, run, weights, plan, calibration, reading, texts)
-    rows = [judge.row(variant) for variant in _variants(config, plan)]
+    variants = _variants(config, plan)
+    rows = [judge.row(variant) for variant in variants]
+    judge.time_again(variants, rows)
     write_json(
         run.evaluation,
         {
@@ -104,20 +107,29 @@ class _Judge:
             "bytes": cost.parameters * STORED_BYTES,
             "flops": cost.flops,
             "seconds_per_step": ours["seconds"],
-            "latency_ratio": self.teacher["seconds"] / ours["seconds"],
             "peak_memory_bytes": ours["peak"],
             **self._against_teacher(ours),
             **self._readings(pictures),
             "text_sensitivity": ours["text_sensitivity"],
         }
 
+    def time_again(self, variants: list[Variant], rows: list[dict]) -> None:
+        """Last first, and the better of both times counts: a process gets faster as its allocator settles."""
+        for variant, row in reversed(list(zip(variants, rows, strict=True))):
+            row["seconds_per_step"] = min(row["seconds_per_step"], self._seconds(self._model(variant)))
+        for row in rows:
+            row["latency_ratio"] = rows[0]["seconds_per_step"] / row["seconds_per_step"]
+
+    def _model(self, variant: Variant):
+        load = block_loader(self.weights, self.dtype, self.device, self.config.streamed)
+        intervals = self.plan.intervals_of(variant)
+        return assemble(self.weights, self.students, intervals, self.dtype, self.device, load)
+
     def _drawn(self, variant: Variant) -> dict:
         """All that needs the transformer, which nothing returned here holds; `peak` is its own memory's."""
         memory = PeakMemory(self.device)
-        intervals = self.plan.intervals_of(variant)
-        load = block_loader(self.weights, self.dtype, self.device, self.config.streamed)
-        model = assemble(self.weights, self.students, intervals, self.dtype, self.device, load)
-        velocities, seconds = self._velocities(model, variant.name)
+        model = self._model(variant)
+        velocities = self._velocities(model, variant.name)
         latents = draw_prompts(
             self.weights.architecture,
             model,
@@ -130,22 +142,30 @@ class _Judge:
         )
         return {
             "velocities": velocities,
-            "seconds": seconds,
+            "seconds": self._seconds(model),
             "latents": latents,
             "peak": memory.above_start(),
             "text_sensitivity": self._text_sensitivity(model),
         }
 
-    def _velocities(self, model, name: str) -> tuple[list[torch.Tensor], float]:
-        """Predictions on the calibration set, and the median seconds of a forward of one batch."""
-        outputs, seconds = [], []
+    def _velocities(self, model, name: str) -> list[torch.Tensor]:
+        """Predictions on the calibration set."""
         with torch.no_grad():
-            for batch in tqdm(range(len(self.calibration)), desc=f"velocity {name}", unit="batch"):
-                inputs = self._placed(self.calibration.inputs(batch))
+            batches = tqdm(range(len(self.calibration)), desc=f"velocity {name}", unit="batch")
+            return [self._forward(model, self.calibration.inputs(batch)) for batch in batches]
+
+    def _forward(self, model, inputs) -> torch.Tensor:
+        return self.weights.architecture.call(model, self._placed(inputs)).float().cpu()
+
+    def _seconds(self, model) -> float:
+        """Median of a forward of one calibration batch; called when the model has drawn, so caches are warm."""
+        seconds = []
+        with torch.no_grad():
+            for _ in range(REPEATS):
                 start = time.perf_counter()
-                outputs.append(self.weights.architecture.call(model, inputs).float().cpu())
+                self._forward(model, self.calibration.inputs(0))
                 seconds.append(time.perf_counter() - start)
-        return outputs, sorted(seconds)[len(seconds) // 2]
+        return sorted(seconds)[REPEATS // 2]
 
     def _placed(self, inputs):
         floating = ("hidden_states", "encoder_hidden_states")
@@ -181,7 +201,7 @@ class _Judge:
     def _readings(self, pictures: torch.Tensor) -> dict:
         scores = self.reading.score(pictures, self.texts)
         names = ("character", "shape", "colour")
-        return {f"{n}_accuracy": self._mean(scores[n].double()) if n in scores else None for n in names}
+        return {f"{name}_accuracy": _share(scores[name]) if name in scores else None for name in names}
 
     def _text_sensitivity(self, model) -> dict:
         """|| v(caption) - v(empty) ||^2 / || v(caption) ||^2 at t = 0.7: how much the words matter."""
@@ -205,6 +225,11 @@ class _Judge:
     def _ratio(self, above: torch.Tensor, below: torch.Tensor) -> dict:
         low, high = bootstrap_ratio(above, below, self.config.seed)
         return {"value": float(above.sum() / below.sum()), "low": low, "high": high}
+
+
+def _share(right: torch.Tensor) -> dict:
+    low, high = wilson_interval(right)
+    return {"value": float(right.double().mean()), "low": low, "high": high}
 
 
 def _squares(x: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,11 @@ def config(run, **changes) -> CalibrateConfig:
 
 
 def bits(path) -> dict[str, bytes]:
-    return {f"{n}.{k}": t.numpy().tobytes() for n, batch in enumerate(load_calibration(path).batches) for k, t in batch.items()}
+    return {
+        f"{n}.{k}": t.numpy().tobytes()
+        for n, batch in enumerate(load_calibration(path).batches)
+        for k, t in batch.items()
+    }
 
 
 def test_drawing_streamed_is_drawing_resident(tmp_path, prompts):
