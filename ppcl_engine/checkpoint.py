@@ -60,10 +60,6 @@ class Weights:
         file, name = self._tensors[key]
         return file.shape(name)
 
-    def stored_dtype(self, key: str) -> torch.dtype:
-        file, name = self._tensors[key]
-        return file.dtype(name)
-
     def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor in `dtype` (default: as stored; scaled fp8 then becomes bf16)."""
         file, name = self._tensors[key]
@@ -101,14 +97,6 @@ class Weights:
             if len(shape) == 1:
                 digest.update(self.read(key, torch.float32).numpy().tobytes())
         return digest.hexdigest()
-
-    def block_bytes(self, index: int) -> int:
-        return sum(
-            self._stored_bytes(key) for key in self._tensors if key.startswith(self.architecture.block_prefix(index))
-        )
-
-    def _stored_bytes(self, key: str) -> int:
-        return torch.Size(self.shape(key)).numel() * self.stored_dtype(key).itemsize
 
     def _check_keys(self) -> None:
         expected = expected_shapes(self.architecture, self.config)

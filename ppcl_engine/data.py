@@ -94,24 +94,6 @@ def load_calibration(path: Path) -> CalibrationSet:
     return CalibrationSet([batches[i] for i in sorted(batches)], json.loads(file.metadata[KIND]))
 
 
-def batch_of(inputs: Inputs, rows: torch.Tensor) -> Inputs:
-    """The samples `rows` of a batch; `grid` is shared by all."""
-    return {name: t if name == "grid" else t[rows] for name, t in inputs.items()}
-
-
-def trimmed(inputs: Inputs) -> Inputs:
-    """Text cut to the longest real caption of the batch (padding at the end costs time, nothing else)."""
-    mask = inputs.get("encoder_hidden_states_mask")
-    if mask is None:
-        return inputs
-    length = int(mask.any(0).nonzero().max()) + 1
-    return {
-        **inputs,
-        "encoder_hidden_states_mask": mask[:, :length],
-        "encoder_hidden_states": inputs["encoder_hidden_states"][:, :length],
-    }
-
-
 def caption_file(path: Path) -> list[str]:
     """One caption a line; blank lines are empty captions. Raises ValueError for a missing or empty file."""
     if not path.exists():

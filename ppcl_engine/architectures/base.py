@@ -16,8 +16,6 @@ from torch import nn
 Inputs = dict[str, torch.Tensor]
 """What one forward reads, named as diffusers names it, plus `grid` [images, 3] (frames, rows, columns)."""
 
-STREAMS = ("image", "text")
-
 
 @dataclass(frozen=True)
 class BlockState:
