@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 
 from ppcl_engine.config import DetectConfig, DistillDepthConfig, ProbeConfig
+from ppcl_engine.damage import Damage
 from ppcl_engine.data import save_calibration
-from ppcl_engine.run import Run, open_plan, open_teacher
+from ppcl_engine.layout import layout_of
+from ppcl_engine.plan import Variant
+from ppcl_engine.run import Run, RunStudents, open_plan, open_teacher
 from ppcl_engine.similarity import bootstrap_ratio
 from ppcl_engine.stages.detect import detect
 from ppcl_engine.stages.distill_depth import distill_depth
 from ppcl_engine.stages.probe import probe
-from ppcl_engine.stages.variants import Damage
 
 from . import report, teachers
 
@@ -84,9 +86,9 @@ def _row(name: str, change: dict, rate: float, updates: int, common: dict, folde
     )
     plan = open_plan(DistillDepthConfig(**settings), teacher.weights)
     with torch.no_grad():
-        damage = Damage(teacher, run, plan, unseen)
-        joint = _with_interval(*damage.per_sample(plan.intervals))
-        singles = sum(damage.of((interval,)) for interval in plan.intervals)
+        damage = Damage(teacher, RunStudents(run, teacher.config, teacher.architecture), plan, unseen)
+        joint = _with_interval(*damage.per_sample(layout_of(plan, plan.everything())))
+        singles = sum(damage.of(Variant(name=interval.name, intervals=(interval.name,))) for interval in plan.intervals)
     print(f"\n{name}, rate {rate:g}: joint {joint['joint']:.4f}, singles {singles:.4f}", flush=True)
     return {"name": name, "learning_rate": rate, "updates": updates, **joint, "singles": singles}
 

@@ -31,7 +31,7 @@ from ppcl_engine.config import DistillDepthConfig
 from ppcl_engine.data import CalibrationSet, load_calibration, save_calibration
 from ppcl_engine.files import write_text
 from ppcl_engine.plan import Interval, PruningPlan, parse_intervals
-from ppcl_engine.run import Run, load_student
+from ppcl_engine.run import Run, RunStudents
 from ppcl_engine.stages import distill_depth as stage
 from ppcl_engine.streaming import Teacher
 from ppcl_engine.surgery import interval_streams
@@ -176,12 +176,13 @@ def ours(task: Task, held_out: HeldOut, horizon: int, learning_rate: float, seed
             rounds=horizon // task.updates, updates=task.updates, learning_rate=learning_rate, warm_up=WARM_UP,
             weight_decay=WEIGHT_DECAY,
         )  # fmt: skip
+        students = RunStudents(run, held_out.teacher.config, held_out.teacher.architecture)
         clock, curve, work = Clock(), [], stage._Round.work
 
         def watched(round_) -> None:
             work(round_)
             with clock.paused():
-                loss = held_out.loss(lambda interval: load_student(run, held_out.teacher, interval))
+                loss = held_out.loss(lambda interval: students.student(interval, torch.float32, "cpu"))
                 curve.append(((round_.number + 1) * task.updates, clock.seconds, loss))
 
         with mock.patch.object(stage._Round, "work", watched):

@@ -1,32 +1,24 @@
-"""What the files hold: a transformer's weights in any known layout, our bundle, our standalones.
+"""A full transformer's weights in any known layout, read tensor by tensor.
 
 Read: a diffusers transformer folder (sharded or not), a diffusers pipeline folder, a ComfyUI
-single file or checkpoint (bf16, fp16, fp8, scaled fp8), a standalone of ours, a bundle + base.
+single file or checkpoint (bf16, fp16, fp8, scaled fp8).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
 
-from .architectures import Architecture, architecture_named, detect_architecture
-from .files import TensorEntry, TensorFile, read_json, write_tensor_stream
-from .plan import Interval, PruningPlan, plan_from_json
-from .surgery import PassThrough, build_student, filled_student, pruned_blocks
+from .architectures import Architecture, detect_architecture
+from .files import TensorFile, read_json
 
 COMFYUI_PREFIX = "model.diffusion_model."
-PLAN_KEY = "ppcl_plan"
-MAP_KEY = "ppcl_block_map"
-STRUCTURE_TENSOR = "ppcl_structure"
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 IGNORED_SUFFIXES = (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
-BUNDLE_SUFFIX = ".ppcl.safetensors"
 
 
 class Weights:
@@ -159,148 +151,5 @@ def _open_folder(path: Path) -> tuple[dict[str, tuple[TensorFile, str]], dict]:
     return {name: (file, name) for file in files for name in file.keys()}, config
 
 
-class Bundle:
-    """`*.ppcl.safetensors`: students only, keyed by teacher interval, with the plan in the metadata."""
-
-    def __init__(self, path: Path):
-        self.file = TensorFile(path)
-        if PLAN_KEY not in self.file.metadata:
-            raise ValueError(f"{path} holds no pruning plan, so it is not a PPCL bundle")
-        self.plan: PruningPlan = plan_from_json(self.file.metadata[PLAN_KEY], path)
-        self.architecture = architecture_named(self.plan.architecture)
-
-    def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module:
-        prefix = student_prefix(interval)
-        names = [key.removeprefix(prefix) for key in self.file.keys() if key.startswith(prefix)]
-        state = {name: self.file.read(prefix + name).to(device, dtype) for name in names}
-        return filled_student(self.architecture, self.plan.config, interval, state)
-
-
-def student_prefix(interval: Interval) -> str:
-    return f"students.{interval.name}."
-
-
-def write_bundle(
-    path: Path, plan: PruningPlan, student: Callable[[Interval], dict[str, torch.Tensor]], dtype: torch.dtype
-) -> None:
-    """`student(interval)` gives its state dict, once an interval; memory holds one student at a time."""
-    entries, latest = [], {}
-
-    def read(interval: Interval, name: str) -> torch.Tensor:
-        if interval.name not in latest:
-            latest.clear()
-            latest[interval.name] = student(interval)
-        return latest[interval.name][name]
-
-    architecture = architecture_named(plan.architecture)
-    for interval in plan.intervals:
-        with torch.device("meta"):
-            shapes = build_student(architecture, plan.config, interval).state_dict()
-        for name, tensor in shapes.items():
-            key = student_prefix(interval) + name
-            entries.append(TensorEntry(key, dtype, tuple(tensor.shape), lambda i=interval, n=name: read(i, n)))
-    write_tensor_stream(path, entries, {PLAN_KEY: plan.to_json(), "format": "pt"})
-
-
-def is_bundle(path: Path) -> bool:
-    return Path(path).is_file() and PLAN_KEY in TensorFile(path).metadata
-
-
-class Students(Protocol):
-    """Where trained students come from: a bundle, or a run folder."""
-
-    def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module: ...
-
-
-def assemble(
-    weights: Weights,
-    students: Students | None,
-    intervals: Sequence[Interval],
-    dtype: torch.dtype,
-    device: str,
-    teacher_block: Callable[[int], nn.Module] | None = None,
-) -> nn.Module:
-    """diffusers' model with the intervals replaced, teacher indices kept. `teacher_block` (default: read into
-    memory) gives the blocks that stay."""
-    blocks = pruned_blocks(
-        weights.architecture,
-        weights.num_blocks,
-        intervals,
-        teacher_block or (lambda index: weights.block(index, dtype, device)),
-        lambda interval: students.student(interval, dtype, device),
-    )
-    return weights.architecture.assemble(weights.outer(dtype, device), weights.config, blocks)
-
-
-def open_model(
-    path: str | Path,
-    variant: str | None = None,
-    base: str | Path | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> nn.Module:
-    """A model with the same forward as diffusers' class of its architecture.
-
-    path: a bundle (then `base` is the teacher it was made from), a standalone file or folder of
-    ours, a diffusers folder, a ComfyUI single file. variant: a name of the bundle's plan, "full",
-    or intervals as "3-4,8-10"; None is the smallest. Raises ValueError in one line.
-    """
-    path = Path(path)
-    if not is_bundle(path):
-        if variant is not None:
-            raise ValueError(f"{path} is not a bundle, so it has no variant {variant!r}; leave the variant out")
-        structure = standalone_structure(path)
-        return (
-            _open_standalone(path, structure, dtype, device)
-            if structure
-            else assemble(Weights(path), None, (), dtype, device)
-        )
-    if base is None:
-        raise ValueError(f"{path} is a bundle: students only; give the base model it was made from as well")
-    bundle, weights = Bundle(path), Weights(base)
-    bundle.plan.check_teacher(weights.architecture.name, weights.fingerprint, base)
-    return assemble(weights, bundle, bundle.plan.intervals_of(bundle.plan.variant(variant)), dtype, device)
-
-
-def architecture_of(path: Path) -> Architecture:
-    """Of any file that `open_model` reads."""
-    if is_bundle(path):
-        return Bundle(path).architecture
-    structure = standalone_structure(path)
-    return architecture_named(structure["architecture"]) if structure else Weights(path).architecture
-
-
-def standalone_structure(path: Path) -> dict | None:
-    """The structure tensor's content when `path` is a standalone in our own (non-stock) layout."""
-    if not path.is_file():
-        return None
-    file = TensorFile(path)
-    if STRUCTURE_TENSOR not in file.entries:
-        return None
-    return json.loads(bytes(file.read(STRUCTURE_TENSOR).tolist()))
-
-
-def _open_standalone(path: Path, structure: dict, dtype: torch.dtype, device: str) -> nn.Module:
-    file, plan = TensorFile(path), plan_from_json(json.dumps(structure), path)
-    architecture = architecture_named(plan.architecture)
-    with torch.device("meta"):
-        blocks = pruned_blocks(
-            architecture,
-            plan.num_blocks,
-            list(plan.intervals),
-            lambda index: architecture.build_block(plan.config, index),
-            lambda interval: build_student(architecture, plan.config, interval),
-        )
-    model = architecture.assemble(architecture.build_outer(plan.config), plan.config, blocks)
-    state = {name: file.read(name).to(device, dtype) for name in model.state_dict()}
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
-
-
 def parameter_count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def kept_blocks(blocks: list[nn.Module]) -> list[int]:
-    """Teacher indices of the blocks that hold weights, in order."""
-    return [index for index, block in enumerate(blocks) if not isinstance(block, PassThrough)]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .architectures import Architecture
 from .checkpoint import parameter_count
+from .layout import Place, layout_of
 from .plan import Interval, PruningPlan, Variant
-from .surgery import build_student
+from .surgery import empty_block
 
 
 @dataclass(frozen=True)
@@ -27,24 +28,24 @@ class CostModel:
         with torch.device("meta"):
             self.outer_parameters = parameter_count(architecture.build_outer(config))
             self._state = _meta_state(architecture, config, grid, text_tokens)
-        self._blocks: dict = {}
+        self._places: dict[Place, Cost] = {}
 
     def block(self, index: int) -> Cost:
-        if index not in self._blocks:
-            with torch.device("meta"):
-                self._blocks[index] = self._of(self.architecture.build_block(self.config, index))
-        return self._blocks[index]
+        return self.place(Place(index=index))
 
     def student(self, interval: Interval) -> Cost:
-        with torch.device("meta"):
-            return self._of(build_student(self.architecture, self.config, interval))
+        return self.place(Place(index=interval.first, interval=interval))
 
     def variant(self, plan: PruningPlan, variant: Variant) -> Cost:
-        intervals = [plan.interval(name) for name in variant.intervals]
-        replaced = {index for interval in intervals for index in interval.blocks}
-        parts = [self.block(i) for i in range(plan.num_blocks) if i not in replaced]
-        parts += [self.student(interval) for interval in intervals]
+        parts = [self.place(place) for place in layout_of(plan, variant).places]
         return Cost(self.outer_parameters + sum(p.parameters for p in parts), sum(p.flops for p in parts))
+
+    def place(self, place: Place) -> Cost:
+        """Of what stands there, projections and correction included."""
+        if place not in self._places:
+            with torch.device("meta"):
+                self._places[place] = self._of(empty_block(self.architecture, self.config, place, {}))
+        return self._places[place]
 
     def _of(self, block: torch.nn.Module) -> Cost:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -56,4 +57,5 @@ def _meta_state(architecture: Architecture, config: dict, grid: tuple[int, int, 
     """A block's input without memory, made by an outer part of the same shapes."""
     outer = architecture.build_outer(config)
     inputs = architecture.random_inputs(config, 1, grid, text_tokens, "meta")
-    return architecture.embed(outer, {**inputs, "grid": torch.tensor([grid], device="cpu")})
+    state = architecture.embed(outer, {**inputs, "grid": torch.tensor([grid], device="cpu")})
+    return replace(state, modulated_text=state.text)

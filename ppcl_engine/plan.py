@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 FORMAT_VERSION = 1
 SITE_KINDS = ("text", "ffn_image", "ffn_text")
+FORMS = ("paper", "gated")
 FULL = "full"
+_NAME = r"(\d+-\d+|[a-z_]+:\d+(-\d+)?)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +45,48 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class WidthSite:
-    """A place in a block that a projection replaces."""
+    """A part of a block that a projection replaces. `form` of an FFN: "paper" (x + P x) or "gated" (P inside
+    norm, modulation and gate). `score`: its damage when measured. `fitted`: what else than the block or student
+    that stands there with all intervals on has a projection of its own, as "52" for the teacher's block."""
 
     block: int
     kind: str
+    form: str = "paper"
+    score: float | None = None
+    fitted: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}:{self.block}"
+
+
+@dataclass(frozen=True)
+class TextGroup:
+    """Neighbouring text sites: they switch as one, since a restored block inside would step the text."""
+
+    sites: tuple[WidthSite, ...]
+
+    @property
+    def first(self) -> int:
+        return self.sites[0].block
+
+    @property
+    def last(self) -> int:
+        return self.sites[-1].block
+
+    @property
+    def name(self) -> str:
+        return f"text:{self.first}-{self.last}"
+
+    @property
+    def score(self) -> float | None:
+        return self.sites[0].score
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A named set of intervals (and sites) that are switched on. `damage`: relative squared velocity
-    error; `flops`: of one forward at the plan's reference size."""
+    """A named set of intervals and sites that are switched on. `damage`: relative squared velocity
+    error; `flops`: of one forward at the plan's reference size; `tuned`: it has weights of its own (fine-tuned)."""
 
     name: str
     intervals: tuple[str, ...] = ()
@@ -62,6 +96,7 @@ class Variant:
     flops: float | None = None
     milliseconds: float | None = None
     damage: float | None = None
+    tuned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +127,9 @@ class PruningPlan:
             if right.first <= left.last:
                 raise ValueError(f"intervals {left.name} and {right.name} overlap; correct the plan")
         for site in self.sites:
-            if site.kind not in SITE_KINDS:
-                raise ValueError(f"width site kind {site.kind!r} is unknown; known: {', '.join(SITE_KINDS)}")
-            if not 0 <= site.block < self.num_blocks:
-                raise ValueError(f"width site in block {site.block}: there are {self.num_blocks} blocks")
+            self._check_site(site)
+        for group in self.text_groups:
+            self._check_group(group)
         for variant in self.variants:
             self._check_variant(variant)
 
@@ -106,10 +140,33 @@ class PruningPlan:
         known = ", ".join(i.name for i in self.intervals) or "none"
         raise ValueError(f"interval {name!r} is not in the plan; it has: {known}")
 
+    @property
+    def text_groups(self) -> tuple[TextGroup, ...]:
+        """Runs of neighbouring text sites, in order."""
+        groups: list[list[WidthSite]] = []
+        for site in sorted((s for s in self.sites if s.kind == "text"), key=lambda s: s.block):
+            if groups and groups[-1][-1].block == site.block - 1:
+                groups[-1].append(site)
+            else:
+                groups.append([site])
+        return tuple(TextGroup(tuple(group)) for group in groups)
+
+    @property
+    def switches(self) -> tuple[WidthSite | TextGroup, ...]:
+        """What a variant can switch besides intervals: FFN sites one by one, text by whole group."""
+        return (*(s for s in self.sites if s.kind != "text"), *self.text_groups)
+
+    def site(self, name: str) -> WidthSite | TextGroup:
+        for switch in self.switches:
+            if switch.name == name:
+                return switch
+        known = ", ".join(s.name for s in self.switches) or "none"
+        raise ValueError(f"width site {name!r} is not in the plan; it has: {known}")
+
     def variant(self, name: str | None) -> Variant:
         """By name; None is the smallest named variant; "full" is always there.
 
-        A comma-separated list of intervals ("3-4,8-10") is an unnamed variant.
+        A comma-separated list of intervals and sites ("3-4,8-10,text:51-59") is an unnamed variant.
         """
         if name is None:
             return min(self.variants, key=lambda v: v.parameters or 0) if self.variants else self.everything()
@@ -118,23 +175,57 @@ class PruningPlan:
                 return variant
         if name == FULL:
             return Variant(name=FULL)
-        if re.fullmatch(r"\d+-\d+(,\d+-\d+)*", name):
-            return self._check_variant(Variant(name=name, intervals=tuple(name.split(","))))
+        if re.fullmatch(f"{_NAME}(,{_NAME})*", name):
+            parts = name.split(",")
+            intervals, sites = (tuple(p for p in parts if (":" in p) == site) for site in (False, True))
+            return self._check_variant(Variant(name=name, intervals=intervals, sites=sites))
         known = ", ".join([v.name for v in self.variants] + [FULL])
-        raise ValueError(f"variant {name!r} is not in the plan; it has: {known}, or intervals as in '3-4,8-10'")
+        raise ValueError(f"variant {name!r} is not in the plan; it has: {known}, or parts as in '3-4,8-10,text:51-59'")
 
     def _check_variant(self, variant: Variant) -> Variant:
         for name in variant.intervals:
             self.interval(name)
-        if len(set(variant.intervals)) < len(variant.intervals):
-            raise ValueError(f"variant {variant.name!r} names an interval twice; name each once")
+        for name in variant.sites:
+            self.site(name)
+        for names, what in ((variant.intervals, "an interval"), (variant.sites, "a site")):
+            if len(set(names)) < len(names):
+                raise ValueError(f"variant {variant.name!r} names {what} twice; name each once")
         return variant
+
+    def _check_site(self, site: WidthSite) -> None:
+        if site.kind not in SITE_KINDS:
+            raise ValueError(f"width site kind {site.kind!r} is unknown; known: {', '.join(SITE_KINDS)}")
+        if site.form not in FORMS:
+            raise ValueError(f"width site {site.name}: form {site.form!r} is unknown; known: {', '.join(FORMS)}")
+        if not 0 <= site.block < self.num_blocks:
+            raise ValueError(f"width site {site.name}: there are blocks 0-{self.num_blocks - 1} only; correct the plan")
+        if sum((s.block, s.kind) == (site.block, site.kind) for s in self.sites) > 1:
+            raise ValueError(f"width site {site.name} is there twice; name it once")
+        for interval in self.intervals:
+            if site.kind != "text" and interval.first < site.block <= interval.last:
+                raise ValueError(
+                    f"width site {site.name}: block {site.block} is inside interval {interval.name}, whose student "
+                    f"is block {interval.first}; name that one"
+                )
+        if site.kind == "ffn_text" and any(s.kind == "text" and s.block == site.block for s in self.sites):
+            raise ValueError(f"width site {site.name}: a text group replaces this FFN already; drop one of the two")
+
+    def _check_group(self, group: TextGroup) -> None:
+        if group.first == 0:
+            raise ValueError(f"text group {group.name} has no full block before it; start it at block 1 or later")
+        for interval in self.intervals:
+            inside = sum(group.first <= block <= group.last for block in interval.blocks)
+            if 0 < inside < len(interval.blocks):
+                raise ValueError(
+                    f"text group {group.name} cuts interval {interval.name}; let it hold all or none of it"
+                )
 
     def intervals_of(self, variant: Variant) -> list[Interval]:
         return [self.interval(name) for name in variant.intervals]
 
     def everything(self) -> Variant:
-        return Variant(name="all", intervals=tuple(i.name for i in self.intervals))
+        names = tuple(i.name for i in self.intervals)
+        return Variant(name="all", intervals=names, sites=tuple(s.name for s in self.switches))
 
     def check_teacher(self, architecture: str, fingerprint: str, where: object) -> None:
         if architecture != self.architecture:
@@ -178,7 +269,9 @@ def _build(kind, values, where: str):
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    values = {k: tuple(v) if k in ("intervals", "sites") and isinstance(v, list) else v for k, v in values.items()}
+    values = {
+        k: tuple(v) if k in ("intervals", "sites", "fitted") and isinstance(v, list) else v for k, v in values.items()
+    }
     try:
         return kind(**values)
     except TypeError as error:
@@ -194,3 +287,16 @@ def parse_intervals(text: str) -> tuple[Interval, ...]:
         first, last = map(int, part.split("-"))
         intervals.append(Interval(first=first, last=last))
     return tuple(intervals)
+
+
+def parse_sites(text: str, form: str = "paper") -> tuple[WidthSite, ...]:
+    """ "ffn_image:2 text:51-59" -> sites. Raises ValueError naming the part that is not one."""
+    sites = []
+    for part in text.replace(",", " ").split():
+        match = re.fullmatch(r"([a-z_]+):(\d+)(?:-(\d+))?", part)
+        if not match or match[1] not in SITE_KINDS:
+            raise ValueError(f"{part!r} is not a width site; write them as 'ffn_image:2 text:51-59'")
+        first, last = int(match[2]), int(match[3] or match[2])
+        chosen = form if match[1] != "text" else "paper"
+        sites += [WidthSite(block=block, kind=match[1], form=chosen) for block in range(first, last + 1)]
+    return tuple(sites)

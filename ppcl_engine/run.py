@@ -31,6 +31,8 @@ class Run:
         self.detection = self.folder / "detect.json"
         self.plan = self.folder / "plan.json"
         self.students = self.folder / "depth"
+        self.projections = self.folder / "width"
+        self.tuned = self.folder / "tuned"
         self.evaluation = self.folder / "evaluate.json"
         self.report = self.folder / "report.html"
         self.states = self.folder / "states"
@@ -45,6 +47,12 @@ class Run:
 
     def student(self, interval: str) -> Path:
         return self.students / f"{interval}.safetensors"
+
+    def projection(self, place: str, kind: str) -> Path:
+        return self.projections / f"{place}.{kind}.safetensors"
+
+    def tuned_variant(self, name: str) -> Path:
+        return self.tuned / f"{name}.safetensors"
 
 
 def resolve_device(device: str) -> str:
@@ -83,22 +91,23 @@ def load_probe(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {stream: (file.read(f"{stream}.weight"), file.read(f"{stream}.bias")) for stream in streams}
 
 
-def load_student(run: Run, teacher: Teacher, interval: Interval) -> nn.Module:
-    """A trained student. Raises ValueError when the interval was not distilled yet."""
-    students = RunStudents(run, teacher.config, teacher.architecture)
-    return students.student(interval, teacher.dtype, teacher.device)
-
-
-def load_student_weights(run: Run, interval: Interval) -> dict[str, torch.Tensor]:
-    return saved_weights(run.student(interval.name))
-
-
 class RunStudents:
-    """Trained students of a run in the place of a bundle's."""
+    """Trained parts of a run in the place of a bundle's."""
 
     def __init__(self, run: Run, config: dict, architecture: Architecture):
         self.run, self.config, self.architecture = run, config, architecture
 
     def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module:
-        state = {n: t.to(device, dtype) for n, t in load_student_weights(self.run, interval).items()}
+        saved = saved_weights(self.run.student(interval.name), "distill-depth")
+        state = {name: tensor.to(device, dtype) for name, tensor in saved.items()}
         return filled_student(self.architecture, self.config, interval, state)
+
+    def projection(self, place: str, kind: str, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+        saved = saved_weights(self.run.projection(place, kind), "distill-width")
+        return {name: tensor.to(device, dtype) for name, tensor in saved.items()}
+
+    def tuned(self, variant: str, key: str) -> torch.Tensor:
+        path = self.run.tuned_variant(variant)
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; run finetune first")
+        return TensorFile(path).read(f"weight.{key}")

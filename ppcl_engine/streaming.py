@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from .architectures import Architecture, BlockState, Inputs
 from .checkpoint import Weights
 from .files import TensorFile, write_tensors
 from .memory import return_freed_memory
+from .surgery import Edit
 
 
 class Teacher:
@@ -73,23 +75,23 @@ class Teacher:
 class StreamedBlock(nn.Module):
     """A place in a model whose block is read when it is called and dropped after: any forward, little memory."""
 
-    def __init__(self, load: Callable[[int], nn.Module], index: int):
+    def __init__(self, load: Callable[[], nn.Module]):
         super().__init__()
-        self.load, self.index = load, index
+        self.load = load
 
     def forward(self, *arguments, **named):
-        outputs = self.load(self.index)(*arguments, **named)
+        outputs = self.load()(*arguments, **named)
         return_freed_memory()
         return outputs
 
 
-def block_loader(weights: Weights, dtype: torch.dtype, device: str, streamed: bool) -> Callable[[int], nn.Module]:
-    """What `checkpoint.assemble` asks for the teacher's blocks: modules with weights, or streamed places."""
+def block_loader(weights: Weights, dtype: torch.dtype, device: str, streamed: bool) -> Callable[[int, Edit], nn.Module]:
+    """What `bundle.assemble` asks for the teacher's blocks: modules with weights, or streamed places."""
 
-    def load(index: int) -> nn.Module:
-        return weights.block(index, dtype, device)
+    def load(index: int, edit: Edit) -> nn.Module:
+        return edit(weights.block(index, dtype, device))
 
-    return (lambda index: StreamedBlock(load, index)) if streamed else load
+    return (lambda index, edit: StreamedBlock(partial(load, index, edit))) if streamed else load
 
 
 class StateStore:

@@ -1,4 +1,4 @@
-"""Edits to a model: students in place of intervals, corrections behind them, gaps that pass through.
+"""Edits to a model: students in place of intervals, corrections behind them, projections, gaps that pass through.
 
 A pruned model keeps the teacher's indices: where an interval was replaced, its first place holds
 the student and the others hold weightless pass-through blocks. LoRA names and ControlNet depth
@@ -7,13 +7,18 @@ then come out right with no translation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from .architectures import Architecture
+from .architectures import Architecture, SharedText
+from .layout import Layout, Place
 from .plan import Interval
+
+Edit = Callable[[nn.Module], nn.Module]
+Projections = Callable[[str, str], dict[str, torch.Tensor]]
+"""(place's name, site kind) -> the tensors of its projection, named as `projection_state` names them"""
 
 
 class Correction(nn.Module):
@@ -98,22 +103,82 @@ def filled_student(
     return student.eval().requires_grad_(False)
 
 
+def project(
+    architecture: Architecture,
+    block: nn.Module,
+    place: Place,
+    shared: dict[int, SharedText],
+    projections: Projections | None = None,
+) -> nn.Module:
+    """Puts the place's projections into the block, which is changed. Without `projections` they hold no values yet.
+
+    `shared`: where a text group's source leaves its modulated text, by the source's index.
+    """
+    for site in place.ffn:
+        architecture.project_ffn(block, site.kind, site.form)
+    if place.text_source is not None:
+        source = shared.setdefault(place.text_source, SharedText())
+        architecture.project_text(block, source, place.steps_text)
+        if hasattr(block, "correction") and "text" in block.correction.maps:
+            del block.correction.maps["text"]  # the group moves the text on, no block inside it
+    if place.publishes:
+        architecture.publish_text(block, shared.setdefault(place.index, SharedText()))
+    if projections is not None:
+        for kind in place.projections:
+            fill_projection(architecture, block, kind, projections(place.name, kind), place.name)
+    return block
+
+
+def projection_modules(architecture: Architecture, block: nn.Module, kind: str) -> dict[str, nn.Module]:
+    """The linear maps of a site that is on in this block, by part ("map"; text also "step" where it ends its group)."""
+    names = architecture.projection_names[kind]
+    found = {part: block.get_submodule(name) for part, name in names.items()}
+    return {part: module for part, module in found.items() if isinstance(module, nn.Linear)}
+
+
+def projection_state(architecture: Architecture, block: nn.Module, kind: str) -> dict[str, torch.Tensor]:
+    """ "map.weight", "map.bias", and "step.weight", "step.bias" of a text group's last block."""
+    parts = projection_modules(architecture, block, kind)
+    return {f"{part}.{name}": tensor for part, m in parts.items() for name, tensor in m.state_dict().items()}
+
+
+def fill_projection(architecture, block: nn.Module, kind: str, state: dict[str, torch.Tensor], where: str) -> None:
+    """Raises ValueError when these are not the tensors of the site."""
+    for part, linear in projection_modules(architecture, block, kind).items():
+        for name, old in list(linear.named_parameters()):
+            new = state.get(f"{part}.{name}")
+            if new is None or new.shape != old.shape:
+                raise ValueError(f"projection {kind} of block {where}: {part}.{name} is missing or of another shape; "
+                                 "the file does not match its plan: run distill-width again")  # fmt: skip
+            setattr(linear, name, nn.Parameter(new, requires_grad=old.requires_grad))
+
+
 def pruned_blocks(
     architecture: Architecture,
-    num_blocks: int,
-    intervals: Sequence[Interval],
-    teacher_block: Callable[[int], nn.Module],
+    layout: Layout,
+    teacher_block: Callable[[int, Edit], nn.Module],
     student: Callable[[Interval], nn.Module],
+    projections: Projections | None = None,
 ) -> list[nn.Module]:
-    """One module a teacher index: teacher block, student, or pass-through."""
-    starts = {interval.first: interval for interval in intervals}
-    gaps = {index for interval in intervals for index in interval.blocks}
-    blocks: list[nn.Module] = []
-    for index in range(num_blocks):
-        if index in starts:
-            blocks.append(student(starts[index]))
-        elif index in gaps:
-            blocks.append(PassThrough(architecture.block_arguments, architecture.block_returns))
-        else:
-            blocks.append(teacher_block(index))
+    """One module a teacher index: teacher block, student, or pass-through.
+
+    `teacher_block(index, edit)` gives a block of its own with `edit` applied (edit is the identity where nothing
+    is projected).
+    """
+    shared: dict[int, SharedText] = {}
+    blocks: list[nn.Module] = [
+        PassThrough(architecture.block_arguments, architecture.block_returns) for _ in range(layout.num_blocks)
+    ]
+    for place in layout.places:
+
+        def edit(block: nn.Module, place: Place = place) -> nn.Module:
+            return project(architecture, block, place, shared, projections)
+
+        blocks[place.index] = edit(student(place.interval)) if place.interval else teacher_block(place.index, edit)
     return blocks
+
+
+def empty_block(architecture: Architecture, config: dict, place: Place, shared: dict[int, SharedText]) -> nn.Module:
+    """What stands at a place, its tensors without values that mean anything (for meta devices and files to fill)."""
+    new = build_student(architecture, config, place.interval) if place.interval else None
+    return project(architecture, new or architecture.build_block(config, place.index), place, shared)

@@ -104,9 +104,10 @@ def saved_step(path: Path, settings: str) -> int | None:
     return int(metadata["step"])
 
 
-def saved_weights(path: Path) -> dict[str, torch.Tensor]:
+def saved_weights(path: Path, stage: str = "distill-depth") -> dict[str, torch.Tensor]:
+    """Raises ValueError naming the stage that writes it when it is not there."""
     if not path.exists():
-        raise ValueError(f"{path} does not exist; run distill-depth first")
+        raise ValueError(f"{path} does not exist; run {stage} first")
     file = TensorFile(path)
     return {n.removeprefix("weight."): file.read(n) for n in file.keys() if n.startswith("weight.")}
 

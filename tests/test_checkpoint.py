@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from ppcl_engine import open_model
-from ppcl_engine.checkpoint import Bundle, Weights, is_bundle, kept_blocks, parameter_count, write_bundle
-from ppcl_engine.files import write_tensors
+from ppcl_engine.bundle import Bundle, is_bundle, write_bundle
+from ppcl_engine.checkpoint import Weights, parameter_count
+from ppcl_engine.files import TensorEntry, write_tensors
 from ppcl_engine.plan import Interval, PruningPlan, Variant
-from ppcl_engine.surgery import build_student
+from ppcl_engine.surgery import PassThrough, build_student
 
 HEAD_32 = {"attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}  # the released model's proportions
 
@@ -126,6 +127,18 @@ def test_the_fingerprint_follows_vectors_and_shapes_not_layout(tmp_path, model, 
     assert len(marks | {mark}) == 3
 
 
+def kept_blocks(model: torch.nn.Module) -> list[int]:
+    return [index for index, block in enumerate(model.transformer_blocks) if not isinstance(block, PassThrough)]
+
+
+def student_entries(states: dict[str, dict[str, torch.Tensor]]) -> list[TensorEntry]:
+    return [
+        TensorEntry(f"students.{name}.{key}", tensor.dtype, tuple(tensor.shape), lambda t=tensor: t)
+        for name, state in states.items()
+        for key, tensor in state.items()
+    ]
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory, architecture, teacher_file):
     """Random students for 1-2 (plain), 3-4 (affine): path, plan, students by name."""
@@ -141,7 +154,7 @@ def bundle(tmp_path_factory, architecture, teacher_file):
     torch.manual_seed(5)
     students = {i.name: build_student(architecture, weights.config, i).requires_grad_(False) for i in plan.intervals}
     path = tmp_path_factory.mktemp("bundle") / "a.ppcl.safetensors"
-    write_bundle(path, plan, lambda interval: students[interval.name].state_dict(), torch.float32)
+    write_bundle(path, plan, student_entries({name: student.state_dict() for name, student in students.items()}))
     return path, plan, students
 
 
@@ -169,7 +182,7 @@ def test_a_variant_runs_students_in_place_of_its_intervals(
 ):
     path, plan, students = bundle
     opened, inputs = open_model(path, variant, teacher_file), padded_inputs()
-    assert kept_blocks(list(opened.transformer_blocks)) == kept and opened.config.num_layers == 6
+    assert kept_blocks(opened) == kept and opened.config.num_layers == 6
     chosen = plan.variant(variant).intervals
     state = architecture.embed(model, inputs)
     for index in kept:
@@ -203,11 +216,9 @@ def test_students_that_copy_the_teacher_where_the_rest_is_identity(
         fingerprint=weights.fingerprint,
         intervals=(Interval(first=1, last=3),),
     )
-    write_bundle(
-        tmp_path / "a", plan, lambda interval: model.transformer_blocks[interval.first].state_dict(), torch.float32
-    )
+    write_bundle(tmp_path / "a", plan, student_entries({"1-3": model.transformer_blocks[1].state_dict()}))
     opened, inputs = open_model(tmp_path / "a", base=base), padded_inputs()
-    assert kept_blocks(list(opened.transformer_blocks)) == [0, 1, 4, 5]
+    assert kept_blocks(opened) == [0, 1, 4, 5]
     assert torch.equal(architecture.call(opened, inputs), architecture.call(model, inputs))
 
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from ppcl_engine.__main__ import main
-from ppcl_engine.checkpoint import Weights, open_model
+from ppcl_engine.bundle import open_model
+from ppcl_engine.checkpoint import Weights
 from ppcl_engine.codecs import open_codec
 from ppcl_engine.data import load_calibration
 from ppcl_engine.files import TensorFile, write_tensors

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named
-from ppcl_engine.checkpoint import Weights, open_model
+from ppcl_engine.bundle import open_model
+from ppcl_engine.checkpoint import Weights
 from ppcl_engine.codecs import open_codec
 from ppcl_engine.pipelines import LATENT_SIDE, TEXT_TOKENS, TEXTS_AT_ONCE, PipelineCodec
 from ppcl_engine.sampling import draw_prompts, encode_prompts, seeded_noise

@@ -4,26 +4,17 @@ import json
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from ppcl_engine.plan import (
     FULL,
-    SITE_KINDS,
     Interval,
-    PruningPlan,
     Variant,
     WidthSite,
     parse_intervals,
     plan_from_json,
 )
 
-FINITE = st.floats(allow_nan=False, allow_infinity=False)
-
-
-def plan_of(**parts) -> PruningPlan:
-    base = {"architecture": "qwen_image", "config": {"num_layers": 10}, "num_blocks": 10, "fingerprint": "f" * 64}
-    return PruningPlan(**{**base, **parts})
-
+from .plans import plan_of, plans
 
 PLAN = plan_of(
     intervals=(Interval(first=1, last=3), Interval(first=5, last=6, correction="affine")),
@@ -33,35 +24,6 @@ PLAN = plan_of(
         Variant(name="small", intervals=("1-3", "5-6"), parameters=70),
     ),
 )
-
-
-@st.composite
-def plans(draw) -> PruningPlan:
-    blocks = draw(st.integers(2, 30))
-    cuts = sorted(draw(st.sets(st.integers(0, blocks - 1), max_size=8)))
-    pairs = list(zip(cuts[::2], cuts[1::2], strict=False))
-    intervals = tuple(
-        Interval(
-            first=u,
-            last=v,
-            score=draw(st.none() | FINITE),
-            stability=draw(st.none() | st.floats(0, 1)),
-            parameters=draw(st.none() | st.integers(0)),
-            correction=draw(st.sampled_from(["none", "affine", "16"])),
-        )
-        for u, v in pairs
-    )
-    names = [i.name for i in intervals]
-    chosen = st.lists(st.sampled_from(names), unique=True).map(tuple) if names else st.just(())
-    variant = st.builds(Variant, name=st.text(), intervals=chosen, flops=st.none() | FINITE, damage=st.none() | FINITE)
-    site = st.builds(WidthSite, block=st.integers(0, blocks - 1), kind=st.sampled_from(SITE_KINDS))
-    return plan_of(
-        num_blocks=blocks,
-        intervals=draw(st.permutations(intervals).map(tuple)),
-        sites=tuple(draw(st.lists(site, max_size=3))),
-        variants=tuple(draw(st.lists(variant, max_size=3))),
-        provenance=draw(st.dictionaries(st.text(), st.text())),
-    )
 
 
 @given(plans())
@@ -80,7 +42,23 @@ REFUSED = {
     "a single block": ({"intervals": (Interval(first=8, last=8),)}, "8-8 .* at least two blocks"),
     "negative": ({"intervals": (Interval(first=-1, last=2),)}, "-1-2 is not inside"),
     "unknown kind": ({"sites": (WidthSite(block=1, kind="heads"),)}, "'heads' is unknown; known: text"),
-    "site out of range": ({"sites": (WidthSite(block=10, kind="text"),)}, "block 10"),
+    "unknown form": ({"sites": (WidthSite(block=1, kind="ffn_text", form="x"),)}, "form 'x' is unknown"),
+    "site out of range": ({"sites": (WidthSite(block=10, kind="text"),)}, "text:10: there are blocks 0-9"),
+    "site twice": ({"sites": (WidthSite(block=1, kind="text"), WidthSite(block=1, kind="text"))}, "text:1 .* twice"),
+    "no full block before": ({"sites": (WidthSite(block=0, kind="text"),)}, "text:0-0 has no full block before it"),
+    "interval cut": (
+        {"intervals": (Interval(first=2, last=3),), "sites": (WidthSite(block=3, kind="text"),)},
+        "text:3-3 cuts interval 2-3",
+    ),
+    "inside an interval": (
+        {"intervals": (Interval(first=2, last=3),), "sites": (WidthSite(block=3, kind="ffn_image"),)},
+        "block 3 is inside interval 2-3, whose student is block 2",
+    ),
+    "replaced twice": (
+        {"sites": (WidthSite(block=3, kind="ffn_text"), WidthSite(block=3, kind="text"))},
+        "ffn_text:3: a text group replaces this FFN",
+    ),
+    "variant of no site": ({"variants": (Variant(name="x", sites=("text:1-2",)),)}, "'text:1-2' is not in the plan"),
     "variant of nothing": ({"variants": (Variant(name="x", intervals=("1-2",)),)}, "'1-2' is not in the plan"),
     "newer version": ({"version": 2}, "format 2 is not 1; update"),
 }

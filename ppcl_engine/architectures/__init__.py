@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..projections import SharedText
 from .base import Architecture, BlockState, Inputs
 from .qwen_image import QwenImage
 
 ARCHITECTURES: tuple[Architecture, ...] = (QwenImage(),)
 
-__all__ = ["ARCHITECTURES", "Architecture", "BlockState", "Inputs", "architecture_named", "detect_architecture"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "BlockState",
+    "Inputs",
+    "SharedText",
+    "architecture_named",
+    "detect_architecture",
+]
 
 
 def architecture_named(name: str) -> Architecture:

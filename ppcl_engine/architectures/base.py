@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from ..projections import SharedText
+
 Inputs = dict[str, torch.Tensor]
 """What one forward reads, named as diffusers names it, plus `grid` [images, 3] (frames, rows, columns)."""
 
@@ -20,13 +22,15 @@ Inputs = dict[str, torch.Tensor]
 @dataclass(frozen=True)
 class BlockState:
     """image [n, image_tokens, d], text [n, text_tokens, d], conditioning [n, d],
-    text_mask [n, text_tokens] or None (all real), extra: what else the blocks read."""
+    text_mask [n, text_tokens] or None (all real), extra: what else the blocks read, modulated_text: what the
+    source of a text group left for the group's projections."""
 
     image: torch.Tensor
     text: torch.Tensor
     conditioning: torch.Tensor
     text_mask: torch.Tensor | None = None
     extra: Any = None
+    modulated_text: torch.Tensor | None = None
 
     def with_streams(self, image: torch.Tensor, text: torch.Tensor) -> BlockState:
         return replace(self, image=image, text=text)
@@ -57,6 +61,8 @@ class Architecture(Protocol):
     """the streams in the order in which a block returns them"""
     model_configs: dict[str, dict]
     """full-size models by name; the first is the default"""
+    projection_names: dict[str, dict[str, str]]
+    """site kind -> part ("map", "step") -> the sub-module of a projected block that is this linear map"""
 
     def detect(self, keys: Iterable[str]) -> bool: ...
 
@@ -75,6 +81,14 @@ class Architecture(Protocol):
     def build_outer(self, config: dict) -> nn.Module: ...
 
     def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module: ...
+
+    def project_ffn(self, block: nn.Module, kind: str, form: str) -> None: ...
+
+    def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None: ...
+
+    def publish_text(self, block: nn.Module, source: SharedText) -> None: ...
+
+    def observe(self, block: nn.Module, state: BlockState) -> tuple[BlockState, dict[str, torch.Tensor]]: ...
 
     def used_streams(self, config: dict, index: int) -> tuple[str, ...]: ...
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import Weights, open_model
+from ..bundle import open_model
+from ..checkpoint import Weights
 from ..codecs import open_codec
 from ..files import replacing, write_json
 from ..sampling import draw_prompts, encode_prompts

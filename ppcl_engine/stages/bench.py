@@ -6,7 +6,8 @@ import time
 
 import torch
 
-from ..checkpoint import Bundle, architecture_of, is_bundle, open_model, parameter_count
+from ..bundle import Bundle, architecture_of, is_bundle, open_model
+from ..checkpoint import parameter_count
 from ..config import BenchConfig
 from ..run import DTYPES, resolve_device
 

@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from .. import flow, sampling
 from ..architectures import Architecture, Inputs
-from ..checkpoint import Weights, assemble
+from ..bundle import assemble
+from ..checkpoint import Weights
 from ..codecs import open_codec
 from ..config import CalibrateConfig
 from ..data import CalibrationSet, caption_file, load_pictures, picture_files, save_calibration
 from ..files import TensorFile, write_tensors
+from ..layout import full_layout
 from ..run import DTYPES, Run, resolve_device
 from ..streaming import block_loader
 
@@ -112,7 +114,7 @@ def _from_drawing(config: CalibrateConfig, weights: Weights, parts: _Parts) -> l
     empty = torch.rand(config.samples, generator=generator) < config.empty_captions
     prompts = _stored_prompts(config, weights, empty) if config.embeddings else _encoded_prompts(config, empty, device)
     load = block_loader(weights, DTYPES[config.dtype], device, config.streamed)
-    model = assemble(weights, None, (), DTYPES[config.dtype], device, load)
+    model = assemble(weights, None, full_layout(weights.num_blocks), DTYPES[config.dtype], device, load)
     kept_steps = torch.randint(config.steps, (config.samples,), generator=generator)
     batches = []
     for number, chunk in enumerate(tqdm(_chunks(config.samples, config.batch), desc="calibrate", unit="batch")):

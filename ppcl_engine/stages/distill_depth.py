@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +23,13 @@ from ..data import CalibrationSet
 from ..files import write_text
 from ..losses import LOSSES
 from ..plan import Interval, PruningPlan, parse_intervals
+from ..rounds import FreshStates, RoundSettings, unfinished
 from ..run import Run, open_calibration, open_plan, open_teacher
 from ..similarity import NormalEquations
-from ..streaming import StateStore, Teacher
+from ..streaming import Teacher
 from ..surgery import build_student, interval_streams
 from ..training import Stopped, Trainer, cosine_schedule, saved_step, stop_on_interrupt
 
-REUSE = 4  # updates from one cached batch: a sweep of the teacher costs many students' updates
 RIDGE = 1e-4
 
 
@@ -51,7 +50,9 @@ def distill_depth(config: DistillDepthConfig) -> Path:
     progress = tqdm(total=total * len(intervals), initial=sum(steps_done.values()), desc="distill-depth", unit="update")
     with stop_on_interrupt() as asked, progress:
         for number in range(config.rounds):
-            due = [i for i in intervals if saved_step(run.student(i.name), settings) in _unfinished(config, number)]
+            due = [
+                i for i in intervals if saved_step(run.student(i.name), settings) in unfinished(number, config.updates)
+            ]
             if due:
                 _Round(config, run, teacher, calibration, plan, due, number, settings, progress, asked).work()
     students = {interval.name: interval for interval in intervals}
@@ -64,11 +65,6 @@ def distill_depth(config: DistillDepthConfig) -> Path:
 def interval_loss(loss: str, student: BlockState, target: BlockState, streams: tuple[str, ...]) -> torch.Tensor:
     """Sum over streams of the loss on real tokens (paper, equation 6)."""
     return sum(LOSSES[loss](student.real_tokens(s).float(), target.real_tokens(s).float()) for s in streams)
-
-
-def _unfinished(config: DistillDepthConfig, number: int) -> set[int | None]:
-    done_before = {None} if number == 0 else set()
-    return done_before | set(range(number * config.updates, (number + 1) * config.updates))
 
 
 def _correction(config: DistillDepthConfig) -> str:
@@ -111,45 +107,14 @@ class _Round:
     asked: Callable[[], bool]
 
     def work(self) -> None:
-        self.store = StateStore(self.run.states / f"round_{self.number}" if self.config.streamed else None)
-        with torch.no_grad():
-            self._sweep()
+        wanted = {i.first for i in self.intervals} | {i.last + 1 for i in self.intervals}
+        folder = self.run.states / f"round_{self.number}" if self.config.streamed else None
+        settings = RoundSettings(updates=self.config.updates, cache_gb=self.config.cache_gb, seed=self.config.seed,
+                                 boundaries=2 * len(self.plan.intervals) + 2)  # fmt: skip
+        self.states = FreshStates(self.teacher, self.calibration, settings, self.number, wanted, folder)
         for interval in self.intervals:
             self._train(interval)
-        self.store.clear()
-
-    def _sweep(self) -> None:
-        """Leaves the input of each interval's first block and the output of its last in the store."""
-        first = self.teacher.embed(self._inputs(0))
-        self.batches = range(self._batches_that_fit(first))
-        self.embedded = [first] + [self.teacher.embed(self._inputs(b)) for b in self.batches[1:]]
-        wanted = {i.first for i in self.intervals} | {i.last + 1 for i in self.intervals}
-        for batch, state in enumerate(self.embedded):
-            self.store.put(0, batch, state)
-        for index, block in self.teacher.walk(0, max(i.last for i in self.intervals)):
-            for batch, like in enumerate(self.embedded):
-                state = self.store.get(index, batch, like)
-                self.store.put(index + 1, batch, self.teacher.architecture.run_block(block, state))
-                if index not in wanted:
-                    self.store.drop(index, batch)
-
-    def _inputs(self, batch: int):
-        """Batch `batch` of this round: the calibration set's batches in turn, with fresh noise and timesteps."""
-        count = self.number * self._sweep_batches() + batch
-        return self.calibration.fresh(count % len(self.calibration), self.config.seed * 1_000_003 + count)
-
-    def _sweep_batches(self) -> int:
-        return math.ceil(self.config.updates / REUSE)
-
-    def _batches_that_fit(self, state: BlockState) -> int:
-        boundaries = 2 * len(self.plan.intervals) + 2  # of the plan, not of this run: any subset gets the same batches
-        size = boundaries * (state.image.nbytes + state.text.nbytes)
-        fitting = int(self.config.cache_gb * 1e9 // size)
-        if not fitting:
-            raise ValueError(
-                f"--cache-gb {self.config.cache_gb} is too small for one batch, which needs {size / 1e9:.2f}"
-            )
-        return min(self._sweep_batches(), fitting)
+        self.states.clear()
 
     def _train(self, interval: Interval) -> None:
         path, end = self.run.student(interval.name), (self.number + 1) * self.config.updates
@@ -171,7 +136,7 @@ class _Round:
         trainer.save(path, self.settings)
 
     def _loss(self, interval: Interval, trainer: Trainer) -> tuple[torch.Tensor, float]:
-        config, batch = self.config, trainer.step % len(self.batches)
+        config, batch = self.config, trainer.step % len(self.states.batches)
         source, target = self._pair(interval, batch)
         student = self.teacher.architecture.run_block(trainer.module, source)
         streams = interval_streams(self.teacher.architecture, self.teacher.config, interval)
@@ -180,8 +145,7 @@ class _Round:
         return interval_loss(config.loss, student, target, streams), rate
 
     def _pair(self, interval: Interval, batch: int) -> tuple[BlockState, BlockState]:
-        like = self.embedded[batch]
-        return self.store.get(interval.first, batch, like), self.store.get(interval.last + 1, batch, like)
+        return self.states.state(interval.first, batch), self.states.state(interval.last + 1, batch)
 
     def _new_student(self, interval: Interval) -> nn.Module:
         origin = interval.first if self.config.init == "first" else (interval.first + interval.last) // 2
@@ -198,7 +162,7 @@ class _Round:
         correction = student.correction  # still the identity, so the student returns what its block does
         width = self.teacher.architecture.width(self.teacher.config)
         equations = {s: NormalEquations(width, width, self.teacher.device) for s in correction.maps}
-        for batch in self.batches:
+        for batch in self.states.batches:
             source, target = self._pair(interval, batch)
             output = self.teacher.architecture.run_block(student, source)
             for stream, sums in equations.items():

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..checkpoint import Weights, assemble
+from ..bundle import open_variant
+from ..checkpoint import Weights
 from ..config import EvaluateConfig
 from ..cost import CostModel
 from ..data import CalibrationSet, caption_file
@@ -122,8 +123,7 @@ class _Judge:
 
     def _model(self, variant: Variant):
         load = block_loader(self.weights, self.dtype, self.device, self.config.streamed)
-        intervals = self.plan.intervals_of(variant)
-        return assemble(self.weights, self.students, intervals, self.dtype, self.device, load)
+        return open_variant(self.weights, self.students, self.plan, variant, self.dtype, self.device, load)
 
     def _drawn(self, variant: Variant) -> dict:
         """All that needs the transformer, which nothing returned here holds; `peak` is its own memory's."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import architecture_of, is_bundle, open_model
+from ..bundle import architecture_of, is_bundle, open_model
 from ..codecs import open_codec
 from ..config import GenerateConfig
 from ..files import replacing

@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 
 from ..architectures import ARCHITECTURES
-from ..checkpoint import Bundle, Weights, expected_shapes, is_bundle, standalone_structure
+from ..bundle import Bundle, is_bundle, standalone_structure
+from ..checkpoint import Weights, expected_shapes
 from ..config import InspectConfig
 
 

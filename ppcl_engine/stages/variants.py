@@ -13,16 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from ..architectures import BlockState
+from ..architectures import Inputs
 from ..config import VariantsConfig
 from ..cost import CostModel
+from ..damage import Damage
 from ..files import write_text
 from ..intervals import least_damage
 from ..plan import FULL, Interval, PruningPlan, Variant
-from ..run import Run, load_student, open_calibration, open_plan, open_teacher
+from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..streaming import Teacher
 
 SHARES = {"large": 1 / 3, "medium": 2 / 3, "small": 1.0}
@@ -37,61 +37,33 @@ def variants(config: VariantsConfig) -> Path:
     batches = max(1, round(config.samples / calibration.samples * len(calibration)))
     inputs = calibration.all_inputs()[-batches:]
     with torch.no_grad():
-        measured = Damage(teacher, run, plan, inputs)
-        plan = plan.with_parts(intervals=tuple(measured.interval(i) for i in tqdm(plan.intervals, desc="variants")))
-        plan = plan.with_parts(variants=tuple(_named(config, teacher, plan, measured, inputs[0])))
+        measured = Damage(teacher, RunStudents(run, teacher.config, teacher.architecture), plan, inputs)
+        cost = _cost_model(teacher, inputs[0])
+        plan = plan.with_parts(
+            intervals=tuple(_interval(i, measured, cost) for i in tqdm(plan.intervals, desc="variants"))
+        )
+        tuned = tuple(v for v in plan.variants if v.tuned)
+        plan = plan.with_parts(variants=(*_named(config, plan, measured, cost), *tuned))
     write_text(run.plan, plan.to_json() + "\n")
     return run.plan
 
 
-class Damage:
-    """Velocity error of sets of intervals on the same inputs; students are kept in memory (one block each)."""
-
-    def __init__(self, teacher: Teacher, run: Run, plan: PruningPlan, inputs: list):
-        self.teacher, self.run, self.plan = teacher, run, plan
-        self.embedded = [teacher.embed(row) for row in inputs]
-        self.target = self._velocities(())
-
-    def of(self, intervals: tuple[Interval, ...]) -> float:
-        error, power = self.per_sample(intervals)
-        return float(error.sum() / power.sum())
-
-    def per_sample(self, intervals: tuple[Interval, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared error of the velocity and its own square, each summed over a sample."""
-        pairs = list(zip(self._velocities(intervals), self.target, strict=True))
-        return torch.cat([_squares(a - b) for a, b in pairs]), torch.cat([_squares(b) for _, b in pairs])
-
-    def interval(self, interval: Interval) -> Interval:
-        parameters = sum(t.numel() for t in load_student(self.run, self.teacher, interval).parameters())
-        return replace(interval, score=self.of((interval,)), parameters=parameters)
-
-    def _velocities(self, intervals: tuple[Interval, ...]) -> list[torch.Tensor]:
-        states = list(self.embedded)
-        starts = {interval.first: interval for interval in intervals}
-        gaps = {index for interval in intervals for index in interval.blocks[1:]}
-        kept = [index for index in range(self.teacher.num_blocks) if index not in gaps]
-        students = {i: load_student(self.run, self.teacher, starts[i]) for i in starts}
-        teacher_blocks = self.teacher.blocks([index for index in kept if index not in starts])
-        for index in kept:
-            block = students[index] if index in starts else next(teacher_blocks)[1]
-            states = [self._run(block, state) for state in states]
-        return [self.teacher.architecture.finish(self.teacher.outer, state).float() for state in states]
-
-    def _run(self, block: nn.Module, state: BlockState) -> BlockState:
-        return self.teacher.architecture.run_block(block, state)
-
-
-def _squares(x: torch.Tensor) -> torch.Tensor:
-    return x.double().square().flatten(1).sum(1).cpu()
-
-
-def _named(config: VariantsConfig, teacher: Teacher, plan: PruningPlan, measured: Damage, inputs) -> list[Variant]:
-    """full, large, medium, small, and one for each limit that was given."""
+def _cost_model(teacher: Teacher, inputs: Inputs) -> CostModel:
     grid = tuple(inputs["grid"][0].tolist())
-    cost = CostModel(teacher.architecture, teacher.config, grid, inputs["encoder_hidden_states"].shape[1])
+    return CostModel(teacher.architecture, teacher.config, grid, inputs["encoder_hidden_states"].shape[1])
+
+
+def _interval(interval: Interval, measured: Damage, cost: CostModel) -> Interval:
+    alone = Variant(name=interval.name, intervals=(interval.name,))
+    return replace(interval, score=measured.of(alone), parameters=cost.student(interval).parameters)
+
+
+def _named(config: VariantsConfig, plan: PruningPlan, measured: Damage, cost: CostModel) -> list[Variant]:
+    """full; large, medium, small: intervals alone; smallest: width sites too; and one for each limit that was given."""
+    depth = replace(plan.everything(), sites=())
     milliseconds = _block_milliseconds(measured)
     full = cost.variant(plan, Variant(name=FULL)).parameters
-    most = full - cost.variant(plan, plan.everything()).parameters
+    most = full - cost.variant(plan, depth).parameters
     sets = {FULL: ()}
     sets |= {name: _subset(cost, plan, most * share) for name, share in SHARES.items()}
     limits = {
@@ -104,7 +76,10 @@ def _named(config: VariantsConfig, teacher: Teacher, plan: PruningPlan, measured
     if config.most_milliseconds:
         removed = (milliseconds * plan.num_blocks - config.most_milliseconds) / milliseconds
         sets["within_milliseconds"] = _subset_of([float(i.removed) for i in plan.intervals], plan, removed)
-    return [_variant(name, chosen, plan, cost, milliseconds, measured) for name, chosen in sets.items()]
+    named = [Variant(name=name, intervals=chosen) for name, chosen in sets.items()]
+    if plan.sites:
+        named.append(replace(plan.everything(), name="smallest"))
+    return [_measured(variant, plan, cost, milliseconds, measured) for variant in named]
 
 
 def _subset(cost: CostModel, plan: PruningPlan, saving: float) -> tuple[str, ...]:
@@ -122,24 +97,25 @@ def _subset_of(gains: list[float], plan: PruningPlan, saving: float) -> tuple[st
     return tuple(plan.intervals[index].name for index in chosen)
 
 
-def _variant(name, chosen, plan: PruningPlan, cost: CostModel, milliseconds: float, measured: Damage) -> Variant:
-    counted = cost.variant(plan, Variant(name=name, intervals=chosen))
-    removed = sum(plan.interval(n).removed for n in chosen)
-    return Variant(
-        name=name,
-        intervals=chosen,
+def _measured(variant: Variant, plan: PruningPlan, cost: CostModel, milliseconds: float, measured: Damage) -> Variant:
+    """Time: as many of a full block's as the places' FLOPs make."""
+    counted, whole = cost.variant(plan, variant), cost.variant(plan, Variant(name=FULL))
+    return replace(
+        variant,
         parameters=counted.parameters,
         bytes=counted.parameters * STORED_BYTES,
         flops=counted.flops,
-        milliseconds=milliseconds * (plan.num_blocks - removed),
-        damage=measured.of(tuple(plan.interval(n) for n in chosen)),
+        milliseconds=milliseconds * plan.num_blocks * counted.flops / whole.flops,
+        damage=measured.of(variant),
     )
 
 
 def _block_milliseconds(measured: Damage, repeats: int = 5) -> float:
     """Median time of block 0 on one sample-batch of the calibration, milliseconds a sample."""
     block, state = measured.teacher.block(0), measured.embedded[0]
-    return 1e3 * _median_seconds(lambda: measured._run(block, state), repeats) / len(state.image)
+    return (
+        1e3 * _median_seconds(lambda: measured.teacher.architecture.run_block(block, state), repeats) / len(state.image)
+    )
 
 
 def _median_seconds(work: Callable[[], object], repeats: int) -> float:

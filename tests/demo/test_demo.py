@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from ppcl_engine.__main__ import main
-from ppcl_engine.checkpoint import open_model
+from ppcl_engine.bundle import open_model
 from ppcl_engine.demo.run import TEACHER
 
 

@@ -9,7 +9,8 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file
 
-from ppcl_engine.checkpoint import COMFYUI_PREFIX, Weights, open_model
+from ppcl_engine.bundle import open_model
+from ppcl_engine.checkpoint import COMFYUI_PREFIX, Weights
 from ppcl_engine.config import ExportConfig
 from ppcl_engine.files import TensorFile
 from ppcl_engine.stages.export import GUARD_TENSOR, export

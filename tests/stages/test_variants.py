@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ppcl_engine.checkpoint import Weights, assemble, parameter_count
+from ppcl_engine.bundle import open_variant
+from ppcl_engine.checkpoint import Weights, parameter_count
 from ppcl_engine.config import VariantsConfig
 from ppcl_engine.data import load_calibration
 from ppcl_engine.run import RunStudents
@@ -30,7 +31,7 @@ def test_damage_and_parameters_are_those_of_the_assembled_model(run, teacher_fil
         expected = torch.cat([architecture.call(model, row) for row in inputs])
         for variant in plan.variants:
             students = RunStudents(run, weights.config, architecture)
-            pruned = assemble(weights, students, plan.intervals_of(variant), torch.float32, "cpu")
+            pruned = open_variant(weights, students, plan, variant, torch.float32, "cpu")
             ours = torch.cat([architecture.call(pruned, row) for row in inputs])
             damage = float((ours - expected).square().sum() / expected.square().sum())
             assert variant.damage == pytest.approx(damage, rel=1e-4, abs=1e-9)
