@@ -15,14 +15,20 @@ STAGES: dict[str, tuple[type, str]] = {
     "probe": (settings.ProbeConfig, "stages.probe"),
     "detect": (settings.DetectConfig, "stages.detect"),
     "distill-depth": (settings.DistillDepthConfig, "stages.distill_depth"),
+    "detect-width": (settings.DetectWidthConfig, "stages.detect_width"),
+    "distill-width": (settings.DistillWidthConfig, "stages.distill_width"),
+    "polish": (settings.PolishConfig, "stages.polish"),
     "variants": (settings.VariantsConfig, "stages.variants"),
+    "finetune": (settings.FinetuneConfig, "stages.finetune"),
     "export": (settings.ExportConfig, "stages.export"),
+    "import": (settings.ImportConfig, "stages.import_released"),
     "evaluate": (settings.EvaluateConfig, "stages.evaluate"),
     "generate": (settings.GenerateConfig, "stages.generate"),
     "inspect": (settings.InspectConfig, "stages.inspect"),
     "bench": (settings.BenchConfig, "stages.bench"),
     "demo": (settings.DemoConfig, "demo.run"),
 }
+FUNCTIONS = {"import": "import_released"}  # of stages whose own name is a word of Python
 USER_ERROR, INTERRUPTED = 2, 130
 _ADVICE = "nothing half-written was left; free space, or choose a folder that can be written"
 
@@ -102,7 +108,7 @@ def read_run_file(path: Path) -> list[tuple[str, object]]:
 def _function(stage: str) -> Callable:
     """The stage's function has the stage's name; its module is imported only now."""
     module = importlib.import_module(f".{STAGES[stage][1]}", __package__)
-    return getattr(module, stage.replace("-", "_"))
+    return getattr(module, FUNCTIONS.get(stage, stage.replace("-", "_")))
 
 
 def _usage() -> str:

@@ -125,6 +125,89 @@ class DistillDepthConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DetectWidthConfig(Common):
+    """Find the FFNs and runs of text streams that projections can replace in the depth-pruned model."""
+
+    share: float = 0.52
+    """Parameters of the smallest variant, intervals and sites on, as a share of the teacher's (paper: 10.6 of 20.4 B)."""
+    method: Literal["damage", "cka"] = "damage"
+    """damage: velocity error a saved parameter, measured site by site. cka: alignment of neighbouring layers (paper)."""
+    form: Literal["best", "paper", "gated"] = "best"
+    """FFN projections: paper (x + P x), gated (P inside norm, modulation and gate), or whichever is cheaper at a site."""
+    kinds: str = "text ffn_image ffn_text"
+    """Kinds of sites to look at."""
+    longest: int = 8
+    """Longest text group considered, blocks that stay."""
+    samples: int = 96
+    """Calibration samples to measure damage on; fits use them all."""
+    tokens: int = 4
+    """Tokens a sample that enter the alignment."""
+    cache_gb: float = 8.0
+    """Memory for the normal equations of the fits; more fits than that take more sweeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillWidthConfig(Common):
+    """Train the projections of the plan's width sites, each by itself, from the ridge solution on."""
+
+    sites: str = ""
+    """Sites by hand instead of the plan's, as 'ffn_image:2 text:51-59'."""
+    form: Literal["paper", "gated"] = "paper"
+    """Form of FFN projections that --sites names."""
+    give_back: bool = True
+    """Also fit the teacher's own blocks inside replaced intervals, so that these can be given back while a site is on."""
+    rounds: int = 50
+    """Rounds (times updates: the paper's 2,000 steps); 0 leaves the ridge solutions."""
+    updates: int = 40
+    """Updates of a projection in a round."""
+    learning_rate: float = 1e-5
+    """Peak learning rate (AdamW 0.9, 0.95), cosine to a thirtieth over all rounds."""
+    warm_up: int = 16
+    """Updates until the peak learning rate."""
+    weight_decay: float = 0.0
+    """Weight decay of the maps; 0, since they start at a ridge solution."""
+    cache_gb: float = 8.0
+    """Disk for the states between blocks; a round takes as many samples as fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig(Common):
+    """What polish and finetune share; with bfloat16 the trained weights and the optimiser stay float32."""
+
+    steps: int = 1000
+    """Steps (paper: 1,000)."""
+    learning_rate: float = 1e-5
+    """Peak learning rate (AdamW 0.9, 0.95), cosine to a thirtieth over all steps."""
+    warm_up: int = 16
+    """Steps until the peak learning rate."""
+    weight_decay: float = 0.02
+    """Weight decay of matrices."""
+    ema: float = 0.999
+    """Decay of the averaged weights, which are what is used; lower in the first steps. 0 takes the last weights."""
+    checkpointing: bool = False
+    """Compute blocks again for their gradients instead of keeping what they saw; with --streamed the weights of
+    frozen blocks are not kept either. Same bits."""
+    save_every: int = 100
+    """Steps between saves."""
+
+    def __post_init__(self):
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"--ema {self.ema} is not a decay; choose 0 up to, not including, 1")
+        if min(self.steps, self.save_every) < 1:
+            raise ValueError(f"--steps {self.steps}, --save-every {self.save_every}: both are at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolishConfig(TuningConfig):
+    """Train students and projections together on the final velocity, each step with a random subset on."""
+
+    variant: str = ""
+    """Intervals and sites to train, as '3-4,8-10,text:51-59', or a variant's name; empty is the whole plan."""
+    all_on: float = 0.5
+    """Share of the steps in which all of them are on; in the others each is on with probability 1/2."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class VariantsConfig(Common):
     """Measure each interval's damage and set the named sizes."""
 
@@ -136,6 +219,18 @@ class VariantsConfig(Common):
     """Also make a variant of at most this time a forward; 0 is none."""
     samples: int = 64
     """Calibration samples behind the measurement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TuningConfig):
+    """Train all parameters of one variant against the teacher's velocity; the result is one more variant."""
+
+    variant: str = "small"
+    """The variant to start from; it stays as it is."""
+    name: str = ""
+    """Name of the new variant: letters, digits, '-', '_'; empty is the old one's with _tuned behind it."""
+    data: float = 0.0
+    """Weight of the error against the data (noise - clean), where the calibration knows the clean pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +246,38 @@ class ExportConfig(Common):
     """File name without ending: letters, digits, '-', '_'."""
     store: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Make a bundle or a standalone of ours from a pruned model that the method's authors released."""
+
+    path: Path
+    """The released folder: config.json and weights (safetensors or .bin, sharded or not)."""
+    base: Path | None = None
+    """The teacher it was pruned from: a diffusers folder, or a ComfyUI single file. A bundle needs it."""
+    run: Path = Path("runs/import")
+    """The folder that the file is written to."""
+    name: str = "released"
+    """File name without ending: letters, digits, '-', '_'."""
+    layout: Literal["bundle", "ppcl"] = "bundle"
+    """bundle: intervals can be given back to the base. ppcl: the released model alone, with the teacher's indices."""
+    intervals: str = ""
+    """The teacher's blocks that it replaced, as '3-4 8-10', where they were not published."""
+    legacy_txt_proj: bool = False
+    """Its text projections mean P(x), not P(x) + x: an older release under the same names."""
+    refit: bool = False
+    """Fit the step of each text group anew from the teacher: the authors' exporter wrote one group's into several."""
+    calibration: Path | None = None
+    """Calibration set of the teacher, to refit on; by default the one in the run folder."""
+    store: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision in the file."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the teacher's blocks while it refits; statistics are always float64."""
+    streamed: bool = False
+    """Read the teacher's blocks from disk one after the other instead of keeping the whole model in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +335,9 @@ class InspectConfig:
     """Say what a file holds, or what architectures are known."""
 
     path: Path | None = None
-    """Bundle, standalone, diffusers folder or single file."""
+    """Bundle, standalone, diffusers folder, released folder or single file."""
+    legacy_txt_proj: bool = False
+    """Text projections of a released folder mean P(x), not P(x) + x: an older release under the same names."""
     architectures: bool = False
     """List the known full-size models, counted without weights."""
     json: bool = False

@@ -1,4 +1,4 @@
-"""Damage: squared error of the final velocity relative to the teacher's, for any layout, on fixed inputs."""
+"""Damage: squared error of the final velocity relative to the teacher's (or another variant's), on fixed inputs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from torch import nn
 from .architectures import SharedText
 from .bundle import Students, placed_block
 from .layout import Layout, Place, layout_of
-from .plan import PruningPlan, Variant
+from .plan import FULL, PruningPlan, Variant
 from .streaming import Teacher
 
 
 class Damage:
     """Walks a layout place by place over all inputs; memory holds what the teacher holds and one trained place."""
 
-    def __init__(self, teacher: Teacher, students: Students, plan: PruningPlan, inputs: list):
+    def __init__(
+        self, teacher: Teacher, students: Students, plan: PruningPlan, inputs: list, reference: Variant | None = None
+    ):
         self.teacher, self.students, self.plan = teacher, students, plan
         self.embedded = [teacher.embed(row) for row in inputs]
-        self.target = self._velocities(layout_of(plan, Variant(name="full")))
+        self.target = self._velocities(layout_of(plan, reference or Variant(name=FULL)))
 
     def of(self, variant: Variant) -> float:
         error, power = self.per_sample(layout_of(self.plan, variant))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .architectures import architecture_named
 from .plan import Interval, PruningPlan, TextGroup, Variant, WidthSite
 
 
@@ -71,7 +72,7 @@ def layout_of(plan: PruningPlan, variant: Variant) -> Layout:
             continue
         on.append(name)
         if isinstance(site := plan.site(name), TextGroup):
-            text |= _text_places(site, here)
+            text |= _text_places(plan, site, here)
         else:
             ffn.setdefault(site.block, []).append(site)
     sources = {source for source, _ in text.values()}
@@ -119,8 +120,9 @@ def _misfit(plan: PruningPlan, name: str, here: dict[int, str], everything: dict
     return None
 
 
-def _text_places(group: TextGroup, here: dict[int, str]) -> dict[int, tuple[int, bool]]:
-    """index -> (source, steps the text)"""
+def _text_places(plan: PruningPlan, group: TextGroup, here: dict[int, str]) -> dict[int, tuple[int, bool]]:
+    """index -> (source, steps the text); it need not step where nothing reads it any more."""
     source = max(index for index in here if index < group.first)
     members = [index for index in here if group.first <= index <= group.last]
-    return {index: (source, index == members[-1]) for index in members}
+    read = "text" in architecture_named(plan.architecture).used_streams(plan.config, group.last)
+    return {index: (source, read and index == members[-1]) for index in members}

@@ -15,7 +15,7 @@ from .files import TensorFile
 from .plan import Interval, PruningPlan, plan_from_json
 from .streaming import Teacher
 from .surgery import filled_student
-from .training import saved_weights
+from .training import file_mark, saved_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -32,7 +32,11 @@ class Run:
         self.plan = self.folder / "plan.json"
         self.students = self.folder / "depth"
         self.projections = self.folder / "width"
+        self.width = self.folder / "width.json"
+        self.alignment = self.folder / "alignment.safetensors"
         self.tuned = self.folder / "tuned"
+        self.polished_parts = self.folder / "polished"
+        self.polish_state = self.polished_parts / "state.safetensors"
         self.evaluation = self.folder / "evaluate.json"
         self.report = self.folder / "report.html"
         self.states = self.folder / "states"
@@ -50,6 +54,17 @@ class Run:
 
     def projection(self, place: str, kind: str) -> Path:
         return self.projections / f"{place}.{kind}.safetensors"
+
+    def polished(self, trained: Path) -> Path:
+        """Where the polished form of a student or projection is, if there is one."""
+        return self.polished_parts / trained.relative_to(self.folder)
+
+    def best(self, trained: Path) -> Path:
+        """The polished form of a student or projection; itself where there is none, or only one of an earlier training."""
+        polished = self.polished(trained)
+        if not (polished.exists() and trained.exists()):
+            return trained
+        return polished if TensorFile(polished).metadata["source"] == file_mark(trained) else trained
 
     def tuned_variant(self, name: str) -> Path:
         return self.tuned / f"{name}.safetensors"
@@ -92,18 +107,19 @@ def load_probe(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 class RunStudents:
-    """Trained parts of a run in the place of a bundle's."""
+    """Trained parts of a run in the place of a bundle's; `polished` ones where there are such."""
 
-    def __init__(self, run: Run, config: dict, architecture: Architecture):
+    def __init__(self, run: Run, config: dict, architecture: Architecture, polished: bool = True):
         self.run, self.config, self.architecture = run, config, architecture
+        self._file = run.best if polished else (lambda trained: trained)
 
     def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module:
-        saved = saved_weights(self.run.student(interval.name), "distill-depth")
+        saved = saved_weights(self._file(self.run.student(interval.name)), "distill-depth")
         state = {name: tensor.to(device, dtype) for name, tensor in saved.items()}
         return filled_student(self.architecture, self.config, interval, state)
 
     def projection(self, place: str, kind: str, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-        saved = saved_weights(self.run.projection(place, kind), "distill-width")
+        saved = saved_weights(self._file(self.run.projection(place, kind)), "distill-width")
         return {name: tensor.to(device, dtype) for name, tensor in saved.items()}
 
     def tuned(self, variant: str, key: str) -> torch.Tensor:

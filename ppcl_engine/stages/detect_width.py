@@ -1,0 +1,245 @@
+"""Detect width: which FFNs and runs of text streams a projection can replace in the depth-pruned model.
+
+Every candidate gets its closed form (ridge, over the whole calibration set); its score is the error
+that it adds to the final velocity of the model with all intervals on, or, as in the paper, what the
+alignment (CKA) of neighbouring layers leaves to one. Candidates are taken at the least score a saved
+parameter until the budget is met.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..bundle import Students, placed_block
+from ..config import DetectWidthConfig
+from ..cost import CostModel
+from ..damage import Damage
+from ..files import write_json, write_tensors, write_text
+from ..layout import Layout, layout_of
+from ..plan import SITE_KINDS, PruningPlan, TextGroup, WidthSite
+from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
+from ..similarity import cka, linear_gram
+from ..streaming import StateStore, Teacher, sweep
+from ..width import Fit, Solutions, as_state, explained, fits_of, print_warnings, ridge_solutions
+
+FORMS = {"best": ("paper", "gated"), "paper": ("paper",), "gated": ("gated",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Sites that switch as one. score: damage or 1 - CKA; saving: parameters; explained: share of variance, by block."""
+
+    sites: tuple[WidthSite, ...]
+    saving: int
+    score: float = 0.0
+    explained: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        site = self.sites[0]
+        return TextGroup(self.sites).name if site.kind == "text" else site.name
+
+
+def detect_width(config: DetectWidthConfig) -> Path:
+    """Writes the chosen sites into `plan.json`, every candidate into `width.json`, and the alignments."""
+    run, teacher = Run(config.run), open_teacher(config)
+    calibration = open_calibration(config, teacher.weights)
+    plan = open_plan(config, teacher.weights).with_parts(sites=(), variants=())
+    students = RunStudents(run, teacher.config, teacher.architecture)
+    inputs = calibration.all_inputs()
+    grid = tuple(inputs[0]["grid"][0].tolist())
+    cost = CostModel(teacher.architecture, teacher.config, grid, inputs[0]["encoder_hidden_states"].shape[1])
+    kinds = _kinds(config)
+    candidates = [c for c in _candidates(config, plan, kinds, cost) if c.saving > 0]
+    store = StateStore(run.states / "width" if config.streamed else None)
+    with torch.no_grad():
+        alignment = _alignment(config, teacher, students, plan, inputs, store)
+        if config.method == "damage":
+            fits = list(dict.fromkeys(f for c in candidates for f in _fits(plan, c)))
+            solutions = ridge_solutions(teacher, students, inputs, fits, store, config.cache_gb)
+            print_warnings(solutions)
+            batches = max(1, round(config.samples / calibration.samples * len(calibration)))
+            candidates = list(_measured(teacher, students, plan, inputs[-batches:], candidates, solutions))
+        else:
+            candidates = [replace(c, score=_misaligned(plan, c, alignment)) for c in candidates]
+    saving = cost.variant(plan, plan.everything()).parameters - config.share * _full(plan, cost)
+    chosen = choose(candidates, saving, plan)
+    sites = tuple(replace(site, score=c.score) for c in chosen for site in c.sites)
+    write_tensors(run.alignment, alignment, {"places": json.dumps([p.name for p in _natural(plan).places])})
+    write_json(run.width, _summary(config, candidates, chosen))
+    write_text(run.plan, plan.with_parts(sites=sites).to_json() + "\n")
+    return run.plan
+
+
+def choose(candidates: list[Candidate], saving: float, plan: PruningPlan) -> list[Candidate]:
+    """Least score a saved parameter first, until the budget is met; what a plan refuses together is passed over.
+
+    Raises ValueError when all candidates together save too little.
+    """
+    chosen: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (c.score / c.saving, c.name)):
+        if sum(c.saving for c in chosen) >= saving:
+            break
+        if _fit_together(plan, [*chosen, candidate]):
+            chosen.append(candidate)
+    left = saving - sum(c.saving for c in chosen)
+    if left > 0:
+        raise ValueError(
+            f"width sites leave the model {left / 1e6:.2f} M parameters above --share; raise it, or detect more "
+            "intervals with --remove"
+        )
+    return chosen
+
+
+def _fit_together(plan: PruningPlan, candidates: list[Candidate]) -> bool:
+    """Every text group keeps a full block of its own before it, and no part of a block is replaced twice."""
+    sites = [site for c in candidates for site in c.sites]
+    if len({(s.block, s.kind) for s in sites}) < len(sites):
+        return False
+    text = {site.block for site in sites if site.kind == "text"}
+    if any(site.kind == "ffn_text" and site.block in text for site in sites):
+        return False
+    groups = plan.with_parts(sites=tuple(s for s in sites if s.kind == "text")).text_groups
+    return {g.name for g in groups} == {c.name for c in candidates if c.sites[0].kind == "text"}
+
+
+def _kinds(config: DetectWidthConfig) -> tuple[str, ...]:
+    kinds = tuple(config.kinds.replace(",", " ").split())
+    unknown = [kind for kind in kinds if kind not in SITE_KINDS]
+    if unknown or not kinds:
+        raise ValueError(f"--kinds {config.kinds!r}: choose from {', '.join(SITE_KINDS)}")
+    return kinds
+
+
+def _natural(plan: PruningPlan) -> Layout:
+    return layout_of(plan, plan.everything())
+
+
+def _full(plan: PruningPlan, cost: CostModel) -> int:
+    return cost.variant(plan, plan.variant("full")).parameters
+
+
+def _candidates(
+    config: DetectWidthConfig, plan: PruningPlan, kinds: tuple[str, ...], cost: CostModel
+) -> Iterator[Candidate]:
+    """All FFNs in their forms; all text groups up to the longest, none before the first block."""
+    places = _natural(plan).places
+    for kind in kinds:
+        if kind != "text":
+            for place in places:
+                for form in FORMS[config.form]:
+                    yield _candidate(plan, cost, (WidthSite(block=place.index, kind=kind, form=form),))
+            continue
+        for start in range(1, len(places)):
+            for end in range(start, min(len(places), start + config.longest)):
+                blocks = range(places[start].index, places[end].last + 1)
+                yield _candidate(plan, cost, tuple(WidthSite(block=b, kind="text") for b in blocks))
+
+
+def _candidate(plan: PruningPlan, cost: CostModel, sites: tuple[WidthSite, ...]) -> Candidate:
+    pruned = plan.with_parts(sites=sites)
+    before, after = (cost.variant(p, p.everything()).parameters for p in (plan, pruned))
+    return Candidate(sites=sites, saving=before - after)
+
+
+def _fits(plan: PruningPlan, candidate: Candidate) -> list[Fit]:
+    pruned = plan.with_parts(sites=candidate.sites)
+    return fits_of(pruned, _natural(pruned))
+
+
+class _Fitted:
+    """The run's students with closed-form projections that are in no file."""
+
+    def __init__(self, students: Students):
+        self.student, self.tuned = students.student, students.tuned
+        self.states: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+
+    def projection(self, place: str, kind: str, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+        return {name: t.to(device, dtype) for name, t in self.states[place, kind].items()}
+
+
+def _measured(
+    teacher: Teacher,
+    students: Students,
+    plan: PruningPlan,
+    inputs: list,
+    candidates: list[Candidate],
+    solutions: Solutions,
+) -> Iterator[Candidate]:
+    """Each with the error that it adds to the velocity of the depth-pruned model, relative to that velocity."""
+    fitted = _Fitted(students)
+    damage = Damage(teacher, fitted, plan, inputs, reference=plan.everything())
+    for candidate in tqdm(candidates, desc="detect-width", unit="site"):
+        pruned, fits = plan.with_parts(sites=candidate.sites), _fits(plan, candidate)
+        fitted.states = {(f.place.name, f.kind): as_state(solutions[f]) for f in fits}
+        error, power = damage.per_sample(_natural(pruned))
+        shares = tuple(explained(solutions[f]["map"]) for f in fits)
+        yield replace(candidate, score=float(error.sum() / power.sum()), explained=shares)
+
+
+def _alignment(
+    config: DetectWidthConfig, teacher: Teacher, students: Students, plan, inputs, store
+) -> dict[str, torch.Tensor]:
+    """`text` [places, places]: CKA of the modulated text of every two places; `ffn_image`, `ffn_text` [places]: of
+    the stream before and after a place's FFN."""
+    rows: dict[str, list[torch.Tensor]] = {}
+    embedded = [teacher.embed(row) for row in inputs]
+    at = {place.index: place for place in _natural(plan).places}
+    blocks = sweep(teacher, embedded, store, teacher.num_blocks - 1)
+    for index, _, batches in tqdm(blocks, total=teacher.num_blocks, desc="alignment", unit="block"):
+        if index in at:
+            block = placed_block(teacher.weights, students, at[index], teacher.dtype, teacher.device, {})
+            states = [store.get(index, batch, embedded[batch]) for batch in batches]
+            seen = [teacher.architecture.observe(block, state)[1] for state in states]
+            for name in seen[0]:
+                stream = "image" if name.startswith("image") else "text"
+                parts = [
+                    _some_tokens(s[name], state.real(stream), config) for s, state in zip(seen, states, strict=True)
+                ]
+                rows.setdefault(name, []).append(torch.cat(parts).cpu())
+    store.clear()
+    text = [linear_gram(x) for x in rows["text_modulated"]]
+    found = {"text": torch.tensor([[float(cka(a, b)) for b in text] for a in text], dtype=torch.float64)}
+    for stream in ("image", "text"):
+        pairs = zip(rows[f"{stream}_before_ffn"], rows[f"{stream}_after_ffn"], strict=True)
+        found[f"ffn_{stream}"] = torch.tensor([float(cka(linear_gram(a), linear_gram(b))) for a, b in pairs])
+    return found
+
+
+def _some_tokens(x: torch.Tensor, real: torch.Tensor, config: DetectWidthConfig) -> torch.Tensor:
+    """`tokens` of every sample's real tokens, drawn with the seed: [n * tokens, d]."""
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.rand(real.shape, generator=generator).to(real.device).masked_fill(~real, 2.0).argsort(1)
+    places = order[:, : min(config.tokens, int(real.sum(1).min()))]
+    return torch.gather(x, 1, places[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1)
+
+
+def _misaligned(plan: PruningPlan, candidate: Candidate, alignment: dict[str, torch.Tensor]) -> float:
+    """Sum over the places of 1 - CKA: with the group's source (text), across the FFN."""
+    order = {place.index: number for number, place in enumerate(_natural(plan).places)}
+    kind, rows = candidate.sites[0].kind, [order[s.block] for s in candidate.sites if s.block in order]
+    if kind != "text":
+        return max(0.0, 1 - float(alignment[kind][rows[0]]))
+    return sum(max(0.0, 1 - float(alignment["text"][rows[0] - 1, row])) for row in rows)
+
+
+def _summary(config: DetectWidthConfig, candidates: list[Candidate], chosen: list[Candidate]) -> dict:
+    taken = {id(c) for c in chosen}
+    rows = [
+        {
+            "name": c.name,
+            "form": c.sites[0].form,
+            "score": c.score,
+            "saving": c.saving,
+            "explained": list(c.explained),
+            "chosen": id(c) in taken,
+        }
+        for c in candidates
+    ]
+    return {"method": config.method, "share": config.share, "candidates": rows}
