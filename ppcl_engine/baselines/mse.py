@@ -1,0 +1,22 @@
+"""Remove the blocks whose output differs least from their input in squares (FLUX.1 Lite's ranking)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..chain import Budget
+from ..losses import relative_mse
+from .base import Pruned, Task, change_scores, copied, distilled, lowest
+
+
+def relative_change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """|| f(x) - x ||^2 / || x ||^2; both [tokens, d]."""
+    return relative_mse(after, before)
+
+
+def select(task: Task, budget: Budget) -> tuple[int, ...]:
+    return lowest(change_scores(task, budget, relative_change), task.remove)
+
+
+def prune(task: Task, budget: Budget, removed: tuple[int, ...] | None = None) -> Pruned:
+    return distilled(task, budget, copied(task, removed or select(task, budget)))
