@@ -90,7 +90,7 @@ def alone(monkeypatch):
 
         monkeypatch.setattr(PipelineCodec, name, check)
 
-    watched(evaluate_stage, "assemble")
+    watched(evaluate_stage, "open_variant")
     watched(generate_stage, "open_model")
     checked("pictures")
     checked("latents")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..projections import SharedText
+from .projections import SharedText
 from .base import Architecture, BlockState, Inputs
 from .qwen_image import QwenImage
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..projections import SharedText
+from .projections import SharedText
 
 Inputs = dict[str, torch.Tensor]
 """What one forward reads, named as diffusers names it, plus `grid` [images, 3] (frames, rows, columns)."""
@@ -50,6 +50,21 @@ class BlockState:
         return self.stream(name)[self.real(name)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReleasedNames:
+    """How the method's authors store a width-pruned model of an architecture (method: checkpoints in the wild).
+
+    lists: "text", "step", "ffn" -> the entry of config.json that lists such blocks, after renumbering.
+    projections: a block's key -> (site kind, part of its projection). unused: keys of a text-pruned block that
+    nothing reads. intervals: release -> (teacher's blocks, blocks kept, the intervals) where they are published.
+    """
+
+    lists: dict[str, str]
+    projections: dict[str, tuple[str, str]]
+    unused: tuple[str, ...]
+    intervals: dict[str, tuple[int, int, str]]
+
+
 class Architecture(Protocol):
     """One registered architecture. Configurations are dicts with diffusers' own names."""
 
@@ -63,6 +78,8 @@ class Architecture(Protocol):
     """full-size models by name; the first is the default"""
     projection_names: dict[str, dict[str, str]]
     """site kind -> part ("map", "step") -> the sub-module of a projected block that is this linear map"""
+    released: ReleasedNames | None
+    """None where the method's authors published no pruned model"""
 
     def detect(self, keys: Iterable[str]) -> bool: ...
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..projections import FixedModulation, Nothing, PaddedModulation, ProjectedText, SharedText
-from .base import BlockState, Inputs
+from .projections import FixedModulation, Nothing, PaddedModulation, ProjectedText, SharedText
+from .base import BlockState, Inputs, ReleasedNames
 
 VAE_PIXELS = 8  # pixels a latent position of its VAE covers
 STREAMS = {"image": "img", "text": "txt"}  # as the names of a block's parts begin
@@ -38,6 +38,19 @@ class QwenImage:
         "ffn_text": {"map": "txt_mlp"},
         "text": {"map": "txt_norm1.projection", "step": "txt_mlp"},
     }
+    released = ReleasedNames(
+        lists={"text": "single_stream_index", "step": "ehs_proj_index", "ffn": "ffn_proj_index"},
+        projections={
+            "txt_proj": ("text", "map"),
+            "ehs_proj": ("text", "step"),
+            "img_ffn_proj": ("ffn_image", "map"),
+            "txt_ffn_proj": ("ffn_text", "map"),
+        },
+        unused=("attn.to_add_out.",),
+        intervals={
+            "Qwen-Image-12B": (60, 35, "3-4 5-7 8-10 11-12 15-24 25-27 29-30 42-43 45-47 48-49 52-53 54-55 56-57"),
+        },
+    )
     tiny_config = {
         "patch_size": 2,
         "in_channels": 16,
