@@ -56,10 +56,15 @@ class CalibrationSet:
         clean = self.batches[batch].get(CLEAN)
         if clean is None:
             return inputs
-        generator = torch.Generator().manual_seed(seed)
-        timestep = torch.rand(len(clean), generator=generator)
-        noise = torch.randn(clean.shape, generator=generator)
+        timestep, noise = _drawn(clean, seed)
         return {**inputs, "hidden_states": flow.noised(clean.float(), noise, timestep), "timestep": timestep}
+
+    def data_velocity(self, batch: int, seed: int) -> torch.Tensor:
+        """noise - clean of `fresh(batch, seed)`. Raises ValueError where no clean picture is known."""
+        clean = self.batches[batch].get(CLEAN)
+        if clean is None:
+            raise ValueError("this calibration set knows no clean pictures; calibrate with --images, or use --data 0")
+        return _drawn(clean, seed)[1] - clean.float()
 
     def split(self, held_out: int) -> tuple[CalibrationSet, CalibrationSet]:
         """(the first batches, the last `held_out`). Raises ValueError when nothing would be left."""
@@ -73,6 +78,13 @@ class CalibrationSet:
         expected = (self.origin.get("architecture"), self.origin.get("fingerprint"))
         if expected != (architecture, fingerprint):
             raise ValueError(f"{where} was calibrated on another model; run calibrate on this one")
+
+
+def _drawn(clean: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(timestep [n], noise as `clean`)"""
+    generator = torch.Generator().manual_seed(seed)
+    timestep = torch.rand(len(clean), generator=generator)
+    return timestep, torch.randn(clean.shape, generator=generator)
 
 
 def save_calibration(path: Path, calibration: CalibrationSet) -> None:

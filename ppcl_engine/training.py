@@ -6,6 +6,7 @@ same bits as one that was never stopped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
@@ -70,6 +71,10 @@ class Trainer:
             )
 
     def save(self, path: Path, settings: str) -> None:
+        write_tensors(path, self.tensors(), {"step": str(self.step), "settings": settings})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a save holds: weights, moments and losses."""
         tensors = {}
         for name, parameter in self.module.named_parameters():
             tensors[f"weight.{name}"] = parameter.detach()
@@ -77,10 +82,12 @@ class Trainer:
             if state:
                 tensors |= {f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float32)
-        write_tensors(path, tensors, {"step": str(self.step), "settings": settings})
+        return tensors
 
     def restore(self, path: Path) -> None:
-        file = TensorFile(path)
+        self.load(TensorFile(path))
+
+    def load(self, file: TensorFile) -> None:
         self.step = int(file.metadata["step"])
         self.losses = file.read("losses").tolist()
         for name, parameter in self.module.named_parameters():
@@ -110,6 +117,16 @@ def saved_weights(path: Path, stage: str = "distill-depth") -> dict[str, torch.T
         raise ValueError(f"{path} does not exist; run {stage} first")
     file = TensorFile(path)
     return {n.removeprefix("weight."): file.read(n) for n in file.keys() if n.startswith("weight.")}
+
+
+def file_mark(path: Path) -> str:
+    """Hash that tells one training's file from another's: metadata, losses and the values of all vectors."""
+    file = TensorFile(path)
+    digest = hashlib.sha256(json.dumps(file.metadata, sort_keys=True).encode())
+    for name in sorted(file.keys()):
+        if len(file.shape(name)) == 1:
+            digest.update(name.encode() + file.read(name).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _changed(old: str, new: str) -> str:

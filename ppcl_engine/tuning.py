@@ -1,0 +1,137 @@
+"""Training on the final velocity that `polish` and `finetune` share: averaged weights, precision, saves, stopping.
+
+Every batch is a function of (seed, step), so a training that goes on from its last save ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .chain import velocity_loss
+from .config import TuningConfig
+from .data import CalibrationSet
+from .files import TensorFile
+from .streaming import Teacher
+from .training import Stopped, Trainer, cosine_schedule, file_mark, saved_step, stop_on_interrupt
+
+SETTINGS = ("steps", "learning_rate", "warm_up", "weight_decay", "ema", "seed", "dtype")
+
+
+class AveragedTrainer(Trainer):
+    """A Trainer that also keeps an exponential moving average of the weights, which is what is used.
+
+    Its decay is min(ema, (1 + step) / (10 + step)), so that early weights are soon forgotten; ema 0 averages nothing.
+    A parameter without a gradient in a step stays as it is, so each counts its own updates.
+    """
+
+    def __init__(self, module: nn.Module, weight_decay: float, ema: float):
+        super().__init__(module, weight_decay)
+        self.ema = ema
+        self.average = {name: p.detach().clone() for name, p in module.named_parameters()} if ema else {}
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        decay = min(self.ema, (1 + step) / (10 + step))
+        for name, parameter in self.module.named_parameters():
+            self.average[name].lerp_(parameter, 1 - decay)
+
+    def update(self, loss: torch.Tensor, learning_rate: float, where: str) -> None:
+        super().update(loss, learning_rate, where)
+        if self.ema:
+            self._average(self.step - 1)
+
+    def used(self) -> dict[str, torch.Tensor]:
+        """The module's tensors as they are to be used: averaged where there is an average."""
+        return {name: self.average.get(name, t) for name, t in self.module.state_dict().items()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As a Trainer's, `weight.` being what is used and `raw.` what is trained on; `counts`: updates a parameter."""
+        parameters = dict(self.module.named_parameters())
+        counts = [float(self.optimizer.state.get(p, {}).get("step", 0)) for p in parameters.values()]
+        return {
+            **super().tensors(),
+            **{f"weight.{name}": tensor for name, tensor in self.used().items()},
+            **{f"raw.{name}": parameters[name].detach() for name in self.average},
+            "counts": torch.tensor(counts),
+        }
+
+    def load(self, file: TensorFile) -> None:
+        super().load(file)
+        counts = file.read("counts")
+        for (name, parameter), count in zip(self.module.named_parameters(), counts, strict=True):
+            if name in self.average:
+                self.average[name].copy_(file.read(f"weight.{name}"))
+                parameter.data.copy_(file.read(f"raw.{name}"))
+            if parameter in self.optimizer.state:
+                self.optimizer.state[parameter]["step"] = count.clone()
+
+
+def tune(
+    trainer: AveragedTrainer,
+    loss_at: Callable[[int], torch.Tensor],
+    config: TuningConfig,
+    path: Path,
+    settings: str,
+    what: str,
+) -> int:
+    """Trains to `config.steps`, on from what is saved in `path`; returns the steps done before. `loss_at(step)`.
+
+    Raises Stopped on Ctrl-C after saving, and Diverged (a ValueError) with the last saved state kept.
+    """
+    before = saved_step(path, settings) or 0
+    if before:
+        trainer.restore(path)
+    progress = tqdm(total=config.steps, initial=before, desc=what, unit="step")
+    with stop_on_interrupt() as asked, progress:
+        while trainer.step < config.steps:
+            rate = cosine_schedule(trainer.step, config.steps, config.learning_rate, config.warm_up)
+            trainer.update(loss_at(trainer.step), rate, what)
+            progress.update()
+            progress.set_postfix_str(f"loss {trainer.losses[-1]:.4f}", refresh=False)
+            done = trainer.step == config.steps
+            if asked() or done or trainer.step % config.save_every == 0:
+                trainer.save(path, settings)
+            if asked() and not done:
+                raise Stopped(f"stopped at step {trainer.step} of {what}; saved. Run the same command to go on")
+    return before
+
+
+def tuning_settings(config: TuningConfig, calibration: CalibrationSet, sources: Iterable[Path], **more) -> str:
+    """What the bits of a training hang on. `sources`: the files of the parts that it starts from."""
+    values = {name: getattr(config, name) for name in SETTINGS}
+    marks = [file_mark(path) for path in sources]
+    return json.dumps({**values, **more, "calibration": calibration.hash[:16], "sources": marks})
+
+
+def forget_if_stale(path: Path, settings: str) -> None:
+    """Removes a saved training that started from parts which have been trained anew since."""
+    if path.exists():
+        old = json.loads(TensorFile(path).metadata.get("settings", "{}"))
+        if old.get("sources") != json.loads(settings)["sources"]:
+            path.unlink()
+
+
+def step_draw(config: TuningConfig, calibration: CalibrationSet, step: int) -> tuple[int, int]:
+    """(batch, seed) for `CalibrationSet.fresh`: the batches in turn, each time with new noise and timesteps."""
+    return step % len(calibration), config.seed * 1_000_003 + step
+
+
+def mixed_precision(teacher: Teacher) -> AbstractContextManager:
+    """Master weights stay float32; the forward runs in the teacher's precision."""
+    kind = teacher.device.split(":")[0]
+    return torch.autocast(kind, torch.bfloat16, enabled=teacher.dtype is torch.bfloat16)
+
+
+def tuning_loss(
+    velocity: torch.Tensor, teacher: torch.Tensor, data: torch.Tensor | None = None, weight: float = 0.0
+) -> torch.Tensor:
+    """|| v - v_T ||^2 / || v_T ||^2 + weight || v - d ||^2 / || d ||^2, d = noise - clean (flow matching)."""
+    loss = velocity_loss(velocity, teacher)
+    return loss if data is None else loss + weight * velocity_loss(velocity, data)

@@ -1,0 +1,71 @@
+"""A run on the tiny teacher with students and width projections of every kind, made by hand: nothing is trained."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ppcl_engine.checkpoint import Weights
+from ppcl_engine.files import write_tensors
+from ppcl_engine.plan import Interval, PruningPlan, Variant, WidthSite
+from ppcl_engine.run import Run
+from ppcl_engine.surgery import build_student
+
+DEPTH = (Interval(first=1, last=2, correction="affine"), Interval(first=3, last=4, correction="none"))
+WIDTH = (
+    WidthSite(block=0, kind="ffn_text"),
+    WidthSite(block=1, kind="ffn_image", fitted=("1",)),
+    WidthSite(block=3, kind="ffn_image", form="gated", fitted=("3",)),
+    WidthSite(block=3, kind="text", fitted=("3",)),
+    WidthSite(block=4, kind="text", fitted=("4",)),
+    WidthSite(block=5, kind="text"),
+)
+PROJECTIONS = {
+    ("0", "ffn_text"): ("map",),
+    ("1", "ffn_image"): ("map",),
+    ("1-2", "ffn_image"): ("map",),
+    ("3", "ffn_image"): ("map",),
+    ("3-4", "ffn_image"): ("map",),
+    ("3", "text"): ("map",),
+    ("4", "text"): ("map",),
+    ("3-4", "text"): ("map",),
+    ("5", "text"): ("map", "step"),
+}
+SMALL, SMALLEST = ("1-2", "3-4"), ("ffn_text:0", "ffn_image:1", "ffn_image:3", "text:3-5")
+
+
+def write_parts(run: Run, teacher_file: Path, width: bool = True) -> PruningPlan:
+    """Students: copies of their first block, corrections and projections at random and small."""
+    weights, generator = Weights(teacher_file), torch.Generator().manual_seed(0)
+    for interval in DEPTH:
+        student = build_student(weights.architecture, weights.config, interval)
+        block = weights.block(interval.first, torch.float32, "cpu").state_dict()
+        own = {n: _small(t.shape, generator) for n, t in student.state_dict().items() if n not in block}
+        _write(run.student(interval.name), {**copy.deepcopy(block), **own})
+    d = weights.architecture.width(weights.config)
+    for (place, kind), parts in PROJECTIONS.items() if width else ():
+        maps = nn.ModuleDict({part: nn.Linear(d, d) for part in parts}).state_dict()
+        _write(run.projection(place, kind), {n: _small(t.shape, generator) for n, t in maps.items()})
+    variants = (Variant(name="small", intervals=SMALL), Variant(name="smallest", intervals=SMALL, sites=SMALLEST))
+    plan = PruningPlan(
+        architecture=weights.architecture.name,
+        config=weights.config,
+        num_blocks=weights.num_blocks,
+        fingerprint=weights.fingerprint,
+        intervals=DEPTH,
+        sites=WIDTH if width else (),
+        variants=variants if width else variants[:1],
+    )
+    run.plan.write_text(plan.to_json())
+    return plan
+
+
+def _small(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    return 0.3 * torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+
+def _write(path: Path, state: dict[str, torch.Tensor]) -> None:
+    write_tensors(path, {f"weight.{name}": tensor for name, tensor in state.items()}, {"settings": "{}", "step": "0"})
