@@ -7,6 +7,7 @@ fine-tuned variant all its tensors as `tuned.<variant>.*`; the plan is in the me
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from .checkpoint import Weights
 from .files import TensorEntry, TensorFile, write_tensor_stream
 from .layout import Layout, Place, full_layout, layout_of
 from .plan import Interval, PruningPlan, Variant, plan_from_json
+from .released import Released, is_width_pruned, repeated_steps_warning
 from .surgery import Edit, build_student, filled_student, project, pruned_blocks
 
 PLAN_KEY = "ppcl_plan"
@@ -130,8 +132,12 @@ def open_variant(
     if not variant.tuned:
         return assemble(weights, students, layout, dtype, device, teacher_block)
     model = empty_model(weights.architecture, plan.config, layout)
-    state = {name: students.tuned(variant.name, name).to(device, dtype) for name in model.state_dict()}
-    model.load_state_dict(state, assign=True)
+    return _filled(model, partial(students.tuned, variant.name), dtype, device)
+
+
+def _filled(model: nn.Module, read: Callable[[str], torch.Tensor], dtype: torch.dtype, device: str) -> nn.Module:
+    """The model with every tensor read by its name."""
+    model.load_state_dict({name: read(name).to(device, dtype) for name in model.state_dict()}, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -153,20 +159,29 @@ def open_model(
     base: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    *,
+    legacy_txt_proj: bool = False,
 ) -> nn.Module:
     """A model with the same forward as diffusers' class of its architecture.
 
     path: a bundle (then `base` is the teacher it was made from), a standalone file or folder of
-    ours, a diffusers folder, a ComfyUI single file. variant: a name of the bundle's plan, "full",
-    or intervals and sites as "3-4,8-10,text:51-59"; None is the smallest. Raises ValueError in one line.
+    ours, a diffusers folder, one of the authors' width-pruned folders, a ComfyUI single file. variant: a name of
+    the bundle's plan, "full", or intervals and sites as "3-4,8-10,text:51-59"; None is the smallest.
+    legacy_txt_proj: the authors' older meaning of a text projection (see `released`). Raises ValueError in one line.
     """
     path = Path(path)
+    if legacy_txt_proj and not is_width_pruned(path):
+        raise ValueError(
+            f"{path} is not one of the authors' width-pruned folders, so --legacy-txt-proj says nothing; leave it out"
+        )
     if not is_bundle(path):
         if variant is not None:
             raise ValueError(f"{path} is not a bundle, so it has no variant {variant!r}; leave the variant out")
         structure = standalone_structure(path)
         if structure:
             return _open_standalone(path, structure, dtype, device)
+        if is_width_pruned(path):
+            return _open_released(Released(path, legacy_txt_proj), dtype, device)
         weights = Weights(path)
         return assemble(weights, None, full_layout(weights.num_blocks), dtype, device)
     if base is None:
@@ -180,6 +195,8 @@ def architecture_of(path: Path) -> Architecture:
     """Of any file that `open_model` reads."""
     if is_bundle(path):
         return Bundle(path).architecture
+    if is_width_pruned(path):
+        return Released(path).architecture
     structure = standalone_structure(path)
     return architecture_named(structure["architecture"]) if structure else Weights(path).architecture
 
@@ -197,6 +214,10 @@ def standalone_structure(path: Path) -> dict | None:
 def _open_standalone(path: Path, structure: dict, dtype: torch.dtype, device: str) -> nn.Module:
     file, plan = TensorFile(path), plan_from_json(json.dumps(structure), path)
     model = empty_model(architecture_named(plan.architecture), plan.config, layout_of(plan, plan.everything()))
-    state = {name: file.read(name).to(device, dtype) for name in model.state_dict()}
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
+    return _filled(model, file.read, dtype, device)
+
+
+def _open_released(released: Released, dtype: torch.dtype, device: str) -> nn.Module:
+    if warning := repeated_steps_warning(released):
+        warnings.warn(f"{released.path}: {warning}", stacklevel=3)
+    return _filled(empty_model(released.architecture, released.config, released.layout), released.read, dtype, device)

@@ -1,7 +1,7 @@
 """A full transformer's weights in any known layout, read tensor by tensor.
 
-Read: a diffusers transformer folder (sharded or not), a diffusers pipeline folder, a ComfyUI
-single file or checkpoint (bf16, fp16, fp8, scaled fp8).
+Read: a diffusers transformer folder (sharded or not, safetensors or pickled tensors), a diffusers pipeline
+folder, a ComfyUI single file or checkpoint (bf16, fp16, fp8, scaled fp8).
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from torch import nn
 
 from .architectures import Architecture, detect_architecture
 from .files import TensorFile, read_json
+from .pickled import PickledFile
 
 COMFYUI_PREFIX = "model.diffusion_model."
+TRAINING_PREFIX = "module."  # what a wrapper of distributed training left before every name
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 IGNORED_SUFFIXES = (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
 
@@ -30,7 +32,7 @@ class Weights:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        stored, config = _open_layout(self.path)
+        stored, config = open_layout(self.path)
         self.architecture: Architecture = detect_architecture(stored, self.path)
         self._tensors = {
             self.architecture.from_comfyui(key): place
@@ -39,6 +41,7 @@ class Weights:
         }
         self._scales = {key: place for key, place in stored.items() if key.endswith(SCALE_SUFFIXES)}
         self.config: dict = config or self.architecture.infer_config(self.shape, self._tensors)
+        self._check_config()
         self._check_keys()
 
     @property
@@ -90,6 +93,15 @@ class Weights:
                 digest.update(self.read(key, torch.float32).numpy().tobytes())
         return digest.hexdigest()
 
+    def _check_config(self) -> None:
+        lists = self.architecture.released.lists.values() if self.architecture.released else ()
+        pruned = [name for name in lists if self.config.get(name)]
+        if pruned:
+            raise ValueError(
+                f"{self.path} is width-pruned ({pruned[0]} in its config.json), so no full model is in it; "
+                "`ppcl import` makes a bundle or a standalone of it"
+            )
+
     def _check_keys(self) -> None:
         expected = expected_shapes(self.architecture, self.config)
         missing = sorted(set(expected) - set(self._tensors))
@@ -116,12 +128,12 @@ def expected_shapes(architecture: Architecture, config: dict) -> dict[str, tuple
     return shapes
 
 
-def _open_layout(path: Path) -> tuple[dict[str, tuple[TensorFile, str]], dict | None]:
-    """(key -> (file, name in it), configuration or None). Strips ComfyUI's checkpoint prefix."""
+def open_layout(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, str]], dict | None]:
+    """(key -> (file, name in it), configuration or None). Strips the prefixes of checkpoints and of training."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a model file or folder")
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(transformer_folder(path))
     file = TensorFile(path)
     names = file.keys()
     if any(name.startswith(COMFYUI_PREFIX) for name in names):
@@ -130,25 +142,31 @@ def _open_layout(path: Path) -> tuple[dict[str, tuple[TensorFile, str]], dict | 
     return {name.removeprefix(COMFYUI_PREFIX): (file, name) for name in names}, config
 
 
-def _open_folder(path: Path) -> tuple[dict[str, tuple[TensorFile, str]], dict]:
-    if (path / "model_index.json").exists():
-        path = path / "transformer"
+def transformer_folder(path: Path) -> Path:
+    """Of a diffusers pipeline folder, or the folder itself."""
+    return path / "transformer" if (path / "model_index.json").exists() else path
+
+
+def _open_folder(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, str]], dict]:
     if not (path / "config.json").exists():
         raise ValueError(f"{path} has no config.json; give a diffusers transformer or pipeline folder")
     config = {k: v for k, v in read_json(path / "config.json").items() if not k.startswith("_")}
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if indices:
-        names = sorted(set(read_json(indices[0])["weight_map"].values()))
-        absent = [name for name in names if not (path / name).exists()]
-        if absent:
-            raise ValueError(f"{path} lacks the shard {absent[0]} that {indices[0].name} lists; download it again")
-        shards = [path / name for name in names]
-    else:
-        shards = sorted(path.glob("*.safetensors"))
-    if not shards:
-        raise ValueError(f"{path} has no .safetensors file; pickled weights are not read")
-    files = [TensorFile(shard) for shard in shards]
-    return {name: (file, name) for file in files for name in file.keys()}, config
+    files = [PickledFile(shard) if shard.suffix == ".bin" else TensorFile(shard) for shard in _shards(path)]
+    return {name.removeprefix(TRAINING_PREFIX): (file, name) for file in files for name in file.keys()}, config
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files that hold a folder's tensors; safetensors where there are both kinds."""
+    for ending in (".safetensors", ".bin"):
+        for index in sorted(path.glob(f"*{ending}.index.json")):
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            absent = [name for name in names if not (path / name).exists()]
+            if absent:
+                raise ValueError(f"{path} lacks the shard {absent[0]} that {index.name} lists; download it again")
+            return [path / name for name in names]
+        if shards := sorted(path.glob(f"*{ending}")):
+            return shards
+    raise ValueError(f"{path} has no .safetensors or .bin file; download its weights")
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -59,8 +59,10 @@ def test_folders_without_weights_or_configuration(tmp_path):
     with pytest.raises(ValueError, match="no config.json"):
         Weights(tmp_path)
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no .safetensors or .bin file"):
+        Weights(tmp_path)
     (tmp_path / "model.bin").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match="no .safetensors file; pickled weights are not read"):
+    with pytest.raises(ValueError, match="model.bin is truncated or no PyTorch file"):
         Weights(tmp_path)
     with pytest.raises(ValueError, match="absent does not exist"):
         Weights(tmp_path / "absent")

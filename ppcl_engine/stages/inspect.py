@@ -6,17 +6,18 @@ import json
 import math
 from pathlib import Path
 
-from ..architectures import ARCHITECTURES
+from ..architectures import ARCHITECTURES, Architecture
 from ..bundle import Bundle, is_bundle, standalone_structure
 from ..checkpoint import Weights, expected_shapes
 from ..config import InspectConfig
+from ..released import Released, is_width_pruned, published_intervals, repeated_steps_warning, teacher_indices
 
 
 def inspect(config: InspectConfig) -> None:
     """Prints. Raises ValueError when neither a path nor --architectures is given."""
     if not config.architectures and config.path is None:
         raise ValueError("inspect needs --path FILE or --architectures")
-    found = known_models() if config.architectures else describe(config.path)
+    found = known_models() if config.architectures else describe(config.path, config.legacy_txt_proj)
     print(json.dumps(found, indent=1) if config.json else _as_text(found))
 
 
@@ -34,7 +35,11 @@ def known_models() -> dict[str, dict]:
     return models
 
 
-def describe(path: Path) -> dict:
+def describe(path: Path, legacy_txt_proj: bool = False) -> dict:
+    if is_width_pruned(path):
+        return _describe_released(Released(path, legacy_txt_proj))
+    if legacy_txt_proj:
+        raise ValueError(f"{path} has no text projections of the authors', so --legacy-txt-proj says nothing")
     if is_bundle(path):
         plan, kind = Bundle(path).plan, "bundle"
     elif structure := standalone_structure(path):
@@ -53,6 +58,7 @@ def describe(path: Path) -> dict:
             "blocks": weights.num_blocks,
             "parameters": parameters,
             "fingerprint": weights.fingerprint,
+            **_teacher_blocks(weights.architecture, weights.config),
         }
     return {
         "kind": kind,
@@ -62,6 +68,35 @@ def describe(path: Path) -> dict:
         "intervals": [i.name for i in plan.intervals],
         "variants": [{"name": v.name, "parameters": v.parameters, "damage": v.damage} for v in plan.variants],
     }
+
+
+def _describe_released(released: Released) -> dict:
+    """Blocks are counted as in the folder, from 0 without gaps; parameters as stored."""
+    places, known = released.layout.places, _teacher_blocks(released.architecture, released.config)
+    warning = repeated_steps_warning(released, known.get("teacher_blocks"))
+    return {
+        "kind": "released width-pruned",
+        "architecture": released.architecture.name,
+        "blocks": released.num_blocks,
+        "parameters": released.parameters,
+        "text_projections": [place.index for place in places if place.text_source is not None],
+        "text_steps": [place.index for place in places if place.steps_text],
+        "ffn_projections": [site.name for place in places for site in place.ffn],
+        **known,
+        **({"warning": warning} if warning else {}),
+    }
+
+
+def _teacher_blocks(architecture: Architecture, model_config: dict) -> dict[str, list[int] | str]:
+    """The teacher's index of every block, where a full-size model is shorter than the one it came from."""
+    full = {architecture.width(c): architecture.num_blocks(c) for c in architecture.model_configs.values()}
+    count = architecture.num_blocks(model_config)
+    if count >= full.get(architecture.width(model_config), 0):
+        return {}
+    intervals = published_intervals(architecture, model_config)
+    if intervals is None:
+        return {"teacher_blocks": "not known; `ppcl import` takes them as --intervals"}
+    return {"teacher_blocks": teacher_indices(count, intervals)}
 
 
 def _as_text(found: dict) -> str:
