@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .architectures import ARCHITECTURES, Architecture
-from .config import Common
+from .config import Common, TuningConfig
 from .cost import CostModel
 from .files import read_json
 from .plan import Interval
@@ -19,6 +19,7 @@ from .run import DTYPES, resolve_device
 
 GRID, TEXT_TOKENS = (1, 64, 64), 128  # 1024 x 1024 pixels
 ACTIVATIONS_PER_TOKEN = 40  # values of one width that a block's backward keeps, counted on diffusers' block
+TUNING_COPIES = 5
 OPTIMISER_COPIES = 4  # weights, gradients, two moments
 
 
@@ -96,6 +97,17 @@ def print_estimate(config: Common) -> None:
         print(
             f"{row.name:10} {row.device_bytes / 1e9:>10.1f} {row.host_bytes / 1e9:>10.1f} {row.seconds_a_step:>10.1f}  {fits}"
         )
+    if isinstance(config, TuningConfig):
+        print(_tuning_note(parameters))
+
+
+def _tuning_note(parameters: int) -> str:
+    """Weights, gradient, two moments and average, all float32."""
+    size = TUNING_COPIES * torch.float32.itemsize
+    return (
+        f"tuning on the velocity takes more: {size} bytes a trained parameter, {parameters * size / 1e9:.0f} GB if "
+        "that is the whole model, and what all blocks keep for their gradients (one block's with --checkpointing)"
+    )
 
 
 def _flops_a_second(device: str, dtype: torch.dtype) -> float:

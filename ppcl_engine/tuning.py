@@ -106,16 +106,17 @@ def tune(
 def tuning_settings(config: TuningConfig, calibration: CalibrationSet, sources: Iterable[Path], **more) -> str:
     """What the bits of a training hang on. `sources`: the files of the parts that it starts from."""
     values = {name: getattr(config, name) for name in SETTINGS}
-    marks = [file_mark(path) for path in sources]
+    marks = {path.name: file_mark(path) for path in sources}
     return json.dumps({**values, **more, "calibration": calibration.hash[:16], "sources": marks})
 
 
 def forget_if_stale(path: Path, settings: str) -> None:
-    """Removes a saved training that started from parts which have been trained anew since."""
-    if path.exists():
-        old = json.loads(TensorFile(path).metadata.get("settings", "{}"))
-        if old.get("sources") != json.loads(settings)["sources"]:
-            path.unlink()
+    """Removes a saved training that started from the same parts, which have been trained anew since."""
+    if not path.exists():
+        return
+    old, new = (json.loads(text)["sources"] for text in (TensorFile(path).metadata["settings"], settings))
+    if old.keys() == new.keys() and old != new:
+        path.unlink()
 
 
 def step_draw(config: TuningConfig, calibration: CalibrationSet, step: int) -> tuple[int, int]:

@@ -11,7 +11,9 @@ import ppcl_engine
 
 ROOT = Path(ppcl_engine.__file__).parent
 STAGES = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__"}
-METHOD = {"calibrate", "probe", "detect", "distill_depth", "detect_width", "distill_width", "variants"}  # they exchange files, never code
+METHOD = {
+    "calibrate", "probe", "detect", "distill_depth", "detect_width", "distill_width", "polish", "variants", "finetune"
+}  # they exchange files, never code  # fmt: skip
 LIGHT = {"config", "plan"}  # the command line's help and a plan's reader come without torch
 
 

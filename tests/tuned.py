@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ppcl_engine.bundle import open_variant
 from ppcl_engine.checkpoint import Weights
 from ppcl_engine.files import write_tensors
 from ppcl_engine.plan import Interval, PruningPlan, Variant, WidthSite
-from ppcl_engine.run import Run
+from ppcl_engine.run import Run, RunStudents
 from ppcl_engine.surgery import build_student
+from ppcl_engine.tuning import AveragedTrainer
 
 DEPTH = (Interval(first=1, last=2, correction="affine"), Interval(first=3, last=4, correction="none"))
 WIDTH = (
@@ -21,7 +25,6 @@ WIDTH = (
     WidthSite(block=3, kind="ffn_image", form="gated", fitted=("3",)),
     WidthSite(block=3, kind="text", fitted=("3",)),
     WidthSite(block=4, kind="text", fitted=("4",)),
-    WidthSite(block=5, kind="text"),
 )
 PROJECTIONS = {
     ("0", "ffn_text"): ("map",),
@@ -30,11 +33,10 @@ PROJECTIONS = {
     ("3", "ffn_image"): ("map",),
     ("3-4", "ffn_image"): ("map",),
     ("3", "text"): ("map",),
-    ("4", "text"): ("map",),
-    ("3-4", "text"): ("map",),
-    ("5", "text"): ("map", "step"),
+    ("4", "text"): ("map", "step"),
+    ("3-4", "text"): ("map", "step"),
 }
-SMALL, SMALLEST = ("1-2", "3-4"), ("ffn_text:0", "ffn_image:1", "ffn_image:3", "text:3-5")
+SMALL, SMALLEST = ("1-2", "3-4"), ("ffn_text:0", "ffn_image:1", "ffn_image:3", "text:3-4")
 
 
 def write_parts(run: Run, teacher_file: Path, width: bool = True) -> PruningPlan:
@@ -69,3 +71,39 @@ def _small(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
 
 def _write(path: Path, state: dict[str, torch.Tensor]) -> None:
     write_tensors(path, {f"weight.{name}": tensor for name, tensor in state.items()}, {"settings": "{}", "step": "0"})
+
+
+def stop_after(monkeypatch, step: int, how) -> None:
+    """Calls `how` once, when a training on the velocity has done this many steps and before it may save them."""
+    update, done = AveragedTrainer.update, []
+
+    def stopping(self, *arguments):
+        update(self, *arguments)
+        if self.step == step and not done:
+            done.append(True)
+            how()
+
+    monkeypatch.setattr(AveragedTrainer, "update", stopping)
+
+
+def control_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def killed() -> None:
+    raise SystemError("killed")
+
+
+def files_of(run: Run, *patterns: str) -> dict[str, bytes]:
+    return {str(p.relative_to(run.folder)): p.read_bytes() for pattern in patterns for p in run.folder.glob(pattern)}
+
+
+def velocities(run: Run, teacher_file: Path, rows: list, *names: str) -> dict[str, torch.Tensor]:
+    """Of variants of the run's plan, each a model by itself."""
+    weights, plan = Weights(teacher_file), run.load_plan()
+    students, found = RunStudents(run, weights.config, weights.architecture), {}
+    for name in names:
+        model = open_variant(weights, students, plan, plan.variant(name), torch.float32, "cpu")
+        with torch.no_grad():
+            found[name] = torch.cat([weights.architecture.call(model, row) for row in rows])
+    return found
