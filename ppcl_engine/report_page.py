@@ -1,26 +1,28 @@
-"""The page of a report: HTML that stands alone. What a user wrote goes in through `tag`, which escapes it."""
+"""The page of a report: HTML that stands alone."""
 
 from __future__ import annotations
 
-import base64
-import html
 import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from .pictures import count_text
+from .report_html import NONE, Html, image, joined, table, tag
 from .report_texts import (
     CKA_TEXT,
     DAMAGE_TEXT,
     INTERVAL_TEXT,
     LOSS_TEXT,
+    MAP_SITES_TEXT,
     MAP_TEXT,
     PICTURE_TEXT,
     SIZE_TEXT,
     STYLE,
     TIMESTEP_TEXT,
 )
+from .report_width import notes_list, site_table, width_text
 
 if TYPE_CHECKING:
     from .reporting import Results
@@ -37,35 +39,14 @@ FIDELITY = {
     "colour_accuracy": ("colours right", "%"),
     "text_sensitivity": ("text sensitivity", "{:.3f}"),
 }
-NONE = "–"
-
-
-class Html(str):
-    """Text that is HTML already."""
-
-
-def tag(name: str, *content: object, **attributes: object) -> Html:
-    """An element; content and attribute values that are not Html are escaped."""
-    text = "".join(f' {key.rstrip("_")}="{html.escape(str(value))}"' for key, value in attributes.items())
-    return Html(f"<{name}{text}>{_joined(content)}</{name}>")
-
-
-def _joined(content: tuple | list) -> Html:
-    return Html("".join(part if isinstance(part, Html) else html.escape(str(part)) for part in content))
-
-
-def _image(png: bytes, alt: str, **attributes: object) -> Html:
-    data = base64.b64encode(png).decode()
-    text = "".join(f' {key.rstrip("_")}="{html.escape(str(value))}"' for key, value in attributes.items())
-    return Html(f'<img alt="{html.escape(alt)}"{text} src="data:image/png;base64,{data}">')
 
 
 def page(results: Results, drawings: dict[str, bytes], seconds: float | None) -> str:
     def figure(name: str, alt: str) -> Html:
-        return tag("div", _image(drawings[name], alt, class_="wide"), class_="scroll") if name in drawings else Html()
+        return tag("div", image(drawings[name], alt, class_="wide"), class_="scroll") if name in drawings else Html()
 
     def section(title: str, text: str | Html, *content: Html) -> Html:
-        body = _joined(content)
+        body = joined(content)
         return tag("section", tag("h2", title), tag("p", text), body) if body else Html()
 
     source = results.plan.provenance.get("source_model") or results.plan.architecture
@@ -76,7 +57,12 @@ def page(results: Results, drawings: dict[str, bytes], seconds: float | None) ->
             tag("h1", source),
             tag("p", _lead(results), class_="lead"),
         ),
-        section("Layer map", MAP_TEXT, figure("layer_map", "layer map: a row a variant, a cell a teacher block")),
+        section(
+            "Layer map",
+            MAP_TEXT + (MAP_SITES_TEXT if results.plan.sites else ""),
+            figure("layer_map", "layer map: a row a variant, a cell a teacher block"),
+            notes_list(results.layouts),
+        ),
         section("Where intervals end", CKA_TEXT, figure("cka_curves", "CKA curves of the chosen intervals")),
         section("Intervals", INTERVAL_TEXT, _interval_table(results), _explanation(results)),
         section(
@@ -85,6 +71,7 @@ def page(results: Results, drawings: dict[str, bytes], seconds: float | None) ->
         section(
             "Training of the students", LOSS_TEXT, figure("loss_curves", "training loss of each interval's student")
         ),
+        *([section("Width", width_text(results.width), *_width(results, figure))] if results.width else []),
         section("Pictures", PICTURE_TEXT, _picture_grid(results)),
         section("Size and speed", SIZE_TEXT, _size_table(results)),
         section("Fidelity", _fidelity_text(results), _fidelity_table(results)),
@@ -96,14 +83,24 @@ def page(results: Results, drawings: dict[str, bytes], seconds: float | None) ->
     return f"<!doctype html>\n{tag('html', tag('head', *head), tag('body', tag('main', *body)), lang='en')}\n"
 
 
+def _width(results: Results, figure: Callable[[str, str], Html]) -> list[Html]:
+    return [
+        figure("width_alignment", "alignment of the text of every two layers, and of each FFN's input and output"),
+        figure("width_candidates", "candidate sites: score against parameters saved"),
+        site_table(results.width),
+    ]
+
+
 def _lead(results: Results) -> Html:
     plan, rows = results.plan, results.students
     removed = sum(interval.removed for interval in plan.intervals)
     count = len(plan.intervals)
     text = f"{count} {'interval' if count == 1 else 'intervals'} of neighbouring blocks can each be replaced by one student; "
     text += f"with all of them on, {plan.num_blocks - removed} blocks do the work of {plan.num_blocks}. "
+    if sites := len(plan.switches):
+        text += f"{sites} {'width site' if sites == 1 else 'width sites'} can become projections besides. "
     if not rows:
-        return _joined([text])
+        return joined([text])
     small = min(rows, key=lambda row: row["parameters"])
     share = f"{100 * small['parameters'] / results.teacher['parameters']:.0f} % of the parameters"
     parts = [text, "The smallest variant, ", tag("strong", small["name"]), ", has ", tag("strong", share)]
@@ -115,16 +112,7 @@ def _lead(results: Results) -> Html:
         parts += [", the teacher ", tag("span", _stat(before, "%"))] if before else []
     elif small.get("psnr"):
         parts += [" and draws the teacher's pictures to within ", tag("strong", f"{_stat(small['psnr'], '{:.1f}')} dB")]
-    return _joined([*parts, "."])
-
-
-def _table(heads: list[str], rows: list[list[object]], classes: str = "") -> Html:
-    """The first column names the row; the others are numbers."""
-    head = tag("tr", *(tag("th", h, scope="col") for h in heads))
-    body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
-    return tag(
-        "div", tag("table", tag("thead", head), tag("tbody", *body), class_=f"numbers {classes}"), class_="scroll"
-    )
+    return joined([*parts, "."])
 
 
 def _interval_table(results: Results) -> Html:
@@ -154,7 +142,7 @@ def _interval_table(results: Results) -> Html:
         "correction",
         "final loss",
     ]
-    return _table(heads, rows) if rows else Html()
+    return table(heads, rows) if rows else Html()
 
 
 def _explanation(results: Results) -> Html:
@@ -189,23 +177,23 @@ def _thumbnail(picture: torch.Tensor, alt: str, width: int) -> Html:
     """picture: uint8 [3, height, width]"""
     from PIL import Image
 
-    image = Image.fromarray(picture.movedim(0, -1).contiguous().numpy())
-    small = max(image.size) < 128
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    thumbnail = Image.fromarray(picture.movedim(0, -1).contiguous().numpy())
+    small = max(thumbnail.size) < 128
+    thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return _image(buffer.getvalue(), alt, width=width, **({"class_": "pixels"} if small else {}))
+    thumbnail.save(buffer, "PNG")
+    return image(buffer.getvalue(), alt, width=width, **({"class_": "pixels"} if small else {}))
 
 
 def _size_table(results: Results) -> Html:
-    teacher = results.teacher
+    teacher, layouts = results.teacher, results.layouts
 
     def row(r: dict) -> list[object]:
-        variant = results.plan.variant(r["name"])
-        blocks = results.plan.num_blocks - sum(results.plan.interval(name).removed for name in variant.intervals)
+        variant, layout = results.plan.variant(r["name"]), layouts[r["name"]]
         memory, flops, ratio = r.get("peak_memory_bytes"), r.get("flops"), r.get("latency_ratio")
         return [
-            r["name"], blocks, count_text(r["parameters"]), f"{100 * r['parameters'] / teacher['parameters']:.1f} %",
+            joined([r["name"], tag("small", "fine-tuned")]) if variant.tuned else r["name"],
+            len(layout.places), *([len(layout.sites)] if results.plan.sites else []), count_text(r["parameters"]), f"{100 * r['parameters'] / teacher['parameters']:.1f} %",
             _bytes(r["bytes"]), f"{100 * flops / teacher['flops']:.1f} %" if flops and teacher.get("flops") else NONE,
             _seconds(r["seconds_per_step"]), f"{ratio:.2f}×" if ratio else NONE, _bytes(memory) if memory else NONE,
         ]  # fmt: skip
@@ -213,6 +201,7 @@ def _size_table(results: Results) -> Html:
     heads = [
         "variant",
         "blocks",
+        *(["width sites"] if results.plan.sites else []),
         "parameters",
         "of the teacher",
         "weights",
@@ -221,14 +210,14 @@ def _size_table(results: Results) -> Html:
         "speed",
         "peak memory",
     ]
-    return _table(heads, [row(r) for r in results.evaluation["variants"]])
+    return table(heads, [row(r) for r in results.evaluation["variants"]])
 
 
 def _fidelity_table(results: Results) -> Html:
     rows = results.evaluation["variants"]
     shown = [name for name in FIDELITY if any(row.get(name) for row in rows)]
     heads = ["variant", *(FIDELITY[name][0] for name in shown)]
-    return _table(
+    return table(
         heads, [[r["name"], *(_cell(r.get(name), FIDELITY[name][1]) for name in shown)] for r in rows], "stats"
     )
 
@@ -244,7 +233,7 @@ def _stat(stat: dict | None, form: str) -> str:
 
 def _cell(stat: dict | None, form: str) -> Html:
     value, _, error = _stat(stat, form).partition(" (")
-    return _joined([value, " ", tag("small", f"({error}")]) if error else _joined([value])
+    return joined([value, " ", tag("small", f"({error}")]) if error else joined([value])
 
 
 def _fidelity_text(results: Results) -> str:
@@ -286,7 +275,7 @@ def _facts(results: Results, seconds: float | None) -> Html:
     }
     return tag(
         "dl",
-        *(_joined([tag("dt", name), tag("dd", value)]) for name, value in facts.items() if value not in ("", None)),
+        *(joined([tag("dt", name), tag("dd", value)]) for name, value in facts.items() if value not in ("", None)),
     )
 
 

@@ -4,6 +4,10 @@ MAP_TEXT = (
     "One row a variant, one cell a block of the teacher. A student stands in the place of the first block of its interval and "
     "does the work of all of it. Each interval is a switch: where it is off, the teacher's own blocks run."
 )
+MAP_SITES_TEXT = (
+    " Marks are width sites: projections in the place of a text stream (upper edge) or of one FFN (text above, image below). "
+    "Only what is really on is drawn."
+)
 CKA_TEXT = (
     "For each interval's first block u: how well the teacher's final image state survives when everything after u up to block k "
     "is replaced by linear maps (CKA, 1 is perfect). Below, the drop D that each further block adds."
@@ -26,6 +30,17 @@ SIZE_TEXT = (
 TIMESTEP_TEXT = (
     "Where on the way from noise to picture the variants leave the teacher. Bands are 95 % bootstrap intervals."
 )
+WIDTH_TEXT = (
+    "Where one projection can do the work of a text stream or of an FFN in the model with all intervals on. Above, how alike what "
+    "two layers read is (CKA, 1 is the same up to a rotation; lighter is more alike), with each chosen text group and the full "
+    "block that it reads from outlined, and how little each FFN changes its stream. Below, every candidate: "
+)
+SCORE_TEXTS = {
+    "damage": "the error that it adds to the final velocity by its closed form, against the parameters that it saves.",
+    "cka": "1 − CKA, summed over its layers, against the parameters that it saves.",
+}
+SCORE_NAMES = {"damage": "damage alone", "cka": "1 − CKA"}
+BY_HAND_TEXT = " The plan's sites are not the ones that detection chose: they were named by hand."
 STYLE = """
 :root{--ink:#1b2733;--quiet:#5c6b7a;--rule:#d9dfe5;--accent:#0072b2;--shade:#f3f6f9}
 *{box-sizing:border-box}
@@ -47,6 +62,9 @@ table.numbers{width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 .numbers thead th{color:var(--quiet);font-weight:500;font-size:.82rem;white-space:normal;vertical-align:bottom;border-bottom:2px solid var(--ink);line-height:1.3}
 .numbers th:first-child{text-align:left;padding-left:0;position:sticky;left:0;background:#fff}
 .numbers tbody th{font-weight:650}
+tbody th small{display:block;font-weight:400;color:var(--quiet)}
+ul.notes{margin:12px 0 0;padding-left:1.2em;color:var(--quiet);font-size:.9rem}
+.wide+.scroll,.scroll+.scroll{margin-top:18px}
 .stats td{vertical-align:top}.stats tbody th{vertical-align:top}
 .stats small{display:block;color:var(--quiet);font-size:.8rem}
 .pictures th,.pictures td{padding:2px 3px;vertical-align:middle}

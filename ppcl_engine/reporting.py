@@ -11,8 +11,10 @@ import torch
 from . import charts
 from . import pictures as draw
 from .files import TensorFile, read_json, replacing, write_json, write_text
+from .layout import Layout, layout_of
 from .plan import PruningPlan, Variant
 from .report_page import FIDELITY, page
+from .report_width import WidthResults, read_width, site_rows, width_drawings
 from .run import Run
 
 
@@ -29,6 +31,19 @@ class Results:
     damage: torch.Tensor
     losses: dict[str, torch.Tensor]
     pictures: dict[str, torch.Tensor]
+    width: WidthResults | None = None
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """What is really on in each variant of the layer map."""
+        return {variant.name: layout_of(self.plan, variant) for variant in self.mapped}
+
+    @property
+    def mapped(self) -> list[Variant]:
+        """Those evaluated, teacher first, then those that the plan names besides."""
+        names = [row["name"] for row in self.evaluation["variants"]]
+        names += [v.name for v in self.plan.variants if v.name not in names]
+        return [self.plan.variant(name) for name in names]
 
     @property
     def teacher(self) -> dict:
@@ -86,13 +101,16 @@ def _read(files: Run) -> Results:
         damage=curves.read("error").sum(-1) / curves.read("power").sum(),
         losses={name: values for name, values in losses.items() if len(values)},
         pictures=TensorFile(shown).read_all(),
+        width=read_width(files, plan),
     )
 
 
 def summary(results: Results, seconds: float | None) -> dict:
-    """report.json: plain numbers; `variants` are all but the teacher itself."""
+    """report.json: plain numbers; `variants` are all but the teacher itself, with the sites that are really on."""
     teacher, evaluation = results.teacher, results.evaluation
     plain = ("name", "parameters", "bytes", "flops", "seconds_per_step", "latency_ratio", "peak_memory_bytes")
+
+    layouts = results.layouts
 
     def flat(row: dict) -> dict:
         values = {name: row.get(name) for name in plain}
@@ -101,6 +119,11 @@ def summary(results: Results, seconds: float | None) -> dict:
             values |= {name: stat.get("value"), f"{name}_low": stat.get("low"), f"{name}_high": stat.get("high")}
         return values
 
+    def student(row: dict) -> dict:
+        variant, layout = results.plan.variant(row["name"]), layouts[row["name"]]
+        parts = {"intervals": list(variant.intervals), "sites": list(layout.sites), "notes": list(layout.notes)}
+        return {**flat(row), **parts, "tuned": variant.tuned}
+
     return {
         "seconds": seconds,
         "teacher": flat(teacher),
@@ -108,7 +131,8 @@ def summary(results: Results, seconds: float | None) -> dict:
             {"first": i.first, "last": i.last, "stability": i.stability, "score": i.score, "parameters": i.parameters}
             for i in results.plan.intervals
         ],
-        "variants": [flat(row) for row in results.students],
+        "sites": site_rows(results.plan),
+        "variants": [student(row) for row in results.students],
         "num_blocks": results.plan.num_blocks,
         **{
             name: evaluation.get(name)
@@ -123,22 +147,17 @@ def _drawings(results: Results) -> dict[str, bytes]:
     plan, evaluation = results.plan, results.evaluation
     parameters = {v.name: v.parameters for v in plan.variants if v.parameters}
     parameters |= {row["name"]: row["parameters"] for row in evaluation["variants"]}
-    drawings = {"layer_map": draw.layer_map(plan, _map_variants(results), parameters, results.teacher["parameters"])}
+    drawings = {"layer_map": draw.layer_map(plan, results.mapped, parameters, results.teacher["parameters"])}
     if plan.intervals:
         drawings["cka_curves"] = charts.cka_curves(plan, results.cka)
         drawings["damage_map"] = draw.damage_map(plan, results.damage)
     if results.losses:
         drawings["loss_curves"] = charts.loss_curves(results.losses)
+    if results.width:
+        drawings |= width_drawings(results.width)
     by_timestep = {row["name"]: row["velocity_error_by_timestep"] for row in results.students}
     if any(by_timestep.values()):
         drawings["velocity_error"] = charts.velocity_errors({name: rows for name, rows in by_timestep.items() if rows})
     if evaluation["captions_shown"]:
         drawings["pictures"] = draw.picture_sheet(results.pictured, evaluation["captions_shown"], results.pictures)
     return drawings
-
-
-def _map_variants(results: Results) -> list[Variant]:
-    """Those evaluated, teacher first, then those that the plan names besides."""
-    names = [row["name"] for row in results.evaluation["variants"]]
-    names += [v.name for v in results.plan.variants if v.name not in names]
-    return [results.plan.variant(name) for name in names]
