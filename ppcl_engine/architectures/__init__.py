@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .projections import SharedText
 from .base import Architecture, BlockState, Inputs
+from .projections import SharedText
 from .qwen_image import QwenImage
 
 ARCHITECTURES: tuple[Architecture, ...] = (QwenImage(),)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .projections import FixedModulation, Nothing, PaddedModulation, ProjectedText, SharedText
 from .base import BlockState, Inputs, ReleasedNames
+from .projections import FixedModulation, Nothing, PaddedModulation, ProjectedText, SharedText
 
 VAE_PIXELS = 8  # pixels a latent position of its VAE covers
 STREAMS = {"image": "img", "text": "txt"}  # as the names of a block's parts begin

@@ -51,7 +51,7 @@ def detect_width(config: DetectWidthConfig) -> Path:
     run, teacher = Run(config.run), open_teacher(config)
     calibration = open_calibration(config, teacher.weights)
     plan = open_plan(config, teacher.weights).with_parts(sites=(), variants=())
-    students = RunStudents(run, teacher.config, teacher.architecture)
+    students = RunStudents(run, teacher.config, teacher.architecture, polished=False)
     inputs = calibration.all_inputs()
     grid = tuple(inputs[0]["grid"][0].tolist())
     cost = CostModel(teacher.architecture, teacher.config, grid, inputs[0]["encoder_hidden_states"].shape[1])
@@ -78,22 +78,31 @@ def detect_width(config: DetectWidthConfig) -> Path:
 
 
 def choose(candidates: list[Candidate], saving: float, plan: PruningPlan) -> list[Candidate]:
-    """Least score a saved parameter first, until the budget is met; what a plan refuses together is passed over.
+    """The set that meets the budget at the least sum of scores, of those that start from any one text group or none.
 
-    Raises ValueError when all candidates together save too little.
+    Cheap FFNs of the text would otherwise keep the group out that holds them. Raises ValueError when all
+    candidates together save too little.
     """
-    chosen: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.score / c.saving, c.name)):
-        if sum(c.saving for c in chosen) >= saving:
-            break
-        if _fit_together(plan, [*chosen, candidate]):
-            chosen.append(candidate)
-    left = saving - sum(c.saving for c in chosen)
+    groups = [c for c in candidates if c.sites[0].kind == "text"]
+    sets = [_cheapest(candidates, saving, plan, start) for start in ([], *([group] for group in groups))]
+    left = min(saving - sum(c.saving for c in chosen) for chosen in sets)
     if left > 0:
         raise ValueError(
             f"width sites leave the model {left / 1e6:.2f} M parameters above --share; raise it, or detect more "
             "intervals with --remove"
         )
+    enough = [chosen for chosen in sets if sum(c.saving for c in chosen) >= saving]
+    return min(enough, key=lambda chosen: sum(c.score for c in chosen))
+
+
+def _cheapest(candidates: list[Candidate], saving: float, plan: PruningPlan, start: list[Candidate]) -> list[Candidate]:
+    """Least score a saved parameter first, until the budget is met; what a plan refuses together is passed over."""
+    chosen = list(start)
+    for candidate in sorted(candidates, key=lambda c: (c.score / c.saving, c.name)):
+        if sum(c.saving for c in chosen) >= saving:
+            break
+        if _fit_together(plan, [*chosen, candidate]):
+            chosen.append(candidate)
     return chosen
 
 

@@ -76,7 +76,7 @@ class _Work:
     fits: list[Fit]
 
     def __post_init__(self):
-        self.students = RunStudents(self.run, self.teacher.config, self.teacher.architecture)
+        self.students = RunStudents(self.run, self.teacher.config, self.teacher.architecture, polished=False)
         origin = {fit: _trained_on(self.run, fit) for fit in self.fits}
         self.settings = {fit: _settings(self.config, self.calibration, fit, origin[fit]) for fit in self.fits}
 

@@ -13,7 +13,7 @@ from ppcl_engine.config import DetectWidthConfig, DistillWidthConfig, ExportConf
 from ppcl_engine.data import load_calibration
 from ppcl_engine.files import TensorFile, write_text
 from ppcl_engine.layout import Place, layout_of
-from ppcl_engine.plan import parse_intervals, parse_sites
+from ppcl_engine.plan import parse_intervals
 from ppcl_engine.run import Run, RunStudents
 from ppcl_engine.stages.detect_width import detect_width
 from ppcl_engine.stages.distill_width import distill_width
@@ -107,8 +107,9 @@ def test_training_lowers_every_loss_and_leaves_the_rest_alone(new_run, teacher_f
 def test_interrupted_training_ends_in_the_same_bits(new_run, teacher_file, monkeypatch):
     whole = projection_files(distil(new_run("whole"), teacher_file))
     run, calls = new_run("stopped"), []
-    import ppcl_engine.stages.distill_width as stage
     from contextlib import contextmanager
+
+    import ppcl_engine.stages.distill_width as stage
 
     @contextmanager
     def stops_at_once():

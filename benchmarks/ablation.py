@@ -1,0 +1,198 @@
+"""PPCL against every baseline, on the bundled teacher: the paper's ladder, equal parameters, three sizes of one training.
+
+Every row has the same calibration data and the same budget of block passes, half of it for the same
+learning-rate search. Scores are on captions and samples that nothing was trained on, with 95 % bootstrap
+intervals. Rows that are done are read from `runs/ablation`, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ppcl_engine import charts
+from ppcl_engine.bundle import open_model
+from ppcl_engine.checkpoint import Weights
+from ppcl_engine.config import DetectConfig, ProbeConfig
+from ppcl_engine.data import save_calibration
+from ppcl_engine.files import read_json, replacing, write_json
+from ppcl_engine.run import Run
+from ppcl_engine.stages.detect import detect
+from ppcl_engine.stages.probe import probe
+from ppcl_engine.streaming import Teacher
+
+from . import report
+from .ablation_rows import (
+    PAPER,
+    Build,
+    Context,
+    Recipe,
+    baseline_row,
+    budget_intervals,
+    greedy_intervals,
+    recipe_row,
+    sequential_row,
+    trained,
+)
+from .ablation_sizes import one_training, subsets
+from .scoring import Judge
+from .teachers import BUNDLED, describe, rendered
+
+BUDGET = 16_000  # block passes of a row
+CAPTIONS, SAMPLES, BATCH = 300, 480, 48
+PAPER_REMOVED = 10  # of 24 blocks, as 25 of 60
+HALF = 0.5024  # 12 of 24 blocks are left: what the baselines have
+OURS_REMOVED = 6
+SIZES = {"large": 0.684, "medium": 0.584, "small": 0.519}  # 13.97, 11.93 and 10.60 of 20.43 B
+SEQUENTIAL = ("cka_sequential", "+ linear probes")
+OTHERS = ("tinyfusion", "hierarchical_prune", "cosine", "mse", "every_second", "random_contiguous")
+
+
+@dataclass(frozen=True)
+class Row:
+    table: str
+    name: str
+    build: Callable[[Context], Build]
+
+    @property
+    def folder(self) -> str:
+        return f"{self.table}-{self.name}".replace(" ", "_").replace("+", "with")
+
+
+def rows() -> list[Row]:
+    """In the order in which they run; what a row needs of the context is looked up when its turn comes."""
+    ladder, equal = "ladder", "equal_parameters"
+
+    def paper(width: dict | None, shares: dict[str, float], removed: int = PAPER_REMOVED) -> Callable[[Context], Build]:
+        return lambda c: recipe_row(
+            Recipe(intervals=greedy_intervals(c, removed), depth=PAPER, width=width, shares=shares)
+        )
+
+    text = {"method": "cka", "form": "paper", "kinds": "text", "share": 0.56}
+    both = {"method": "cka", "form": "paper", "share": 0.519}
+    at_half = {"method": "cka", "form": "paper", "share": HALF}
+    return [
+        Row(equal, "ours", lambda c: recipe_row(ours(c, HALF))),
+        Row(equal, "ppcl", paper(at_half, {"depth": 0.5, "width": 0.25, "finetune": 0.25})),
+        *(Row(equal, name, lambda c, name=name: baseline_row(name, 12)) for name in OTHERS),
+        Row(ladder, "cka_sequential", lambda c: baseline_row("cka_sequential", PAPER_REMOVED)),
+        Row(ladder, "+ linear probes", lambda c: sequential_row(greedy_intervals(c, PAPER_REMOVED))),
+        Row(ladder, "+ non-sequential", paper(None, {"depth": 1.0})),
+        Row(ladder, "+ text", paper(text, {"depth": 0.75, "width": 0.25})),
+        Row(ladder, "+ FFN", paper(both, {"depth": 0.65, "width": 0.35})),
+        Row(ladder, "+ fine-tune", paper(both, {"depth": 0.45, "width": 0.25, "finetune": 0.3})),
+        Row("sizes", "separate large", lambda c: recipe_row(ours(c, SIZES["large"]))),
+        Row("sizes", "separate medium", lambda c: recipe_row(ours(c, SIZES["medium"]))),
+        Row("sizes", "one training small", lambda c: recipe_row(ours(c, SIZES["small"]))),
+        Row(equal, "cka_sequential", lambda c: baseline_row("cka_sequential", 12)),
+    ]
+
+
+def ours(context: Context, share: float) -> Recipe:
+    """Intervals by measured damage, affine starts, width in the cheapest forms, then the polish."""
+    removed = max(2, round(OURS_REMOVED * (1 - share) / (1 - HALF)))
+    width = {"method": "damage", "form": "best", "share": share, "samples": 48}
+    return Recipe(intervals=budget_intervals(context, removed), width=width,
+                  shares={"depth": 0.35, "width": 0.1, "polish": 0.55})  # fmt: skip
+
+
+def measure(context: Context, judge: Judge, row: Row, folder: Path) -> dict:
+    """Trains and scores one row, or reads what an earlier run left."""
+    path = folder / row.folder / "row.json"
+    if path.exists():
+        return read_json(path)
+    start = time.monotonic()
+    build = row.build(context)
+    model, search = trained(context, build, folder / row.folder, judge.validation_error)
+    values = {"name": row.name, "table": row.table, **judge.score(model, row.name), **search}
+    values |= subsets(context, judge, row.name, model, folder / row.folder / "run")
+    values["seconds"] = time.monotonic() - start
+    write_json(path, values)
+    return values
+
+
+def prepare(chosen, folder: Path) -> tuple[Context, Judge]:
+    weights = Weights(chosen.teacher)
+    teacher = Teacher(weights, torch.float32, "cpu", streamed=False)
+    samples = SAMPLES if not chosen.quick else 2 * BATCH
+    calibration = rendered(chosen.teacher, weights, samples, BATCH, seed=0)
+    base = Run(folder / "base")
+    if not base.calibration.exists():
+        save_calibration(base.calibration, calibration)
+    settings = {
+        "longest": 8 if not chosen.quick else 3,
+        "bootstrap": 0,
+        "samples": 128 if not chosen.quick else samples,
+    }
+    write_json(base.folder / "detect_settings.json", settings)
+    common = {"model": chosen.teacher, "run": base.folder, "device": "cpu"}
+    probe(ProbeConfig(**common))
+    detect(DetectConfig(**common, **settings))
+    budget = chosen.budget or (BUDGET if not chosen.quick else 1_200)
+    context = Context(model=chosen.teacher, teacher=teacher, calibration=calibration, base=base.folder, budget=budget)
+    unseen = rendered(chosen.teacher, weights, 240 if not chosen.quick else BATCH, BATCH, seed=1)
+    captions = chosen.captions or (CAPTIONS if not chosen.quick else 10)
+    validation = rendered(chosen.teacher, weights, 2 * BATCH, BATCH, seed=2)
+    judge = Judge(chosen.teacher, open_model(chosen.teacher), validation, unseen, captions, folder)
+    return (replace(context, rates=(1e-3,)) if chosen.quick else context), judge
+
+
+def run(chosen) -> dict:
+    folder = Path(chosen.work)
+    context, judge = prepare(chosen, folder)
+    done = []
+    for row in rows():
+        if chosen.only and row.folder not in chosen.only.split(","):
+            continue
+        done.append(measure(context, judge, row, folder))
+        values = done[-1]
+        print(f"\n{row.table} {row.name}: drop {values['drop_percent']:.2f} % ({values['low']:.2f}-{values['high']:.2f}), "
+              f"velocity error {values['velocity_error']['value']:.4f}, {values['parameters'] / 1e6:.2f} M", flush=True)  # fmt: skip
+    done += one_training(context, judge, folder, SIZES)
+    tables = {name: [row for row in done if row["table"] == name] for name in ("ladder", "equal_parameters", "sizes")}
+    about = {
+        "budget": context.budget,
+        "rates": context.rates,
+        "teacher": describe(chosen.teacher, context.teacher.weights),
+    }
+    half = folder / "half" / "row.json"
+    return {**tables, "ours_at_half": read_json(half) if half.exists() else None, **about}
+
+
+def show(values: dict) -> None:
+    for table in ("ladder", "equal_parameters", "sizes"):
+        lines = [
+            [r["name"], f"{r['parameters'] / 1e6:.2f}", f"{r['drop_percent']:.2f} ({r['low']:.2f}-{r['high']:.2f})",
+             f"{100 * r['character_accuracy']:.1f}", f"{r['image_distance']:.3f}", f"{r['velocity_error']['value']:.4f}",
+             f"{r['mean_of_subsets']:.4f}" if r.get("mean_of_subsets") else "-", f"{r.get('learning_rate', 0):g}"]
+            for r in values[table]
+        ]  # fmt: skip
+        header = ["row", "M", "drop %", "characters %", "image distance", "velocity error", "mean of subsets", "rate"]
+        report.print_table(table.replace("_", " "), header, lines)
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = report.options("ablation", __doc__)
+    parser.add_argument("--teacher", type=Path, default=BUNDLED)
+    parser.add_argument("--work", type=Path, help="folder of the trainings (runs/ablation); a second run goes on there")
+    parser.add_argument("--budget", type=int, help=f"block passes of a row ({BUDGET})")
+    parser.add_argument("--captions", type=int, help=f"pictures a row ({CAPTIONS})")
+    parser.add_argument("--only", help="folders of the rows to train now, comma-separated; no result file is written")
+    chosen = report.parse(parser, arguments)
+    chosen.work = chosen.work or Path("runs/ablation_quick" if chosen.quick else "runs/ablation")
+    values = run(chosen)
+    if chosen.only:
+        return chosen.work
+    show(values)
+    titled = {name.replace("_", " "): values[name] for name in ("ladder", "equal_parameters", "sizes")}
+    with replacing(chosen.output / "ablation.png") as temporary:
+        temporary.write_bytes(charts.ablation_chart(titled))
+    return report.write("ablation", chosen, values)
+
+
+if __name__ == "__main__":
+    main()
