@@ -32,8 +32,7 @@ from .ablation_rows import (
     Context,
     Recipe,
     baseline_row,
-    budget_intervals,
-    greedy_intervals,
+    intervals,
     recipe_row,
     sequential_row,
     trained,
@@ -69,7 +68,7 @@ def rows() -> list[Row]:
 
     def paper(width: dict | None, shares: dict[str, float], removed: int = PAPER_REMOVED) -> Callable[[Context], Build]:
         return lambda c: recipe_row(
-            Recipe(intervals=greedy_intervals(c, removed), depth=PAPER, width=width, shares=shares)
+            Recipe(intervals=intervals(c, "ppcl", removed), depth=PAPER, width=width, shares=shares)
         )
 
     text = {"method": "cka", "form": "paper", "kinds": "text", "share": 0.56}
@@ -80,7 +79,7 @@ def rows() -> list[Row]:
         Row(equal, "ppcl", paper(at_half, {"depth": 0.5, "width": 0.25, "finetune": 0.25})),
         *(Row(equal, name, lambda c, name=name: baseline_row(name, 12)) for name in OTHERS),
         Row(ladder, "cka_sequential", lambda c: baseline_row("cka_sequential", PAPER_REMOVED)),
-        Row(ladder, "+ linear probes", lambda c: sequential_row(greedy_intervals(c, PAPER_REMOVED))),
+        Row(ladder, "+ linear probes", lambda c: sequential_row(intervals(c, "ppcl", PAPER_REMOVED))),
         Row(ladder, "+ non-sequential", paper(None, {"depth": 1.0})),
         Row(ladder, "+ text", paper(text, {"depth": 0.75, "width": 0.25})),
         Row(ladder, "+ FFN", paper(both, {"depth": 0.65, "width": 0.35})),
@@ -96,17 +95,16 @@ def ours(context: Context, share: float) -> Recipe:
     """Intervals by measured damage, affine starts, width in the cheapest forms, then the polish."""
     removed = max(2, round(OURS_REMOVED * (1 - share) / (1 - HALF)))
     width = {"method": "damage", "form": "best", "share": share, "samples": 48}
-    return Recipe(intervals=budget_intervals(context, removed), width=width,
+    return Recipe(intervals=intervals(context, "budget", removed), width=width,
                   shares={"depth": 0.35, "width": 0.1, "polish": 0.55})  # fmt: skip
 
 
-def measure(context: Context, judge: Judge, row: Row, folder: Path) -> dict:
+def measure(context: Context, judge: Judge, row: Row, build: Build, folder: Path) -> dict:
     """Trains and scores one row, or reads what an earlier run left."""
     path = folder / row.folder / "row.json"
     if path.exists():
         return read_json(path)
     start = time.monotonic()
-    build = row.build(context)
     model, search = trained(context, build, folder / row.folder, judge.validation_error)
     values = {"name": row.name, "table": row.table, **judge.score(model, row.name), **search}
     values |= subsets(context, judge, row.name, model, folder / row.folder / "run")
@@ -144,11 +142,12 @@ def prepare(chosen, folder: Path) -> tuple[Context, Judge]:
 def run(chosen) -> dict:
     folder = Path(chosen.work)
     context, judge = prepare(chosen, folder)
+    builds = {row: row.build(context) for row in rows()}  # finds every row's intervals before anything is trained
     done = []
-    for row in rows():
+    for row, build in builds.items():
         if chosen.only and row.folder not in chosen.only.split(","):
             continue
-        done.append(measure(context, judge, row, folder))
+        done.append(measure(context, judge, row, build, folder))
         values = done[-1]
         print(f"\n{row.table} {row.name}: drop {values['drop_percent']:.2f} % ({values['low']:.2f}-{values['high']:.2f}), "
               f"velocity error {values['velocity_error']['value']:.4f}, {values['parameters'] / 1e6:.2f} M", flush=True)  # fmt: skip

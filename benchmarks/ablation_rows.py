@@ -202,7 +202,17 @@ def selected(context: Context, name: str, remove: int) -> tuple[tuple[int, ...],
     return tuple(known[key]["removed"]), known[key]["passes"]
 
 
-def greedy_intervals(context: Context, remove: int) -> str:
+def intervals(context: Context, method: str, remove: int) -> str:
+    """Of the paper's greedy rule ("ppcl"), or the dynamic programme ("budget"); found once and kept in `intervals.json`."""
+    path, key = context.base / "intervals.json", f"{method} {remove}"
+    known = read_json(path) if path.exists() else {}
+    if key not in known:
+        known[key] = (_greedy if method == "ppcl" else _budget)(context, remove)
+        write_json(path, known)
+    return known[key]
+
+
+def _greedy(context: Context, remove: int) -> str:
     """The paper's rule with the thresholds at which it removes just `remove` blocks, or a few more and the ends with
     the largest damage given back."""
     best: tuple[Interval, ...] | None = None
@@ -229,7 +239,7 @@ def _trimmed(intervals: list[Interval], surplus: int) -> str:
     return " ".join(i.name for i in sorted(intervals, key=lambda i: i.first))
 
 
-def budget_intervals(context: Context, remove: int) -> str:
+def _budget(context: Context, remove: int) -> str:
     """The dynamic programme on measured end damage."""
     settings = {**context.common, "run": context.base, **read_json(context.base / "detect_settings.json")}
     detect(DetectConfig(**settings, method="budget", remove=remove))

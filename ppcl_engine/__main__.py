@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import config as settings
+from . import config_files
 
 STAGES: dict[str, tuple[type, str]] = {
     "calibrate": (settings.CalibrateConfig, "stages.calibrate"),
@@ -20,13 +21,13 @@ STAGES: dict[str, tuple[type, str]] = {
     "polish": (settings.PolishConfig, "stages.polish"),
     "variants": (settings.VariantsConfig, "stages.variants"),
     "finetune": (settings.FinetuneConfig, "stages.finetune"),
-    "export": (settings.ExportConfig, "stages.export"),
-    "import": (settings.ImportConfig, "stages.import_released"),
-    "evaluate": (settings.EvaluateConfig, "stages.evaluate"),
-    "generate": (settings.GenerateConfig, "stages.generate"),
-    "inspect": (settings.InspectConfig, "stages.inspect"),
-    "bench": (settings.BenchConfig, "stages.bench"),
-    "demo": (settings.DemoConfig, "demo.run"),
+    "export": (config_files.ExportConfig, "stages.export"),
+    "import": (config_files.ImportConfig, "stages.import_released"),
+    "evaluate": (config_files.EvaluateConfig, "stages.evaluate"),
+    "generate": (config_files.GenerateConfig, "stages.generate"),
+    "inspect": (config_files.InspectConfig, "stages.inspect"),
+    "bench": (config_files.BenchConfig, "stages.bench"),
+    "demo": (config_files.DemoConfig, "demo.run"),
 }
 FUNCTIONS = {"import": "import_released"}  # of stages whose own name is a word of Python
 USER_ERROR, INTERRUPTED = 2, 130
@@ -61,7 +62,7 @@ def _dispatch(stage: str, arguments: list[str]) -> None:
     import tyro
 
     if stage == "run":
-        run_file(tyro.cli(settings.RunConfig, args=arguments, prog="ppcl run").file)
+        run_file(tyro.cli(config_files.RunConfig, args=arguments, prog="ppcl run").file)
         return
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; known: {', '.join([*STAGES, 'run'])}")
@@ -113,7 +114,7 @@ def _function(stage: str) -> Callable:
 
 def _usage() -> str:
     lines = [f"  {name:14} {kind.__doc__.splitlines()[0]}" for name, (kind, _) in STAGES.items()]
-    lines.append(f"  {'run':14} {settings.RunConfig.__doc__}")
+    lines.append(f"  {'run':14} {config_files.RunConfig.__doc__}")
     return "usage: ppcl STAGE [settings]; ppcl STAGE --help lists them\n\n" + "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .codecs import Codec, TableCodec, open_codec
-from .config import EvaluateConfig
+from .config_files import EvaluateConfig
 from .run import resolve_device
 
 

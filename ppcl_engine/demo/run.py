@@ -8,16 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..config import (
-    CalibrateConfig,
-    DemoConfig,
-    DetectConfig,
-    DistillDepthConfig,
-    EvaluateConfig,
-    ExportConfig,
-    ProbeConfig,
-    VariantsConfig,
-)
+from ..config import CalibrateConfig, DetectConfig, DistillDepthConfig, ProbeConfig, VariantsConfig
+from ..config_files import DemoConfig, EvaluateConfig, ExportConfig
 from ..stages.calibrate import calibrate
 from ..stages.detect import detect
 from ..stages.distill_depth import distill_depth

@@ -8,7 +8,7 @@ import torch
 
 from ..bundle import Bundle, architecture_of, is_bundle, open_model
 from ..checkpoint import parameter_count
-from ..config import BenchConfig
+from ..config_files import BenchConfig
 from ..run import DTYPES, resolve_device
 
 

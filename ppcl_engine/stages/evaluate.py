@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..bundle import open_variant
 from ..checkpoint import Weights
-from ..config import EvaluateConfig
+from ..config_files import EvaluateConfig
 from ..cost import CostModel
 from ..data import CalibrationSet, caption_file
 from ..files import write_json, write_tensors

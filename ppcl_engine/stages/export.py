@@ -21,7 +21,7 @@ from ..bundle import (
     write_bundle,
 )
 from ..checkpoint import Weights
-from ..config import ExportConfig
+from ..config_files import ExportConfig
 from ..files import TensorEntry, TensorFile, write_json
 from ..layout import Place, layout_of
 from ..plan import PruningPlan, Variant

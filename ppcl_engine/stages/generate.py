@@ -9,7 +9,7 @@ import torch
 
 from ..bundle import architecture_of, is_bundle, open_model
 from ..codecs import open_codec
-from ..config import GenerateConfig
+from ..config_files import GenerateConfig
 from ..files import replacing
 from ..run import resolve_device
 from ..sampling import draw_prompts, encode_prompts

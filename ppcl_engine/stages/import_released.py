@@ -20,7 +20,7 @@ from .. import __version__
 from ..architectures import architecture_named
 from ..bundle import BUNDLE_SUFFIX, empty_model, projection_prefix, student_prefix, tuned_prefix, write_bundle
 from ..checkpoint import Weights
-from ..config import ImportConfig
+from ..config_files import ImportConfig
 from ..data import CalibrationSet, load_calibration
 from ..files import TensorEntry
 from ..layout import Place, group_places, layout_of

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..architectures import ARCHITECTURES, Architecture
 from ..bundle import Bundle, is_bundle, standalone_structure
 from ..checkpoint import Weights, expected_shapes
-from ..config import InspectConfig
+from ..config_files import InspectConfig
 from ..released import Released, is_width_pruned, published_intervals, repeated_steps_warning, teacher_indices
 
 

@@ -9,7 +9,8 @@ import torch
 
 from ppcl_engine.bundle import open_model, open_variant, placed_block
 from ppcl_engine.checkpoint import Weights
-from ppcl_engine.config import DetectWidthConfig, DistillWidthConfig, ExportConfig
+from ppcl_engine.config import DetectWidthConfig, DistillWidthConfig
+from ppcl_engine.config_files import ExportConfig
 from ppcl_engine.data import load_calibration
 from ppcl_engine.files import TensorFile, write_text
 from ppcl_engine.layout import Place, layout_of

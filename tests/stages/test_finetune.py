@@ -8,7 +8,8 @@ import torch
 from ppcl_engine.bundle import open_model, open_variant
 from ppcl_engine.chain import velocity_loss
 from ppcl_engine.checkpoint import Weights, parameter_count
-from ppcl_engine.config import ExportConfig, FinetuneConfig, VariantsConfig
+from ppcl_engine.config import FinetuneConfig, VariantsConfig
+from ppcl_engine.config_files import ExportConfig
 from ppcl_engine.data import CLEAN, load_calibration
 from ppcl_engine.files import TensorFile, write_tensors
 from ppcl_engine.run import Run, RunStudents

@@ -11,7 +11,7 @@ from ppcl_engine import open_model
 from ppcl_engine.__main__ import USER_ERROR, main
 from ppcl_engine.bundle import Bundle, standalone_structure
 from ppcl_engine.checkpoint import Weights
-from ppcl_engine.config import ImportConfig
+from ppcl_engine.config_files import ImportConfig
 from ppcl_engine.data import save_calibration
 from ppcl_engine.files import TensorFile
 from ppcl_engine.released import Released

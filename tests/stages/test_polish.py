@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ppcl_engine.bundle import open_model
-from ppcl_engine.config import ExportConfig, PolishConfig, VariantsConfig
+from ppcl_engine.config import PolishConfig, VariantsConfig
+from ppcl_engine.config_files import ExportConfig
 from ppcl_engine.data import load_calibration
 from ppcl_engine.files import TensorFile, write_tensors
 from ppcl_engine.plan import Variant

@@ -1,0 +1,168 @@
+"""Settings of the stages that write, read, measure or draw with model files; those of the method are in config.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .config import Common
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Common):
+    """Write the bundle, or one variant as a file of its own."""
+
+    layout: Literal["bundle", "comfyui", "diffusers", "ppcl"] = "bundle"
+    """bundle: all variants, needs the base model. comfyui, diffusers: one variant, renumbered, for stock
+    hosts (no corrections). ppcl: one variant with the teacher's indices, for our loaders."""
+    variant: str = "small"
+    """Which variant a file of its own holds."""
+    name: str = "pruned"
+    """File name without ending: letters, digits, '-', '_'."""
+    store: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Make a bundle or a standalone of ours from a pruned model that the method's authors released."""
+
+    path: Path
+    """The released folder: config.json and weights (safetensors or .bin, sharded or not)."""
+    base: Path | None = None
+    """The teacher it was pruned from: a diffusers folder, or a ComfyUI single file. A bundle needs it."""
+    run: Path = Path("runs/import")
+    """The folder that the file is written to."""
+    name: str = "released"
+    """File name without ending: letters, digits, '-', '_'."""
+    layout: Literal["bundle", "ppcl"] = "bundle"
+    """bundle: intervals can be given back to the base. ppcl: the released model alone, with the teacher's indices."""
+    intervals: str = ""
+    """The teacher's blocks that it replaced, as '3-4 8-10', where they were not published."""
+    legacy_txt_proj: bool = False
+    """Its text projections mean P(x), not P(x) + x: an older release under the same names."""
+    refit: bool = False
+    """Fit the step of each text group anew from the teacher: the authors' exporter wrote one group's into several."""
+    calibration: Path | None = None
+    """Calibration set of the teacher, to refit on; by default the one in the run folder."""
+    store: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision in the file."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the teacher's blocks while it refits; statistics are always float64."""
+    streamed: bool = False
+    """Read the teacher's blocks from disk one after the other instead of keeping the whole model in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Common):
+    """Compare variants with the teacher at the same seeds, and write report.html."""
+
+    captions: int = 100
+    """Pictures drawn a variant."""
+    prompts: Path | None = None
+    """Captions to draw, one a line; by default the calibration's own task where it has one."""
+    steps: int = 20
+    """Sampling steps."""
+    guidance: float = 2.0
+    """Classifier-free guidance."""
+    batch: int = 50
+    """Pictures at once."""
+    variants: str = ""
+    """Names, separated by commas; empty is every named variant."""
+    height: int = 0
+    """Height of a picture in pixels; 0 is the model's default."""
+    width: int = 0
+    """Width of a picture in pixels; 0 is the model's default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Draw pictures with any model file or bundle."""
+
+    path: Path
+    """Bundle, standalone, diffusers folder or single file."""
+    prompt: str
+    """What to draw; several captions are separated by '|'."""
+    base: Path | None = None
+    """The base model of a bundle; also where text encoder and VAE come from."""
+    variant: str | None = None
+    """Variant of a bundle."""
+    output: Path = Path("runs/generate.png")
+    """The picture to write."""
+    steps: int = 20
+    """Sampling steps."""
+    guidance: float = 2.0
+    """Classifier-free guidance."""
+    seed: int = 0
+    """Noise."""
+    height: int = 0
+    """Height of a picture in pixels; 0 is the model's default."""
+    width: int = 0
+    """Width of a picture in pixels; 0 is the model's default."""
+    device: str = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Say what a file holds, or what architectures are known."""
+
+    path: Path | None = None
+    """Bundle, standalone, diffusers folder, released folder or single file."""
+    legacy_txt_proj: bool = False
+    """Text projections of a released folder mean P(x), not P(x) + x: an older release under the same names."""
+    architectures: bool = False
+    """List the known full-size models, counted without weights."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Time a forward of each variant on random inputs, interleaved, on this machine."""
+
+    path: Path
+    """Bundle, standalone, diffusers folder or single file."""
+    base: Path | None = None
+    """The base model of a bundle."""
+    rows: int = 6
+    """Rows of image tokens (a token covers 16 pixels of a full-size model)."""
+    columns: int = 6
+    """Columns of image tokens."""
+    text_tokens: int = 9
+    """Text tokens."""
+    batch: int = 1
+    """Samples at once."""
+    repeats: int = 10
+    """Forwards a variant; the median counts."""
+    device: str = "auto"
+    """Where to compute."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole method on the bundled teacher: calibrate to report, no download."""
+
+    run: Path = Path("runs/demo")
+    """Where everything goes."""
+    device: str = "auto"
+    """Where to compute."""
+    seed: int = 0
+    """Seed of every stage."""
+    captions: int = 200
+    """Pictures drawn a variant in the evaluation."""
+    quick: bool = False
+    """Fewest samples and updates: shows in a minute that everything runs; its figures mean nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Run the stages that a TOML file names, in its order; [common] holds what they share."""
+
+    file: Path
+    """The file: tables named as the stages are, with their settings."""
