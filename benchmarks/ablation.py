@@ -7,6 +7,7 @@ intervals. Rows that are done are read from `runs/ablation`, so an interrupted r
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,9 +17,10 @@ import torch
 
 from ppcl_engine import charts
 from ppcl_engine.bundle import open_model
-from ppcl_engine.checkpoint import Weights
+from ppcl_engine.checkpoint import Weights, expected_shapes
 from ppcl_engine.config import DetectConfig, ProbeConfig
 from ppcl_engine.data import save_calibration
+from ppcl_engine.demo.codec import fit_codec
 from ppcl_engine.files import read_json, replacing, write_json
 from ppcl_engine.run import Run
 from ppcl_engine.stages.detect import detect
@@ -38,16 +40,17 @@ from .ablation_rows import (
     trained,
 )
 from .ablation_sizes import one_training, subsets
+from .memory import NARROW
 from .scoring import Judge
-from .teachers import BUNDLED, describe, rendered
+from .teachers import BUNDLED, describe, random_teacher, rendered
 
 BUDGET = 16_000  # block passes of a row
 CAPTIONS, SAMPLES, BATCH = 300, 480, 48
-PAPER_REMOVED = 10  # of 24 blocks, as 25 of 60
-HALF = 0.5024  # 12 of 24 blocks are left: what the baselines have
-OURS_REMOVED = 6
+PAPER_REMOVED = 25 / 60  # of the blocks
+OURS_REMOVED = 1 / 4  # of the blocks, where half of the parameters go; width takes the rest
+TINY = {**NARROW, "num_layers": 6}  # the teacher of a quick run
 SIZES = {"large": 0.684, "medium": 0.584, "small": 0.519}  # 13.97, 11.93 and 10.60 of 20.43 B
-SEQUENTIAL = ("cka_sequential", "+ linear probes")
+HALF = -1.0  # stands for `half` of the teacher at hand
 OTHERS = ("tinyfusion", "hierarchical_prune", "cosine", "mse", "every_second", "random_contiguous")
 
 
@@ -66,20 +69,22 @@ def rows() -> list[Row]:
     """In the order in which they run; what a row needs of the context is looked up when its turn comes."""
     ladder, equal = "ladder", "equal_parameters"
 
-    def paper(width: dict | None, shares: dict[str, float], removed: int = PAPER_REMOVED) -> Callable[[Context], Build]:
-        return lambda c: recipe_row(
-            Recipe(intervals=intervals(c, "ppcl", removed), depth=PAPER, width=width, shares=shares)
-        )
+    def paper(width: dict | None, shares: dict[str, float]) -> Callable[[Context], Build]:
+        def build(c: Context) -> Build:
+            chosen = width and {**width, "share": half(c) if width["share"] == HALF else width["share"]}
+            return recipe_row(Recipe(intervals=greedy(c), depth=PAPER, width=chosen, shares=shares))
+
+        return build
 
     text = {"method": "cka", "form": "paper", "kinds": "text", "share": 0.56}
     both = {"method": "cka", "form": "paper", "share": 0.519}
     at_half = {"method": "cka", "form": "paper", "share": HALF}
     return [
-        Row(equal, "ours", lambda c: recipe_row(ours(c, HALF))),
+        Row(equal, "ours", lambda c: recipe_row(ours(c, half(c)))),
         Row(equal, "ppcl", paper(at_half, {"depth": 0.5, "width": 0.25, "finetune": 0.25})),
-        *(Row(equal, name, lambda c, name=name: baseline_row(name, 12)) for name in OTHERS),
-        Row(ladder, "cka_sequential", lambda c: baseline_row("cka_sequential", PAPER_REMOVED)),
-        Row(ladder, "+ linear probes", lambda c: sequential_row(intervals(c, "ppcl", PAPER_REMOVED))),
+        *(Row(equal, name, lambda c, name=name: baseline_row(name, c.teacher.num_blocks // 2)) for name in OTHERS),
+        Row(ladder, "cka_sequential", lambda c: baseline_row("cka_sequential", removed(c, PAPER_REMOVED))),
+        Row(ladder, "+ linear probes", lambda c: sequential_row(greedy(c))),
         Row(ladder, "+ non-sequential", paper(None, {"depth": 1.0})),
         Row(ladder, "+ text", paper(text, {"depth": 0.75, "width": 0.25})),
         Row(ladder, "+ FFN", paper(both, {"depth": 0.65, "width": 0.35})),
@@ -87,15 +92,31 @@ def rows() -> list[Row]:
         Row("sizes", "separate large", lambda c: recipe_row(ours(c, SIZES["large"]))),
         Row("sizes", "separate medium", lambda c: recipe_row(ours(c, SIZES["medium"]))),
         Row("sizes", "one training small", lambda c: recipe_row(ours(c, SIZES["small"]))),
-        Row(equal, "cka_sequential", lambda c: baseline_row("cka_sequential", 12)),
+        Row(equal, "cka_sequential", lambda c: baseline_row("cka_sequential", c.teacher.num_blocks // 2)),
     ]
+
+
+def removed(context: Context, share: float) -> int:
+    return max(1, round(context.teacher.num_blocks * share))
+
+
+def greedy(context: Context) -> str:
+    return intervals(context, "ppcl", removed(context, PAPER_REMOVED))
+
+
+def half(context: Context) -> float:
+    """Share of the parameters that a model without half of its blocks has: what the baselines get."""
+    shapes = expected_shapes(context.teacher.architecture, context.teacher.config)
+    count = {name: math.prod(shape) for name, shape in shapes.items()}
+    dropped = tuple(context.teacher.architecture.block_prefix(i) for i in range(context.teacher.num_blocks // 2))
+    return 1 - sum(size for name, size in count.items() if name.startswith(dropped)) / sum(count.values())
 
 
 def ours(context: Context, share: float) -> Recipe:
     """Intervals by measured damage, affine starts, width in the cheapest forms, then the polish."""
-    removed = max(2, round(OURS_REMOVED * (1 - share) / (1 - HALF)))
+    count = removed(context, OURS_REMOVED * 2 * (1 - share))
     width = {"method": "damage", "form": "best", "share": share, "samples": 48}
-    return Recipe(intervals=intervals(context, "budget", removed), width=width,
+    return Recipe(intervals=intervals(context, "budget", count), width=width,
                   shares={"depth": 0.35, "width": 0.1, "polish": 0.55})  # fmt: skip
 
 
@@ -162,6 +183,12 @@ def run(chosen) -> dict:
     return {**tables, "ours_at_half": read_json(half) if half.exists() else None, **about}
 
 
+def _tiny(path: Path) -> Path:
+    if not path.exists():
+        random_teacher(path, TINY, seed=0, codec=fit_codec(0, samples=16))
+    return path
+
+
 def show(values: dict) -> None:
     for table in ("ladder", "equal_parameters", "sizes"):
         lines = [
@@ -176,13 +203,14 @@ def show(values: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> Path:
     parser = report.options("ablation", __doc__)
-    parser.add_argument("--teacher", type=Path, default=BUNDLED)
+    parser.add_argument("--teacher", type=Path, help="the bundled one; a tiny random one for --quick")
     parser.add_argument("--work", type=Path, help="folder of the trainings (runs/ablation); a second run goes on there")
     parser.add_argument("--budget", type=int, help=f"block passes of a row ({BUDGET})")
     parser.add_argument("--captions", type=int, help=f"pictures a row ({CAPTIONS})")
     parser.add_argument("--only", help="folders of the rows to train now, comma-separated; no result file is written")
     chosen = report.parse(parser, arguments)
     chosen.work = chosen.work or Path("runs/ablation_quick" if chosen.quick else "runs/ablation")
+    chosen.teacher = chosen.teacher or (_tiny(chosen.work / "teacher.safetensors") if chosen.quick else BUNDLED)
     values = run(chosen)
     if chosen.only:
         return chosen.work

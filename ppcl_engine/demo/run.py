@@ -8,21 +8,37 @@ from pathlib import Path
 
 import torch
 
-from ..config import CalibrateConfig, DetectConfig, DistillDepthConfig, ProbeConfig, VariantsConfig
+from ..config import (
+    CalibrateConfig,
+    DetectConfig,
+    DetectWidthConfig,
+    DistillDepthConfig,
+    DistillWidthConfig,
+    PolishConfig,
+    ProbeConfig,
+    VariantsConfig,
+)
 from ..config_files import DemoConfig, EvaluateConfig, ExportConfig
+from ..files import write_text
+from ..run import Run
 from ..stages.calibrate import calibrate
 from ..stages.detect import detect
+from ..stages.detect_width import detect_width
 from ..stages.distill_depth import distill_depth
+from ..stages.distill_width import distill_width
 from ..stages.evaluate import evaluate_with
 from ..stages.export import export
+from ..stages.polish import polish
 from ..stages.probe import probe
 from ..stages.variants import variants
 from .task import random_captions, render
 
 TEACHER = Path(__file__).with_name("teacher.safetensors")
-FULL_SIZE = {"pictures": 480, "batch": 48, "bootstrap": 200, "longest": 8, "rounds": 20}
+FULL_SIZE = {"pictures": 480, "batch": 48, "bootstrap": 200, "longest": 8, "rounds": 10, "updates": 20, "steps": 120}
+QUICK = {"pictures": 16, "batch": 4, "bootstrap": 5, "longest": 2, "rounds": 1, "updates": 2, "steps": 2}
 LEARNING_RATE = 3e-3
-QUICK = {"pictures": 16, "batch": 4, "bootstrap": 5, "longest": 2, "rounds": 1}
+TOGETHER = 1e-3  # learning rate of projections, and of all parts together
+SHARE = 0.5  # parameters of the smallest variant
 
 
 def demo(config: DemoConfig) -> Path:
@@ -35,6 +51,9 @@ def demo(config: DemoConfig) -> Path:
     probe(ProbeConfig(**common))
     detect(DetectConfig(**common, longest=size["longest"], bootstrap=size["bootstrap"], explain=True))
     distill_depth(DistillDepthConfig(**common, rounds=size["rounds"], learning_rate=LEARNING_RATE))
+    detect_width(DetectWidthConfig(**common, share=SHARE, longest=min(size["longest"], 6), samples=48))
+    distill_width(DistillWidthConfig(**common, rounds=1, updates=size["updates"], learning_rate=TOGETHER))
+    polish(PolishConfig(**common, steps=size["steps"], learning_rate=TOGETHER))
     variants(VariantsConfig(**common))
     export(ExportConfig(**common))
     export(ExportConfig(**common, layout="ppcl", variant="small", name="small"))
@@ -48,6 +67,8 @@ def _stock(common: dict, rounds: int) -> None:
     run.mkdir(parents=True, exist_ok=True)
     for name in ("calibration.safetensors", "plan.json"):
         shutil.copyfile(common["run"] / name, run / name)
+    plan = Run(run).load_plan()
+    write_text(Run(run).plan, plan.with_parts(sites=(), variants=()).to_json())
     stock = {**common, "run": run}
     distill_depth(DistillDepthConfig(**stock, rounds=rounds, learning_rate=LEARNING_RATE, correction="none"))
     variants(VariantsConfig(**stock))

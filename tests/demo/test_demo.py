@@ -16,7 +16,7 @@ def test_the_demo_leaves_bundle_exports_and_report(tmp_path, capsys):
     assert {"seconds", "teacher", "intervals", "variants"} <= report.keys()
     assert report["teacher"]["parameters"] == 8_106_176
     names = [variant["name"] for variant in report["variants"]]
-    assert names == ["large", "medium", "small"]
+    assert names == ["large", "medium", "small", "smallest"]
     for file in (
         "report.html",
         "layer_map.png",
