@@ -1,16 +1,19 @@
-# Everything goes into .venv in this folder; a new machine needs python3 (3.10+), pip and make.
+# Everything goes into .venv (the tests' ComfyUI: .venv-host and .comfyui) in this folder; a new machine needs python3 (3.10+), pip and make.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test setup clean
+.PHONY: demo test setup host clean
 
 demo: .venv/ready
 	$(BIN)/ppcl demo
 
-test: .venv/ready
+test: .venv/ready host
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 setup: .venv/ready
+
+host:
+	$(PYTHON) tests/comfyui/setup_host.py
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -19,4 +22,4 @@ setup: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-host .comfyui runs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -85,13 +86,8 @@ class Weights:
 
         Vectors are a millionth of the weights, so this reads kilobytes of a 40 GB model.
         """
-        digest = hashlib.sha256(self.architecture.name.encode())
-        for key in sorted(self._tensors):
-            shape = self.shape(key)
-            digest.update(f"{key}{shape}".encode())
-            if len(shape) == 1:
-                digest.update(self.read(key, torch.float32).numpy().tobytes())
-        return digest.hexdigest()
+        shapes = {key: self.shape(key) for key in self._tensors}
+        return fingerprint_of(self.architecture, shapes, lambda key: self.read(key, torch.float32))
 
     def _check_config(self) -> None:
         lists = self.architecture.released.lists.values() if self.architecture.released else ()
@@ -115,6 +111,18 @@ class Weights:
             )
         if wrong:
             raise ValueError(f"{self.path}: {wrong[0]} has shape {self.shape(wrong[0])}, not {expected[wrong[0]]}")
+
+
+def fingerprint_of(
+    architecture: Architecture, shapes: dict[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]
+) -> str:
+    """`Weights.fingerprint` of tensors by diffusers' names; `read` is asked for vectors only."""
+    digest = hashlib.sha256(architecture.name.encode())
+    for key in sorted(shapes):
+        digest.update(f"{key}{shapes[key]}".encode())
+        if len(shapes[key]) == 1:
+            digest.update(read(key).float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def expected_shapes(architecture: Architecture, config: dict) -> dict[str, tuple[int, ...]]:

@@ -157,9 +157,13 @@ class TensorFile:
             raise ValueError(f"{self.path}: {name} is {stored}, which is not read; known: {', '.join(DTYPES)}")
         return DTYPES[stored]
 
-    def read(self, name: str) -> torch.Tensor:
-        entry = self.entries[name]
-        first, last = entry["data_offsets"]
+    def read(self, name: str, rows: int | None = None) -> torch.Tensor:
+        """The tensor, or its first `rows` rows."""
+        first, last = self.entries[name]["data_offsets"]
+        shape = self.shape(name)
+        if rows is not None:
+            last = first + (last - first) // shape[0] * rows
+            shape = (rows, *shape[1:])
         buffer = torch.empty(last - first, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._start + first)
@@ -169,7 +173,7 @@ class TensorFile:
                 if not count:
                     raise ValueError(f"{self.path} ended while {name} was read; copy or download it again")
                 done += count
-        return buffer.view(self.dtype(name)).reshape(self.shape(name))
+        return buffer.view(self.dtype(name)).reshape(shape)
 
     def read_all(self) -> dict[str, torch.Tensor]:
         return {name: self.read(name) for name in self.entries}
