@@ -10,6 +10,10 @@ demo: .venv/ready
 test: .venv/ready host
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# PPCL against every baseline; goes on where it stopped
+ablation: .venv/ready
+	$(BIN)/python -m benchmarks.ablation
+
 setup: .venv/ready
 
 host:

@@ -28,6 +28,7 @@ from ppcl_engine.stages.probe import probe
 from ppcl_engine.streaming import Teacher
 
 from . import report
+from .ablation_half import half_row, trained_longer
 from .ablation_rows import (
     PAPER,
     Build,
@@ -45,6 +46,7 @@ from .scoring import Judge
 from .teachers import BUNDLED, describe, random_teacher, rendered
 
 BUDGET = 16_000  # block passes of a row
+HALF_BUDGET, HALF_CAPTIONS = 80_000, 4_000  # of the longer training, and enough for a narrow interval
 CAPTIONS, SAMPLES, BATCH = 300, 480, 48
 PAPER_REMOVED = 25 / 60  # of the blocks
 OURS_REMOVED = 1 / 4  # of the blocks, where half of the parameters go; width takes the rest
@@ -179,8 +181,21 @@ def run(chosen) -> dict:
         "rates": context.rates,
         "teacher": describe(chosen.teacher, context.teacher.weights),
     }
-    half = folder / "half" / "row.json"
-    return {**tables, "ours_at_half": read_json(half) if half.exists() else None, **about}
+    return {**tables, "ours_at_half": _half(chosen, context, judge, folder), **about}
+
+
+def _half(chosen, context: Context, judge: Judge, folder: Path) -> dict | None:
+    """The longer training at half of the parameters, and its score on many captions."""
+    if chosen.only and "half" not in chosen.only.split(","):
+        return None
+    recipe, search = ours(context, half(context)), folder / "equal_parameters-ours" / "search.json"
+    budget = HALF_BUDGET if not chosen.quick else 2 * context.budget
+    trained_longer(context, recipe, folder / "half", search, budget)
+    captions = HALF_CAPTIONS if not chosen.quick else len(judge.texts)
+    many = Judge(chosen.teacher, open_model(chosen.teacher), judge.validation, judge.unseen, captions, folder)
+    values = half_row(context, judge, many, recipe, folder / "half")
+    print(f"\nours at half: drop {values['drop_percent']:.2f} % ({values['low']:.2f}-{values['high']:.2f})", flush=True)
+    return values
 
 
 def _tiny(path: Path) -> Path:

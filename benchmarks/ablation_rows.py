@@ -36,7 +36,7 @@ from ppcl_engine.stages.finetune import finetune
 from ppcl_engine.stages.polish import polish
 from ppcl_engine.streaming import Teacher
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 RATE_OF = {"depth": 1.0, "width": 0.3, "polish": 0.3, "finetune": 0.1}  # of a row's learning rate
 UPDATES = 20
 PAPER = {"init": "first", "correction": "none", "loss": "direction"}
@@ -157,12 +157,13 @@ def _finetuned(context: Context, run: Run, passes: int, rate: float) -> nn.Modul
 
 
 def baseline_row(name: str, remove: int) -> Build:
-    """Its selection is made once and kept; TinyFusion's is training, so it is taken from the budget."""
+    """Its selection is made once and kept; TinyFusion's is training, so the final training pays for it."""
 
     def build(context: Context, passes: int, rate: float, folder: Path) -> nn.Module:
         task = _task(context, remove, rate)
         removed, spent = selected(context, name, remove)
-        pruned = BASELINES[name](task, Budget(max(1, passes - (spent if name == "tinyfusion" else 0))), removed)
+        pays = name == "tinyfusion" and passes > context.budget // 4
+        pruned = BASELINES[name](task, Budget(passes - spent if pays else passes), removed)
         return model_of(context.teacher.architecture, context.teacher.config, pruned, context.teacher.num_blocks)
 
     return build
