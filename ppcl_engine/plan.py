@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 FORMAT_VERSION = 1
 SITE_KINDS = ("text", "ffn_image", "ffn_text")
 FORMS = ("paper", "gated")
-FULL = "full"
+FULL, ALL = "full", "all"
 _NAME = r"(\d+-\d+|[a-z_]+:\d+(-\d+)?)"
 
 
@@ -164,7 +164,7 @@ class PruningPlan:
         raise ValueError(f"width site {name!r} is not in the plan; it has: {known}")
 
     def variant(self, name: str | None) -> Variant:
-        """By name; None is the smallest named variant; "full" is always there.
+        """By name; None is the smallest named variant; "full" and "all" (everything on) are always there.
 
         A comma-separated list of intervals and sites ("3-4,8-10,text:51-59") is an unnamed variant.
         """
@@ -175,6 +175,8 @@ class PruningPlan:
                 return variant
         if name == FULL:
             return Variant(name=FULL)
+        if name == ALL:
+            return self.everything()
         if re.fullmatch(f"{_NAME}(,{_NAME})*", name):
             parts = name.split(",")
             intervals, sites = (tuple(p for p in parts if (":" in p) == site) for site in (False, True))
@@ -225,7 +227,7 @@ class PruningPlan:
 
     def everything(self) -> Variant:
         names = tuple(i.name for i in self.intervals)
-        return Variant(name="all", intervals=names, sites=tuple(s.name for s in self.switches))
+        return Variant(name=ALL, intervals=names, sites=tuple(s.name for s in self.switches))
 
     def check_teacher(self, architecture: str, fingerprint: str, where: object) -> None:
         if architecture != self.architecture:

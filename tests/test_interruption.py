@@ -32,6 +32,26 @@ bootstrap = 5
 [distill-depth]
 rounds = 6
 updates = 8
+
+[detect-width]
+share = 0.4
+longest = 2
+samples = 6
+form = "gated"
+
+[distill-width]
+rounds = 3
+updates = 4
+
+[polish]
+steps = 6
+save_every = 2
+
+[finetune]
+variant = "all"
+name = "tuned"
+steps = 4
+save_every = 1
 """
 
 
@@ -59,7 +79,9 @@ def finish(child: int) -> int:
 
 def result(path: Path) -> dict[str, str]:
     run = path.parent / "run"
-    files = [*run.glob("probes/*"), *run.glob("depth/*"), run / "curves.safetensors", run / "plan.json"]
+    folders = ("probes", "depth", "width", "polished", "tuned")
+    files = [file for folder in folders for file in (run / folder).rglob("*.safetensors")]
+    files += [run / "curves.safetensors", run / "plan.json"]
     return {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

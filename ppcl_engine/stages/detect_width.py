@@ -55,7 +55,7 @@ def detect_width(config: DetectWidthConfig) -> Path:
     inputs = calibration.all_inputs()
     grid = tuple(inputs[0]["grid"][0].tolist())
     cost = CostModel(teacher.architecture, teacher.config, grid, inputs[0]["encoder_hidden_states"].shape[1])
-    kinds = _kinds(config)
+    kinds, saving = _kinds(config), _saving(config, plan, cost)
     candidates = [c for c in _candidates(config, plan, kinds, cost) if c.saving > 0]
     store = StateStore(run.states / "width" if config.streamed else None)
     with torch.no_grad():
@@ -68,7 +68,6 @@ def detect_width(config: DetectWidthConfig) -> Path:
             candidates = list(_measured(teacher, students, plan, inputs[-batches:], candidates, solutions))
         else:
             candidates = [replace(c, score=_misaligned(plan, c, alignment)) for c in candidates]
-    saving = cost.variant(plan, plan.everything()).parameters - config.share * _full(plan, cost)
     chosen = choose(candidates, saving, plan)
     sites = tuple(replace(site, score=c.score) for c in chosen for site in c.sites)
     write_tensors(run.alignment, alignment, {"places": json.dumps([p.name for p in _natural(plan).places])})
@@ -118,6 +117,16 @@ def _fit_together(plan: PruningPlan, candidates: list[Candidate]) -> bool:
     return {g.name for g in groups} == {c.name for c in candidates if c.sites[0].kind == "text"}
 
 
+def _saving(config: DetectWidthConfig, plan: PruningPlan, cost: CostModel) -> float:
+    """Parameters that the sites have to save. Raises ValueError when the intervals alone meet the budget."""
+    deep, full = (cost.variant(plan, v).parameters for v in (plan.everything(), plan.variant("full")))
+    if deep <= config.share * full:
+        raise ValueError(
+            f"the intervals alone leave {deep / full:.1%} of the parameters, no more than --share {config.share}; lower it"
+        )
+    return deep - config.share * full
+
+
 def _kinds(config: DetectWidthConfig) -> tuple[str, ...]:
     kinds = tuple(config.kinds.replace(",", " ").split())
     unknown = [kind for kind in kinds if kind not in SITE_KINDS]
@@ -128,10 +137,6 @@ def _kinds(config: DetectWidthConfig) -> tuple[str, ...]:
 
 def _natural(plan: PruningPlan) -> Layout:
     return layout_of(plan, plan.everything())
-
-
-def _full(plan: PruningPlan, cost: CostModel) -> int:
-    return cost.variant(plan, plan.variant("full")).parameters
 
 
 def _candidates(

@@ -234,6 +234,8 @@ def test_detected_sites_meet_the_budget(new_run, teacher_file, method, architect
     assert alignment["text"].shape == (4, 4) and torch.allclose(alignment["text"].diagonal(), torch.ones(4).double())
     with pytest.raises(ValueError, match="above --share; raise it"):
         detect_width(DetectWidthConfig(**{**settings, "share": 0.1}))
+    with pytest.raises(ValueError, match="the intervals alone leave .* of the parameters, no more than --share 0.9"):
+        detect_width(DetectWidthConfig(**{**settings, "share": 0.9}))
 
 
 def test_damage_of_a_candidate_is_that_of_its_model(new_run, teacher_file, architecture):
