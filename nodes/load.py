@@ -1,0 +1,132 @@
+"""PPCL_LoadModel: a bundle with its base model, a standalone, or a released pruned model -> MODEL."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import comfy.sd
+import torch
+from comfy_api.v0_0_2 import io
+
+from ..ppcl_engine.bundle import Bundle, is_bundle
+from ..ppcl_engine.layout import layout_of
+from ..ppcl_engine.plan import FULL
+from .host.adapters import prepare
+from .host.parts import size_of, variant_of, with_variant
+from .paths import model_files, model_path
+from .reading import AUTO, PRESETS, SMALLEST, Request, content_of
+
+NO_BASE = "none"
+WEIGHT_DTYPES = {
+    "default": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp16": {"dtype": torch.float16},
+    "fp32": {"dtype": torch.float32},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
+
+
+def load_patcher(request: Request, weight_dtype: str = "default", disable_dynamic: bool = False):
+    """(the host's patcher, what it holds in words). `disable_dynamic`: newer hosts ask for it; nothing here is."""
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}")
+    content = content_of(request)
+    plan, variant = content.plan, content.variant
+    model = comfy.sd.load_diffusion_model_state_dict(content.tensors, model_options=dict(WEIGHT_DTYPES[weight_dtype]))
+    if model is None:
+        raise ValueError(f"{request.path.name}: the host knows no model with these tensors; is it a Qwen-Image model?")
+    model.cached_patcher_init = (_patcher_alone, (request, weight_dtype))
+    if hasattr(model.model.diffusion_model, "ppcl"):
+        prepare(model)
+    if plan and request.switchable and variant:
+        model = with_variant(model, variant)
+        content.notes += layout_of(plan, variant).notes
+    lines = [described(model), f"read {content.bytes_read / 1e9:.2f} GB", *content.notes]
+    return model, "\n".join(lines)
+
+
+def _patcher_alone(request: Request, weight_dtype: str, disable_dynamic: bool = False):
+    return load_patcher(request, weight_dtype, disable_dynamic)[0]
+
+
+def described(model) -> str:
+    """ "small: 11.93 B parameters, 23.9 GB" of what a branch runs."""
+    transformer = model.model.diffusion_model
+    parts = getattr(transformer, "ppcl", None)
+    if parts is not None and parts.structure.switchable:
+        variant = variant_of(model)
+        parameters, size = size_of(transformer, layout_of(parts.plan, variant))
+        return f"{variant.name}: {_counted(parameters)} parameters, {size / 1e9:.2f} GB in use; switchable"
+    parameters, size = size_of(transformer, None)
+    return f"{_counted(parameters)} parameters, {size / 1e9:.2f} GB"
+
+
+def _counted(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
+
+
+def variant_names() -> list[str]:
+    """Of all bundles that the host can see; a node checks its own."""
+    found = [SMALLEST, FULL]
+    for path in model_files().values():
+        if path.is_file():
+            stat = path.stat()
+            found += [name for name in _variants_in(path, stat.st_mtime_ns, stat.st_size) if name not in found]
+    return found
+
+
+@lru_cache(maxsize=256)
+def _variants_in(path: Path, changed: int, size: int) -> tuple[str, ...]:
+    try:
+        return tuple(variant.name for variant in Bundle(path).plan.variants) if is_bundle(path) else ()
+    except (ValueError, OSError):  # a broken file says so when it is loaded
+        return ()
+
+
+class LoadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = list(model_files())
+        return io.Schema(
+            node_id="PPCL_LoadModel",
+            display_name="Load Pruned Model (PPCL)",
+            category="PPCL",
+            description="A PPCL bundle with its base model, a pruned model in one file, or a released pruned folder.",
+            inputs=[
+                io.Combo.Input(
+                    "file", options=files, tooltip="Bundle (*.ppcl.safetensors), standalone or released model."
+                ),
+                io.Combo.Input(
+                    "base", options=[NO_BASE, *files], tooltip="Of a bundle: the full model it was made from."
+                ),
+                io.Combo.Input("variant", options=variant_names(), tooltip="Of a bundle: the size to start with."),
+                io.Boolean.Input(
+                    "switchable",
+                    default=True,
+                    tooltip="On: all sizes are loaded once and switched in no time. Off: this one alone.",
+                ),  # fmt: skip
+                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), tooltip="As in Load Diffusion Model."),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default=AUTO,
+                    tooltip="Of a released model: which blocks of the original its blocks are (LoRA, ControlNet).",
+                ),  # fmt: skip
+                io.String.Input("intervals", default="", tooltip='For "by intervals": what was removed, as "3-4 5-7".'),
+                io.Boolean.Input(
+                    "legacy_text", default=False, tooltip="Of an older 12B release: text is P(x), not P(x) + x."
+                ),
+            ],
+            outputs=[io.Model.Output(), io.String.Output(display_name="text")],
+        )
+
+    @classmethod
+    def execute(cls, file, base, variant, switchable, weight_dtype, preset, intervals, legacy_text) -> io.NodeOutput:
+        request = Request(
+            path=model_path(file), base=None if base == NO_BASE else model_path(base), variant=variant,
+            switchable=switchable, preset=preset, intervals=intervals, legacy_text=legacy_text,
+        )  # fmt: skip
+        return io.NodeOutput(*load_patcher(request, weight_dtype))

@@ -1,0 +1,42 @@
+"""Where model files are: the only code that asks the host for folders. A widget's text is looked up, never joined."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+CATEGORY = "ppcl"
+ENDINGS = (".safetensors", ".gguf")
+
+
+def register() -> None:
+    """models/ppcl: bundles, and released folders as they were downloaded."""
+    folder_paths.add_model_folder_path(CATEGORY, str(Path(folder_paths.models_dir) / CATEGORY))
+
+
+def model_files() -> dict[str, Path]:
+    """Name in a combo -> path: files of models/ppcl and models/diffusion_models, and diffusers folders in either."""
+    found: dict[str, Path] = {}
+    for category in (CATEGORY, "diffusion_models"):
+        for name in folder_paths.get_filename_list(category):
+            path = folder_paths.get_full_path(category, name)
+            if path and name.endswith(ENDINGS) and not _inside_model_folder(Path(path)):
+                found.setdefault(name, Path(path))
+        for root in map(Path, folder_paths.get_folder_paths(category)):
+            for config in sorted(root.glob("*/config.json")) + sorted(root.glob("*/model_index.json")):
+                found.setdefault(f"{config.parent.name}/", config.parent)
+    return found
+
+
+def model_path(name: str) -> Path:
+    """Raises ValueError for a name that is not in the list."""
+    files = model_files()
+    if name not in files:
+        raise ValueError(f"{name!r} is in none of models/ppcl and models/diffusion_models; refresh, then choose again")
+    return files[name]
+
+
+def _inside_model_folder(path: Path) -> bool:
+    """A shard: its folder is the model."""
+    return any((path.parent / name).exists() for name in ("config.json", "model_index.json"))

@@ -1,0 +1,178 @@
+"""A real ComfyUI in this process, with this repository loaded as it loads custom nodes; tiny models as its files."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ppcl_engine.bundle import open_model
+from ppcl_engine.config_files import ExportConfig
+from ppcl_engine.run import Run
+from ppcl_engine.stages.export import export
+
+from ...tuned import write_parts
+
+ROOT = Path(__file__).resolve().parents[3]
+
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True
+
+import comfy.samplers  # noqa: E402
+import folder_paths  # noqa: E402
+
+import nodes as host_nodes  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> SimpleNamespace:
+    """Empty folders in place of the host's models/..., by their names there."""
+    root = tmp_path_factory.mktemp("models")
+    folder_paths.models_dir = str(root)
+    found = {}
+    for name in ("diffusion_models", "loras", "controlnet", "ppcl"):
+        (root / name).mkdir()
+        found[name] = root / name
+        if name != "ppcl":  # the pack registers its own
+            folder_paths.folder_names_and_paths[name] = ([str(root / name)], {".safetensors"})
+    return SimpleNamespace(**found)
+
+
+@pytest.fixture(scope="session")
+def pack(models):
+    """`pack("load")` is the module nodes/load.py of the pack as the host imported it."""
+    path = str(ROOT)
+    assert asyncio.run(host_nodes.load_custom_node(path, module_parent="custom_nodes"))
+    name = path.replace(".", "_x_")
+    assert "PPCL_LoadModel" in host_nodes.NODE_CLASS_MAPPINGS
+    return lambda module: importlib.import_module(f"{name}.nodes.{module}")
+
+
+@pytest.fixture(scope="session")
+def run_node(pack):
+    """Calls a node of the host's registry as its executor does; gives its outputs."""
+
+    def run(node_id: str, **inputs):
+        node = host_nodes.NODE_CLASS_MAPPINGS[node_id]
+        with torch.inference_mode():
+            if hasattr(node, "define_schema"):
+                return node.execute(**inputs).args
+            return getattr(node(), node.FUNCTION)(**inputs)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def teacher(models, make_model, save_model) -> Path:
+    """The tiny random teacher, with latents of 16 channels as the host's."""
+    return save_model(models.diffusion_models / "teacher.safetensors", make_model(in_channels=64, out_channels=16))
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory, teacher) -> Path:
+    """Students with and without a correction, text and FFN projections of both forms: random, nothing is trained."""
+    folder = tmp_path_factory.mktemp("run")
+    write_parts(Run(folder), teacher)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(teacher, run_folder):
+    def make(folder: Path, layout: str, name: str, variant: str | None = None) -> Path:
+        config = {"variant": variant} if variant else {}
+        path = export(ExportConfig(model=teacher, run=run_folder, layout=layout, name=name, store="float32", **config))
+        return path.replace(folder / path.name)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle(models, exported) -> Path:
+    return exported(models.ppcl, "bundle", "tiny")
+
+
+@pytest.fixture(scope="session")
+def inputs() -> SimpleNamespace:
+    """One forward that host and engine compute alike: batch 1, unpadded text, even grid."""
+    generator = torch.Generator().manual_seed(5)
+    latents, text = torch.randn(1, 16, 1, 8, 12, generator=generator), torch.randn(1, 7, 24, generator=generator)
+    return SimpleNamespace(latents=latents, text=text, sigma=0.7)
+
+
+@pytest.fixture(scope="session")
+def velocity(inputs):
+    """One forward of a MODEL by the host's own way of sampling: loaded, patched, wrapped."""
+
+    def run(model, negative: bool = False, cfg: float = 1.0) -> torch.Tensor:
+        found = []
+
+        def once(wrapped, x, sigmas, extra_args=None, callback=None, disable=None):
+            denoised = wrapped(inputs.latents, torch.full((1,), inputs.sigma), **(extra_args or {}))
+            found.append((inputs.latents - denoised) / inputs.sigma)
+            return x
+
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds([[inputs.text, {}]], [[inputs.text[:, ::2], {}]])
+        guider.set_cfg(cfg)
+        empty = torch.zeros_like(inputs.latents)
+        with torch.inference_mode():
+            guider.sample(torch.zeros_like(empty), empty, comfy.samplers.KSAMPLER(once), torch.tensor([1.0, 0.0]))
+        return found[0][:, :, 0].clone()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def engine_velocity(inputs, architecture):
+    """The same forward by the engine."""
+
+    def run(path: Path, *arguments, **options) -> torch.Tensor:
+        model = open_model(path, *arguments, **options)
+        latents = inputs.latents[:, :, 0]
+        grid = architecture.grid(latents)
+        with torch.no_grad():
+            tokens = architecture.call(
+                model,
+                {
+                    "hidden_states": architecture.pack(latents),
+                    "encoder_hidden_states": inputs.text,
+                    "timestep": torch.tensor([inputs.sigma]),
+                    "grid": grid,
+                },
+            )
+        return architecture.unpack(tokens, grid)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def load(run_node):
+    """PPCL_LoadModel with its widgets' defaults; gives the MODEL alone."""
+    defaults = {
+        "base": "none",
+        "variant": "smallest",
+        "switchable": True,
+        "weight_dtype": "fp32",
+        "preset": "auto",
+        "intervals": "",
+        "legacy_text": False,
+    }
+    return lambda file, **widgets: run_node("PPCL_LoadModel", file=file, **{**defaults, **widgets})[0]
+
+
+@pytest.fixture(scope="session")
+def switched(run_node):
+    """PPCL_Variant with its widgets' defaults; gives the MODEL alone."""
+    defaults = {"variant": "as it is", "size": 0.6, "on": "", "off": ""}
+    return lambda model, **widgets: run_node("PPCL_Variant", model=model, **{**defaults, **widgets})[0]
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
