@@ -50,6 +50,8 @@ HALF_BUDGET, HALF_CAPTIONS = 80_000, 4_000  # of the longer training, and enough
 CAPTIONS, SAMPLES, BATCH = 300, 480, 48
 PAPER_REMOVED = 25 / 60  # of the blocks
 OURS_REMOVED = 1 / 4  # of the blocks, where half of the parameters go; width takes the rest
+PARTS = {"depth": 0.35, "width": 0.1, "polish": 0.55}  # of the budget: students and projections alone, which switch
+TUNED = {"depth": 0.25, "width": 0.05, "polish": 0.3, "finetune": 0.4}
 TINY = {**NARROW, "num_layers": 6}  # the teacher of a quick run
 SIZES = {"large": 0.684, "medium": 0.584, "small": 0.519}  # 13.97, 11.93 and 10.60 of 20.43 B
 HALF = -1.0  # stands for `half` of the teacher at hand
@@ -64,7 +66,7 @@ class Row:
 
     @property
     def folder(self) -> str:
-        return f"{self.table}-{self.name}".replace(" ", "_").replace("+", "with")
+        return f"{self.table}-{self.name}".replace(" ", "_").replace("+", "with").replace(",", "")
 
 
 def rows() -> list[Row]:
@@ -82,7 +84,8 @@ def rows() -> list[Row]:
     both = {"method": "cka", "form": "paper", "share": 0.519}
     at_half = {"method": "cka", "form": "paper", "share": HALF}
     return [
-        Row(equal, "ours", lambda c: recipe_row(ours(c, half(c)))),
+        Row(equal, "ours", lambda c: recipe_row(ours(c, half(c), TUNED))),
+        Row(equal, "ours, parts only", lambda c: recipe_row(ours(c, half(c), PARTS))),
         Row(equal, "ppcl", paper(at_half, {"depth": 0.5, "width": 0.25, "finetune": 0.25})),
         *(Row(equal, name, lambda c, name=name: baseline_row(name, c.teacher.num_blocks // 2)) for name in OTHERS),
         Row(ladder, "cka_sequential", lambda c: baseline_row("cka_sequential", removed(c, PAPER_REMOVED))),
@@ -91,9 +94,9 @@ def rows() -> list[Row]:
         Row(ladder, "+ text", paper(text, {"depth": 0.75, "width": 0.25})),
         Row(ladder, "+ FFN", paper(both, {"depth": 0.65, "width": 0.35})),
         Row(ladder, "+ fine-tune", paper(both, {"depth": 0.45, "width": 0.25, "finetune": 0.3})),
-        Row("sizes", "separate large", lambda c: recipe_row(ours(c, SIZES["large"]))),
-        Row("sizes", "separate medium", lambda c: recipe_row(ours(c, SIZES["medium"]))),
-        Row("sizes", "one training small", lambda c: recipe_row(ours(c, SIZES["small"]))),
+        Row("sizes", "separate large", lambda c: recipe_row(ours(c, SIZES["large"], PARTS))),
+        Row("sizes", "separate medium", lambda c: recipe_row(ours(c, SIZES["medium"], PARTS))),
+        Row("sizes", "one training small", lambda c: recipe_row(ours(c, SIZES["small"], PARTS))),
         Row(equal, "cka_sequential", lambda c: baseline_row("cka_sequential", c.teacher.num_blocks // 2)),
     ]
 
@@ -114,12 +117,11 @@ def half(context: Context) -> float:
     return 1 - sum(size for name, size in count.items() if name.startswith(dropped)) / sum(count.values())
 
 
-def ours(context: Context, share: float) -> Recipe:
-    """Intervals by measured damage, affine starts, width in the cheapest forms, then the polish."""
+def ours(context: Context, share: float, shares: dict[str, float]) -> Recipe:
+    """Intervals by measured damage, affine starts, width in the cheapest forms, polish, and a fine-tune where it is asked for."""
     count = removed(context, OURS_REMOVED * 2 * (1 - share))
     width = {"method": "damage", "form": "best", "share": share, "samples": 48}
-    return Recipe(intervals=intervals(context, "budget", count), width=width,
-                  shares={"depth": 0.35, "width": 0.1, "polish": 0.55})  # fmt: skip
+    return Recipe(intervals=intervals(context, "budget", count), width=width, shares=shares, finetune_rate=0.3)
 
 
 def measure(context: Context, judge: Judge, row: Row, build: Build, folder: Path) -> dict:
@@ -188,7 +190,8 @@ def _half(chosen, context: Context, judge: Judge, folder: Path) -> dict | None:
     """The longer training at half of the parameters, and its score on many captions."""
     if chosen.only and "half" not in chosen.only.split(","):
         return None
-    recipe, search = ours(context, half(context)), folder / "equal_parameters-ours" / "search.json"
+    recipe = ours(context, half(context), TUNED)
+    search = folder / "equal_parameters-ours_parts_only" / "search.json"
     budget = HALF_BUDGET if not chosen.quick else 2 * context.budget
     trained_longer(context, recipe, folder / "half", search, budget)
     captions = HALF_CAPTIONS if not chosen.quick else len(judge.texts)

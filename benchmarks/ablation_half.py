@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from ppcl_engine.bundle import open_variant
@@ -20,8 +21,7 @@ def trained_longer(context: Context, recipe: Recipe, folder: Path, search: Path,
     errors = read_json(search) if search.exists() else {str(RATES[-1]): 0.0}
     rate = float(min(errors, key=lambda name: errors[name]))
     if not (folder / "done.json").exists():
-        long = Recipe(intervals=recipe.intervals, depth=recipe.depth, width=recipe.width, shares=SHARES)
-        recipe_row(long)(context, budget, rate, folder / "run")
+        recipe_row(replace(recipe, shares=SHARES))(context, budget, rate, folder / "run")
         write_json(folder / "done.json", {"learning_rate": rate, "passes": budget})
 
 

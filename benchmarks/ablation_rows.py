@@ -37,7 +37,7 @@ from ppcl_engine.stages.polish import polish
 from ppcl_engine.streaming import Teacher
 
 RATES = (1e-3, 3e-3, 1e-2)
-RATE_OF = {"depth": 1.0, "width": 0.3, "polish": 0.3, "finetune": 0.1}  # of a row's learning rate
+RATE_OF = {"depth": 1.0, "width": 0.3, "polish": 0.3}  # of a row's learning rate
 UPDATES = 20
 PAPER = {"init": "first", "correction": "none", "loss": "direction"}
 OURS = {"init": "first", "correction": "affine", "loss": "mse"}
@@ -63,12 +63,14 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """PPCL's stages and the share of the budget that each gets. width: settings of detect-width."""
+    """PPCL's stages and the share of the budget that each gets. width: settings of detect-width; finetune_rate: of the
+    row's learning rate."""
 
     intervals: str
     depth: dict = field(default_factory=lambda: OURS)
     width: dict | None = None
     shares: dict[str, float]
+    finetune_rate: float = 0.1
 
 
 Build = Callable[[Context, int, float, Path], nn.Module]
@@ -89,7 +91,7 @@ def recipe_row(recipe: Recipe) -> Build:
             polish(PolishConfig(**context.common, run=run.folder, steps=steps, ema=0.0,
                                 learning_rate=rate * RATE_OF["polish"]))  # fmt: skip
         if spent.get("finetune"):
-            return _finetuned(context, run, spent["finetune"], rate)
+            return _finetuned(context, run, spent["finetune"], rate * recipe.finetune_rate)
         return opened(context, run)
 
     return build
@@ -151,7 +153,7 @@ def _finetuned(context: Context, run: Run, passes: int, rate: float) -> nn.Modul
     everything = ",".join([*plan.everything().intervals, *plan.everything().sites])
     steps = max(1, passes // _chain_cost(plan))
     finetune(FinetuneConfig(**context.common, run=run.folder, variant=everything, name="tuned", steps=steps, ema=0.0,
-                            learning_rate=rate * RATE_OF["finetune"]))  # fmt: skip
+                            learning_rate=rate))  # fmt: skip
     plan, students = run.load_plan(), RunStudents(run, teacher.config, teacher.architecture)
     return open_variant(teacher.weights, students, plan, plan.variant("tuned"), teacher.dtype, teacher.device)
 

@@ -21,7 +21,7 @@ from ppcl_engine.surgery import PassThrough
 from .ablation_rows import Context
 from .scoring import Judge
 
-SWITCHED = ("+ linear probes", "+ non-sequential", "ours")
+SWITCHED = ("+ linear probes", "+ non-sequential", "ours, parts only")
 SUBSETS = 24
 ONE_TRAINING = "sizes-one_training_small"
 
@@ -30,7 +30,7 @@ def subsets(context: Context, judge: Judge, name: str, model: nn.Module, run: Pa
     """Mean velocity error over single parts and random subsets; {} for rows that do not switch."""
     if name not in SWITCHED:
         return {}
-    errors = _of_plan(context, judge, Run(run)) if name == "ours" else _of_intervals(context, judge, model)
+    errors = _of_plan(context, judge, Run(run)) if name.startswith("ours") else _of_intervals(context, judge, model)
     return {"mean_of_singles": _mean(errors["singles"]), "mean_of_subsets": _mean(errors["subsets"])}
 
 

@@ -141,3 +141,11 @@ def test_ablation_trains_every_row_within_its_budget_and_goes_on(tmp_path, teach
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("row.json")}
     run(ablation, tmp_path, *options)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("row.json")} == before
+
+
+def test_width_forms(tmp_path, teacher):
+    from benchmarks import width_forms
+
+    values = run(width_forms, tmp_path, "--teacher", teacher)
+    assert [row["form"] for row in values["rows"]] == list(width_forms.FORMS)
+    assert all(row["trained"]["value"] > 0 and row["sites"] > 0 for row in values["rows"])
