@@ -50,6 +50,9 @@ def pack(models):
     """`pack("load")` is the module nodes/load.py of the pack as the host imported it."""
     path = str(ROOT)
     assert asyncio.run(host_nodes.load_custom_node(path, module_parent="custom_nodes"))
+    for extra in ("nodes_model_advanced", "nodes_slg"):
+        file = str(ROOT / ".comfyui" / "comfy_extras" / f"{extra}.py")
+        assert asyncio.run(host_nodes.load_custom_node(file, module_parent="comfy_extras"))
     name = path.replace(".", "_x_")
     assert "PPCL_LoadModel" in host_nodes.NODE_CLASS_MAPPINGS
     return lambda module: importlib.import_module(f"{name}.nodes.{module}")
@@ -110,7 +113,7 @@ def inputs() -> SimpleNamespace:
 def velocity(inputs):
     """One forward of a MODEL by the host's own way of sampling: loaded, patched, wrapped."""
 
-    def run(model, negative: bool = False, cfg: float = 1.0) -> torch.Tensor:
+    def run(model, positive=None, cfg: float = 1.0) -> torch.Tensor:
         found = []
 
         def once(wrapped, x, sigmas, extra_args=None, callback=None, disable=None):
@@ -119,7 +122,7 @@ def velocity(inputs):
             return x
 
         guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds([[inputs.text, {}]], [[inputs.text[:, ::2], {}]])
+        guider.set_conds(positive or [[inputs.text, {}]], [[inputs.text[:, ::2], {}]])
         guider.set_cfg(cfg)
         empty = torch.zeros_like(inputs.latents)
         with torch.inference_mode():
