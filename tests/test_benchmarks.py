@@ -126,6 +126,7 @@ def test_ablation_trains_every_row_within_its_budget_and_goes_on(tmp_path, teach
     }
     assert {name for table, name in rows if table == "equal_parameters"} == {
         "ours",
+        "ours, parts only",
         "ppcl",
         "cka_sequential",
         *ablation.OTHERS,
