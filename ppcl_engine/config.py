@@ -83,6 +83,8 @@ class DetectConfig(Common):
     """ppcl: a first difference above this share of the curves' scale leaves the block single."""
     kernel: Literal["linear", "rbf"] = "linear"
     """Kernel of the alignment."""
+    biased: bool = False
+    """The biased estimate of HSIC, as in most papers, instead of the debiased one."""
     local: bool = False
     """Compare at the output of block k instead of the model's final image state."""
     tokens: int = 4

@@ -7,7 +7,7 @@ import torch
 
 from ppcl_engine.similarity import (
     NormalEquations,
-    biased_linear_cka,
+    biased_hsic,
     bootstrap_interval,
     bootstrap_ratio,
     bootstrap_subsets,
@@ -53,6 +53,8 @@ def test_subsets_equal_the_call_on_their_rows():
         chosen[subset, column] = 1
     direct = [float(hsic(k[s][:, s], l[s][:, s])) for s in rows]
     assert hsic(k, l, chosen).tolist() == pytest.approx(direct, rel=1e-10)
+    direct = [float(biased_hsic(k[s][:, s], l[s][:, s])) for s in rows]
+    assert biased_hsic(k, l, chosen).tolist() == pytest.approx(direct, rel=1e-10)
     direct = [float(cka(k[s][:, s], k[s][:, s] ** 2)) for s in rows]
     assert cka(k, k**2, chosen).tolist() == pytest.approx(direct, rel=1e-10)
 
@@ -71,8 +73,11 @@ def test_alignment_ignores_rotation_scale_and_shift(gram):
 def test_independent_data_do_not_align_where_the_biased_form_says_they_do():
     x, y = normal(60, 200), normal(60, 200, seed=1)
     assert abs(float(cka(linear_gram(x), linear_gram(y)))) < 0.05
-    assert biased_linear_cka(x, y) > 0.7
-    assert biased_linear_cka(x, 3 * x + 1) == pytest.approx(1)
+    biased = cka(linear_gram(x), linear_gram(y), estimator=biased_hsic)
+    centred = [m - m.mean(0) for m in (x, y)]
+    products = [(a.T @ b).square().sum() for a, b in ((centred[0], centred[1]), (centred[0],) * 2, (centred[1],) * 2)]
+    assert float(biased) == pytest.approx(float(products[0] / (products[1] * products[2]).sqrt())) and biased > 0.7
+    assert float(cka(linear_gram(x), linear_gram(3 * x + 1), estimator=biased_hsic)) == pytest.approx(1)
 
 
 def equations_of(x: torch.Tensor, y: torch.Tensor, parts: int = 1) -> NormalEquations:

@@ -24,7 +24,7 @@ from ..files import TensorFile, write_json, write_tensors, write_text
 from ..intervals import budget_intervals, curve_scale, first_difference, greedy_intervals, stability
 from ..plan import Interval, PruningPlan
 from ..run import Run, load_probe, open_calibration, open_teacher
-from ..similarity import NormalEquations, bootstrap_subsets, cka, linear_gram, rbf_gram
+from ..similarity import NormalEquations, biased_hsic, bootstrap_subsets, cka, hsic, linear_gram, rbf_gram
 from ..streaming import StateStore, Teacher
 
 PUBLISHED_SHARE = 25 / 60
@@ -37,7 +37,7 @@ def detect(config: DetectConfig) -> Path:
     calibration = open_calibration(config, teacher.weights)
     protect = _protected(config, teacher.num_blocks)
     probes = [TensorFile(path).metadata.get("settings") for path in sorted(run.probes.glob("block_*.safetensors"))]
-    names = ("samples", "longest", "kernel", "local", "tokens", "bootstrap", "seed", "dtype")
+    names = ("samples", "longest", "kernel", "biased", "local", "tokens", "bootstrap", "seed", "dtype")
     measured = {name: getattr(config, name) for name in names}
     settings = json.dumps({"calibration": calibration.hash, "probes": probes, **measured})
     curves, measured_blocks = _load_curves(run.curves, settings)
@@ -242,7 +242,7 @@ class _Measurement:
             self.store.put(f"map_{k}", batch, apply_maps(self._state(u + 1, batch), maps))
         if self.config.local:
             here = self._gram([self._state(k + 1, batch) for batch in range(len(self.embedded))])
-            self.curves.cka[u, k - u] = cka(self._gram(list(steps.values())), here, self.subsets)
+            self.curves.cka[u, k - u] = self._cka(self._gram(list(steps.values())), here)
             return [f"map_{k}"]
         for batch, state in steps.items():
             self.store.put(f"probe_{k}", batch, state)
@@ -270,7 +270,7 @@ class _Measurement:
         kind, k = name.split("_")
         states = [self.store.get(name, batch, self.embedded[batch]) for batch in self._batches(name)]
         if kind == "probe":
-            self.curves.cka[u, int(k) - u] = cka(self._gram(states), self.end_gram, self.subsets)
+            self.curves.cka[u, int(k) - u] = self._cka(self._gram(states), self.end_gram)
         else:
             errors = [self._velocity(s) - v for s, v in zip(states, self.velocities.values(), strict=True)]
             self.curves.error[u, int(k) - u] = torch.cat([_per_sample(e) for e in errors])
@@ -288,6 +288,9 @@ class _Measurement:
 
     def _velocity(self, state: BlockState) -> torch.Tensor:
         return self.teacher.architecture.finish(self.teacher.outer, state)
+
+    def _cka(self, ours: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return cka(ours, teacher, self.subsets, biased_hsic if self.config.biased else hsic)
 
     def _gram(self, states: list[BlockState]) -> torch.Tensor:
         """Gram matrix of a few image tokens of every sample, the same places for all."""
