@@ -39,9 +39,8 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
     if model is None:
         raise ValueError(f"{request.path.name}: the host knows no model with these tensors; is it a Qwen-Image model?")
     model.cached_patcher_init = (_patcher_alone, (request, weight_dtype))
-    if hasattr(model.model.diffusion_model, "ppcl"):
-        prepare(model)
     if plan and request.switchable and variant:
+        prepare(model)
         model = with_variant(model, variant)
         content.notes += layout_of(plan, variant).notes
     lines = [described(model), f"read {content.bytes_read / 1e9:.2f} GB", *content.notes]

@@ -2,19 +2,17 @@
 
 Block numbers need no translation (a pruned model keeps the teacher's), and so ControlNet residuals and patches of
 blocks land right by themselves. Two things are left: in a switchable model a student is beside the teacher's block,
-and a modulation that was cut to its first half takes the first half of a LoRA's change.
+and a modulation that was cut to its first half takes the first half of a change.
 """
 
 from __future__ import annotations
 
 import re
 
-import comfy.lora
+import comfy.float
 import torch
 from comfy.patcher_extension import WrappersMP
-from comfy.weight_adapter import WeightAdapterBase
-
-from .blocks import PaddedModulation
+from torch import nn
 
 WRAPPER = "ppcl"
 OF_BLOCK = re.compile(r"(diffusion_model\.transformer_blocks\.\d+\.)(?!student\.|projections\.)(.+)")
@@ -36,38 +34,48 @@ def translate_patches(model) -> None:
     transformer = model.model.diffusion_model
     if not hasattr(transformer, "ppcl"):
         return
-    shapes = {f"diffusion_model.{name}": p.shape for name, p in transformer.named_parameters()}
-    cut = {f"{name}.1.{leaf}" for name in _cut_modulations(model.model) for leaf in ("weight", "bias")}
+    names = {f"diffusion_model.{name}" for name, _ in transformer.named_parameters()}
     for key, patches in list(model.patches.items()):
         match = OF_BLOCK.match(key)
-        if match and (mirrored := f"{match[1]}student.{match[2]}") in shapes:
+        if match and (mirrored := f"{match[1]}student.{match[2]}") in names:
             model.patches[mirrored] = list(patches)
-        if key in cut:
-            model.patches[key] = [_of_first_rows(patch) for patch in patches]
 
 
-def _cut_modulations(model: torch.nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, PaddedModulation)]
+def half_of(linear: type[nn.Module]) -> type[nn.Module]:
+    """The host's linear map, cut to the first half of its outputs. Patches see it whole, by the host's own way for
+    weights that are stored in another form than patches know."""
+
+    class FirstHalf(linear):
+        def convert_weight(self, weight, inplace=False, **named):
+            return _whole(getattr(super(), "convert_weight", _same)(weight, inplace=inplace, **named))
+
+        def convert_bias(self, bias, inplace=False, **named):
+            return _whole(bias)
+
+        def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **named):
+            store = getattr(super(), "set_weight", None) or (lambda *a, **n: _stored(self, "weight", *a, **n))
+            half = weight[: len(weight) // 2]
+            return store(half, inplace_update=inplace_update, seed=seed, return_weight=return_weight)
+
+        def set_bias(self, bias, inplace_update=False, seed=None, return_weight=False, **named):
+            return _stored(self, "bias", bias[: len(bias) // 2], inplace_update, seed, return_weight)
+
+    return FirstHalf
 
 
-def _of_first_rows(patch: tuple) -> tuple:
-    strength, value, strength_model, offset, function = patch
-    if isinstance(value, FirstRows) or offset is not None:
-        return patch
-    return strength, FirstRows(value), strength_model, offset, function
+def _same(weight: torch.Tensor, **_) -> torch.Tensor:
+    return weight
 
 
-class FirstRows(WeightAdapterBase):
-    """The change of a tensor of twice as many rows, of which the first half is left."""
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, torch.zeros_like(tensor)])
 
-    name = "ppcl_first_rows"
 
-    def __init__(self, inner):
-        self.inner, self.weights = inner, getattr(inner, "weights", ())
-        self.loaded_keys = getattr(inner, "loaded_keys", set())
-
-    def calculate_weight(self, weight, key, strength, strength_model, offset, function,
-                         intermediate_dtype=torch.float32, original_weight=None):  # fmt: skip
-        whole = torch.cat([weight, torch.zeros_like(weight)])
-        patch = (strength, self.inner, 1.0, None, function)
-        return comfy.lora.calculate_weight([patch], whole, key, intermediate_dtype)[: len(weight)]
+def _stored(module: nn.Module, name: str, tensor: torch.Tensor, inplace_update=False, seed=None, return_weight=False):
+    old = getattr(module, name)
+    tensor = comfy.float.stochastic_rounding(tensor, old.dtype, seed=seed)
+    if return_weight:
+        return tensor
+    if inplace_update:
+        return old.data.copy_(tensor)
+    setattr(module, name, nn.Parameter(tensor, requires_grad=False))

@@ -18,6 +18,7 @@ from torch import nn
 from ...ppcl_engine.layout import Place
 from ...ppcl_engine.plan import Interval
 from ...ppcl_engine.surgery import PassThrough, add_correction, interval_streams
+from .adapters import half_of
 from .blocks import RETURNS, STREAMS, Correction, Linear, Texts, project
 from .parts import Parts
 from .structure import BLOCK, QWEN, FileTensors, Structure, is_pruned, is_surrounding, sizes_of, structure_of
@@ -101,7 +102,7 @@ def build_block(structure: Structure, names: list[str], texts: Texts, built: lis
         return _with_all_parts(block, index, structure, names, stock, linear)
     if place.interval:
         _correct(block, place.interval, structure, linear)
-    _cut_modulations(block, place, linear)
+    _cut_modulations(block, place, partial(half_of(linear.func), **options))
     source = None if place.text_source is None else built[place.text_source]
     return project(block, place, lambda kind, part: linear(block.dim, block.dim), texts, source)
 
