@@ -1,8 +1,7 @@
 """Seconds until the held-out loss that the plain recipe reaches after 300 steps.
 
-plain: as the authors' script works. Every step runs the whole teacher without gradients and calls
-the students on its states; a second pass chains the students, and its loss is added; one optimiser
-holds all students, which are checkpointed. plain_light: without checkpoints and second pass.
+plain: as the authors' script works. Every step runs the whole teacher without gradients, calls the students on its
+states and, chained, a second time; one optimiser, checkpointing. plain_light: without checkpoints and second pass.
 ours: the stage distill-depth, several updates from one sweep of the teacher, files and all.
 Same teacher, samples, initialisation (copy of the first block), loss (direction), batch, optimiser
 and schedule family; each recipe's own best learning rate. Time spent evaluating does not count.
@@ -266,6 +265,7 @@ def median_of(rows: list[dict], name: str, field: str) -> float | None:
 
 def summary(rows: list[dict], rates: dict[str, float]) -> dict:
     seconds = {name: median_of(rows, name, "seconds") for name in rates}
+    trials = {name: [trained for row in rows for trained in row["trials"][name]] for name in rates}
     ratios = [row["plain"].seconds / row["ours"].seconds for row in rows if row["ours"]]
     return {
         **seconds,
@@ -273,15 +273,11 @@ def summary(rows: list[dict], rates: dict[str, float]) -> dict:
         "ratio_light": seconds["ours"] and seconds["plain_light"] and seconds["plain_light"] / seconds["ours"],
         "ratio_range": [min(ratios), max(ratios)] if ratios else None,
         "updates": {name: median_of(rows, name, "horizon") for name in rates},
-        "seconds_per_update": {name: per_update(rows, name) for name in rates},
+        "seconds_per_update": {n: statistics.median(t.seconds / t.horizon for t in trials[n]) for n in rates},
         "target": [row["target"] for row in rows],
         "learning_rates": rates,
-        "curves": {name: [trained.curve for row in rows for trained in row["trials"][name]] for name in rates},
+        "curves": {name: [trained.curve for trained in trials[name]] for name in rates},
     }
-
-
-def per_update(rows: list[dict], name: str) -> float:
-    return statistics.median(t.seconds / t.horizon for row in rows for t in row["trials"][name])
 
 
 def show(values: dict) -> None:

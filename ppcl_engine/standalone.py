@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .architectures import architecture_named
 from .bundle import STRUCTURE_TENSOR
 from .files import TensorEntry, write_tensor_stream
-from .layout import layout_of
+from .layout import Layout, layout_of
 from .plan import PruningPlan, TextGroup, Variant
+from .surgery import empty_block
 
-GUARD_TENSOR = "ppcl_needs_its_node_pack"
+GUARD_SHAPE = (0, 1)
 STRUCTURE_KEY = "ppcl_structure"
 
 
@@ -36,12 +38,26 @@ def check_file_name(name: str) -> None:
 def write_standalone(
     path: Path, sources: dict[str, Source], plan: PruningPlan, variant: Variant, dtype: torch.dtype
 ) -> Path:
-    """Teacher indices, the structure as a tensor (hosts drop metadata), and a guard of an impossible shape."""
+    """Teacher indices, the structure as a tensor (hosts drop metadata), and a guard of an impossible shape: a stock
+    host would build what this file has not, and leave out what it has, without a word."""
     structure = structure_of(plan, variant).to_json()
-    encoded = torch.tensor(list(structure.encode()), dtype=torch.uint8)
-    extra = {STRUCTURE_TENSOR: encoded, GUARD_TENSOR: torch.zeros(0, 1, dtype=torch.uint8)}
+    extra = {STRUCTURE_TENSOR: torch.tensor(list(structure.encode()), dtype=torch.uint8)}
+    if guard := guard_name(plan, layout_of(plan, variant)):
+        extra[guard] = torch.zeros(GUARD_SHAPE, dtype=torch.uint8)
     write_sources(path, sources, dtype, {STRUCTURE_KEY: structure, "format": "pt"}, extra)
     return path
+
+
+def guard_name(plan: PruningPlan, layout: Layout) -> str | None:
+    """The first tensor of the full model that the variant has not; a stock host looks for it."""
+    architecture, places = architecture_named(plan.architecture), {place.index: place for place in layout.places}
+    for index in range(plan.num_blocks):
+        with torch.device("meta"):
+            full = architecture.build_block(plan.config, index).state_dict()
+            own = empty_block(architecture, plan.config, places[index], {}).state_dict() if index in places else {}
+        if vacated := sorted(full.keys() - own.keys()):
+            return architecture.to_comfyui(architecture.block_prefix(index) + vacated[0])
+    return None
 
 
 def structure_of(plan: PruningPlan, variant: Variant) -> PruningPlan:

@@ -18,6 +18,7 @@ from ...ppcl_engine.bundle import STRUCTURE_TENSOR
 from ...ppcl_engine.layout import Layout, Place, full_layout, layout_of
 from ...ppcl_engine.plan import PruningPlan, plan_from_json
 from ...ppcl_engine.released import published_intervals, released_layout, teacher_indices
+from ...ppcl_engine.standalone import GUARD_SHAPE
 
 HINTS_TENSOR = "ppcl_hints"
 """What our loader node adds: {"switchable"} of a bundle with its base, {"indices", "legacy"} of other files."""
@@ -46,7 +47,7 @@ class Structure:
         found = {}
         for name, tensor in tensors.items():
             new = self.names.get(name, name)
-            if new is not None and not is_surrounding(name):
+            if new is not None and not is_surrounding(name) and tuple(tensor.shape) != GUARD_SHAPE:
                 found[new] = _without_identity(tensor) if name in self.legacy else tensor
         return found
 
