@@ -1,0 +1,109 @@
+"""What a host without this pack does with our files, at Qwen-Image's real width and one or two blocks (1.4 GB)."""
+
+import json
+import struct
+from contextlib import contextmanager
+
+import comfy.supported_models
+import pytest
+import torch
+
+from ppcl_engine.architectures import architecture_named
+from ppcl_engine.bundle import MAP_KEY, STRUCTURE_TENSOR, empty_model
+from ppcl_engine.checkpoint import expected_shapes
+from ppcl_engine.layout import layout_of
+from ppcl_engine.plan import PruningPlan, parse_intervals, parse_sites
+from ppcl_engine.standalone import GUARD_SHAPE, guard_name
+
+from .conftest import relative_error
+
+QWEN = architecture_named("qwen_image")
+REAL = QWEN.model_configs["qwen_image"]
+NUMBERS = 2**22  # random ones, used again and again: what is tested is whose they are
+NAMES = {torch.bfloat16: "BF16", torch.uint8: "U8"}
+
+
+@contextmanager
+def without_the_pack():
+    models = comfy.supported_models.models
+    ours = [m for m in models if m.__name__ == "PPCLQwenImage"]
+    models[:] = [m for m in models if m not in ours]
+    try:
+        yield
+    finally:
+        models[:] = ours + models
+
+
+def write_real(path, shapes: dict, small: dict | None = None, metadata: dict | None = None, random=False) -> None:
+    """A safetensors file of bf16 tensors: zeros that take no disk, or random numbers; and `small` tensors as they are."""
+    header, offset = {"__metadata__": metadata or {}}, 0
+    tensors = {name: (torch.bfloat16, shape) for name, shape in shapes.items()}
+    tensors |= {name: (t.dtype, tuple(t.shape)) for name, t in (small or {}).items()}
+    for name, (dtype, shape) in tensors.items():
+        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    numbers = (0.02 * torch.randn(NUMBERS, generator=torch.Generator().manual_seed(0))).bfloat16()
+    data = numbers.view(torch.uint8).numpy().data
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in (small or {}).items():
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            file.write(tensor.numpy().data)
+        if random:
+            file.seek(8 + len(text))
+            for start in range(0, offset, len(data)):
+                file.write(data[: offset - start])
+        file.truncate(8 + len(text) + offset)
+
+
+@pytest.fixture
+def removed(models):
+    """Big files go at once."""
+    yield
+    for path in models.diffusion_models.glob("real_*"):
+        path.unlink()
+
+
+def test_a_native_standalone_loads(models, run_node, velocity, engine_velocity, inputs, monkeypatch, removed):
+    """Two random blocks; what they compute is what the engine computes."""
+    monkeypatch.setattr(inputs, "text", torch.randn(1, 7, 3584, generator=torch.Generator().manual_seed(6)))
+    config, path = {**REAL, "num_layers": 2}, models.diffusion_models / "real_native.safetensors"
+    metadata = {MAP_KEY: "[0, 3]", "config": json.dumps(config)}
+    write_real(path, expected_shapes(QWEN, config), metadata=metadata, random=True)
+    with without_the_pack():
+        (model,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
+    assert len(model.model.diffusion_model.transformer_blocks) == 2
+    found = velocity(model)
+    expected = engine_velocity(path, dtype=next(model.model.parameters()).dtype)
+    assert found.isfinite().all() and found.std() > 0
+    assert relative_error(found, expected.float()) < 2e-2  # bf16 in both
+
+
+@pytest.mark.parametrize(
+    ("blocks", "intervals", "correction", "sites"),
+    [(2, "0-1", "16", ""), (2, "", "none", "text:1"), (1, "", "none", "ffn_image:0")],
+    ids=["correction", "text", "gated FFN"],
+)
+def test_other_files_are_refused(models, run_node, removed, blocks, intervals, correction, sites):
+    """Not loaded in silence with parts missing; the pack loads the same file."""
+    config = {**REAL, "num_layers": blocks}
+    found = [{**vars(i), "correction": correction} for i in parse_intervals(intervals)]
+    plan = PruningPlan(
+        architecture=QWEN.name, config=config, num_blocks=blocks, fingerprint="f",
+        intervals=tuple(type(i)(**f) for i, f in zip(parse_intervals(intervals), found, strict=True)),
+        sites=parse_sites(sites, "gated"),
+    )  # fmt: skip
+    layout = layout_of(plan, plan.everything())
+    shapes = {name: tuple(t.shape) for name, t in empty_model(QWEN, config, layout).state_dict().items()}
+    small = {
+        STRUCTURE_TENSOR: torch.tensor(list(plan.to_json().encode()), dtype=torch.uint8),
+        guard_name(plan, layout): torch.zeros(GUARD_SHAPE, dtype=torch.uint8),
+    }
+    path = models.diffusion_models / "real_pruned.safetensors"
+    write_real(path, shapes, small)
+    with without_the_pack(), pytest.raises(RuntimeError, match="size mismatch"):
+        run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
+    (model,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
+    assert len(model.model.diffusion_model.transformer_blocks) == blocks
