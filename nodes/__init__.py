@@ -5,14 +5,16 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import ComfyExtension, io
 
 from . import paths
+from .demo import DemoCaption, DemoDecode
 from .host import qwen_image
 from .load import LoadModel
 from .variant import ChooseVariant
+from .view import Compare, Info, LoraReport
 
 
 class PPCLExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadModel, ChooseVariant]
+        return [LoadModel, ChooseVariant, Info, LoraReport, Compare, DemoCaption, DemoDecode]
 
 
 def extension() -> PPCLExtension:

@@ -10,8 +10,11 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ..ppcl_engine.bundle import Bundle, is_bundle
+from ..ppcl_engine.config_files import ImportConfig
+from ..ppcl_engine.config_help import setting_help
 from ..ppcl_engine.layout import layout_of
 from ..ppcl_engine.plan import FULL
+from .clock import watch
 from .host.adapters import prepare
 from .host.parts import size_of, variant_of, with_variant
 from .paths import model_files, model_path
@@ -39,6 +42,7 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
     if model is None:
         raise ValueError(f"{request.path.name}: the host knows no model with these tensors; is it a Qwen-Image model?")
     model.cached_patcher_init = (_patcher_alone, (request, weight_dtype))
+    watch(model)
     if plan and request.switchable and variant:
         prepare(model)
         model = with_variant(model, variant)
@@ -114,10 +118,10 @@ class LoadModel(io.ComfyNode):
                     default=AUTO,
                     tooltip="Of a released model: which blocks of the original its blocks are (LoRA, ControlNet).",
                 ),  # fmt: skip
-                io.String.Input("intervals", default="", tooltip='For "by intervals": what was removed, as "3-4 5-7".'),
-                io.Boolean.Input(
-                    "legacy_text", default=False, tooltip="Of an older 12B release: text is P(x), not P(x) + x."
+                io.String.Input(
+                    "intervals", default="", tooltip=f'For "by intervals": {setting_help(ImportConfig, "intervals")}'
                 ),
+                io.Boolean.Input("legacy_text", default=False, tooltip=setting_help(ImportConfig, "legacy_txt_proj")),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="text")],
         )

@@ -8,6 +8,8 @@ import folder_paths
 
 CATEGORY = "ppcl"
 ENDINGS = (".safetensors", ".gguf")
+DEMO = Path(__file__).parents[1] / "ppcl_engine" / "demo"
+DEMO_FILES = {"demo/demo.ppcl.safetensors": "demo.ppcl.safetensors", "demo/teacher.safetensors": "teacher.safetensors"}
 
 
 def register() -> None:
@@ -16,7 +18,8 @@ def register() -> None:
 
 
 def model_files() -> dict[str, Path]:
-    """Name in a combo -> path: files of models/ppcl and models/diffusion_models, and diffusers folders in either."""
+    """Name in a combo -> path: files of models/ppcl and models/diffusion_models, diffusers folders in either, the demo's
+    own files (one of the same name in models/ppcl/demo goes before)."""
     found: dict[str, Path] = {}
     for category in (CATEGORY, "diffusion_models"):
         for name in folder_paths.get_filename_list(category):
@@ -26,6 +29,9 @@ def model_files() -> dict[str, Path]:
         for root in map(Path, folder_paths.get_folder_paths(category)):
             for config in sorted(root.glob("*/config.json")) + sorted(root.glob("*/model_index.json")):
                 found.setdefault(f"{config.parent.name}/", config.parent)
+    for name, file in DEMO_FILES.items():
+        if (DEMO / file).exists():
+            found.setdefault(name, DEMO / file)
     return found
 
 
@@ -35,6 +41,22 @@ def model_path(name: str) -> Path:
     if name not in files:
         raise ValueError(f"{name!r} is in none of models/ppcl and models/diffusion_models; refresh, then choose again")
     return files[name]
+
+
+def demo_teacher() -> Path:
+    return DEMO / "teacher.safetensors"
+
+
+def lora_files() -> list[str]:
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_path(name: str) -> Path:
+    """Raises ValueError for a name that is not in the list."""
+    path = folder_paths.get_full_path("loras", name) if name in lora_files() else None
+    if path is None:
+        raise ValueError(f"{name!r} is not in models/loras; refresh, then choose again")
+    return Path(path)
 
 
 def _inside_model_folder(path: Path) -> bool:

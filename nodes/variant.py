@@ -79,7 +79,7 @@ class ChooseVariant(io.ComfyNode):
             category="PPCL",
             description="Another size of a loaded bundle. Any number of branches share the weights of one loaded model.",
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="A bundle, loaded with switchable on; or any branch of it."),
                 io.Combo.Input(
                     "variant", options=[KEEP, BY_SIZE, *variant_names()], tooltip="A size of the bundle by name."
                 ),

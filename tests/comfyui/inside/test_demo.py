@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ppcl_engine.bundle import open_model
+from ppcl_engine.checkpoint import Weights
 from ppcl_engine.codecs import open_codec
 from ppcl_engine.demo.reader import load_reader, read, score
 from ppcl_engine.demo.run import TEACHER
@@ -49,8 +50,6 @@ def drawn_by_the_engine(model, captions) -> torch.Tensor:
     codec = open_codec(TEACHER)
     prompts = encode_prompts(codec, captions)
     noise = torch.randn(len(captions), 16, 12, 12, generator=torch.manual_seed(SEED))
-    from ppcl_engine.checkpoint import Weights
-
     architecture = Weights(TEACHER).architecture
     grid = architecture.grid(noise)
     clean = draw(architecture, model, architecture.pack(noise), grid, prompts, STEPS, CFG)

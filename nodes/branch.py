@@ -1,0 +1,110 @@
+"""What a branch of the graph runs: its layout, name, size and damage; of a pruned model, one variant's, or a plain one."""
+
+from __future__ import annotations
+
+import torch
+
+from ..ppcl_engine.checkpoint import parameter_count
+from ..ppcl_engine.layout import Layout, full_layout, layout_of
+from ..ppcl_engine.plan import FULL, Interval, PruningPlan, Variant, WidthSite
+from ..ppcl_engine.side_by_side import counted, size_text
+from .host.parts import size_of, variant_of
+from .host.structure import QWEN, block_numbers, sizes_of
+
+PREFIX = "diffusion_model."
+
+
+def layout_in(model) -> Layout:
+    """What a branch runs."""
+    parts = _parts(model)
+    if parts is None:
+        return full_layout(len(block_numbers(name.removeprefix(PREFIX) for name in model.model.state_dict())))
+    if parts.structure.switchable:
+        return layout_of(parts.plan, variant_of(model))
+    return parts.structure.layout
+
+
+def _parts(model):
+    """None: an untouched model of the host."""
+    return getattr(model.model.diffusion_model, "ppcl", None)
+
+
+def _switchable(model) -> bool:
+    parts = _parts(model)
+    return parts is not None and parts.structure.switchable
+
+
+def name_of(model) -> str:
+    if _switchable(model):
+        return variant_of(model).name
+    layout = layout_in(model)
+    return FULL if layout.places == full_layout(layout.num_blocks).places else "pruned"
+
+
+def sizes(model) -> tuple[int, int]:
+    """(parameters, bytes) of what a branch runs."""
+    return size_of(model.model.diffusion_model, layout_in(model) if _switchable(model) else None)
+
+
+def plan_in(model) -> tuple[PruningPlan, list[Variant]]:
+    """(plan, the branch's variant and then the named ones). Of a file without a plan, one is made of its layout."""
+    parts = _parts(model)
+    plan = parts.plan if parts and parts.plan else _plan_of(layout_in(model))
+    if _switchable(model):
+        own = variant_of(model)
+        return plan, [own, *(v for v in plan.variants if v.name != own.name and not v.tuned)]
+    everything = plan.everything()
+    return plan, [Variant(name=name_of(model), intervals=everything.intervals, sites=everything.sites)]
+
+
+def _plan_of(layout: Layout) -> PruningPlan:
+    """A block before a gap stands for the gap."""
+    ends = [place.index for place in layout.places[1:]] + [layout.num_blocks]
+    spans = zip(layout.places, ends, strict=True)
+    intervals = tuple(Interval(first=p.index, last=end - 1) for p, end in spans if end - p.index > 1)
+    sites = [site for place in layout.places for site in place.ffn]
+    for place, end in zip(layout.places, ends, strict=True):
+        if place.text_source is not None:
+            sites += [WidthSite(block=block, kind="text") for block in range(place.index, end)]
+    config = {"num_layers": layout.num_blocks}
+    known = {"architecture": QWEN.name, "config": config, "num_blocks": layout.num_blocks, "fingerprint": ""}
+    return PruningPlan(**known, intervals=intervals, sites=tuple(sites))
+
+
+def full_parameters(model) -> int:
+    """Of the whole teacher; where only one variant was loaded, from the shapes of what is there."""
+    transformer, layout = model.model.diffusion_model, layout_in(model)
+    if _switchable(model):
+        return size_of(transformer, full_layout(layout.num_blocks))[0]
+    state = {name: tensor for name, tensor in transformer.state_dict().items() if "correction." not in name}
+    with torch.device("meta"):
+        block = parameter_count(QWEN.build_block(sizes_of(state), 0))
+    there = [transformer.transformer_blocks[place.index] for place in layout.places]
+    return parameter_count(transformer) - sum(map(parameter_count, there)) + block * layout.num_blocks
+
+
+def about(model) -> str:
+    """Parameters, size, damage, in lines."""
+    plan, variants = plan_in(model)
+    parameters, size = sizes(model)
+    full = full_parameters(model)
+    layout = layout_in(model)
+    lines = [
+        f"{variants[0].name}: {counted(parameters)} parameters, {100 * parameters / full:.0f} % of "
+        f"{counted(full)}; {size_text(size)}",
+        f"{len(layout.places)} of {layout.num_blocks} blocks run; {len(layout.sites)} width sites are on",
+        *(damage_text(plan, variant) for variant in variants),
+        *layout.notes,
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def damage_text(plan: PruningPlan, variant: Variant) -> str:
+    """Measured for the variant as a whole, else the sum of its parts, which is near where there are few."""
+    known = next((v for v in plan.variants if v.name == variant.name), variant)
+    if known.damage is not None:
+        return f"{variant.name}: velocity error {known.damage:.3f}"
+    scores = [plan.interval(n).score for n in variant.intervals] + [plan.site(n).score for n in variant.sites]
+    if not scores or None in scores:
+        return ""
+    return f"{variant.name}: velocity error about {sum(scores):.3f} (the sum of its parts)"

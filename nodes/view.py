@@ -1,0 +1,160 @@
+"""What a pruned model is, seen: its layer map, what reaches it of a LoRA, its pictures beside those of others."""
+
+from __future__ import annotations
+
+import copy
+import io as bytes_io
+import re
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.utils
+import numpy as np
+import torch
+from comfy_api.v0_0_2 import io, ui
+from PIL import Image
+
+from ..ppcl_engine import side_by_side as sheet
+from ..ppcl_engine.lora import Coverage, coverage
+from ..ppcl_engine.pictures import layer_map
+from .branch import PREFIX, about, full_parameters, layout_in, name_of, plan_in, sizes
+from .clock import seconds_a_step
+from .host.blocks import OWN_PARTS
+from .host.structure import BLOCK, QWEN
+from .paths import lora_files, lora_path
+
+MOST_COLUMNS = 6
+SUFFIX = re.compile(r"\.(lora|alpha|dora_scale|diff|diff_b|set_weight|w_norm|b_norm|hada_|lokr_|oft_|[ab][12]\b).*$")
+
+
+def map_of(model) -> torch.Tensor:
+    """Picture [1, height, width, 3]: this branch in the first row, the file's named variants below it."""
+    plan, variants = plan_in(model)
+    parameters = {v.name: v.parameters for v in variants if v.parameters}
+    parameters[variants[0].name] = sizes(model)[0]
+    return picture_of(layer_map(plan, variants, parameters, full_parameters(model)))
+
+
+def picture_of(png: bytes) -> torch.Tensor:
+    pixels = np.asarray(Image.open(bytes_io.BytesIO(png)).convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(pixels / 255)[None]
+
+
+def lora_report(model, tensors: dict[str, torch.Tensor]) -> Coverage:
+    """By the host's own reading of LoRA files, against the names of the full model."""
+    names = _names_of_full(model)
+    whole = copy.copy(model.model)
+    whole.__dict__["state_dict"] = lambda: dict.fromkeys(names)
+    keys = comfy.lora.model_lora_keys_unet(whole, {})
+    converted = comfy.lora_convert.convert_lora(tensors)
+    loaded = comfy.lora.load_lora(converted, keys, log_missing=False)
+    targets = {_weight(target) for target in loaded}
+    used = {key for key, target in keys.items() if _weight(target) in targets}
+    left = {module for name in converted if (module := SUFFIX.sub("", name)) not in used}
+    return coverage((t.removeprefix(PREFIX) for t in targets), left, layout_in(model))
+
+
+def _weight(target) -> str:
+    """The host names a slice of a weight as (name, slice)."""
+    return target if isinstance(target, str) else target[0]
+
+
+def _names_of_full(model) -> set[str]:
+    """Weights that the full model has: those of a whole block, for every index."""
+    outer, parts = set(), set()
+    for name in model.model.state_dict():
+        match = BLOCK.match(name.removeprefix(PREFIX))
+        if match is None:
+            outer.add(name)
+        elif not match[2].startswith(OWN_PARTS):
+            parts.add(match[2])
+    own = {name for name in parts if name.startswith("correction.")}
+    with torch.device("meta"):
+        parts |= set(QWEN.build_block(QWEN.tiny_config, 0).state_dict())
+    blocks = range(layout_in(model).num_blocks)
+    return outer | {f"{PREFIX}transformer_blocks.{index}.{part}" for index in blocks for part in parts - own}
+
+
+def compared(models: list, pictures: list[torch.Tensor]) -> torch.Tensor:
+    columns = []
+    for model, picture in zip(models, pictures, strict=True):
+        parameters, size = sizes(model)
+        columns.append(
+            sheet.Column(
+                name=name_of(model), pictures=picture, parameters=parameters, bytes=size, seconds=seconds_a_step(model)
+            )
+        )
+    return sheet.side_by_side(columns)
+
+
+class Info(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PPCL_Info",
+            display_name="Pruned Model Info (PPCL)",
+            category="PPCL",
+            description="The layer map of a pruned model: kept, replaced, switched back, projected; its size and damage.",
+            is_output_node=True,
+            inputs=[io.Model.Input("model", tooltip="Any Qwen-Image MODEL; of a pruned one there is more to see.")],
+            outputs=[io.Image.Output(display_name="layer map"), io.String.Output(display_name="text")],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        picture = map_of(model)
+        return io.NodeOutput(picture, about(model), ui=ui.PreviewImage(picture, cls=cls))
+
+
+class LoraReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PPCL_LoraReport",
+            display_name="LoRA Report (PPCL)",
+            category="PPCL",
+            description="What of a LoRA reaches a pruned model, and what belongs to blocks or parts that are gone.",
+            inputs=[
+                io.Model.Input("model", tooltip="The pruned model, before or behind its LoRA loader."),
+                io.Combo.Input("lora", options=list(lora_files()), tooltip="A file of models/loras."),
+            ],
+            outputs=[io.String.Output(display_name="text")],
+        )
+
+    @classmethod
+    def execute(cls, model, lora) -> io.NodeOutput:
+        tensors = comfy.utils.load_torch_file(str(lora_path(lora)), safe_load=True)
+        return io.NodeOutput(f"{lora} on {name_of(model)}: {lora_report(model, tensors).text()}")
+
+
+class Compare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = []
+        for number in range(1, MOST_COLUMNS + 1):
+            optional = number > 2
+            inputs += [
+                io.Model.Input(f"model_{number}", optional=optional, tooltip="The MODEL that goes into the sampler."),
+                io.Image.Input(f"image_{number}", optional=optional, tooltip="What was drawn with it."),
+            ]
+        return io.Schema(
+            node_id="PPCL_Compare",
+            display_name="Compare Variants (PPCL)",
+            category="PPCL",
+            description="Variants side by side in one picture, with size and seconds a step under each.",
+            is_output_node=True,
+            inputs=inputs,
+            outputs=[io.Image.Output()],
+        )
+
+    @classmethod
+    def execute(cls, **given) -> io.NodeOutput:
+        models, pictures = [], []
+        for number in range(1, MOST_COLUMNS + 1):
+            model, picture = given.get(f"model_{number}"), given.get(f"image_{number}")
+            if (model is None) != (picture is None):
+                raise ValueError(f"model_{number} and image_{number} belong together; connect both or none")
+            if model is not None:
+                models, pictures = [*models, model], [*pictures, picture]
+        found = compared(models, pictures)
+        return io.NodeOutput(found, ui=ui.PreviewImage(found, cls=cls))
