@@ -1,0 +1,112 @@
+"""What a user can get wrong is one clear line, and the next request works."""
+
+import json
+
+import pytest
+import torch
+
+from ppcl_engine.bundle import PLAN_KEY, STRUCTURE_TENSOR
+from ppcl_engine.files import TensorFile, write_tensors
+
+
+@pytest.fixture(scope="module")
+def files(models, bundle, teacher, make_model, save_model):
+    """Broken and foreign files beside the good ones."""
+    folder = models.diffusion_models
+    data = teacher.read_bytes()
+    (folder / "truncated.safetensors").write_bytes(data[: len(data) // 2])
+    (folder / "text.safetensors").write_text("no model")
+    write_tensors(folder / "other_model.safetensors", {"layer.weight": torch.zeros(2, 2)})
+    save_model(folder / "other_teacher.safetensors", make_model(seed=9, in_channels=64, out_channels=16))
+    save_model(folder / "shallow.safetensors", make_model(num_layers=3, in_channels=64, out_channels=16))
+    file = TensorFile(bundle)
+    plan, tensors = json.loads(file.metadata[PLAN_KEY]), file.read_all()
+
+    def hostile(name: str, changes: dict, **more: torch.Tensor) -> None:
+        text = json.dumps({**plan, **changes})
+        write_tensors(models.ppcl / f"{name}.ppcl.safetensors", {**tensors, **more}, {PLAN_KEY: text})
+
+    hostile("many_blocks", {"num_blocks": 10**9})
+    hostile("outside", {"intervals": [{**plan["intervals"][0], "last": 77}]})
+    hostile("rank", {"intervals": [{**plan["intervals"][0], "correction": "99999999"}], "variants": [], "sites": []})
+    hostile("unknown_field", {"surprise": 1})
+    hostile("config", {"config": {}})
+    less = {name: tensor for name, tensor in tensors.items() if "1-2.attn.to_q" not in name}
+    write_tensors(models.ppcl / "lacking.ppcl.safetensors", less, {PLAN_KEY: json.dumps(plan)})
+    broken = TensorFile(teacher).read_all() | {STRUCTURE_TENSOR: torch.full((8,), 200, dtype=torch.uint8)}
+    write_tensors(folder / "broken_plan.safetensors", broken)
+    short = {name: tensor for name, tensor in TensorFile(teacher).read_all().items() if ".3.attn.to_k" not in name}
+    write_tensors(folder / "short.safetensors", short, TensorFile(teacher).metadata)
+    return bundle.name, teacher.name
+
+
+WRONG = {
+    "no such file": ({"file": "../secrets.safetensors"}, "is in none of"),
+    "truncated": ({"file": "truncated.safetensors"}, "is truncated"),
+    "no model": ({"file": "text.safetensors"}, "not a safetensors file"),
+    "another model": ({"file": "other_model.safetensors"}, "neither a bundle nor a Qwen-Image model"),
+    "a tensor is missing": ({"file": "short.safetensors"}, "lacks 2 tensors"),
+    "broken plan": ({"file": "broken_plan.safetensors"}, "plan is not readable"),
+    "no base": ({"base": "none"}, "choose as base"),
+    "base of another model": ({"base": "other_model.safetensors"}, "is not a Qwen-Image model"),
+    "base of another teacher": ({"base": "other_teacher.safetensors"}, "is not the teacher"),
+    "base of another depth": ({"base": "shallow.safetensors"}, "has 3 blocks, the bundle's teacher 6"),
+    "a base where none belongs": ({"file": "shallow.safetensors"}, "takes no base model"),
+    "unknown variant": ({"variant": "huge"}, "variant 'huge' is not in the plan"),
+    "unknown dtype": ({"weight_dtype": "int1"}, "weight dtype 'int1' is unknown"),
+    "unknown preset": ({"file": "shallow.safetensors", "base": "none", "preset": "x"}, "preset 'x' is unknown"),
+    "preset of another depth": (
+        {"file": "shallow.safetensors", "base": "none", "preset": "Qwen-Image-12B"},
+        "the preset names",
+    ),
+    "no intervals": (
+        {"file": "shallow.safetensors", "base": "none", "preset": "by intervals", "intervals": "a"},
+        "'a' is not an interval",
+    ),
+    "a plan of a billion blocks": ({"file": "many_blocks.ppcl.safetensors"}, "1000000000 blocks"),
+    "an interval outside": ({"file": "outside.ppcl.safetensors"}, "interval 1-77 is not inside"),
+    "a huge rank": ({"file": "rank.ppcl.safetensors"}, "correction '99999999'"),
+    "an unknown field": ({"file": "unknown_field.ppcl.safetensors"}, "unknown field 'surprise'"),
+    "no configuration": ({"file": "config.ppcl.safetensors"}, "a configuration of None"),
+    "a student lacks tensors": ({"file": "lacking.ppcl.safetensors"}, "lacks 2 tensors"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("switchable", [True, False])
+def test_one_line(load, files, case, switchable):
+    changes, message = WRONG[case]
+    widgets = {"file": files[0], "base": files[1], "switchable": switchable, "variant": "small", **changes}
+    if "base" not in changes and not widgets["file"].endswith(".ppcl.safetensors") and "takes no base" not in message:
+        widgets["base"] = "none"
+    with pytest.raises(ValueError) as caught:
+        load(**widgets)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert load(files[0], base=files[1]).model.diffusion_model.ppcl.plan
+
+
+def test_switches_that_make_no_sense(load, switched, files):
+    model, plain = load(files[0], base=files[1]), load(files[1])
+    for widgets, message in (
+        ({"variant": "huge"}, "variant 'huge' is not in the plan"),
+        ({"on": "2-5"}, "interval '2-5' is not in the plan"),
+        ({"off": "text:1-1"}, "width site 'text:1-1' is not in the plan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            switched(model, **widgets)
+    with pytest.raises(ValueError, match="no PPCL bundle"):
+        switched(plain, variant="full")
+
+
+def test_parts_on_and_off_by_size_and_stacked(load, switched, files, pack):
+    model = load(files[0], base=files[1], variant="full")
+    variant_of = pack("host.parts").variant_of
+    one = switched(model, on="1-2")
+    assert variant_of(one).intervals == ("1-2",)
+    two = switched(one, on="3-4, ffn_image:1")
+    assert set(variant_of(two).intervals) == {"1-2", "3-4"} and variant_of(two).sites == ("ffn_image:1",)
+    assert variant_of(switched(two, off="1-2")).intervals == ("3-4",)
+    assert variant_of(one).intervals == ("1-2",) and variant_of(model).name == "full"
+    assert variant_of(switched(two, variant="by size", size=1.0)).name == "full"
+    everything = variant_of(switched(model, variant="by size", size=0.0))
+    assert len(everything.intervals) == 2 and len(everything.sites) == 4
