@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.report import machine, versions
 from ppcl_engine.bundle import open_model
 from ppcl_engine.config_files import ExportConfig
+from ppcl_engine.files import write_json
 from ppcl_engine.run import Run
 from ppcl_engine.stages.export import export
 
@@ -24,11 +26,31 @@ from comfy.cli_args import args  # noqa: E402
 args.cpu = True
 
 import comfy.samplers  # noqa: E402
+import comfyui_version  # noqa: E402
 import folder_paths  # noqa: E402
 
 import nodes as host_nodes  # noqa: E402
 
 torch.set_num_threads(1)
+FIGURES = ".venv-host/bin/python tests/comfyui/launch.py -m pytest tests/comfyui/inside --figures {path}"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--figures", type=Path, help="write what was measured into this JSON file")
+
+
+@pytest.fixture(scope="session")
+def figures(request):
+    """name -> what a test measured; of several, the largest."""
+    found: dict[str, float] = {}
+
+    def note(name: str, value: float) -> None:
+        found[name] = max(value, found.get(name, value))
+
+    yield note
+    if path := request.config.getoption("--figures"):
+        about = {"machine": machine(), "versions": {**versions(), "comfyui": comfyui_version.__version__}}
+        write_json(path, {**found, **about, "command": FIGURES.format(path=path)})
 
 
 @pytest.fixture(scope="session")

@@ -26,15 +26,18 @@ def whole(load, bundle, teacher):
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_variants_of_a_switchable_model(whole, switched, velocity, engine_velocity, bundle, teacher, variant):
-    expected = engine_velocity(bundle, variant, teacher)
-    assert relative_error(velocity(switched(whole, variant=variant)), expected) < TOLERANCE
+def test_variants_of_a_switchable_model(whole, switched, velocity, engine_velocity, bundle, teacher, variant, figures):
+    error = relative_error(velocity(switched(whole, variant=variant)), engine_velocity(bundle, variant, teacher))
+    figures("parity_relative_error", error)
+    assert error < TOLERANCE
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_variants_loaded_alone(load, velocity, engine_velocity, bundle, teacher, variant):
+def test_variants_loaded_alone(load, velocity, engine_velocity, bundle, teacher, variant, figures):
     model = load(bundle.name, base=teacher.name, variant=variant, switchable=False)
-    assert relative_error(velocity(model), engine_velocity(bundle, variant, teacher)) < TOLERANCE
+    error = relative_error(velocity(model), engine_velocity(bundle, variant, teacher))
+    figures("parity_relative_error", error)
+    assert error < TOLERANCE
 
 
 def test_variants_differ(whole, switched, velocity):

@@ -85,7 +85,7 @@ def test_the_counters_see_a_load(load, demo, models):
     assert bytes_read() - before > 0.95 * size
 
 
-def test_three_branches_weigh_as_one(load, demo, switched, velocity, text):
+def test_three_branches_weigh_as_one(load, demo, switched, velocity, text, figures):
     before = tensor_bytes()
     model = load(demo[0], base=demo[1], variant="full")
     velocity(model)
@@ -93,10 +93,12 @@ def test_three_branches_weigh_as_one(load, demo, switched, velocity, text):
     branches = [switched(model, variant=name) for name in BRANCHES]
     found = [velocity(branch) for branch in branches]
     assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
-    assert tensor_bytes() - before < 1.05 * one
+    ratio = (tensor_bytes() - before) / one
+    figures("branches_memory_ratio", ratio)
+    assert ratio < 1.05
 
 
-def test_a_thousand_switches(whole, switched, velocity, models, text, record_property):
+def test_a_thousand_switches(whole, switched, velocity, models, text, figures):
     first = {name: velocity(switched(whole, variant=name)) for name in BRANCHES}
     memory, seconds = tensor_bytes(), []
     with files_of_models(models) as found:
@@ -108,10 +110,11 @@ def test_a_thousand_switches(whole, switched, velocity, models, text, record_pro
             seconds.append(time.perf_counter() - start)
             if count % 100 < len(BRANCHES):
                 assert torch.equal(velocity(branch), first[name])
-    assert found == []
-    assert tensor_bytes() <= 1.01 * memory
-    assert sorted(seconds)[SWITCHES // 2] < 0.1
-    record_property("switch_seconds", sorted(seconds)[SWITCHES // 2])
+    growth, middle = tensor_bytes() / memory - 1, sorted(seconds)[SWITCHES // 2]
+    for name, value in (("seconds", middle), ("bytes_read", len(found)), ("memory_growth", growth)):
+        figures(f"switch_{name}", value)
+    assert found == []  # no file was opened, is open or is mapped: nothing was read
+    assert growth <= 0.01 and middle < 0.1
 
 
 def test_a_lora_stays_on_its_branch(whole, switched, run_node, velocity, models, text):
@@ -133,13 +136,14 @@ def test_a_lora_stays_on_its_branch(whole, switched, run_node, velocity, models,
 
 
 @pytest.mark.parametrize("variant", [*BRANCHES, "1-2,ffn_image:1"])
-def test_a_variant_alone_reads_only_itself(load, demo, variant):
+def test_a_variant_alone_reads_only_itself(load, demo, variant, figures):
     load(demo[0], base=demo[1], variant=variant, switchable=False)  # what is imported on the way does not count
     before = bytes_read()
     model = load(demo[0], base=demo[1], variant=variant, switchable=False)
     read = bytes_read() - before
     parameters = sum(p.numel() for p in model.model.diffusion_model.parameters())
-    assert 2 * parameters <= read <= 1.02 * 2 * parameters
+    figures("load_bytes_ratio", read / (2 * parameters))
+    assert 1 <= read / (2 * parameters) <= 1.02
 
 
 def test_what_was_not_loaded_is_refused(load, demo, switched):
