@@ -14,6 +14,7 @@ from ..ppcl_engine.config_files import ImportConfig
 from ..ppcl_engine.config_help import setting_help
 from ..ppcl_engine.layout import layout_of
 from ..ppcl_engine.plan import FULL
+from . import gguf
 from .clock import watch
 from .host.adapters import prepare
 from .host.parts import size_of, variant_of, with_variant
@@ -36,11 +37,16 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
     """(the host's patcher, what it holds in words). `disable_dynamic`: newer hosts ask for it; nothing here is."""
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}")
-    content = content_of(request)
+    quantised = request.base is not None and request.base.suffix == gguf.ENDING
+    if quantised and not (request.switchable and weight_dtype == "default"):
+        raise ValueError(f"{request.base.name} is GGUF: set switchable to on and weight_dtype to default")
+    content = content_of(request, gguf.open_base) if quantised else content_of(request)
+    options = gguf.model_options() if quantised else dict(WEIGHT_DTYPES[weight_dtype])
     plan, variant = content.plan, content.variant
-    model = comfy.sd.load_diffusion_model_state_dict(content.tensors, model_options=dict(WEIGHT_DTYPES[weight_dtype]))
+    model = comfy.sd.load_diffusion_model_state_dict(content.tensors, model_options=options)
     if model is None:
         raise ValueError(f"{request.path.name}: the host knows no model with these tensors; is it a Qwen-Image model?")
+    model = gguf.patched(model) if quantised else model
     model.cached_patcher_init = (_patcher_alone, (request, weight_dtype))
     watch(model)
     if plan and request.switchable and variant:
@@ -92,7 +98,8 @@ def _variants_in(path: Path, changed: int, size: int) -> tuple[str, ...]:
 class LoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = list(model_files())
+        bases = list(model_files())
+        files = [name for name in bases if not name.endswith(gguf.ENDING)]
         return io.Schema(
             node_id="PPCL_LoadModel",
             display_name="Load Pruned Model (PPCL)",
@@ -103,7 +110,7 @@ class LoadModel(io.ComfyNode):
                     "file", options=files, tooltip="Bundle (*.ppcl.safetensors), standalone or released model."
                 ),
                 io.Combo.Input(
-                    "base", options=[NO_BASE, *files], tooltip="Of a bundle: the full model it was made from."
+                    "base", options=[NO_BASE, *bases], tooltip="Of a bundle: the full model it was made from."
                 ),
                 io.Combo.Input("variant", options=variant_names(), tooltip="Of a bundle: the size to start with."),
                 io.Boolean.Input(

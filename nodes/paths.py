@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 
 CATEGORY = "ppcl"
+CATEGORIES = (CATEGORY, "diffusion_models", "unet_gguf")  # the last is ComfyUI-GGUF's, where that pack is
 ENDINGS = (".safetensors", ".gguf")
 DEMO = Path(__file__).parents[1] / "ppcl_engine" / "demo"
 DEMO_FILES = {"demo/demo.ppcl.safetensors": "demo.ppcl.safetensors", "demo/teacher.safetensors": "teacher.safetensors"}
@@ -21,7 +22,9 @@ def model_files() -> dict[str, Path]:
     """Name in a combo -> path: files of models/ppcl and models/diffusion_models, diffusers folders in either, the demo's
     own files (one of the same name in models/ppcl/demo goes before)."""
     found: dict[str, Path] = {}
-    for category in (CATEGORY, "diffusion_models"):
+    for category in CATEGORIES:
+        if category not in folder_paths.folder_names_and_paths:
+            continue
         for name in folder_paths.get_filename_list(category):
             path = folder_paths.get_full_path(category, name)
             if path and name.endswith(ENDINGS) and not _inside_model_folder(Path(path)):

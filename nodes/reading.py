@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from .host.structure import BLOCK, HINTS_TENSOR, QWEN, as_tensor, block_numbers,
 SMALLEST, AUTO, AS_NUMBERED, BY_INTERVALS = "smallest", "auto", "as numbered", "by intervals"
 PRESETS = (AUTO, AS_NUMBERED, *QWEN.released.intervals, BY_INTERVALS)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+OpenBase = Callable[[Path], dict[str, tuple[object, str]]]
+"""path -> name of each tensor -> (open file, name in it), as `open_layout` gives them"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +68,11 @@ class Stored:
     rows: int | None = None
 
     def read(self) -> torch.Tensor:
-        if self.rows is None or not isinstance(self.file, TensorFile):
-            return self.file.read(self.name)[: self.rows]
-        return self.file.read(self.name, self.rows)
+        if self.rows is None:
+            return self.file.read(self.name)
+        if isinstance(self.file, TensorFile):
+            return self.file.read(self.name, self.rows)
+        return self.file.read(self.name)[: self.rows]
 
 
 class Reader:
@@ -86,16 +92,17 @@ class Reader:
         return self._vectors[key]
 
 
-def content_of(request: Request) -> Content:
-    """Raises ValueError, in one line, for files that do not belong together or are not what they should be."""
+def content_of(request: Request, open_base: OpenBase = lambda path: open_layout(path)[0]) -> Content:
+    """`open_base` opens the base model's file. Raises ValueError, in one line, for files that do not belong together
+    or are not what they should be."""
     if is_bundle(request.path):
-        return _bundle_content(request)
+        return _bundle_content(request, open_base)
     if request.base is not None:
         raise ValueError(f"{request.path.name} is no bundle, so it takes no base model; set base to none")
     return _file_content(request)
 
 
-def _bundle_content(request: Request) -> Content:
+def _bundle_content(request: Request, open_base: OpenBase) -> Content:
     bundle, reader = Bundle(request.path), Reader()
     plan = checked_plan(bundle.plan)
     variant = plan.variant(request.variant if request.variant != SMALLEST or _has(plan, SMALLEST) else None)
@@ -106,7 +113,7 @@ def _bundle_content(request: Request) -> Content:
         raise ValueError(f"variant {variant.name!r} is fine-tuned, with weights of its own; set switchable to off")
     if request.base is None:
         raise ValueError(f"{request.path.name} is a bundle: students only; choose as base the model it was made from")
-    base = base_tensors(request.base)
+    base = base_tensors(request.base, open_base)
     notes = check_base(reader, base, plan, request.base)
     if request.switchable:
         wanted = {**base, **_all_parts(bundle)}
@@ -126,16 +133,16 @@ def _content(reader: Reader, wanted: dict[str, Stored], plan, hints: dict, varia
     return Content(tensors, reader.bytes_read, plan, variant, tuple(notes))
 
 
-def base_tensors(path: Path) -> dict[str, Stored]:
+def base_tensors(path: Path, open_base: OpenBase) -> dict[str, Stored]:
     """Of a full model, by the host's names; tables and encoders beside the transformer are left."""
-    stored, _ = open_layout(path)
+    stored = open_base(path)
     if not QWEN.detect(stored):
         raise ValueError(f"{path.name} is not a Qwen-Image model; choose the model that the bundle was made from")
     return {name: Stored(file, key) for name, (file, key) in stored.items() if not is_surrounding(name)}
 
 
 def check_base(reader: Reader, base: dict[str, Stored], plan: PruningPlan, path: Path) -> tuple[str, ...]:
-    """Whether this is the plan's teacher. In fp8 the values differ, so only names and shapes can be compared, by the
+    """Whether this is the plan's teacher. Quantised values differ, so only names and shapes can be compared, by the
     host when it loads them: then a note says so."""
     names = {n: s for n, s in base.items() if not n.endswith(IGNORED_SUFFIXES) and n != "scaled_fp8"}
     shapes = {name: stored.file.shape(stored.name) for name, stored in names.items()}
@@ -143,8 +150,8 @@ def check_base(reader: Reader, base: dict[str, Stored], plan: PruningPlan, path:
     if count != plan.num_blocks:
         raise ValueError(f"{path.name} has {count} blocks, the bundle's teacher {plan.num_blocks}; choose its own base")
     vectors = [stored for name, stored in names.items() if len(shapes[name]) == 1]
-    if any(stored.file.dtype(stored.name) in FLOAT8 for stored in vectors):
-        return (f"{path.name} is stored in fp8: whether it is the very teacher of this bundle cannot be seen",)
+    if path.suffix == ".gguf" or any(stored.file.dtype(stored.name) in FLOAT8 for stored in vectors):
+        return (f"{path.name} is quantised: whether it is the very teacher of this bundle cannot be seen",)
     plan.check_teacher(QWEN.name, fingerprint_of(QWEN, shapes, lambda name: reader.read(names[name])), path.name)
     return ()
 

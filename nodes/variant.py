@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from comfy_api.v0_0_2 import io
 
 from ..ppcl_engine.layout import layout_of
@@ -44,10 +46,11 @@ def _by_name(model, plan: PruningPlan, name: str, size: float) -> Variant:
 
 
 def by_size(model, plan: PruningPlan, share: float) -> Variant:
-    """Parts are switched on in the order of their measured damage until the parameters are within the share."""
+    """Parts are switched on in the order of their measured damage until the parameters are within the share; those
+    that were not measured come last."""
     transformer, names = model.model.diffusion_model, []
     full, _ = size_of(transformer, layout_of(plan, Variant(name="full")))
-    parts = sorted([*plan.intervals, *plan.switches], key=lambda part: part.score or 0.0)
+    parts = sorted([*plan.intervals, *plan.switches], key=lambda part: math.inf if part.score is None else part.score)
     for part in parts:
         if size_of(transformer, layout_of(plan, _of(names)))[0] <= share * full:
             break

@@ -35,10 +35,11 @@ def translate_patches(model) -> None:
     if not hasattr(transformer, "ppcl"):
         return
     names = {f"diffusion_model.{name}" for name, _ in transformer.named_parameters()}
-    for key, patches in list(model.patches.items()):
-        match = OF_BLOCK.match(key)
-        if match and (mirrored := f"{match[1]}student.{match[2]}") in names:
-            model.patches[mirrored] = list(patches)
+    for found in (model.patches, *model.hook_patches.values()):  # hooks: LoRA on a part of the conditioning or schedule
+        for key, patches in list(found.items()):
+            match = OF_BLOCK.match(key)
+            if match and (mirrored := f"{match[1]}student.{match[2]}") in names:
+                found[mirrored] = list(patches)
 
 
 def half_of(linear: type[nn.Module]) -> type[nn.Module]:

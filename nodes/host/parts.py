@@ -7,6 +7,7 @@ the graph: weights stay where they are, and every branch shares them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -94,24 +95,28 @@ def with_variant(model, variant: Variant):
 def size_of(transformer: nn.Module, layout: Layout | None) -> tuple[int, int]:
     """(parameters, bytes) of what a variant of a switchable model runs; of all there is without a layout."""
     if layout is None:
-        found = [(p.numel(), p.element_size()) for p in transformer.parameters()]
-        return sum(count for count, _ in found), sum(count * size for count, size in found)
-    found = [
-        (p.numel(), p.element_size())
-        for name, p in transformer.named_parameters()
-        if not name.startswith("transformer_blocks.")
-    ]
+        return _total([_counted(p) for p in transformer.parameters()])
+    found = [_counted(p) for name, p in transformer.named_parameters() if not name.startswith("transformer_blocks.")]
     places = {place.index: place for place in layout.places}
     for place in layout.places:
         block = view_of_block(block_at(transformer, place, places.get(place.text_source)))
-        found += [(p.numel(), p.element_size()) for p in block.parameters()]
-        found += [
-            (-_unused(m), m[1].weight.element_size()) for m in block.children() if isinstance(m, PaddedModulation)
-        ]
-    return sum(count for count, _ in found), sum(count * size for count, size in found)
+        found += [_counted(p) for p in block.parameters()]
+        found += [_unused(module) for module in block.children() if isinstance(module, PaddedModulation)]
+    return _total(found)
 
 
-def _unused(modulation: PaddedModulation) -> int:
-    """Parameters of the half that a view still holds."""
+def _total(found: list[tuple[int, int]]) -> tuple[int, int]:
+    return sum(count for count, _ in found), sum(size for _, size in found)
+
+
+def _counted(parameter: nn.Parameter) -> tuple[int, int]:
+    """(numbers, bytes); of a quantised tensor the shape says the numbers."""
+    return math.prod(parameter.shape), parameter.nbytes
+
+
+def _unused(modulation: PaddedModulation) -> tuple[int, int]:
+    """Of the half that a view still holds, negative."""
     linear = modulation[1]
-    return (linear.out_features - 3 * linear.in_features) * (linear.in_features + 1)
+    share = 1 - 3 * linear.in_features / linear.out_features
+    whole = _total([_counted(p) for p in linear.parameters()])
+    return -round(share * whole[0]), -round(share * whole[1])

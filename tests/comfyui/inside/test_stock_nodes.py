@@ -2,11 +2,13 @@
 and the blocks behind it skipped, or, where width is pruned, what the engine gives with the LoRA in its weights."""
 
 import comfy.controlnet
+import comfy.hooks
 import comfy.latent_formats
 import comfy.ops
 import pytest
 import torch
 from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel
+from safetensors.torch import load_file
 
 from ppcl_engine.bundle import Bundle, open_model
 from ppcl_engine.files import TensorFile, write_tensors
@@ -115,6 +117,18 @@ def test_lora_as_on_the_full_model(whole, switched, run_node, velocity, referenc
     found = velocity(ours)
     assert relative_error(found, velocity(expected)) < 1e-5
     assert relative_error(found, velocity(switched(whole, variant=variant))) > 0.05
+
+
+@pytest.mark.parametrize("variant", DEPTH)
+def test_lora_as_a_hook(whole, switched, run_node, velocity, lora, models, inputs, variant):
+    """On a conditioning instead of the model: the same, and gone behind it."""
+    model = switched(whole, variant=variant)
+    (patched,) = run_node("LoraLoaderModelOnly", model=model, **BIG)
+    expected, plain = velocity(patched), velocity(model)
+    hooks = comfy.hooks.create_hook_lora(load_file(models.loras / BIG["lora_name"]), 1.0, 0.0)
+    positive = comfy.hooks.set_hooks_for_conditioning([[inputs.text, {}]], hooks)
+    assert relative_error(velocity(model, positive=positive), expected) < 1e-5
+    assert torch.equal(velocity(model), plain)
 
 
 @pytest.mark.parametrize("variant", EVERY)
