@@ -50,7 +50,7 @@ def side_by_side(columns: list[Column]) -> torch.Tensor:
     tiles = [_tiled(column.pictures) for column in columns]
     wide = min(max(*(t.width for t in tiles), NARROWEST), WIDEST) if len(tiles) > 1 else max(tiles[0].width, NARROWEST)
     tiles = [_scaled(tile, wide) for tile in tiles]
-    unit = max(14, wide // 22)
+    unit = max(16, wide // 17)
     margin, tall = unit, max(tile.height for tile in tiles)
     height = margin + tall + round(5.2 * unit)
     sheet = Image.new("RGB", (margin + len(tiles) * (wide + margin), height), "white")

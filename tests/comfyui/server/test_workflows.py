@@ -1,0 +1,117 @@
+"""Everything that is shipped for the page: templates fit the server's nodes, each node has its help and tooltips."""
+
+import json
+import re
+import urllib.parse
+import urllib.request
+
+import pytest
+
+from ppcl_engine.config_files import ImportConfig
+from ppcl_engine.config_help import setting_help
+
+from .conftest import ROOT
+
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"), key=lambda path: path.stem)
+SCALARS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+PAGE_ONLY = {"MarkdownNote"}
+SETTINGS = {("PPCL_LoadModel", "intervals"): "intervals", ("PPCL_LoadModel", "legacy_text"): "legacy_txt_proj"}
+
+
+@pytest.fixture(scope="module")
+def known(server) -> dict:
+    return server.get("/object_info")
+
+
+@pytest.fixture(scope="module")
+def ours(known) -> dict:
+    return {name: node for name, node in known.items() if name.startswith("PPCL_")}
+
+
+def inputs_of(node: dict) -> dict[str, tuple[str, dict]]:
+    """name -> (type, options)"""
+    rows = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+    return {n: (r[0] if isinstance(r[0], str) else "COMBO", r[1] if len(r) > 1 else {}) for n, r in rows.items()}
+
+
+def widgets_of(node: dict) -> list[str]:
+    """Names of the values that a saved workflow holds, in their order."""
+    names = []
+    for name, (kind, options) in inputs_of(node).items():
+        if kind in SCALARS:
+            names.append(name)
+            names += ["control_after_generate"] if options.get("control_after_generate") else []
+            names += ["upload"] if options.get("image_upload") else []
+    return names
+
+
+def test_the_template_list_has_them(server):
+    assert sorted(server.get("/workflow_templates")["ComfyUI-PPCL"]) == [path.stem for path in WORKFLOWS]
+    for path in WORKFLOWS:
+        for ending in ("json", "jpg"):
+            name = urllib.parse.quote(f"{path.stem}.{ending}")
+            with urllib.request.urlopen(f"{server.url}/api/workflow_templates/ComfyUI-PPCL/{name}") as answer:
+                assert answer.status == 200
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_fits_the_nodes(known, path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    links = {link[0]: link for link in workflow["links"]}
+    for node in nodes.values():
+        if node["type"] in PAGE_ONLY:
+            continue
+        info = known[node["type"]]
+        assert len(node["widgets_values"]) == len(widgets_of(info)), node["type"]
+        assert [o["type"] for o in node["outputs"]] == info["output"]
+        for slot, given in enumerate(node["inputs"]):
+            assert inputs_of(info)[given["name"]][0] == given["type"]
+            if given["link"] is not None:
+                _, source, out, target, place, kind = links[given["link"]]
+                assert (target, place) == (node["id"], slot)
+                assert nodes[source]["outputs"][out]["type"] == kind and given["type"] in (kind, "*")
+        required = {n for n, r in info["input"]["required"].items() if inputs_of(info)[n][0] not in SCALARS}
+        assert required <= {i["name"] for i in node["inputs"] if i["link"] is not None}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_api_form_is_the_same_workflow(known, path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    prompt = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    nodes = [node for node in workflow["nodes"] if node["type"] not in PAGE_ONLY]
+    assert [prompt[str(n["id"])]["class_type"] for n in nodes] == [n["type"] for n in nodes] and len(prompt) == len(
+        nodes
+    )
+    for node in nodes:
+        values = dict(zip(widgets_of(known[node["type"]]), node["widgets_values"], strict=True))
+        values |= {i["name"]: links[i["link"]] for i in node["inputs"] if i["link"] is not None}
+        ignored = ("control_after_generate", "upload")
+        given = {k: v for k, v in prompt[str(node["id"])]["inputs"].items() if k != "preview"}
+        assert given == {k: v for k, v in values.items() if k not in ignored}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_files_to_download_are_named_in_the_widgets(path):
+    for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+        for model in node["properties"].get("models", []):
+            assert model["name"] in node["widgets_values"] and model["url"].endswith("/" + model["name"])
+            assert model["directory"] in ("diffusion_models", "text_encoders", "vae", "loras", "controlnet")
+
+
+def test_every_node_has_help_and_every_input_a_tooltip(server, ours):
+    assert len(ours) >= 7
+    for name, node in ours.items():
+        with urllib.request.urlopen(f"{server.url}/extensions/ComfyUI-PPCL/docs/{name}.md") as answer:
+            page = answer.read().decode()
+        assert page.startswith(f"# {node['display_name']}\n") and node["description"]
+        for given, (_, options) in inputs_of(node).items():
+            assert options.get("tooltip"), f"{name}.{given} has no tooltip"
+            assert re.sub(r"_\d$", "", given) in page, f"{name}.md says nothing of {given}"
+    assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} == set(ours)
+
+
+def test_tooltips_say_what_the_command_line_says(ours):
+    for (node, name), setting in SETTINGS.items():
+        assert inputs_of(ours[node])[name][1]["tooltip"].endswith(setting_help(ImportConfig, setting))
