@@ -9,7 +9,7 @@ demo: .venv/ready
 
 test: .venv/ready host
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-	OMP_NUM_THREADS=1 .venv-host/bin/python tests/comfyui/launch.py -m pytest tests/comfyui/inside
+	OMP_NUM_THREADS=1 .venv-host/bin/python tests/comfyui/launch.py -m pytest tests/comfyui/inside tests/comfyui/server
 
 # PPCL against every baseline; goes on where it stopped
 ablation: .venv/ready

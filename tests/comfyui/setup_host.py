@@ -41,7 +41,7 @@ LIBRARIES = [
     "av",
     "requests",
 ]
-TEST_LIBRARIES = ["pytest"]
+TEST_LIBRARIES = ["pytest", "playwright"]  # it drives a Chromium of the machine, and brings none
 
 
 def main() -> None:
