@@ -1,6 +1,7 @@
 """Qwen-Image's real names and shapes on the meta device: every tensor has a home, parameters are as published."""
 
 import comfy.ops
+import comfy.supported_models
 import pytest
 import torch
 
@@ -84,3 +85,22 @@ def test_our_own_ten_billion(host_model, correction):
     parameters, blocks = host_model({**meta(shapes), STRUCTURE_TENSOR: structure})
     assert parameters == sum(torch.Size(shape).numel() for shape in shapes.values())
     assert len(blocks) == 60 and len(kept_blocks(blocks)) == 35
+
+
+def test_only_what_the_host_cannot_load_is_claimed(pack):
+    """Not the full model, not a native standalone, not a ControlNet, pruned or not."""
+    matches = pack("host.qwen_image").PPCLQwenImage.matches
+    found = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}
+    full, ten = meta(expected_shapes(QWEN, REAL)), meta(released_shapes(TEN))
+    control = {"controlnet_blocks.0.weight": torch.empty(0), "controlnet_x_embedder.weight": torch.empty(0)}
+    assert matches(found, ten) and matches(found, {f"model.diffusion_model.{name}": t for name, t in ten.items()})
+    assert not matches(found, full) and not matches(found, meta(released_shapes({})))
+    assert not matches(found, {**full, **control}) and not matches(found, {**ten, **control})
+    assert not matches({"image_model": "flux"}, ten)
+
+
+def test_registering_again_does_not_double(pack):
+    register, known = pack("host.qwen_image").register, comfy.supported_models.models
+    before = len(known)
+    register()
+    assert len(known) == before and [m.__name__ for m in known].count("PPCLQwenImage") == 1
