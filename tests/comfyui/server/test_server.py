@@ -34,6 +34,8 @@ def test_the_demo_draws(server, demo):
     """The teacher's own pictures, in the first of the columns, are read right."""
     decode = nodes_of(demo, "PPCL_DemoDecode")[0]
     demo[decode]["inputs"]["enlarge"] = 1
+    for variant in nodes_of(demo, "PPCL_Variant"):  # unused there, but other than in an earlier test: nothing is cached
+        demo[variant]["inputs"]["size"] = 0.5
     demo["99"] = {"class_type": "PreviewImage", "inputs": {"images": [decode, 0]}}
     entry = server.run(demo)
     assert entry["status"]["status_str"] == "success"
