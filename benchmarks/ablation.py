@@ -46,7 +46,7 @@ from .scoring import Judge
 from .teachers import BUNDLED, describe, random_teacher, rendered
 
 BUDGET = 16_000  # block passes of a row
-HALF_BUDGET, HALF_CAPTIONS = 80_000, 4_000  # of the longer training, and enough for a narrow interval
+HALF_BUDGET, HALF_CAPTIONS = 80_000, 2_000  # of the longer training, and enough for a narrow interval
 CAPTIONS, SAMPLES, BATCH = 300, 480, 48
 PAPER_REMOVED = 25 / 60  # of the blocks
 OURS_REMOVED = 1 / 4  # of the blocks, where half of the parameters go; width takes the rest
@@ -97,7 +97,6 @@ def rows() -> list[Row]:
         Row("sizes", "separate large", lambda c: recipe_row(ours(c, SIZES["large"], PARTS))),
         Row("sizes", "separate medium", lambda c: recipe_row(ours(c, SIZES["medium"], PARTS))),
         Row("sizes", "one training small", lambda c: recipe_row(ours(c, SIZES["small"], PARTS))),
-        Row(equal, "cka_sequential", lambda c: baseline_row("cka_sequential", c.teacher.num_blocks // 2)),
     ]
 
 

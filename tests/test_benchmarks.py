@@ -128,7 +128,6 @@ def test_ablation_trains_every_row_within_its_budget_and_goes_on(tmp_path, teach
         "ours",
         "ours, parts only",
         "ppcl",
-        "cka_sequential",
         *ablation.OTHERS,
     }
     assert {name for table, name in rows if table == "sizes"} == {
