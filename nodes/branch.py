@@ -92,7 +92,7 @@ def about(model) -> str:
     lines = [
         f"{variants[0].name}: {counted(parameters)} parameters, {100 * parameters / full:.0f} % of "
         f"{counted(full)}; {size_text(size)}",
-        f"{len(layout.places)} of {layout.num_blocks} blocks run; {len(layout.sites)} width sites are on",
+        f"{len(layout.places)} of {layout.num_blocks} blocks run; {sum(len(p.projections) for p in layout.places)} parts are projected",
         *(damage_text(plan, variant) for variant in variants),
         *layout.notes,
     ]

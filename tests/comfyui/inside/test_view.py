@@ -5,6 +5,8 @@ import torch
 
 from ppcl_engine.files import TensorFile, write_tensors
 
+from ...released_models import INTERVALS, KEPT, LISTS, TEACHER_BLOCKS, released_state, write_folder
+
 SAMPLING = {"seed": 1, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
 
 
@@ -29,7 +31,7 @@ def test_info(run_node, whole, switched):
     assert 0 <= picture.min() < 0.5 < picture.max() <= 1
     lines = text.splitlines()
     assert lines[0].startswith("small: 0.") and "% of" in lines[0]
-    assert lines[1] == "4 of 6 blocks run; 0 width sites are on"
+    assert lines[1] == "4 of 6 blocks run; 0 parts are projected"
 
 
 def test_info_of_single_files(run_node, load, bundle, teacher, pack):
@@ -43,6 +45,19 @@ def test_info_of_single_files(run_node, load, bundle, teacher, pack):
         assert pack("branch").name_of(alone) == "pruned"
     assert "100 % of" in run_node("PPCL_Info", model=load(teacher.name))[1]
     assert pack("branch").name_of(load(teacher.name)) == "full"
+
+
+@pytest.mark.parametrize("preset, blocks", [("by intervals", TEACHER_BLOCKS), ("as numbered", len(KEPT))])
+def test_info_of_a_released_model(run_node, load, models, make_model, model_config, preset, blocks):
+    sizes = {"in_channels": 64, "out_channels": 16, "attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}
+    big = make_model(num_layers=TEACHER_BLOCKS, **sizes)
+    config = model_config(make_model(num_layers=len(KEPT), **sizes))
+    write_folder(models.ppcl / "seen", released_state(big, KEPT, LISTS), config, LISTS, "sharded")
+    model = load("seen/", preset=preset, intervals=INTERVALS)
+    picture, text = run_node("PPCL_Info", model=model)
+    full = sum(p.numel() for p in make_model(num_layers=blocks, **sizes).parameters()) / 1e6
+    assert f"% of {full:.2f} M; " in text and f"6 of {blocks} blocks run; 6 parts are" in text
+    assert picture.shape[2] == 1800
 
 
 def test_damage_is_measured_or_added_up(pack, whole, switched):
