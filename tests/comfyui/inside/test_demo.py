@@ -1,6 +1,5 @@
 """The bundled teacher in the host: core's KSampler draws with it what the engine draws, and a reader reads it right."""
 
-import shutil
 
 import pytest
 import torch
@@ -13,18 +12,15 @@ from ppcl_engine.demo.run import TEACHER
 from ppcl_engine.demo.task import parse_caption, random_captions
 from ppcl_engine.sampling import draw, encode_prompts
 
-from ...demo_bundle import demo_bundle
-
 STEPS, SEED, CFG = 20, 3, 2.0
 SAMPLING = {"seed": SEED, "cfg": CFG, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
 BASE, BUNDLE = "demo/teacher.safetensors", "demo/demo.ppcl.safetensors"
 
 
 @pytest.fixture(scope="module")
-def bundle(models, tmp_path_factory):
-    """Under the name by which the pack offers its own."""
-    (models.ppcl / "demo").mkdir()
-    return shutil.copyfile(demo_bundle(tmp_path_factory.mktemp("demo")), models.ppcl / BUNDLE)
+def bundle():
+    """The one that comes with the pack."""
+    return TEACHER.with_name("demo.ppcl.safetensors")
 
 
 @pytest.fixture(scope="module")

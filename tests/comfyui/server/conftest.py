@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from ...demo_bundle import demo_bundle
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "tests" / "comfyui" / "launch.py"
@@ -69,12 +66,9 @@ class Server:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
-    for folder in ("custom_nodes", "models/ppcl/demo", "models/loras"):
+    for folder in ("custom_nodes", "models/ppcl", "models/loras"):
         (base / folder).mkdir(parents=True)
     (base / "custom_nodes" / "ComfyUI-PPCL").symlink_to(ROOT, target_is_directory=True)
-    shutil.copyfile(
-        demo_bundle(tmp_path_factory.mktemp("demo")), base / "models" / "ppcl" / "demo" / "demo.ppcl.safetensors"
-    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
