@@ -1,10 +1,7 @@
 """Students: they learn, they do not know of each other, and stopping changes no bit."""
 
 import json
-import os
 import signal
-import threading
-import time
 
 import pytest
 import torch
@@ -131,25 +128,24 @@ def test_a_cache_that_holds_no_batch_is_refused(new_run, distill):
         distill(new_run(), cache_gb=1e-6)
 
 
-def interrupt_after(path) -> threading.Thread:
-    """Ctrl-C as soon as a file is there."""
+def interrupt_after(path, monkeypatch) -> None:
+    """One Ctrl-C as soon as this file is saved: the next interval is in its updates by then."""
+    save = Trainer.save
 
-    def work():
-        while not path.exists():
-            time.sleep(0.001)
-        time.sleep(0.02)  # the next interval is in its updates by then
-        os.kill(os.getpid(), signal.SIGINT)
+    def save_and_interrupt(trainer: Trainer, place, settings: str) -> None:
+        save(trainer, place, settings)
+        if place == path:
+            monkeypatch.setattr(Trainer, "save", save)
+            signal.raise_signal(signal.SIGINT)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
+    monkeypatch.setattr(Trainer, "save", save_and_interrupt)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_stopped_in_a_round_and_gone_on_is_the_same_bits(new_run, distill, streamed):
+def test_stopped_in_a_round_and_gone_on_is_the_same_bits(new_run, distill, streamed, monkeypatch):
     whole, halted = new_run("whole"), new_run("halted")
     distill(whole, updates=40, streamed=streamed)
-    interrupt_after(halted.student("0-1"))
+    interrupt_after(halted.student("0-1"), monkeypatch)
     with pytest.raises(Stopped, match=r"stopped at step \d+ of interval 2-4; saved. Run the same command to go on"):
         distill(halted, updates=40, streamed=streamed)
     assert 0 < len(losses(halted, "2-4")) < 40 and len(losses(halted, "0-1")) == 40
