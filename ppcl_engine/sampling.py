@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from tqdm import tqdm
 
 from . import flow
 from .architectures import Architecture, Inputs
 from .codecs import Codec
 from .data import CLEAN
+from .progress import Progress
 
 Text = tuple[torch.Tensor, torch.Tensor]
 """embeddings [n, tokens, width] and mask [n, tokens]"""
@@ -120,7 +120,7 @@ def draw_prompts(
 ) -> torch.Tensor:
     """Clean latents [n, channels, rows, columns] of all captions; picture i starts from (seed, i)'s noise."""
     latents = []
-    for rows in tqdm(torch.arange(prompts.count).split(batch), desc=description, unit="batch"):
+    for rows in Progress(torch.arange(prompts.count).split(batch), desc=description, unit="batch"):
         noise = torch.stack([seeded_noise(seed, i, prompts.latent_shape) for i in rows.tolist()])
         grid = architecture.grid(noise)
         clean = draw(architecture, model, architecture.pack(noise), grid, prompts.rows(rows), steps, guidance)

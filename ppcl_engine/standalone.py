@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from .architectures import architecture_named
 from .bundle import STRUCTURE_TENSOR
 from .files import TensorEntry, write_tensor_stream
 from .layout import Layout, layout_of
 from .plan import PruningPlan, TextGroup, Variant
+from .progress import Progress
 from .surgery import empty_block
 
 GUARD_SHAPE = (0, 1)
@@ -76,7 +76,7 @@ def write_sources(
     extra: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """A safetensors file of `sources` in `dtype`, read one at a time, and `extra` as they are."""
-    bar = tqdm(total=len(sources), desc=path.stem, unit="tensor")
+    bar = Progress(total=len(sources), desc=path.stem, unit="tensor")
 
     def counted(source: Source) -> torch.Tensor:
         bar.update()

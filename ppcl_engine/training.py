@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from . import progress
 from .files import TensorFile, write_tensors
 
 BETAS = (0.9, 0.95)
@@ -62,6 +63,7 @@ class Trainer:
         self._check_finite("gradient", float(nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)), where)
         self.optimizer.step()
         self.losses.append(value)
+        progress.measured(where, self.step, value)
         self.step += 1
 
     def _check_finite(self, what: str, value: float, where: str) -> None:

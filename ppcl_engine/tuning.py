@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .chain import velocity_loss
 from .config import TuningConfig
 from .data import CalibrationSet
 from .files import TensorFile
+from .progress import Progress, saved
 from .streaming import Teacher
 from .training import Stopped, Trainer, cosine_schedule, file_mark, saved_step, stop_on_interrupt
 
@@ -88,7 +88,7 @@ def tune(
     before = saved_step(path, settings) or 0
     if before:
         trainer.restore(path)
-    progress = tqdm(total=config.steps, initial=before, desc=what, unit="step")
+    progress = Progress(total=config.steps, initial=before, desc=what, unit="step")
     with stop_on_interrupt() as asked, progress:
         while trainer.step < config.steps:
             rate = cosine_schedule(trainer.step, config.steps, config.learning_rate, config.warm_up)
@@ -98,6 +98,7 @@ def tune(
             done = trainer.step == config.steps
             if asked() or done or trainer.step % config.save_every == 0:
                 trainer.save(path, settings)
+                saved()
             if asked() and not done:
                 raise Stopped(f"stopped at step {trainer.step} of {what}; saved. Run the same command to go on")
     return before

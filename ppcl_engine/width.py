@@ -19,6 +19,7 @@ from .architectures import BlockState, Inputs
 from .bundle import Students, placed_block
 from .layout import Layout, Place, group_places, layout_of
 from .plan import PruningPlan, TextGroup
+from .progress import Progress
 from .similarity import NormalEquations, Solution
 from .streaming import StateStore, Teacher, sweep
 
@@ -128,7 +129,7 @@ class _Accumulation:
         embedded = [self.teacher.embed(row) for row in inputs]
         last = max(fit.place.last for fit in self.sums)
         blocks = sweep(self.teacher, embedded, self.store, last)
-        for index, _, batches in tqdm(blocks, total=last + 1, desc="projections", unit="block"):
+        for index, _, batches in Progress(blocks, total=last + 1, desc="projections", unit="block"):
             for place in self._places_at(index):
                 block = placed_block(
                     self.teacher.weights, self.students, place, self.teacher.dtype, self.teacher.device, {}

@@ -13,7 +13,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from .. import flow, sampling
 from ..architectures import Architecture, Inputs
@@ -24,6 +23,7 @@ from ..config import CalibrateConfig
 from ..data import CalibrationSet, caption_file, load_pictures, picture_files, save_calibration
 from ..files import TensorFile, write_tensors
 from ..layout import full_layout
+from ..progress import Progress
 from ..run import DTYPES, Run, resolve_device
 from ..streaming import block_loader
 
@@ -86,10 +86,10 @@ def _from_images(config: CalibrateConfig, architecture: Architecture, parts: _Pa
     timesteps = spread_timesteps(config.samples, generator)
     chunks = _chunks(config.samples, config.batch)
     captions = [caption for _, caption in rows]
-    texts = [codec.text(_texts(captions, empty, chunk)) for chunk in tqdm(chunks, desc="captions", unit="batch")]
+    texts = [codec.text(_texts(captions, empty, chunk)) for chunk in Progress(chunks, desc="captions", unit="batch")]
     codec.release()
     batches = []
-    for number, (chunk, text) in enumerate(zip(tqdm(chunks, desc="calibrate", unit="batch"), texts, strict=True)):
+    for number, (chunk, text) in enumerate(zip(Progress(chunks, desc="calibrate", unit="batch"), texts, strict=True)):
         noise_seed = int(torch.randint(2**62, (), generator=generator))
         paths = [rows[i % len(rows)][0] for i in chunk.tolist()]
 
@@ -117,7 +117,7 @@ def _from_drawing(config: CalibrateConfig, weights: Weights, parts: _Parts) -> l
     model = assemble(weights, None, full_layout(weights.num_blocks), DTYPES[config.dtype], device, load)
     kept_steps = torch.randint(config.steps, (config.samples,), generator=generator)
     batches = []
-    for number, chunk in enumerate(tqdm(_chunks(config.samples, config.batch), desc="calibrate", unit="batch")):
+    for number, chunk in enumerate(Progress(_chunks(config.samples, config.batch), desc="calibrate", unit="batch")):
         noise = torch.randn(len(chunk), *prompts.latent_shape, generator=generator)
         given = (prompts.rows(chunk), noise, kept_steps[chunk])
         batches.append(parts.done(number, lambda given=given: _drawn(config, architecture, model, *given)))

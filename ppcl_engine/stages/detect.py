@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from .. import __version__
 from ..architectures import BlockState
@@ -23,6 +22,7 @@ from ..config import DetectConfig
 from ..files import TensorFile, write_json, write_tensors, write_text
 from ..intervals import budget_intervals, curve_scale, first_difference, greedy_intervals, stability
 from ..plan import Interval, PruningPlan
+from ..progress import Progress
 from ..run import Run, load_probe, open_calibration, open_teacher
 from ..similarity import NormalEquations, biased_hsic, bootstrap_subsets, cka, hsic, linear_gram, rbf_gram
 from ..streaming import StateStore, Teacher
@@ -177,7 +177,7 @@ def _measure(
         measurement = _Measurement(config, run, teacher, inputs)
         measurement.curves = curves or measurement.curves
         blocks = range(done, teacher.num_blocks - 1)
-        for u in tqdm(blocks, initial=done, total=teacher.num_blocks - 1, desc="detect", unit="block"):
+        for u in Progress(blocks, initial=done, total=teacher.num_blocks - 1, desc="detect", unit="block"):
             measurement.chains_from(u)
             write_tensors(run.curves, measurement.curves.tensors(), {"settings": settings, "blocks": str(u + 1)})
         measurement.store.clear()

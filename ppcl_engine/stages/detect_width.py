@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..bundle import Students, placed_block
 from ..config import DetectWidthConfig
@@ -23,6 +22,7 @@ from ..damage import Damage
 from ..files import write_json, write_tensors, write_text
 from ..layout import Layout, layout_of
 from ..plan import SITE_KINDS, PruningPlan, TextGroup, WidthSite
+from ..progress import Progress
 from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..similarity import cka, linear_gram
 from ..streaming import StateStore, Teacher, sweep
@@ -189,7 +189,7 @@ def _measured(
     """Each with the error that it adds to the velocity of the depth-pruned model, relative to that velocity."""
     fitted = _Fitted(students)
     damage = Damage(teacher, fitted, plan, inputs, reference=plan.everything())
-    for candidate in tqdm(candidates, desc="detect-width", unit="site"):
+    for candidate in Progress(candidates, desc="detect-width", unit="site"):
         pruned, fits = plan.with_parts(sites=candidate.sites), _fits(plan, candidate)
         fitted.states = {(f.place.name, f.kind): as_state(solutions[f]) for f in fits}
         error, power = damage.per_sample(_natural(pruned))
@@ -206,7 +206,7 @@ def _alignment(
     embedded = [teacher.embed(row) for row in inputs]
     at = {place.index: place for place in _natural(plan).places}
     blocks = sweep(teacher, embedded, store, teacher.num_blocks - 1)
-    for index, _, batches in tqdm(blocks, total=teacher.num_blocks, desc="alignment", unit="block"):
+    for index, _, batches in Progress(blocks, total=teacher.num_blocks, desc="alignment", unit="block"):
         if index in at:
             block = placed_block(teacher.weights, students, at[index], teacher.dtype, teacher.device, {})
             states = [store.get(index, batch, embedded[batch]) for batch in batches]

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..architectures import BlockState
 from ..config import DistillDepthConfig
@@ -23,6 +22,7 @@ from ..data import CalibrationSet
 from ..files import write_text
 from ..losses import LOSSES
 from ..plan import Interval, PruningPlan, parse_intervals
+from ..progress import Progress, saved
 from ..rounds import FreshStates, RoundSettings, unfinished
 from ..run import Run, open_calibration, open_plan, open_teacher
 from ..similarity import NormalEquations
@@ -47,7 +47,9 @@ def distill_depth(config: DistillDepthConfig) -> Path:
     settings = _settings(config, calibration)
     steps_done = {i.name: saved_step(run.student(i.name), settings) or 0 for i in intervals}
     total = config.rounds * config.updates
-    progress = tqdm(total=total * len(intervals), initial=sum(steps_done.values()), desc="distill-depth", unit="update")
+    progress = Progress(
+        total=total * len(intervals), initial=sum(steps_done.values()), desc="distill-depth", unit="update"
+    )
     with stop_on_interrupt() as asked, progress:
         for number in range(config.rounds):
             due = [
@@ -103,7 +105,7 @@ class _Round:
     intervals: list[Interval]
     number: int
     settings: str
-    progress: tqdm
+    progress: Progress
     asked: Callable[[], bool]
 
     def work(self) -> None:
@@ -115,6 +117,7 @@ class _Round:
         for interval in self.intervals:
             self._train(interval)
         self.states.clear()
+        saved()
 
     def _train(self, interval: Interval) -> None:
         path, end = self.run.student(interval.name), (self.number + 1) * self.config.updates

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..architectures import BlockState
 from ..bundle import placed_block
@@ -24,6 +23,7 @@ from ..files import TensorFile, write_text
 from ..layout import Place, layout_of
 from ..losses import relative_mse
 from ..plan import PruningPlan, WidthSite, parse_sites
+from ..progress import Progress, saved
 from ..rounds import FreshStates, RoundSettings, unfinished
 from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..streaming import StateStore, Teacher
@@ -98,7 +98,7 @@ class _Work:
     def train(self) -> None:
         config, done = self.config, sum(self._step(fit) for fit in self.fits)
         total = config.rounds * config.updates * len(self.fits)
-        progress = tqdm(total=total, initial=done, desc="distill-width", unit="update")
+        progress = Progress(total=total, initial=done, desc="distill-width", unit="update")
         with stop_on_interrupt() as asked, progress:
             for number in range(config.rounds):
                 due = [fit for fit in self.fits if self._step(fit) in unfinished(number, config.updates)]
@@ -137,7 +137,7 @@ class _Round:
     job: _Work
     fits: list[Fit]
     number: int
-    progress: tqdm
+    progress: Progress
     asked: Callable[[], bool]
 
     def work(self) -> None:
@@ -152,6 +152,7 @@ class _Round:
         for fit in self.fits:
             self._train(fit)
         self.states.clear()
+        saved()
 
     def _train(self, fit: Fit) -> None:
         config, job = self.job.config, self.job

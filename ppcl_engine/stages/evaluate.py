@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..bundle import open_variant
 from ..checkpoint import Weights
@@ -23,6 +22,7 @@ from ..data import CalibrationSet, caption_file
 from ..files import write_json, write_tensors
 from ..memory import PeakMemory
 from ..plan import FULL, PruningPlan, Variant
+from ..progress import Progress
 from ..quality import Reading, reader_of, ssim
 from ..reporting import write_report
 from ..run import DTYPES, Run, RunStudents, open_calibration, open_plan, resolve_device
@@ -151,7 +151,7 @@ class _Judge:
     def _velocities(self, model, name: str) -> list[torch.Tensor]:
         """Predictions on the calibration set."""
         with torch.no_grad():
-            batches = tqdm(range(len(self.calibration)), desc=f"velocity {name}", unit="batch")
+            batches = Progress(range(len(self.calibration)), desc=f"velocity {name}", unit="batch")
             return [self._forward(model, self.calibration.inputs(batch)) for batch in batches]
 
     def _forward(self, model, inputs) -> torch.Tensor:

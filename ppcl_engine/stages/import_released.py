@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from .. import __version__
 from ..architectures import architecture_named
@@ -25,6 +24,7 @@ from ..data import CalibrationSet, load_calibration
 from ..files import TensorEntry
 from ..layout import Place, group_places, layout_of
 from ..plan import Interval, PruningPlan, Variant, WidthSite, parse_intervals
+from ..progress import Progress
 from ..released import Released, published_intervals, repeated_steps_warning, teacher_indices
 from ..run import DTYPES, Run, resolve_device
 from ..similarity import NormalEquations
@@ -136,7 +136,7 @@ class Imported:
         precisions."""
         skipped = tuple(self.prefix(place) for place in self.layout.places if place.interval)
         skipped += tuple(name for place in self.layout.places for _, _, name in self.projections(place))
-        for name in tqdm(self.shapes, desc="compare", unit="tensor"):
+        for name in Progress(self.shapes, desc="compare", unit="tensor"):
             if not name.startswith(skipped):
                 ours = self.read(name)
                 theirs = base.read(name)[: len(ours)]  # a cut modulation keeps its first half
@@ -174,7 +174,7 @@ def fit_steps(
     embedded = [teacher.embed(inputs) for inputs in calibration.all_inputs()]
     width, solved = embedded[0].text.shape[-1], {}
     walk = sweep(teacher, embedded, store, max(spans))
-    for index, _, batches in tqdm(walk, total=max(spans) + 1, desc="refit", unit="block"):
+    for index, _, batches in Progress(walk, total=max(spans) + 1, desc="refit", unit="block"):
         if index in spans.values():
             for batch in batches:
                 store.put(f"after_{index}", batch, store.get(index + 1, batch, embedded[batch]))

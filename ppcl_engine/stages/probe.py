@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..config import ProbeConfig
 from ..files import TensorFile, write_tensors
+from ..progress import Progress
 from ..run import Run, open_calibration, open_teacher
 from ..similarity import NormalEquations, Solution
 from ..streaming import StateStore, Teacher, sweep
@@ -32,7 +32,7 @@ def probe(config: ProbeConfig) -> Path:
     with torch.no_grad():
         embedded = [teacher.embed(inputs) for inputs in calibration.all_inputs()]
         blocks = sweep(teacher, embedded, store, teacher.num_blocks - 1)
-        for index, _, _ in tqdm(blocks, total=teacher.num_blocks, desc="probe", unit="block"):
+        for index, _, _ in Progress(blocks, total=teacher.num_blocks, desc="probe", unit="block"):
             if not _is_done(run.probe(index), settings):
                 _fit_block(config, teacher, store, embedded, index, run.probe(index), settings)
     store.clear()

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..architectures import Inputs
 from ..config import VariantsConfig
@@ -22,6 +21,7 @@ from ..damage import Damage
 from ..files import write_text
 from ..intervals import least_damage
 from ..plan import FULL, Interval, PruningPlan, Variant
+from ..progress import Progress
 from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..streaming import Teacher
 
@@ -40,7 +40,7 @@ def variants(config: VariantsConfig) -> Path:
         measured = Damage(teacher, RunStudents(run, teacher.config, teacher.architecture), plan, inputs)
         cost = _cost_model(teacher, inputs[0])
         plan = plan.with_parts(
-            intervals=tuple(_interval(i, measured, cost) for i in tqdm(plan.intervals, desc="variants"))
+            intervals=tuple(_interval(i, measured, cost) for i in Progress(plan.intervals, desc="variants"))
         )
         tuned = tuple(v for v in plan.variants if v.tuned)
         plan = plan.with_parts(variants=(*_named(config, plan, measured, cost), *tuned))
