@@ -116,12 +116,15 @@ class Weights:
 def fingerprint_of(
     architecture: Architecture, shapes: dict[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]
 ) -> str:
-    """`Weights.fingerprint` of tensors by diffusers' names; `read` is asked for vectors only."""
+    """`Weights.fingerprint` of tensors by diffusers' names; `read` is asked for vectors only.
+
+    Rounded to bf16, so that a model keeps its fingerprint in every precision it is published in.
+    """
     digest = hashlib.sha256(architecture.name.encode())
     for key in sorted(shapes):
         digest.update(f"{key}{shapes[key]}".encode())
         if len(shapes[key]) == 1:
-            digest.update(read(key).float().numpy().tobytes())
+            digest.update(read(key).bfloat16().float().numpy().tobytes())
     return digest.hexdigest()
 
 
