@@ -96,7 +96,8 @@ class Sampling:
         text = torch.nn.utils.rnn.pad_sequence([state.text for state in states], batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([state.mask for state in states], batch_first=True)
         t = torch.tensor([state.t for state in states])
-        return inputs_of(architecture.pack(latents), t, text, mask, architecture.grid(latents), ends)
+        read = {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
+        return inputs_of(architecture.pack(latents), t, read, architecture.grid(latents), ends)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -132,17 +132,21 @@ def map_picture(plan: PruningPlan) -> torch.Tensor:
 def plan_text(plan: PruningPlan, damage: torch.Tensor | None) -> str:
     """One line an interval and site: what it costs, how sure it is."""
     removed = sum(interval.removed for interval in plan.intervals)
-    lines = [f"{len(plan.intervals)} intervals, {removed} of {plan.num_blocks} blocks removed"]
+    lines = [f"{_counted(plan.intervals, 'interval')}, {removed} of {plan.num_blocks} blocks removed"]
     scores = [_damage_of(interval, damage) for interval in plan.intervals]
     for interval, score in zip(plan.intervals, scores, strict=True):
         sure = "" if interval.stability is None else f", found in {100 * interval.stability:.0f} % of resamples"
         lines.append(f"{interval.name}: damage {_number(score)}{sure}")
-    if scores and None not in scores:
+    if len(scores) > 1 and None not in scores:
         lines.append(f"damage of all of them together about {sum(scores):.3g} (they nearly add up)")
     if plan.switches:
         parts = [f"{s.name} {_number(s.score)}" for s in plan.switches]
-        lines.append(f"{len(plan.switches)} width sites, damage of each: {', '.join(parts)}")
+        lines.append(f"{_counted(plan.switches, 'width site')}, damage of each: {', '.join(parts)}")
     return "\n".join(lines)
+
+
+def _counted(things: tuple, name: str) -> str:
+    return f"{len(things)} {name}" + ("" if len(things) == 1 else "s")
 
 
 def _damage_of(interval, damage: torch.Tensor | None) -> float | None:
@@ -167,9 +171,12 @@ def variants_text(plan: PruningPlan) -> str:
 
 
 def losses_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Loss of every update of each trained part; kind: "depth", "width" or "tuned"."""
-    paths = sorted((Run(folder).folder / kind).glob("*.safetensors"))
-    found = {path.stem: TensorFile(path).read("losses") for path in paths}
+    """Loss of every update of each trained part; kind: "depth", "width" or "tuned". Of depth, the plan's alone: what
+    it does not name may have been trained for another one."""
+    paths = sorted((folder / kind).glob("*.safetensors"), key=lambda path: path.stem)
+    if kind == "depth":
+        paths = [Run(folder).student(interval.name) for interval in Run(folder).load_plan().intervals]
+    found = {path.stem: TensorFile(path).read("losses") for path in paths if path.exists()}
     return {name: losses for name, losses in found.items() if len(losses)}
 
 
