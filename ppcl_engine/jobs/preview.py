@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..architectures import Architecture
+from ..architectures import Architecture, Inputs
 from ..atomic import replacing
 from ..bundle import Students, assemble, open_variant
 from ..checkpoint import Weights
@@ -32,6 +32,7 @@ from .sheet import Row, sheet
 from .state import METRICS, PREVIEW
 
 PICTURES, STEPS = 4, 12
+PICTURE_INPUTS = {"hidden_states", "timestep", "grid"}  # all else is of the caption
 SHARE = 10  # a preview takes a tenth of the time, at most
 LARGEST = 2e9  # bytes of a model file that is read a second time for pictures
 SEED = 0
@@ -93,6 +94,15 @@ def can_paint(config: Common) -> bool:
     return (model / "model_index.json").exists()
 
 
+def _worded(inputs: Inputs) -> torch.Tensor:
+    """Rows whose caption is not empty, as far as a mask shows it; the first where there is none."""
+    mask = inputs.get("encoder_hidden_states_mask")
+    if mask is None:
+        return torch.arange(len(inputs["hidden_states"]))
+    worded = mask.sum(1) > 1
+    return worded.nonzero()[:, 0] if worded.any() else torch.arange(1)
+
+
 class Painter:
     """Draws the same few captions of the calibration set with any model."""
 
@@ -101,11 +111,10 @@ class Painter:
         self.device, self.dtype = resolve_device(config.device), DTYPES[config.dtype]
         self.codec: Codec = open_codec(config.model, self.device)
         inputs = load_calibration(Run(config.run).calibration).inputs(0)
-        worded = inputs["encoder_hidden_states_mask"].sum(1) > 1
-        chosen = worded.nonzero()[:PICTURES, 0] if worded.any() else torch.arange(1)
+        chosen = _worded(inputs)[:PICTURES]
         self.grid, shape = inputs["grid"], inputs["hidden_states"][chosen].shape
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
-        text = (inputs["encoder_hidden_states"][chosen].float(), inputs["encoder_hidden_states_mask"][chosen])
+        text = {name: tensor[chosen] for name, tensor in inputs.items() if name not in PICTURE_INPUTS}
         self.prompts = Prompts(
             given=text,
             nothing=text,  # not read without guidance
