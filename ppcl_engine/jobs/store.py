@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..atomic import read_json
-from .launch import check_name, launch
+from .launch import Process, check_name, launch
 from .order import ORDER, Order, configs, read_order, write_order
 from .seeding import CALIBRATION, clear_scratch, seed_attempt, seed_from_sibling, seed_from_upstream, sha256_of
 from .state import (
@@ -111,7 +110,7 @@ class RunStore:
                 self._publish(folder, name)
         return self.path(name)
 
-    def start(self, path: Path) -> subprocess.Popen | None:
+    def start(self, path: Path) -> Process | None:
         """Launches the worker; None where one is at work already. Raises ValueError for a run that has ended."""
         path = self.path(Path(path).name)
         state = read_state(path)

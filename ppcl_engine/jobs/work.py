@@ -37,6 +37,7 @@ from .watcher import Watcher
 if TYPE_CHECKING:
     from .preview import Preview
 
+LOG_EVERY = "30"  # seconds between two drawings of a bar in a log; a terminal's ten a second would fill a disk
 LAUNCHING = 5.0  # seconds: the launcher holds the lock until it has written our pid
 
 
@@ -121,8 +122,8 @@ class Ending:
         self.watcher.stop()
         status, line = self._outcome(error)
         if self.reporter is not None:
+            clear_scratch(self.job.folder, keep=RESUMED)  # first: the disk may be full
             self.reporter.write(always=True)
-            clear_scratch(self.job.folder, keep=RESUMED)
             end(self.job.folder, replace(self.reporter.state, status=status, error=line))
         if line and self.code != UNEXPECTED:
             print(f"worker: {line}", file=sys.stderr)
@@ -131,11 +132,12 @@ class Ending:
     def _outcome(self, error: BaseException | None) -> tuple[str, str]:
         if error is None:
             return "done", ""
-        if isinstance(error, KeyboardInterrupt) or _is_stopped(error):
-            self.code = INTERRUPTED
-            saved = f"; {error}" if str(error) else ""
-            return "cancelled", f"{self.watcher.reason or 'cancelled by Ctrl-C'}{saved}"
         stage = self.reporter.state.number if self.reporter else 0
+        in_imports = self.watcher.asked() and not stage  # C extensions make other errors of an interrupt
+        if isinstance(error, KeyboardInterrupt) or in_imports or _is_stopped(error):
+            self.code = INTERRUPTED
+            saved = f"; {error}" if _is_stopped(error) else ""
+            return "cancelled", f"{self.watcher.reason or 'cancelled by Ctrl-C'}{saved}"
         name, config = self.job.stages[max(stage, 1) - 1]
         line, self.code = failure(error, name, config)
         return "failed", line
@@ -143,6 +145,8 @@ class Ending:
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", LOG_EVERY)  # read when tqdm is imported, which comes later
     with ExitStack() as held:
         try:
             job = _taken(options, held)
@@ -182,7 +186,8 @@ def _startable(folder: Path, rank: int) -> JobState:
     state = read_state(folder)
     if state.is_final:
         why = f" ({state.error})" if state.error else ""
-        raise ValueError(f"{folder.name} is {state.status}{why}, and that is final; --again starts another attempt")
+        again = "" if state.status == "done" else "; --again starts another attempt"
+        raise ValueError(f"{folder.name} is {state.status}{why}, and that is final{again}")
     if rank == 0 and is_abandoned(state):
         (folder / CANCEL).unlink(missing_ok=True)
     elif rank == 0 and state.status != "queued":
