@@ -37,6 +37,8 @@ POLISH = {"polish_steps": "steps", "polish_learning_rate": "learning_rate"}
 
 
 class CalibrateFromPrompts(Job):
+    PICTURES = ()
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -51,7 +53,6 @@ class CalibrateFromPrompts(Job):
                     samples={"min": 2}, batch={"min": 1}, empty_captions={"max": 1.0}, steps={"min": 1},
                 ),
             ],
-            pictures=(),
         )  # fmt: skip
 
     @classmethod
@@ -97,6 +98,8 @@ def _probed(folder: Path) -> list:
 
 
 class Detect(Job):
+    PICTURES = ("layer map", "curves")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -108,7 +111,6 @@ class Detect(Job):
                     longest={"min": 2, "max": 64}, samples={"min": 2}, tokens={"min": 1}, bootstrap={"max": 10_000},
                 ),
             ],
-            pictures=("layer map", "curves"),
         )  # fmt: skip
 
     @classmethod
@@ -247,6 +249,8 @@ def _tuned(folder: Path) -> list:
 
 
 class Export(Job):
+    PICTURES = ("layer map",)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -260,8 +264,7 @@ class Export(Job):
                     "0 writes no report.",
                 ),
             ],
-            pictures=("layer map",),
-            more=[FileType.Output(display_name="file", tooltip="For file of Load Pruned Model (PPCL).")],
+            more=(FileType.Output(display_name="file", tooltip="For file of Load Pruned Model (PPCL)."),),
             seed=False,
         )  # fmt: skip
 
