@@ -8,6 +8,7 @@ thread; several are started by `accelerate launch` and meet through gloo. The ti
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,11 +41,17 @@ def new_run(folder: Path, chosen) -> Run:
 
 def command(chosen, run: Run, count: int, mode: str) -> list[str]:
     launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count), "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]  # fmt: skip
+                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()),
+                "-m"]  # fmt: skip
     settings = {"model": chosen.teacher, "run": run.folder, "parallel": mode, "rounds": chosen.rounds,
                 "updates": chosen.updates, "learning-rate": 1e-3, "device": "cpu"}  # fmt: skip
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     return [sys.executable, "-m", *(launcher if count > 1 else []), "ppcl_engine", "distill-depth", *options]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def seconds(arguments: list[str]) -> float:

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from . import config as settings
@@ -69,13 +70,16 @@ def _code(arguments: list[str]) -> int:
 def _dispatch(stage: str, arguments: list[str]) -> None:
     import tyro
 
+    from .parallel import is_main
+
+    parse = partial(tyro.cli, args=arguments, prog=f"ppcl {stage}", console_outputs=is_main())
     if stage == "run":
-        run_file(tyro.cli(config_files.RunConfig, args=arguments, prog="ppcl run").file)
+        run_file(parse(config_files.RunConfig).file)
         return
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; known: {', '.join([*STAGES, 'run'])}")
     kind, _ = STAGES[stage]
-    run_stage(stage, tyro.cli(kind, args=arguments, prog=f"ppcl {stage}"))
+    run_stage(stage, parse(kind))
 
 
 def run_stage(stage: str, config) -> None:

@@ -21,7 +21,8 @@ from typing import TypeVar
 
 import torch
 
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as torchrun and MPIs name it
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as torchrun and MPIs name them
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 PATIENCE = timedelta(days=30)  # a stage may take days; who dies is noticed by the closed connection, not by the clock
 GLANCE = 0.005  # seconds between two looks of a process that waits, so that it hears Ctrl-C
 BUCKET = 1 << 24  # numbers summed at once, since they are copied for it
@@ -140,6 +141,11 @@ def launched() -> bool:
     return False
 
 
+def is_main() -> bool:
+    """Whether this process is the main one of its launch, or alone; known before they have met."""
+    return not any(_number(name, 0) for name in RANKS) or not _several()
+
+
 def tell(line: str) -> None:
     """To stderr, once where several processes have the same to say."""
     if _is_first_to_say(line):
@@ -172,23 +178,26 @@ def _everyone(cpu: bool) -> Processes:
     from accelerate import PartialState
 
     gpus = 0 if cpu else torch.cuda.device_count()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    backend = "cuda:nccl,cpu:gloo" if gpus >= local else "gloo"
+    backend = "cuda:nccl,cpu:gloo" if gpus >= _number("LOCAL_WORLD_SIZE", 1) else "gloo"
     state = PartialState(cpu=not gpus, backend=backend, timeout=PATIENCE)
+    if state.num_processes == 1:
+        raise ValueError("several processes were started, but they did not meet; use accelerate launch or torchrun")
     gpu = f"cuda:{state.local_process_index % gpus}" if gpus else "cuda"
     return Processes(state.process_index, state.num_processes, gpu=gpu)
 
 
 def _several() -> bool:
-    return any(int(os.environ.get(name) or 1) > 1 for name in SIZES)
+    return any(_number(name, 1) > 1 for name in SIZES)
+
+
+def _number(name: str, default: int) -> int:
+    return int(os.environ.get(name) or default)
 
 
 def _is_first_to_say(line: str) -> bool:
     """The store through which the processes met counts who said it. The main one alone speaks before they meet."""
-    if not _several():
-        return True
-    if not torch.distributed.is_initialized():
-        return int(os.environ.get("RANK") or 0) == 0
+    if not (_several() and torch.distributed.is_initialized()):
+        return is_main()
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         return torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(seconds=5)).add(line, 1) == 1

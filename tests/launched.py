@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -67,3 +68,8 @@ class Launched:
 
 def command(folder: Path, count: int, *arguments) -> Launched:
     return Launched(folder, count, lambda: main([str(argument) for argument in arguments]))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

@@ -26,7 +26,7 @@ from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.run import Run
 from ppcl_engine.training import Trainer
 
-from .launched import Launched, command
+from .launched import Launched, command, free_port
 
 TOLERANCE = 1e-4  # of every tensor, relative, after all updates
 RUN_FILE = """
@@ -203,7 +203,7 @@ def test_the_whole_method_under_accelerate_launch(tmp_path, write_run_file, alon
     """Rows shared by two processes; detect and detect-width are the main one's, while the other waits."""
     path = write_run_file(tmp_path)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--main_process_port", "0", "-m", "ppcl_engine", "run", "--file", str(path)]
+    launcher += ["--main_process_port", str(free_port()), "-m", "ppcl_engine", "run", "--file", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(launcher, cwd=Path(ppcl_engine.__file__).parents[1], env=environment, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -287,6 +287,19 @@ def test_too_few_rows_are_said_once(tmp_path, planned):
     (line,) = launch.lines()
     assert "has a batch of 3 samples for 4 processes; calibrate with a larger --batch" in line
     assert command(tmp_path, 4, *arguments, "--parallel", "intervals").codes() == [0] * 4
+
+
+def test_a_setting_that_does_not_exist_is_said_once(tmp_path, planned):
+    _, arguments = planned()
+
+    def work() -> int:
+        with pytest.raises(SystemExit) as end:
+            main([str(a) for a in [*arguments, "--roundz", 3]])
+        return end.value.code
+
+    launch = Launched(tmp_path, 2, work)
+    assert launch.codes() == [USER_ERROR] * 2
+    assert ["--roundz" in output.read_text() for output in launch.outputs] == [True, False]
 
 
 def test_a_loss_that_is_no_number_ends_all(tmp_path, planned):
