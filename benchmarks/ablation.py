@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,7 +113,8 @@ def half(context: Context) -> float:
     """Share of the parameters that a model without half of its blocks has: what the baselines get."""
     shapes = expected_shapes(context.teacher.architecture, context.teacher.config)
     count = {name: math.prod(shape) for name, shape in shapes.items()}
-    dropped = tuple(context.teacher.architecture.block_prefix(i) for i in range(context.teacher.num_blocks // 2))
+    prefix = partial(context.teacher.architecture.block_prefix, context.teacher.config)
+    dropped = tuple(map(prefix, range(context.teacher.num_blocks // 2)))
     return 1 - sum(size for name, size in count.items() if name.startswith(dropped)) / sum(count.values())
 
 

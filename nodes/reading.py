@@ -30,6 +30,7 @@ from .host.structure import BLOCK, HINTS_TENSOR, QWEN, as_tensor, block_numbers,
 SMALLEST, AUTO, AS_NUMBERED, BY_INTERVALS = "smallest", "auto", "as numbered", "by intervals"
 PRESETS = (AUTO, AS_NUMBERED, *QWEN.released.intervals, BY_INTERVALS)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALED, SCALE_SUFFIX = "scaled_fp8", ".scale_weight"
 
 OpenBase = Callable[[Path], dict[str, tuple[object, str]]]
 """path -> name of each tensor -> (open file, name in it), as `open_layout` gives them"""
@@ -129,8 +130,22 @@ def _has(plan: PruningPlan, name: str) -> bool:
 
 def _content(reader: Reader, wanted: dict[str, Stored], plan, hints: dict, variant: Variant, notes) -> Content:
     tensors = {name: reader.read(stored) for name, stored in wanted.items()}
+    if SCALED in tensors:
+        tensors |= _with_scales(tensors)
     tensors |= {STRUCTURE_TENSOR: as_tensor(plan.to_json()), HINTS_TENSOR: as_tensor(hints)}
     return Content(tensors, reader.bytes_read, plan, variant, tuple(notes))
+
+
+def _with_scales(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Matrices of blocks without a scale (students, projections), as the base keeps its own: fp8 and a scale each."""
+    dtype = tensors[SCALED].dtype if tensors[SCALED].dtype in FLOAT8 else FLOAT8[0]
+    found = {}
+    for name, tensor in tensors.items():
+        scale_name = name.removesuffix(".weight") + SCALE_SUFFIX
+        if BLOCK.match(name) and name.endswith(".weight") and tensor.ndim == 2 and scale_name not in tensors:
+            scale = (tensor.float().abs().max() / torch.finfo(dtype).max).clamp_min(torch.finfo(torch.float32).tiny)
+            found |= {name: (tensor.float() / scale).to(dtype), scale_name: scale}
+    return found
 
 
 def base_tensors(path: Path, open_base: OpenBase) -> dict[str, Stored]:
@@ -144,7 +159,7 @@ def base_tensors(path: Path, open_base: OpenBase) -> dict[str, Stored]:
 def check_base(reader: Reader, base: dict[str, Stored], plan: PruningPlan, path: Path) -> tuple[str, ...]:
     """Whether this is the plan's teacher. Quantised values differ, so only names and shapes can be compared, by the
     host when it loads them: then a note says so."""
-    names = {n: s for n, s in base.items() if not n.endswith(IGNORED_SUFFIXES) and n != "scaled_fp8"}
+    names = {n: s for n, s in base.items() if not n.endswith(IGNORED_SUFFIXES) and n != SCALED}
     shapes = {name: stored.file.shape(stored.name) for name, stored in names.items()}
     count = len(block_numbers(names))
     if count != plan.num_blocks:
@@ -164,7 +179,7 @@ def _all_parts(bundle: Bundle) -> dict[str, Stored]:
     """Students and projections by the names that a switchable model gives them."""
     found = {}
     for interval in bundle.plan.intervals:
-        prefix = f"{QWEN.block_prefix(interval.first)}student."
+        prefix = f"{QWEN.block_prefix(bundle.plan.config, interval.first)}student."
         found |= {prefix + name: s for name, s in _under(bundle.file, student_prefix(interval)).items()}
     for name, stored in _under(bundle.file, "projections.").items():
         index = name.split(".")[0].split("-")[0]
@@ -181,7 +196,7 @@ def _variant_parts(base: dict[str, Stored], bundle: Bundle, layout: Layout) -> d
         if match and (place := places.get(int(match[1]))) and not place.interval:
             found |= _kept(place, name, match[2], stored)
     for place in layout.places:
-        prefix = QWEN.block_prefix(place.index)
+        prefix = QWEN.block_prefix(bundle.plan.config, place.index)
         if place.interval:
             for part, stored in _under(bundle.file, student_prefix(place.interval)).items():
                 found |= _kept(place, prefix + part, part, stored)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and safetensors read and written one tensor at a time.
+"""safetensors files, read and written one tensor at a time; text files come along from `atomic`.
 
 The safetensors library maps whole files into memory, and the operating system counts mapped
 pages as the process's own; streaming a 40 GB model needs plain reads, so the container format
@@ -7,17 +7,28 @@ pages as the process's own; streaming a 40 GB model needs plain reads, so the co
 
 from __future__ import annotations
 
-import glob
 import json
 import math
-import os
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from .atomic import read_json, replacing, write_json, write_text
+
+__all__ = [
+    "DTYPES",
+    "TensorEntry",
+    "TensorFile",
+    "read_json",
+    "replacing",
+    "write_json",
+    "write_tensor_stream",
+    "write_tensors",
+    "write_text",
+]
 
 DTYPES = {
     "F64": torch.float64,
@@ -35,47 +46,6 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it replaces `path`, on failure it goes.
-
-    What a killed process left beside `path` goes too.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.filename is None:  # a full disk does not say where it is full
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def read_json(path: Path):
-    """Raises ValueError naming the file when it is not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a JSON file ({error}); remove it or restore it") from None
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -157,12 +127,13 @@ class TensorFile:
             raise ValueError(f"{self.path}: {name} is {stored}, which is not read; known: {', '.join(DTYPES)}")
         return DTYPES[stored]
 
-    def read(self, name: str, rows: int | None = None) -> torch.Tensor:
-        """The tensor, or its first `rows` rows."""
+    def read(self, name: str, rows: int | None = None, start: int = 0) -> torch.Tensor:
+        """The tensor, or `rows` of its rows from row `start` on."""
         first, last = self.entries[name]["data_offsets"]
         shape = self.shape(name)
         if rows is not None:
-            last = first + (last - first) // shape[0] * rows
+            row = (last - first) // shape[0]
+            first, last = first + start * row, first + (start + rows) * row
             shape = (rows, *shape[1:])
         buffer = torch.empty(last - first, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .architectures import Inputs
 from .files import TensorFile, read_json
 from .flow import euler_timesteps
 
@@ -59,7 +60,7 @@ class PipelineCodec:
         retrieve_timesteps(scheduler, sigmas=euler_timesteps(steps)[:-1], mu=shift)
         return scheduler.sigmas.tolist()
 
-    def text(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def text(self, texts: list[str]) -> Inputs:
         """Embeddings [n, tokens, width] and mask [n, tokens] (True = real), zeros after the real tokens.
 
         The pipeline gives None for a mask that hides nothing; here it is all True.
@@ -74,7 +75,8 @@ class PipelineCodec:
             rows += [row[:length].float().cpu() for row, length in zip(embeddings, lengths, strict=True)]
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
-        return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+        mask = torch.arange(padded.shape[1]) < lengths[:, None]
+        return {"encoder_hidden_states": padded, "encoder_hidden_states_mask": mask}
 
     def latents(self, pictures: torch.Tensor) -> torch.Tensor:
         """[n, 3, H, W] -> [n, channels, H/8, W/8], about unit variance: the mode of the VAE's posterior"""

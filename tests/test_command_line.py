@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from ppcl_engine import files
+from ppcl_engine import atomic
 from ppcl_engine.__main__ import STAGES, USER_ERROR, main, read_run_file
 from ppcl_engine.files import write_tensors
 from ppcl_engine.plan import PruningPlan
@@ -101,7 +101,7 @@ def test_a_read_only_place_and_a_full_disk(failing, run_folder, teacher_file, mo
     def full(*arguments, **named):
         raise OSError(errno.ENOSPC, "No space left on device", str(run_folder / "probes" / "block_000.safetensors"))
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     line = failing("probe", "--model", teacher_file, "--run", run_folder)
     assert "No space left on device" in line and "block_000" in line
     assert not list(run_folder.rglob("*.partial")) and not list(run_folder.glob("probes/*.safetensors"))

@@ -6,7 +6,7 @@ architecture has (rotary tables, masks, guidance) travels inside the state and i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,6 +17,16 @@ from .projections import SharedText
 
 Inputs = dict[str, torch.Tensor]
 """What one forward reads, named as diffusers names it, plus `grid` [images, 3] (frames, rows, columns)."""
+
+
+def placed(inputs: Inputs, device: str | torch.device, dtype: torch.dtype) -> Inputs:
+    """On the device, in `dtype`; timesteps keep their precision, the grid stays where it is."""
+
+    def moved(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        floating = tensor.is_floating_point() and name != "timestep"
+        return tensor.to(device, dtype if floating else tensor.dtype)
+
+    return {name: t if name == "grid" else moved(name, t) for name, t in inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,16 @@ class ReleasedNames:
     intervals: dict[str, tuple[int, int, str]]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor of ours lies in ComfyUI's layout: in the tensor `name`, whose rows are cut into `of` equal parts.
+    `pieces`: those that are ours, in our order."""
+
+    name: str
+    pieces: tuple[int, ...] = (0,)
+    of: int = 1
+
+
 class Architecture(Protocol):
     """One registered architecture. Configurations are dicts with diffusers' own names."""
 
@@ -87,11 +107,17 @@ class Architecture(Protocol):
 
     def num_blocks(self, config: dict) -> int: ...
 
-    def with_num_blocks(self, config: dict, count: int) -> dict: ...
+    def sections(self, config: dict) -> tuple[range, ...]:
+        """Runs of blocks of one kind, which an interval may not leave."""
+        ...
+
+    def with_blocks(self, config: dict, indices: Sequence[int]) -> dict:
+        """Of the model that has these blocks alone."""
+        ...
 
     def width(self, config: dict) -> int: ...
 
-    def block_prefix(self, index: int) -> str: ...
+    def block_prefix(self, config: dict, index: int) -> str: ...
 
     def build_block(self, config: dict, index: int) -> nn.Module: ...
 
@@ -125,10 +151,18 @@ class Architecture(Protocol):
 
     def latent_shape(self, config: dict, height: int, width: int) -> tuple[int, int, int]: ...
 
+    def takes_guidance(self, config: Mapping) -> bool:
+        """Whether guidance is an input of the model, so that one forward gives the guided velocity."""
+        ...
+
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor: ...
 
-    def to_comfyui(self, key: str) -> str: ...
+    def to_comfyui(self, key: str) -> Part:
+        """Of every tensor by diffusers' name. Raises KeyError for a name that is none."""
+        ...
 
-    def from_comfyui(self, key: str) -> str: ...
+    def from_comfyui(self, name: str) -> tuple[str, ...]:
+        """diffusers' names of what lies in a tensor of ComfyUI's layout; any other name comes back as it is."""
+        ...
 
     def random_inputs(self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str) -> Inputs: ...

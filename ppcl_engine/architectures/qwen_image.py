@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from .base import BlockState, Inputs, ReleasedNames
+from .base import BlockState, Inputs, Part, ReleasedNames
+from .packing import PackedLatents
 from .projections import FixedModulation, Nothing, PaddedModulation, ProjectedText, SharedText
 
-VAE_PIXELS = 8  # pixels a latent position of its VAE covers
 STREAMS = {"image": "img", "text": "txt"}  # as the names of a block's parts begin
 ROTARY_SHARES = (2, 7, 7)  # of 16: frame, row, column; 16, 56, 56 of 128 in the released model
 
 
-class QwenImage:
+class QwenImage(PackedLatents):
     name = "qwen_image"
     diffusers_class = "QwenImageTransformer2DModel"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
@@ -86,13 +86,16 @@ class QwenImage:
     def num_blocks(self, config: dict) -> int:
         return config["num_layers"]
 
-    def with_num_blocks(self, config: dict, count: int) -> dict:
-        return {**config, "num_layers": count}
+    def sections(self, config: dict) -> tuple[range, ...]:
+        return (range(config["num_layers"]),)
+
+    def with_blocks(self, config: dict, indices: Sequence[int]) -> dict:
+        return {**config, "num_layers": len(indices)}
 
     def width(self, config: dict) -> int:
         return config["attention_head_dim"] * config["num_attention_heads"]
 
-    def block_prefix(self, index: int) -> str:
+    def block_prefix(self, config: dict, index: int) -> str:
         return f"transformer_blocks.{index}."
 
     def build_block(self, config: dict, index: int) -> nn.Module:
@@ -219,29 +222,8 @@ class QwenImage:
         conditioning = state.conditioning.chunk(2)[0] if outer.zero_cond_t else state.conditioning
         return outer.proj_out(outer.norm_out(state.image, conditioning))
 
-    def pack(self, latents: torch.Tensor) -> torch.Tensor:
-        """[n, c, h, w] -> tokens [n, h/2 * w/2, 4c], as diffusers' pipeline packs them."""
-        n, c, h, w = latents.shape
-        return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, 4 * c)
-
-    def unpack(self, tokens: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        """The inverse of `pack` for the first picture of `grid` [pictures, 3]."""
-        _, rows, columns = grid[0].tolist()
-        n, _, channels = tokens.shape
-        tokens = tokens[:, : rows * columns].reshape(n, rows, columns, channels // 4, 2, 2)
-        return tokens.permute(0, 3, 1, 4, 2, 5).reshape(n, channels // 4, rows * 2, columns * 2)
-
-    def grid(self, latents: torch.Tensor) -> torch.Tensor:
-        """[1, 3] (frames, rows, columns) of tokens"""
-        return torch.tensor([[1, latents.shape[-2] // 2, latents.shape[-1] // 2]])
-
-    def latent_shape(self, config: dict, height: int, width: int) -> tuple[int, int, int]:
-        """(channels, rows, columns) of a picture in pixels. Raises ValueError for sizes that do not divide."""
-        if height % (2 * VAE_PIXELS) or width % (2 * VAE_PIXELS):
-            raise ValueError(
-                f"{height} x {width} pixels is not a multiple of {2 * VAE_PIXELS}; change --height, --width"
-            )
-        return config["in_channels"] // 4, height // VAE_PIXELS, width // VAE_PIXELS
+    def takes_guidance(self, config: Mapping) -> bool:
+        return False
 
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
         """diffusers' own forward on our inputs."""
@@ -254,11 +236,11 @@ class QwenImage:
             return_dict=False,
         )[0]
 
-    def to_comfyui(self, key: str) -> str:
-        return key  # ComfyUI kept diffusers' names for Qwen-Image
+    def to_comfyui(self, key: str) -> Part:
+        return Part(key)  # ComfyUI kept diffusers' names for Qwen-Image
 
-    def from_comfyui(self, key: str) -> str:
-        return key
+    def from_comfyui(self, name: str) -> tuple[str, ...]:
+        return (name,)
 
     def random_inputs(self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str) -> Inputs:
         """Standard normal inputs of this shape, for tests, timing and counting."""

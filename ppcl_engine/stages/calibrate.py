@@ -41,10 +41,7 @@ def calibrate(config: CalibrateConfig) -> Path:
         "source": "images" if config.images else "prompts" if config.prompts else "embeddings",
     }
     parts = _Parts(run.states / "calibrate", config, origin["fingerprint"])
-    if config.images:
-        batches = _from_images(config, weights.architecture, parts)
-    else:
-        batches = _from_drawing(config, weights, parts)
+    batches = _from_images(config, weights, parts) if config.images else _from_drawing(config, weights, parts)
     save_calibration(run.calibration, CalibrationSet(batches, origin))
     parts.remove()
     return run.calibration
@@ -76,7 +73,7 @@ def spread_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
     return parts[torch.randperm(count, generator=generator)]
 
 
-def _from_images(config: CalibrateConfig, architecture: Architecture, parts: _Parts) -> list[Inputs]:
+def _from_images(config: CalibrateConfig, weights: Weights, parts: _Parts) -> list[Inputs]:
     """All captions first, then all pictures: the text encoder and the VAE are never in memory together."""
     codec = open_codec(config.model, resolve_device(config.device))
     size = sampling.picture_size(codec, config.height, config.width)
@@ -94,7 +91,8 @@ def _from_images(config: CalibrateConfig, architecture: Architecture, parts: _Pa
         paths = [rows[i % len(rows)][0] for i in chunk.tolist()]
 
         def make(paths=paths, t=timesteps[chunk], text=text, noise_seed=noise_seed) -> Inputs:
-            return _noised(architecture, codec.latents(load_pictures(paths, size)), t, text, noise_seed)
+            text = sampling.with_guidance(weights.architecture, weights.config, text, config.guidance)
+            return _noised(weights.architecture, codec.latents(load_pictures(paths, size)), t, text, noise_seed)
 
         batches.append(parts.done(number, make))
     codec.release()
@@ -104,7 +102,7 @@ def _from_images(config: CalibrateConfig, architecture: Architecture, parts: _Pa
 def _noised(architecture: Architecture, latents: torch.Tensor, t: torch.Tensor, text, noise_seed: int) -> Inputs:
     clean = architecture.pack(latents)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(noise_seed))
-    return sampling.inputs_of(flow.noised(clean, noise, t), t, *text, architecture.grid(latents), clean)
+    return sampling.inputs_of(flow.noised(clean, noise, t), t, text, architecture.grid(latents), clean)
 
 
 def _from_drawing(config: CalibrateConfig, weights: Weights, parts: _Parts) -> list[Inputs]:
@@ -134,7 +132,8 @@ def _drawn(config, architecture, model, prompts, noise, kept_steps) -> Inputs:
         kept[rows], times[rows] = x[rows], t
 
     clean = sampling.draw(architecture, model, tokens, grid, prompts, config.steps, config.guidance, seen)
-    return sampling.inputs_of(kept, times, *prompts.given, grid, clean)
+    text = sampling.with_guidance(architecture, model.config, prompts.given, config.guidance)
+    return sampling.inputs_of(kept, times, text, grid, clean)
 
 
 def _encoded_prompts(config: CalibrateConfig, empty: torch.Tensor, device: str) -> sampling.Prompts:
@@ -160,10 +159,9 @@ def _stored_prompts(config: CalibrateConfig, weights: Weights, empty_rows: torch
     text[empty_rows, :length], mask[empty_rows] = empty[0], False
     mask[empty_rows, :length] = True
     shape = weights.architecture.latent_shape(weights.config, config.height, config.width)
-    nothing = (empty, torch.ones(empty.shape[:2], dtype=torch.bool))
     return sampling.Prompts(
-        given=(text, mask),
-        nothing=nothing,
+        given={"encoder_hidden_states": text, "encoder_hidden_states_mask": mask},
+        nothing={"encoder_hidden_states": empty, "encoder_hidden_states_mask": torch.ones(1, length, dtype=torch.bool)},
         latent_shape=shape,
         timesteps=lambda steps, image_tokens: flow.euler_timesteps(steps),
         rescales_guidance=False,

@@ -97,7 +97,7 @@ def _loss(
 
 
 def _blocks(teacher: Teacher, model: nn.Module, layout: Layout) -> list[MakeBlock]:
-    prefixes = [teacher.architecture.block_prefix(place.index).rstrip(".") for place in layout.places]
+    prefixes = [teacher.architecture.block_prefix(teacher.config, place.index).rstrip(".") for place in layout.places]
     return [partial(model.get_submodule, prefix) for prefix in prefixes]
 
 

