@@ -117,6 +117,13 @@ def joined(share: str, device: str = "auto") -> Iterator[Processes]:
         yield current
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """What one process does by itself in the midst of shared work, such as drawing a picture."""
+    with _working(Processes(gpu=processes().gpu)):
+        yield
+
+
 def together(work: Callable[[Config], Result], config: Config, share: str = "") -> Result | None:
     """work(config), shared; with nothing to share the main process does it, and the others wait. None on the others."""
     if not launched():

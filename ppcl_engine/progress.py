@@ -12,7 +12,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from .parallel import processes
+from .parallel import alone, processes
 
 
 class Listener(Protocol):
@@ -45,7 +45,8 @@ def measured(what: str, step: int, loss: float) -> None:
 
 def saved() -> None:
     if (listener := _LISTENER.get()) is not None:
-        listener.saved()
+        with alone():
+            listener.saved()
 
 
 class Progress(tqdm):

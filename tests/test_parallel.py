@@ -20,6 +20,9 @@ from ppcl_engine.__main__ import INTERRUPTED, USER_ERROR, main
 from ppcl_engine.checkpoint import Weights
 from ppcl_engine.config import FinetuneConfig, PolishConfig
 from ppcl_engine.files import TensorFile, write_tensors
+from ppcl_engine.jobs.order import Order, write_order
+from ppcl_engine.jobs.state import ask_to_cancel, current_state, read_events
+from ppcl_engine.jobs.work import main as worker
 from ppcl_engine.losses import LOSSES
 from ppcl_engine.parallel import Processes, joined, processes
 from ppcl_engine.plan import PruningPlan, parse_intervals
@@ -278,6 +281,32 @@ def test_when_one_is_killed_the_other_ends_and_what_was_saved_stays(tmp_path, pl
     (line,) = launch.lines()
     assert "another process has ended" in line
     assert all(TensorFile(path).read("losses").isfinite().all() for path in run.students.glob("*.safetensors"))
+
+
+def ordered(run: Run, arguments: list, **order) -> Path:
+    """The same as a job's order."""
+    names = (str(name).removeprefix("--").replace("-", "_") for name in arguments[5::2])
+    settings = dict(zip(names, arguments[6::2], strict=True)) | {"model": arguments[2]}
+    write_order(run.folder, Order(stages=(("distill-depth", settings),), **order))
+    return run.folder
+
+
+def test_a_job_of_two_processes_is_told_of_by_one(tmp_path, planned, students):
+    run, arguments = planned()
+    folder = ordered(run, arguments, parallel="intervals", preview_seconds=0.1)
+    assert Launched(tmp_path, 2, lambda: worker([str(folder)])).codes() == [0, 0]
+    assert contents(run, "depth") == contents(students, "depth")
+    assert current_state(folder).status == "done"
+    assert [event["kind"] for event in read_events(folder)].count("finished") == 1
+
+
+def test_a_job_of_two_processes_is_cancelled_at_one_step(tmp_path, planned):
+    run, arguments = planned()
+    folder = ordered(run, [*arguments, "--rounds", 30], preview_seconds=0.1)
+    launch = started(run, Launched(tmp_path, 2, lambda: worker([str(folder)])))
+    ask_to_cancel(folder)
+    assert launch.codes() == [INTERRUPTED] * 2
+    assert current_state(folder).status == "cancelled" and "saved" in current_state(folder).error
 
 
 def test_too_few_rows_are_said_once(tmp_path, planned):
