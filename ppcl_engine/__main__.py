@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from . import config as settings
@@ -39,21 +40,29 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0
+    from .parallel import leave
+
+    return leave(_code(arguments))
+
+
+def _code(arguments: list[str]) -> int:
+    """The exit code. What went wrong is said in one line."""
+    from .parallel import tell
     from .training import Stopped
 
     try:
         _dispatch(arguments[0], arguments[1:])
     except Stopped as stopped:
-        print(f"\nppcl: {stopped}", file=sys.stderr)
+        tell(f"\nppcl: {stopped}")
         return INTERRUPTED
     except KeyboardInterrupt:
-        print("\nppcl: stopped; run the same command to go on", file=sys.stderr)
+        tell("\nppcl: stopped; run the same command to go on")
         return INTERRUPTED
     except ValueError as error:
-        print(f"ppcl: {error}", file=sys.stderr)
+        tell(f"ppcl: {error}")
         return USER_ERROR
     except OSError as error:
-        print(f"ppcl: {error.filename}: {os.strerror(error.errno or 0)}; {_ADVICE}", file=sys.stderr)
+        tell(f"ppcl: {error.filename}: {os.strerror(error.errno or 0)}; {_ADVICE}")
         return USER_ERROR
     return 0
 
@@ -61,22 +70,28 @@ def main(arguments: list[str] | None = None) -> int:
 def _dispatch(stage: str, arguments: list[str]) -> None:
     import tyro
 
+    from .parallel import is_main
+
+    parse = partial(tyro.cli, args=arguments, prog=f"ppcl {stage}", console_outputs=is_main())
     if stage == "run":
-        run_file(tyro.cli(config_files.RunConfig, args=arguments, prog="ppcl run").file)
+        run_file(parse(config_files.RunConfig).file)
         return
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; known: {', '.join([*STAGES, 'run'])}")
     kind, _ = STAGES[stage]
-    run_stage(stage, tyro.cli(kind, args=arguments, prog=f"ppcl {stage}"))
+    run_stage(stage, parse(kind))
 
 
 def run_stage(stage: str, config) -> None:
+    """By one process, or by those of a launch together."""
+    from .parallel import together
+
     if getattr(config, "dry_run", False):
         from .estimate import print_estimate
 
-        print_estimate(config)
+        together(print_estimate, config)
         return
-    result = _function(stage)(config)
+    result = together(_function(stage), config, getattr(config, "parallel", ""))
     if result is not None:
         print(f"{stage}: {result}")
 

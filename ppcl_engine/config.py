@@ -54,7 +54,16 @@ class CalibrateConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig(Common):
+class SharedConfig(Common):
+    """Stages whose work the processes of `accelerate launch` share; of other stages the first process does all."""
+
+    parallel: Literal["data", "intervals"] = "data"
+    """How several processes share the work. data: each takes its rows of every batch; intervals: each takes intervals
+    (projections, blocks) of its own, and the files are the same bits as of one process. One process does the same in both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig(SharedConfig):
     """Fit a linear map to every block and stream: T(x) ~ x + W x + b."""
 
     ridge: float = 1e-4
@@ -100,7 +109,7 @@ class DetectConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillDepthConfig(Common):
+class DistillDepthConfig(SharedConfig):
     """Train one student an interval on the teacher's own states, each interval by itself."""
 
     intervals: str = ""
@@ -149,7 +158,7 @@ class DetectWidthConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillWidthConfig(Common):
+class DistillWidthConfig(SharedConfig):
     """Train the projections of the plan's width sites, each by itself, from the ridge solution on."""
 
     sites: str = ""
@@ -173,7 +182,7 @@ class DistillWidthConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningConfig(Common):
+class TuningConfig(SharedConfig):
     """What polish and finetune share; with bfloat16 the trained weights and the optimiser stay float32."""
 
     steps: int = 1000
@@ -197,6 +206,8 @@ class TuningConfig(Common):
             raise ValueError(f"--ema {self.ema} is not a decay; choose 0 up to, not including, 1")
         if min(self.steps, self.save_every) < 1:
             raise ValueError(f"--steps {self.steps}, --save-every {self.save_every}: both are at least 1")
+        if self.parallel != "data":
+            raise ValueError(f"--parallel {self.parallel}: here all parts learn from one loss; use --parallel data")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .architectures import BlockState, Inputs
 from .bundle import Students, placed_block
 from .layout import Layout, Place, group_places, layout_of
+from .parallel import processes
 from .plan import PruningPlan, TextGroup
 from .progress import Progress
 from .similarity import NormalEquations, Solution
@@ -109,7 +110,8 @@ def ridge_solutions(
         accumulated = _Accumulation(teacher, students, fits[start : start + chunk], store)
         accumulated.sweep(inputs)
         solutions |= {
-            fit: {part: sums.solve(RIDGE) for part, sums in parts.items()} for fit, parts in accumulated.sums.items()
+            fit: {part: sums.shared(processes().sum).solve(RIDGE) for part, sums in parts.items()}
+            for fit, parts in accumulated.sums.items()
         }
     return solutions
 
@@ -176,7 +178,7 @@ def warnings_of(solutions: Solutions) -> Iterator[str]:
 
 
 def print_warnings(solutions: Solutions) -> None:
-    for line in warnings_of(solutions):
+    for line in warnings_of(solutions) if processes().writes else ():
         tqdm.write(line, file=sys.stderr)
 
 

@@ -76,6 +76,17 @@ def test_files_imports_only_what_replaces_files_whole():
     assert ours and all(n.startswith("ppcl_engine.atomic") for n in ours)
 
 
+def test_accelerate_is_imported_when_several_processes_were_launched():
+    """By one function; one process does without."""
+    assert [file for file, names in FILES.items() if any(n.split(".")[0] == "accelerate" for n in names)] == [
+        "parallel.py"
+    ]
+    tree = ast.parse((ROOT / "parallel.py").read_text(encoding="utf-8"))
+    assert not any(
+        "accelerate" in ast.dump(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
+    )
+
+
 def test_importing_does_not_import_torch_and_prints_nothing():
     code = (
         "import sys, ppcl_engine, ppcl_engine.config, ppcl_engine.plan; from ppcl_engine import PruningPlan; "

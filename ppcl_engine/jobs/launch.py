@@ -71,10 +71,11 @@ def stop(process: Process, patience: float = PATIENCE) -> int:
 
 
 def prepared_command(folder: Path, processes: int = 1) -> str:
-    """What a person types in a terminal to do the same, in any folder."""
+    """What a person types in a terminal to do the same, in any folder. --multi_gpu starts several processes also
+    where there is no GPU; accelerate's --cpu would start one."""
     interpreter = [sys.executable]
     if processes > 1:
-        interpreter += ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+        interpreter += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     return _quoted([*interpreter, str(WORKER), str(Path(folder).absolute())])
 
 

@@ -21,7 +21,7 @@ CHECKED = ("probes", "curves.safetensors")
 SCRATCH, RESUMED = "states", "calibrate"  # of all that stages keep there, only calibrate's is gone on from
 OF_ONE_JOB = {ORDER, STATE, EVENTS, CANCEL, LOCK, LOG, PREVIEW}
 COPIED = {".json", ".jsonl", ".csv", ".txt", ".html"}
-NOT_THE_STUDENTS = {"model", "run", "device", "streamed", "dry_run", "intervals"}
+NOT_THE_STUDENTS = {"model", "run", "device", "streamed", "dry_run", "intervals", "parallel"}
 """Settings of distill-depth that no single student hangs on."""
 
 

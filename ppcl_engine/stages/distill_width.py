@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from ..data import CalibrationSet
 from ..files import TensorFile, write_text
 from ..layout import Place, layout_of
 from ..losses import relative_mse
+from ..parallel import processes
 from ..plan import PruningPlan, WidthSite, parse_sites
 from ..progress import Progress, saved
 from ..rounds import FreshStates, RoundSettings, unfinished
@@ -50,7 +52,9 @@ def distill_width(config: DistillWidthConfig) -> Path:
     work = _Work(config, run, teacher, calibration, plan, list(dict.fromkeys(fits + given_back)))
     work.start()
     work.train()
-    write_text(run.plan, plan.to_json() + "\n")
+    processes().wait()
+    if processes().is_main:
+        write_text(run.plan, plan.to_json() + "\n")
     return run.projections
 
 
@@ -79,13 +83,14 @@ class _Work:
         self.students = RunStudents(self.run, self.teacher.config, self.teacher.architecture, polished=False)
         origin = {fit: _trained_on(self.run, fit) for fit in self.fits}
         self.settings = {fit: _settings(self.config, self.calibration, fit, origin[fit]) for fit in self.fits}
+        self.own = processes().own(self.fits)
 
     def start(self) -> None:
         """Saves the ridge solutions of the projections that are not there yet, as step 0."""
-        missing = [fit for fit in self.fits if self._step(fit) is None]
+        missing = [fit for fit in self.own if self._step(fit) is None]
         if not missing:
             return
-        store = StateStore(self.run.states / "width" if self.config.streamed else None)
+        store = StateStore(processes().folder(self.run.states / "width") if self.config.streamed else None)
         inputs = self.calibration.all_inputs()
         with torch.no_grad():
             solutions = ridge_solutions(self.teacher, self.students, inputs, missing, store, self.config.cache_gb)
@@ -96,12 +101,12 @@ class _Work:
             trainer.save(self._path(fit), self.settings[fit])
 
     def train(self) -> None:
-        config, done = self.config, sum(self._step(fit) for fit in self.fits)
-        total = config.rounds * config.updates * len(self.fits)
+        config, done = self.config, sum(self._step(fit) for fit in self.own)
+        total = config.rounds * config.updates * len(self.own)
         progress = Progress(total=total, initial=done, desc="distill-width", unit="update")
         with stop_on_interrupt() as asked, progress:
             for number in range(config.rounds):
-                due = [fit for fit in self.fits if self._step(fit) in unfinished(number, config.updates)]
+                due = [fit for fit in self.own if self._step(fit) in unfinished(number, config.updates)]
                 if due:
                     _Round(self, due, number, progress, asked).work()
 
@@ -147,7 +152,8 @@ class _Round:
         settings = RoundSettings(
             updates=config.updates, cache_gb=config.cache_gb, boundaries=boundaries, seed=config.seed
         )
-        folder = self.job.run.states / f"width_round_{self.number}" if config.streamed else None
+        place = processes().folder(self.job.run.states / f"width_round_{self.number}")
+        folder = place if config.streamed else None
         self.states = FreshStates(teacher, self.job.calibration, settings, self.number, wanted, folder)
         for fit in self.fits:
             self._train(fit)
@@ -194,8 +200,9 @@ class _Lesson:
         output = self.architecture.run_block(self.pruned, state)
         streams = {"text": ("image", "text") if self.fit.steps else ("image",)}.get(self.fit.kind)
         streams = streams or (self.fit.kind.removeprefix("ffn_"),)
-        aligned = [relative_mse(output.real_tokens(s).float(), target.real_tokens(s).float()) for s in streams]
-        own = [relative_mse(self.maps[part](x).float(), y.float()) for part, (x, y) in pairs.items()]
+        error = partial(relative_mse, whole=processes().sum)
+        aligned = [error(output.real_tokens(s).float(), target.real_tokens(s).float()) for s in streams]
+        own = [error(self.maps[part](x).float(), y.float()) for part, (x, y) in pairs.items()]
         return sum(aligned) + sum(own)
 
     def _target(self, batch: int) -> BlockState:
