@@ -13,7 +13,7 @@ import pytest
 from ppcl_engine.data import save_calibration
 from ppcl_engine.jobs import work
 from ppcl_engine.jobs.order import Order, configs
-from ppcl_engine.jobs.state import current_state
+from ppcl_engine.jobs.state import JobState, current_state, end
 from ppcl_engine.jobs.store import RunStore
 from ppcl_engine.needs import needs
 
@@ -61,6 +61,18 @@ def exit_code(child: int) -> int:
 def is_at(path: Path, stage: str, step: int = 1) -> bool:
     state = current_state(path)
     return state.is_final or (state.stage == stage and state.step >= step)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def finish(path: Path, status: str = "done") -> None:
+    end(path, JobState(status=status, error="" if status == "done" else "no reason"))
+
+
+def recording(store: RunStore) -> str:
+    return next(name for name, _ in store.names() if name.startswith("record"))
 
 
 @pytest.fixture(scope="session")
