@@ -43,13 +43,15 @@ LAUNCHING = 5.0  # seconds: the launcher holds the lock until it has written our
 
 @dataclass
 class Job:
-    """rank: of this process among those that share the work; the first one (0) alone tells of it."""
+    """rank: of this process among those that share the work; the first one (0) alone tells of it. number: of the
+    present stage, 0 before the first."""
 
     folder: Path
     order: Order
     stages: list[tuple[str, Common]]
     state: JobState
     rank: int
+    number: int = 0
 
     def work(self) -> int:
         """The exit code."""
@@ -86,6 +88,7 @@ class Job:
         self._check(self.stages[first:], reporter)
         with listening(reporter):
             for number, (stage, config) in enumerate(self.stages[first:], start=first + 1):
+                self.number = number
                 if reporter is None:
                     command_line.run_stage(stage, config)
                     continue
@@ -121,6 +124,8 @@ class Ending:
     def __exit__(self, kind, error: BaseException | None, trace) -> bool:
         self.watcher.stop()
         status, line = self._outcome(error)
+        if self.reporter is None and status == "failed":
+            append_event(self.job.folder, "process_failed", rank=self.job.rank, error=line)
         if self.reporter is not None:
             clear_scratch(self.job.folder, keep=RESUMED)  # first: the disk may be full
             self.reporter.write(always=True)
@@ -132,15 +137,19 @@ class Ending:
     def _outcome(self, error: BaseException | None) -> tuple[str, str]:
         if error is None:
             return "done", ""
-        stage = self.reporter.state.number if self.reporter else 0
-        in_imports = self.watcher.asked() and not stage  # C extensions make other errors of an interrupt
-        if isinstance(error, KeyboardInterrupt) or in_imports or _is_stopped(error):
+        in_imports = self.watcher.asked() and not self.job.number  # C extensions make other errors of an interrupt
+        if isinstance(error, KeyboardInterrupt) or in_imports or _is(error, "training", "Stopped"):
             self.code = INTERRUPTED
-            saved = f"; {error}" if _is_stopped(error) else ""
+            saved = f"; {error}" if _is(error, "training", "Stopped") else ""
             return "cancelled", f"{self.watcher.reason or 'cancelled by Ctrl-C'}{saved}"
-        name, config = self.job.stages[max(stage, 1) - 1]
-        line, self.code = failure(error, name, config)
-        return "failed", line
+        line, self.code = failure(error, *self.job.stages[max(self.job.number, 1) - 1])
+        return "failed", (self._told_by_others() if _is(error, "parallel", "Lost") else "") or line
+
+    def _told_by_others(self) -> str:
+        """Why another process ended, which is why this one did."""
+        events = read_events(self.job.folder)
+        begun = max(place for place, event in enumerate(events) if event["kind"] == "started")
+        return next((e["error"] for e in events[begun:] if e["kind"] == "process_failed"), "")
 
 
 def main(arguments: list[str]) -> int:
@@ -206,6 +215,7 @@ def _parent(state: JobState) -> tuple[int, float] | None:
     return None
 
 
-def _is_stopped(error: BaseException) -> bool:
-    training = sys.modules.get(f"{__package__.rpartition('.')[0]}.training")  # not there when its import failed
-    return training is not None and isinstance(error, training.Stopped)
+def _is(error: BaseException, module: str, name: str) -> bool:
+    """Of a class in a module of the engine, which is not there when its import failed."""
+    found = sys.modules.get(f"{__package__.rpartition('.')[0]}.{module}")
+    return found is not None and isinstance(error, getattr(found, name))

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from ppcl_engine.config import ProbeConfig
 from ppcl_engine.data import CalibrationSet, save_calibration
+from ppcl_engine.jobs import work
 from ppcl_engine.jobs.failures import failure, memory_line
 from ppcl_engine.jobs.launch import WORKER, launch, stop
 from ppcl_engine.jobs.order import Order, write_order
@@ -30,6 +32,7 @@ from ppcl_engine.jobs.state import (
     write_state,
 )
 
+from ..launched import Launched
 from .conftest import exit_code, fork, is_at, until
 
 SOON = 2.0  # seconds
@@ -287,3 +290,18 @@ def test_a_launched_worker_is_stopped(prepare):
     assert time.monotonic() - begun < SOON and not workers_of(path)
     assert (read_state(path).status, read_state(path).error) == ("cancelled", "cancelled")
     assert "worker: cancelled" in (path / "log.txt").read_text()
+
+
+def test_of_two_processes_the_one_that_failed_says_why(tmp_path, prepare):
+    path = prepare("two", "probe", "detect", "distill-depth", **LONG)
+
+    def second_has_no_memory() -> int:
+        from ppcl_engine.training import Trainer
+
+        if os.environ["RANK"] == "1":
+            Trainer.update = lambda *arguments: torch.empty(1 << 60)
+        return work.main([str(path)])
+
+    assert Launched(tmp_path, 2, second_has_no_memory).codes() == [REFUSED, REFUSED]
+    assert read_state(path).error.startswith("distill-depth ran out of memory on cpu: turn on streamed")
+    assert [e["rank"] for e in read_events(path) if e["kind"] == "process_failed"] == [1]
