@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,6 @@ from ppcl_engine.checkpoint import Weights
 from ppcl_engine.config import (
     CalibrateConfig,
     DetectConfig,
-    DistillDepthConfig,
     FinetuneConfig,
     PolishConfig,
     ProbeConfig,
@@ -65,17 +66,21 @@ def test_the_calibration_of_the_same_job_counts_before_it_is_there(teacher_file,
     assert needs(detect, many).at_least > 10 * needs(detect, few).at_least > needs(detect).at_least
 
 
-@pytest.mark.parametrize("kind, line", [
-    (FinetuneConfig, "finetune needs 2[0-9][0-9].[0-9] GB of memory or more on cpu, .* GB are there: turn on checkpointing"),
-    (DistillDepthConfig, None),
-])  # fmt: skip
-def test_a_model_of_20_billion_parameters(tmp_path, kind, line):
-    import re
-
-    config = kind(model=Path("qwen_image"), run=tmp_path, device="cpu", streamed=True)
-    assert needs(config).at_least < 30 * GB if line is None else needs(config).at_least > 200 * GB
-    if line is not None and device_memory("cpu") < 200 * GB:
-        assert re.match(line, refusal(config))
+def test_what_cannot_fit_is_refused_with_what_would(tmp_path):
+    """Twenty billion parameters: no weights are read."""
+    config = ProbeConfig(model=Path("qwen_image"), run=tmp_path, device="cpu")
+    resident, streamed = (needs(replace(config, streamed=streamed)).at_least for streamed in (False, True))
+    assert 80 * GB < resident < 85 * GB and streamed < 5 * GB
+    if device_memory("cpu") < resident:
+        assert re.fullmatch(
+            r"probe needs 8\d\.\d GB of memory or more on cpu, \d+\.\d GB are there: turn on streamed \(.*\)",
+            refusal(config),
+        )
+        assert refusal(replace(config, streamed=True)) is None
+    tuned = FinetuneConfig(model=Path("qwen_image"), run=tmp_path, device="cpu", streamed=True, checkpointing=True)
+    assert needs(tuned).at_least > 200 * GB
+    if device_memory("cpu") < 200 * GB:
+        assert "choose a smaller variant" in refusal(tuned) and "a device with more memory" in refusal(tuned)
 
 
 def test_the_disk_is_looked_at_where_the_run_will_be(tmp_path):

@@ -16,14 +16,16 @@ from benchmarks.teachers import random_teacher, rendered
 from ppcl_engine import progress
 from ppcl_engine.__main__ import run_stage
 from ppcl_engine.checkpoint import Weights
-from ppcl_engine.data import save_calibration
+from ppcl_engine.data import CalibrationSet, save_calibration
 from ppcl_engine.demo.codec import fit_codec
 from ppcl_engine.files import write_text
 from ppcl_engine.jobs.order import Order, configs
-from ppcl_engine.jobs.preview import Preview, can_paint, loss_curves, present
+from ppcl_engine.jobs.preview import Painter, Preview, can_paint, loss_curves, present
 from ppcl_engine.jobs.sheet import Row, sheet, smoothed
 from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.run import Run
+
+from ..tiny_pipeline import build_tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +168,16 @@ def test_seconds_of_0_draw_nothing(drawn, painting_teacher):
     preview = Preview(drawn[0], 0.0, lambda: False)
     preview.config = configs(Order(stages=(stages(painting_teacher)[0],)), drawn[0])[0][1]
     assert not preview.draw(finished=True)
+
+
+def test_a_pipeline_folder_draws_with_its_vae(tmp_path, architecture):
+    model = build_tiny_pipeline(tmp_path / "model")
+    weights = Weights(model)
+    inputs = architecture.random_inputs(weights.config, 5, (1, 2, 3), 4, "cpu")
+    inputs["encoder_hidden_states_mask"][0, 1:] = False  # an empty caption, which is not drawn
+    origin = {"architecture": architecture.name, "fingerprint": weights.fingerprint}
+    save_calibration(Run(tmp_path).calibration, CalibrationSet([inputs], origin))
+    ((_, config),) = configs(Order(stages=(("distill-depth", {"model": str(model), "device": "cpu"}),)), tmp_path)
+    assert can_paint(config)
+    pictures = Painter(config, lambda: False).teacher
+    assert pictures.shape == (4, 3, 16, 24) and 0 <= pictures.min() < pictures.max() <= 1
