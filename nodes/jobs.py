@@ -22,13 +22,14 @@ from ..ppcl_engine.config import (
     VariantsConfig,
 )
 from ..ppcl_engine.config_files import EvaluateConfig, ExportConfig
+from ..ppcl_engine.plan import parse_intervals
 from ..ppcl_engine.run import Run
 from . import results
 from .job import Job
 from .paths import exported_name, model_path, teacher_files
 from .prompts import Prompts
 from .runs import folder_of, run_input
-from .settings import help_of, inputs
+from .settings import check_file_name, help_of, inputs
 from .view import picture_of
 
 FileType = io.Custom("COMBO")  # io.Combo's own output has the type of its choices, which no combo input takes
@@ -144,6 +145,9 @@ class DistillDepth(Job):
     @classmethod
     def execute(cls, run, **given) -> io.NodeOutput:
         model = cls.ready(run, given)
+        plan = Run(folder_of(run)).load_plan()
+        for interval in parse_intervals(given["intervals"]):
+            plan.interval(interval.name)
         folder = cls.work("depth", [(DistillDepthConfig, "distill-depth", given)], run, given, model)
         return cls.output(folder, lambda f: _trained(f, "depth"))
 
@@ -232,6 +236,7 @@ class FineTune(Job):
 
     @classmethod
     def execute(cls, run, **given) -> io.NodeOutput:
+        check_file_name(given["name"] or "unnamed")
         model = cls.ready(run, given)
         stages = [*measured(run), (FinetuneConfig, "finetune", given)]
         return cls.output(cls.work("tuned", stages, run, given, model), _tuned)
@@ -270,6 +275,7 @@ class Export(Job):
 
     @classmethod
     def execute(cls, run, report_pictures, **given) -> io.NodeOutput:
+        check_file_name(given["name"])
         model = cls.ready(run, given)
         stages = [*measured(run), (ExportConfig, "export", given)]
         if report_pictures:

@@ -78,7 +78,9 @@ def model_path(name: str) -> Path:
     """Raises ValueError for a name that is not in the list."""
     files = model_files()
     if name not in files:
-        raise ValueError(f"{name!r} is in none of models/ppcl and models/diffusion_models; refresh, then choose again")
+        raise ValueError(
+            f"{name[:200]!r} is in none of models/ppcl and models/diffusion_models; refresh, then choose again"
+        )
     return files[name]
 
 

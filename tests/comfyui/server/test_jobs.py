@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -181,7 +182,7 @@ class LongJob:
         command = success(self.server.run(graph.nodes))[said]["text"][0].splitlines()[0].removeprefix("Here: ")
         folder = self.attempts()[3]
         assert current_state(folder).status == "queued" and str(folder) in command
-        subprocess.run(command, shell=True, check=True, cwd=elsewhere, capture_output=True)
+        subprocess.run(shlex.split(command), check=True, cwd=elsewhere, capture_output=True)
         success(self.server.run(self.node()))
         assert len(self.attempts()) == 4 and current_state(folder).status == "done"
         return folder
