@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -188,6 +189,22 @@ def test_two_callers_get_one_run(store, stages_of):
     assert len(found) == 6 and len(set(found)) == 1
     assert not list(store.root.glob(".new-*"))
     assert len([name for name, _ in store.names() if name.startswith("probe")]) == 1
+
+
+@pytest.mark.parametrize("rubbish", ["folder", "file", "link", "another request"])
+def test_a_name_that_is_taken_is_passed_over(store, prepare, tmp_path, rubbish):
+    taken = prepare("probe", "probe")
+    order = read_order(taken)
+    shutil.rmtree(taken)
+    if rubbish == "file":
+        taken.write_text("")
+    elif rubbish == "link":
+        taken.symlink_to(tmp_path)
+    else:
+        taken.mkdir()
+    if rubbish == "another request":
+        write_order(taken, replace(order, identity="f" * 64))
+    assert prepare("probe", "probe").name == f"{taken.name}-2"
 
 
 def test_what_a_killed_caller_left_goes(store, prepare):
