@@ -100,6 +100,13 @@ class Weights:
         missing = sorted(set(expected) - set(self._tensors))
         unknown = sorted(set(self._tensors) - set(expected))
         wrong = [key for key in expected if key in self._tensors and self.shape(key) != expected[key]]
+        prefixes = [self.architecture.block_prefix(self.config, index) for index in range(self.num_blocks)]
+        gaps = [p.rstrip(".") for p in prefixes if not any(key.startswith(p) for key in self._tensors)]
+        if gaps:
+            raise ValueError(
+                f"{self.path} lacks {len(gaps)} of {len(prefixes)} blocks, first {gaps[0]}: a full model's blocks are "
+                "numbered without gaps; export it again, or download it again"
+            )
         if missing:
             raise ValueError(f"{self.path} lacks {len(missing)} tensors, first {missing[0]}; it is incomplete")
         if unknown:

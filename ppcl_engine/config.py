@@ -135,9 +135,10 @@ class DetectWidthConfig(Common):
     method: Literal["damage", "cka"] = "damage"
     """damage: velocity error a saved parameter, measured site by site. cka: alignment of neighbouring layers (paper)."""
     form: Literal["best", "paper", "gated"] = "best"
-    """FFN projections: paper (x + P x), gated (P inside norm, modulation and gate), or whichever is cheaper at a site."""
-    kinds: str = "text ffn_image ffn_text"
-    """Kinds of sites to look at."""
+    """FFN projections: paper (x + P x), gated (P inside norm, modulation and gate), or whichever is cheaper at a site;
+    ffn_joint is always gated."""
+    kinds: str = "text ffn_image ffn_text ffn_joint"
+    """Kinds of sites to look at, where the model has them; ffn_joint is of blocks that run text and image as one."""
     longest: int = 8
     """Longest text group considered, blocks that stay."""
     samples: int = 96
