@@ -13,8 +13,20 @@ from torch import nn
 from .base import BlockState, Inputs, Part
 from .names import NameTable, tensors_of
 from .packing import PackedLatents
+from .projections import (
+    Nothing,
+    PaddedLinear,
+    ProjectedNorm,
+    SharedText,
+    cut_linear,
+    linear_like,
+    padded,
+    publish,
+    watched,
+)
 
 BLOCKS, COMFYUI_BLOCKS = "transformer_blocks.", "joint_blocks."
+SUFFIXES = {"image": "", "text": "_context"}  # as the names of a block's parts end
 OUTER_NAMES = {  # diffusers' module -> ComfyUI's
     "pos_embed.proj": "x_embedder.proj",
     "context_embedder": "context_embedder",
@@ -56,11 +68,33 @@ COMFYUI_NAMES = NameTable(
 )
 
 
+class PaddedDual(nn.Linear):
+    """The modulation of a block that attends twice to the image, without the FFN's third in its middle (9 d -> 6 d)."""
+
+    @staticmethod
+    def kept(whole: torch.Tensor) -> torch.Tensor:
+        """Rows of the whole modulation's weight or bias."""
+        first, _, second = whole.chunk(3)
+        return torch.cat([first, second])
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        first, second = super().forward(conditioning).chunk(2, dim=-1)
+        return torch.cat([padded(first), second], dim=-1)
+
+
+class ProjectedLastNorm(ProjectedNorm):
+    """Of the last block, which modulates its text and does nothing else with it."""
+
+    def forward(self, text: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        return super().forward(text, emb)[0]
+
+
 class SD35(PackedLatents):
     name = "sd35"
     diffusers_class = "SD3Transformer2DModel"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
     block_returns = ("text", "image")
+    caption_inputs = ("encoder_hidden_states", "pooled_projections")
     model_configs = {
         name: {
             "sample_size": 128,
@@ -79,6 +113,17 @@ class SD35(PackedLatents):
         }
         for name, blocks, positions, dual in (("sd35_large", 38, 192, 0), ("sd35_medium", 24, 384, 13))
     }
+    projection_names = {
+        "ffn_image": {"map": "ff"},
+        "ffn_text": {"map": "ff_context"},
+        "text": {"map": "norm1_context.projection", "step": "ff_context"},
+    }
+    replaced_names = {
+        "ffn_image": ("ff.",),
+        "ffn_text": ("ff_context.",),
+        "text": ("norm1_context.", "ff_context.", "attn.to_add_out."),
+    }
+    halved_names = {"ffn_image": ("norm1.",), "ffn_text": ("norm1_context.",)}
     released = None
     tiny_config = {
         "sample_size": 16,
@@ -183,8 +228,55 @@ class SD35(PackedLatents):
 
     def run_block(self, block: nn.Module, state: BlockState) -> BlockState:
         """The last block's text is what came in."""
+        shared: SharedText | None = getattr(block, "shared_text", None)
+        if shared is not None:
+            shared.value = state.modulated_text
         text, image = block(hidden_states=state.image, encoder_hidden_states=state.text, temb=state.conditioning)
-        return state.with_streams(image, state.text if text is None else text)
+        state = state.with_streams(image, state.text if text is None else text)
+        return state if shared is None else replace(state, modulated_text=shared.value)
+
+    def site_kinds(self, config: dict, index: int) -> tuple[str, ...]:
+        """The last block has no FFN for the text."""
+        return ("text", "ffn_image") if index == self.num_blocks(config) - 1 else ("text", "ffn_image", "ffn_text")
+
+    def project_ffn(self, block: nn.Module, kind: str, form: str) -> None:
+        """paper: x + P(x) behind attention, modulation 6 d -> 3 d (9 d -> 6 d of a block that attends twice). gated: P
+        between modulation and gate."""
+        suffix = SUFFIXES[kind.removeprefix("ffn_")]
+        norm = getattr(block, f"norm1{suffix}")
+        width = norm.linear.in_features
+        setattr(block, f"ff{suffix}", linear_like(norm.linear, width, width))
+        if form == "paper":
+            norm.linear = _without_ffn(norm.linear)
+            setattr(block, f"norm2{suffix}", nn.Identity())
+
+    def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None:
+        """No modulation, norm or FFN of the text is left; the q, k, v maps of the text stay."""
+        like = block.attn.add_q_proj
+        width = like.in_features
+        kind = ProjectedLastNorm if block.context_pre_only else ProjectedNorm
+        block.shared_text = source
+        block.norm1_context = kind(linear_like(like, width, width), source, steps)
+        block.norm2_context = nn.Identity()
+        block.ff_context = linear_like(like, width, width) if steps else Nothing()
+        if not block.context_pre_only:
+            block.attn.to_add_out = nn.Identity()
+
+    def publish_text(self, block: nn.Module, source: SharedText) -> None:
+        """The text that enters joint attention is kept for the group behind this block."""
+        publish(block, block.attn.add_q_proj, source)
+
+    def observe(self, block: nn.Module, state: BlockState) -> tuple[BlockState, dict[str, torch.Tensor]]:
+        """Runs the block; also what its parts saw: `text_modulated`, and for each stream (of the last block: the image)
+        `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn` (before a correction). All [n, tokens, d]."""
+        suffixes = {stream: s for stream, s in SUFFIXES.items() if stream == "image" or not block.context_pre_only}
+        inputs = {"attn.add_q_proj": "text_modulated"}
+        inputs |= {f"norm2{suffix}": f"{stream}_before_ffn" for stream, suffix in suffixes.items()}
+        inputs |= {f"ff{suffix}": f"{stream}_ffn_input" for stream, suffix in suffixes.items()}
+        outputs = {f"ff{suffix}": f"{stream}_ffn_output" for stream, suffix in suffixes.items()}
+        with watched(block, inputs, outputs, ("text_after_ffn", "image_after_ffn")) as seen:
+            after = self.run_block(block, state)
+        return after, {name: tensor for name, tensor in seen.items() if tensor is not None}
 
     def final_image(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
         return state.image
@@ -239,3 +331,14 @@ class SD35(PackedLatents):
 
 def _is_dual(config: dict, index: int) -> bool:
     return index in config.get("dual_attention_layers", ())
+
+
+def _without_ffn(modulation: nn.Linear) -> nn.Linear:
+    width = modulation.in_features
+    if modulation.out_features == 6 * width:
+        return cut_linear(modulation, width, 3 * width, PaddedLinear)
+    cut = linear_like(modulation, width, 6 * width, PaddedDual)
+    with torch.no_grad():
+        for name, tensor in cut.named_parameters():
+            tensor.copy_(cut.kept(getattr(modulation, name)))
+    return cut
