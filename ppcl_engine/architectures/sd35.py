@@ -123,7 +123,7 @@ class SD35(PackedLatents):
         "ffn_text": ("ff_context.",),
         "text": ("norm1_context.", "ff_context.", "attn.to_add_out."),
     }
-    halved_names = {"ffn_image": ("norm1.",), "ffn_text": ("norm1_context.",)}
+    cut_names = {("ffn_image", "paper"): ("norm1.",), ("ffn_text", "paper"): ("norm1_context.",)}
     released = None
     tiny_config = {
         "sample_size": 16,
