@@ -35,8 +35,9 @@ class CalibrateConfig(Common):
     prompts: Path | None = None
     """Text file, one caption a line: the teacher draws them and its states on the way are kept."""
     embeddings: Path | None = None
-    """Stored text embeddings (safetensors: text [n, tokens, width], mask [n, tokens], empty [1, tokens, width]);
-    the teacher draws in equal steps, since the model's own schedule is in its pipeline folder."""
+    """Stored text embeddings (safetensors: text [n, tokens, width], empty [1, tokens, width]; mask [n, tokens] for a
+    model that masks text; pooled [n, width] and empty_pooled [1, width] for one that reads pooled text); the teacher
+    draws in equal steps, since the model's own schedule is in its pipeline folder."""
     samples: int = 128
     """Samples to keep; captions and pictures are used again with other timesteps when there are fewer."""
     batch: int = 16

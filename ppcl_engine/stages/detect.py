@@ -94,9 +94,7 @@ def section_starts(teacher: Teacher) -> frozenset[int]:
     return frozenset(section.start for section in teacher.architecture.sections(teacher.config))
 
 
-def choose(
-    config: DetectConfig, curves: Curves, protect: frozenset[int], starts: frozenset[int] = frozenset()
-) -> dict:
+def choose(config: DetectConfig, curves: Curves, protect: frozenset[int], starts: frozenset[int] = frozenset()) -> dict:
     """Intervals by the configured rule, their stability over resamples, and both rules' explanations."""
     blocks, longest = curves.cka.shape[:2]
     scale = curve_scale(curves.cka_of(0), blocks, longest, starts)
