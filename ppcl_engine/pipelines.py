@@ -21,6 +21,7 @@ SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 LATENT_SIDE = 128  # default_sample_size of the pipelines
 TEXT_TOKENS = 512  # the limit of the pipelines' calls; longer prompts are cut there too
+SD3_TEXT_TOKENS = 256  # of StableDiffusion3Pipeline's call, without CLIP's 77
 TEXTS_AT_ONCE = 8  # Qwen-Image's text encoder also computes 152,000 logits for every token
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 """a tokenizer folder holds one of these; transformers reads an empty folder without complaint"""
@@ -57,7 +58,7 @@ class PipelineCodec:
             raise ValueError(f"{self.folder / SCHEDULER_FILE} has a shift_terminal, which needs 2 steps; raise --steps")
         lengths = config.base_image_seq_len, config.max_image_seq_len
         shift = calculate_shift(image_tokens, *lengths, config.base_shift, config.max_shift)
-        retrieve_timesteps(scheduler, sigmas=euler_timesteps(steps)[:-1], mu=shift)
+        retrieve_timesteps(scheduler, **self._spacing(steps), mu=shift)
         return scheduler.sigmas.tolist()
 
     def text(self, texts: list[str]) -> Inputs:
@@ -87,6 +88,10 @@ class PipelineCodec:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _spacing(self, steps: int) -> dict:
+        """What the pipeline tells its scheduler: equal steps before the shift."""
+        return {"sigmas": euler_timesteps(steps)[:-1]}
 
     def _sizes(self, config: dict) -> tuple[int, int]:
         """Channels of a latent, pixels a side that one covers."""
@@ -175,21 +180,21 @@ class QwenImageCodec(PipelineCodec):
         return AutoencoderKLQwenImage
 
 
-class FluxCodec(PipelineCodec):
-    """Of `FluxPipeline`: CLIP's pooled text, T5's tokens (padding counts), a VAE with one shift and scale."""
-
-    text_parts = ("text_encoder/config.json", "tokenizer", "text_encoder_2/config.json", "tokenizer_2")
+class PooledCodec(PipelineCodec):
+    """With pooled text beside the tokens (padding counts), and a VAE with one shift and scale."""
 
     def text(self, texts: list[str]) -> Inputs:
-        """Embeddings [n, 512, width] and pooled text [n, width]."""
+        """Embeddings [n, tokens, width], as many for every caption, and pooled text [n, width]."""
         pipeline, rows = self._open_text_pipeline(), []
         for first in range(0, len(texts), TEXTS_AT_ONCE):
-            options = {"device": self.device, "max_sequence_length": TEXT_TOKENS}
             with torch.no_grad():
-                embeddings, pooled, _ = pipeline.encode_prompt(texts[first : first + TEXTS_AT_ONCE], **options)
-            rows.append((embeddings.float().cpu(), pooled.float().cpu()))
+                encoded = self._encoded(pipeline, texts[first : first + TEXTS_AT_ONCE])
+            rows.append([part.float().cpu() for part in encoded])
         embeddings, pooled = (torch.cat(part) for part in zip(*rows, strict=True))
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+    def _encoded(self, pipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
 
     def _sizes(self, config: dict) -> tuple[int, int]:
         return config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
@@ -199,31 +204,79 @@ class FluxCodec(PipelineCodec):
         mean, deviation = values.to(like.device, like.dtype)
         return mean, deviation
 
-    def _open_text_pipeline(self):
-        if self._text_pipeline is None:
-            from diffusers import FluxPipeline
-            from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
-
-            pooled = read_part(CLIPTextModel, self.folder / "text_encoder", dtype=self.dtype)
-            encoder = read_part(T5EncoderModel, self.folder / "text_encoder_2", dtype=self.dtype)
-            self._text_pipeline = FluxPipeline(
-                scheduler=None,
-                vae=None,
-                text_encoder=pooled.to(self.device),
-                tokenizer=read_tokenizer(CLIPTokenizer, self.folder / "tokenizer"),
-                text_encoder_2=encoder.to(self.device),
-                tokenizer_2=read_tokenizer(T5TokenizerFast, self.folder / "tokenizer_2"),
-                transformer=None,
-            )
-        return self._text_pipeline
-
     def _vae_class(self) -> type:
         from diffusers import AutoencoderKL
 
         return AutoencoderKL
 
+    def _encoder(self, kind: type, name: str) -> nn.Module:
+        return read_part(kind, self.folder / name, dtype=self.dtype).to(self.device)
 
-PIPELINES = {"QwenImagePipeline": QwenImageCodec, "FluxPipeline": FluxCodec}
+
+class FluxCodec(PooledCodec):
+    """Of `FluxPipeline`: CLIP's pooled text, T5's tokens."""
+
+    text_parts = ("text_encoder/config.json", "tokenizer", "text_encoder_2/config.json", "tokenizer_2")
+
+    def _encoded(self, pipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        embeddings, pooled, _ = pipeline.encode_prompt(texts, device=self.device, max_sequence_length=TEXT_TOKENS)
+        return embeddings, pooled
+
+    def _open_text_pipeline(self):
+        if self._text_pipeline is None:
+            from diffusers import FluxPipeline
+            from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+            self._text_pipeline = FluxPipeline(
+                scheduler=None,
+                vae=None,
+                text_encoder=self._encoder(CLIPTextModel, "text_encoder"),
+                tokenizer=read_tokenizer(CLIPTokenizer, self.folder / "tokenizer"),
+                text_encoder_2=self._encoder(T5EncoderModel, "text_encoder_2"),
+                tokenizer_2=read_tokenizer(T5TokenizerFast, self.folder / "tokenizer_2"),
+                transformer=None,
+            )
+        return self._text_pipeline
+
+
+class StableDiffusion3Codec(PooledCodec):
+    """Of `StableDiffusion3Pipeline`: tokens and pooled text of two CLIPs, then T5's tokens."""
+
+    text_parts = tuple(part for n in ("", "_2", "_3") for part in (f"text_encoder{n}/config.json", f"tokenizer{n}"))
+
+    def _spacing(self, steps: int) -> dict:
+        """The steps' number: the scheduler spaces them itself."""
+        return {"num_inference_steps": steps}
+
+    def _encoded(self, pipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        options = {"do_classifier_free_guidance": False, "max_sequence_length": SD3_TEXT_TOKENS}
+        embeddings, _, pooled, _ = pipeline.encode_prompt(texts, None, None, device=self.device, **options)
+        return embeddings, pooled
+
+    def _open_text_pipeline(self):
+        if self._text_pipeline is None:
+            from diffusers import StableDiffusion3Pipeline
+            from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+            self._text_pipeline = StableDiffusion3Pipeline(
+                scheduler=None,
+                vae=None,
+                text_encoder=self._encoder(CLIPTextModelWithProjection, "text_encoder"),
+                tokenizer=read_tokenizer(CLIPTokenizer, self.folder / "tokenizer"),
+                text_encoder_2=self._encoder(CLIPTextModelWithProjection, "text_encoder_2"),
+                tokenizer_2=read_tokenizer(CLIPTokenizer, self.folder / "tokenizer_2"),
+                text_encoder_3=self._encoder(T5EncoderModel, "text_encoder_3"),
+                tokenizer_3=read_tokenizer(T5TokenizerFast, self.folder / "tokenizer_3"),
+                transformer=None,
+            )
+        return self._text_pipeline
+
+
+PIPELINES = {
+    "QwenImagePipeline": QwenImageCodec,
+    "FluxPipeline": FluxCodec,
+    "StableDiffusion3Pipeline": StableDiffusion3Codec,
+}
 
 
 def open_pipeline(folder: Path, device: str = "cpu") -> PipelineCodec:

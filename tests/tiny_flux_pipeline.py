@@ -60,21 +60,21 @@ def build_tiny_flux_pipeline(folder: Path, seed: int = 0) -> Path:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    clip, t5 = _write_tokenizers(folder)
+    clip, t5 = write_tokenizers(folder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer = FluxTransformer2DModel(**TRANSFORMER_CONFIG)
-        _enlarge(transformer)
+        enlarge(transformer)
         transformer.save_pretrained(folder / "transformer")
         AutoencoderKL(**VAE_CONFIG).save_pretrained(folder / "vae")
         _clip(clip).save_pretrained(folder / "text_encoder")
-        _t5(t5).save_pretrained(folder / "text_encoder_2")
+        t5_encoder(t5).save_pretrained(folder / "text_encoder_2")
     FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2))
     return folder
 
 
-def _enlarge(model: torch.nn.Module) -> None:
+def enlarge(model: torch.nn.Module) -> None:
     """Weights so large that every block matters, as in a trained model."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -82,7 +82,7 @@ def _enlarge(model: torch.nn.Module) -> None:
             parameter.copy_(noise / parameter.shape[1] ** 0.5 if parameter.ndim == 2 else parameter + 0.1 * noise)
 
 
-def _write_tokenizers(folder: Path) -> tuple[int, int]:
+def write_tokenizers(folder: Path) -> tuple[int, int]:
     """Sizes of their vocabularies. Both know a few words; others fall apart (CLIP) or are unknown (T5)."""
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer, T5TokenizerFast
@@ -116,7 +116,7 @@ def _clip(vocabulary: int) -> torch.nn.Module:
     return CLIPTextModel(config)
 
 
-def _t5(vocabulary: int) -> torch.nn.Module:
+def t5_encoder(vocabulary: int) -> torch.nn.Module:
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(

@@ -6,7 +6,7 @@ architecture has (rotary tables, masks, guidance) travels inside the state and i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -170,8 +170,9 @@ class Architecture(Protocol):
 
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor: ...
 
-    def to_comfyui(self, key: str) -> Part:
-        """Of every tensor by diffusers' name. Raises KeyError for a name that is none."""
+    def to_comfyui(self, key: str, keys: Collection[str]) -> Part:
+        """Of every tensor by diffusers' name, in a model that has tensors of the names `keys`. Raises KeyError for a
+        name that is none."""
         ...
 
     def from_comfyui(self, name: str) -> tuple[str, ...]:

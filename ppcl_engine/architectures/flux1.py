@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -302,7 +302,7 @@ class Flux1(PackedLatents):
             return_dict=False,
         )[0]
 
-    def to_comfyui(self, key: str) -> Part:
+    def to_comfyui(self, key: str, keys: Collection[str] = ()) -> Part:
         return COMFYUI_NAMES.place(key)
 
     def from_comfyui(self, name: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -230,7 +230,7 @@ class QwenImage(PackedLatents):
             return_dict=False,
         )[0]
 
-    def to_comfyui(self, key: str) -> Part:
+    def to_comfyui(self, key: str, keys: Collection[str] = ()) -> Part:
         return Part(key)  # ComfyUI kept diffusers' names for Qwen-Image
 
     def from_comfyui(self, name: str) -> tuple[str, ...]:
