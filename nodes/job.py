@@ -105,6 +105,7 @@ class Job(io.ComfyNode):
         else:
             card = results.state_picture(folder, state)
             found = [*[card] * len(cls.PICTURES), progress_text(folder, state), *cls.nothing()]
+        screen_of(cls).say(next(value for value in found if isinstance(value, str)))
         shown = next((ui.PreviewImage(value, cls=cls) for value in found if isinstance(value, torch.Tensor)), None)
         return io.NodeOutput(folder.name, *found, ui=shown)
 

@@ -14,7 +14,8 @@ from ..ppcl_engine.config_help import setting_help
 MOST_CHARACTERS = 100_000  # of a text: thousands of prompts
 FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 LARGEST = {int: 1_000_000, float: 1e6}
-WHOLE_SEED = {"max": 2**31 - 1}  # times a million, a seed still has to be one of torch's
+WHOLE_SEED = {"max": 2**31 - 1, "control_after_generate": False}
+"""Times a million, a seed still has to be one of torch's; the page would give one that says nothing new values."""
 
 
 def inputs(kind: type, names: str, **changes: dict) -> list[io.Input]:
