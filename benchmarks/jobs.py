@@ -4,7 +4,8 @@ kill_resume: one run of every stage is left alone; then, for each kill, the same
 stage (the stages in turn), another attempt goes on from what it left, and its files are compared with those of the run
 left alone: calibration, probes, curves, plan (without measured milliseconds), students, projections, polished and tuned
 parts, the tensors of the exported bundle. cancel: one chain of attempts, cancelled in every stage at a random moment;
-seconds from the request to the end of the process. parent: the process that launched the worker gets kill -9.
+seconds from the request to the end of the process, beside those of a step, which a training finishes, and the machine's
+load. parent: the process that launched the worker gets kill -9.
 On the bundled teacher with reduced numbers; batches are the demo's where something is cancelled, smaller where it is
 killed.
 """
@@ -148,7 +149,8 @@ def cancels(root: Path, wanted: list, times: dict[str, tuple[float, float]]) -> 
         code, state = process.wait(LONGEST), read_state(path)
         if state.status == "done":  # the last stage was faster
             continue
-        yield {"stage": at.stage, "seconds": time.monotonic() - begun, "status": state.status, "code": code}
+        yield {"stage": at.stage, "seconds": time.monotonic() - begun, "status": state.status, "code": code,
+               "step_seconds": at.rate and 1 / at.rate, "load": os.getloadavg()[0]}  # fmt: skip
 
 
 def cancel_at_start(root: Path, wanted: list) -> dict:
@@ -157,8 +159,9 @@ def cancel_at_start(root: Path, wanted: list) -> dict:
     until(lambda: current_state(path).status == "running", "the start")
     begun = time.monotonic()
     ask_to_cancel(path)
-    process.wait(LONGEST)
-    return {"stage": "start", "seconds": time.monotonic() - begun, "status": read_state(path).status, "code": 130}
+    code = process.wait(LONGEST)
+    return {"stage": "start", "seconds": time.monotonic() - begun, "status": read_state(path).status, "code": code,
+            "step_seconds": None, "load": os.getloadavg()[0]}  # fmt: skip
 
 
 def parent_killed(root: Path, wanted: list) -> dict:
@@ -229,8 +232,16 @@ def show(values: dict) -> None:
         [r["stage"], f"{r['step']} of {r['steps']}", r["said"], r["identical"]] for r in values["kill_resume"]["rows"]
     ]
     report.print_table("kill -9, then another attempt", ["killed in", "step", "state says", "same bits"], rows)
-    rows = [[r["stage"], f"{r['seconds']:.2f}", r["status"]] for r in values["cancels"]]
-    report.print_table("cancelled", ["in", "s to the process's end", "status"], rows)
+    rows = [
+        [
+            r["stage"],
+            f"{r['seconds']:.2f}",
+            f"{r['step_seconds']:.2f}" if r["step_seconds"] else "-",
+            f"{r['load']:.1f}",
+        ]
+        for r in values["cancels"]
+    ]
+    report.print_table("cancelled", ["in", "s to the process's end", "s a step", "machine's load"], rows)
     parent = values["parent_killed"]
     print(f"\nparent killed: worker gone after {parent['seconds']:.2f} s; processes left: {values['processes_left']}")
 

@@ -62,7 +62,10 @@ def full_layout(num_blocks: int) -> Layout:
 def checked(plan: PruningPlan) -> PruningPlan:
     """The plan. Raises ValueError, naming the part, for what its architecture has no place for."""
     architecture = architecture_named(plan.architecture)
-    sections = architecture.sections(plan.config)
+    try:
+        sections = architecture.sections(plan.config)
+    except KeyError as missing:
+        raise ValueError(f"the plan's configuration of its model lacks {missing}; it is incomplete") from None
     for interval in plan.intervals:
         if len({next((n for n, s in enumerate(sections) if i in s), None) for i in interval.blocks}) > 1:
             runs = ", ".join(f"{s.start}-{s.stop - 1}" for s in sections)
