@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -36,10 +37,10 @@ class Task:
     @property
     def quotas(self) -> tuple[tuple[range, int], ...]:
         """(blocks of one kind, how many of them to remove): the same share of each kind, so that every method removes
-        the same parameters."""
+        the same parameters; the only block of its kind stays."""
         sections = self.teacher.architecture.sections(self.teacher.config)
-        blocks = self.teacher.num_blocks
-        removed = [(2 * self.remove * end + blocks) // (2 * blocks) for end in (0, *(s.stop for s in sections))]
+        ends = list(accumulate((len(s) if len(s) > 1 else 0 for s in sections), initial=0))
+        removed = [(2 * self.remove * end + ends[-1]) // (2 * ends[-1]) for end in ends]
         return tuple((s, after - before) for s, before, after in zip(sections, removed, removed[1:], strict=False))
 
     def selection_inputs(self) -> list[Inputs]:

@@ -16,7 +16,11 @@ from ppcl_engine.demo.train import KINDS, Recipe, save_teacher
 from ppcl_engine.needs import needs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-REAL = {"flux_dev_8b": ("flux1_dev", "flux"), "qwen_image_10b": ("qwen_image", "qwen")}
+REAL = {
+    "flux_dev_8b": ("flux1_dev", "flux"),
+    "qwen_image_10b": ("qwen_image", "qwen"),
+    "sd35_large": ("sd35_large", "qwen"),
+}
 NARROW = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": [2, 6, 8]}
 pytestmark = pytest.mark.parametrize("architecture", ["flux1"], indirect=True)
 
