@@ -100,4 +100,5 @@ class EditPlan(io.ComfyNode):
         name = runs().derive("edit", run, lambda f: write_text(Run(f).plan, plan.to_json() + "\n"), given).name
         picture = results.map_picture(plan)
         text = results.plan_text(plan, results.damage_table(folder))
+        screen_of(cls).say(text)
         return io.NodeOutput(name, picture, text, ui=ui.PreviewImage(picture, cls=cls))

@@ -53,7 +53,9 @@ def outputs(*names: str) -> list[io.Output]:
 
 
 class Job(io.ComfyNode):
-    """What the nodes share; `schema` gives theirs."""
+    """What the nodes share; `schema` gives theirs. PICTURES: names of its outputs between the run and the text."""
+
+    PICTURES = ("preview",)
 
     @classmethod
     def schema(
@@ -61,15 +63,14 @@ class Job(io.ComfyNode):
         name: str,
         display_name: str,
         description: str,
-        settings: list,
-        pictures=("preview",),
-        more=(),
-        seed=True,
-        previews=False,
+        settings: list[io.Input],
+        more: tuple[io.Output, ...] = (),
+        seed: bool = True,
+        previews: bool = False,
     ) -> io.Schema:
         return io.Schema(
             node_id=f"PPCL_{name}", display_name=f"{display_name} (PPCL)", category=CATEGORY, description=description,
-            inputs=[*settings, *common_inputs(seed, previews)], outputs=[*outputs(*pictures), *more], hidden=[io.Hidden.unique_id],
+            inputs=[*settings, *common_inputs(seed, previews)], outputs=[*outputs(*cls.PICTURES), *more], hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )  # fmt: skip
 
@@ -102,9 +103,9 @@ class Job(io.ComfyNode):
         if state.status == "done":
             found = show(folder)
         else:
-            pictures = sum(place.io_type == "IMAGE" for place in cls.GET_SCHEMA().outputs)
             card = results.state_picture(folder, state)
-            found = [*[card] * pictures, progress_text(folder, state), *cls.nothing()]
+            found = [*[card] * len(cls.PICTURES), progress_text(folder, state), *cls.nothing()]
+        screen_of(cls).say(next(value for value in found if isinstance(value, str)))
         shown = next((ui.PreviewImage(value, cls=cls) for value in found if isinstance(value, torch.Tensor)), None)
         return io.NodeOutput(folder.name, *found, ui=shown)
 

@@ -22,13 +22,14 @@ from ..ppcl_engine.config import (
     VariantsConfig,
 )
 from ..ppcl_engine.config_files import EvaluateConfig, ExportConfig
+from ..ppcl_engine.plan import parse_intervals
 from ..ppcl_engine.run import Run
 from . import results
 from .job import Job
 from .paths import exported_name, model_path, teacher_files
 from .prompts import Prompts
 from .runs import folder_of, run_input
-from .settings import help_of, inputs
+from .settings import check_file_name, help_of, inputs
 from .view import picture_of
 
 FileType = io.Custom("COMBO")  # io.Combo's own output has the type of its choices, which no combo input takes
@@ -37,6 +38,8 @@ POLISH = {"polish_steps": "steps", "polish_learning_rate": "learning_rate"}
 
 
 class CalibrateFromPrompts(Job):
+    PICTURES = ()
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -51,7 +54,6 @@ class CalibrateFromPrompts(Job):
                     samples={"min": 2}, batch={"min": 1}, empty_captions={"max": 1.0}, steps={"min": 1},
                 ),
             ],
-            pictures=(),
         )  # fmt: skip
 
     @classmethod
@@ -97,6 +99,8 @@ def _probed(folder: Path) -> list:
 
 
 class Detect(Job):
+    PICTURES = ("layer map", "curves")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -108,7 +112,6 @@ class Detect(Job):
                     longest={"min": 2, "max": 64}, samples={"min": 2}, tokens={"min": 1}, bootstrap={"max": 10_000},
                 ),
             ],
-            pictures=("layer map", "curves"),
         )  # fmt: skip
 
     @classmethod
@@ -142,6 +145,9 @@ class DistillDepth(Job):
     @classmethod
     def execute(cls, run, **given) -> io.NodeOutput:
         model = cls.ready(run, given)
+        plan = Run(folder_of(run)).load_plan()
+        for interval in parse_intervals(given["intervals"]):
+            plan.interval(interval.name)
         folder = cls.work("depth", [(DistillDepthConfig, "distill-depth", given)], run, given, model)
         return cls.output(folder, lambda f: _trained(f, "depth"))
 
@@ -230,6 +236,7 @@ class FineTune(Job):
 
     @classmethod
     def execute(cls, run, **given) -> io.NodeOutput:
+        check_file_name(given["name"] or "unnamed")
         model = cls.ready(run, given)
         stages = [*measured(run), (FinetuneConfig, "finetune", given)]
         return cls.output(cls.work("tuned", stages, run, given, model), _tuned)
@@ -247,6 +254,8 @@ def _tuned(folder: Path) -> list:
 
 
 class Export(Job):
+    PICTURES = ("layer map",)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -260,13 +269,13 @@ class Export(Job):
                     "0 writes no report.",
                 ),
             ],
-            pictures=("layer map",),
-            more=[FileType.Output(display_name="file", tooltip="For file of Load Pruned Model (PPCL).")],
+            more=(FileType.Output(display_name="file", tooltip="For file of Load Pruned Model (PPCL)."),),
             seed=False,
         )  # fmt: skip
 
     @classmethod
     def execute(cls, run, report_pictures, **given) -> io.NodeOutput:
+        check_file_name(given["name"])
         model = cls.ready(run, given)
         stages = [*measured(run), (ExportConfig, "export", given)]
         if report_pictures:

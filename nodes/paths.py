@@ -66,17 +66,21 @@ def teacher_files() -> list[str]:
 
 
 def known_model(path: Path, run: str) -> Path:
-    """A path that a run's files name, if it is one that a combo would give. Raises ValueError else."""
-    if path not in model_files().values():
+    """A path that a run's files name, as a combo would give it; a link may lead there another way. Raises ValueError
+    for one that no combo gives."""
+    found = next((file for file in model_files().values() if file.resolve() == path.resolve()), None)
+    if found is None:
         raise ValueError(f"{path.name}, the model of run {run}, is in none of models/ppcl and models/diffusion_models")
-    return path
+    return found
 
 
 def model_path(name: str) -> Path:
     """Raises ValueError for a name that is not in the list."""
     files = model_files()
     if name not in files:
-        raise ValueError(f"{name!r} is in none of models/ppcl and models/diffusion_models; refresh, then choose again")
+        raise ValueError(
+            f"{name[:200]!r} is in none of models/ppcl and models/diffusion_models; refresh, then choose again"
+        )
     return files[name]
 
 

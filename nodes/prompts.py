@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..ppcl_engine.files import write_tensors, write_text
+from .settings import check_length
 
 MOST = 10_000
 
@@ -22,6 +23,7 @@ class Prompts:
     setting = "prompts"
 
     def __post_init__(self):
+        check_length("prompts", self.text)
         if not 0 < len(self.lines) <= MOST:
             raise ValueError(f"{len(self.lines)} prompts are given; write 1 to {MOST:,}, one a line")
 

@@ -103,8 +103,8 @@ def check_same_model(model, weights: Weights) -> None:
     """Raises ValueError where a MODEL has other weights than its file, by names and shapes, or runs pruned."""
     own = {name.removeprefix(PREFIX): tuple(t.shape) for name, t in model.model.state_dict().items()}
     advice = f"record with the full model of {weights.path.name}, or choose the file that the MODEL was loaded from"
-    for key in weights.keys():
-        name = weights.architecture.to_comfyui(key).name
+    for key in (keys := weights.keys()):
+        name = weights.architecture.to_comfyui(key, keys).name
         if own.get(name) != weights.shape(key):
             found = f"is {own[name]}, not {weights.shape(key)}" if name in own else "is not there"
             raise ValueError(f"the MODEL's {name} {found}; {advice}")

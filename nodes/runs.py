@@ -67,7 +67,7 @@ def progress_text(folder: Path, state: JobState) -> str:
     parts += [speed_text(state.rate)] if state.rate else []
     parts += [f"{duration_text(state.seconds_left)} left"] if state.seconds_left is not None else []
     loss = last_loss(folder) if state.stage in TRAINING else None
-    return ", ".join(parts if loss is None else [*parts, f"loss {loss:.3g}"])
+    return ", ".join(parts if loss is None else [*parts, f"loss {loss:.2g}"])
 
 
 def one_line(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -11,8 +12,10 @@ from comfy_api.v0_0_2 import io
 from ..ppcl_engine.config_help import setting_help
 
 MOST_CHARACTERS = 100_000  # of a text: thousands of prompts
+FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 LARGEST = {int: 1_000_000, float: 1e6}
-WHOLE_SEED = {"max": 2**31 - 1}  # times a million, a seed still has to be one of torch's
+WHOLE_SEED = {"max": 2**31 - 1, "control_after_generate": False}
+"""Times a million, a seed still has to be one of torch's; the page would give one that says nothing new values."""
 
 
 def inputs(kind: type, names: str, **changes: dict) -> list[io.Input]:
@@ -64,6 +67,17 @@ def _checked(hint, name: str, value):
         raise ValueError(f"{name} {value!r} is not a choice; choose from {', '.join(get_args(hint))}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}; give a number")
-    if isinstance(value, str) and len(value) > MOST_CHARACTERS:
-        raise ValueError(f"{name} has {len(value):,} characters; give at most {MOST_CHARACTERS:,}")
+    if isinstance(value, str):
+        check_length(name, value)
     return value
+
+
+def check_length(name: str, text: str) -> None:
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"{name} has {len(text):,} characters; give at most {MOST_CHARACTERS:,}")
+
+
+def check_file_name(name: str) -> None:
+    """Before a job starts that would find it out. Raises ValueError for what could be a path."""
+    if not FILE_NAME.fullmatch(name):
+        raise ValueError(f"name {name[:40]!r}: letters, digits, '-' and '_' only, at most 80 of them")

@@ -30,6 +30,7 @@ STAGES: dict[str, tuple[type, str]] = {
     "bench": (config_files.BenchConfig, "stages.bench"),
     "demo": (config_files.DemoConfig, "demo.run"),
 }
+TINY = "tiny"  # a table of a run file: what --tiny puts in the place of the real model
 FUNCTIONS = {"import": "import_released"}  # of stages whose own name is a word of Python
 USER_ERROR, INTERRUPTED = 2, 130
 _ADVICE = "nothing half-written was left; free space, or choose a folder that can be written"
@@ -74,7 +75,8 @@ def _dispatch(stage: str, arguments: list[str]) -> None:
 
     parse = partial(tyro.cli, args=arguments, prog=f"ppcl {stage}", console_outputs=is_main())
     if stage == "run":
-        run_file(parse(config_files.RunConfig).file)
+        config = parse(config_files.RunConfig)
+        run_file(config.file, config.tiny)
         return
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; known: {', '.join([*STAGES, 'run'])}")
@@ -96,21 +98,20 @@ def run_stage(stage: str, config) -> None:
         print(f"{stage}: {result}")
 
 
-def run_file(path: Path) -> None:
+def run_file(path: Path, tiny: bool = False) -> None:
     """Every table is read and checked before the first stage starts."""
-    for stage, config in read_run_file(path):
+    stages = read_run_file(path)
+    if tiny:
+        from .demo.tiny import tiny_run
+
+        stages = tiny_run(path.stem, _tables(path).get(TINY, {}), stages)
+    for stage, config in stages:
         run_stage(stage, config)
 
 
 def read_run_file(path: Path) -> list[tuple[str, object]]:
     """Raises ValueError naming file, table and setting."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give a TOML file")
-    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    try:
-        tables = toml.loads(path.read_text(encoding="utf-8"))
-    except toml.TOMLDecodeError as error:
-        raise ValueError(f"{path}: {error}") from None
+    tables = {name: table for name, table in _tables(path).items() if name != TINY}
     common = tables.pop("common", {})
     unknown = [name for name in tables if name not in STAGES]
     if unknown:
@@ -119,6 +120,16 @@ def read_run_file(path: Path) -> list[tuple[str, object]]:
         (stage, settings.from_mapping(STAGES[stage][0], {**common, **table}, f"{path} [{stage}]"))
         for stage, table in tables.items()
     ]
+
+
+def _tables(path: Path) -> dict[str, dict]:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a TOML file")
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        return toml.loads(path.read_text(encoding="utf-8"))
+    except toml.TOMLDecodeError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _function(stage: str) -> Callable:

@@ -11,12 +11,12 @@ BATCH = "calibrate again with a smaller batch, or smaller pictures"
 ADVICE = {
     config.CalibrateConfig: ([("batch", None, "lower batch"), STREAMED], "make the pictures smaller (height, width)"),
     config.ProbeConfig: ([STREAMED], "calibrate again with fewer samples"),
-    config.DetectConfig: ([STREAMED, ("samples", None, "lower samples")], BATCH),
+    config.DetectConfig: ([STREAMED], "lower samples"),
     config.DistillDepthConfig: ([STREAMED, CACHE], BATCH),
     config.DetectWidthConfig: ([STREAMED, CACHE], BATCH),
     config.DistillWidthConfig: ([STREAMED, CACHE], BATCH),
     config.PolishConfig: ([CHECKPOINTING, STREAMED], BATCH),
-    config.VariantsConfig: ([STREAMED, ("samples", None, "lower samples")], BATCH),
+    config.VariantsConfig: ([STREAMED], "lower samples"),
     config.FinetuneConfig: ([CHECKPOINTING, STREAMED], f"choose a smaller variant, or {BATCH}"),
     config_files.ExportConfig: ([], "close other programs"),
     config_files.EvaluateConfig: (
@@ -32,3 +32,8 @@ def memory_advice(settings: config.Common) -> str:
     first, rest = ADVICE[type(settings)]
     helping = [text for name, value, text in first if value is None or getattr(settings, name) == value]
     return " or ".join([*helping, rest][:2])
+
+
+def last_advice(settings: config.Common) -> str:
+    """What is left when no single setting helps."""
+    return ADVICE[type(settings)][1]

@@ -100,6 +100,13 @@ class Weights:
         missing = sorted(set(expected) - set(self._tensors))
         unknown = sorted(set(self._tensors) - set(expected))
         wrong = [key for key in expected if key in self._tensors and self.shape(key) != expected[key]]
+        prefixes = [self.architecture.block_prefix(self.config, index) for index in range(self.num_blocks)]
+        gaps = [p.rstrip(".") for p in prefixes if not any(key.startswith(p) for key in self._tensors)]
+        if gaps:
+            raise ValueError(
+                f"{self.path} lacks {len(gaps)} of {len(prefixes)} blocks, first {gaps[0]}: a full model's blocks are "
+                "numbered without gaps; export it again, or download it again"
+            )
         if missing:
             raise ValueError(f"{self.path} lacks {len(missing)} tensors, first {missing[0]}; it is incomplete")
         if unknown:
@@ -114,12 +121,12 @@ def _parts_of(
     architecture: Architecture, stored: dict[str, tuple[TensorFile | PickledFile, str]]
 ) -> dict[str, tuple[TensorFile | PickledFile, str, Part]]:
     """diffusers' name -> file, name in it, which of its rows."""
-    parts = {}
-    for name, place in stored.items():
-        if not name.endswith(IGNORED_SUFFIXES) and name != "scaled_fp8":
-            for key in architecture.from_comfyui(name):
-                parts[key] = (*place, Part(name) if key == name else architecture.to_comfyui(key))
-    return parts
+    names = [name for name in stored if not name.endswith(IGNORED_SUFFIXES) and name != "scaled_fp8"]
+    keys = {key: name for name in names for key in architecture.from_comfyui(name)}
+    return {
+        key: (*stored[name], Part(name) if key == name else architecture.to_comfyui(key, keys))
+        for key, name in keys.items()
+    }
 
 
 def _read_part(file: TensorFile | PickledFile, name: str, part: Part) -> torch.Tensor:
@@ -153,6 +160,13 @@ def expected_shapes(architecture: Architecture, config: dict) -> dict[str, tuple
             block = architecture.build_block(config, index)
             shapes |= {prefix + name: tuple(t.shape) for name, t in block.state_dict().items()}
     return shapes
+
+
+def full_parameters(architecture: Architecture, config: dict) -> int:
+    """Of the full model, counted without memory. A table that no training moves (a buffer) is none."""
+    with torch.device("meta"):
+        blocks = [architecture.build_block(config, index) for index in range(architecture.num_blocks(config))]
+        return sum(map(parameter_count, (architecture.build_outer(config), *blocks)))
 
 
 def open_layout(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, str]], dict | None]:

@@ -132,9 +132,9 @@ def open_codec(path: Path, device: str = "cpu") -> Codec:
     """The codec of a model. Raises ValueError for a model that has none (a transformer's file alone)."""
     path = Path(path)
     if path.is_dir() and (path / "model_index.json").exists():
-        from .pipelines import PipelineCodec
+        from .pipelines import open_pipeline
 
-        return PipelineCodec(path, device)
+        return open_pipeline(path, device)
     if path.is_file():
         file = TensorFile(path)
         if set(TABLES) <= set(file.entries) and VOCABULARY_KEY in file.metadata:

@@ -35,8 +35,9 @@ class CalibrateConfig(Common):
     prompts: Path | None = None
     """Text file, one caption a line: the teacher draws them and its states on the way are kept."""
     embeddings: Path | None = None
-    """Stored text embeddings (safetensors: text [n, tokens, width], mask [n, tokens], empty [1, tokens, width]);
-    the teacher draws in equal steps, since the model's own schedule is in its pipeline folder."""
+    """Stored text embeddings (safetensors: text [n, tokens, width], empty [1, tokens, width]; mask [n, tokens] for a
+    model that masks text; pooled [n, width] and empty_pooled [1, width] for one that reads pooled text); the teacher
+    draws in equal steps, since the model's own schedule is in its pipeline folder."""
     samples: int = 128
     """Samples to keep; captions and pictures are used again with other timesteps when there are fewer."""
     batch: int = 16
@@ -144,9 +145,10 @@ class DetectWidthConfig(Common):
     method: Literal["damage", "cka"] = "damage"
     """damage: velocity error a saved parameter, measured site by site. cka: alignment of neighbouring layers (paper)."""
     form: Literal["best", "paper", "gated"] = "best"
-    """FFN projections: paper (x + P x), gated (P inside norm, modulation and gate), or whichever is cheaper at a site."""
-    kinds: str = "text ffn_image ffn_text"
-    """Kinds of sites to look at."""
+    """FFN projections: paper (x + P x), gated (P inside norm, modulation and gate), or whichever is cheaper at a site;
+    ffn_joint is always gated."""
+    kinds: str = "text ffn_image ffn_text ffn_joint"
+    """Kinds of sites to look at, where the model has them; ffn_joint is of blocks that run text and image as one."""
     longest: int = 8
     """Longest text group considered, blocks that stay."""
     samples: int = 96

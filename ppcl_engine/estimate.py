@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from .advice import memory_advice
+from .advice import STREAMED, last_advice
 from .architectures import Architecture
 from .config import CalibrateConfig, Common, TuningConfig
 from .cost import CostModel
@@ -23,6 +23,8 @@ from .needs import (
 )
 from .plan import Interval
 from .run import DTYPES, resolve_device
+
+FITTING = {"streamed": STREAMED[-1], "dtype": "choose dtype bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,13 @@ def print_estimate(config: Common) -> None:
         )
     if isinstance(config, TuningConfig):
         print(_tuning_note(parameters))
+    wanted = needs(config)
+    print(
+        f"{wanted.stage} with these settings and this run's samples: {wanted.memory / 1e9:.1f} GB of memory "
+        f"({wanted.at_least / 1e9:.1f} for certain), {wanted.disk / 1e9:.1f} GB of new files, {wanted.seconds / 3600:.1f} h"
+    )
+    if line := refusal(config):
+        print(f"as a job it would be refused: {line}")
 
 
 def _tuning_note(parameters: int) -> str:
@@ -97,7 +106,7 @@ def refusal(config: Common, calibrate: CalibrateConfig | None = None) -> str | N
     if wanted.at_least > there:
         return (
             f"{wanted.stage} needs {wanted.at_least / 1e9:.1f} GB of memory or more on {device}, {there / 1e9:.1f} GB are "
-            f"there: {memory_advice(config)}"
+            f"there: {_what_fits(config, calibrate, there)}"
         )
     if wanted.disk > free:
         return (
@@ -105,3 +114,12 @@ def refusal(config: Common, calibrate: CalibrateConfig | None = None) -> str | N
             "free space, or use a folder on another disk"
         )
     return None
+
+
+def _what_fits(config: Common, calibrate: CalibrateConfig | None, there: int) -> str:
+    """The change after which it may."""
+    changes = ({"streamed": True}, {"dtype": "bfloat16"}, {"streamed": True, "dtype": "bfloat16"})
+    for change in changes:
+        if needs(replace(config, **change), calibrate).at_least <= there:
+            return " and ".join(FITTING[name] for name in change)
+    return f"{last_advice(config)}, or use a device with more memory"

@@ -230,9 +230,8 @@ def _probe(count: _Count, config: ProbeConfig):
 def _detect(count: _Count, config: DetectConfig):
     states = count.kept(config.samples)
     here, disk = (0, count.blocks * states) if config.streamed else (count.blocks * states, 0)
-    pairs = [
-        count.blocks - 1 - k for u in range(count.blocks) for k in range(u + 1, min(u + config.longest, count.blocks))
-    ]
+    sections = count.sizes.architecture.sections(count.sizes.config)
+    pairs = [count.blocks - 1 - k for s in sections for u in s for k in s if u < k < u + config.longest]
     passes = count.blocks + (1 if config.local else 2) * sum(pairs)
     fits = len(pairs) * states / count.size / count.width * 4 * count.width**2
     measured = passes * min(config.samples, count.samples.count) * count.forward / count.blocks

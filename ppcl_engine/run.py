@@ -13,6 +13,7 @@ from .checkpoint import Weights
 from .config import Common
 from .data import CalibrationSet, load_calibration
 from .files import TensorFile
+from .layout import checked
 from .parallel import processes
 from .plan import Interval, PruningPlan, plan_from_json
 from .streaming import Teacher
@@ -105,7 +106,7 @@ def open_calibration(config: Common, weights: Weights) -> CalibrationSet:
 def open_plan(config: Common, weights: Weights) -> PruningPlan:
     plan = Run(config.run).load_plan()
     plan.check_teacher(weights.architecture.name, weights.fingerprint, config.model)
-    return plan
+    return checked(plan)
 
 
 def load_probe(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

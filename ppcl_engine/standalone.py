@@ -56,7 +56,8 @@ def guard_name(plan: PruningPlan, layout: Layout) -> str | None:
             full = architecture.build_block(plan.config, index).state_dict()
             own = empty_block(architecture, plan.config, places[index], {}).state_dict() if index in places else {}
         if vacated := sorted(full.keys() - own.keys()):
-            return architecture.to_comfyui(architecture.block_prefix(plan.config, index) + vacated[0]).name
+            prefix = architecture.block_prefix(plan.config, index)
+            return architecture.to_comfyui(prefix + vacated[0], [prefix + name for name in full]).name
     return None
 
 
@@ -72,7 +73,7 @@ def comfyui_sources(architecture: Architecture, sources: dict[str, Source]) -> d
     """The same tensors by ComfyUI's names, some of which hold several of diffusers'."""
     tensors: dict[str, dict[int, tuple[Source, int, int]]] = {}
     for key, source in sources.items():
-        part = architecture.to_comfyui(key)
+        part = architecture.to_comfyui(key, sources)
         pieces = tensors.setdefault(part.name, {})
         for position, piece in enumerate(part.pieces):
             pieces[piece] = (source, position, len(part.pieces))

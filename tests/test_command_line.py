@@ -130,6 +130,7 @@ def test_dry_run_of_the_twenty_billion_model_needs_no_weights(capsys, tmp_path):
     assert main(["distill-depth", "--model", "qwen_image", "--run", str(tmp_path), "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "60 blocks, 20.43 B" in text and "resident" in text and "streamed" in text
+    assert "distill-depth with these settings" in text and "of new files" in text
     assert not list(tmp_path.iterdir())
 
 

@@ -96,6 +96,27 @@ def test_importing_does_not_import_torch_and_prints_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_looking_at_jobs_does_not_import_torch():
+    """ComfyUI imports the nodes at its start, and they import these."""
+    modules = ", ".join(f"ppcl_engine.jobs.{name}" for name in ("state", "order", "launch", "store"))
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'diffusers', 'numpy'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_one_file_starts_processes():
+    starting = {
+        file for file, names in FILES.items() if {n.split(".")[0] for n in names} & {"subprocess", "multiprocessing"}
+    }
+    assert starting == {"jobs/launch.py"}
+
+
+def test_only_the_command_line_s_side_knows_jobs():
+    """Stages are heard by a listener; they know no job."""
+    knowing = {file for file, names in FILES.items() if any(n.startswith("ppcl_engine.jobs") for n in names)}
+    assert {file for file in knowing if not file.startswith("jobs/")} == set()
+
+
 def test_an_unknown_attribute_is_an_error():
     assert ppcl_engine.open_model and ppcl_engine.PruningPlan
     with pytest.raises(AttributeError, match="no attribute 'prune'"):

@@ -57,7 +57,7 @@ def test_codec_knows_its_sizes_without_loading_a_model(codec, pipeline):
     assert codec.pixels_per_latent == pipeline.vae_scale_factor == 4
     assert codec.picture_size == (LATENT_SIDE * 4, LATENT_SIDE * 4)
     assert codec.latent_channels == LATENT_CHANNELS
-    assert codec.dtype == torch.float32 and PipelineCodec(codec.folder, "cuda").dtype == torch.bfloat16
+    assert codec.dtype == torch.float32 and open_codec(codec.folder, "cuda").dtype == torch.bfloat16
 
 
 def test_text_is_what_the_pipeline_encodes(codec, pipeline):
@@ -137,7 +137,7 @@ def test_latents_and_pictures_undo_each_other_normalisation(codec, monkeypatch):
 
 
 def test_release_frees_both_models_and_the_codec_still_works(folder):
-    codec = PipelineCodec(folder)
+    codec = open_codec(folder)
     text, _ = codec.text(CAPTIONS).values()
     codec.pictures(normal(1, LATENT_CHANNELS, 2, 2))
     kept = [weakref.ref(codec._text_pipeline.text_encoder), weakref.ref(codec._vae)]
@@ -188,7 +188,7 @@ def edit_json(file, **changes):
 
 
 def edit_class(copy):
-    edit_json(copy / "model_index.json", _class_name="FluxPipeline")
+    edit_json(copy / "model_index.json", _class_name="SanaPipeline")
 
 
 def edit_scheduler(copy):
@@ -207,7 +207,7 @@ def cut_weights(copy):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (edit_class, r"is of a FluxPipeline; known pipelines: QwenImagePipeline$"),
+        (edit_class, r"is of a SanaPipeline; known pipelines: QwenImagePipeline, FluxPipeline, StableDiffusion3Pipeline$"),
         (edit_scheduler, r"is of a UniPCMultistepScheduler; known schedulers: FlowMatchEulerDiscreteScheduler$"),
         (lambda copy: shutil.rmtree(copy / "scheduler"), r"has no scheduler/scheduler_config.json; download"),
         (lambda copy: shutil.rmtree(copy / "vae"), r"has no vae/config.json; download"),

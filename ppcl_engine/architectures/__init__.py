@@ -8,8 +8,9 @@ from .base import Architecture, BlockState, Inputs, Part, placed
 from .flux1 import Flux1
 from .projections import SharedText
 from .qwen_image import QwenImage
+from .sd35 import SD35
 
-ARCHITECTURES: tuple[Architecture, ...] = (QwenImage(), Flux1())
+ARCHITECTURES: tuple[Architecture, ...] = (QwenImage(), Flux1(), SD35())
 
 __all__ = [
     "ARCHITECTURES",

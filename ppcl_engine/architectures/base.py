@@ -6,7 +6,7 @@ architecture has (rotary tables, masks, guidance) travels inside the state and i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -46,10 +46,13 @@ class BlockState:
         return replace(self, image=image, text=text)
 
     def stream(self, name: str) -> torch.Tensor:
-        return getattr(self, name)
+        """ "image", "text", or "joint": text and image as one sequence, text first."""
+        return torch.cat([self.text, self.image], dim=1) if name == "joint" else getattr(self, name)
 
     def real(self, name: str) -> torch.Tensor:
         """Mask [n, tokens] of the tokens that are not padding."""
+        if name == "joint":
+            return torch.cat([self.real("text"), self.real("image")], dim=1)
         tokens = self.stream(name)
         if name == "text" and self.text_mask is not None:
             return self.text_mask
@@ -94,10 +97,16 @@ class Architecture(Protocol):
     """stream -> the name of a block's argument that brings it"""
     block_returns: tuple[str, ...]
     """the streams in the order in which a block returns them"""
+    caption_inputs: tuple[str, ...]
+    """what the model reads of captions, by diffusers' names, a row each; the text itself first"""
     model_configs: dict[str, dict]
     """full-size models by name; the first is the default"""
     projection_names: dict[str, dict[str, str]]
     """site kind -> part ("map", "step") -> the sub-module of a projected block that is this linear map"""
+    replaced_names: dict[str, tuple[str, ...]]
+    """site kind -> beginnings of a block's tensors that its projection leaves no place for"""
+    cut_names: dict[tuple[str, str], tuple[str, ...]]
+    """(site kind, form) -> beginnings of those of which a first part alone is left"""
     released: ReleasedNames | None
     """None where the method's authors published no pruned model"""
 
@@ -124,6 +133,10 @@ class Architecture(Protocol):
     def build_outer(self, config: dict) -> nn.Module: ...
 
     def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module: ...
+
+    def site_kinds(self, config: dict, index: int) -> tuple[str, ...]:
+        """What projections can replace in a block."""
+        ...
 
     def project_ffn(self, block: nn.Module, kind: str, form: str) -> None: ...
 
@@ -157,8 +170,9 @@ class Architecture(Protocol):
 
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor: ...
 
-    def to_comfyui(self, key: str) -> Part:
-        """Of every tensor by diffusers' name. Raises KeyError for a name that is none."""
+    def to_comfyui(self, key: str, keys: Collection[str]) -> Part:
+        """Of every tensor by diffusers' name, in a model that has tensors of the names `keys`. Raises KeyError for a
+        name that is none."""
         ...
 
     def from_comfyui(self, name: str) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,8 +12,20 @@ from torch import nn
 from .base import BlockState, Inputs, Part
 from .names import NameTable, tensors_of
 from .packing import PackedLatents
+from .projections import (
+    AddedProjection,
+    Nothing,
+    PaddedLinear,
+    ProjectedNorm,
+    SharedText,
+    cut_linear,
+    linear_like,
+    publish,
+    watched,
+)
 
 ROTARY_SHARES = (2, 7, 7)  # of 16: picture, row, column; 16, 56, 56 of 128 in the released models
+SUFFIXES = {"image": "", "text": "_context"}  # as the names of a double block's parts end
 DOUBLE, SINGLE = "transformer_blocks.", "single_transformer_blocks."
 OUTER_NAMES = {  # diffusers' module -> ComfyUI's
     "x_embedder": "img_in",
@@ -65,6 +78,7 @@ class Flux1(PackedLatents):
     diffusers_class = "FluxTransformer2DModel"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
     block_returns = ("text", "image")
+    caption_inputs = ("encoder_hidden_states", "pooled_projections")
     model_configs = {
         name: {
             "patch_size": 1,
@@ -79,6 +93,23 @@ class Flux1(PackedLatents):
             "axes_dims_rope": [16, 56, 56],
         }
         for name, doubles in {"flux1_dev": 19, "flux1_lite": 8}.items()
+    }
+    projection_names = {
+        "ffn_image": {"map": "ff"},
+        "ffn_text": {"map": "ff_context"},
+        "ffn_joint": {"map": "proj_mlp"},
+        "text": {"map": "norm1_context.projection", "step": "ff_context"},
+    }
+    replaced_names = {
+        "ffn_image": ("ff.",),
+        "ffn_text": ("ff_context.",),
+        "ffn_joint": ("proj_mlp.",),
+        "text": ("norm1_context.", "ff_context.", "attn.to_add_out."),
+    }
+    cut_names = {
+        ("ffn_image", "paper"): ("norm1.",),
+        ("ffn_text", "paper"): ("norm1_context.",),
+        ("ffn_joint", "gated"): ("proj_out.",),
     }
     released = None
     tiny_config = {
@@ -180,13 +211,74 @@ class Flux1(PackedLatents):
         return BlockState(image, text, conditioning, None, rotary)
 
     def run_block(self, block: nn.Module, state: BlockState) -> BlockState:
+        shared: SharedText | None = getattr(block, "shared_text", None)
+        if shared is not None:
+            shared.value = state.modulated_text
         text, image = block(
             hidden_states=state.image,
             encoder_hidden_states=state.text,
             temb=state.conditioning,
             image_rotary_emb=state.extra,
         )
-        return state.with_streams(image, text)
+        state = state.with_streams(image, text)
+        return state if shared is None else replace(state, modulated_text=shared.value)
+
+    def site_kinds(self, config: dict, index: int) -> tuple[str, ...]:
+        """A single block runs both streams as one: one FFN, and no text stream of its own."""
+        return ("text", "ffn_image", "ffn_text") if index < config["num_layers"] else ("ffn_joint",)
+
+    def project_ffn(self, block: nn.Module, kind: str, form: str) -> None:
+        """paper: x + P(x) behind attention, modulation 6 d -> 3 d. gated: P between modulation and gate.
+        ffn_joint (gated): P(x) in place of `proj_mlp` and of its columns of `proj_out`."""
+        if kind == "ffn_joint":
+            width = block.proj_out.out_features
+            block.proj_out = cut_linear(block.proj_out, width, width, AddedProjection)
+            block.proj_mlp, block.act_mlp = linear_like(block.proj_mlp, width, width), nn.Identity()
+            return
+        suffix = SUFFIXES[kind.removeprefix("ffn_")]
+        norm = getattr(block, f"norm1{suffix}")
+        width = norm.linear.in_features
+        setattr(block, f"ff{suffix}", linear_like(norm.linear, width, width))
+        if form == "paper":
+            norm.linear = cut_linear(norm.linear, width, 3 * width, PaddedLinear)
+            setattr(block, f"norm2{suffix}", nn.Identity())
+
+    def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None:
+        """No modulation, norm or FFN of the text is left; the q, k, v maps of the text stay."""
+        like = block.attn.add_q_proj
+        width = like.in_features
+        block.shared_text = source
+        block.norm1_context = ProjectedNorm(linear_like(like, width, width), source, steps)
+        block.norm2_context = nn.Identity()
+        block.ff_context = linear_like(like, width, width) if steps else Nothing()
+        block.attn.to_add_out = nn.Identity()
+
+    def publish_text(self, block: nn.Module, source: SharedText) -> None:
+        """The text that enters joint attention is kept for the group behind this block."""
+        publish(block, block.attn.add_q_proj, source)
+
+    def observe(self, block: nn.Module, state: BlockState) -> tuple[BlockState, dict[str, torch.Tensor]]:
+        """Runs the block; also what its parts saw: of a double block `text_modulated`, and for each stream (of a single
+        one: `joint`) `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn` (before a correction)."""
+        if hasattr(block, "proj_mlp"):
+            return self._observe_single(block, state)
+        inputs = {"attn.add_q_proj": "text_modulated"}
+        inputs |= {f"norm2{suffix}": f"{stream}_before_ffn" for stream, suffix in SUFFIXES.items()}
+        inputs |= {f"ff{suffix}": f"{stream}_ffn_input" for stream, suffix in SUFFIXES.items()}
+        outputs = {f"ff{suffix}": f"{stream}_ffn_output" for stream, suffix in SUFFIXES.items()}
+        with watched(block, inputs, outputs, ("text_after_ffn", "image_after_ffn")) as seen:
+            return self.run_block(block, state), seen
+
+    def _observe_single(self, block: nn.Module, state: BlockState) -> tuple[BlockState, dict[str, torch.Tensor]]:
+        """Its FFN's output is what the FFN's columns of `proj_out` give; the gate is attention's too."""
+        inputs = {"proj_mlp": "joint_ffn_input", "proj_out": "joined"}
+        with watched(block, inputs, {"norm": "modulated_and_gate"}, ("text", "image")) as seen:
+            after = self.run_block(block, state)
+        width = block.proj_out.out_features
+        output = nn.functional.linear(seen.pop("joined")[..., width:], block.proj_out.weight[:, width:])
+        ends = torch.cat([seen.pop("text"), seen.pop("image")], dim=1)
+        before = ends - seen.pop("modulated_and_gate")[1][:, None] * output
+        return after, {**seen, "joint_ffn_output": output, "joint_before_ffn": before, "joint_after_ffn": ends}
 
     def final_image(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
         return state.image
@@ -210,7 +302,7 @@ class Flux1(PackedLatents):
             return_dict=False,
         )[0]
 
-    def to_comfyui(self, key: str) -> Part:
+    def to_comfyui(self, key: str, keys: Collection[str] = ()) -> Part:
         return COMFYUI_NAMES.place(key)
 
     def from_comfyui(self, name: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,17 @@ from torch import nn
 
 from .base import BlockState, Inputs, Part, ReleasedNames
 from .packing import PackedLatents
-from .projections import FixedModulation, Nothing, PaddedModulation, ProjectedText, SharedText
+from .projections import (
+    FixedModulation,
+    Nothing,
+    PaddedModulation,
+    ProjectedText,
+    SharedText,
+    cut_linear,
+    linear_like,
+    publish,
+    watched,
+)
 
 STREAMS = {"image": "img", "text": "txt"}  # as the names of a block's parts begin
 ROTARY_SHARES = (2, 7, 7)  # of 16: frame, row, column; 16, 56, 56 of 128 in the released model
@@ -21,6 +31,7 @@ class QwenImage(PackedLatents):
     diffusers_class = "QwenImageTransformer2DModel"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
     block_returns = ("text", "image")
+    caption_inputs = ("encoder_hidden_states", "encoder_hidden_states_mask")
     model_configs = {
         "qwen_image": {
             "patch_size": 2,
@@ -38,6 +49,12 @@ class QwenImage(PackedLatents):
         "ffn_text": {"map": "txt_mlp"},
         "text": {"map": "txt_norm1.projection", "step": "txt_mlp"},
     }
+    replaced_names = {
+        "ffn_image": ("img_mlp.",),
+        "ffn_text": ("txt_mlp.",),
+        "text": ("txt_mod.", "txt_mlp.", "attn.to_add_out."),
+    }
+    cut_names = {("ffn_image", "paper"): ("img_mod.",), ("ffn_text", "paper"): ("txt_mod.",)}
     released = ReleasedNames(
         lists={"text": "single_stream_index", "step": "ehs_proj_index", "ffn": "ffn_proj_index"},
         projections={
@@ -153,18 +170,17 @@ class QwenImage(PackedLatents):
         state = state.with_streams(image, text)
         return state if shared is None else replace(state, modulated_text=shared.value)
 
+    def site_kinds(self, config: dict, index: int) -> tuple[str, ...]:
+        return ("text", "ffn_image", "ffn_text")
+
     def project_ffn(self, block: nn.Module, kind: str, form: str) -> None:
         """paper: x + P(x) behind attention, modulation 6 d -> 3 d. gated: P between modulation and gate."""
         stream = STREAMS[kind.removeprefix("ffn_")]
         modulation = getattr(block, f"{stream}_mod")
         linear = modulation[1]
-        setattr(block, f"{stream}_mlp", _linear_like(linear, linear.in_features, linear.in_features))
+        setattr(block, f"{stream}_mlp", linear_like(linear, linear.in_features, linear.in_features))
         if form == "paper":
-            half = linear.out_features // 2
-            cut = _linear_like(linear, linear.in_features, half)
-            with torch.no_grad():
-                cut.weight.copy_(linear.weight[:half])
-                cut.bias.copy_(linear.bias[:half])
+            cut = cut_linear(linear, linear.in_features, linear.out_features // 2)
             setattr(block, f"{stream}_mod", PaddedModulation(modulation[0], cut))
             setattr(block, f"{stream}_norm2", nn.Identity())
 
@@ -174,46 +190,24 @@ class QwenImage(PackedLatents):
         width = like.in_features
         block.shared_text = source
         block.txt_mod = FixedModulation(width, steps)
-        block.txt_norm1 = ProjectedText(_linear_like(like, width, width), source)
+        block.txt_norm1 = ProjectedText(linear_like(like, width, width), source)
         block.txt_norm2 = nn.Identity()
-        block.txt_mlp = _linear_like(like, width, width) if steps else Nothing()
+        block.txt_mlp = linear_like(like, width, width) if steps else Nothing()
         block.attn.to_add_out = nn.Identity()
 
     def publish_text(self, block: nn.Module, source: SharedText) -> None:
         """The text that enters joint attention is kept for the group behind this block."""
-
-        def keep(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            source.value = arguments[0]
-
-        block.shared_text = source
-        block.attn.add_q_proj.register_forward_pre_hook(keep)
+        publish(block, block.attn.add_q_proj, source)
 
     def observe(self, block: nn.Module, state: BlockState) -> tuple[BlockState, dict[str, torch.Tensor]]:
         """Runs the block; also what its parts saw: `text_modulated`, and for each stream `<stream>_` + `before_ffn`,
         `ffn_input`, `ffn_output`, `after_ffn` (before a correction). All [n, tokens, d]."""
-        seen: dict[str, torch.Tensor] = {}
-
-        def inputs(name: str):
-            return lambda module, arguments: seen.__setitem__(name, arguments[0])
-
-        def outputs(name: str):
-            return lambda module, arguments, result: seen.__setitem__(name, result)
-
-        def ends(module, arguments, results) -> None:
-            seen.update(zip(("text_after_ffn", "image_after_ffn"), results, strict=True))
-
-        handles = [block.attn.add_q_proj.register_forward_pre_hook(inputs("text_modulated")),
-                   block.register_forward_hook(ends, prepend=True)]  # fmt: skip
-        for stream, short in STREAMS.items():
-            mlp = getattr(block, f"{short}_mlp")
-            handles.append(getattr(block, f"{short}_norm2").register_forward_pre_hook(inputs(f"{stream}_before_ffn")))
-            handles.append(mlp.register_forward_pre_hook(inputs(f"{stream}_ffn_input")))
-            handles.append(mlp.register_forward_hook(outputs(f"{stream}_ffn_output")))
-        try:
+        inputs = {"attn.add_q_proj": "text_modulated"}
+        inputs |= {f"{short}_norm2": f"{stream}_before_ffn" for stream, short in STREAMS.items()}
+        inputs |= {f"{short}_mlp": f"{stream}_ffn_input" for stream, short in STREAMS.items()}
+        outputs = {f"{short}_mlp": f"{stream}_ffn_output" for stream, short in STREAMS.items()}
+        with watched(block, inputs, outputs, ("text_after_ffn", "image_after_ffn")) as seen:
             return self.run_block(block, state), seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def final_image(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
         return state.image
@@ -236,7 +230,7 @@ class QwenImage(PackedLatents):
             return_dict=False,
         )[0]
 
-    def to_comfyui(self, key: str) -> Part:
+    def to_comfyui(self, key: str, keys: Collection[str] = ()) -> Part:
         return Part(key)  # ComfyUI kept diffusers' names for Qwen-Image
 
     def from_comfyui(self, name: str) -> tuple[str, ...]:
@@ -262,11 +256,3 @@ class QwenImage(PackedLatents):
         sizes = [frames * rows * columns for frames, rows, columns in inputs["grid"].tolist()]
         row = torch.tensor([0] * sizes[0] + [1] * sum(sizes[1:]), dtype=torch.int)
         return row.to(inputs["hidden_states"].device).expand(len(inputs["timestep"]), -1)
-
-
-def _linear_like(like: nn.Linear, width_in: int, width_out: int) -> nn.Linear:
-    """A new linear map on the device and in the precision of `like`; zero, so that P(x) + x starts as x."""
-    new = nn.Linear(width_in, width_out, device=like.weight.device, dtype=like.weight.dtype)
-    nn.init.zeros_(new.weight)
-    nn.init.zeros_(new.bias)
-    return new.requires_grad_(like.weight.requires_grad)

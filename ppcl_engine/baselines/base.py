@@ -33,6 +33,15 @@ class Task:
         if not 0 < self.selection_batches <= len(self.calibration):
             raise ValueError(f"selection needs {self.selection_batches} batches of {len(self.calibration)}")
 
+    @property
+    def quotas(self) -> tuple[tuple[range, int], ...]:
+        """(blocks of one kind, how many of them to remove): the same share of each kind, so that every method removes
+        the same parameters."""
+        sections = self.teacher.architecture.sections(self.teacher.config)
+        blocks = self.teacher.num_blocks
+        removed = [(2 * self.remove * end + blocks) // (2 * blocks) for end in (0, *(s.stop for s in sections))]
+        return tuple((s, after - before) for s, before, after in zip(sections, removed, removed[1:], strict=False))
+
     def selection_inputs(self) -> list[Inputs]:
         return [self.calibration.inputs(batch) for batch in range(self.selection_batches)]
 
@@ -60,6 +69,12 @@ def lowest(scores: dict[int, float], count: int) -> tuple[int, ...]:
     if count > len(scores):
         raise ValueError(f"{count} blocks cannot be removed, only {len(scores)} are eligible; remove fewer")
     return tuple(sorted(sorted(scores, key=lambda index: (scores[index], index))[:count]))
+
+
+def lowest_of(task: Task, scores: dict[int, float]) -> tuple[int, ...]:
+    """`lowest` among the blocks of each kind."""
+    chosen = [lowest({i: scores[i] for i in blocks if i in scores}, count) for blocks, count in task.quotas]
+    return tuple(index for part in chosen for index in part)
 
 
 def change_scores(

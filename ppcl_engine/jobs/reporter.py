@@ -56,7 +56,7 @@ class Reporter:
 
     def stopping(self, reason: str) -> None:
         self._change(status="stopping", error=reason)
-        self.write(always=True)
+        self._written = 0.0  # to be seen at the next write, however soon
 
     def write(self, always: bool = False) -> None:
         """The state, and what was measured since."""
@@ -72,8 +72,9 @@ class Reporter:
 
     def _draw(self, finished: bool) -> None:
         self.write(always=True)  # the curve is drawn from the file
+        begun = time.monotonic()
         if self.draw(finished):
-            append_event(self.folder, "preview")
+            append_event(self.folder, "preview", seconds=time.monotonic() - begun)
 
     def _change(self, **values) -> None:
         with self._lock:

@@ -5,8 +5,9 @@ state.json     a `JobState`, always replaced whole. Written by whoever holds `wo
                the process it started), then the worker: at once, at every change of stage, while it works at most
                every 0.3 s and at least every 5 s, and at its end.
 events.jsonl   one JSON object a line, only ever appended: {"time", "kind", ...}. Kinds: continued (run, finished: how
-               many stages an earlier attempt had done), started (pid), estimated, stage (number, stage), saved (step),
-               preview, finished (number, stage), done, failed (error), cancelled (error).
+               many stages an earlier attempt had done), started (pid), estimated, stage (number, stage), saved (stage,
+               step), preview (seconds that it took), finished (number, stage), process_failed (rank,
+               error; of several processes one that is not the first), done, failed (error), cancelled (error).
 metrics.csv    time,what,step,loss; one line an update. Written by the worker.
 preview.png    the loss so far and, where the model can draw, pictures; replaced whole by the worker.
 log.txt        what a launched worker printed; a Python traceback is here and nowhere else.

@@ -51,10 +51,10 @@ class Watcher:
             looks += 1
             if not self.reason and (reason := self._reason(looks % PARENT_EVERY == 0)):
                 self.reason = reason
+                _thread.interrupt_main()
                 if self.reporter is not None:
                     self.reporter.stopping(reason)
-                _thread.interrupt_main()
-            elif self.reporter is not None:
+            if self.reporter is not None:
                 with contextlib.suppress(OSError):  # a full disk: the stage says so, and the next look tries again
                     self.reporter.write()
 

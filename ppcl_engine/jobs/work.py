@@ -37,18 +37,21 @@ from .watcher import Watcher
 if TYPE_CHECKING:
     from .preview import Preview
 
+LOG_EVERY = "30"  # seconds between two drawings of a bar in a log; a terminal's ten a second would fill a disk
 LAUNCHING = 5.0  # seconds: the launcher holds the lock until it has written our pid
 
 
 @dataclass
 class Job:
-    """rank: of this process among those that share the work; the first one (0) alone tells of it."""
+    """rank: of this process among those that share the work; the first one (0) alone tells of it. number: of the
+    present stage, 0 before the first."""
 
     folder: Path
     order: Order
     stages: list[tuple[str, Common]]
     state: JobState
     rank: int
+    number: int = 0
 
     def work(self) -> int:
         """The exit code."""
@@ -85,6 +88,7 @@ class Job:
         self._check(self.stages[first:], reporter)
         with listening(reporter):
             for number, (stage, config) in enumerate(self.stages[first:], start=first + 1):
+                self.number = number
                 if reporter is None:
                     command_line.run_stage(stage, config)
                     continue
@@ -120,9 +124,11 @@ class Ending:
     def __exit__(self, kind, error: BaseException | None, trace) -> bool:
         self.watcher.stop()
         status, line = self._outcome(error)
+        if self.reporter is None and status == "failed":
+            append_event(self.job.folder, "process_failed", rank=self.job.rank, error=line)
         if self.reporter is not None:
+            clear_scratch(self.job.folder, keep=RESUMED)  # first: the disk may be full
             self.reporter.write(always=True)
-            clear_scratch(self.job.folder, keep=RESUMED)
             end(self.job.folder, replace(self.reporter.state, status=status, error=line))
         if line and self.code != UNEXPECTED:
             print(f"worker: {line}", file=sys.stderr)
@@ -131,18 +137,25 @@ class Ending:
     def _outcome(self, error: BaseException | None) -> tuple[str, str]:
         if error is None:
             return "done", ""
-        if isinstance(error, KeyboardInterrupt) or _is_stopped(error):
+        in_imports = self.watcher.asked() and not self.job.number  # C extensions make other errors of an interrupt
+        if isinstance(error, KeyboardInterrupt) or in_imports or _is(error, "training", "Stopped"):
             self.code = INTERRUPTED
-            saved = f"; {error}" if str(error) else ""
+            saved = f"; {error}" if _is(error, "training", "Stopped") else ""
             return "cancelled", f"{self.watcher.reason or 'cancelled by Ctrl-C'}{saved}"
-        stage = self.reporter.state.number if self.reporter else 0
-        name, config = self.job.stages[max(stage, 1) - 1]
-        line, self.code = failure(error, name, config)
-        return "failed", line
+        line, self.code = failure(error, *self.job.stages[max(self.job.number, 1) - 1])
+        return "failed", (self._told_by_others() if _is(error, "parallel", "Lost") else "") or line
+
+    def _told_by_others(self) -> str:
+        """Why another process ended, which is why this one did."""
+        events = read_events(self.job.folder)
+        begun = max(place for place, event in enumerate(events) if event["kind"] == "started")
+        return next((e["error"] for e in events[begun:] if e["kind"] == "process_failed"), "")
 
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", LOG_EVERY)  # read when tqdm is imported, which comes later
     with ExitStack() as held:
         try:
             job = _taken(options, held)
@@ -183,7 +196,8 @@ def _startable(folder: Path, rank: int) -> JobState:
     state = read_state(folder)
     if state.is_final:
         why = f" ({state.error})" if state.error else ""
-        raise ValueError(f"{folder.name} is {state.status}{why}, and that is final; --again starts another attempt")
+        again = "" if state.status == "done" else "; --again starts another attempt"
+        raise ValueError(f"{folder.name} is {state.status}{why}, and that is final{again}")
     if rank == 0 and is_abandoned(state):
         (folder / CANCEL).unlink(missing_ok=True)
     elif rank == 0 and state.status != "queued":
@@ -202,6 +216,7 @@ def _parent(state: JobState) -> tuple[int, float] | None:
     return None
 
 
-def _is_stopped(error: BaseException) -> bool:
-    training = sys.modules.get(f"{__package__.rpartition('.')[0]}.training")  # not there when its import failed
-    return training is not None and isinstance(error, training.Stopped)
+def _is(error: BaseException, module: str, name: str) -> bool:
+    """Of a class in a module of the engine, which is not there when its import failed."""
+    found = sys.modules.get(f"{__package__.rpartition('.')[0]}.{module}")
+    return found is not None and isinstance(error, getattr(found, name))

@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 refused or failed by what a user can correct, 130 cancelle
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,4 +24,6 @@ if __name__ == "__main__":
         import ppcl_engine.jobs
 
         __package__ = ppcl_engine.jobs.__name__
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)  # all is on disk; a tidy farewell of torch takes a second or two, and who cancels waits for it

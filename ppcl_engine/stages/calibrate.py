@@ -27,6 +27,8 @@ from ..progress import Progress
 from ..run import DTYPES, Run, resolve_device
 from ..streaming import block_loader
 
+MASK, POOLED = "encoder_hidden_states_mask", "pooled_projections"
+
 
 def calibrate(config: CalibrateConfig) -> Path:
     """Writes `calibration.safetensors`. Raises ValueError unless exactly one source is given."""
@@ -146,26 +148,42 @@ def _stored_prompts(config: CalibrateConfig, weights: Weights, empty_rows: torch
 
     Raises ValueError naming the tensor that is missing or the size that is not given.
     """
-    file = TensorFile(config.embeddings)
-    absent = [name for name in ("text", "mask", "empty") if name not in file.entries]
+    file, (text_name, *others) = TensorFile(config.embeddings), weights.architecture.caption_inputs
+    wanted = {"text": text_name, "empty": None}
+    wanted |= {"mask": MASK} if MASK in others else {}
+    wanted |= {"pooled": POOLED, "empty_pooled": None} if POOLED in others else {}
+    absent = [name for name in wanted if name not in file.entries]
     if absent:
-        raise ValueError(f"{config.embeddings} has no tensor {absent[0]!r}; it needs text, mask and empty")
+        raise ValueError(f"{config.embeddings} has no tensor {absent[0]!r}; it needs {', '.join(wanted)}")
     if not config.height or not config.width:
         raise ValueError("stored embeddings do not say how large pictures are; give --height and --width")
-    empty = file.read("empty").float()
     rows = torch.arange(config.samples) % file.shape("text")[0]
-    text, mask = file.read("text").float()[rows], file.read("mask").bool()[rows]
-    length = empty.shape[1]
-    text[empty_rows, :length], mask[empty_rows] = empty[0], False
-    mask[empty_rows, :length] = True
-    shape = weights.architecture.latent_shape(weights.config, config.height, config.width)
+    given = {name: file.read(stored)[rows] for stored, name in wanted.items() if name}
+    nothing = {text_name: file.read("empty")}
+    if MASK in given:
+        nothing[MASK] = torch.ones(nothing[text_name].shape[:2], dtype=torch.bool)
+        given[MASK] = given[MASK].bool()
+    elif nothing[text_name].shape[1:] != given[text_name].shape[1:]:
+        raise ValueError(f"{config.embeddings}: this model masks no text, so text and empty need as many tokens")
+    if POOLED in given:
+        nothing[POOLED] = file.read("empty_pooled")
+    given, nothing = ({n: t if n == MASK else t.float() for n, t in text.items()} for text in (given, nothing))
+    for name, tensor in nothing.items():
+        given[name][empty_rows] = _as_long(tensor, given[name])
     return sampling.Prompts(
-        given={"encoder_hidden_states": text, "encoder_hidden_states_mask": mask},
-        nothing={"encoder_hidden_states": empty, "encoder_hidden_states_mask": torch.ones(1, length, dtype=torch.bool)},
-        latent_shape=shape,
+        given=given,
+        nothing=nothing,
+        latent_shape=weights.architecture.latent_shape(weights.config, config.height, config.width),
         timesteps=lambda steps, image_tokens: flow.euler_timesteps(steps),
         rescales_guidance=False,
     )
+
+
+def _as_long(empty: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[1, tokens, ...] filled up with zeros to the tokens of `like`: padding that its mask hides."""
+    filled = torch.zeros_like(like[:1])
+    filled[:, : empty.shape[1]] = empty
+    return filled
 
 
 def _texts(captions: list[str], empty: torch.Tensor, samples: torch.Tensor) -> list[str]:

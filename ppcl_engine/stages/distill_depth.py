@@ -157,6 +157,11 @@ class _Round:
         student = build_student(self.teacher.architecture, self.teacher.config, interval)
         student = student.to(self.teacher.device, self.teacher.dtype).train()
         copied = copy.deepcopy(self.teacher.block(origin).state_dict())
+        if origin != interval.first and _shapes(copied) != _shapes(self.teacher.block(interval.first).state_dict()):
+            raise ValueError(
+                f"interval {interval.name}: block {origin}, its middle, has other parts than block {interval.first}, "
+                "whose form the student has; distil it with --init first"
+            )
         student.load_state_dict({**student.state_dict(), **copied})
         return student
 
@@ -175,6 +180,10 @@ class _Round:
                 sums.add(x, target.real_tokens(stream) - x)
         for stream, sums in equations.items():
             set_map(correction.maps[stream], sums.shared(processes().sum))
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def set_map(target: nn.Module, equations: NormalEquations) -> None:

@@ -31,7 +31,16 @@ from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..streaming import StateStore, Teacher
 from ..surgery import project, projection_modules
 from ..training import Stopped, Trainer, cosine_schedule, saved_step, stop_on_interrupt
-from ..width import Fit, as_state, fits_of, fits_of_blocks_given_back, own_pair, print_warnings, ridge_solutions
+from ..width import (
+    Fit,
+    as_state,
+    counted,
+    fits_of,
+    fits_of_blocks_given_back,
+    own_pair,
+    print_warnings,
+    ridge_solutions,
+)
 
 
 def distill_width(config: DistillWidthConfig) -> Path:
@@ -183,6 +192,7 @@ class _Lesson:
     def __init__(self, job: _Work, fit: Fit, states: FreshStates, maps: nn.ModuleDict):
         self.teacher, self.fit, self.states, self.maps = job.teacher, fit, states, maps
         self.architecture = job.teacher.architecture
+        self.used = job.teacher.used_streams(fit.place.last)
         self.plain = self._block(job, fit.place)
         self.source = self._block(job, fit.source) if fit.source else None
         self.pruned = self._projected(job)
@@ -198,12 +208,20 @@ class _Lesson:
         if source is not None:
             state = replace(state, text=source["text"], modulated_text=source["text_modulated"])
         output = self.architecture.run_block(self.pruned, state)
-        streams = {"text": ("image", "text") if self.fit.steps else ("image",)}.get(self.fit.kind)
-        streams = streams or (self.fit.kind.removeprefix("ffn_"),)
         error = partial(relative_mse, whole=processes().sum)
-        aligned = [error(output.real_tokens(s).float(), target.real_tokens(s).float()) for s in streams]
+        aligned = [error(self._rows(output, s).float(), self._rows(target, s).float()) for s in self._streams()]
         own = [error(self.maps[part](x).float(), y.float()) for part, (x, y) in pairs.items()]
         return sum(aligned) + sum(own)
+
+    def _streams(self) -> tuple[str, ...]:
+        """Of the block's output that the projection changes; a text that nothing reads is left out."""
+        if self.fit.kind == "text":
+            return ("image", "text") if self.fit.steps else ("image",)
+        return (self.fit.stream,)
+
+    def _rows(self, state: BlockState, stream: str) -> torch.Tensor:
+        rows = counted(self.fit, state, self.used) if stream == self.fit.stream else state.real(stream)
+        return state.stream(stream)[rows]
 
     def _target(self, batch: int) -> BlockState:
         return self.states.state(self.fit.place.last + 1, batch)
@@ -216,9 +234,8 @@ class _Lesson:
             after, source = self.architecture.observe(self.source, self.states.state(fit.source.index, batch))
             source = {"text": after.text, "text_modulated": source["text_modulated"]}
         target = self._target(batch)
-        stream = "text" if fit.kind == "text" else fit.kind.removeprefix("ffn_")
         x, y = own_pair(fit, seen, source)
-        real = target.real(stream)
+        real = counted(fit, target, self.used)
         pairs = {"map": (x[real], y[real])}
         if fit.steps:
             pairs["step"] = (source["text"][real], (target.text - source["text"])[real])

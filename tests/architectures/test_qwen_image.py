@@ -124,6 +124,7 @@ def test_the_registry_names_what_it_knows(architecture):
     keys = expected_shapes(architecture, architecture.tiny_config)
     assert detect_architecture(keys, "file") is architecture
     with pytest.raises(
-        ValueError, match="file is of no known architecture .known: qwen_image, flux1.; its first keys: a, b, c, d$"
+        ValueError,
+        match="file is of no known architecture .known: qwen_image, flux1, sd35.; its first keys: a, b, c, d$",
     ):
         detect_architecture("edcba", "file")

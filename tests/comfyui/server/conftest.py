@@ -20,6 +20,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from .graphs import quickly, shipped
+
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "tests" / "comfyui" / "launch.py"
 START_SECONDS, RUN_SECONDS = 120, 240
@@ -187,4 +189,27 @@ def stop(process: subprocess.Popen) -> None:
 @pytest.fixture
 def demo() -> dict:
     """The shipped demo workflow in API form."""
-    return json.loads((ROOT / "workflows" / "api" / "ppcl-demo-three-sizes.json").read_text(encoding="utf-8"))
+    return shipped("ppcl-demo-three-sizes")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run of a workflow was asked, what the server answered and what a page would have heard."""
+
+    prompt: dict
+    entry: dict
+    heard: Heard
+
+    def numbers(self, kind: str) -> list[str]:
+        return [number for number, node in self.prompt.items() if node["class_type"] == kind]
+
+    def outputs(self, kind: str) -> dict:
+        return self.entry["outputs"][self.numbers(kind)[0]]
+
+
+@pytest.fixture(scope="session")
+def made(server) -> Made:
+    """The shipped workflow that makes a pruned model, with settings for seconds instead of minutes."""
+    prompt = quickly(shipped("ppcl-demo-make-your-own"))
+    with listening(server, "maker") as heard:
+        return Made(prompt, server.run(prompt, heard.client), heard)

@@ -1,12 +1,43 @@
-"""Graphs in API form, node by node, with the widgets' own defaults; and the one that makes a small pruned model."""
+"""Workflows in API form: the shipped ones, with settings for seconds; and a graph that is put together node by node."""
 
 from __future__ import annotations
 
+import copy
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
-CAPTIONS = "\n".join(f"a {a} {c} on a {b} circle, green background" for a, b, c in (["red", "blue", "K"], ["white", "black", "7"], ["blue", "red", "Q"], ["black", "white", "S"]))  # fmt: skip
-TINY = "tiny.safetensors"
+WORKFLOWS = Path(__file__).resolve().parents[3] / "workflows"
+TEACHER = "demo/teacher.safetensors"
+CAPTIONS = "\n".join(
+    f"a {colour} {character} on a {ground} circle, green background"
+    for colour, ground, character in (("red", "blue", "K"), ("white", "black", "7"), ("blue", "red", "Q"), ("black", "white", "S"))
+)  # fmt: skip
+QUICK = {
+    "PPCL_RecordCalibration": {"samples": 16, "each_picture": 4, "batch": 4},
+    "PPCL_CalibrateFromPrompts": {"samples": 8, "batch": 2, "steps": 2, "prompts": CAPTIONS},
+    "PPCL_DemoCaption": {"captions": CAPTIONS},
+    "KSampler": {"steps": 4},
+    "PPCL_Detect": {"remove": 2, "longest": 2, "bootstrap": 4, "samples": 8},
+    "PPCL_DistillDepth": {"rounds": 2, "updates": 4, "preview_seconds": 1},
+    "PPCL_DistillWidth": {
+        "choose": "by name", "sites": "ffn_text:22", "rounds": 1, "updates": 2, "polish_steps": 2, "preview_seconds": 0,
+    },
+}  # fmt: skip
+"""What is changed of a shipped workflow so that a test can wait for it. No node and no link."""
+
 Link = list
+
+
+def shipped(name: str) -> dict:
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def quickly(prompt: dict) -> dict:
+    prompt = copy.deepcopy(prompt)
+    for node in prompt.values():
+        node["inputs"] |= QUICK.get(node["class_type"], {})
+    return prompt
 
 
 @dataclass
@@ -18,6 +49,7 @@ class Graph:
     nodes: dict[str, dict] = field(default_factory=dict)
 
     def add(self, kind: str, **inputs) -> str:
+        """With the widgets' own defaults. Its number."""
         number = str(self.first + len(self.nodes))
         self.nodes[number] = {"class_type": kind, "inputs": {**self.defaults(kind), **inputs}}
         return number
@@ -34,29 +66,6 @@ class Graph:
                 found[name] = choices[0]
         return found
 
-    def shown(self, link: Link) -> str:
-        """A node that shows a text, so that the history has it."""
+    def text(self, link: Link) -> str:
+        """The number of a node that shows a text, so that the history has it."""
         return self.add("PreviewAny", source=link)
-
-    def recording(self, model_file: str = TINY, seed: int = 7, **limits) -> tuple[Link, Link]:
-        """(run, the sampler's latent)"""
-        model = self.add("PPCL_LoadModel", file=model_file)
-        limits = {"samples": 16, "each_picture": 4, "batch": 4, **limits}
-        record = self.add("PPCL_RecordCalibration", model=[model, 0], model_file=model_file, **limits)
-        words = self.add("PPCL_DemoCaption", captions=CAPTIONS)
-        latent = self.add(
-            "KSampler", model=[record, 0], positive=[words, 0], negative=[words, 1], latent_image=[words, 2],
-            seed=seed, steps=4, cfg=2.0, sampler_name="euler", scheduler="simple", denoise=1.0,
-        )  # fmt: skip
-        return [record, 1], [latent, 0]
-
-    def detected(self, **settings) -> Link:
-        """Calibration, probes and a plan of the tiny teacher."""
-        run, latent = self.recording()
-        probe = self.add("PPCL_Probe", run=run, after=latent, train_steps=0)
-        settings = {"remove": 2, "longest": 3, "bootstrap": 4, "samples": 16, **settings}
-        return [self.add("PPCL_Detect", run=[probe, 0], **settings), 0]
-
-    def distilled(self, run: Link, **settings) -> str:
-        settings = {"rounds": 2, "updates": 4, "learning_rate": 1e-3, "preview_seconds": 1, **settings}
-        return self.add("PPCL_DistillDepth", run=run, **settings)
