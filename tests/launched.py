@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,10 +25,10 @@ class Launched:
     def __init__(self, folder: Path, count: int, work: Callable[[], int]):
         folder.mkdir(parents=True, exist_ok=True)
         self.outputs = [folder / f"output_{rank}.txt" for rank in range(count)]
-        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self.children = [self._start(rank, count, work) for rank in range(count)]
+        self.launcher, port = _launcher()
+        self.children = [self._start(rank, count, port, work) for rank in range(count)]
 
-    def _start(self, rank: int, count: int, work: Callable[[], int]) -> int:
+    def _start(self, rank: int, count: int, port: int, work: Callable[[], int]) -> int:
         child = os.fork()
         if child:
             return child
@@ -38,9 +39,11 @@ class Launched:
             sys.stdout, sys.stderr = (os.fdopen(os.dup(fd), "w") for fd in (1, 2))
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the launcher holds the store
             code = work()
+        except BaseException:  # nothing of a child may come back into the tests
+            traceback.print_exc()
         finally:
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(code)
@@ -54,10 +57,12 @@ class Launched:
                 if there:
                     ended[child] = os.waitstatus_to_exitcode(status)
             if time.monotonic() > deadline:
-                for child in set(self.children) - set(ended):
+                for child in {self.launcher, *self.children} - set(ended):
                     os.kill(child, signal.SIGKILL)
-                raise AssertionError(f"still running: {[p.read_text()[-300:] for p in self.outputs]}")
+                raise AssertionError(f"ended: {ended}; they said {[p.read_text()[-300:] for p in self.outputs]}")
             time.sleep(0.01)
+        os.kill(self.launcher, signal.SIGKILL)
+        os.waitpid(self.launcher, 0)
         return [ended[child] for child in self.children]
 
     def lines(self, beginning: str = "ppcl:") -> list[str]:
@@ -68,6 +73,20 @@ class Launched:
 
 def command(folder: Path, count: int, *arguments) -> Launched:
     return Launched(folder, count, lambda: main([str(argument) for argument in arguments]))
+
+
+def _launcher() -> tuple[int, int]:
+    """(process, port) of what holds the store through which processes meet. A store of our own would be forked with
+    us, and a child that clears it away would wait for a thread that it does not have."""
+    reading, writing = os.pipe()
+    if child := os.fork():
+        port = int(os.read(reading, 8))
+        os.close(reading), os.close(writing)
+        return child, port
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    os.write(writing, str(store.port).encode())
+    while True:
+        time.sleep(SECONDS)
 
 
 def free_port() -> int:

@@ -191,7 +191,8 @@ def _taken(options: argparse.Namespace, held: ExitStack) -> Job:
 
 def _startable(folder: Path, rank: int) -> JobState:
     if not (folder / STATE).exists():  # a run.json that was written by hand
-        return write_state(folder, JobState(status="queued"))
+        queued = JobState(status="queued")
+        return queued if rank else write_state(folder, queued)
     state = read_state(folder)
     if state.is_final:
         why = f" ({state.error})" if state.error else ""
