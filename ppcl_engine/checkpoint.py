@@ -19,6 +19,7 @@ from .files import TensorFile, read_json
 from .pickled import PickledFile
 
 COMFYUI_PREFIX = "model.diffusion_model."
+STRUCTURE_TENSOR = "ppcl_structure"
 TRAINING_PREFIX = "module."  # what a wrapper of distributed training left before every name
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 IGNORED_SUFFIXES = (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
@@ -38,7 +39,7 @@ class Weights:
         self._tensors = {
             self.architecture.from_comfyui(key): place
             for key, place in stored.items()
-            if not key.endswith(IGNORED_SUFFIXES) and key != "scaled_fp8"
+            if not key.endswith(IGNORED_SUFFIXES) and key not in ("scaled_fp8", STRUCTURE_TENSOR)
         }
         self._scales = {key: place for key, place in stored.items() if key.endswith(SCALE_SUFFIXES)}
         self.config: dict = config or self.architecture.infer_config(self.shape, self._tensors)
