@@ -14,7 +14,7 @@ import torch
 
 RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 GRID, OTHER_GRID = 1025, 401  # of t in [0, 1]: the embedding's fastest period is 0.0063; the error is measured between
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 1024
 MARK_ROWS = 4
 
 

@@ -8,6 +8,8 @@ import json
 import pytest
 import torch
 
+from benchmarks.memory import WIDE
+from benchmarks.teachers import random_teacher
 from ppcl_engine import open_model
 from ppcl_engine.__main__ import main
 from ppcl_engine.bundle import Bundle
@@ -15,6 +17,8 @@ from ppcl_engine.checkpoint import COMFYUI_PREFIX, Weights, parameter_count
 from ppcl_engine.config import FinetuneConfig
 from ppcl_engine.config_files import ExportConfig, FoldConfig, InspectConfig
 from ppcl_engine.files import TensorFile, write_tensors
+from ppcl_engine.folding_tables import known_timesteps
+from ppcl_engine.memory import CLEAR, PeakMemory
 from ppcl_engine.run import Run
 from ppcl_engine.stages.export import export
 from ppcl_engine.stages.finetune import finetune
@@ -216,8 +220,6 @@ def test_timesteps_as_the_host_gives_them(folded, teacher_file, output):
 
 
 def test_a_table_that_lacks_timesteps_asks_its_base(folded, output, teacher_file):
-    from ppcl_engine.folding_tables import known_timesteps
-
     path = folded(teacher_file, "table", samples="1 3")
     model = open_model(path, base=teacher_file)
     known_timesteps(model, [0.9, 0.75, 0.1])
@@ -232,8 +234,6 @@ def test_a_table_that_lacks_timesteps_asks_its_base(folded, output, teacher_file
 
 
 def test_a_table_of_another_model(folded, teacher_file, make_model, save_model, tmp_path):
-    from ppcl_engine.folding_tables import known_timesteps
-
     other = save_model(tmp_path / "other.safetensors", make_model(seed=1))
     path = folded(teacher_file, "table")
     message = "other.safetensors is another model than .* was folded from"
@@ -312,3 +312,20 @@ def test_by_the_command_line(teacher_file, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "basis of rank 3: " in out and "% worst" in out and "folded.safetensors" in out
     assert main([*arguments[:-4], "--rank", "0", "--run", str(tmp_path)]) == 2
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason="only Linux tells a process's peak")
+@pytest.mark.parametrize("form", ["table", "basis"])
+def test_memory_stays_under_two_blocks(folded, teacher_file, tmp_path, form):
+    """Also when it is unfolded; the file itself is four blocks."""
+    width = 512
+    config = {**WIDE, "num_layers": 4}
+    random_teacher(tmp_path / "wide.safetensors", config, seed=0)
+    two_blocks = 2 * 36 * width**2 * 4
+    folded(teacher_file, form)  # libraries, pictures' fonts
+    memory = PeakMemory("cpu")
+    path = folded(tmp_path / "wide.safetensors", form, rank=16)
+    assert memory.above_start() < two_blocks
+    memory = PeakMemory("cpu")
+    folded(path, "off", base=tmp_path / "wide.safetensors", name="back")
+    assert memory.above_start() < two_blocks
