@@ -20,7 +20,7 @@ from .bundle import PLAN_KEY, STRUCTURE_TENSOR, Bundle, is_bundle, standalone_st
 from .checkpoint import COMFYUI_PREFIX, SCALE_SUFFIXES, Weights, open_layout
 from .files import TensorEntry, TensorFile, write_tensor_stream
 from .folding import mark_of
-from .folding_tables import Table, batches_of, conditionings, make_table, table_maps
+from .folding_tables import Table, batches_of, conditionings, make_table, table_inputs, table_maps
 from .plan import PruningPlan, plan_from_json
 from .progress import Progress
 from .standalone import STRUCTURE_KEY
@@ -82,7 +82,12 @@ class Original:
 
     @cached_property
     def mark(self) -> str:
-        return mark_of(self.modulations, self._first_rows)
+        return mark_of([*self.modulations, *self._embedders()], self._first_rows)
+
+    def _embedders(self) -> list[str]:
+        """The matrices of time embedders, by the names of their modules."""
+        inside = (name.removeprefix(self.prefix) for name in self.stored if f"{self.architecture.time_embedder}." in name)
+        return [name.removesuffix(".weight") for name in inside if name.endswith(".weight")]
 
     def _first_rows(self, name: str, rows: int) -> torch.Tensor:
         file, key = self.stored[f"{self.prefix}{name}.weight"]
@@ -157,10 +162,10 @@ def open_modulation(read: Read, name: str, dtype: torch.dtype, device: str) -> n
 def give_base(model: nn.Module, base: Path, path: Path) -> None:
     """A model on a table gets the timesteps that it lacks from the file that it was folded from, when it is asked for
     them. Nothing happens to others."""
-    inputs = next((module for module in model.modules() if isinstance(module, TableInputs)), None)
+    inputs = table_inputs(model)
     if inputs is None:
         return
-    maps = dict(table_maps(model))
+    maps = table_maps(model)
     parameter = next(iter(maps.values())).weight
 
     def more(timesteps: list[float]) -> Table:

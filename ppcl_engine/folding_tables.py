@@ -7,7 +7,7 @@ for, as a kernel's last bits depend on that number. Where they do not, one colum
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,32 +132,34 @@ def make_table(modulations: Opened, timesteps: Sequence[float]) -> Table:
 def known_timesteps(model: nn.Module, timesteps: Iterable[float]) -> None:
     """Before sampling: a table model that lacks some of these gets them from its base file, in one pass. Nothing to do
     for others. Raises ValueError, in one line, where there is no base file."""
-    inputs = next((module for module in model.modules() if isinstance(module, TableInputs)), None)
+    inputs = table_inputs(model)
     if inputs is None:
         return
     wanted = torch.tensor(list(timesteps)).to(inputs.precision).float().tolist()
-    table = table_in(model, inputs)
-    if missing := [t for t in dict.fromkeys(wanted) if t not in table.timesteps]:
+    known = inputs.timesteps.float().tolist()
+    if missing := [t for t in dict.fromkeys(wanted) if t not in known]:
         if inputs.more is None:
-            refuse_timesteps(missing, list(table.timesteps), inputs.precision)
-        put_table(model, inputs, table.joined(inputs.more(missing)))
+            refuse_timesteps(missing, known, inputs.precision)
+        maps = table_maps(model)
+        put_table(maps, inputs, table_in(maps, inputs).joined(inputs.more(missing)))
 
 
-def table_in(model: nn.Module, inputs: TableInputs) -> Table:
-    maps = dict(table_maps(model))
-    batches = next(iter(maps.values())).batches
-    return Table(
-        tuple(inputs.timesteps.float().tolist()), batches, {name: m.weight.detach() for name, m in maps.items()}
-    )
+def table_inputs(model: nn.Module) -> TableInputs | None:
+    return next((module for module in model.modules() if isinstance(module, TableInputs)), None)
 
 
-def table_maps(model: nn.Module) -> Iterator[tuple[str, TableMap]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, TableMap))
+def table_maps(model: nn.Module, kind: type = TableMap) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
-def put_table(model: nn.Module, inputs: TableInputs, table: Table) -> None:
+def table_in(maps: dict[str, nn.Module], inputs: TableInputs) -> Table:
+    columns = {name: module.weight.detach() for name, module in maps.items()}
+    return Table(tuple(inputs.timesteps.float().tolist()), next(iter(maps.values())).batches, columns)
+
+
+def put_table(maps: dict[str, nn.Module], inputs: TableInputs, table: Table) -> None:
     inputs.timesteps = torch.tensor(table.timesteps, device=inputs.timesteps.device)
-    for name, module in table_maps(model):
+    for name, module in maps.items():
         values = table.columns[name].to(module.weight.device, module.weight.dtype)
         module.weight, module.batches = nn.Parameter(values, requires_grad=False), table.batches
         module.in_features = values.shape[1]
