@@ -156,7 +156,7 @@ def picked(table: torch.Tensor, carried: torch.Tensor, batches: tuple[int, ...])
     computed. The values for as many rows at once, where they are there; for other numbers they differ by rounding."""
     rows, inputs = carried.shape
     first = inputs * batches.index(rows) if rows in batches else 0
-    return table.index_select(1, first + carried.argmax(dim=-1)).t()
+    return table.index_select(1, first + carried.argmax(dim=-1)).t().contiguous()  # as a linear map gives it
 
 
 def without_autocast(like: torch.Tensor):

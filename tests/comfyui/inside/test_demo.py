@@ -1,6 +1,5 @@
 """The bundled teacher in the host: core's KSampler draws with it what the engine draws, and a reader reads it right."""
 
-
 import pytest
 import torch
 
