@@ -6,6 +6,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 
 from . import paths
 from .demo import DemoCaption, DemoDecode
+from .fold import FoldModel
 from .host import qwen_image
 from .load import LoadModel
 from .variant import ChooseVariant
@@ -14,7 +15,7 @@ from .view import Compare, Info, LoraReport
 
 class PPCLExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadModel, ChooseVariant, Info, LoraReport, Compare, DemoCaption, DemoDecode]
+        return [LoadModel, ChooseVariant, Info, LoraReport, Compare, DemoCaption, DemoDecode, FoldModel]
 
 
 def extension() -> PPCLExtension:
