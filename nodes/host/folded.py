@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...ppcl_engine.architectures.folded import (
+    FOLDING,
     PRECISIONS,
     BasisInputs,
     Carried,
@@ -157,3 +158,13 @@ def attach(transformer: nn.Module, inputs: Basis | Table) -> None:
     embedder.folding = inputs
     embedder.register_forward_hook(append_carried)
     transformer.norm_out.register_forward_pre_hook(partial(drop_carried, inputs.width))
+
+
+def folding_in(transformer: nn.Module) -> Folding | None:
+    """As it is now: a table grows while it is used."""
+    inputs = getattr(transformer.time_text_embed, FOLDING, None)
+    if inputs is None:
+        return None
+    if isinstance(inputs, Basis):
+        return Folding(form="basis", inputs=inputs.directions.shape[1])
+    return Folding(form="table", inputs=len(inputs.timesteps), batches=inputs.batches)

@@ -189,4 +189,7 @@ def empty_host_model(tensors: FileTensors, operations, dtype: torch.dtype) -> nn
     sizes = {**sizes_of(tensors), "num_layers": structure.layout.num_blocks}
     inputs = inputs_of(structure, tensors, dtype)
     with exchanged_block(partial(build_block, structure, sorted(structure.renamed(tensors)), Texts(), inputs)):
-        return host_module.QwenImageTransformer2DModel(**sizes, dtype=dtype, device="meta", operations=operations)
+        model = host_module.QwenImageTransformer2DModel(**sizes, dtype=dtype, device="meta", operations=operations)
+    if inputs is not None:
+        folded.attach(model, inputs)
+    return model

@@ -4,8 +4,10 @@ with the host's own samplers, guidance on; a new schedule costs one pass, a know
 import json
 import sys
 
-import comfy.model_management
+import comfy.hooks
 import comfy.samplers
+import comfy.utils
+import folder_paths
 import pytest
 import torch
 
@@ -13,8 +15,10 @@ from ppcl_engine.config_files import FoldConfig
 from ppcl_engine.files import TensorFile, write_tensors
 from ppcl_engine.stages.fold import fold
 
+from ...released_models import INTERVALS, KEPT, LISTS, TEACHER_BLOCKS, released_state, write_folder
 from .conftest import relative_error
 from .test_parity import VARIANTS
+from .test_stock_nodes import control  # noqa: F401 - a fixture
 
 SAMPLERS = [name for name in comfy.samplers.SAMPLER_NAMES if name not in ("dpm_adaptive", "dpm_fast")]
 TRAINED_BOUND = 0.01
@@ -340,3 +344,99 @@ def test_a_table_file_of_another_model_is_refused(load, bundle, teacher, drawn, 
 def test_tables_are_no_models(models, pack, tables):
     assert list(tables.glob("*.safetensors"))
     assert not any(name.startswith("tables") for name in pack("paths").model_files())
+
+
+@pytest.mark.parametrize("variant", ["full", "small", "smallest"])
+def test_a_control_net(control, plain, of_form, switched, run_node, inputs, variant):  # noqa: F811
+    """Its residuals land as in the unfolded model."""
+    positive = control()
+
+    def controlled(model):
+        latent = {"samples": torch.zeros_like(inputs.latents)}
+        return run_node(
+            "KSampler", model=switched(model, variant=variant), seed=3, steps=2, cfg=2.0, sampler_name="euler",
+            scheduler="simple", positive=positive, negative=[[inputs.text, {}]], latent_image=latent, denoise=1.0,
+        )[0]["samples"]  # fmt: skip
+
+    expected = controlled(plain)
+    assert torch.equal(controlled(of_form("table")), expected)
+    assert 0 < relative_error(controlled(of_form("basis")), expected) < BOUND
+
+
+@pytest.mark.parametrize("form", ["table", "basis"])
+def test_partly_on_the_device(of_form, drawn, form):
+    model = of_form(form)
+    expected = drawn(model)
+    model.partially_unload(torch.device("cpu"), 10**12)
+    assert model.model.model_lowvram
+    assert torch.equal(drawn(model), expected)
+
+
+def test_a_lora_on_a_part_of_the_schedule(of_form, plain, drawn, run_node, inputs):
+    """The host's hooks patch while it samples."""
+    lora = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", "modulations.safetensors"))
+
+    def hooked(model):
+        hooks = comfy.hooks.create_hook_lora(lora=lora, strength_model=0.7, strength_clip=0.0)
+        positive = comfy.hooks.set_hooks_for_conditioning([[inputs.text, {}]], hooks=hooks)
+        latent = {"samples": torch.zeros_like(inputs.latents)}
+        return run_node(
+            "KSampler", model=model, seed=3, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple",
+            positive=positive, negative=[[inputs.text, {}]], latent_image=latent, denoise=1.0,
+        )[0]["samples"]  # fmt: skip
+
+    expected = hooked(plain)
+    assert relative_error(hooked(of_form("table")), expected) < 1e-4
+    assert relative_error(drawn(of_form("table")), drawn(plain)) == 0
+
+
+def test_released_models(load, drawn, models, make_model, model_config):
+    """Of the method's authors, width-pruned, with old and new text projections; no plan, no base."""
+    sizes = {"in_channels": 64, "out_channels": 16, "attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}
+    state = released_state(make_model(num_layers=TEACHER_BLOCKS, **sizes), KEPT, LISTS)
+    config = model_config(make_model(num_layers=len(KEPT), **sizes))
+    write_folder(models.ppcl / "to_fold", state, config, LISTS, "sharded")
+    write_tensors(models.diffusion_models / "single_to_fold.safetensors", state)
+    for options in ({}, {"legacy_text": True}, {"preset": "by intervals", "intervals": INTERVALS}):
+        for name in ("to_fold/", "single_to_fold.safetensors"):
+            expected = drawn(load(name, **options))
+            assert torch.equal(drawn(load(name, fold="table", **options)), expected)
+            assert 0 < relative_error(drawn(load(name, fold="basis", **options)), expected) < BOUND
+
+
+def test_nodes_that_show_a_model(load, bundle, teacher, run_node, of_form, switched, plain):
+    words = {"table": "folded: a table of ", "basis": "folded: a basis of rank "}
+    for form in ("table", "basis"):
+        picture, text = run_node("PPCL_Info", model=switched(of_form(form), variant="small"))
+        assert picture.shape[2] == 1800 and "4 of 6 blocks run" in text and words[form] in text
+        reports = [
+            run_node("PPCL_LoraReport", model=m, lora="modulations.safetensors")[0] for m in (of_form(form), plain)
+        ]
+        assert reports[0] == reports[1] and "covers 14 of 24" in reports[0]
+        alone, both = (
+            load(bundle.name, base=teacher.name, variant="small", switchable=s, fold=form) for s in (False, True)
+        )
+        shares = [
+            run_node("PPCL_Info", model=m)[1].splitlines()[0].split(" % of")[0].split()[-1] for m in (alone, both)
+        ]
+        assert abs(int(shares[0]) - int(shares[1])) <= 1  # a table in the host has a bias for LoRA
+
+
+def test_counted_without_weights(pack):
+    """Qwen-Image's real shapes: every tensor of a folded model has a home."""
+    import comfy.ops
+
+    from ppcl_engine.architectures import architecture_named
+    from ppcl_engine.architectures.folded import Folding
+    from ppcl_engine.checkpoint import expected_shapes
+
+    architecture, host = architecture_named("qwen_image"), pack("host.qwen_image")
+    for form, inputs in (("table", 20), ("basis", 33)):
+        config = {**architecture.model_configs["qwen_image"], "folding": Folding(form=form, inputs=inputs).to_config()}
+        shapes = expected_shapes(architecture, config)
+        tensors = {n: torch.empty(shape, dtype=torch.bfloat16, device="meta") for n, shape in shapes.items()}
+        hints = torch.tensor(list(json.dumps({"folding": config["folding"]}).encode()), dtype=torch.uint8)
+        tensors["ppcl_hints"] = hints
+        model = host.empty_host_model(tensors, comfy.ops.disable_weight_init, torch.bfloat16)
+        host.check_tensors(model, pack("host.structure").structure_of(tensors).renamed(tensors))
+        assert 13.6 < sum(p.numel() for p in model.parameters()) / 1e9 < 13.72
