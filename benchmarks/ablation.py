@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from ppcl_engine.checkpoint import Weights, expected_shapes
 from ppcl_engine.config import DetectConfig, ProbeConfig
 from ppcl_engine.data import save_calibration
 from ppcl_engine.demo.codec import fit_codec
+from ppcl_engine.demo.run import TEACHERS, bundled
 from ppcl_engine.files import read_json, replacing, write_json
 from ppcl_engine.run import Run
 from ppcl_engine.stages.detect import detect
@@ -43,7 +45,7 @@ from .ablation_rows import (
 from .ablation_sizes import one_training, subsets
 from .memory import NARROW
 from .scoring import Judge
-from .teachers import BUNDLED, describe, random_teacher, rendered
+from .teachers import describe, random_teacher, rendered
 
 BUDGET = 16_000  # block passes of a row
 HALF_BUDGET, HALF_CAPTIONS = 80_000, 2_000  # of the longer training, and enough for a narrow interval
@@ -109,11 +111,12 @@ def greedy(context: Context) -> str:
 
 
 def half(context: Context) -> float:
-    """Share of the parameters that a model without half of its blocks has: what the baselines get."""
+    """Share of the parameters that a model without half of its blocks, of each kind, has: what the baselines get."""
     shapes = expected_shapes(context.teacher.architecture, context.teacher.config)
     count = {name: math.prod(shape) for name, shape in shapes.items()}
-    dropped = tuple(context.teacher.architecture.block_prefix(i) for i in range(context.teacher.num_blocks // 2))
-    return 1 - sum(size for name, size in count.items() if name.startswith(dropped)) / sum(count.values())
+    prefix = partial(context.teacher.architecture.block_prefix, context.teacher.config)
+    blocks = tuple(map(prefix, range(context.teacher.num_blocks)))
+    return 1 - sum(size for name, size in count.items() if name.startswith(blocks)) / 2 / sum(count.values())
 
 
 def ours(context: Context, share: float, shares: dict[str, float]) -> Recipe:
@@ -220,22 +223,27 @@ def show(values: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> Path:
     parser = report.options("ablation", __doc__)
-    parser.add_argument("--teacher", type=Path, help="the bundled one; a tiny random one for --quick")
+    parser.add_argument("--teacher", help="qwen, flux: the bundled ones; a file; a tiny random one for --quick")
     parser.add_argument("--work", type=Path, help="folder of the trainings (runs/ablation); a second run goes on there")
     parser.add_argument("--budget", type=int, help=f"block passes of a row ({BUDGET})")
     parser.add_argument("--captions", type=int, help=f"pictures a row ({CAPTIONS})")
     parser.add_argument("--only", help="folders of the rows to train now, comma-separated; no result file is written")
     chosen = report.parse(parser, arguments)
-    chosen.work = chosen.work or Path("runs/ablation_quick" if chosen.quick else "runs/ablation")
-    chosen.teacher = chosen.teacher or (_tiny(chosen.work / "teacher.safetensors") if chosen.quick else BUNDLED)
+    suffix = f"_{chosen.teacher}" if chosen.teacher in TEACHERS and chosen.teacher != "qwen" else ""
+    chosen.work = chosen.work or Path(("runs/ablation_quick" if chosen.quick else "runs/ablation") + suffix)
+    name = chosen.teacher or ("" if chosen.quick else "qwen")
+    if name in TEACHERS:
+        chosen.teacher = bundled(name)
+    else:
+        chosen.teacher = Path(name) if name else _tiny(chosen.work / "teacher.safetensors")
     values = run(chosen)
     if chosen.only:
         return chosen.work
     show(values)
     titled = {name.replace("_", " "): values[name] for name in ("ladder", "equal_parameters", "sizes")}
-    with replacing(chosen.output / "ablation.png") as temporary:
+    with replacing(chosen.output / f"ablation{suffix}.png") as temporary:
         temporary.write_bytes(charts.ablation_chart(titled))
-    return report.write("ablation", chosen, values)
+    return report.write(f"ablation{suffix}", chosen, values)
 
 
 if __name__ == "__main__":

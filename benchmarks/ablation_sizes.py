@@ -47,7 +47,9 @@ def drawn_subsets(parts: list, seed: int) -> list[tuple]:
 
 def _of_intervals(context: Context, judge: Judge, model: nn.Module) -> dict[str, list[float]]:
     """Of a model whose kept blocks are the teacher's, or students before a gap."""
-    blocks, teacher = list(model.transformer_blocks), context.teacher
+    teacher = context.teacher
+    prefixes = (teacher.architecture.block_prefix(teacher.config, index) for index in range(teacher.num_blocks))
+    blocks = [model.get_submodule(prefix.rstrip(".")) for prefix in prefixes]
     gaps = [index for index, block in enumerate(blocks) if isinstance(block, PassThrough)]
     starts = {index: next(u for u in range(index, -1, -1) if u not in gaps) for index in gaps}
     intervals = sorted(set(starts.values()))

@@ -112,7 +112,7 @@ def memory(scale: Scale, folder: Path) -> dict:
     path = folder / "wide.safetensors"
     random_teacher(path, scale.wide, seed=0, dtype=torch.bfloat16)
     weights = Weights(path)
-    prefix = weights.architecture.block_prefix(0)
+    prefix = weights.architecture.block_prefix(weights.config, 0)
     block = 2 * sum(math.prod(weights.shape(key)) for key in weights.keys() if key.startswith(prefix))
     rank = min(RANK, weights.architecture.width(weights.config) // 4)
     folds, forms = {}, {}

@@ -35,7 +35,7 @@ def model_sizes() -> dict:
 
 def _size(count: int, lists: dict, folding: Folding | None) -> dict:
     """A text-pruned block's unused attn.to_add_out is counted in the published 10.60 B, so here too."""
-    config = QWEN.with_num_blocks(REAL, count) | ({"folding": folding.to_config()} if folding else {})
+    config = QWEN.with_blocks(REAL, range(count)) | ({"folding": folding.to_config()} if folding else {})
     places = released_layout(QWEN, {**config, **lists}, "the release").places
     with torch.device("meta"):
         outer = QWEN.build_outer(config)

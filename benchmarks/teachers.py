@@ -33,13 +33,14 @@ def rendered(path: Path, weights: Weights, samples: int, batch: int, seed: int) 
     codec, generator = open_codec(path), torch.Generator().manual_seed(seed)
     captions = random_captions(samples, generator)
     empty = torch.rand(samples, generator=generator) < EMPTY_CAPTIONS
-    text, mask = codec.text(["" if e else c.text() for c, e in zip(captions, empty, strict=True)])
+    text = codec.text(["" if e else c.text() for c, e in zip(captions, empty, strict=True)])
     latents = codec.latents(render(captions, generator))
     clean, t = weights.architecture.pack(latents), spread_timesteps(samples, generator)
     noisy = flow.noised(clean, torch.randn(clean.shape, generator=generator), t)
     grid = weights.architecture.grid(latents)
     chunks = torch.arange(samples).split(batch)
-    batches = [sampling.inputs_of(noisy[c], t[c], text[c], mask[c], grid, clean[c]) for c in chunks]
+    rows = [{name: tensor[c] for name, tensor in text.items()} for c in chunks]
+    batches = [sampling.inputs_of(noisy[c], t[c], row, grid, clean[c]) for c, row in zip(chunks, rows, strict=True)]
     return CalibrationSet(batches, origin(weights))
 
 

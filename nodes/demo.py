@@ -34,7 +34,7 @@ def encode(text: str):
         counts = " and ".join(map(str, sorted(lengths)))
         raise ValueError(f"captions drawn together need the same number of words, these have {counts}; draw them apart")
     latent = torch.zeros(len(captions), CHANNELS, 1, ROWS, COLUMNS)
-    positive, negative = ([[codec().text(texts)[0], {}]] for texts in (captions, [""]))
+    positive, negative = ([[codec().text(texts)["encoder_hidden_states"], {}]] for texts in (captions, [""]))
     return positive, negative, {"samples": latent}
 
 

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import folder_paths
 
+from ..ppcl_engine.bundle import BUNDLE_SUFFIX
+from ..ppcl_engine.jobs.store import RunStore
+
 CATEGORY = "ppcl"
 CATEGORIES = (CATEGORY, "diffusion_models", "unet_gguf")  # the last is ComfyUI-GGUF's, where that pack is
 ENDINGS = (".safetensors", ".gguf")
 TABLES = "tables"  # in models/ppcl: values of folded modulations, made when they are first needed
 DEMO = Path(__file__).parents[1] / "ppcl_engine" / "demo"
+RUNS = "ppcl"  # in the output folder
+EXPORTS = "exports"  # in a run
 DEMO_FILES = {"demo/demo.ppcl.safetensors": "demo.ppcl.safetensors", "demo/teacher.safetensors": "teacher.safetensors"}
 
 
@@ -21,7 +26,7 @@ def register() -> None:
 
 def model_files() -> dict[str, Path]:
     """Name in a combo -> path: files of models/ppcl and models/diffusion_models, diffusers folders in either, the demo's
-    own files (one of the same name in models/ppcl/demo goes before)."""
+    own files (one of the same name in models/ppcl/demo goes before), what done jobs exported."""
     found: dict[str, Path] = {}
     for category in CATEGORIES:
         if category not in folder_paths.folder_names_and_paths:
@@ -38,6 +43,37 @@ def model_files() -> dict[str, Path]:
     for name, file in DEMO_FILES.items():
         if (DEMO / file).exists():
             found.setdefault(name, DEMO / file)
+    return {**found, **exported_files()}
+
+
+def runs() -> RunStore:
+    return RunStore(Path(folder_paths.get_output_directory()) / RUNS)
+
+
+def exported_files() -> dict[str, Path]:
+    """ "runs/<run>/<file>" -> path; what a link leads out of the folder of runs is left."""
+    store = runs()
+    files = [file for file in store.exports() if file.resolve().is_relative_to(store.root)]
+    return {exported_name(file): file for file in files}
+
+
+def exported_name(file: Path) -> str:
+    run, _, *rest = file.relative_to(runs().root).parts
+    return "/".join(("runs", run, *rest))
+
+
+def teacher_files() -> list[str]:
+    """Names of models that may be full ones, the demo's first; the job that reads one says whether it is."""
+    names = [name for name in model_files() if name.endswith((".safetensors", "/")) and not name.startswith("runs/")]
+    return sorted((n for n in names if not n.endswith(BUNDLE_SUFFIX)), key=lambda name: name not in DEMO_FILES)
+
+
+def known_model(path: Path, run: str) -> Path:
+    """A path that a run's files name, as a combo would give it; a link may lead there another way. Raises ValueError
+    for one that no combo gives."""
+    found = next((file for file in model_files().values() if file.resolve() == path.resolve()), None)
+    if found is None:
+        raise ValueError(f"{path.name}, the model of run {run}, is in none of models/ppcl and models/diffusion_models")
     return found
 
 
@@ -45,7 +81,9 @@ def model_path(name: str) -> Path:
     """Raises ValueError for a name that is not in the list."""
     files = model_files()
     if name not in files:
-        raise ValueError(f"{name!r} is in none of models/ppcl and models/diffusion_models; refresh, then choose again")
+        raise ValueError(
+            f"{name[:200]!r} is in none of models/ppcl and models/diffusion_models; refresh, then choose again"
+        )
     return files[name]
 
 

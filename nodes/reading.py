@@ -231,7 +231,7 @@ def _all_parts(bundle: Bundle) -> dict[str, Stored]:
     """Students and projections by the names that a switchable model gives them."""
     found = {}
     for interval in bundle.plan.intervals:
-        prefix = f"{QWEN.block_prefix(interval.first)}student."
+        prefix = f"{QWEN.block_prefix(bundle.plan.config, interval.first)}student."
         found |= {prefix + name: s for name, s in _under(bundle.file, student_prefix(interval)).items()}
     for name, stored in _under(bundle.file, "projections.").items():
         index = name.split(".")[0].split("-")[0]
@@ -248,7 +248,7 @@ def _variant_parts(base: dict[str, Stored], bundle: Bundle, layout: Layout) -> d
         if match and (place := places.get(int(match[1]))) and not place.interval:
             found |= _kept(place, name, match[2], stored)
     for place in layout.places:
-        prefix = QWEN.block_prefix(place.index)
+        prefix = QWEN.block_prefix(bundle.plan.config, place.index)
         if place.interval:
             for part, stored in _under(bundle.file, student_prefix(place.interval)).items():
                 found |= _kept(place, prefix + part, part, stored)

@@ -51,7 +51,7 @@ def lora_report(model, tensors: dict[str, torch.Tensor]) -> Coverage:
     targets = {_weight(target) for target in loaded}
     used = {key for key, target in keys.items() if _weight(target) in targets}
     left = {module for name in converted if (module := SUFFIX.sub("", name)) not in used}
-    return coverage((t.removeprefix(PREFIX) for t in targets), left, layout_in(model))
+    return coverage(QWEN, QWEN.tiny_config, (t.removeprefix(PREFIX) for t in targets), left, layout_in(model))
 
 
 def _weight(target) -> str:

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from . import config as settings
@@ -30,6 +31,7 @@ STAGES: dict[str, tuple[type, str]] = {
     "bench": (config_files.BenchConfig, "stages.bench"),
     "demo": (config_files.DemoConfig, "demo.run"),
 }
+TINY = "tiny"  # a table of a run file: what --tiny puts in the place of the real model
 FUNCTIONS = {"import": "import_released"}  # of stages whose own name is a word of Python
 USER_ERROR, INTERRUPTED = 2, 130
 _ADVICE = "nothing half-written was left; free space, or choose a folder that can be written"
@@ -40,21 +42,29 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0
+    from .parallel import leave
+
+    return leave(_code(arguments))
+
+
+def _code(arguments: list[str]) -> int:
+    """The exit code. What went wrong is said in one line."""
+    from .parallel import tell
     from .training import Stopped
 
     try:
         _dispatch(arguments[0], arguments[1:])
     except Stopped as stopped:
-        print(f"\nppcl: {stopped}", file=sys.stderr)
+        tell(f"\nppcl: {stopped}")
         return INTERRUPTED
     except KeyboardInterrupt:
-        print("\nppcl: stopped; run the same command to go on", file=sys.stderr)
+        tell("\nppcl: stopped; run the same command to go on")
         return INTERRUPTED
     except ValueError as error:
-        print(f"ppcl: {error}", file=sys.stderr)
+        tell(f"ppcl: {error}")
         return USER_ERROR
     except OSError as error:
-        print(f"ppcl: {error.filename}: {os.strerror(error.errno or 0)}; {_ADVICE}", file=sys.stderr)
+        tell(f"ppcl: {error.filename}: {os.strerror(error.errno or 0)}; {_ADVICE}")
         return USER_ERROR
     return 0
 
@@ -62,41 +72,47 @@ def main(arguments: list[str] | None = None) -> int:
 def _dispatch(stage: str, arguments: list[str]) -> None:
     import tyro
 
+    from .parallel import is_main
+
+    parse = partial(tyro.cli, args=arguments, prog=f"ppcl {stage}", console_outputs=is_main())
     if stage == "run":
-        run_file(tyro.cli(config_files.RunConfig, args=arguments, prog="ppcl run").file)
+        config = parse(config_files.RunConfig)
+        run_file(config.file, config.tiny)
         return
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; known: {', '.join([*STAGES, 'run'])}")
     kind, _ = STAGES[stage]
-    run_stage(stage, tyro.cli(kind, args=arguments, prog=f"ppcl {stage}"))
+    run_stage(stage, parse(kind))
 
 
 def run_stage(stage: str, config) -> None:
+    """By one process, or by those of a launch together."""
+    from .parallel import together
+
     if getattr(config, "dry_run", False):
         from .estimate import print_estimate
 
-        print_estimate(config)
+        together(print_estimate, config)
         return
-    result = _function(stage)(config)
+    result = together(_function(stage), config, getattr(config, "parallel", ""))
     if result is not None:
         print(f"{stage}: {result}")
 
 
-def run_file(path: Path) -> None:
+def run_file(path: Path, tiny: bool = False) -> None:
     """Every table is read and checked before the first stage starts."""
-    for stage, config in read_run_file(path):
+    stages = read_run_file(path)
+    if tiny:
+        from .demo.tiny import tiny_run
+
+        stages = tiny_run(path.stem, _tables(path).get(TINY, {}), stages)
+    for stage, config in stages:
         run_stage(stage, config)
 
 
 def read_run_file(path: Path) -> list[tuple[str, object]]:
     """Raises ValueError naming file, table and setting."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give a TOML file")
-    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    try:
-        tables = toml.loads(path.read_text(encoding="utf-8"))
-    except toml.TOMLDecodeError as error:
-        raise ValueError(f"{path}: {error}") from None
+    tables = {name: table for name, table in _tables(path).items() if name != TINY}
     common = tables.pop("common", {})
     unknown = [name for name in tables if name not in STAGES]
     if unknown:
@@ -105,6 +121,16 @@ def read_run_file(path: Path) -> list[tuple[str, object]]:
         (stage, settings.from_mapping(STAGES[stage][0], {**common, **table}, f"{path} [{stage}]"))
         for stage, table in tables.items()
     ]
+
+
+def _tables(path: Path) -> dict[str, dict]:
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a TOML file")
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        return toml.loads(path.read_text(encoding="utf-8"))
+    except toml.TOMLDecodeError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _function(stage: str) -> Callable:

@@ -20,7 +20,7 @@ from .architectures import Architecture, SharedText, architecture_named
 from .architectures.folded import FOLDING
 from .checkpoint import STRUCTURE_TENSOR, Weights
 from .files import TensorEntry, TensorFile, write_tensor_stream
-from .layout import Layout, Place, full_layout, layout_of
+from .layout import Layout, Place, checked, full_layout, layout_of
 from .plan import Interval, PruningPlan, Variant, plan_from_json
 from .released import Released, is_width_pruned, repeated_steps_warning
 from .surgery import Edit, build_student, filled_student, project, pruned_blocks
@@ -47,7 +47,7 @@ class Bundle:
         self.file = TensorFile(path)
         if PLAN_KEY not in self.file.metadata:
             raise ValueError(f"{path} holds no pruning plan, so it is not a PPCL bundle")
-        self.plan: PruningPlan = plan_from_json(self.file.metadata[PLAN_KEY], path)
+        self.plan: PruningPlan = checked(plan_from_json(self.file.metadata[PLAN_KEY], path))
         self.architecture = architecture_named(self.plan.architecture)
 
     def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module:

@@ -15,8 +15,18 @@ LINES = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, QUIET, RULE, KEPT = "#1B2733", "#5C6B7A", "#D9DFE5", "#C9D2DB"
 RESTORED, SHADE = "#FBE3B4", "#E3F0F8"
-SITE_MARKS = {"text": "s", "ffn_image": "D", "ffn_text": "^"}  # markers of width sites; a text group is a band
-SITE_NAMES = {"text": "text stream", "ffn_image": "image FFN", "ffn_text": "text FFN"}
+SITE_MARKS = {
+    "text": "s",
+    "ffn_image": "D",
+    "ffn_text": "^",
+    "ffn_joint": "v",
+}  # markers of width sites; a text group is a band
+SITE_NAMES = {
+    "text": "text stream",
+    "ffn_image": "image FFN",
+    "ffn_text": "text FFN",
+    "ffn_joint": "FFN of both streams",
+}
 DAMAGE_COLOURS = ("#F4F8FB", "#A9CDE4", "#3F8FC1", "#0B4F80", "#062A47")
 WIDTH = 10.0  # inches; shown about 1070 pixels wide, so 9 points read as 13 pixels
 DPI = 180
@@ -60,7 +70,7 @@ def logarithmic(axes) -> None:
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    steps = (1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    steps = (1,) if high / low > 1000 else (1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
     axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=30))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

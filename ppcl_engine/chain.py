@@ -14,7 +14,7 @@ from torch import nn
 
 from .architectures import Architecture, BlockState, Inputs
 from .data import CalibrationSet
-from .losses import relative_mse
+from .losses import Whole, all_here, relative_mse
 from .streaming import Teacher
 from .training import Trainer, cosine_schedule
 
@@ -98,9 +98,9 @@ def embed_with(teacher: Teacher, outer: nn.Module, inputs: Inputs) -> BlockState
     return like.embed(inputs)
 
 
-def velocity_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def velocity_loss(student: torch.Tensor, teacher: torch.Tensor, whole: Whole = all_here) -> torch.Tensor:
     """|| s - t ||^2 / || t ||^2 over the batch: the measure that all methods are compared by."""
-    return relative_mse(student.float(), teacher.float())
+    return relative_mse(student.float(), teacher.float(), whole)
 
 
 def step_inputs(calibration: CalibrationSet, seed: int, step: int) -> Inputs:

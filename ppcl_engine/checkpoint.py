@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .architectures import Architecture, detect_architecture
+from .architectures import Architecture, Part, detect_architecture
 from .files import TensorFile, read_json
 from .pickled import PickledFile
 
@@ -36,11 +36,7 @@ class Weights:
         self.path = Path(path)
         stored, config = open_layout(self.path)
         self.architecture: Architecture = detect_architecture(stored, self.path)
-        self._tensors = {
-            self.architecture.from_comfyui(key): place
-            for key, place in stored.items()
-            if not key.endswith(IGNORED_SUFFIXES) and key not in ("scaled_fp8", STRUCTURE_TENSOR)
-        }
+        self._tensors = _parts_of(self.architecture, stored)
         self._scales = {key: place for key, place in stored.items() if key.endswith(SCALE_SUFFIXES)}
         self.config: dict = config or self.architecture.infer_config(self.shape, self._tensors)
         self._check_config()
@@ -54,15 +50,16 @@ class Weights:
         return list(self._tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        file, name = self._tensors[key]
-        return file.shape(name)
+        file, name, part = self._tensors[key]
+        shape = file.shape(name)
+        return shape if part.of == 1 else (shape[0] // part.of * len(part.pieces), *shape[1:])
 
     def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor in `dtype` (default: as stored; scaled fp8 then becomes bf16)."""
-        file, name = self._tensors[key]
-        tensor = file.read(name)
+        file, name, part = self._tensors[key]
+        tensor = _read_part(file, name, part)
         for suffix in SCALE_SUFFIXES:
-            scale = self._scales.get(key.removesuffix(".weight") + suffix)
+            scale = self._scales.get(part.name.removesuffix(".weight") + suffix)
             if scale is not None:
                 tensor = (tensor.float() * scale[0].read(scale[1]).float()).to(dtype or torch.bfloat16)
         return tensor if dtype is None else tensor.to(dtype)
@@ -76,7 +73,7 @@ class Weights:
     def block(self, index: int, dtype: torch.dtype, device: str) -> nn.Module:
         with torch.device("meta"):
             empty = self.architecture.build_block(self.config, index)
-        return self.module(empty, self.architecture.block_prefix(index), dtype, device)
+        return self.module(empty, self.architecture.block_prefix(self.config, index), dtype, device)
 
     def outer(self, dtype: torch.dtype, device: str) -> nn.Module:
         return self.module(self.architecture.build_outer(self.config), "", dtype, device)
@@ -104,6 +101,13 @@ class Weights:
         missing = sorted(set(expected) - set(self._tensors))
         unknown = sorted(set(self._tensors) - set(expected))
         wrong = [key for key in expected if key in self._tensors and self.shape(key) != expected[key]]
+        prefixes = [self.architecture.block_prefix(self.config, index) for index in range(self.num_blocks)]
+        gaps = [p.rstrip(".") for p in prefixes if not any(key.startswith(p) for key in self._tensors)]
+        if gaps:
+            raise ValueError(
+                f"{self.path} lacks {len(gaps)} of {len(prefixes)} blocks, first {gaps[0]}: a full model's blocks are "
+                "numbered without gaps; export it again, or download it again"
+            )
         if missing:
             raise ValueError(f"{self.path} lacks {len(missing)} tensors, first {missing[0]}; it is incomplete")
         if unknown:
@@ -112,6 +116,26 @@ class Weights:
             )
         if wrong:
             raise ValueError(f"{self.path}: {wrong[0]} has shape {self.shape(wrong[0])}, not {expected[wrong[0]]}")
+
+
+def _parts_of(
+    architecture: Architecture, stored: dict[str, tuple[TensorFile | PickledFile, str]]
+) -> dict[str, tuple[TensorFile | PickledFile, str, Part]]:
+    """diffusers' name -> file, name in it, which of its rows."""
+    marks = ("scaled_fp8", STRUCTURE_TENSOR)
+    names = [name for name in stored if not name.endswith(IGNORED_SUFFIXES) and name not in marks]
+    keys = {key: name for name in names for key in architecture.from_comfyui(name)}
+    return {
+        key: (*stored[name], Part(name) if key == name else architecture.to_comfyui(key, keys))
+        for key, name in keys.items()
+    }
+
+
+def _read_part(file: TensorFile | PickledFile, name: str, part: Part) -> torch.Tensor:
+    if part.of == 1:
+        return file.read(name)
+    rows = file.shape(name)[0] // part.of
+    return torch.cat([file.read(name, rows, piece * rows) for piece in part.pieces])
 
 
 def fingerprint_of(
@@ -134,10 +158,17 @@ def expected_shapes(architecture: Architecture, config: dict) -> dict[str, tuple
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in architecture.build_outer(config).state_dict().items()}
         for index in range(architecture.num_blocks(config)):
-            prefix = architecture.block_prefix(index)
+            prefix = architecture.block_prefix(config, index)
             block = architecture.build_block(config, index)
             shapes |= {prefix + name: tuple(t.shape) for name, t in block.state_dict().items()}
     return shapes
+
+
+def full_parameters(architecture: Architecture, config: dict) -> int:
+    """Of the full model, counted without memory. A table that no training moves (a buffer) is none."""
+    with torch.device("meta"):
+        blocks = [architecture.build_block(config, index) for index in range(architecture.num_blocks(config))]
+        return sum(map(parameter_count, (architecture.build_outer(config), *blocks)))
 
 
 def open_layout(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, str]], dict | None]:

@@ -14,18 +14,20 @@ from typing import ClassVar, Protocol
 import torch
 import torch.nn.functional as F
 
+from .architectures import Inputs
 from .files import TensorFile
 from .flow import euler_timesteps
 
 TABLES = ("text_encoder.token_embedding", "vae.mean", "vae.encode", "vae.decode")
+POSITIONS = "text_encoder.position_embedding"
 VOCABULARY_KEY = "vocabulary"
 
 
 class Codec(Protocol):
     """What surrounds a transformer, and how a picture is drawn with it.
 
-    Pictures are [n, 3, height, width] in [0, 1]; latents [n, channels, rows, columns]; text
-    [n, tokens, width]. All fp32 on the CPU, in and out; masks are bool.
+    Pictures are [n, 3, height, width] in [0, 1]; latents [n, channels, rows, columns]. All fp32 on the CPU, in
+    and out; masks are bool.
     """
 
     picture_size: tuple[int, int]
@@ -39,7 +41,9 @@ class Codec(Protocol):
         """1, ..., 0, both ends included: where a picture of so many tokens is sampled"""
         ...
 
-    def text(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def text(self, texts: list[str]) -> Inputs:
+        """All that the transformer reads of captions, by diffusers' names; a row each."""
+        ...
 
     def latents(self, pictures: torch.Tensor) -> torch.Tensor: ...
 
@@ -52,7 +56,8 @@ class Codec(Protocol):
 class TableCodec:
     """token_embedding [vocabulary, width]; mean [48], encode [48, 16], decode [16, 48] of a 4x4 block.
 
-    The first word of the vocabulary stands for an empty caption.
+    The first word of the vocabulary stands for an empty caption. position_embedding [tokens, width]: for a
+    transformer that masks no text and does not number its tokens; captions then are that long, and pooled.
     """
 
     vocabulary: tuple[str, ...]
@@ -60,6 +65,7 @@ class TableCodec:
     mean: torch.Tensor
     encode: torch.Tensor
     decode: torch.Tensor
+    position_embedding: torch.Tensor | None = None
     picture_size: tuple[int, int] = (48, 48)
     rescales_guidance: ClassVar[bool] = False
 
@@ -72,7 +78,8 @@ class TableCodec:
         return int((len(self.mean) // 3) ** 0.5)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return dict(zip(TABLES, (self.token_embedding, self.mean, self.encode, self.decode), strict=True))
+        tables = dict(zip(TABLES, (self.token_embedding, self.mean, self.encode, self.decode), strict=True))
+        return tables if self.position_embedding is None else {**tables, POSITIONS: self.position_embedding}
 
     def metadata(self) -> dict[str, str]:
         return {VOCABULARY_KEY: json.dumps(self.vocabulary)}
@@ -91,17 +98,26 @@ class TableCodec:
         blocks = latents.movedim(1, -1) @ self.decode + self.mean
         return F.pixel_shuffle(blocks.movedim(-1, 1), self.pixels_per_latent).clamp(0, 1)
 
-    def text(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings [n, tokens, width] and mask [n, tokens] (True = real). "" is one empty token."""
+    def text(self, texts: list[str]) -> Inputs:
+        """Embeddings [n, tokens, width] with a mask [n, tokens] (True = real), or all of one length with their
+        pooled form [n, width]. "" is one empty token."""
         rows = [self.tokenize(text) for text in texts]
-        length = max(map(len, rows))
+        length = max(map(len, rows)) if self.position_embedding is None else len(self.position_embedding)
         ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         mask = torch.tensor([[i < len(row) for i in range(length)] for row in rows])
-        return self.token_embedding[ids] * mask[..., None], mask
+        words = self.token_embedding[ids] * mask[..., None]
+        if self.position_embedding is None:
+            return {"encoder_hidden_states": words, "encoder_hidden_states_mask": mask}
+        numbered = words + self.position_embedding * mask[..., None]
+        return {"encoder_hidden_states": numbered, "pooled_projections": words.sum(1) / mask.sum(1, keepdim=True)}
 
     def tokenize(self, text: str) -> list[int]:
-        """Word indices. Raises ValueError naming the word that the model never saw."""
+        """Word indices. Raises ValueError naming the word that the model never saw, and for too many words."""
         words = text.replace(",", " ").split()
+        if self.position_embedding is not None and len(words) > len(self.position_embedding):
+            raise ValueError(
+                f"caption {text!r} has {len(words)} words; this model reads {len(self.position_embedding)}"
+            )
         unknown = [word for word in words if word not in self.vocabulary]
         if unknown:
             known = " ".join(self.vocabulary[1:])
@@ -116,13 +132,14 @@ def open_codec(path: Path, device: str = "cpu") -> Codec:
     """The codec of a model. Raises ValueError for a model that has none (a transformer's file alone)."""
     path = Path(path)
     if path.is_dir() and (path / "model_index.json").exists():
-        from .pipelines import PipelineCodec
+        from .pipelines import open_pipeline
 
-        return PipelineCodec(path, device)
+        return open_pipeline(path, device)
     if path.is_file():
         file = TensorFile(path)
         if set(TABLES) <= set(file.entries) and VOCABULARY_KEY in file.metadata:
-            tables = (file.read(name).float() for name in TABLES)
+            names = (*TABLES, POSITIONS) if POSITIONS in file.entries else TABLES
+            tables = (file.read(name).float() for name in names)
             return TableCodec(tuple(json.loads(file.metadata[VOCABULARY_KEY])), *tables)
     raise ValueError(
         f"{path} brings no text encoder and VAE; give a diffusers pipeline folder, "

@@ -35,8 +35,9 @@ class CalibrateConfig(Common):
     prompts: Path | None = None
     """Text file, one caption a line: the teacher draws them and its states on the way are kept."""
     embeddings: Path | None = None
-    """Stored text embeddings (safetensors: text [n, tokens, width], mask [n, tokens], empty [1, tokens, width]);
-    the teacher draws in equal steps, since the model's own schedule is in its pipeline folder."""
+    """Stored text embeddings (safetensors: text [n, tokens, width], empty [1, tokens, width]; mask [n, tokens] for a
+    model that masks text; pooled [n, width] and empty_pooled [1, width] for one that reads pooled text); the teacher
+    draws in equal steps, since the model's own schedule is in its pipeline folder."""
     samples: int = 128
     """Samples to keep; captions and pictures are used again with other timesteps when there are fewer."""
     batch: int = 16
@@ -54,7 +55,16 @@ class CalibrateConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig(Common):
+class SharedConfig(Common):
+    """Stages whose work the processes of `accelerate launch` share; of other stages the first process does all."""
+
+    parallel: Literal["data", "intervals"] = "data"
+    """How several processes share the work. data: each takes its rows of every batch; intervals: each takes intervals
+    (projections, blocks) of its own, and the files are the same bits as of one process. One process does the same in both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig(SharedConfig):
     """Fit a linear map to every block and stream: T(x) ~ x + W x + b."""
 
     ridge: float = 1e-4
@@ -100,7 +110,7 @@ class DetectConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillDepthConfig(Common):
+class DistillDepthConfig(SharedConfig):
     """Train one student an interval on the teacher's own states, each interval by itself."""
 
     intervals: str = ""
@@ -135,9 +145,10 @@ class DetectWidthConfig(Common):
     method: Literal["damage", "cka"] = "damage"
     """damage: velocity error a saved parameter, measured site by site. cka: alignment of neighbouring layers (paper)."""
     form: Literal["best", "paper", "gated"] = "best"
-    """FFN projections: paper (x + P x), gated (P inside norm, modulation and gate), or whichever is cheaper at a site."""
-    kinds: str = "text ffn_image ffn_text"
-    """Kinds of sites to look at."""
+    """FFN projections: paper (x + P x), gated (P inside norm, modulation and gate), or whichever is cheaper at a site;
+    ffn_joint is always gated."""
+    kinds: str = "text ffn_image ffn_text ffn_joint"
+    """Kinds of sites to look at, where the model has them; ffn_joint is of blocks that run text and image as one."""
     longest: int = 8
     """Longest text group considered, blocks that stay."""
     samples: int = 96
@@ -149,7 +160,7 @@ class DetectWidthConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillWidthConfig(Common):
+class DistillWidthConfig(SharedConfig):
     """Train the projections of the plan's width sites, each by itself, from the ridge solution on."""
 
     sites: str = ""
@@ -173,7 +184,7 @@ class DistillWidthConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningConfig(Common):
+class TuningConfig(SharedConfig):
     """What polish and finetune share; with bfloat16 the trained weights and the optimiser stay float32."""
 
     steps: int = 1000
@@ -197,6 +208,8 @@ class TuningConfig(Common):
             raise ValueError(f"--ema {self.ema} is not a decay; choose 0 up to, not including, 1")
         if min(self.steps, self.save_every) < 1:
             raise ValueError(f"--steps {self.steps}, --save-every {self.save_every}: both are at least 1")
+        if self.parallel != "data":
+            raise ValueError(f"--parallel {self.parallel}: here all parts learn from one loss; use --parallel data")
 
 
 @dataclass(frozen=True, kw_only=True)

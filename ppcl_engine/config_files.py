@@ -184,10 +184,12 @@ class BenchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The whole method on the bundled teacher: calibrate to report, no download."""
+    """The whole method on a bundled teacher: calibrate to report, no download."""
 
-    run: Path = Path("runs/demo")
-    """Where everything goes."""
+    run: Path | None = None
+    """Where everything goes; by default runs/demo, or runs/demo_flux."""
+    teacher: Literal["qwen", "flux"] = "qwen"
+    """The small teacher: of Qwen-Image's architecture, or of FLUX's (double and single blocks)."""
     device: str = "auto"
     """Where to compute."""
     seed: int = 0
@@ -204,3 +206,6 @@ class RunConfig:
 
     file: Path
     """The file: tables named as the stages are, with their settings."""
+    tiny: bool = False
+    """Run it in minutes on the bundled teacher that the file's [tiny] names, with few samples and steps: shows that
+    the file is right; its figures mean nothing."""

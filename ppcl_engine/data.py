@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,10 +25,12 @@ KIND = "ppcl_calibration"
 @dataclass
 class CalibrationSet:
     """batches: inputs by diffusers' names, on the CPU, `clean` [n, tokens, channels] among them or not;
-    origin: how it was made (architecture, model fingerprint, seed, source)."""
+    origin: how it was made (architecture, model fingerprint, seed, source); rows: takes those rows of a batch that the
+    methods give, which is all of them unless several processes share it."""
 
     batches: list[Inputs]
     origin: dict = field(default_factory=dict)
+    rows: Callable[[Inputs], Inputs] = lambda inputs: inputs
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -45,39 +48,40 @@ class CalibrationSet:
         return digest.hexdigest()
 
     def inputs(self, batch: int) -> Inputs:
-        return {name: t for name, t in self.batches[batch].items() if name != CLEAN}
+        return self.rows(self._whole(batch))
 
     def all_inputs(self) -> list[Inputs]:
         return [self.inputs(batch) for batch in range(len(self))]
 
     def fresh(self, batch: int, seed: int) -> Inputs:
         """The batch with new noise and timesteps, uniform in t; as recorded where no clean picture is known."""
-        inputs = self.inputs(batch)
         clean = self.batches[batch].get(CLEAN)
         if clean is None:
-            return inputs
+            return self.inputs(batch)
         timestep, noise = _drawn(clean, seed)
-        return {**inputs, "hidden_states": flow.noised(clean.float(), noise, timestep), "timestep": timestep}
+        noisy = flow.noised(clean.float(), noise, timestep)
+        return self.rows({**self._whole(batch), "hidden_states": noisy, "timestep": timestep})
 
     def data_velocity(self, batch: int, seed: int) -> torch.Tensor:
         """noise - clean of `fresh(batch, seed)`. Raises ValueError where no clean picture is known."""
         clean = self.batches[batch].get(CLEAN)
         if clean is None:
             raise ValueError("this calibration set knows no clean pictures; calibrate with --images, or use --data 0")
-        return _drawn(clean, seed)[1] - clean.float()
+        return self.rows({"velocity": _drawn(clean, seed)[1] - clean.float()})["velocity"]
 
     def split(self, held_out: int) -> tuple[CalibrationSet, CalibrationSet]:
         """(the first batches, the last `held_out`). Raises ValueError when nothing would be left."""
         if not 0 < held_out < len(self):
             raise ValueError(f"calibration has {len(self)} batches, so {held_out} cannot be held out; calibrate more")
-        return CalibrationSet(self.batches[:-held_out], self.origin), CalibrationSet(
-            self.batches[-held_out:], self.origin
-        )
+        return replace(self, batches=self.batches[:-held_out]), replace(self, batches=self.batches[-held_out:])
 
     def check_model(self, architecture: str, fingerprint: str, where: object) -> None:
         expected = (self.origin.get("architecture"), self.origin.get("fingerprint"))
         if expected != (architecture, fingerprint):
             raise ValueError(f"{where} was calibrated on another model; run calibrate on this one")
+
+    def _whole(self, batch: int) -> Inputs:
+        return {name: t for name, t in self.batches[batch].items() if name != CLEAN}
 
 
 def _drawn(clean: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

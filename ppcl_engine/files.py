@@ -127,12 +127,13 @@ class TensorFile:
             raise ValueError(f"{self.path}: {name} is {stored}, which is not read; known: {', '.join(DTYPES)}")
         return DTYPES[stored]
 
-    def read(self, name: str, rows: int | None = None) -> torch.Tensor:
-        """The tensor, or its first `rows` rows."""
+    def read(self, name: str, rows: int | None = None, start: int = 0) -> torch.Tensor:
+        """The tensor, or `rows` of its rows from row `start` on."""
         first, last = self.entries[name]["data_offsets"]
         shape = self.shape(name)
         if rows is not None:
-            last = first + (last - first) // shape[0] * rows
+            row = (last - first) // shape[0]
+            first, last = first + start * row, first + (start + rows) * row
             shape = (rows, *shape[1:])
         buffer = torch.empty(last - first, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:

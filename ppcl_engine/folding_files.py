@@ -86,7 +86,9 @@ class Original:
 
     def _embedders(self) -> list[str]:
         """The matrices of time embedders, by the names of their modules."""
-        inside = (name.removeprefix(self.prefix) for name in self.stored if f"{self.architecture.time_embedder}." in name)
+        inside = (
+            name.removeprefix(self.prefix) for name in self.stored if f"{self.architecture.time_embedder}." in name
+        )
         return [name.removesuffix(".weight") for name in inside if name.endswith(".weight")]
 
     def _first_rows(self, name: str, rows: int) -> torch.Tensor:
@@ -123,11 +125,16 @@ def check_foldable(architecture: Architecture, config: dict, where: object) -> N
     reads = architecture.modulation_reads(config)
     if not architecture.timestep_modulations or reads != ("the timestep",):
         raise ValueError(
-            f"{where} is {architecture.name}, whose modulations read {' and '.join(reads)}: only those that read the "
-            "timestep alone can be folded (Qwen-Image and its edit models)"
+            f"{where} is {architecture.name}, whose modulations read {_listed(reads)}: only those that read the timestep "
+            "alone can be folded (Qwen-Image and its edit models)"
         )
     if FOLDING in config:
         raise ValueError(f"{where} is folded already ({config[FOLDING]['form']}); unfold it first with --form off")
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    """ "a, b and c" """
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def embedder_prefix(name: str, names: Iterable[str], architecture: Architecture) -> str:

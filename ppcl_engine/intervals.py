@@ -24,11 +24,16 @@ def first_difference(cka: Cka, first: int, k: int) -> float:
     return (1.0 if k - 1 == first else cka(first, k - 1)) - cka(first, k)
 
 
-def curve_scale(cka: Cka, num_blocks: int, longest: int) -> float:
+def reach(first: int, num_blocks: int, longest: int, starts: frozenset[int] = frozenset()) -> int:
+    """The last block that an interval from `first` may hold. `starts`: first blocks of runs of one kind."""
+    end = min((start for start in starts if start > first), default=num_blocks)
+    return min(first + longest, end) - 1
+
+
+def curve_scale(cka: Cka, num_blocks: int, longest: int, starts: frozenset[int] = frozenset()) -> float:
     """Largest D of all curves. Raises ValueError for a degenerate teacher."""
-    differences = [
-        first_difference(cka, u, k) for u in range(num_blocks - 1) for k in range(u + 1, min(u + longest, num_blocks))
-    ]
+    ends = {u: reach(u, num_blocks, longest, starts) for u in range(num_blocks - 1)}
+    differences = [first_difference(cka, u, k) for u, end in ends.items() for k in range(u + 1, end + 1)]
     scale = max(differences, default=0.0)
     if not scale >= DEGENERATE:
         raise ValueError(
@@ -39,27 +44,37 @@ def curve_scale(cka: Cka, num_blocks: int, longest: int) -> float:
 
 
 def greedy_intervals(
-    cka: Cka, num_blocks: int, longest: int, scale: float, eps: float, max_drop: float, protect: frozenset[int]
+    cka: Cka,
+    num_blocks: int,
+    longest: int,
+    scale: float,
+    eps: float,
+    max_drop: float,
+    protect: frozenset[int],
+    starts: frozenset[int] = frozenset(),
 ) -> list[Found]:
     """The paper's rule: D falls while blocks belong together; the first rise ends the interval.
 
     D(u, u) = infinity; stop at the first k with D(u, k) > D(u, k-1) + eps * scale; [u, k-1]; restart
-    at k. Block u stays single when D(u, u+1) > max_drop * scale. Covers every block.
+    at k. Block u stays single when D(u, u+1) > max_drop * scale. Covers every block. No interval goes on over
+    one of `starts`, the first blocks of runs of one kind.
     """
     found, u = [], 0
     while u < num_blocks:
-        found.append(_grow(cka, u, num_blocks, longest, scale, eps, max_drop, protect))
+        found.append(_grow(cka, u, num_blocks, longest, scale, eps, max_drop, protect, starts))
         u = found[-1].last + 1
     return found
 
 
-def _grow(cka, u, num_blocks, longest, scale, eps, max_drop, protect) -> Found:
+def _grow(cka, u, num_blocks, longest, scale, eps, max_drop, protect, starts) -> Found:
     if u in protect:
         return Found(u, u, "protected")
     previous = math.inf
     for k in range(u + 1, num_blocks):
         if k in protect:
             return Found(u, k - 1, f"block {k} is protected")
+        if k in starts:
+            return Found(u, k - 1, f"block {k} is of another kind")
         if k - u >= longest:
             return Found(u, k - 1, f"longest interval considered is {longest}")
         d = first_difference(cka, u, k)
@@ -74,12 +89,17 @@ def _grow(cka, u, num_blocks, longest, scale, eps, max_drop, protect) -> Found:
 
 
 def budget_intervals(
-    cost: Callable[[int, int], float], num_blocks: int, longest: int, remove: int, protect: frozenset[int]
+    cost: Callable[[int, int], float],
+    num_blocks: int,
+    longest: int,
+    remove: int,
+    protect: frozenset[int],
+    starts: frozenset[int] = frozenset(),
 ) -> list[tuple[int, int]]:
     """The set of disjoint intervals that removes exactly `remove` blocks at the least sum of costs.
 
     cost(u, v): damage of replacing u..v by one block (nearly additive over intervals). An interval
-    may hold no protected block. O(num_blocks * longest * remove). Raises ValueError when the
+    may hold no protected block, nor one of `starts` behind its first. O(num_blocks * longest * remove). Raises ValueError when the
     budget cannot be met.
     """
     best = [[math.inf] * (remove + 1) for _ in range(num_blocks + 1)]
@@ -90,7 +110,7 @@ def budget_intervals(
             best[end][removed], choice[end, removed] = best[end - 1][removed], 1
             for length in range(2, min(longest, end, removed + 1) + 1):
                 start = end - length
-                if protect.intersection(range(start, end)):
+                if protect.intersection(range(start, end)) or starts.intersection(range(start + 1, end)):
                     break
                 total = best[start][removed - length + 1] + cost(start, end - 1)
                 if total < best[end][removed]:

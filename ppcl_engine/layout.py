@@ -59,9 +59,27 @@ def full_layout(num_blocks: int) -> Layout:
     return Layout(num_blocks=num_blocks, places=tuple(Place(index=i) for i in range(num_blocks)))
 
 
+def checked(plan: PruningPlan) -> PruningPlan:
+    """The plan. Raises ValueError, naming the part, for what its architecture has no place for."""
+    architecture = architecture_named(plan.architecture)
+    try:
+        sections = architecture.sections(plan.config)
+    except KeyError as missing:
+        raise ValueError(f"the plan's configuration of its model lacks {missing}; it is incomplete") from None
+    for interval in plan.intervals:
+        if len({next((n for n, s in enumerate(sections) if i in s), None) for i in interval.blocks}) > 1:
+            runs = ", ".join(f"{s.start}-{s.stop - 1}" for s in sections)
+            raise ValueError(f"interval {interval.name} holds blocks of two kinds ({runs}); end it where one kind ends")
+    for site in plan.sites:
+        kinds = architecture.site_kinds(plan.config, site.block)
+        if site.kind not in kinds:
+            raise ValueError(f"width site {site.name}: block {site.block} has no such part, but {', '.join(kinds)}")
+    return plan
+
+
 def layout_of(plan: PruningPlan, variant: Variant) -> Layout:
     """Places of a variant. A site whose projection was not trained for what stands there goes off, and `notes` says so."""
-    intervals = {interval.first: interval for interval in plan.intervals_of(variant)}
+    intervals = {interval.first: interval for interval in checked(plan).intervals_of(variant)}
     everything = _names({interval.first: interval for interval in plan.intervals}, plan.num_blocks)
     here = _names(intervals, plan.num_blocks)
     on, notes, ffn, text = [], [], {}, {}

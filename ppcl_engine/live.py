@@ -87,17 +87,18 @@ def twin(block: nn.Module) -> nn.Module:
 
 
 def share_cuts(block: nn.Module, origins: dict[str, nn.Parameter], live: set[nn.Parameter]) -> None:
-    """Where projecting copied the first rows of a tensor (a cut modulation), a view of those rows takes the copy's
-    place. The copy bears its origin's name."""
+    """Where projecting copied the first rows or columns of a tensor (a cut modulation), or what its module's `kept` says,
+    a view of those takes the copy's place. The copy bears its origin's name."""
     known = live.union(origins.values())
     for name, parameter in list(block.named_parameters()):
         if parameter in known:
             continue
-        rows = origins[name][: len(parameter)]
-        assert rows.shape == parameter.shape, (name, rows.shape, parameter.shape)
         path, _, leaf = name.rpartition(".")
-        delattr(owner := block.get_submodule(path), leaf)
-        setattr(owner, leaf, rows)
+        owner, origin = block.get_submodule(path), origins[name]
+        kept = owner.kept(origin) if hasattr(owner, "kept") else origin[tuple(map(slice, parameter.shape))]
+        assert kept.shape == parameter.shape, (name, kept.shape, parameter.shape)
+        delattr(owner, leaf)
+        setattr(owner, leaf, kept)
 
 
 def run_made(

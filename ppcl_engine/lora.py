@@ -6,18 +6,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .architectures import Architecture
 from .layout import Layout, Place
 
-BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
-STREAMS = {"ffn_image": "img", "ffn_text": "txt"}
-TEXT_PARTS = ("txt_mod.", "txt_mlp.", "attn.to_add_out.")
-"""of a Qwen-Image block: what a text projection leaves no place for"""
 LISTED = 12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """Names of a LoRA's modules by what becomes of them. `halved`: those of the reached ones whose second half has no
+    """Names of a LoRA's modules by what becomes of them. `halved`: those of the reached ones of which a part has no
     place any more; `unknown`: not of this architecture."""
 
     reached: tuple[str, ...] = ()
@@ -50,38 +47,41 @@ class Coverage:
             ("of removed blocks", self.removed),
             ("of projected parts", self.projected),
             ("not of this model", self.unknown),
-            ("reached in its first half", self.halved),
+            ("reached in a first part", self.halved),
             ("reached", self.reached),
         )
 
 
-def coverage(targets: Iterable[str], unknown: Iterable[str], layout: Layout) -> Coverage:
-    """targets: weights of the full model that a LoRA changes, by the model's names (`transformer_blocks.3.attn...`)."""
+def coverage(
+    architecture: Architecture, config: dict, targets: Iterable[str], unknown: Iterable[str], layout: Layout
+) -> Coverage:
+    """targets: weights of the full model that a LoRA changes, by diffusers' names (`transformer_blocks.3.attn...`)."""
     places = {place.index: place for place in layout.places}
+    prefixes = {architecture.block_prefix(config, index): index for index in range(layout.num_blocks)}
     found: dict[str, list[str]] = {"reached": [], "halved": [], "removed": [], "projected": []}
     for name in sorted(set(targets), key=_natural):
-        match = BLOCK.match(name)
-        place = places.get(int(match[1])) if match else None
-        if match and place is None:
+        prefix = next((p for p in prefixes if name.startswith(p)), None)
+        place, part = places.get(prefixes.get(prefix)), name.removeprefix(prefix or "")
+        if prefix and place is None:
             found["removed"].append(name)
-        elif match and match[2].startswith(gone_parts(place)):
+        elif prefix and part.startswith(gone_parts(architecture, place)):
             found["projected"].append(name)
         else:
             found["reached"].append(name)
-            if match and match[2].startswith(halved_parts(place)):
+            if prefix and part.startswith(cut_parts(architecture, place)):
                 found["halved"].append(name)
     return Coverage(unknown=tuple(sorted(set(unknown), key=_natural)), **{k: tuple(v) for k, v in found.items()})
 
 
-def gone_parts(place: Place) -> tuple[str, ...]:
+def gone_parts(architecture: Architecture, place: Place) -> tuple[str, ...]:
     """Beginnings of the names that a place's projections leave no weight for."""
-    ffn = tuple(f"{STREAMS[site.kind]}_mlp." for site in place.ffn)
-    return ffn + (TEXT_PARTS if place.text_source is not None else ())
+    return tuple(name for kind in place.projections for name in architecture.replaced_names[kind])
 
 
-def halved_parts(place: Place) -> tuple[str, ...]:
-    """The paper's FFN leaves the first half of a modulation."""
-    return tuple(f"{STREAMS[site.kind]}_mod." for site in place.ffn if site.form == "paper")
+def cut_parts(architecture: Architecture, place: Place) -> tuple[str, ...]:
+    """Beginnings of the names of which a first part is left."""
+    sites = ((site.kind, site.form) for site in place.ffn)
+    return tuple(name for site in sites for name in architecture.cut_names.get(site, ()))
 
 
 def _natural(name: str) -> list:

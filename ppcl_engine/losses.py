@@ -1,27 +1,45 @@
-"""Distillation losses on one stream's real tokens, [tokens, d] each; lower is better, 0 is equal."""
+"""Distillation losses on one stream's real tokens, [tokens, d] each; lower is better, 0 is equal.
+
+Each is a sum over tokens divided by a size that hangs on the teacher alone. `whole` makes the size of all rows of a batch
+from that of these rows (`Processes.sum`), so that the losses of a batch's parts add up to the batch's.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
 TINY = 1e-12
 
+Whole = Callable[[torch.Tensor], torch.Tensor]
 
-def direction(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+
+def all_here(size: torch.Tensor) -> torch.Tensor:
+    return size
+
+
+def direction(student: torch.Tensor, teacher: torch.Tensor, whole: Whole = all_here) -> torch.Tensor:
     """Mean of || s/|s| - t/|t| ||^2 = 2 - 2 cos (paper, equation 6). Magnitude is free."""
-    return (2 - 2 * torch.nn.functional.cosine_similarity(student, teacher, dim=-1)).mean()
+    errors = 2 - 2 * torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
+    return errors.sum() / whole(_tokens(teacher))
 
 
-def direction_log_norm(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def direction_log_norm(student: torch.Tensor, teacher: torch.Tensor, whole: Whole = all_here) -> torch.Tensor:
     """`direction` plus the squared difference of log norms: a residual stream's scale matters too."""
     norms = (torch.linalg.vector_norm(m, dim=-1).clamp_min(TINY).log() for m in (student, teacher))
     student_norm, teacher_norm = norms
-    return direction(student, teacher) + (student_norm - teacher_norm).square().mean()
+    errors = (student_norm - teacher_norm).square()
+    return direction(student, teacher, whole) + errors.sum() / whole(_tokens(teacher))
 
 
-def relative_mse(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def relative_mse(student: torch.Tensor, teacher: torch.Tensor, whole: Whole = all_here) -> torch.Tensor:
     """|| s - t ||^2 / || t ||^2 over all tokens."""
-    return (student - teacher).square().sum() / teacher.square().sum().clamp_min(TINY)
+    return (student - teacher).square().sum() / whole(teacher.square().sum()).clamp_min(TINY)
+
+
+def _tokens(stream: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(float(len(stream)), device=stream.device)
 
 
 LOSSES = {"direction": direction, "direction_log_norm": direction_log_norm, "mse": relative_mse}

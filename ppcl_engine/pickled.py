@@ -38,6 +38,7 @@ class PickledFile:
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
 
-    def read(self, name: str) -> torch.Tensor:
-        """A copy in memory, so that nothing depends on the file any more."""
-        return self._tensors[name].clone()
+    def read(self, name: str, rows: int | None = None, start: int = 0) -> torch.Tensor:
+        """The tensor, or `rows` of its rows: a copy in memory, so that nothing depends on the file any more."""
+        tensor = self._tensors[name]
+        return (tensor if rows is None else tensor[start : start + rows]).clone()

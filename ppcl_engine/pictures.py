@@ -138,7 +138,7 @@ def _map_sites(axes, plan: PruningPlan, places: tuple[Place, ...], row: int) -> 
         if place.text_source is not None:
             groups.setdefault(place.text_source, []).append(place)
         for site in place.ffn:
-            height = row + (0.33 if site.kind == "ffn_text" else 0.68)
+            height = row + {"ffn_text": 0.33, "ffn_joint": 0.5}.get(site.kind, 0.68)
             mark = {"marker": SITE_MARKS[site.kind], "ms": min(6.5, 290 / plan.num_blocks), "zorder": 5}
             axes.plot([place.index + 0.5], [height], color=INK, mec="white", mew=0.7, clip_on=False, **mark)
     for group in groups.values():

@@ -8,39 +8,41 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
 
+from .architectures import Inputs
 from .files import TensorFile, read_json
 from .flow import euler_timesteps
 
-PIPELINES = ("QwenImagePipeline",)
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
-LATENT_SIDE = 128  # QwenImagePipeline.default_sample_size
-TEXT_TOKENS = 512  # the limit of QwenImagePipeline's call; longer prompts are cut there too
-TEXTS_AT_ONCE = 8  # the text encoder also computes 152,000 logits for every token
-TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+LATENT_SIDE = 128  # default_sample_size of the pipelines
+TEXT_TOKENS = 512  # the limit of the pipelines' calls; longer prompts are cut there too
+SD3_TEXT_TOKENS = 256  # of StableDiffusion3Pipeline's call, without CLIP's 77
+TEXTS_AT_ONCE = 8  # Qwen-Image's text encoder also computes 152,000 logits for every token
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))
 """a tokenizer folder holds one of these; transformers reads an empty folder without complaint"""
 
 
 class PipelineCodec:
-    """A `Codec` (codecs.py) over the folder that `QwenImagePipeline.from_pretrained` reads.
+    """A `Codec` (codecs.py) over the folder that a diffusers pipeline's `from_pretrained` reads.
 
     Computes in bf16 on a CUDA device and in fp32 elsewhere; takes and gives fp32 on the CPU. Raises
-    ValueError for a folder of another pipeline, with a part missing, or with an unreadable part.
+    ValueError for a folder with a part missing, or with an unreadable part.
     """
 
-    rescales_guidance = True  # QwenImagePipeline's call does
+    rescales_guidance: ClassVar[bool] = False
+    text_parts: ClassVar[tuple[str, ...]]
+    """folders of text encoders and tokenizers, in the order in which they are looked for"""
 
     def __init__(self, folder: Path, device: str = "cpu"):
         self.folder, self.device = Path(folder), device
         self.dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
-        _check_layout(self.folder)
-        config = read_json(self.folder / "vae" / "config.json")
-        self.latent_channels: int = config["z_dim"]
-        self.pixels_per_latent: int = 2 ** len(config["temperal_downsample"])
+        _check_layout(self.folder, self.text_parts)
+        self.latent_channels, self.pixels_per_latent = self._sizes(read_json(self.folder / "vae" / "config.json"))
         self.picture_size = (LATENT_SIDE * self.pixels_per_latent,) * 2
         self._text_pipeline = None
         self._vae = None
@@ -48,7 +50,7 @@ class PipelineCodec:
     def timesteps(self, steps: int, image_tokens: int) -> list[float]:
         """The pipeline's own, shifted for the picture's size. Raises ValueError for fewer steps than the shift needs."""
         from diffusers import FlowMatchEulerDiscreteScheduler
-        from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift, retrieve_timesteps
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(read_json(self.folder / SCHEDULER_FILE))
         config = scheduler.config
@@ -56,10 +58,78 @@ class PipelineCodec:
             raise ValueError(f"{self.folder / SCHEDULER_FILE} has a shift_terminal, which needs 2 steps; raise --steps")
         lengths = config.base_image_seq_len, config.max_image_seq_len
         shift = calculate_shift(image_tokens, *lengths, config.base_shift, config.max_shift)
-        retrieve_timesteps(scheduler, sigmas=euler_timesteps(steps)[:-1], mu=shift)
+        retrieve_timesteps(scheduler, **self._spacing(steps), mu=shift)
         return scheduler.sigmas.tolist()
 
-    def text(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def text(self, texts: list[str]) -> Inputs:
+        raise NotImplementedError
+
+    def latents(self, pictures: torch.Tensor) -> torch.Tensor:
+        """[n, 3, H, W] -> [n, channels, H/8, W/8], about unit variance: the mode of the VAE's posterior"""
+        vae = self._open_vae()
+        pictures = self._framed(2 * pictures - 1).to(self.device, self.dtype)
+        with torch.no_grad():
+            mode = vae.encode(pictures).latent_dist.mode().float().cpu()
+        mean, deviation = self._statistics(vae, mode)
+        return self._still((mode - mean) / deviation)
+
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
+        """[n, channels, h, w] -> [n, 3, 8h, 8w], clipped to [0, 1]; as the pipeline's call decodes"""
+        vae = self._open_vae()
+        latents = self._framed(latents).to(self.device, self.dtype)
+        mean, deviation = self._statistics(vae, latents)
+        with torch.no_grad():
+            decoded = vae.decode(latents / (1 / deviation) + mean).sample
+        return (self._still(decoded).float().cpu() / 2 + 0.5).clamp(0, 1)
+
+    def release(self) -> None:
+        """Frees the text encoder and the VAE; the next call that needs one loads it again."""
+        self._text_pipeline = self._vae = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _spacing(self, steps: int) -> dict:
+        """What the pipeline tells its scheduler: equal steps before the shift."""
+        return {"sigmas": euler_timesteps(steps)[:-1]}
+
+    def _sizes(self, config: dict) -> tuple[int, int]:
+        """Channels of a latent, pixels a side that one covers."""
+        raise NotImplementedError
+
+    def _statistics(self, vae: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latents' mean and standard deviation, of the device and dtype of `like`."""
+        raise NotImplementedError
+
+    def _framed(self, x: torch.Tensor) -> torch.Tensor:
+        """As the VAE takes pictures and latents."""
+        return x
+
+    def _still(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse of `_framed`."""
+        return x
+
+    def _open_text_pipeline(self):
+        raise NotImplementedError
+
+    def _vae_class(self) -> type:
+        raise NotImplementedError
+
+    def _open_vae(self):
+        if self._vae is None:
+            vae = read_part(self._vae_class(), self.folder / "vae", torch_dtype=self.dtype)
+            vae.enable_slicing()  # one picture at a time: memory does not grow with the batch
+            self._vae = vae.to(self.device)
+        return self._vae
+
+
+class QwenImageCodec(PipelineCodec):
+    """Of `QwenImagePipeline`: one text encoder, a VAE of films."""
+
+    rescales_guidance = True  # QwenImagePipeline's call does
+    text_parts = ("text_encoder/config.json", "tokenizer")
+
+    def text(self, texts: list[str]) -> Inputs:
         """Embeddings [n, tokens, width] and mask [n, tokens] (True = real), zeros after the real tokens.
 
         The pipeline gives None for a mask that hides nothing; here it is all True.
@@ -74,61 +144,152 @@ class PipelineCodec:
             rows += [row[:length].float().cpu() for row, length in zip(embeddings, lengths, strict=True)]
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])
-        return padded, torch.arange(padded.shape[1]) < lengths[:, None]
+        mask = torch.arange(padded.shape[1]) < lengths[:, None]
+        return {"encoder_hidden_states": padded, "encoder_hidden_states_mask": mask}
 
-    def latents(self, pictures: torch.Tensor) -> torch.Tensor:
-        """[n, 3, H, W] -> [n, channels, H/8, W/8], about unit variance: the mode of the VAE's posterior"""
-        vae = self._open_vae()
-        frames = (2 * pictures - 1).unsqueeze(2).to(self.device, self.dtype)
-        with torch.no_grad():
-            mode = vae.encode(frames).latent_dist.mode().float().cpu()
-        mean, deviation = _statistics(vae, mode)
-        return ((mode - mean) / deviation).squeeze(2)
+    def _framed(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unsqueeze(2)
 
-    def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        """[n, channels, h, w] -> [n, 3, 8h, 8w], clipped to [0, 1]; as the pipeline's call decodes"""
-        vae = self._open_vae()
-        latents = latents.unsqueeze(2).to(self.device, self.dtype)
-        mean, deviation = _statistics(vae, latents)
-        with torch.no_grad():
-            frames = vae.decode(latents / (1 / deviation) + mean).sample
-        return (frames[:, :, 0].float().cpu() / 2 + 0.5).clamp(0, 1)
+    def _still(self, x: torch.Tensor) -> torch.Tensor:
+        return x.squeeze(2)
 
-    def release(self) -> None:
-        """Frees the text encoder and the VAE; the next call that needs one loads it again."""
-        self._text_pipeline = self._vae = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def _sizes(self, config: dict) -> tuple[int, int]:
+        return config["z_dim"], 2 ** len(config["temperal_downsample"])
+
+    def _statistics(self, vae: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[1, channels, 1, 1, 1] each"""
+        values = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
+        mean, deviation = values.to(like.device, like.dtype)[:, None, :, None, None, None]
+        return mean, deviation
 
     def _open_text_pipeline(self):
         if self._text_pipeline is None:
             from diffusers import QwenImagePipeline
-            from transformers import Qwen2_5_VLForConditionalGeneration
+            from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-            tokenizer = _read_tokenizer(self.folder / "tokenizer")
-            encoder = _read_part(Qwen2_5_VLForConditionalGeneration, self.folder / "text_encoder", dtype=self.dtype)
+            tokenizer = read_tokenizer(Qwen2Tokenizer, self.folder / "tokenizer")
+            encoder = read_part(Qwen2_5_VLForConditionalGeneration, self.folder / "text_encoder", dtype=self.dtype)
             self._text_pipeline = QwenImagePipeline(
                 scheduler=None, vae=None, text_encoder=encoder.to(self.device), tokenizer=tokenizer, transformer=None
             )
         return self._text_pipeline
 
-    def _open_vae(self):
-        if self._vae is None:
-            from diffusers import AutoencoderKLQwenImage
+    def _vae_class(self) -> type:
+        from diffusers import AutoencoderKLQwenImage
 
-            vae = _read_part(AutoencoderKLQwenImage, self.folder / "vae", torch_dtype=self.dtype)
-            vae.enable_slicing()  # one picture at a time: memory does not grow with the batch
-            self._vae = vae.to(self.device)
-        return self._vae
+        return AutoencoderKLQwenImage
 
 
-def _check_layout(folder: Path) -> None:
-    """Raises ValueError for another class of pipeline or scheduler, and for a part that is not there."""
+class PooledCodec(PipelineCodec):
+    """With pooled text beside the tokens (padding counts), and a VAE with one shift and scale."""
+
+    def text(self, texts: list[str]) -> Inputs:
+        """Embeddings [n, tokens, width], as many for every caption, and pooled text [n, width]."""
+        pipeline, rows = self._open_text_pipeline(), []
+        for first in range(0, len(texts), TEXTS_AT_ONCE):
+            with torch.no_grad():
+                encoded = self._encoded(pipeline, texts[first : first + TEXTS_AT_ONCE])
+            rows.append([part.float().cpu() for part in encoded])
+        embeddings, pooled = (torch.cat(part) for part in zip(*rows, strict=True))
+        return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+    def _encoded(self, pipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    def _sizes(self, config: dict) -> tuple[int, int]:
+        return config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
+
+    def _statistics(self, vae: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values = torch.tensor([vae.config.shift_factor, 1 / vae.config.scaling_factor])
+        mean, deviation = values.to(like.device, like.dtype)
+        return mean, deviation
+
+    def _vae_class(self) -> type:
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL
+
+    def _encoder(self, kind: type, name: str) -> nn.Module:
+        return read_part(kind, self.folder / name, dtype=self.dtype).to(self.device)
+
+
+class FluxCodec(PooledCodec):
+    """Of `FluxPipeline`: CLIP's pooled text, T5's tokens."""
+
+    text_parts = ("text_encoder/config.json", "tokenizer", "text_encoder_2/config.json", "tokenizer_2")
+
+    def _encoded(self, pipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        embeddings, pooled, _ = pipeline.encode_prompt(texts, device=self.device, max_sequence_length=TEXT_TOKENS)
+        return embeddings, pooled
+
+    def _open_text_pipeline(self):
+        if self._text_pipeline is None:
+            from diffusers import FluxPipeline
+            from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+            self._text_pipeline = FluxPipeline(
+                scheduler=None,
+                vae=None,
+                text_encoder=self._encoder(CLIPTextModel, "text_encoder"),
+                tokenizer=read_tokenizer(CLIPTokenizer, self.folder / "tokenizer"),
+                text_encoder_2=self._encoder(T5EncoderModel, "text_encoder_2"),
+                tokenizer_2=read_tokenizer(T5TokenizerFast, self.folder / "tokenizer_2"),
+                transformer=None,
+            )
+        return self._text_pipeline
+
+
+class StableDiffusion3Codec(PooledCodec):
+    """Of `StableDiffusion3Pipeline`: tokens and pooled text of two CLIPs, then T5's tokens."""
+
+    text_parts = tuple(part for n in ("", "_2", "_3") for part in (f"text_encoder{n}/config.json", f"tokenizer{n}"))
+
+    def _spacing(self, steps: int) -> dict:
+        """The steps' number: the scheduler spaces them itself."""
+        return {"num_inference_steps": steps}
+
+    def _encoded(self, pipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        options = {"do_classifier_free_guidance": False, "max_sequence_length": SD3_TEXT_TOKENS}
+        embeddings, _, pooled, _ = pipeline.encode_prompt(texts, None, None, device=self.device, **options)
+        return embeddings, pooled
+
+    def _open_text_pipeline(self):
+        if self._text_pipeline is None:
+            from diffusers import StableDiffusion3Pipeline
+            from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+            self._text_pipeline = StableDiffusion3Pipeline(
+                scheduler=None,
+                vae=None,
+                text_encoder=self._encoder(CLIPTextModelWithProjection, "text_encoder"),
+                tokenizer=read_tokenizer(CLIPTokenizer, self.folder / "tokenizer"),
+                text_encoder_2=self._encoder(CLIPTextModelWithProjection, "text_encoder_2"),
+                tokenizer_2=read_tokenizer(CLIPTokenizer, self.folder / "tokenizer_2"),
+                text_encoder_3=self._encoder(T5EncoderModel, "text_encoder_3"),
+                tokenizer_3=read_tokenizer(T5TokenizerFast, self.folder / "tokenizer_3"),
+                transformer=None,
+            )
+        return self._text_pipeline
+
+
+PIPELINES = {
+    "QwenImagePipeline": QwenImageCodec,
+    "FluxPipeline": FluxCodec,
+    "StableDiffusion3Pipeline": StableDiffusion3Codec,
+}
+
+
+def open_pipeline(folder: Path, device: str = "cpu") -> PipelineCodec:
+    """The codec of the pipeline that the folder's model_index.json names. Raises ValueError for an unknown one."""
     name = read_json(folder / "model_index.json").get("_class_name")
     if name not in PIPELINES:
         raise ValueError(f"{folder}/model_index.json is of a {name}; known pipelines: {', '.join(PIPELINES)}")
-    for part in ("vae/config.json", "text_encoder/config.json", "tokenizer", SCHEDULER_FILE):
+    return PIPELINES[name](folder, device)
+
+
+def _check_layout(folder: Path, text_parts: tuple[str, ...]) -> None:
+    """Raises ValueError for another class of scheduler, and for a part that is not there."""
+    for part in ("vae/config.json", *text_parts, SCHEDULER_FILE):
         if not (folder / part).exists():
             raise ValueError(f"{folder} has no {part}; download the whole pipeline folder again")
     name = read_json(folder / SCHEDULER_FILE).get("_class_name")
@@ -136,7 +297,7 @@ def _check_layout(folder: Path) -> None:
         raise ValueError(f"{folder / SCHEDULER_FILE} is of a {name}; known schedulers: {', '.join(SCHEDULERS)}")
 
 
-def _read_part(loader: type, folder: Path, **options) -> nn.Module:
+def read_part(loader: type, folder: Path, **options) -> nn.Module:
     """A model of diffusers or transformers from its folder, for evaluation, from safetensors alone."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -150,23 +311,15 @@ def _read_part(loader: type, folder: Path, **options) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _read_tokenizer(folder: Path):
-    from transformers import Qwen2Tokenizer
-
+def read_tokenizer(kind: type, folder: Path):
+    """Raises ValueError for a folder without a vocabulary: transformers reads an empty one without complaint."""
     if not any(all((folder / name).exists() for name in names) for names in TOKENIZER_FILES):
         raise ValueError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt; download it again")
     try:
-        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+        return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a bad vocabulary
         raise ValueError(f"{folder} cannot be read ({_one_line(error)}); download it again") from error
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _statistics(vae: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latents' mean and standard deviation [1, channels, 1, 1, 1], of the device and dtype of `like`."""
-    values = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
-    mean, deviation = values.to(like.device, like.dtype)[:, None, :, None, None, None]
-    return mean, deviation

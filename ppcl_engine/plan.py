@@ -11,8 +11,9 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 
 FORMAT_VERSION = 1
-SITE_KINDS = ("text", "ffn_image", "ffn_text")
 FORMS = ("paper", "gated")
+FORMS_OF = {"text": FORMS, "ffn_image": FORMS, "ffn_text": FORMS, "ffn_joint": ("gated",)}
+SITE_KINDS = tuple(FORMS_OF)
 FULL, ALL = "full", "all"
 _NAME = r"(\d+-\d+|[a-z_]+:\d+(-\d+)?)"
 
@@ -46,7 +47,7 @@ class Interval:
 @dataclass(frozen=True, kw_only=True)
 class WidthSite:
     """A part of a block that a projection replaces. `form` of an FFN: "paper" (x + P x) or "gated" (P inside
-    norm, modulation and gate). `score`: its damage when measured. `fitted`: what else than the block or student
+    norm, modulation and gate); `ffn_joint`, of a block that runs text and image as one, is gated. `score`: its damage when measured. `fitted`: what else than the block or student
     that stands there with all intervals on has a projection of its own, as "52" for the teacher's block."""
 
     block: int
@@ -197,8 +198,9 @@ class PruningPlan:
     def _check_site(self, site: WidthSite) -> None:
         if site.kind not in SITE_KINDS:
             raise ValueError(f"width site kind {site.kind!r} is unknown; known: {', '.join(SITE_KINDS)}")
-        if site.form not in FORMS:
-            raise ValueError(f"width site {site.name}: form {site.form!r} is unknown; known: {', '.join(FORMS)}")
+        if site.form not in FORMS_OF[site.kind]:
+            forms = ", ".join(FORMS_OF[site.kind])
+            raise ValueError(f"width site {site.name}: form {site.form!r} is unknown; known: {forms}")
         if not 0 <= site.block < self.num_blocks:
             raise ValueError(f"width site {site.name}: there are blocks 0-{self.num_blocks - 1} only; correct the plan")
         if sum((s.block, s.kind) == (site.block, site.kind) for s in self.sites) > 1:
@@ -299,6 +301,6 @@ def parse_sites(text: str, form: str = "paper") -> tuple[WidthSite, ...]:
         if not match or match[1] not in SITE_KINDS:
             raise ValueError(f"{part!r} is not a width site; write them as 'ffn_image:2 text:51-59'")
         first, last = int(match[2]), int(match[3] or match[2])
-        chosen = form if match[1] != "text" else "paper"
+        chosen = form if match[1] != "text" and form in FORMS_OF[match[1]] else FORMS_OF[match[1]][0]
         sites += [WidthSite(block=block, kind=match[1], form=chosen) for block in range(first, last + 1)]
     return tuple(sites)

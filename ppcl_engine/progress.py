@@ -12,6 +12,8 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from .parallel import alone, processes
+
 
 class Listener(Protocol):
     def advanced(self, what: str, step: int, steps: int | None, rate: float | None) -> None:
@@ -43,11 +45,15 @@ def measured(what: str, step: int, loss: float) -> None:
 
 def saved() -> None:
     if (listener := _LISTENER.get()) is not None:
-        listener.saved()
+        with alone():
+            listener.saved()
 
 
 class Progress(tqdm):
-    """A bar whose every step the listener hears."""
+    """A bar whose every step the listener hears; of several processes the main one draws it."""
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **{"disable": not processes().is_main, **named})
 
     def update(self, n: float = 1) -> bool | None:
         drawn = super().update(n)
@@ -55,13 +61,13 @@ class Progress(tqdm):
         return drawn
 
     def __iter__(self):
-        for done, item in enumerate(super().__iter__(), start=self.initial):
+        for done, item in enumerate(super().__iter__(), start=self.n):
             yield item
             self._tell(done + 1)
 
     def _tell(self, done: int | None = None) -> None:
         listener = _LISTENER.get()
-        if listener is None:
+        if listener is None or self.disable:
             return
         done = self.n if done is None else done
         seconds = self.format_dict["elapsed"]

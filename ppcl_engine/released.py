@@ -42,7 +42,7 @@ class Released:
         self.config = {name: value for name, value in config.items() if name not in lists.values()}
         self._names, self._shapes, unused = stored_tensors(self.architecture, self.config, self.layout)
         self._unused = {name: stored for name, stored in unused.items() if stored in self._stored}
-        self._maps = _text_maps(self.architecture, self.layout) if legacy_txt_proj else set()
+        self._maps = _text_maps(self.architecture, self.config, self.layout) if legacy_txt_proj else set()
         if legacy_txt_proj and not self._maps:
             raise ValueError(f"{path} has no text projections, so --legacy-txt-proj says nothing; leave it out")
         self._check()
@@ -91,7 +91,10 @@ class Released:
         return sorted(index for places in found.values() if len(places) > 1 for index in places)
 
     def _step_prefix(self, place: Place) -> str:
-        return self.architecture.block_prefix(place.index) + self.architecture.projection_names["text"]["step"]
+        return (
+            self.architecture.block_prefix(self.config, place.index)
+            + self.architecture.projection_names["text"]["step"]
+        )
 
     def _place(self, key: str):
         return self._stored[self._names[key] if key in self._names else self._unused[key]]
@@ -152,7 +155,7 @@ def stored_tensors(
         for name, tensor in architecture.build_outer(config).state_dict().items():
             names[name], shapes[name] = name, tuple(tensor.shape)
         for place in layout.places:
-            prefix, renamed = architecture.block_prefix(place.index), _renamed(architecture, place)
+            prefix, renamed = architecture.block_prefix(config, place.index), _renamed(architecture, place)
             for name, tensor in empty_block(architecture, config, place, {}).state_dict().items():
                 part, _, leaf = name.rpartition(".")
                 names[prefix + name] = f"{prefix}{renamed.get(part, part)}.{leaf}"
@@ -220,7 +223,7 @@ def _renamed(architecture: Architecture, place: Place) -> dict[str, str]:
     return {ours[kind][part]: key for key, (kind, part) in keys.items() if kind in place.projections}
 
 
-def _text_maps(architecture: Architecture, layout: Layout) -> set[str]:
+def _text_maps(architecture: Architecture, config: dict, layout: Layout) -> set[str]:
     name = architecture.projection_names["text"]["map"]
     indices = [place.index for place in layout.places if place.text_source is not None]
-    return {f"{architecture.block_prefix(index)}{name}.weight" for index in indices}
+    return {f"{architecture.block_prefix(config, index)}{name}.weight" for index in indices}

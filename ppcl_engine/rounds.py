@@ -13,6 +13,7 @@ import torch
 
 from .architectures import BlockState
 from .data import CalibrationSet
+from .parallel import processes
 from .streaming import StateStore, Teacher
 
 REUSE = 4  # updates from one cached batch
@@ -74,7 +75,8 @@ class FreshStates:
         return math.ceil(self.settings.updates / REUSE)
 
     def _batches_that_fit(self, state: BlockState) -> int:
-        size = self.settings.boundaries * (state.image.nbytes + state.text.nbytes)
+        of_these_rows = torch.tensor(state.image.nbytes + state.text.nbytes)
+        size = self.settings.boundaries * int(processes().sum(of_these_rows))
         fitting = int(self.settings.cache_gb * 1e9 // size)
         if not fitting:
             raise ValueError(

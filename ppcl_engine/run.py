@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from .checkpoint import Weights
 from .config import Common
 from .data import CalibrationSet, load_calibration
 from .files import TensorFile
+from .layout import checked
+from .parallel import processes
 from .plan import Interval, PruningPlan, plan_from_json
 from .streaming import Teacher
 from .surgery import filled_student
@@ -73,10 +76,12 @@ class Run:
 def resolve_device(device: str) -> str:
     """Raises ValueError when a device is asked for that this machine does not have."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return processes().gpu if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device} is not on this machine; use --device cpu")
-    return device
+    if device.startswith("cuda:") and processes().count > 1:
+        raise ValueError(f"device {device} is one for {processes().count} processes; use --device cuda, one for each")
+    return processes().gpu if device == "cuda" else device
 
 
 def open_teacher(config: Common) -> Teacher:
@@ -85,16 +90,23 @@ def open_teacher(config: Common) -> Teacher:
 
 
 def open_calibration(config: Common, weights: Weights) -> CalibrationSet:
+    """Of this process's rows, if several share the batches. Raises ValueError when a batch has too few for them."""
     path = Run(config.run).calibration
-    calibration = load_calibration(path)
+    calibration, sharing = load_calibration(path), processes()
     calibration.check_model(weights.architecture.name, weights.fingerprint, path)
-    return calibration
+    fewest = min(len(batch["timestep"]) for batch in calibration.batches)
+    if sharing.by_rows and fewest < sharing.count:
+        raise ValueError(
+            f"{path} has a batch of {fewest} samples for {sharing.count} processes; calibrate with a larger --batch, "
+            "launch fewer processes, or use --parallel intervals"
+        )
+    return replace(calibration, rows=sharing.rows)
 
 
 def open_plan(config: Common, weights: Weights) -> PruningPlan:
     plan = Run(config.run).load_plan()
     plan.check_teacher(weights.architecture.name, weights.fingerprint, config.model)
-    return plan
+    return checked(plan)
 
 
 def load_probe(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from . import flow
-from .architectures import Architecture, Inputs
+from .architectures import Architecture, Inputs, placed
 from .codecs import Codec
 from .data import CLEAN
 from .folding_tables import known_timesteps
 from .progress import Progress
 
-Text = tuple[torch.Tensor, torch.Tensor]
-"""embeddings [n, tokens, width] and mask [n, tokens]"""
+GUIDANCE = "guidance"
+
+Text = Inputs
+"""what a transformer reads of n captions, by diffusers' names: a row each"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,23 +33,24 @@ class Prompts:
 
     @property
     def count(self) -> int:
-        return len(self.given[0])
+        return len(self.given["encoder_hidden_states"])
 
     def rows(self, rows: torch.Tensor) -> Prompts:
         """The captions `rows` alone."""
-        return replace(self, given=(self.given[0][rows], self.given[1][rows]))
+        return replace(self, given={name: tensor[rows] for name, tensor in self.given.items()})
 
 
-def inputs_of(tokens, t, text, mask, grid, clean=None) -> Inputs:
-    """A batch by diffusers' names: tokens [n, tokens, channels], t [n], text and mask, grid [pictures, 3]."""
-    inputs = {
-        "hidden_states": tokens,
-        "timestep": t,
-        "encoder_hidden_states": text,
-        "encoder_hidden_states_mask": mask,
-        "grid": grid,
-    }
+def inputs_of(tokens, t, text: Text, grid, clean=None) -> Inputs:
+    """A batch by diffusers' names: tokens [n, tokens, channels], t [n], text, grid [pictures, 3]."""
+    inputs = {"hidden_states": tokens, "timestep": t, **text, "grid": grid}
     return inputs if clean is None else {**inputs, CLEAN: clean}
+
+
+def with_guidance(architecture: Architecture, config: Mapping, text: Text, guidance: float) -> Text:
+    """The text, and the guidance of every row where the model itself reads it."""
+    if not architecture.takes_guidance(config):
+        return text
+    return {**text, GUIDANCE: torch.full((len(text["encoder_hidden_states"]),), guidance)}
 
 
 def draw(
@@ -61,22 +64,22 @@ def draw(
     seen: Callable[[int, torch.Tensor, float], None] = lambda step, x, t: None,
 ) -> torch.Tensor:
     """noise [n, tokens, channels] -> clean tokens of the n prompts. All on the CPU but the forward itself.
-    `seen` is shown every step's number, its state and its t."""
-    nothing = expanded(prompts.nothing, len(noise))
+    `seen` is shown every step's number, its state and its t. A model that reads the guidance needs no empty caption."""
+    given, nothing = (
+        with_guidance(architecture, model.config, prompts.given, guidance),
+        expanded(prompts.nothing, len(noise)),
+    )
     parameter = next(model.parameters())
 
-    def velocity_of(x, t, text, mask):
-        inputs = inputs_of(x, torch.full((len(x),), t), text, mask, grid)
-        placed = {k: v if k == "grid" else v.to(parameter.device) for k, v in inputs.items()}
-        for key in ("hidden_states", "encoder_hidden_states"):
-            placed[key] = placed[key].to(parameter.dtype)
-        return architecture.call(model, placed).float().cpu()
+    def velocity_of(x, t, text):
+        inputs = inputs_of(x, torch.full((len(x),), t), text, grid)
+        return architecture.call(model, placed(inputs, parameter.device, parameter.dtype)).float().cpu()
 
     def velocity(x, t):
-        caption = velocity_of(x, t, *prompts.given)
-        if guidance == 1:
+        caption = velocity_of(x, t, given)
+        if guidance == 1 or GUIDANCE in given:
             return caption
-        guided = flow.guided(velocity_of(x, t, *nothing), caption, guidance)
+        guided = flow.guided(velocity_of(x, t, nothing), caption, guidance)
         return flow.rescaled(guided, caption) if prompts.rescales_guidance else guided
 
     timesteps = prompts.timesteps(steps, noise.shape[1])
@@ -138,5 +141,5 @@ def seeded_noise(seed: int, index: int, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def expanded(text: Text, count: int) -> Text:
-    """One caption's embeddings for `count` rows."""
-    return text[0].expand(count, -1, -1), text[1].expand(count, -1)
+    """One caption for `count` rows."""
+    return {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in text.items()}

@@ -86,6 +86,12 @@ class NormalEquations:
         self.y_sum += y.sum(0)
         self.rows += len(x)
 
+    def shared(self, whole: Callable[[torch.Tensor], torch.Tensor]) -> NormalEquations:
+        """Those of all rows, where `whole` sums over the processes that have them."""
+        self.xx, self.xy, self.yy, self.y_sum = (whole(sums) for sums in (self.xx, self.xy, self.yy, self.y_sum))
+        self.rows = int(whole(torch.tensor(self.rows)))
+        return self
+
     def solve(self, ridge: float) -> Solution:
         """Minimum of ||X W - Y||^2 + ridge * mean diagonal * ||W||^2; the bias is not shrunk."""
         diagonal = self.xx.diagonal()[:-1]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .architectures import architecture_named
+from .architectures import Architecture, architecture_named
 from .bundle import STRUCTURE_TENSOR
 from .files import TensorEntry, write_tensor_stream
 from .layout import Layout, layout_of
@@ -56,7 +56,8 @@ def guard_name(plan: PruningPlan, layout: Layout) -> str | None:
             full = architecture.build_block(plan.config, index).state_dict()
             own = empty_block(architecture, plan.config, places[index], {}).state_dict() if index in places else {}
         if vacated := sorted(full.keys() - own.keys()):
-            return architecture.to_comfyui(architecture.block_prefix(index) + vacated[0])
+            prefix = architecture.block_prefix(plan.config, index)
+            return architecture.to_comfyui(prefix + vacated[0], [prefix + name for name in full]).name
     return None
 
 
@@ -66,6 +67,30 @@ def structure_of(plan: PruningPlan, variant: Variant) -> PruningPlan:
     sites = [site for switch in switches for site in (switch.sites if isinstance(switch, TextGroup) else (switch,))]
     kept = tuple(plan.intervals_of(variant))
     return replace(plan, intervals=kept, sites=tuple(replace(s, fitted=()) for s in sites), variants=())
+
+
+def comfyui_sources(architecture: Architecture, sources: dict[str, Source]) -> dict[str, Source]:
+    """The same tensors by ComfyUI's names, some of which hold several of diffusers'."""
+    tensors: dict[str, dict[int, tuple[Source, int, int]]] = {}
+    for key, source in sources.items():
+        part = architecture.to_comfyui(key, sources)
+        pieces = tensors.setdefault(part.name, {})
+        for position, piece in enumerate(part.pieces):
+            pieces[piece] = (source, position, len(part.pieces))
+    return {name: _joined([pieces[n] for n in range(len(pieces))]) for name, pieces in tensors.items()}
+
+
+def _joined(pieces: list[tuple[Source, int, int]]) -> Source:
+    """One tensor of equal pieces: (tensor, which of its pieces, of how many)."""
+    source, position, of = pieces[0]
+    if len(pieces) == 1:
+        return source
+
+    def read() -> torch.Tensor:
+        cut = {s: s.read().chunk(n) for s, n in dict.fromkeys((s, n) for s, _, n in pieces)}
+        return torch.cat([cut[s][position] for s, position, _ in pieces])
+
+    return Source((source.shape[0] // of * len(pieces), *source.shape[1:]), read)
 
 
 def write_sources(

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .architectures import Architecture, BlockState, Inputs
+from .architectures import Architecture, BlockState, Inputs, placed
 from .checkpoint import Weights
 from .files import TensorFile, write_tensors
 from .memory import return_freed_memory
@@ -56,17 +56,10 @@ class Teacher:
                 return_freed_memory()
 
     def embed(self, inputs: Inputs) -> BlockState:
-        moved = {name: self._placed(name, tensor) for name, tensor in inputs.items()}
-        return self.architecture.embed(self.outer, moved)
+        return self.architecture.embed(self.outer, placed(inputs, self.device, self.dtype))
 
     def used_streams(self, index: int) -> tuple[str, ...]:
         return self.architecture.used_streams(self.config, index)
-
-    def _placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name == "grid":
-            return tensor
-        floating = tensor.is_floating_point() and name != "timestep"
-        return tensor.to(self.device, self.dtype if floating else tensor.dtype)
 
     def _load(self, index: int) -> nn.Module:
         return self.weights.block(index, self.dtype, self.device)

@@ -19,6 +19,7 @@ from torch import nn
 
 from . import progress
 from .files import TensorFile, write_tensors
+from .parallel import processes
 
 BETAS = (0.9, 0.95)
 FINAL_SHARE = 1 / 30
@@ -53,13 +54,16 @@ class Trainer:
         self.losses: list[float] = []
 
     def update(self, loss: torch.Tensor, learning_rate: float, where: str) -> None:
-        """One step of AdamW. Raises Diverged, before the weights are touched, when loss or gradient is not finite."""
-        value = float(loss.detach())
-        self._check_finite("loss", value, where)
+        """One step of AdamW. Raises Diverged, before the weights are touched, when loss or gradient is not finite.
+
+        `loss`: of this process's rows, if processes share the batch; each then makes the step of the whole batch.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        value = float(processes().sum_gradients(self.module.parameters(), loss))
+        self._check_finite("loss", value, where)
         self._check_finite("gradient", float(nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)), where)
         self.optimizer.step()
         self.losses.append(value)
@@ -73,7 +77,13 @@ class Trainer:
             )
 
     def save(self, path: Path, settings: str) -> None:
-        write_tensors(path, self.tensors(), {"step": str(self.step), "settings": settings})
+        """Of processes that share batches, and so have equal weights, the main one writes; the others wait for it."""
+        if processes().writes:
+            write_tensors(path, self.tensors(), {"step": str(self.step), "settings": settings})
+        if processes().by_rows:
+            processes().wait()
+            if saved_step(path, settings) != self.step:
+                raise ValueError(f"{path} is not what the main process wrote; all machines must share the --run folder")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a save holds: weights, moments and losses."""
@@ -139,15 +149,21 @@ def _changed(old: str, new: str) -> str:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yields `asked()`. The first Ctrl-C only sets it, so that the caller can save; the second interrupts."""
+    """Yields `asked()`. The first Ctrl-C only sets it, so that the caller can save; the second interrupts.
+
+    Processes that share batches all answer the same, at the same step. A launcher passes on the Ctrl-C that its processes
+    have had already, so there the second one does nothing (and after half a minute it kills them).
+    """
     asked: list[int] = []
+    several = processes().count > 1
 
     def handle(number, frame):
         asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if several else signal.default_int_handler)
 
     previous = signal.signal(signal.SIGINT, handle)
     try:
-        yield lambda: bool(asked)
+        yield lambda: processes().any(bool(asked))
     finally:
-        signal.signal(signal.SIGINT, previous)
+        if not (several and asked):
+            signal.signal(signal.SIGINT, previous)

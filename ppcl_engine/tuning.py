@@ -17,6 +17,7 @@ from .chain import velocity_loss
 from .config import TuningConfig
 from .data import CalibrationSet
 from .files import TensorFile
+from .parallel import processes
 from .progress import Progress, saved
 from .streaming import Teacher
 from .training import Stopped, Trainer, cosine_schedule, file_mark, saved_step, stop_on_interrupt
@@ -95,11 +96,11 @@ def tune(
             trainer.update(loss_at(trainer.step), rate, what)
             progress.update()
             progress.set_postfix_str(f"loss {trainer.losses[-1]:.4f}", refresh=False)
-            done = trainer.step == config.steps
-            if asked() or done or trainer.step % config.save_every == 0:
+            done, stop = trainer.step == config.steps, asked()
+            if stop or done or trainer.step % config.save_every == 0:
                 trainer.save(path, settings)
                 saved()
-            if asked() and not done:
+            if stop and not done:
                 raise Stopped(f"stopped at step {trainer.step} of {what}; saved. Run the same command to go on")
     return before
 
@@ -113,11 +114,11 @@ def tuning_settings(config: TuningConfig, calibration: CalibrationSet, sources: 
 
 def forget_if_stale(path: Path, settings: str) -> None:
     """Removes a saved training that started from the same parts, which have been trained anew since."""
-    if not path.exists():
-        return
-    old, new = (json.loads(text)["sources"] for text in (TensorFile(path).metadata["settings"], settings))
-    if old.keys() == new.keys() and old != new:
-        path.unlink()
+    if processes().writes and path.exists():
+        old, new = (json.loads(text)["sources"] for text in (TensorFile(path).metadata["settings"], settings))
+        if old.keys() == new.keys() and old != new:
+            path.unlink()
+    processes().wait()
 
 
 def step_draw(config: TuningConfig, calibration: CalibrationSet, step: int) -> tuple[int, int]:
@@ -135,5 +136,6 @@ def tuning_loss(
     velocity: torch.Tensor, teacher: torch.Tensor, data: torch.Tensor | None = None, weight: float = 0.0
 ) -> torch.Tensor:
     """|| v - v_T ||^2 / || v_T ||^2 + weight || v - d ||^2 / || d ||^2, d = noise - clean (flow matching)."""
-    loss = velocity_loss(velocity, teacher)
-    return loss if data is None else loss + weight * velocity_loss(velocity, data)
+    whole = processes().sum
+    loss = velocity_loss(velocity, teacher, whole)
+    return loss if data is None else loss + weight * velocity_loss(velocity, data, whole)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .architectures import BlockState, Inputs
 from .bundle import Students, placed_block
 from .layout import Layout, Place, group_places, layout_of
+from .parallel import processes
 from .plan import PruningPlan, TextGroup
 from .progress import Progress
 from .similarity import NormalEquations, Solution
@@ -40,6 +41,11 @@ class Fit:
     @property
     def name(self) -> str:
         return f"{self.kind} of block {self.place.name}"
+
+    @property
+    def stream(self) -> str:
+        """What the projection is of: "image", "text", or "joint", both as one sequence."""
+        return self.kind.removeprefix("ffn_")
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -85,11 +91,23 @@ def own_pair(fit: Fit, seen: dict[str, torch.Tensor], source_seen: dict[str, tor
     if fit.kind == "text":
         source = source_seen["text_modulated"]
         return source, seen["text_modulated"] - source
-    stream = fit.kind.removeprefix("ffn_")
+    stream = fit.stream
     if fit.form == "gated":
         return seen[f"{stream}_ffn_input"], seen[f"{stream}_ffn_output"]
     before = seen[f"{stream}_before_ffn"]
     return before, seen[f"{stream}_after_ffn"] - before
+
+
+def counted(fit: Fit, state: BlockState, used: tuple[str, ...]) -> torch.Tensor:
+    """Mask [n, tokens] of the tokens that count: no padding, and nothing of a text that nothing reads any more.
+
+    used: streams that are read behind the fit's place.
+    """
+    real = state.real(fit.stream)
+    if fit.stream != "joint" or "text" in used:
+        return real
+    text_tokens = state.text.shape[1]
+    return torch.cat([torch.zeros_like(real[:, :text_tokens]), real[:, text_tokens:]], dim=1)
 
 
 def ridge_solutions(
@@ -109,7 +127,8 @@ def ridge_solutions(
         accumulated = _Accumulation(teacher, students, fits[start : start + chunk], store)
         accumulated.sweep(inputs)
         solutions |= {
-            fit: {part: sums.solve(RIDGE) for part, sums in parts.items()} for fit, parts in accumulated.sums.items()
+            fit: {part: sums.shared(processes().sum).solve(RIDGE) for part, sums in parts.items()}
+            for fit, parts in accumulated.sums.items()
         }
     return solutions
 
@@ -150,10 +169,9 @@ class _Accumulation:
             self.source_seen[place, batch] = {"text_modulated": seen["text_modulated"], "text": after.text}
         for fit, parts in self.sums.items():
             if fit.place == place:
-                stream = "text" if fit.kind == "text" else fit.kind.removeprefix("ffn_")
                 x, y = own_pair(fit, seen, self.source_seen.get((fit.source, batch)))
-                real = state.real(stream)
-                parts["map"].add(x[real], y[real])
+                rows = counted(fit, state, self.teacher.used_streams(place.last))
+                parts["map"].add(x[rows], y[rows])
 
     def _step(self, index: int, after: BlockState, batch: int) -> None:
         """The teacher's text behind a group's last block against the text that its source left."""
@@ -176,7 +194,7 @@ def warnings_of(solutions: Solutions) -> Iterator[str]:
 
 
 def print_warnings(solutions: Solutions) -> None:
-    for line in warnings_of(solutions):
+    for line in warnings_of(solutions) if processes().writes else ():
         tqdm.write(line, file=sys.stderr)
 
 

@@ -32,13 +32,15 @@ LEFT, SIDE = 0.75, 5.1  # of the heat map, inches
 
 
 def alignment_map(places: list[str], alignment: dict[str, torch.Tensor], chosen: list[WidthSite | TextGroup]) -> bytes:
-    """`text` [places, places] as a heat map, `ffn_image` and `ffn_text` [places] beside its rows, on one scale of 1 - CKA."""
+    """`text` [places, places] as a heat map, every kind of FFN [places] beside its rows, on one scale of 1 - CKA. NaN
+    where a place has no such part."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     unlike = {name: (1 - values.double()).clamp_min(1e-5) for name, values in alignment.items()}
     off_diagonal = unlike["text"][~torch.eye(len(places), dtype=torch.bool)]
-    low, high = _decades(torch.cat([off_diagonal, unlike["ffn_image"], unlike["ffn_text"]]))
+    kinds = [kind for kind in SITE_NAMES if kind in unlike and kind != "text"]
+    low, high = _decades(torch.cat([off_diagonal, *(unlike[kind] for kind in kinds)]))
     side = min(SIDE, max(2.6, 0.34 * len(places)))
     height = side + BOTTOM + TOP
     figure, share = new_figure(height), (BOTTOM / height, side / height)
@@ -60,8 +62,8 @@ def alignment_map(places: list[str], alignment: dict[str, torch.Tensor], chosen:
     bar.ax.yaxis.set_major_formatter(FuncFormatter(_cka_text))
     bar.ax.tick_params(labelsize=8, colors=QUIET, length=0, which="both")
     start, apart = LEFT + side + 1.35, 0.22
-    wide = (WIDTH - start - 0.25 - apart) / 2
-    for number, kind in enumerate(("ffn_image", "ffn_text")):
+    wide = (WIDTH - start - 0.25 - apart * (len(kinds) - 1)) / len(kinds)
+    for number, kind in enumerate(kinds):
         strip = figure.add_axes(((start + number * (wide + apart)) / WIDTH, share[0], wide / WIDTH, share[1]))
         on = [s.block for s in chosen if isinstance(s, WidthSite) and s.kind == kind]
         _strip(strip, places, unlike[kind].clamp_min(low), kind, on, side)

@@ -28,19 +28,20 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="session")
-def architecture():
-    return architecture_named("qwen_image")
+def architecture(request):
+    """Qwen-Image, or what a test module names by parametrizing this fixture: all others follow."""
+    return architecture_named(getattr(request, "param", "qwen_image"))
 
 
 @pytest.fixture(scope="session")
 def make_model(architecture):
     """diffusers' own class at the tiny size, with weights so large that every block matters."""
-    from diffusers import QwenImageTransformer2DModel
+    import diffusers
 
     def make(seed: int = 0, **changes) -> torch.nn.Module:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
-            model = QwenImageTransformer2DModel(**{**architecture.tiny_config, **changes}).eval()
+            model = getattr(diffusers, architecture.diffusers_class)(**{**architecture.tiny_config, **changes}).eval()
             for parameter in model.parameters():
                 matrix = parameter.ndim == 2
                 noise = torch.randn_like(parameter)
@@ -77,7 +78,8 @@ def teacher_file(tmp_path_factory, model, save_model) -> Path:
 
 @pytest.fixture(scope="session")
 def padded_inputs(architecture):
-    """Inputs of the tiny model whose captions have different lengths; padding holds noise, not zeros."""
+    """Inputs of the tiny model whose captions have different lengths where it masks them; padding holds noise, not
+    zeros."""
 
     def make(seed: int = 0, samples: int = 6, grid=(1, 2, 3), text_tokens: int = 5) -> dict:
         with torch.random.fork_rng():
@@ -85,6 +87,8 @@ def padded_inputs(architecture):
             inputs = architecture.random_inputs(architecture.tiny_config, samples, grid, text_tokens, "cpu")
             lengths = torch.randint(2, text_tokens + 1, (samples, 1))
         lengths[0] = text_tokens - 2
+        if "encoder_hidden_states_mask" not in inputs:
+            return inputs
         return {**inputs, "encoder_hidden_states_mask": torch.arange(text_tokens) < lengths}
 
     return make

@@ -4,8 +4,10 @@ import contextlib
 
 from hypothesis import strategies as st
 
-from ppcl_engine.plan import FORMS, SITE_KINDS, Interval, PruningPlan, Variant, WidthSite
+from ppcl_engine.architectures import architecture_named
+from ppcl_engine.plan import FORMS, Interval, PruningPlan, Variant, WidthSite
 
+KINDS = architecture_named("qwen_image").site_kinds({}, 0)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -45,12 +47,13 @@ def plans(draw) -> PruningPlan:
     site = st.builds(
         WidthSite,
         block=st.integers(0, blocks - 1),
-        kind=st.sampled_from(SITE_KINDS),
+        kind=st.sampled_from(KINDS),
         form=st.sampled_from(FORMS),
         score=st.none() | FINITE,
         fitted=st.lists(st.sampled_from(["1", "2"]), max_size=2).map(tuple),
     )
     return plan_of(
+        config={"num_layers": blocks},
         num_blocks=blocks,
         intervals=draw(st.permutations(intervals).map(tuple)),
         sites=fitting(blocks, intervals, draw(st.lists(site, max_size=6))),

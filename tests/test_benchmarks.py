@@ -88,6 +88,15 @@ def test_the_chain_of_the_plain_recipe_is_the_teacher_when_students_are(tmp_path
     )
 
 
+def test_parallel(tmp_path, teacher):
+    """One process only: test_parallel.py has the launches."""
+    from benchmarks import parallel
+
+    values = run(parallel, tmp_path, "--teacher", teacher, "--intervals", "1-2 3-4", "--batch", 4, "--processes")
+    (row,) = values["rows"]
+    assert row["ratio"] == 1 and row["largest_difference"] == 0 and row["start_seconds"] > 0
+
+
 def test_removal(tmp_path, teacher):
     values = run(removal, tmp_path, "--teacher", teacher)
     assert [row["blocks"] for row in values["single"]] == ["0", "1", "2", "3", "4", "5"]

@@ -95,7 +95,9 @@ def test_fp8_files(tmp_path, architecture, model, model_config, padded_inputs, s
 
 def test_a_foreign_file_lists_what_is_known(tmp_path):
     write_tensors(tmp_path / "a.safetensors", {f"double_blocks.{i}.weight": torch.ones(1) for i in range(9)})
-    with pytest.raises(ValueError, match="known: qwen_image.*double_blocks.0.weight, double_blocks.1.weight") as caught:
+    with pytest.raises(
+        ValueError, match="known: qwen_image, flux1.*double_blocks.0.weight, double_blocks.1.weight"
+    ) as caught:
         open_model(tmp_path / "a.safetensors")
     assert "\n" not in str(caught.value) and "double_blocks.8" not in str(caught.value)
 

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from ppcl_engine import files
+from ppcl_engine import atomic
 from ppcl_engine.__main__ import STAGES, USER_ERROR, main, read_run_file
 from ppcl_engine.files import write_tensors
 from ppcl_engine.plan import PruningPlan
@@ -101,7 +101,7 @@ def test_a_read_only_place_and_a_full_disk(failing, run_folder, teacher_file, mo
     def full(*arguments, **named):
         raise OSError(errno.ENOSPC, "No space left on device", str(run_folder / "probes" / "block_000.safetensors"))
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     line = failing("probe", "--model", teacher_file, "--run", run_folder)
     assert "No space left on device" in line and "block_000" in line
     assert not list(run_folder.rglob("*.partial")) and not list(run_folder.glob("probes/*.safetensors"))
@@ -130,6 +130,7 @@ def test_dry_run_of_the_twenty_billion_model_needs_no_weights(capsys, tmp_path):
     assert main(["distill-depth", "--model", "qwen_image", "--run", str(tmp_path), "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert "60 blocks, 20.43 B" in text and "resident" in text and "streamed" in text
+    assert "distill-depth with these settings" in text and "of new files" in text
     assert not list(tmp_path.iterdir())
 
 

@@ -76,6 +76,17 @@ def test_files_imports_only_what_replaces_files_whole():
     assert ours and all(n.startswith("ppcl_engine.atomic") for n in ours)
 
 
+def test_accelerate_is_imported_when_several_processes_were_launched():
+    """By one function; one process does without."""
+    assert [file for file, names in FILES.items() if any(n.split(".")[0] == "accelerate" for n in names)] == [
+        "parallel.py"
+    ]
+    tree = ast.parse((ROOT / "parallel.py").read_text(encoding="utf-8"))
+    assert not any(
+        "accelerate" in ast.dump(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
+    )
+
+
 def test_importing_does_not_import_torch_and_prints_nothing():
     code = (
         "import sys, ppcl_engine, ppcl_engine.config, ppcl_engine.plan; from ppcl_engine import PruningPlan; "
@@ -83,6 +94,27 @@ def test_importing_does_not_import_torch_and_prints_nothing():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_looking_at_jobs_does_not_import_torch():
+    """ComfyUI imports the nodes at its start, and they import these."""
+    modules = ", ".join(f"ppcl_engine.jobs.{name}" for name in ("state", "order", "launch", "store"))
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'diffusers', 'numpy'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_one_file_starts_processes():
+    starting = {
+        file for file, names in FILES.items() if {n.split(".")[0] for n in names} & {"subprocess", "multiprocessing"}
+    }
+    assert starting == {"jobs/launch.py"}
+
+
+def test_only_the_command_line_s_side_knows_jobs():
+    """Stages are heard by a listener; they know no job."""
+    knowing = {file for file, names in FILES.items() if any(n.startswith("ppcl_engine.jobs") for n in names)}
+    assert {file for file in knowing if not file.startswith("jobs/")} == set()
 
 
 def test_an_unknown_attribute_is_an_error():

@@ -186,8 +186,8 @@ def test_a_comfyui_file_and_stored_embeddings(folder, tmp_path, dtype):
     weights, codec = Weights(folder), open_codec(folder)
     model, embeddings, run = tmp_path / "comfyui.safetensors", tmp_path / "embeddings.safetensors", tmp_path / "run"
     write_tensors(model, {f"model.diffusion_model.{key}": weights.read(key).to(dtype) for key in weights.keys()})
-    text, mask = codec.text(CAPTIONS)
-    write_tensors(embeddings, {"text": text, "mask": mask, "empty": codec.text([""])[0]})
+    text, mask = codec.text(CAPTIONS).values()
+    write_tensors(embeddings, {"text": text, "mask": mask, "empty": codec.text([""])["encoder_hidden_states"]})
     common = (
         "--model",
         model,

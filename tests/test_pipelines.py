@@ -57,13 +57,13 @@ def test_codec_knows_its_sizes_without_loading_a_model(codec, pipeline):
     assert codec.pixels_per_latent == pipeline.vae_scale_factor == 4
     assert codec.picture_size == (LATENT_SIDE * 4, LATENT_SIDE * 4)
     assert codec.latent_channels == LATENT_CHANNELS
-    assert codec.dtype == torch.float32 and PipelineCodec(codec.folder, "cuda").dtype == torch.bfloat16
+    assert codec.dtype == torch.float32 and open_codec(codec.folder, "cuda").dtype == torch.bfloat16
 
 
 def test_text_is_what_the_pipeline_encodes(codec, pipeline):
     with torch.no_grad():
         expected, expected_mask = pipeline.encode_prompt(CAPTIONS)
-    text, mask = codec.text(CAPTIONS)
+    text, mask = codec.text(CAPTIONS).values()
     assert text.shape[2] == TEXT_WIDTH and text.dtype == torch.float32 and not text.requires_grad
     assert torch.equal(text, expected)
     assert mask.dtype == torch.bool and torch.equal(mask, expected_mask.bool())
@@ -72,17 +72,17 @@ def test_text_is_what_the_pipeline_encodes(codec, pipeline):
 def test_one_caption_has_a_mask_though_the_pipeline_gives_none(codec, pipeline):
     with torch.no_grad():
         expected, expected_mask = pipeline.encode_prompt(CAPTIONS[0])
-    text, mask = codec.text(CAPTIONS[:1])
+    text, mask = codec.text(CAPTIONS[:1]).values()
     assert expected_mask is None and mask.all() and mask.shape == text.shape[:2]
     assert torch.equal(text, expected)
 
 
 def test_many_captions_are_encoded_in_parts(codec):
     captions = ["a" * (i % 5) for i in range(2 * TEXTS_AT_ONCE + 1)]
-    text, mask = codec.text(captions)
+    text, mask = codec.text(captions).values()
     assert len(text) == len(captions) and (text[~mask] == 0).all()
     for i in (0, TEXTS_AT_ONCE + 1, 2 * TEXTS_AT_ONCE):
-        alone, alone_mask = codec.text(captions[i : i + 1])
+        alone, alone_mask = codec.text(captions[i : i + 1]).values()
         torch.testing.assert_close(text[i][mask[i]], alone[0][alone_mask[0]])
 
 
@@ -91,14 +91,14 @@ def test_long_captions_are_cut_where_the_pipeline_cuts_them(codec, pipeline):
     caption = "x" * 600
     with torch.no_grad():
         expected, _ = pipeline.encode_prompt([caption], max_sequence_length=limit)
-    text, mask = codec.text([caption])
+    text, mask = codec.text([caption]).values()
     assert limit == TEXT_TOKENS and mask.shape == (1, limit)
     assert torch.equal(text, expected)
 
 
 def test_pictures_are_decoded_as_the_pipeline_decodes_them(codec, pipeline):
     latents = normal(2, LATENT_CHANNELS, 8, 12)
-    text, mask = codec.text(CAPTIONS[:2])
+    text, mask = codec.text(CAPTIONS[:2]).values()
     pipeline.scheduler.step, step = lambda velocity, t, x, return_dict: (x,), pipeline.scheduler.step
     try:  # a scheduler that stands still: the pipeline decodes the latents it was given
         tokens = architecture_named("qwen_image").pack(latents)
@@ -137,15 +137,15 @@ def test_latents_and_pictures_undo_each_other_normalisation(codec, monkeypatch):
 
 
 def test_release_frees_both_models_and_the_codec_still_works(folder):
-    codec = PipelineCodec(folder)
-    text, _ = codec.text(CAPTIONS)
+    codec = open_codec(folder)
+    text, _ = codec.text(CAPTIONS).values()
     codec.pictures(normal(1, LATENT_CHANNELS, 2, 2))
     kept = [weakref.ref(codec._text_pipeline.text_encoder), weakref.ref(codec._vae)]
     gc.collect()
     assert all(reference() is not None for reference in kept)
     codec.release()
     assert all(reference() is None for reference in kept)
-    assert torch.equal(codec.text(CAPTIONS)[0], text)
+    assert torch.equal(codec.text(CAPTIONS)["encoder_hidden_states"], text)
 
 
 @pytest.mark.parametrize("steps, guidance", [(2, 3.5), (5, 2.0), (3, 1.0)])
@@ -188,7 +188,7 @@ def edit_json(file, **changes):
 
 
 def edit_class(copy):
-    edit_json(copy / "model_index.json", _class_name="FluxPipeline")
+    edit_json(copy / "model_index.json", _class_name="SanaPipeline")
 
 
 def edit_scheduler(copy):
@@ -207,7 +207,7 @@ def cut_weights(copy):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (edit_class, r"is of a FluxPipeline; known pipelines: QwenImagePipeline$"),
+        (edit_class, r"is of a SanaPipeline; known pipelines: QwenImagePipeline, FluxPipeline, StableDiffusion3Pipeline$"),
         (edit_scheduler, r"is of a UniPCMultistepScheduler; known schedulers: FlowMatchEulerDiscreteScheduler$"),
         (lambda copy: shutil.rmtree(copy / "scheduler"), r"has no scheduler/scheduler_config.json; download"),
         (lambda copy: shutil.rmtree(copy / "vae"), r"has no vae/config.json; download"),
@@ -246,7 +246,7 @@ def test_sharded_transformer_is_read_and_equals_diffusers(folder, pipeline, code
     architecture = architecture_named("qwen_image")
     assert Weights(folder).num_blocks == 6 and Weights(folder).architecture.name == "qwen_image"
     model = open_model(folder)
-    text, mask = codec.text(CAPTIONS)
+    text, mask = codec.text(CAPTIONS).values()
     latents = normal(len(CAPTIONS), LATENT_CHANNELS, 8, 12)
     inputs = {
         "hidden_states": architecture.pack(latents),
@@ -263,7 +263,7 @@ def test_sharded_transformer_is_read_and_equals_diffusers(folder, pipeline, code
 
 def test_an_all_true_mask_means_the_same_as_the_pipelines_none(pipeline, codec):
     architecture = architecture_named("qwen_image")
-    text, mask = codec.text(CAPTIONS[:1])
+    text, mask = codec.text(CAPTIONS[:1]).values()
     inputs = architecture.random_inputs(dict(pipeline.transformer.config), 1, (1, 4, 6), text.shape[1], "cpu")
     inputs |= {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
     without = {name: t for name, t in inputs.items() if name != "encoder_hidden_states_mask"}

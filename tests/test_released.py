@@ -37,7 +37,7 @@ def teacher(make_model):
 
 @pytest.fixture
 def config(architecture):
-    return architecture.with_num_blocks(architecture.tiny_config, len(KEPT))
+    return architecture.with_blocks(architecture.tiny_config, KEPT)
 
 
 @pytest.fixture
@@ -240,11 +240,11 @@ def test_inspect_says_what_a_folder_holds(tmp_path, teacher, config, capsys):
 
 def test_the_published_blocks(architecture, tmp_path):
     full = architecture.model_configs["qwen_image"]
-    intervals = published_intervals(architecture, architecture.with_num_blocks(full, 35))
+    intervals = published_intervals(architecture, architecture.with_blocks(full, range(35)))
     kept = teacher_indices(35, intervals)
     assert kept == sorted(set(range(60)) - {b for i in intervals for b in i.blocks[1:]}) and len(kept) == 35
-    assert published_intervals(architecture, architecture.with_num_blocks(full, 40)) is None
-    tiny = architecture.with_num_blocks(architecture.tiny_config, 35)
+    assert published_intervals(architecture, architecture.with_blocks(full, range(40))) is None
+    tiny = architecture.with_blocks(architecture.tiny_config, range(35))
     assert published_intervals(architecture, tiny) is None
     assert published_intervals(architecture, tiny, 60) == intervals
     assert teacher_indices(6, parse_intervals("1-2 5-6")) == KEPT
@@ -257,7 +257,7 @@ def full_size_lists(kept: list[int], text=TEXT_10B, ffn=FFN_10B, steps=(37, 41, 
 
 @pytest.mark.parametrize("size, billions", [("12B", 11.93), ("10B", 10.60)])
 def test_the_released_sizes(architecture, size, billions):
-    config = architecture.with_num_blocks(architecture.model_configs["qwen_image"], 35)
+    config = architecture.with_blocks(architecture.model_configs["qwen_image"], range(35))
     kept = teacher_indices(35, published_intervals(architecture, config))
     lists = full_size_lists(kept) if size == "10B" else {}
     layout = released_layout(architecture, {**config, **lists}, size)

@@ -40,7 +40,8 @@ def make_run(folder, intervals=INTERVALS[0], reader=False, bootstrap=3):
     names = tuple(i.name for i in parts)
     variants = (Variant(name="full", parameters=5000), Variant(name="small & <b>", intervals=names, parameters=4000))
     plan = PruningPlan(
-        architecture="qwen_image", config={}, num_blocks=BLOCKS, fingerprint="f" * 64, intervals=parts, variants=variants,
+        architecture="qwen_image", config={"num_layers": BLOCKS}, num_blocks=BLOCKS, fingerprint="f" * 64,
+        intervals=parts, variants=variants,
         provenance={"tool": "ppcl", "source_model": "<i>model</i>", "calibration": "c" * 64, "seed": 0},
     )  # fmt: skip
     write_text(folder / "plan.json", plan.to_json())

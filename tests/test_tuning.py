@@ -105,7 +105,7 @@ def test_a_live_subset_is_the_assembled_variant_and_its_gradients_reach_the_part
     expected.backward()
     compared = 0
     for place in layout_of(plan, variant).places:
-        block = model.get_submodule(teacher.architecture.block_prefix(place.index)[:-1])
+        block = model.get_submodule(teacher.architecture.block_prefix(teacher.config, place.index)[:-1])
         for name, ours, theirs in _pairs(teacher.architecture, parts, place, block):
             assert theirs is None or torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7), (place.name, name)
             compared += theirs is not None

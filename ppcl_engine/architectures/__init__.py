@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .base import Architecture, BlockState, Inputs
+from .base import Architecture, BlockState, Inputs, Part, placed
+from .flux1 import Flux1
 from .projections import SharedText
 from .qwen_image import QwenImage
+from .sd35 import SD35
 
-ARCHITECTURES: tuple[Architecture, ...] = (QwenImage(),)
+ARCHITECTURES: tuple[Architecture, ...] = (QwenImage(), Flux1(), SD35())
 
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "BlockState",
     "Inputs",
+    "Part",
     "SharedText",
     "architecture_named",
     "detect_architecture",
+    "placed",
 ]
 
 

@@ -6,7 +6,7 @@ architecture has (rotary tables, masks, guidance) travels inside the state and i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,6 +17,16 @@ from .projections import SharedText
 
 Inputs = dict[str, torch.Tensor]
 """What one forward reads, named as diffusers names it, plus `grid` [images, 3] (frames, rows, columns)."""
+
+
+def placed(inputs: Inputs, device: str | torch.device, dtype: torch.dtype) -> Inputs:
+    """On the device, in `dtype`; timesteps keep their precision, the grid stays where it is."""
+
+    def moved(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        floating = tensor.is_floating_point() and name != "timestep"
+        return tensor.to(device, dtype if floating else tensor.dtype)
+
+    return {name: t if name == "grid" else moved(name, t) for name, t in inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,13 @@ class BlockState:
         return replace(self, image=image, text=text)
 
     def stream(self, name: str) -> torch.Tensor:
-        return getattr(self, name)
+        """ "image", "text", or "joint": text and image as one sequence, text first."""
+        return torch.cat([self.text, self.image], dim=1) if name == "joint" else getattr(self, name)
 
     def real(self, name: str) -> torch.Tensor:
         """Mask [n, tokens] of the tokens that are not padding."""
+        if name == "joint":
+            return torch.cat([self.real("text"), self.real("image")], dim=1)
         tokens = self.stream(name)
         if name == "text" and self.text_mask is not None:
             return self.text_mask
@@ -65,6 +78,16 @@ class ReleasedNames:
     intervals: dict[str, tuple[int, int, str]]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor of ours lies in ComfyUI's layout: in the tensor `name`, whose rows are cut into `of` equal parts.
+    `pieces`: those that are ours, in our order."""
+
+    name: str
+    pieces: tuple[int, ...] = (0,)
+    of: int = 1
+
+
 class Architecture(Protocol):
     """One registered architecture. Configurations are dicts with diffusers' own names."""
 
@@ -74,6 +97,8 @@ class Architecture(Protocol):
     """stream -> the name of a block's argument that brings it"""
     block_returns: tuple[str, ...]
     """the streams in the order in which a block returns them"""
+    caption_inputs: tuple[str, ...]
+    """what the model reads of captions, by diffusers' names, a row each; the text itself first"""
     timestep_modulations: tuple[str, ...]
     """a block's linear maps that read silu(conditioning), each behind its activation in a Sequential; empty: none that
     can be folded"""
@@ -83,6 +108,10 @@ class Architecture(Protocol):
     """full-size models by name; the first is the default"""
     projection_names: dict[str, dict[str, str]]
     """site kind -> part ("map", "step") -> the sub-module of a projected block that is this linear map"""
+    replaced_names: dict[str, tuple[str, ...]]
+    """site kind -> beginnings of a block's tensors that its projection leaves no place for"""
+    cut_names: dict[tuple[str, str], tuple[str, ...]]
+    """(site kind, form) -> beginnings of those of which a first part alone is left"""
     released: ReleasedNames | None
     """None where the method's authors published no pruned model"""
 
@@ -92,17 +121,27 @@ class Architecture(Protocol):
 
     def num_blocks(self, config: dict) -> int: ...
 
-    def with_num_blocks(self, config: dict, count: int) -> dict: ...
+    def sections(self, config: dict) -> tuple[range, ...]:
+        """Runs of blocks of one kind, which an interval may not leave."""
+        ...
+
+    def with_blocks(self, config: dict, indices: Sequence[int]) -> dict:
+        """Of the model that has these blocks alone."""
+        ...
 
     def width(self, config: dict) -> int: ...
 
-    def block_prefix(self, index: int) -> str: ...
+    def block_prefix(self, config: dict, index: int) -> str: ...
 
     def build_block(self, config: dict, index: int) -> nn.Module: ...
 
     def build_outer(self, config: dict) -> nn.Module: ...
 
     def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module: ...
+
+    def site_kinds(self, config: dict, index: int) -> tuple[str, ...]:
+        """What projections can replace in a block."""
+        ...
 
     def project_ffn(self, block: nn.Module, kind: str, form: str) -> None: ...
 
@@ -117,11 +156,12 @@ class Architecture(Protocol):
         ...
 
     def reference_timesteps(self, config: dict) -> tuple[float, ...]:
-        """Timesteps that every forward reads besides its own (an edit model's reference: 0)."""
+        """Where modulations can be folded: timesteps that every forward reads besides its own (an edit model's
+        reference: 0)."""
         ...
 
     def time_conditioning(self, embedder: nn.Module, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """What the time embedder makes of timesteps [n] in a model of this precision."""
+        """Where modulations can be folded: what the time embedder makes of timesteps [n] in a model of this precision."""
         ...
 
     def used_streams(self, config: dict, index: int) -> tuple[str, ...]: ...
@@ -142,10 +182,19 @@ class Architecture(Protocol):
 
     def latent_shape(self, config: dict, height: int, width: int) -> tuple[int, int, int]: ...
 
+    def takes_guidance(self, config: Mapping) -> bool:
+        """Whether guidance is an input of the model, so that one forward gives the guided velocity."""
+        ...
+
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor: ...
 
-    def to_comfyui(self, key: str) -> str: ...
+    def to_comfyui(self, key: str, keys: Collection[str]) -> Part:
+        """Of every tensor by diffusers' name, in a model that has tensors of the names `keys`. Raises KeyError for a
+        name that is none."""
+        ...
 
-    def from_comfyui(self, key: str) -> str: ...
+    def from_comfyui(self, name: str) -> tuple[str, ...]:
+        """diffusers' names of what lies in a tensor of ComfyUI's layout; any other name comes back as it is."""
+        ...
 
     def random_inputs(self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str) -> Inputs: ...

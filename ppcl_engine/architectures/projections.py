@@ -6,6 +6,9 @@ inference; which sub-module of a block each replaces is the architecture's busin
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -27,9 +30,20 @@ class PaddedModulation(nn.Sequential):
     """
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        first = super().forward(conditioning)
-        zeros = torch.zeros_like(first[..., : first.shape[-1] // 3])
-        return torch.cat([first, zeros, zeros, zeros + 1], dim=-1)
+        return padded(super().forward(conditioning))
+
+
+class PaddedLinear(nn.Linear):
+    """The same where a block keeps the modulation's linear map alone."""
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        return padded(super().forward(conditioning))
+
+
+def padded(first: torch.Tensor) -> torch.Tensor:
+    """[..., 3 d] -> [..., 6 d], the second half shift 0, scale 0, gate 1"""
+    zeros = torch.zeros_like(first[..., : first.shape[-1] // 3])
+    return torch.cat([first, zeros, zeros, zeros + 1], dim=-1)
 
 
 class FixedModulation(nn.Module):
@@ -58,8 +72,83 @@ class ProjectedText(nn.Module):
         return self.projection(modulated) + modulated
 
 
+class ProjectedNorm(nn.Module):
+    """`ProjectedText` where norm and modulation are one module: it also returns attention's gate and the FFN's shift,
+    scale and gate, all zeros but the FFN's gate where the group steps the text."""
+
+    def __init__(self, projection: nn.Linear, source: SharedText, steps: bool):
+        super().__init__()
+        self.projection, self.source, self.steps = projection, source, steps
+
+    def forward(self, _: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        modulated = self.source.value
+        assert modulated is not None, "the block before a text group has to run before the group"
+        zeros = torch.zeros_like(modulated[:, 0])
+        return self.projection(modulated) + modulated, zeros, zeros, zeros, zeros + float(self.steps)
+
+
+class AddedProjection(nn.Linear):
+    """[attention, P(x)] -> W attention + b + P(x): what is left of a map that joined attention and FFN."""
+
+    def forward(self, joined: torch.Tensor) -> torch.Tensor:
+        attention, projected = joined.chunk(2, dim=-1)
+        return super().forward(attention) + projected
+
+
 class Nothing(nn.Module):
     """Zeros in the shape of its input: an output that a gate of zero would drop anyway."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x)
+
+
+def linear_like(like: nn.Linear, width_in: int, width_out: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+    """A new linear map on the device and in the precision of `like`; zero, so that P(x) + x starts as x."""
+    new = kind(width_in, width_out, device=like.weight.device, dtype=like.weight.dtype)
+    nn.init.zeros_(new.weight)
+    nn.init.zeros_(new.bias)
+    return new.requires_grad_(like.weight.requires_grad)
+
+
+def cut_linear(linear: nn.Linear, width_in: int, width_out: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+    """A copy of the first rows and columns."""
+    cut = linear_like(linear, width_in, width_out, kind)
+    with torch.no_grad():
+        cut.weight.copy_(linear.weight[:width_out, :width_in])
+        cut.bias.copy_(linear.bias[:width_out])
+    return cut
+
+
+def publish(block: nn.Module, text_map: nn.Module, source: SharedText) -> None:
+    """What enters `text_map`, a block's first map of the modulated text, is kept for the group behind the block."""
+
+    def keep(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        source.value = arguments[0]
+
+    block.shared_text = source
+    text_map.register_forward_pre_hook(keep)
+
+
+@contextmanager
+def watched(
+    block: nn.Module, inputs: Mapping[str, str], outputs: Mapping[str, str], returns: Sequence[str]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """What parts of a block read and give while it runs, by names of our own (sub-module -> name); `returns`: names of
+    what the block returns before a correction. A part that gives several tensors is seen as the tuple."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def ends(module: nn.Module, arguments, results: tuple[torch.Tensor, ...]) -> None:
+        seen.update(zip(returns, results, strict=True))
+
+    handles = [block.register_forward_hook(ends, prepend=True)]
+    for part, name in inputs.items():
+        hook = lambda module, arguments, name=name: seen.__setitem__(name, arguments[0])  # noqa: E731
+        handles.append(block.get_submodule(part).register_forward_pre_hook(hook))
+    for part, name in outputs.items():
+        hook = lambda module, arguments, result, name=name: seen.__setitem__(name, result)  # noqa: E731
+        handles.append(block.get_submodule(part).register_forward_hook(hook))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

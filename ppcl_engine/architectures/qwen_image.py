@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from .base import BlockState, Inputs, ReleasedNames
+from .base import BlockState, Inputs, Part, ReleasedNames
 from .folded import first_half, fold_block, fold_embedder, folding_of, unfolded_config
-from .projections import FixedModulation, Nothing, PaddedModulation, ProjectedText, SharedText
+from .packing import PackedLatents
+from .projections import (
+    FixedModulation,
+    Nothing,
+    PaddedModulation,
+    ProjectedText,
+    SharedText,
+    linear_like,
+    publish,
+    watched,
+)
 
-VAE_PIXELS = 8  # pixels a latent position of its VAE covers
 STREAMS = {"image": "img", "text": "txt"}  # as the names of a block's parts begin
 ROTARY_SHARES = (2, 7, 7)  # of 16: frame, row, column; 16, 56, 56 of 128 in the released model
 
 
-class QwenImage:
+class QwenImage(PackedLatents):
     name = "qwen_image"
     diffusers_class = "QwenImageTransformer2DModel"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
     block_returns = ("text", "image")
+    caption_inputs = ("encoder_hidden_states", "encoder_hidden_states_mask")
     timestep_modulations = ("img_mod.1", "txt_mod.1")
     time_embedder = "time_text_embed"
     model_configs = {
@@ -41,6 +51,12 @@ class QwenImage:
         "ffn_text": {"map": "txt_mlp"},
         "text": {"map": "txt_norm1.projection", "step": "txt_mlp"},
     }
+    replaced_names = {
+        "ffn_image": ("img_mlp.",),
+        "ffn_text": ("txt_mlp.",),
+        "text": ("txt_mod.", "txt_mlp.", "attn.to_add_out."),
+    }
+    cut_names = {("ffn_image", "paper"): ("img_mod.",), ("ffn_text", "paper"): ("txt_mod.",)}
     released = ReleasedNames(
         lists={"text": "single_stream_index", "step": "ehs_proj_index", "ffn": "ffn_proj_index"},
         projections={
@@ -89,13 +105,16 @@ class QwenImage:
     def num_blocks(self, config: dict) -> int:
         return config["num_layers"]
 
-    def with_num_blocks(self, config: dict, count: int) -> dict:
-        return {**config, "num_layers": count}
+    def sections(self, config: dict) -> tuple[range, ...]:
+        return (range(config["num_layers"]),)
+
+    def with_blocks(self, config: dict, indices: Sequence[int]) -> dict:
+        return {**config, "num_layers": len(indices)}
 
     def width(self, config: dict) -> int:
         return config["attention_head_dim"] * config["num_attention_heads"]
 
-    def block_prefix(self, index: int) -> str:
+    def block_prefix(self, config: dict, index: int) -> str:
         return f"transformer_blocks.{index}."
 
     def build_block(self, config: dict, index: int) -> nn.Module:
@@ -169,12 +188,15 @@ class QwenImage:
         state = state.with_streams(image, text)
         return state if shared is None else replace(state, modulated_text=shared.value)
 
+    def site_kinds(self, config: dict, index: int) -> tuple[str, ...]:
+        return ("text", "ffn_image", "ffn_text")
+
     def project_ffn(self, block: nn.Module, kind: str, form: str) -> None:
         """paper: x + P(x) behind attention, modulation 6 d -> 3 d. gated: P between modulation and gate."""
         stream = STREAMS[kind.removeprefix("ffn_")]
         modulation = getattr(block, f"{stream}_mod")
         width = modulation[1].out_features // 6
-        setattr(block, f"{stream}_mlp", _linear_like(modulation[1], width, width))
+        setattr(block, f"{stream}_mlp", linear_like(modulation[1], width, width))
         if form == "paper":
             setattr(block, f"{stream}_mod", PaddedModulation(modulation[0], first_half(modulation[1])))
             setattr(block, f"{stream}_norm2", nn.Identity())
@@ -185,46 +207,24 @@ class QwenImage:
         width = like.in_features
         block.shared_text = source
         block.txt_mod = FixedModulation(width, steps)
-        block.txt_norm1 = ProjectedText(_linear_like(like, width, width), source)
+        block.txt_norm1 = ProjectedText(linear_like(like, width, width), source)
         block.txt_norm2 = nn.Identity()
-        block.txt_mlp = _linear_like(like, width, width) if steps else Nothing()
+        block.txt_mlp = linear_like(like, width, width) if steps else Nothing()
         block.attn.to_add_out = nn.Identity()
 
     def publish_text(self, block: nn.Module, source: SharedText) -> None:
         """The text that enters joint attention is kept for the group behind this block."""
-
-        def keep(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            source.value = arguments[0]
-
-        block.shared_text = source
-        block.attn.add_q_proj.register_forward_pre_hook(keep)
+        publish(block, block.attn.add_q_proj, source)
 
     def observe(self, block: nn.Module, state: BlockState) -> tuple[BlockState, dict[str, torch.Tensor]]:
         """Runs the block; also what its parts saw: `text_modulated`, and for each stream `<stream>_` + `before_ffn`,
         `ffn_input`, `ffn_output`, `after_ffn` (before a correction). All [n, tokens, d]."""
-        seen: dict[str, torch.Tensor] = {}
-
-        def inputs(name: str):
-            return lambda module, arguments: seen.__setitem__(name, arguments[0])
-
-        def outputs(name: str):
-            return lambda module, arguments, result: seen.__setitem__(name, result)
-
-        def ends(module, arguments, results) -> None:
-            seen.update(zip(("text_after_ffn", "image_after_ffn"), results, strict=True))
-
-        handles = [block.attn.add_q_proj.register_forward_pre_hook(inputs("text_modulated")),
-                   block.register_forward_hook(ends, prepend=True)]  # fmt: skip
-        for stream, short in STREAMS.items():
-            mlp = getattr(block, f"{short}_mlp")
-            handles.append(getattr(block, f"{short}_norm2").register_forward_pre_hook(inputs(f"{stream}_before_ffn")))
-            handles.append(mlp.register_forward_pre_hook(inputs(f"{stream}_ffn_input")))
-            handles.append(mlp.register_forward_hook(outputs(f"{stream}_ffn_output")))
-        try:
+        inputs = {"attn.add_q_proj": "text_modulated"}
+        inputs |= {f"{short}_norm2": f"{stream}_before_ffn" for stream, short in STREAMS.items()}
+        inputs |= {f"{short}_mlp": f"{stream}_ffn_input" for stream, short in STREAMS.items()}
+        outputs = {f"{short}_mlp": f"{stream}_ffn_output" for stream, short in STREAMS.items()}
+        with watched(block, inputs, outputs, ("text_after_ffn", "image_after_ffn")) as seen:
             return self.run_block(block, state), seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def final_image(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
         return state.image
@@ -233,29 +233,8 @@ class QwenImage:
         conditioning = state.conditioning.chunk(2)[0] if outer.zero_cond_t else state.conditioning
         return outer.proj_out(outer.norm_out(state.image, conditioning))
 
-    def pack(self, latents: torch.Tensor) -> torch.Tensor:
-        """[n, c, h, w] -> tokens [n, h/2 * w/2, 4c], as diffusers' pipeline packs them."""
-        n, c, h, w = latents.shape
-        return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, 4 * c)
-
-    def unpack(self, tokens: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-        """The inverse of `pack` for the first picture of `grid` [pictures, 3]."""
-        _, rows, columns = grid[0].tolist()
-        n, _, channels = tokens.shape
-        tokens = tokens[:, : rows * columns].reshape(n, rows, columns, channels // 4, 2, 2)
-        return tokens.permute(0, 3, 1, 4, 2, 5).reshape(n, channels // 4, rows * 2, columns * 2)
-
-    def grid(self, latents: torch.Tensor) -> torch.Tensor:
-        """[1, 3] (frames, rows, columns) of tokens"""
-        return torch.tensor([[1, latents.shape[-2] // 2, latents.shape[-1] // 2]])
-
-    def latent_shape(self, config: dict, height: int, width: int) -> tuple[int, int, int]:
-        """(channels, rows, columns) of a picture in pixels. Raises ValueError for sizes that do not divide."""
-        if height % (2 * VAE_PIXELS) or width % (2 * VAE_PIXELS):
-            raise ValueError(
-                f"{height} x {width} pixels is not a multiple of {2 * VAE_PIXELS}; change --height, --width"
-            )
-        return config["in_channels"] // 4, height // VAE_PIXELS, width // VAE_PIXELS
+    def takes_guidance(self, config: Mapping) -> bool:
+        return False
 
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
         """diffusers' own forward on our inputs."""
@@ -268,11 +247,11 @@ class QwenImage:
             return_dict=False,
         )[0]
 
-    def to_comfyui(self, key: str) -> str:
-        return key  # ComfyUI kept diffusers' names for Qwen-Image
+    def to_comfyui(self, key: str, keys: Collection[str] = ()) -> Part:
+        return Part(key)  # ComfyUI kept diffusers' names for Qwen-Image
 
-    def from_comfyui(self, key: str) -> str:
-        return key
+    def from_comfyui(self, name: str) -> tuple[str, ...]:
+        return (name,)
 
     def random_inputs(self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str) -> Inputs:
         """Standard normal inputs of this shape, for tests, timing and counting."""
@@ -294,11 +273,3 @@ class QwenImage:
         sizes = [frames * rows * columns for frames, rows, columns in inputs["grid"].tolist()]
         row = torch.tensor([0] * sizes[0] + [1] * sum(sizes[1:]), dtype=torch.int)
         return row.to(inputs["hidden_states"].device).expand(len(inputs["timestep"]), -1)
-
-
-def _linear_like(like: nn.Linear, width_in: int, width_out: int) -> nn.Linear:
-    """A new linear map on the device and in the precision of `like`; zero, so that P(x) + x starts as x."""
-    new = nn.Linear(width_in, width_out, device=like.weight.device, dtype=like.weight.dtype)
-    nn.init.zeros_(new.weight)
-    nn.init.zeros_(new.bias)
-    return new.requires_grad_(like.weight.requires_grad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -33,6 +34,15 @@ class Task:
         if not 0 < self.selection_batches <= len(self.calibration):
             raise ValueError(f"selection needs {self.selection_batches} batches of {len(self.calibration)}")
 
+    @property
+    def quotas(self) -> tuple[tuple[range, int], ...]:
+        """(blocks of one kind, how many of them to remove): the same share of each kind, so that every method removes
+        the same parameters; the only block of its kind stays."""
+        sections = self.teacher.architecture.sections(self.teacher.config)
+        ends = list(accumulate((len(s) if len(s) > 1 else 0 for s in sections), initial=0))
+        removed = [(2 * self.remove * end + ends[-1]) // (2 * ends[-1]) for end in ends]
+        return tuple((s, after - before) for s, before, after in zip(sections, removed, removed[1:], strict=False))
+
     def selection_inputs(self) -> list[Inputs]:
         return [self.calibration.inputs(batch) for batch in range(self.selection_batches)]
 
@@ -60,6 +70,12 @@ def lowest(scores: dict[int, float], count: int) -> tuple[int, ...]:
     if count > len(scores):
         raise ValueError(f"{count} blocks cannot be removed, only {len(scores)} are eligible; remove fewer")
     return tuple(sorted(sorted(scores, key=lambda index: (scores[index], index))[:count]))
+
+
+def lowest_of(task: Task, scores: dict[int, float]) -> tuple[int, ...]:
+    """`lowest` among the blocks of each kind."""
+    chosen = [lowest({i: scores[i] for i in blocks if i in scores}, count) for blocks, count in task.quotas]
+    return tuple(index for part in chosen for index in part)
 
 
 def change_scores(

@@ -17,7 +17,7 @@ from ..chain import FORWARD, FORWARD_BACKWARD, WARM_UP, WEIGHT_DECAY, Budget, st
 from ..losses import direction
 from ..similarity import cka, linear_gram
 from ..training import Trainer, cosine_schedule
-from .base import Pruned, Task, copied, lowest, without_each
+from .base import Pruned, Task, copied, lowest_of, without_each
 
 TOKENS = 4  # of every sample, evenly spaced: more of one picture's tokens say little new
 
@@ -34,11 +34,15 @@ def select(task: Task, budget: Budget) -> tuple[int, ...]:
         for i, state in without.items():
             rows[i].append(_few_tokens(task, state))
     full_gram = linear_gram(torch.cat(full_rows))
-    return lowest({i: 1 - float(cka(linear_gram(torch.cat(r)), full_gram)) for i, r in rows.items()}, task.remove)
+    return lowest_of(task, {i: 1 - float(cka(linear_gram(torch.cat(r)), full_gram)) for i, r in rows.items()})
 
 
 def prune(task: Task, budget: Budget, removed: tuple[int, ...] | None = None) -> Pruned:
-    intervals, places = runs_with_students(removed or select(task, budget), task.teacher.num_blocks)
+    removed, intervals, places = removed or select(task, budget), [], {}
+    for blocks, _ in task.quotas:  # a student is of the kind of what it replaces
+        runs, moved = runs_with_students([blocks.index(i) for i in removed if i in blocks], len(blocks))
+        intervals += [(blocks[u], blocks[v]) for u, v in runs]
+        places |= {blocks[u]: blocks[place] for u, place in moved.items()}
     return train_sequential(task, budget, intervals, places)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..chain import Budget
-from .base import Pruned, Task, change_scores, copied, distilled, lowest
+from .base import Pruned, Task, change_scores, copied, distilled, lowest_of
 
 
 def block_influence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -14,7 +14,7 @@ def block_influence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
 
 def select(task: Task, budget: Budget) -> tuple[int, ...]:
-    return lowest(change_scores(task, budget, block_influence), task.remove)
+    return lowest_of(task, change_scores(task, budget, block_influence))
 
 
 def prune(task: Task, budget: Budget, removed: tuple[int, ...] | None = None) -> Pruned:

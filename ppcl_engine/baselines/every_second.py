@@ -15,7 +15,7 @@ def evenly_spaced(num_blocks: int, remove: int) -> tuple[int, ...]:
 
 
 def select(task: Task, budget: Budget) -> tuple[int, ...]:
-    return evenly_spaced(task.teacher.num_blocks, task.remove)
+    return tuple(blocks[i] for blocks, count in task.quotas if count for i in evenly_spaced(len(blocks), count))
 
 
 def prune(task: Task, budget: Budget, removed: tuple[int, ...] | None = None) -> Pruned:

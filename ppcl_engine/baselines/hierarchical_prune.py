@@ -14,16 +14,16 @@ from torch import nn
 from ..architectures import BlockState
 from ..chain import Budget, ExtraLoss, velocity_loss
 from ..losses import relative_mse
-from .base import Pruned, Task, copied, distilled, lowest, without_each
+from .base import Pruned, Task, copied, distilled, lowest_of, without_each
 
 ELIGIBLE_SHARE = 2 / 3
 FEATURE_WEIGHT = 1e-4
 
 
 def select(task: Task, budget: Budget, eligible_share: float = ELIGIBLE_SHARE) -> tuple[int, ...]:
-    """The lowest velocity errors without block i, among the last `eligible_share` of the blocks."""
+    """The lowest velocity errors without block i, among the last `eligible_share` of the blocks (of each kind)."""
     teacher = task.teacher
-    eligible = range(teacher.num_blocks - math.ceil(eligible_share * teacher.num_blocks), teacher.num_blocks)
+    eligible = [i for blocks, _ in task.quotas for i in blocks[len(blocks) - math.ceil(eligible_share * len(blocks)) :]]
     scores = dict.fromkeys(eligible, 0.0)
     for inputs in task.selection_inputs():
         full, without = without_each(task, budget, inputs, eligible)
@@ -31,7 +31,7 @@ def select(task: Task, budget: Budget, eligible_share: float = ELIGIBLE_SHARE) -
             target = teacher.architecture.finish(teacher.outer, full)
             for i, state in without.items():
                 scores[i] += float(velocity_loss(teacher.architecture.finish(teacher.outer, state), target))
-    return lowest(scores, task.remove)
+    return lowest_of(task, scores)
 
 
 def prune(task: Task, budget: Budget, removed: tuple[int, ...] | None = None) -> Pruned:

@@ -6,7 +6,7 @@ import torch
 
 from ..chain import Budget
 from ..losses import relative_mse
-from .base import Pruned, Task, change_scores, copied, distilled, lowest
+from .base import Pruned, Task, change_scores, copied, distilled, lowest_of
 
 
 def relative_change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -15,7 +15,7 @@ def relative_change(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 
 
 def select(task: Task, budget: Budget) -> tuple[int, ...]:
-    return lowest(change_scores(task, budget, relative_change), task.remove)
+    return lowest_of(task, change_scores(task, budget, relative_change))
 
 
 def prune(task: Task, budget: Budget, removed: tuple[int, ...] | None = None) -> Pruned:

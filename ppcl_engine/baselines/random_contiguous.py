@@ -42,7 +42,9 @@ def _lengths(remove: int, count: int, generator: torch.Generator) -> list[int]:
 
 
 def select(task: Task, budget: Budget) -> tuple[int, ...]:
-    return random_runs(task.teacher.num_blocks, task.remove, task.seed)
+    return tuple(
+        blocks[i] for blocks, count in task.quotas if count for i in random_runs(len(blocks), count, task.seed)
+    )
 
 
 def prune(task: Task, budget: Budget, removed: tuple[int, ...] | None = None) -> Pruned:

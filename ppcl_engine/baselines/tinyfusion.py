@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import torch
@@ -49,6 +50,15 @@ def groups_of(num_blocks: int, remove: int) -> list[tuple[range, int]]:
     return [(range(ends[j], ends[j + 1]), removed[j + 1] - removed[j]) for j in range(count)]
 
 
+def task_groups(task: Task) -> list[tuple[range, int]]:
+    """`groups_of` the blocks of each kind."""
+    return [
+        (range(blocks.start + group.start, blocks.start + group.stop), removed)
+        for blocks, count in task.quotas
+        for group, removed in groups_of(len(blocks), count)
+    ]
+
+
 def patterns_of(size: int, remove: int) -> torch.Tensor:
     """[patterns, size] of ones (kept) and zeros: every way to remove `remove` of `size` blocks."""
     choices = list(combinations(range(size), remove))
@@ -61,10 +71,10 @@ def patterns_of(size: int, remove: int) -> torch.Tensor:
 class Gates(nn.Module):
     """One learned distribution over patterns for each group, and its moving average."""
 
-    def __init__(self, num_blocks: int, remove: int):
+    def __init__(self, groups: Sequence[tuple[range, int]]):
         super().__init__()
-        self.groups = [blocks for blocks, _ in groups_of(num_blocks, remove)]
-        self.patterns = [patterns_of(len(blocks), count) for blocks, count in groups_of(num_blocks, remove)]
+        self.groups = [blocks for blocks, _ in groups]
+        self.patterns = [patterns_of(len(blocks), count) for blocks, count in groups]
         self.logits = nn.ParameterList(nn.Parameter(torch.zeros(len(patterns))) for patterns in self.patterns)
         self.average = [torch.zeros(len(patterns)) for patterns in self.patterns]
 
@@ -104,7 +114,7 @@ def add_low_rank(block: nn.Module, rank: int, generator: torch.Generator) -> lis
 
 def select(task: Task, budget: Budget, share: float = GATE_SHARE) -> tuple[int, ...]:
     """Trains gates and low-rank updates on the velocity with `share` of what the budget has left."""
-    teacher, gates = task.teacher, Gates(task.teacher.num_blocks, task.remove)
+    teacher, gates = task.teacher, Gates(task_groups(task))
     cost = step_cost(teacher.num_blocks, teacher.num_blocks)
     steps = Budget(int(share * budget.left)).steps_for(cost)
     if not steps:
@@ -166,7 +176,7 @@ def prune(task: Task, budget: Budget, removed: tuple[int, ...] | None = None) ->
 
 def masked_features(task: Task, pruned: Pruned) -> ExtraLoss:
     """0.1 times the mean masked error of both streams behind every group but the last, which the velocity covers."""
-    ends = [blocks.stop for blocks, _ in groups_of(task.teacher.num_blocks, len(pruned.removed))][:-1]
+    ends = [blocks.stop for blocks, _ in task_groups(replace(task, remove=len(pruned.removed)))][:-1]
     sites = [(sum(index < end for index in pruned.blocks), end) for end in ends]
 
     def loss(student: list[BlockState], teacher: list[BlockState]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`ppcl demo`: the whole method on the bundled teacher, from rendered pictures to a report."""
+"""`ppcl demo`: the whole method on a bundled teacher, from rendered pictures to a report."""
 
 from __future__ import annotations
 
@@ -34,25 +34,32 @@ from ..stages.variants import variants
 from .task import random_captions, render
 
 TEACHER = Path(__file__).with_name("teacher.safetensors")
+TEACHERS = {"qwen": TEACHER, "flux": TEACHER.with_name("teacher_flux.safetensors")}
+FOLDERS = {"qwen": Path("runs/demo"), "flux": Path("runs/demo_flux")}
 FULL_SIZE = {"pictures": 480, "batch": 48, "bootstrap": 200, "longest": 8, "rounds": 10, "updates": 20, "steps": 120}
 QUICK = {"pictures": 16, "batch": 4, "bootstrap": 5, "longest": 2, "rounds": 1, "updates": 2, "steps": 2}
 LEARNING_RATE = 3e-3
 TOGETHER = 1e-3  # learning rate of projections, and of all parts together
-REMOVE = 6  # of 24 blocks: the paper's share, 10, costs this teacher a character in twelve
-SHARE = 0.5  # parameters of the smallest variant
+REMOVE = {"qwen": 6, "flux": 8}  # of 24 blocks: the paper's share, 10, costs Qwen's teacher a character in twelve
+SHARE = {"qwen": 0.5, "flux": 0.6}  # parameters of the smallest variant
 
 
 def demo(config: DemoConfig) -> Path:
     """Every stage in the method's order; run again, it goes on from what is there. Returns the report."""
     start = time.monotonic()
     size = QUICK if config.quick else FULL_SIZE
-    common = {"model": TEACHER, "run": config.run, "device": config.device, "seed": config.seed}
-    images = render_pictures(config.run / "images", size["pictures"], config.seed)
+    run = config.run or FOLDERS[config.teacher]
+    common = {"model": bundled(config.teacher), "run": run, "device": config.device, "seed": config.seed}
+    images = render_pictures(run / "images", size["pictures"], config.seed)
     calibrate(CalibrateConfig(**common, images=images, samples=size["pictures"], batch=size["batch"]))
     probe(ProbeConfig(**common))
-    detect(DetectConfig(**common, longest=size["longest"], bootstrap=size["bootstrap"], remove=REMOVE, explain=True))
+    detect(
+        DetectConfig(
+            **common, longest=size["longest"], bootstrap=size["bootstrap"], remove=REMOVE[config.teacher], explain=True
+        )
+    )
     distill_depth(DistillDepthConfig(**common, rounds=size["rounds"], learning_rate=LEARNING_RATE))
-    detect_width(DetectWidthConfig(**common, share=SHARE, longest=min(size["longest"], 6), samples=48))
+    detect_width(DetectWidthConfig(**common, share=SHARE[config.teacher], longest=min(size["longest"], 6), samples=48))
     distill_width(DistillWidthConfig(**common, rounds=1, updates=size["updates"], learning_rate=TOGETHER))
     polish(PolishConfig(**common, steps=size["steps"], learning_rate=TOGETHER))
     variants(VariantsConfig(**common))
@@ -60,6 +67,15 @@ def demo(config: DemoConfig) -> Path:
     export(ExportConfig(**common, layout="ppcl", variant="small", name="small"))
     _stock(common, size["rounds"])
     return evaluate_with(EvaluateConfig(**common, captions=config.captions), lambda: time.monotonic() - start)
+
+
+def bundled(name: str) -> Path:
+    """A small teacher's file. Raises ValueError where it is not there."""
+    if not TEACHERS[name].exists():
+        raise ValueError(
+            f"{TEACHERS[name]} does not exist; make it with `python -m ppcl_engine.demo.train --teacher {name}`"
+        )
+    return TEACHERS[name]
 
 
 def _stock(common: dict, rounds: int) -> None:

@@ -1,4 +1,4 @@
-"""Train the demo's teacher from a seed: `python -m ppcl_engine.demo.train --output teacher.safetensors`.
+"""Train a small teacher from a seed: `python -m ppcl_engine.demo.train --teacher flux --output teacher_flux.safetensors`.
 
 Rectified flow (velocity = noise - picture) on endless rendered pictures. Batches depend on
 (seed, step) alone, so a run that was killed goes on from its last save to the same weights.
@@ -9,33 +9,73 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from ..architectures.qwen_image import QwenImage
+from ..architectures import Architecture, Inputs, architecture_named, placed
+from ..checkpoint import COMFYUI_PREFIX
 from ..codecs import TableCodec
 from ..files import write_json, write_tensors
-from .codec import fit_codec
+from ..sampling import inputs_of
+from ..standalone import Source, comfyui_sources
+from .codec import TEXT_WIDTH, fit_codec
 from .task import random_captions, render
 
-ARCHITECTURE = QwenImage()
-TEACHER_CONFIG = {
-    "patch_size": 2,
-    "in_channels": 64,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 32,
-    "num_attention_heads": 3,
-    "joint_attention_dim": 64,
-    "axes_dims_rope": [4, 14, 14],
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A small model of one architecture. `numbered`: its text tokens need positions of the codec's; `zeroed`: a pattern
+    of the names whose weights start at zero, so that every block starts as the identity and the model predicts 0."""
+
+    architecture: Architecture
+    config: dict
+    numbered: bool
+    zeroed: str
+
+
+KINDS = {
+    "qwen": Kind(
+        architecture=architecture_named("qwen_image"),
+        config={
+            "patch_size": 2,
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 24,
+            "attention_head_dim": 32,
+            "num_attention_heads": 3,
+            "joint_attention_dim": TEXT_WIDTH,
+            "axes_dims_rope": [4, 14, 14],
+        },
+        numbered=False,
+        zeroed=r"img_mod|txt_mod|norm_out|^proj_out",
+    ),
+    "flux": Kind(
+        architecture=architecture_named("flux1"),
+        config={
+            "patch_size": 1,
+            "in_channels": 64,
+            "num_layers": 8,
+            "num_single_layers": 16,
+            "attention_head_dim": 32,
+            "num_attention_heads": 3,
+            "joint_attention_dim": TEXT_WIDTH,
+            "pooled_projection_dim": TEXT_WIDTH,
+            "guidance_embeds": False,
+            "axes_dims_rope": [4, 14, 14],
+        },
+        numbered=True,
+        zeroed=r"norm1?(_context)?\.linear|norm_out|^proj_out",
+    ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
+    teacher: str = "qwen"
     seed: int = 0
     steps: int = 8000
     batch: int = 48
@@ -60,10 +100,12 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def training_batch(codec: TableCodec, recipe: Recipe, step: int) -> dict[str, torch.Tensor]:
+def training_batch(kind: Kind, codec: TableCodec, recipe: Recipe, step: int) -> tuple[Inputs, torch.Tensor]:
+    """(what the model reads, the velocity that it has to give)"""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step + 1)
     captions = random_captions(recipe.batch, generator)
-    clean = ARCHITECTURE.pack(codec.latents(render(captions, generator)))
+    latents = codec.latents(render(captions, generator))
+    clean = kind.architecture.pack(latents)
     noise = torch.randn(clean.shape, generator=generator)
     logit_normal = torch.sigmoid(0.4 + torch.randn(recipe.batch, generator=generator))
     uniform = torch.rand(recipe.batch, generator=generator)
@@ -71,42 +113,33 @@ def training_batch(codec: TableCodec, recipe: Recipe, step: int) -> dict[str, to
     keep = torch.rand(recipe.batch, generator=generator) >= recipe.empty_captions
     keep[0] = True  # one full caption keeps the batch's text length, hence the compiled shape
     texts = [c.text() if k else "" for c, k in zip(captions, keep.tolist(), strict=True)]
-    text, mask = codec.text(texts)
     noisy = torch.lerp(clean, noise, t[:, None, None])
-    return {"noisy": noisy, "t": t, "text": text, "mask": mask, "velocity": noise - clean}
+    return inputs_of(noisy, t, codec.text(texts), kind.architecture.grid(latents)), noise - clean
 
 
-def new_teacher(seed: int):
-    """Xavier weights; modulations and the output layers start at zero, so every block starts as identity."""
-    from diffusers import QwenImageTransformer2DModel
+def new_teacher(kind: Kind, seed: int) -> torch.nn.Module:
+    """Xavier weights; modulations and the output layers start at zero."""
+    import diffusers
 
     torch.manual_seed(seed)
-    model = QwenImageTransformer2DModel(**TEACHER_CONFIG)
+    model = getattr(diffusers, kind.architecture.diffusers_class)(**kind.config)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             torch.nn.init.xavier_uniform_(parameter)
-        if any(part in name for part in ("img_mod", "txt_mod", "norm_out", "proj_out")):
+        if re.search(kind.zeroed, name):
             torch.nn.init.zeros_(parameter)
     return model
 
 
-def predict(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    side = math.isqrt(batch["noisy"].shape[1])
-    return ARCHITECTURE.call(
-        model,
-        {
-            "hidden_states": batch["noisy"],
-            "encoder_hidden_states": batch["text"],
-            "encoder_hidden_states_mask": batch["mask"],
-            "timestep": batch["t"],
-            "grid": torch.tensor([[1, side, side]]),
-        },
-    )
+def blocks_of(kind: Kind, model: torch.nn.Module) -> list[torch.nn.Module]:
+    indices = range(kind.architecture.num_blocks(kind.config))
+    return [model.get_submodule(kind.architecture.block_prefix(kind.config, i).rstrip(".")) for i in indices]
 
 
 def train(recipe: Recipe, output: Path, compiled: bool, device: str) -> None:
-    codec = fit_codec(recipe.seed)
-    model = new_teacher(recipe.seed).to(device)
+    kind = KINDS[recipe.teacher]
+    codec = fit_codec(recipe.seed, kind.numbered)
+    model = new_teacher(kind, recipe.seed).to(device)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -115,12 +148,13 @@ def train(recipe: Recipe, output: Path, compiled: bool, device: str) -> None:
     resume = output.with_suffix(".resume.safetensors")
     step = load_progress(resume, recipe, model, optimizer, average) if resume.exists() else 0
     if compiled:
-        for block in model.transformer_blocks:
+        for block in blocks_of(kind, model):
             block.compile(dynamic=False)
     start, first, losses = time.monotonic(), step, []
     while step < recipe.steps:
-        batch = {k: v.to(device) for k, v in training_batch(codec, recipe, step).items()}
-        loss = (predict(model, batch) - batch["velocity"]).square().mean()
+        inputs, velocity = training_batch(kind, codec, recipe, step)
+        predicted = kind.architecture.call(model, placed(inputs, device, torch.float32))
+        loss = (predicted - velocity.to(device)).square().mean()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
         optimizer.zero_grad(set_to_none=True)
@@ -142,16 +176,16 @@ def train(recipe: Recipe, output: Path, compiled: bool, device: str) -> None:
             losses = []
         if step % recipe.save_every == 0 or step == recipe.steps:
             save_progress(resume, recipe, step, model, optimizer, average)
-            save_teacher(output, recipe, step, average, codec)
+            save_teacher(kind, output, recipe, step, average, codec)
     write_json(output.with_suffix(".json"), {"recipe": asdict(recipe), "seconds": time.monotonic() - start})
 
 
 def save_progress(path: Path, recipe: Recipe, step: int, model, optimizer, average) -> None:
     tensors = {}
     for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
         tensors |= {f"weight.{name}": parameter.data, f"average.{name}": average[name]}
-        tensors |= {f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
+        if state := optimizer.state.get(parameter):  # nothing reads the last text, so plain blocks give it no gradient
+            tensors |= {f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
     write_tensors(path, tensors, {"step": str(step), "recipe": json.dumps(asdict(recipe))})
 
 
@@ -162,22 +196,26 @@ def load_progress(path: Path, recipe: Recipe, model, optimizer, average) -> int:
         metadata = file.metadata()
         if json.loads(metadata["recipe"]) != asdict(recipe):
             raise SystemExit(f"{path} belongs to another recipe; move it away or use the same options")
-        step = int(metadata["step"])
+        step, names = int(metadata["step"]), set(file.keys())
         for name, parameter in model.named_parameters():
             parameter.data.copy_(file.get_tensor(f"weight.{name}"))
             average[name].copy_(file.get_tensor(f"average.{name}"))
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": file.get_tensor(f"first.{name}").to(parameter.device),
-                "exp_avg_sq": file.get_tensor(f"second.{name}").to(parameter.device),
-            }
+            if f"first.{name}" in names:
+                optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": file.get_tensor(f"first.{name}").to(parameter.device),
+                    "exp_avg_sq": file.get_tensor(f"second.{name}").to(parameter.device),
+                }
     return step
 
 
-def save_teacher(path: Path, recipe: Recipe, step: int, average, codec: TableCodec) -> None:
-    tensors = {f"model.diffusion_model.{name}": t.to("cpu", torch.bfloat16) for name, t in average.items()}
+def save_teacher(kind: Kind, path: Path, recipe: Recipe, step: int, average, codec: TableCodec) -> None:
+    """As a ComfyUI checkpoint, so that stock hosts read it too."""
+    sources = {name: Source(tuple(t.shape), lambda t=t: t) for name, t in average.items()}
+    named = {name: source.read() for name, source in comfyui_sources(kind.architecture, sources).items()}
+    tensors = {f"{COMFYUI_PREFIX}{name}": t.to("cpu", torch.bfloat16) for name, t in named.items()}
     metadata = {
-        "config": json.dumps({"_class_name": "QwenImageTransformer2DModel", **TEACHER_CONFIG}),
+        "config": json.dumps({"_class_name": kind.architecture.diffusers_class, **kind.config}),
         "recipe": json.dumps(asdict(recipe)),
         "step": str(step),
         "license": "Apache-2.0",
@@ -188,13 +226,15 @@ def save_teacher(path: Path, recipe: Recipe, step: int, average, codec: TableCod
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teacher", choices=tuple(KINDS), default=Recipe.teacher, help="its architecture")
     parser.add_argument("--output", type=Path, default=Path("runs/teacher/teacher.safetensors"))
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="plain blocks, where there is no C++ compiler")
     options = parser.parse_args()
-    train(Recipe(steps=options.steps, seed=options.seed), options.output, not options.no_compile, options.device)
+    recipe = Recipe(teacher=options.teacher, steps=options.steps, seed=options.seed)
+    train(recipe, options.output, not options.no_compile, options.device)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ NAME = re.compile(r"[a-z0-9-]+")
 LONGEST_NAME = 100
 WORKER = Path(__file__).with_name("worker.py")
 PATIENCE = 30.0  # seconds for a save
+Process = subprocess.Popen
 
 
 def check_name(name: str) -> str:
@@ -40,7 +41,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def launch(folder: Path, outlive: bool) -> subprocess.Popen:
+def launch(folder: Path, outlive: bool) -> Process:
     """Starts the worker on a queued run, or on one whose worker is gone. It ends with this process unless `outlive`.
 
     Raises ValueError for a folder without a name of ours, for a run that is at work and for one that has ended.
@@ -58,7 +59,7 @@ def launch(folder: Path, outlive: bool) -> subprocess.Popen:
     return process
 
 
-def stop(process: subprocess.Popen, patience: float = PATIENCE) -> int:
+def stop(process: Process, patience: float = PATIENCE) -> int:
     """Asks it to save and end, then terminates, then kills it; waits `patience` seconds each time. Its exit code."""
     ask_to_cancel(Path(process.args[-1]))
     for harder in (process.terminate, process.kill):
@@ -70,14 +71,15 @@ def stop(process: subprocess.Popen, patience: float = PATIENCE) -> int:
 
 
 def prepared_command(folder: Path, processes: int = 1) -> str:
-    """What a person types in a terminal to do the same, in any folder."""
+    """What a person types in a terminal to do the same, in any folder. --multi_gpu starts several processes also
+    where there is no GPU; accelerate's --cpu would start one."""
     interpreter = [sys.executable]
     if processes > 1:
-        interpreter += ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+        interpreter += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     return _quoted([*interpreter, str(WORKER), str(Path(folder).absolute())])
 
 
-def _start(folder: Path) -> subprocess.Popen:
+def _start(folder: Path) -> Process:
     """A process group of its own, so that Ctrl-C in the host's terminal reaches the host alone."""
     if os.name == "nt":
         apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}

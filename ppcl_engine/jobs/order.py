@@ -8,7 +8,7 @@ from typing import Literal
 
 from .. import __main__ as command_line
 from ..atomic import read_json, write_json
-from ..config import Common, from_mapping
+from ..config import Common, SharedConfig, TuningConfig, from_mapping
 
 ORDER = "run.json"
 VERSION = 1
@@ -57,7 +57,12 @@ def configs(order: Order, folder: Path, model: Path | None = None) -> list[tuple
     """Every stage with its settings, checked. Paths are relative to the folder, so that it can be moved; `model`
     takes the place of the order's. Raises ValueError naming stage and setting."""
     folder = Path(folder).absolute()
-    return [(stage, _config(stage, settings, folder, model)) for stage, settings in order.stages]
+    return [(stage, _config(stage, settings, folder, model, order.parallel)) for stage, settings in order.stages]
+
+
+def _sharing(kind: type, parallel: str) -> dict:
+    """Polish and fine-tuning learn from one loss: their processes share rows, whatever the order says."""
+    return {"parallel": parallel} if issubclass(kind, SharedConfig) and not issubclass(kind, TuningConfig) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +87,17 @@ def _check_stage(stage: str, where: object) -> None:
         raise ValueError(f"{where}: unknown stage {stage!r}; a job can do: {', '.join(ALLOWED)}")
 
 
-def _config(stage: str, settings: dict, folder: Path, model: Path | None) -> Common:
+def _config(stage: str, settings: dict, folder: Path, model: Path | None, parallel: str) -> Common:
     where = f"stage {stage}"
     _check_stage(stage, folder / ORDER)
     taken = [name for name in OURS if name in settings]
     if taken:
         raise ValueError(f"{where}: {taken[0]!r} is not a job's to choose; leave it out")
     texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    chosen = {**texts, "run": str(folder)} | ({"model": str(Path(model).absolute())} if model else {})
-    config = from_mapping(command_line.STAGES[stage][0], chosen, where)
+    kind = command_line.STAGES[stage][0]
+    chosen = {**_sharing(kind, parallel), **texts, "run": str(folder)}
+    chosen |= {"model": str(Path(model).absolute())} if model else {}
+    config = from_mapping(kind, chosen, where)
     paths = {
         f.name: folder / getattr(config, f.name) for f in fields(config) if isinstance(getattr(config, f.name), Path)
     }

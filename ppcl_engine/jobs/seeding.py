@@ -18,10 +18,10 @@ PRODUCTS = (
 """What stages leave for later ones."""
 CHECKED = ("probes", "curves.safetensors")
 """Products that hold their settings, and are made anew where these differ."""
-SCRATCH = "states"
+SCRATCH, RESUMED = "states", "calibrate"  # of all that stages keep there, only calibrate's is gone on from
 OF_ONE_JOB = {ORDER, STATE, EVENTS, CANCEL, LOCK, LOG, PREVIEW}
 COPIED = {".json", ".jsonl", ".csv", ".txt", ".html"}
-NOT_THE_STUDENTS = {"model", "run", "device", "streamed", "dry_run", "intervals"}
+NOT_THE_STUDENTS = {"model", "run", "device", "streamed", "dry_run", "intervals", "parallel"}
 """Settings of distill-depth that no single student hangs on."""
 
 
@@ -38,7 +38,7 @@ def seed_attempt(earlier: Path, folder: Path) -> None:
     for path in sorted(earlier.iterdir()):
         if path.name not in OF_ONE_JOB | {SCRATCH} and not path.name.startswith("."):
             take(path, folder / path.name)
-    take(earlier / SCRATCH / "calibrate", folder / SCRATCH / "calibrate")
+    take(earlier / SCRATCH / RESUMED, folder / SCRATCH / RESUMED)
 
 
 def seed_from_sibling(sibling: Path, folder: Path, order: Order, its_order: Order) -> None:
@@ -70,9 +70,12 @@ def take(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def clear_scratch(folder: Path) -> None:
+def clear_scratch(folder: Path, keep: str = "") -> None:
     """Gigabytes of states between blocks, which a killed stage leaves."""
-    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+    scratch = folder / SCRATCH
+    for path in scratch.iterdir() if scratch.is_dir() else ():
+        if path.name != keep:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

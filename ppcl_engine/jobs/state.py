@@ -3,15 +3,17 @@
 run.json       what to do (`order.py`). Written once, before the folder gets its name.
 state.json     a `JobState`, always replaced whole. Written by whoever holds `worker.lock`: the launcher (queued, with
                the process it started), then the worker: at once, at every change of stage, while it works at most
-               every 0.3 s, and at its end.
+               every 0.3 s and at least every 5 s, and at its end.
 events.jsonl   one JSON object a line, only ever appended: {"time", "kind", ...}. Kinds: continued (run, finished: how
-               many stages an earlier attempt had done), started (pid), estimated, stage (number, stage), saved (step),
-               preview, finished (number, stage), done, failed (error), cancelled (error).
+               many stages an earlier attempt had done), started (pid), estimated, stage (number, stage), saved (stage,
+               step), preview (seconds that it took), finished (number, stage), process_failed (rank,
+               error; of several processes one that is not the first), done, failed (error), cancelled (error).
 metrics.csv    time,what,step,loss; one line an update. Written by the worker.
 preview.png    the loss so far and, where the model can draw, pictures; replaced whole by the worker.
 log.txt        what a launched worker printed; a Python traceback is here and nowhere else.
-cancel         asks the worker to stop. Written by anyone (`ask_to_cancel`), empty; the worker takes it away at its end.
+cancel         asks the worker to stop. Written by anyone (`ask_to_cancel`), empty; it stays.
 worker.lock    locked by the one worker of the folder for as long as it lives.
+All of them, and all that stages write, are real files: a folder with a link in it is refused.
 
 Status: queued -> running -> done | failed | cancelled, with stopping between running and cancelled. The last three
 are final: nothing is written after them, and another attempt is another folder (`RunStore.prepare`, or the worker's
@@ -45,6 +47,7 @@ FINAL = frozenset({"done", "failed", "cancelled"})
 STATE, EVENTS, CANCEL, LOCK, LOG = "state.json", "events.jsonl", "cancel", "worker.lock", "log.txt"
 METRICS, PREVIEW = "metrics.csv", "preview.png"
 LARGEST = 100_000  # bytes of a state file; ours have less than a thousand
+SILENT = 120.0  # seconds after which a worker on another machine is believed to be gone; it writes every few
 CLOCK = 2.0  # seconds: what clocks may shift between two looks at a process's start
 
 
@@ -121,9 +124,11 @@ def settle(folder: Path) -> JobState:
 
 
 def is_abandoned(state: JobState) -> bool:
-    """Its process is gone without a final state. One on another machine cannot be seen from here, so it is believed."""
-    if state.is_final or state.pid is None or state.host != platform.node():
+    """Its process is gone without a final state. One on another machine cannot be seen from here, but heard."""
+    if state.is_final or state.pid is None:
         return False
+    if state.host != platform.node():
+        return time.time() - state.updated > SILENT
     return not is_alive(state.pid, state.process_started or 0.0)
 
 
@@ -144,7 +149,8 @@ def process_of(pid: int) -> tuple[int, float]:
 @contextmanager
 def claimed(folder: Path, seconds: float = 0.0) -> Iterator[None]:
     """The folder's lock; it is free again when its process dies. Raises ValueError when another process has it and
-    keeps it for so many seconds."""
+    keeps it for so many seconds, and for a folder with links."""
+    refuse_links(folder)
     lock = FileLock(Path(folder) / LOCK)
     try:
         lock.acquire(timeout=seconds)
@@ -156,12 +162,21 @@ def claimed(folder: Path, seconds: float = 0.0) -> Iterator[None]:
         lock.release()
 
 
+def refuse_links(folder: Path) -> None:
+    """Raises ValueError naming a link below the folder: what is written through it would land somewhere else."""
+    for place, folders, files in os.walk(folder):
+        links = [name for name in (*folders, *files) if os.path.islink(os.path.join(place, name))]
+        if links:
+            raise ValueError(f"{os.path.join(place, links[0])} is a link; a run folder holds real files only")
+
+
 def ask_to_cancel(folder: Path) -> None:
     """The worker saves and ends; a run that no worker has begun is cancelled at once; one that has ended stays."""
     folder = Path(folder)
     state = current_state(folder)
     if state.is_final:
         return
+    refuse_links(folder)
     (folder / CANCEL).touch()
     if state.status == "queued" and state.pid is None:
         with suppress(ValueError), claimed(folder):  # a worker that begins at this moment sees the file
@@ -169,11 +184,10 @@ def ask_to_cancel(folder: Path) -> None:
 
 
 def end(folder: Path, state: JobState) -> JobState:
-    """Writes a final state and its event, and takes the request to cancel away."""
+    """Writes a final state and its event."""
     assert state.is_final
     written = write_state(folder, replace(state, rate=None, seconds_left=None))
     append_event(folder, state.status, **({"error": state.error} if state.error else {}))
-    (Path(folder) / CANCEL).unlink(missing_ok=True)
     return written
 
 

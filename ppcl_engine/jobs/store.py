@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..atomic import read_json
-from .launch import check_name, launch
+from .launch import Process, check_name, launch
 from .order import ORDER, Order, configs, read_order, write_order
 from .seeding import CALIBRATION, clear_scratch, seed_attempt, seed_from_sibling, seed_from_upstream, sha256_of
 from .state import (
@@ -98,8 +97,8 @@ class RunStore:
         other files of the upstream are hard links, to be replaced as `atomic.replacing` does."""
         before = self._identity_of_run(upstream) if upstream else ""
         identity = _hash({"upstream": before, **identity_of})
-        name, order = _base(kind, identity), Order(stages=(), upstream=upstream, identity=identity)
-        if not (self.root / name).exists():
+        base, order = _base(kind, identity), Order(stages=(), upstream=upstream, identity=identity)
+        while not (made := _ours(attempts := self._attempts(base), identity)):
             with self._filling() as folder:
                 if upstream:
                     seed_from_upstream(self._finished(upstream), folder, order, None)
@@ -108,10 +107,10 @@ class RunStore:
                     _drop_parts_of_another_plan(self.path(upstream), folder)
                 write_order(folder, order)
                 write_state(folder, JobState(status="done"))
-                self._publish(folder, name)
-        return self.path(name)
+                self._publish(folder, _next_name(base, attempts))
+        return made[-1]
 
-    def start(self, path: Path) -> subprocess.Popen | None:
+    def start(self, path: Path) -> Process | None:
         """Launches the worker; None where one is at work already. Raises ValueError for a run that has ended."""
         path = self.path(Path(path).name)
         state = read_state(path)
@@ -122,15 +121,12 @@ class RunStore:
         configs(order, self.root / base)  # unknown stages and settings are refused before anything is written
         while True:
             attempts = self._attempts(base)
-            orders = [(path, _order_of(path)) for path in attempts.values()]
-            ours = [path for path, its_order in orders if its_order and its_order.identity == order.identity]
-            newest = ours[-1] if ours else None
+            newest = (_ours(attempts, order.identity) or [None])[-1]
             if newest is not None:
                 state = settle(newest)
                 if state.status not in ("failed", "cancelled"):
                     return Prepared(newest, state.status == "queued" and state.pid is None)
-            number = max(attempts, default=0) + 1
-            name = base if number == 1 else f"{base}-{number}"
+            name = _next_name(base, attempts)
             with self._filling() as folder:
                 self._fill(folder, base, order, newest)
                 if self._publish(folder, name):
@@ -160,11 +156,11 @@ class RunStore:
                 yield self.root / name, order
 
     def _attempts(self, base: str) -> dict[int, Path]:
-        """By number, in order."""
+        """By number, in order; whatever has such a name."""
         found = {}
-        for path in self._folders():
+        for path in self.root.iterdir() if self.root.is_dir() else ():
             match = re.fullmatch(re.escape(base) + r"(?:-([1-9][0-9]*))?", path.name)
-            if match and (path / ORDER).is_file():
+            if match:
                 found[int(match[1] or 1)] = path
         return dict(sorted(found.items()))
 
@@ -231,6 +227,18 @@ def _base(kind: str, identity: str) -> str:
     if not KIND.fullmatch(kind):
         raise ValueError(f"{kind!r} is no kind of run; use a-z, 0-9 and '-'")
     return f"{kind}-{identity[:8]}"
+
+
+def _ours(attempts: dict[int, Path], identity: str) -> list[Path]:
+    """Runs of the very same request; eight digits of a hash may be shared with others."""
+    real = [path for path in attempts.values() if path.is_dir() and not path.is_symlink()]
+    orders = [(path, _order_of(path)) for path in real]
+    return [path for path, order in orders if order and order.identity == identity]
+
+
+def _next_name(base: str, attempts: dict[int, Path]) -> str:
+    number = max(attempts, default=0) + 1
+    return base if number == 1 else f"{base}-{number}"
 
 
 def _order_of(path: Path) -> Order | None:

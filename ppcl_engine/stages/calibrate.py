@@ -27,6 +27,8 @@ from ..progress import Progress
 from ..run import DTYPES, Run, resolve_device
 from ..streaming import block_loader
 
+MASK, POOLED = "encoder_hidden_states_mask", "pooled_projections"
+
 
 def calibrate(config: CalibrateConfig) -> Path:
     """Writes `calibration.safetensors`. Raises ValueError unless exactly one source is given."""
@@ -41,10 +43,7 @@ def calibrate(config: CalibrateConfig) -> Path:
         "source": "images" if config.images else "prompts" if config.prompts else "embeddings",
     }
     parts = _Parts(run.states / "calibrate", config, origin["fingerprint"])
-    if config.images:
-        batches = _from_images(config, weights.architecture, parts)
-    else:
-        batches = _from_drawing(config, weights, parts)
+    batches = _from_images(config, weights, parts) if config.images else _from_drawing(config, weights, parts)
     save_calibration(run.calibration, CalibrationSet(batches, origin))
     parts.remove()
     return run.calibration
@@ -76,7 +75,7 @@ def spread_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
     return parts[torch.randperm(count, generator=generator)]
 
 
-def _from_images(config: CalibrateConfig, architecture: Architecture, parts: _Parts) -> list[Inputs]:
+def _from_images(config: CalibrateConfig, weights: Weights, parts: _Parts) -> list[Inputs]:
     """All captions first, then all pictures: the text encoder and the VAE are never in memory together."""
     codec = open_codec(config.model, resolve_device(config.device))
     size = sampling.picture_size(codec, config.height, config.width)
@@ -94,7 +93,8 @@ def _from_images(config: CalibrateConfig, architecture: Architecture, parts: _Pa
         paths = [rows[i % len(rows)][0] for i in chunk.tolist()]
 
         def make(paths=paths, t=timesteps[chunk], text=text, noise_seed=noise_seed) -> Inputs:
-            return _noised(architecture, codec.latents(load_pictures(paths, size)), t, text, noise_seed)
+            text = sampling.with_guidance(weights.architecture, weights.config, text, config.guidance)
+            return _noised(weights.architecture, codec.latents(load_pictures(paths, size)), t, text, noise_seed)
 
         batches.append(parts.done(number, make))
     codec.release()
@@ -104,7 +104,7 @@ def _from_images(config: CalibrateConfig, architecture: Architecture, parts: _Pa
 def _noised(architecture: Architecture, latents: torch.Tensor, t: torch.Tensor, text, noise_seed: int) -> Inputs:
     clean = architecture.pack(latents)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(noise_seed))
-    return sampling.inputs_of(flow.noised(clean, noise, t), t, *text, architecture.grid(latents), clean)
+    return sampling.inputs_of(flow.noised(clean, noise, t), t, text, architecture.grid(latents), clean)
 
 
 def _from_drawing(config: CalibrateConfig, weights: Weights, parts: _Parts) -> list[Inputs]:
@@ -134,7 +134,8 @@ def _drawn(config, architecture, model, prompts, noise, kept_steps) -> Inputs:
         kept[rows], times[rows] = x[rows], t
 
     clean = sampling.draw(architecture, model, tokens, grid, prompts, config.steps, config.guidance, seen)
-    return sampling.inputs_of(kept, times, *prompts.given, grid, clean)
+    text = sampling.with_guidance(architecture, model.config, prompts.given, config.guidance)
+    return sampling.inputs_of(kept, times, text, grid, clean)
 
 
 def _encoded_prompts(config: CalibrateConfig, empty: torch.Tensor, device: str) -> sampling.Prompts:
@@ -147,27 +148,42 @@ def _stored_prompts(config: CalibrateConfig, weights: Weights, empty_rows: torch
 
     Raises ValueError naming the tensor that is missing or the size that is not given.
     """
-    file = TensorFile(config.embeddings)
-    absent = [name for name in ("text", "mask", "empty") if name not in file.entries]
+    file, (text_name, *others) = TensorFile(config.embeddings), weights.architecture.caption_inputs
+    wanted = {"text": text_name, "empty": None}
+    wanted |= {"mask": MASK} if MASK in others else {}
+    wanted |= {"pooled": POOLED, "empty_pooled": None} if POOLED in others else {}
+    absent = [name for name in wanted if name not in file.entries]
     if absent:
-        raise ValueError(f"{config.embeddings} has no tensor {absent[0]!r}; it needs text, mask and empty")
+        raise ValueError(f"{config.embeddings} has no tensor {absent[0]!r}; it needs {', '.join(wanted)}")
     if not config.height or not config.width:
         raise ValueError("stored embeddings do not say how large pictures are; give --height and --width")
-    empty = file.read("empty").float()
     rows = torch.arange(config.samples) % file.shape("text")[0]
-    text, mask = file.read("text").float()[rows], file.read("mask").bool()[rows]
-    length = empty.shape[1]
-    text[empty_rows, :length], mask[empty_rows] = empty[0], False
-    mask[empty_rows, :length] = True
-    shape = weights.architecture.latent_shape(weights.config, config.height, config.width)
-    nothing = (empty, torch.ones(empty.shape[:2], dtype=torch.bool))
+    given = {name: file.read(stored)[rows] for stored, name in wanted.items() if name}
+    nothing = {text_name: file.read("empty")}
+    if MASK in given:
+        nothing[MASK] = torch.ones(nothing[text_name].shape[:2], dtype=torch.bool)
+        given[MASK] = given[MASK].bool()
+    elif nothing[text_name].shape[1:] != given[text_name].shape[1:]:
+        raise ValueError(f"{config.embeddings}: this model masks no text, so text and empty need as many tokens")
+    if POOLED in given:
+        nothing[POOLED] = file.read("empty_pooled")
+    given, nothing = ({n: t if n == MASK else t.float() for n, t in text.items()} for text in (given, nothing))
+    for name, tensor in nothing.items():
+        given[name][empty_rows] = _as_long(tensor, given[name])
     return sampling.Prompts(
-        given=(text, mask),
+        given=given,
         nothing=nothing,
-        latent_shape=shape,
+        latent_shape=weights.architecture.latent_shape(weights.config, config.height, config.width),
         timesteps=lambda steps, image_tokens: flow.euler_timesteps(steps),
         rescales_guidance=False,
     )
+
+
+def _as_long(empty: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[1, tokens, ...] filled up with zeros to the tokens of `like`: padding that its mask hides."""
+    filled = torch.zeros_like(like[:1])
+    filled[:, : empty.shape[1]] = empty
+    return filled
 
 
 def _texts(captions: list[str], empty: torch.Tensor, samples: torch.Tensor) -> list[str]:

@@ -20,7 +20,7 @@ from .. import __version__
 from ..architectures import BlockState
 from ..config import DetectConfig
 from ..files import TensorFile, write_json, write_tensors, write_text
-from ..intervals import budget_intervals, curve_scale, first_difference, greedy_intervals, stability
+from ..intervals import budget_intervals, curve_scale, first_difference, greedy_intervals, reach, stability
 from ..plan import Interval, PruningPlan
 from ..progress import Progress
 from ..run import Run, load_probe, open_calibration, open_teacher
@@ -44,7 +44,7 @@ def detect(config: DetectConfig) -> Path:
     if measured_blocks < teacher.num_blocks - 1:
         batches = max(2, round(config.samples / calibration.samples * len(calibration)))
         curves = _measure(config, run, teacher, calibration.all_inputs()[:batches], settings, curves, measured_blocks)
-    result = choose(config, curves, protect)
+    result = choose(config, curves, protect, section_starts(teacher))
     write_json(run.detection, result)
     plan = PruningPlan(
         architecture=teacher.architecture.name,
@@ -89,20 +89,26 @@ class Curves:
         return lambda u, k: table[u][k - u]
 
 
-def choose(config: DetectConfig, curves: Curves, protect: frozenset[int]) -> dict:
+def section_starts(teacher: Teacher) -> frozenset[int]:
+    """First blocks of the runs of one kind: no interval goes on over one."""
+    return frozenset(section.start for section in teacher.architecture.sections(teacher.config))
+
+
+def choose(config: DetectConfig, curves: Curves, protect: frozenset[int], starts: frozenset[int] = frozenset()) -> dict:
     """Intervals by the configured rule, their stability over resamples, and both rules' explanations."""
     blocks, longest = curves.cka.shape[:2]
-    scale = curve_scale(curves.cka_of(0), blocks, longest)
+    scale = curve_scale(curves.cka_of(0), blocks, longest, starts)
     remove = config.remove or round(blocks * PUBLISHED_SHARE)
     damage = curves.damage_of(torch.ones_like(curves.power))
     rules = {
-        "ppcl": partial(_greedy, config, blocks, longest, protect),
-        "budget": lambda cost: budget_intervals(cost, blocks, longest, remove, protect),
+        "ppcl": partial(_greedy, config, blocks, longest, protect, starts),
+        "budget": lambda cost: budget_intervals(cost, blocks, longest, remove, protect, starts),
     }
-    explained = greedy_intervals(curves.cka_of(0), blocks, longest, scale, config.eps, config.max_drop, protect)
+    curve = curves.cka_of(0)
+    explained = greedy_intervals(curve, blocks, longest, scale, config.eps, config.max_drop, protect, starts)
     resamples = curves.cka.shape[2] - 1
     if config.method == "ppcl":
-        chosen = rules["ppcl"](curves.cka_of(0))
+        chosen = rules["ppcl"](curve)
         again = [rules["ppcl"](curves.cka_of(column)) for column in range(1, resamples + 1)]
     else:
         chosen = rules["budget"](damage)
@@ -116,21 +122,21 @@ def choose(config: DetectConfig, curves: Curves, protect: frozenset[int]) -> dic
             {"first": u, "last": v, "score": damage(u, v), "stability": share}
             for (u, v), share in zip(chosen, shares, strict=True)
         ],
-        "explain": _explanation(config, explained, chosen, curves, damage),
-        "block_passes_per_batch": block_passes(blocks, longest, 1 if config.local else 2),
+        "explain": _explanation(config, explained, chosen, curves, damage, starts),
+        "block_passes_per_batch": block_passes(blocks, longest, 1 if config.local else 2, starts),
         "curve_scale": scale,
     }
 
 
-def block_passes(blocks: int, longest: int, curves: int) -> int:
+def block_passes(blocks: int, longest: int, curves: int, starts: frozenset[int] = frozenset()) -> int:
     """Teacher blocks that a batch goes through: one sweep, and (last - k) for every pair of every full curve."""
-    pairs = [(u, k) for u in range(blocks) for k in range(u + 1, min(u + longest, blocks))]
+    pairs = [(u, k) for u in range(blocks) for k in range(u + 1, reach(u, blocks, longest, starts) + 1)]
     return blocks + curves * sum(blocks - 1 - k for _, k in pairs)
 
 
-def _greedy(config, blocks, longest, protect, curve) -> list[tuple[int, int]]:
-    scale = curve_scale(curve, blocks, longest)
-    found = greedy_intervals(curve, blocks, longest, scale, config.eps, config.max_drop, protect)
+def _greedy(config, blocks, longest, protect, starts, curve) -> list[tuple[int, int]]:
+    scale = curve_scale(curve, blocks, longest, starts)
+    found = greedy_intervals(curve, blocks, longest, scale, config.eps, config.max_drop, protect, starts)
     return [(f.first, f.last) for f in found if f.last > f.first]
 
 
@@ -141,14 +147,15 @@ def _sample_weights(curves: Curves, resamples: int, seed: int) -> list[torch.Ten
     return [torch.bincount(row, minlength=samples).double() for row in choice]
 
 
-def _explanation(config, greedy, chosen, curves: Curves, damage) -> list[str]:
+def _explanation(config, greedy, chosen, curves: Curves, damage, starts) -> list[str]:
     lines = [f"ppcl {f.first}-{f.last}: ends because {f.reason}" for f in greedy]
     if config.method == "budget":
         for u, v in chosen:
-            longer = f"; to {v + 1}: {damage(u, v + 1):.4f}" if v + 1 < min(len(curves.cka), u + config.longest) else ""
+            last = reach(u, *curves.cka.shape[:2], starts)
+            longer = f"; to {v + 1}: {damage(u, v + 1):.4f}" if v < last else ""
             drop = first_difference(curves.cka_of(0), u, v)
             lines.append(f"budget {u}-{v}: damage {damage(u, v):.4f}, D at its end {drop:.5f}{longer}")
-    passes = block_passes(*curves.cka.shape[:2], 1 if config.local else 2)
+    passes = block_passes(*curves.cka.shape[:2], 1 if config.local else 2, starts)
     return [*lines, f"cost: {passes:,} block passes a batch"]
 
 
@@ -194,6 +201,7 @@ class _Measurement:
         self.fitted = range(len(inputs) // 2)
         self.held_out = range(len(inputs) // 2, len(inputs))
         self.last = teacher.num_blocks - 1
+        self.starts = section_starts(teacher)
         samples = sum(len(state.image) for state in self.embedded)
         self.subsets = bootstrap_subsets(samples, config.tokens, config.bootstrap, config.seed)
         self._sweep()
@@ -218,14 +226,15 @@ class _Measurement:
 
     def chains_from(self, u: int) -> None:
         """One walk from u to the end: at block i the chains that end at i branch off, earlier ones go on."""
-        reach = min(u + self.config.longest - 1, self.last)
+        end = reach(u, self.last + 1, self.config.longest, self.starts)
+        if end == u:
+            return
         steps = {batch: self._state(u + 1, batch) for batch in range(len(self.embedded))}
         open_chains: list[str] = []
-        last_block = self.last if not self.config.local or reach > u else reach
-        for index, block in self.teacher.walk(u + 1, last_block):
+        for index, block in self.teacher.walk(u + 1, self.last):
             for name in open_chains:
                 self._advance(name, block)
-            if index <= reach:
+            if index <= end:
                 steps = self._through_probe(index, steps)
                 open_chains += self._branch(u, index, steps)
         for name in open_chains:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from ..cost import CostModel
 from ..damage import Damage
 from ..files import write_json, write_tensors, write_text
 from ..layout import Layout, layout_of
-from ..plan import SITE_KINDS, PruningPlan, TextGroup, WidthSite
+from ..plan import FORMS_OF, SITE_KINDS, PruningPlan, TextGroup, WidthSite
 from ..progress import Progress
 from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..similarity import cka, linear_gram
@@ -55,7 +56,7 @@ def detect_width(config: DetectWidthConfig) -> Path:
     inputs = calibration.all_inputs()
     grid = tuple(inputs[0]["grid"][0].tolist())
     cost = CostModel(teacher.architecture, teacher.config, grid, inputs[0]["encoder_hidden_states"].shape[1])
-    kinds, saving = _kinds(config), _saving(config, plan, cost)
+    kinds, saving = _kinds(config, teacher), _saving(config, plan, cost)
     candidates = [c for c in _candidates(config, plan, kinds, cost) if c.saving > 0]
     store = StateStore(run.states / "width" if config.streamed else None)
     with torch.no_grad():
@@ -127,12 +128,17 @@ def _saving(config: DetectWidthConfig, plan: PruningPlan, cost: CostModel) -> fl
     return deep - config.share * full
 
 
-def _kinds(config: DetectWidthConfig) -> tuple[str, ...]:
+def _kinds(config: DetectWidthConfig, teacher: Teacher) -> tuple[str, ...]:
+    """Those asked for that the model has. Raises ValueError where that is none."""
     kinds = tuple(config.kinds.replace(",", " ").split())
     unknown = [kind for kind in kinds if kind not in SITE_KINDS]
     if unknown or not kinds:
         raise ValueError(f"--kinds {config.kinds!r}: choose from {', '.join(SITE_KINDS)}")
-    return kinds
+    blocks = range(teacher.num_blocks)
+    there = {kind for i in blocks for kind in teacher.architecture.site_kinds(teacher.config, i)}
+    if not there.intersection(kinds):
+        raise ValueError(f"--kinds {config.kinds!r}: this model has {', '.join(k for k in SITE_KINDS if k in there)}")
+    return tuple(kind for kind in kinds if kind in there)
 
 
 def _natural(plan: PruningPlan) -> Layout:
@@ -143,11 +149,11 @@ def _candidates(
     config: DetectWidthConfig, plan: PruningPlan, kinds: tuple[str, ...], cost: CostModel
 ) -> Iterator[Candidate]:
     """All FFNs in their forms; all text groups up to the longest, none before the first block."""
-    places = _natural(plan).places
     for kind in kinds:
+        places = [p for p in _natural(plan).places if kind in cost.architecture.site_kinds(plan.config, p.index)]
         if kind != "text":
             for place in places:
-                for form in FORMS[config.form]:
+                for form in [f for f in FORMS[config.form] if f in FORMS_OF[kind]] or FORMS_OF[kind]:
                     yield _candidate(plan, cost, (WidthSite(block=place.index, kind=kind, form=form),))
             continue
         for start in range(1, len(places)):
@@ -200,29 +206,34 @@ def _measured(
 def _alignment(
     config: DetectWidthConfig, teacher: Teacher, students: Students, plan, inputs, store
 ) -> dict[str, torch.Tensor]:
-    """`text` [places, places]: CKA of the modulated text of every two places; `ffn_image`, `ffn_text` [places]: of
-    the stream before and after a place's FFN."""
-    rows: dict[str, list[torch.Tensor]] = {}
+    """`text` [places, places]: CKA of the modulated text of every two places; of each kind of FFN [places]: of the
+    stream before and after it. NaN where a place has no such part."""
+    places = _natural(plan).places
+    rows: dict[str, dict[int, torch.Tensor]] = {}
     embedded = [teacher.embed(row) for row in inputs]
-    at = {place.index: place for place in _natural(plan).places}
+    at = {place.index: (row, place) for row, place in enumerate(places)}
     blocks = sweep(teacher, embedded, store, teacher.num_blocks - 1)
     for index, _, batches in Progress(blocks, total=teacher.num_blocks, desc="alignment", unit="block"):
         if index in at:
-            block = placed_block(teacher.weights, students, at[index], teacher.dtype, teacher.device, {})
+            row, place = at[index]
+            block = placed_block(teacher.weights, students, place, teacher.dtype, teacher.device, {})
             states = [store.get(index, batch, embedded[batch]) for batch in batches]
             seen = [teacher.architecture.observe(block, state)[1] for state in states]
             for name in seen[0]:
-                stream = "image" if name.startswith("image") else "text"
+                stream = name.split("_")[0]
                 parts = [
                     _some_tokens(s[name], state.real(stream), config) for s, state in zip(seen, states, strict=True)
                 ]
-                rows.setdefault(name, []).append(torch.cat(parts).cpu())
+                rows.setdefault(name, {})[row] = torch.cat(parts).cpu()
     store.clear()
-    text = [linear_gram(x) for x in rows["text_modulated"]]
-    found = {"text": torch.tensor([[float(cka(a, b)) for b in text] for a in text], dtype=torch.float64)}
-    for stream in ("image", "text"):
-        pairs = zip(rows[f"{stream}_before_ffn"], rows[f"{stream}_after_ffn"], strict=True)
-        found[f"ffn_{stream}"] = torch.tensor([float(cka(linear_gram(a), linear_gram(b))) for a, b in pairs])
+    text = {row: linear_gram(x) for row, x in rows["text_modulated"].items()}
+    found = {"text": torch.full((len(places), len(places)), torch.nan, dtype=torch.float64)}
+    for a, b in product(text, text):
+        found["text"][a, b] = cka(text[a], text[b])
+    for stream in (name.removesuffix("_before_ffn") for name in rows if name.endswith("_before_ffn")):
+        found[f"ffn_{stream}"] = torch.full((len(places),), torch.nan)
+        for row, before in rows[f"{stream}_before_ffn"].items():
+            found[f"ffn_{stream}"][row] = cka(linear_gram(before), linear_gram(rows[f"{stream}_after_ffn"][row]))
     return found
 
 

@@ -21,6 +21,7 @@ from ..config import DistillDepthConfig
 from ..data import CalibrationSet
 from ..files import write_text
 from ..losses import LOSSES
+from ..parallel import processes
 from ..plan import Interval, PruningPlan, parse_intervals
 from ..progress import Progress, saved
 from ..rounds import FreshStates, RoundSettings, unfinished
@@ -46,27 +47,28 @@ def distill_depth(config: DistillDepthConfig) -> Path:
     intervals = [replace(interval, correction=_correction(config)) for interval in wanted]
     settings = _settings(config, calibration)
     steps_done = {i.name: saved_step(run.student(i.name), settings) or 0 for i in intervals}
-    total = config.rounds * config.updates
-    progress = Progress(
-        total=total * len(intervals), initial=sum(steps_done.values()), desc="distill-depth", unit="update"
-    )
+    processes().wait()  # a process that is ahead would change what this one counts
+    own, total = processes().own(intervals), config.rounds * config.updates
+    done = sum(steps_done[i.name] for i in own)
+    progress = Progress(total=total * len(own), initial=done, desc="distill-depth", unit="update")
     with stop_on_interrupt() as asked, progress:
         for number in range(config.rounds):
-            due = [
-                i for i in intervals if saved_step(run.student(i.name), settings) in unfinished(number, config.updates)
-            ]
+            due = [i for i in own if saved_step(run.student(i.name), settings) in unfinished(number, config.updates)]
             if due:
                 _Round(config, run, teacher, calibration, plan, due, number, settings, progress, asked).work()
+    processes().wait()
     students = {interval.name: interval for interval in intervals}
     trained = tuple(students.get(i.name, i) for i in plan.intervals)
-    if trained != plan.intervals or any(steps < total for steps in steps_done.values()):
+    changed = trained != plan.intervals or any(steps < total for steps in steps_done.values())
+    if processes().is_main and changed:
         write_text(run.plan, plan.with_parts(intervals=trained, variants=()).to_json() + "\n")
     return run.students
 
 
 def interval_loss(loss: str, student: BlockState, target: BlockState, streams: tuple[str, ...]) -> torch.Tensor:
     """Sum over streams of the loss on real tokens (paper, equation 6)."""
-    return sum(LOSSES[loss](student.real_tokens(s).float(), target.real_tokens(s).float()) for s in streams)
+    pairs = [(student.real_tokens(s).float(), target.real_tokens(s).float()) for s in streams]
+    return sum(LOSSES[loss](*pair, processes().sum) for pair in pairs)
 
 
 def _correction(config: DistillDepthConfig) -> str:
@@ -110,7 +112,7 @@ class _Round:
 
     def work(self) -> None:
         wanted = {i.first for i in self.intervals} | {i.last + 1 for i in self.intervals}
-        folder = self.run.states / f"round_{self.number}" if self.config.streamed else None
+        folder = processes().folder(self.run.states / f"round_{self.number}") if self.config.streamed else None
         settings = RoundSettings(updates=self.config.updates, cache_gb=self.config.cache_gb, seed=self.config.seed,
                                  boundaries=2 * len(self.plan.intervals) + 2)  # fmt: skip
         self.states = FreshStates(self.teacher, self.calibration, settings, self.number, wanted, folder)
@@ -155,6 +157,11 @@ class _Round:
         student = build_student(self.teacher.architecture, self.teacher.config, interval)
         student = student.to(self.teacher.device, self.teacher.dtype).train()
         copied = copy.deepcopy(self.teacher.block(origin).state_dict())
+        if origin != interval.first and _shapes(copied) != _shapes(self.teacher.block(interval.first).state_dict()):
+            raise ValueError(
+                f"interval {interval.name}: block {origin}, its middle, has other parts than block {interval.first}, "
+                "whose form the student has; distil it with --init first"
+            )
         student.load_state_dict({**student.state_dict(), **copied})
         return student
 
@@ -172,7 +179,11 @@ class _Round:
                 x = output.real_tokens(stream)
                 sums.add(x, target.real_tokens(stream) - x)
         for stream, sums in equations.items():
-            set_map(correction.maps[stream], sums)
+            set_map(correction.maps[stream], sums.shared(processes().sum))
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def set_map(target: nn.Module, equations: NormalEquations) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from ..data import CalibrationSet
 from ..files import TensorFile, write_text
 from ..layout import Place, layout_of
 from ..losses import relative_mse
+from ..parallel import processes
 from ..plan import PruningPlan, WidthSite, parse_sites
 from ..progress import Progress, saved
 from ..rounds import FreshStates, RoundSettings, unfinished
@@ -29,7 +31,16 @@ from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..streaming import StateStore, Teacher
 from ..surgery import project, projection_modules
 from ..training import Stopped, Trainer, cosine_schedule, saved_step, stop_on_interrupt
-from ..width import Fit, as_state, fits_of, fits_of_blocks_given_back, own_pair, print_warnings, ridge_solutions
+from ..width import (
+    Fit,
+    as_state,
+    counted,
+    fits_of,
+    fits_of_blocks_given_back,
+    own_pair,
+    print_warnings,
+    ridge_solutions,
+)
 
 
 def distill_width(config: DistillWidthConfig) -> Path:
@@ -50,7 +61,9 @@ def distill_width(config: DistillWidthConfig) -> Path:
     work = _Work(config, run, teacher, calibration, plan, list(dict.fromkeys(fits + given_back)))
     work.start()
     work.train()
-    write_text(run.plan, plan.to_json() + "\n")
+    processes().wait()
+    if processes().is_main:
+        write_text(run.plan, plan.to_json() + "\n")
     return run.projections
 
 
@@ -79,13 +92,14 @@ class _Work:
         self.students = RunStudents(self.run, self.teacher.config, self.teacher.architecture, polished=False)
         origin = {fit: _trained_on(self.run, fit) for fit in self.fits}
         self.settings = {fit: _settings(self.config, self.calibration, fit, origin[fit]) for fit in self.fits}
+        self.own = processes().own(self.fits)
 
     def start(self) -> None:
         """Saves the ridge solutions of the projections that are not there yet, as step 0."""
-        missing = [fit for fit in self.fits if self._step(fit) is None]
+        missing = [fit for fit in self.own if self._step(fit) is None]
         if not missing:
             return
-        store = StateStore(self.run.states / "width" if self.config.streamed else None)
+        store = StateStore(processes().folder(self.run.states / "width") if self.config.streamed else None)
         inputs = self.calibration.all_inputs()
         with torch.no_grad():
             solutions = ridge_solutions(self.teacher, self.students, inputs, missing, store, self.config.cache_gb)
@@ -96,12 +110,12 @@ class _Work:
             trainer.save(self._path(fit), self.settings[fit])
 
     def train(self) -> None:
-        config, done = self.config, sum(self._step(fit) for fit in self.fits)
-        total = config.rounds * config.updates * len(self.fits)
+        config, done = self.config, sum(self._step(fit) for fit in self.own)
+        total = config.rounds * config.updates * len(self.own)
         progress = Progress(total=total, initial=done, desc="distill-width", unit="update")
         with stop_on_interrupt() as asked, progress:
             for number in range(config.rounds):
-                due = [fit for fit in self.fits if self._step(fit) in unfinished(number, config.updates)]
+                due = [fit for fit in self.own if self._step(fit) in unfinished(number, config.updates)]
                 if due:
                     _Round(self, due, number, progress, asked).work()
 
@@ -147,7 +161,8 @@ class _Round:
         settings = RoundSettings(
             updates=config.updates, cache_gb=config.cache_gb, boundaries=boundaries, seed=config.seed
         )
-        folder = self.job.run.states / f"width_round_{self.number}" if config.streamed else None
+        place = processes().folder(self.job.run.states / f"width_round_{self.number}")
+        folder = place if config.streamed else None
         self.states = FreshStates(teacher, self.job.calibration, settings, self.number, wanted, folder)
         for fit in self.fits:
             self._train(fit)
@@ -177,6 +192,7 @@ class _Lesson:
     def __init__(self, job: _Work, fit: Fit, states: FreshStates, maps: nn.ModuleDict):
         self.teacher, self.fit, self.states, self.maps = job.teacher, fit, states, maps
         self.architecture = job.teacher.architecture
+        self.used = job.teacher.used_streams(fit.place.last)
         self.plain = self._block(job, fit.place)
         self.source = self._block(job, fit.source) if fit.source else None
         self.pruned = self._projected(job)
@@ -192,11 +208,20 @@ class _Lesson:
         if source is not None:
             state = replace(state, text=source["text"], modulated_text=source["text_modulated"])
         output = self.architecture.run_block(self.pruned, state)
-        streams = {"text": ("image", "text") if self.fit.steps else ("image",)}.get(self.fit.kind)
-        streams = streams or (self.fit.kind.removeprefix("ffn_"),)
-        aligned = [relative_mse(output.real_tokens(s).float(), target.real_tokens(s).float()) for s in streams]
-        own = [relative_mse(self.maps[part](x).float(), y.float()) for part, (x, y) in pairs.items()]
+        error = partial(relative_mse, whole=processes().sum)
+        aligned = [error(self._rows(output, s).float(), self._rows(target, s).float()) for s in self._streams()]
+        own = [error(self.maps[part](x).float(), y.float()) for part, (x, y) in pairs.items()]
         return sum(aligned) + sum(own)
+
+    def _streams(self) -> tuple[str, ...]:
+        """Of the block's output that the projection changes; a text that nothing reads is left out."""
+        if self.fit.kind == "text":
+            return ("image", "text") if self.fit.steps else ("image",)
+        return (self.fit.stream,)
+
+    def _rows(self, state: BlockState, stream: str) -> torch.Tensor:
+        rows = counted(self.fit, state, self.used) if stream == self.fit.stream else state.real(stream)
+        return state.stream(stream)[rows]
 
     def _target(self, batch: int) -> BlockState:
         return self.states.state(self.fit.place.last + 1, batch)
@@ -209,9 +234,8 @@ class _Lesson:
             after, source = self.architecture.observe(self.source, self.states.state(fit.source.index, batch))
             source = {"text": after.text, "text_modulated": source["text_modulated"]}
         target = self._target(batch)
-        stream = "text" if fit.kind == "text" else fit.kind.removeprefix("ffn_")
         x, y = own_pair(fit, seen, source)
-        real = target.real(stream)
+        real = counted(fit, target, self.used)
         pairs = {"map": (x[real], y[real])}
         if fit.steps:
             pairs["step"] = (source["text"][real], (target.text - source["text"])[real])

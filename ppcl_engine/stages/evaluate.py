@@ -10,10 +10,12 @@ import gc
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from ..architectures import placed
 from ..bundle import open_variant
 from ..checkpoint import Weights
 from ..config_files import EvaluateConfig
@@ -26,7 +28,7 @@ from ..progress import Progress
 from ..quality import Reading, reader_of, ssim
 from ..reporting import write_report
 from ..run import DTYPES, Run, RunStudents, open_calibration, open_plan, resolve_device
-from ..sampling import Prompts, draw_prompts, encode_prompts, expanded, inputs_of
+from ..sampling import Prompts, draw_prompts, encode_prompts, expanded, inputs_of, with_guidance
 from ..similarity import bootstrap_interval, bootstrap_ratio, wilson_interval
 from ..streaming import block_loader
 
@@ -155,7 +157,7 @@ class _Judge:
             return [self._forward(model, self.calibration.inputs(batch)) for batch in batches]
 
     def _forward(self, model, inputs) -> torch.Tensor:
-        return self.weights.architecture.call(model, self._placed(inputs)).float().cpu()
+        return self.weights.architecture.call(model, placed(inputs, self.device, self.dtype)).float().cpu()
 
     def _seconds(self, model) -> float:
         """Median of a forward of one calibration batch; called when the model has drawn, so caches are warm."""
@@ -166,13 +168,6 @@ class _Judge:
                 self._forward(model, self.calibration.inputs(0))
                 seconds.append(time.perf_counter() - start)
         return sorted(seconds)[REPEATS // 2]
-
-    def _placed(self, inputs):
-        floating = ("hidden_states", "encoder_hidden_states")
-        return {
-            k: v if k == "grid" else v.to(self.device, self.dtype if k in floating else v.dtype)
-            for k, v in inputs.items()
-        }
 
     def _against_teacher(self, ours: dict) -> dict:
         names = ("velocity_error", "velocity_error_by_timestep", "latent_psnr", "psnr", "ssim")
@@ -208,14 +203,12 @@ class _Judge:
         count = min(self.config.batch, self.prompts.count)
         generator = torch.Generator().manual_seed(self.config.seed)
         noise = self.weights.architecture.pack(torch.randn(count, *self.prompts.latent_shape, generator=generator))
-        given = self.prompts.rows(torch.arange(count)).given
+        rows = (self.prompts.rows(torch.arange(count)).given, expanded(self.prompts.nothing, count))
+        guide = partial(with_guidance, self.weights.architecture, self.weights.config, guidance=self.config.guidance)
         grid = self.weights.architecture.grid(torch.zeros(1, *self.prompts.latent_shape))
         t = torch.full((count,), 0.7)
         with torch.no_grad():
-            caption, empty = (
-                self.weights.architecture.call(model, self._placed(inputs_of(noise, t, *text, grid))).float().cpu()
-                for text in (given, expanded(self.prompts.nothing, count))
-            )
+            caption, empty = (self._forward(model, inputs_of(noise, t, guide(text), grid)) for text in rows)
         return self._ratio(_squares(caption - empty), _squares(caption))
 
     def _mean(self, values: torch.Tensor) -> dict:

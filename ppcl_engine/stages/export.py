@@ -27,7 +27,7 @@ from ..files import TensorEntry, TensorFile, write_json
 from ..layout import Place, layout_of
 from ..plan import PruningPlan, Variant
 from ..run import DTYPES, Run, RunStudents, open_plan
-from ..standalone import Source, check_file_name, write_sources, write_standalone
+from ..standalone import Source, check_file_name, comfyui_sources, write_sources, write_standalone
 from ..surgery import empty_block
 
 SOURCE_PLAN_KEY = "ppcl_source_plan"
@@ -49,14 +49,14 @@ def export(config: ExportConfig) -> Path:
     if config.layout == "ppcl":
         return write_standalone(folder / f"{config.name}.safetensors", tensors, plan, variant, dtype)
     _refuse_what_stock_lacks(plan, variant, config.layout)
-    tensors, block_map = _renumbered(tensors, weights.architecture, plan, variant)
-    stock_config = weights.architecture.with_num_blocks(weights.config, len(block_map))
+    block_map = _block_map(plan, variant)
+    stock_config = weights.architecture.with_blocks(weights.config, block_map)
+    tensors = _renumbered(tensors, weights.architecture, weights.config, stock_config, block_map)
     metadata = {MAP_KEY: json.dumps(block_map), SOURCE_PLAN_KEY: plan.to_json(), "format": "pt"}
     if config.layout == "comfyui":
-        to_comfyui = weights.architecture.to_comfyui
         path = folder / f"{config.name}.safetensors"
         metadata["config"] = json.dumps(stock_config)
-        write_sources(path, {to_comfyui(key): read for key, read in tensors.items()}, dtype, metadata)
+        write_sources(path, comfyui_sources(weights.architecture, tensors), dtype, metadata)
         return path
     path = folder / config.name
     write_sources(path / "diffusion_pytorch_model.safetensors", tensors, dtype, metadata)
@@ -99,7 +99,7 @@ def _tensors(run: Run, weights: Weights, plan: PruningPlan, variant: Variant) ->
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         return {n: Source(s, lambda n=n: students.tuned(variant.name, n)) for n, s in shapes.items()}
     untouched = {place.index for place in layout.places if place.is_teacher}
-    prefixes = {architecture.block_prefix(index): index for index in range(plan.num_blocks)}
+    prefixes = {architecture.block_prefix(weights.config, index): index for index in range(plan.num_blocks)}
     sources = {}
     for key in weights.keys():
         if next((index for p, index in prefixes.items() if key.startswith(p)), None) in {None, *untouched}:
@@ -118,20 +118,29 @@ def _tensors(run: Run, weights: Weights, plan: PruningPlan, variant: Variant) ->
 def _place_tensors(weights: Weights, place: Place, state) -> dict[str, Source]:
     with torch.device("meta"):
         shapes = empty_block(weights.architecture, weights.config, place, {}).state_dict()
-    prefix = weights.architecture.block_prefix(place.index)
+    prefix = weights.architecture.block_prefix(weights.config, place.index)
     return {prefix + name: Source(tuple(t.shape), lambda n=name: state(place)[n]) for name, t in shapes.items()}
 
 
-def _renumbered(tensors: dict[str, Source], architecture: Architecture, plan: PruningPlan, variant: Variant):
-    """Blocks counted from 0 without gaps, and the list of their teacher indices."""
+def _block_map(plan: PruningPlan, variant: Variant) -> list[int]:
+    """Teacher indices of the blocks that are left."""
     gaps = {index for name in variant.intervals for index in plan.interval(name).blocks[1:]}
-    block_map = [index for index in range(plan.num_blocks) if index not in gaps]
-    prefixes = {architecture.block_prefix(old): architecture.block_prefix(new) for new, old in enumerate(block_map)}
+    return [index for index in range(plan.num_blocks) if index not in gaps]
+
+
+def _renumbered(
+    tensors: dict[str, Source], architecture: Architecture, config: dict, stock_config: dict, block_map: list[int]
+) -> dict[str, Source]:
+    """Blocks counted from 0 without gaps, as `stock_config` counts them."""
+    prefixes = {
+        architecture.block_prefix(config, old): architecture.block_prefix(stock_config, new)
+        for new, old in enumerate(block_map)
+    }
     renamed = {}
     for key, source in tensors.items():
         prefix = next((p for p in prefixes if key.startswith(p)), None)
         renamed[prefixes[prefix] + key.removeprefix(prefix) if prefix else key] = source
-    return renamed, block_map
+    return renamed
 
 
 def _refuse_what_stock_lacks(plan: PruningPlan, variant: Variant, layout: str) -> None:

@@ -23,6 +23,7 @@ from ..data import CalibrationSet
 from ..files import write_text
 from ..layout import Layout, layout_of
 from ..live import MakeBlock, run_made
+from ..parallel import processes
 from ..plan import FULL, PruningPlan, Variant
 from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..streaming import Teacher
@@ -66,7 +67,8 @@ def finetune(config: FinetuneConfig) -> Path:
         model.load_state_dict(trainer.used())
         tuned = replace(source, name=name, tuned=True, **_figures(teacher, plan, source, model, calibration))
         kept = tuple(v for v in plan.variants if v.name != name)
-        write_text(run.plan, plan.with_parts(variants=(*kept, tuned)).to_json() + "\n")
+        if processes().writes:
+            write_text(run.plan, plan.with_parts(variants=(*kept, tuned)).to_json() + "\n")
     return path
 
 
@@ -95,7 +97,7 @@ def _loss(
 
 
 def _blocks(teacher: Teacher, model: nn.Module, layout: Layout) -> list[MakeBlock]:
-    prefixes = [teacher.architecture.block_prefix(place.index).rstrip(".") for place in layout.places]
+    prefixes = [teacher.architecture.block_prefix(teacher.config, place.index).rstrip(".") for place in layout.places]
     return [partial(model.get_submodule, prefix) for prefix in prefixes]
 
 
@@ -133,5 +135,6 @@ def _figures(
         target = teacher_velocity(teacher, row).double()
         error += float((model_velocity(teacher, model, layout, row).double() - target).square().sum())
         power += float(target.square().sum())
+    error, power = processes().sum(torch.tensor([error, power], dtype=torch.float64)).tolist()
     parameters, flops = parameter_count(model), cost.variant(plan, source).flops
     return {"parameters": parameters, "bytes": parameters * STORED_BYTES, "flops": flops, "damage": error / power}

@@ -37,6 +37,7 @@ from ..folding_files import (
 )
 from ..folding_report import printed, size_of, write_report
 from ..folding_tables import Table, batches_of, conditionings, make_table, rows_of
+from ..memory import return_freed_memory
 from ..plan import PruningPlan
 from ..progress import Progress
 from ..run import DTYPES, resolve_device
@@ -137,7 +138,9 @@ class _Folding:
 
     def _modulations(self, what: str) -> Iterator[tuple[Original, str]]:
         found = [(file, name) for file in self.files for name in file.modulations]
-        return iter(Progress(found, desc=what, unit="modulation"))
+        for one in Progress(found, desc=what, unit="modulation"):
+            yield one
+            return_freed_memory()
 
     def _prefix(self, file: Original, name: str) -> str:
         return embedder_prefix(name, file.stored, self.architecture)
@@ -166,6 +169,7 @@ class _Folding:
         folding = Folding(form="basis", inputs=1 + rank, mark=self.base.mark)
 
         def make(file: Original, name: str) -> torch.Tensor:
+            return_freed_memory()
             basis = self._directions(self._prefix(file, name))[:, : 1 + rank]
             return project(file.read(f"{name}.weight").to(self.device), basis.to(self.device))
 

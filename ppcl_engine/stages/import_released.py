@@ -74,7 +74,7 @@ def plan_of(
             sites += [WidthSite(block=block, kind="text") for block in range(index, last.get(index, index) + 1)]
     plan = PruningPlan(
         architecture=architecture.name,
-        config=architecture.with_num_blocks(released.config, num_blocks),
+        config=architecture.with_blocks(released.config, range(num_blocks)),
         num_blocks=num_blocks,
         fingerprint=base.fingerprint if base else "",
         intervals=intervals,
@@ -109,7 +109,7 @@ class Imported:
                 )
 
     def prefix(self, place: Place) -> str:
-        return self.architecture.block_prefix(place.index)
+        return self.architecture.block_prefix(self.plan.config, place.index)
 
     def released_name(self, name: str) -> str:
         prefix = next((prefix for prefix in self._prefixes if name.startswith(prefix)), None)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 from ..architectures import ARCHITECTURES, Architecture
 from ..architectures.folded import folding_of
 from ..bundle import Bundle, is_bundle, standalone_structure
-from ..checkpoint import Weights, expected_shapes
+from ..checkpoint import Weights, full_parameters
 from ..config_files import InspectConfig
 from ..released import Released, is_width_pruned, published_intervals, repeated_steps_warning, teacher_indices
 
@@ -29,7 +28,7 @@ def known_models() -> dict[str, dict]:
         for name, model_config in architecture.model_configs.items():
             models[name] = {
                 "architecture": architecture.name,
-                "parameters": sum(math.prod(shape) for shape in expected_shapes(architecture, model_config).values()),
+                "parameters": full_parameters(architecture, model_config),
                 "blocks": architecture.num_blocks(model_config),
                 "width": architecture.width(model_config),
             }
@@ -53,12 +52,11 @@ def describe(path: Path, legacy_txt_proj: bool = False) -> dict:
         }
     else:
         weights = Weights(path)
-        parameters = sum(math.prod(weights.shape(key)) for key in weights.keys())
         return {
             "kind": "full model",
             "architecture": weights.architecture.name,
             "blocks": weights.num_blocks,
-            "parameters": parameters,
+            "parameters": full_parameters(weights.architecture, weights.config),
             "fingerprint": weights.fingerprint,
             **_teacher_blocks(weights.architecture, weights.config),
             **_folding(weights.config),

@@ -19,6 +19,7 @@ from ..config import PolishConfig
 from ..files import write_tensors, write_text
 from ..layout import Layout, layout_of
 from ..live import Parts, projections_of, run_made
+from ..parallel import processes
 from ..plan import PruningPlan, Variant
 from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..streaming import Teacher
@@ -58,7 +59,7 @@ def polish(config: PolishConfig) -> Path:
         return subset_loss(teacher, parts, layout, inputs, config.checkpointing)
 
     before = tune(trainer, loss_at, config, run.polish_state, settings, "polish")
-    if before < config.steps or any(run.best(path) == path for path in sources):
+    if processes().writes and (before < config.steps or any(run.best(path) == path for path in sources)):
         write_text(run.plan, plan.with_parts(variants=tuple(v for v in plan.variants if v.tuned)).to_json() + "\n")
         for path, prefix in sources.items():
             _write(run, path, prefix, trainer.used())

@@ -13,6 +13,7 @@ import torch
 
 from ..config import ProbeConfig
 from ..files import TensorFile, write_tensors
+from ..parallel import processes
 from ..progress import Progress
 from ..run import Run, open_calibration, open_teacher
 from ..similarity import NormalEquations, Solution
@@ -28,12 +29,13 @@ def probe(config: ProbeConfig) -> Path:
     calibration = open_calibration(config, teacher.weights)
     calibration.split(config.held_out)
     settings = json.dumps([calibration.hash, config.ridge, config.train_steps, config.learning_rate, config.held_out])
-    store = StateStore(run.states / "probe" if config.streamed else None)
+    store = StateStore(processes().folder(run.states / "probe") if config.streamed else None)
+    own = set(processes().own(range(teacher.num_blocks)))
     with torch.no_grad():
         embedded = [teacher.embed(inputs) for inputs in calibration.all_inputs()]
         blocks = sweep(teacher, embedded, store, teacher.num_blocks - 1)
         for index, _, _ in Progress(blocks, total=teacher.num_blocks, desc="probe", unit="block"):
-            if not _is_done(run.probe(index), settings):
+            if index in own and not _is_done(run.probe(index), settings):
                 _fit_block(config, teacher, store, embedded, index, run.probe(index), settings)
     store.clear()
     return run.probes
@@ -64,7 +66,8 @@ def _fit_block(config, teacher: Teacher, store, embedded, index: int, path: Path
             "held_out": held_out,
             "held_out_trained": trained,
         }
-    write_tensors(path, tensors, {"settings": settings, "report": json.dumps(report)})
+    if processes().writes:
+        write_tensors(path, tensors, {"settings": settings, "report": json.dumps(report)})
 
 
 class _Pairs:
@@ -86,7 +89,7 @@ def _ridge(pairs: _Pairs, batches: range, ridge: float) -> Solution:
     equations = NormalEquations(width, width, pairs.teacher.device)
     for batch in batches:
         equations.add(*pairs[batch])
-    return equations.solve(ridge)
+    return equations.shared(processes().sum).solve(ridge)
 
 
 def _error(pairs: _Pairs, batches: range, weight: torch.Tensor, bias: torch.Tensor) -> float:
@@ -96,6 +99,7 @@ def _error(pairs: _Pairs, batches: range, weight: torch.Tensor, bias: torch.Tens
         x, step = pairs[batch]
         above += float((x @ weight.T.float() + bias.float() - step).square().sum())
         below += float(step.square().sum())
+    above, below = processes().sum(torch.tensor([above, below], dtype=torch.float64)).tolist()
     return above / max(below, 1e-30)
 
 
@@ -106,8 +110,9 @@ def _train(pairs: _Pairs, batches: int, start: Solution, config: ProbeConfig) ->
         optimizer = torch.optim.Adam([weight, bias], lr=config.learning_rate)
         for step in range(config.train_steps):
             x, target = pairs[step % batches]
-            loss = (x @ weight.T + bias - target).square().sum() / target.square().sum()
+            loss = (x @ weight.T + bias - target).square().sum() / processes().sum(target.square().sum())
             optimizer.zero_grad()
             loss.backward()
+            processes().sum_gradients((weight, bias), loss)
             optimizer.step()
     return weight.detach(), bias.detach()

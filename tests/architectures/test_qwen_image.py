@@ -71,7 +71,7 @@ def test_assembled_parts_are_diffusers_model(architecture, model, padded_inputs)
 def test_the_released_model_has_its_published_size(architecture):
     config = architecture.model_configs["qwen_image"]
     sizes = {name: torch.Size(shape).numel() for name, shape in expected_shapes(architecture, config).items()}
-    prefixes = [architecture.block_prefix(index) for index in range(60)]
+    prefixes = [architecture.block_prefix(config, index) for index in range(60)]
     blocks = [sum(n for name, n in sizes.items() if name.startswith(prefix)) for prefix in prefixes]
     assert architecture.num_blocks(config) == 60 and architecture.width(config) == 3072
     assert blocks == [BLOCK_PARAMETERS] * 60
@@ -119,11 +119,12 @@ def test_the_last_text_is_not_used(architecture):
 
 def test_the_registry_names_what_it_knows(architecture):
     assert architecture_named("qwen_image") is architecture in ARCHITECTURES
-    with pytest.raises(ValueError, match="unknown architecture 'flux'; known: qwen_image"):
+    with pytest.raises(ValueError, match="unknown architecture 'flux'; known: qwen_image, flux1"):
         architecture_named("flux")
     keys = expected_shapes(architecture, architecture.tiny_config)
     assert detect_architecture(keys, "file") is architecture
     with pytest.raises(
-        ValueError, match="file is of no known architecture .known: qwen_image.; its first keys: a, b, c, d$"
+        ValueError,
+        match="file is of no known architecture .known: qwen_image, flux1, sd35.; its first keys: a, b, c, d$",
     ):
         detect_architecture("edcba", "file")

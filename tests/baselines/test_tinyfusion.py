@@ -43,7 +43,7 @@ def test_every_pattern_removes_the_right_number(size, data):
 
 
 def test_gates_are_hard_with_soft_gradients():
-    gates, generator = Gates(10, 4), torch.Generator().manual_seed(0)
+    gates, generator = Gates(groups_of(10, 4)), torch.Generator().manual_seed(0)
     drawn = [gates.sample(4.0, generator) for _ in range(20)]
     assert all(set(gate.tolist()) == {0.0, 1.0} and int((gate == 0).sum()) == 4 for gate in drawn)
     assert len({tuple(gate.tolist()) for gate in drawn}) > 5
@@ -52,7 +52,7 @@ def test_gates_are_hard_with_soft_gradients():
 
 
 def test_the_average_decides():
-    gates = Gates(6, 2)
+    gates = Gates(groups_of(6, 2))
     with torch.no_grad():
         for logits in gates.logits:
             logits[-1] = 1.0

@@ -2,10 +2,29 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = sorted((ROOT / "nodes").rglob("*.py"))
+PACK = [ROOT / "__init__.py", *NODES, *sorted((ROOT / "ppcl_engine").rglob("*.py"))]
+LAUNCHER = ROOT / "ppcl_engine" / "jobs" / "launch.py"
+NETWORK = {
+    "socket",
+    "ssl",
+    "requests",
+    "urllib",
+    "http",
+    "httpx",
+    "aiohttp",
+    "ftplib",
+    "smtplib",
+    "websocket",
+    "websockets",
+}
+SHELLS = {"system", "popen", "spawnl", "spawnv", "spawnve", "execv", "execve", "execvp", "getoutput", "getstatusoutput"}
+LARGE = 2_000_000  # bytes
+DEMO_FILES = {"ppcl_engine/demo/teacher.safetensors", "ppcl_engine/demo/demo.ppcl.safetensors"}
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "execution", "server"}
 NEVER = {"subprocess", "socket", "requests", "urllib", "os", "pickle", "importlib"}
 NEVER_CALLED = {"eval", "exec", "compile", "__import__"}
@@ -61,6 +80,60 @@ def test_nothing_that_a_registry_refuses():
 def test_torch_is_the_hosts():
     names = [re.split(r"[<>=\[ ]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines()]
     assert "torch" not in names and {"diffusers", "safetensors"} <= set(names)
+
+
+def calls_of(path: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+
+
+def test_one_file_of_the_whole_pack_starts_processes():
+    """Its command is this interpreter, the worker's file and a folder of ours."""
+    starting = {path for path in PACK if any(m.split(".")[0] == "subprocess" for _, m in imports_of(path))}
+    assert starting - {ROOT / "ppcl_engine" / "jobs" / "store.py"} == {LAUNCHER}  # the store names a type of it
+    popen = [call for call in calls_of(LAUNCHER) if getattr(call.func, "attr", "") in ("Popen", "run", "call")]
+    assert [ast.unparse(call.args[0]) for call in popen] == ["[sys.executable, str(WORKER), str(folder)]"]
+    assert not any(keyword.arg in ("shell", "env") for keyword in popen[0].keywords)
+    assert not [
+        c for c in calls_of(ROOT / "ppcl_engine" / "jobs" / "store.py") if ast.unparse(c.func).startswith("subprocess")
+    ]
+
+
+def test_no_shell_no_network_no_evaluated_text_in_the_whole_pack():
+    for path in PACK:
+        modules = {module.split(".")[0] for _, module in imports_of(path)}
+        assert not modules & (NETWORK | {"pickle", "marshal", "pip"}), path
+        for call in calls_of(path):
+            name = call.func.id if isinstance(call.func, ast.Name) else ""
+            assert name not in NEVER_CALLED, path
+            if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) in ("os", "subprocess"):
+                assert call.func.attr not in SHELLS, path
+
+
+def test_no_widget_reaches_a_command():
+    """Nodes know the launcher's two functions: stop a process, show a command."""
+    found = {alias.name for path in NODES for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+             if isinstance(node, ast.ImportFrom) and (node.module or "").endswith("jobs.launch") for alias in node.names}  # fmt: skip
+    assert found == {"stop", "prepared_command"}
+
+
+def shipped_files() -> list[str]:
+    """What the registry's zip would hold: tracked files, less what .comfyignore names."""
+
+    def listed(*options: str) -> set[str]:
+        return set(subprocess.check_output(["git", "ls-files", *options], cwd=ROOT, text=True).splitlines())
+
+    return sorted(listed() - listed("--cached", "--ignored", "--exclude-from=.comfyignore"))
+
+
+def test_what_is_shipped():
+    files = shipped_files()
+    tops = {name.split("/")[0] for name in files}
+    assert not tops & {"tests", "benchmarks", "docs", "runs", ".ci", "Makefile", ".venv", ".venv-host", ".comfyui"}
+    assert {"__init__.py", "nodes", "ppcl_engine", "web", "workflows", "pyproject.toml", "requirements.txt"} <= tops
+    assert {n for n in files if (ROOT / n).stat().st_size > LARGE} <= DEMO_FILES
+    assert not [n for n in files if n.endswith((".pt", ".pth", ".bin", ".pkl", ".exe", ".so", ".whl", ".zip"))]
+    for kind, page in (("workflows", ".json"), ("web/docs", ".md")):
+        assert [n for n in files if n.startswith(kind) and n.endswith(page)]
 
 
 def test_tests_are_not_shipped():

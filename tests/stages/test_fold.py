@@ -14,8 +14,9 @@ from benchmarks.memory import WIDE
 from benchmarks.teachers import random_teacher
 from ppcl_engine import open_model
 from ppcl_engine.__main__ import main
+from ppcl_engine.architectures import architecture_named
 from ppcl_engine.bundle import Bundle
-from ppcl_engine.checkpoint import COMFYUI_PREFIX, Weights, parameter_count
+from ppcl_engine.checkpoint import COMFYUI_PREFIX, Weights, expected_shapes, parameter_count
 from ppcl_engine.codecs import open_codec
 from ppcl_engine.config import FinetuneConfig
 from ppcl_engine.config_files import ExportConfig, FoldConfig, InspectConfig
@@ -291,6 +292,25 @@ def test_files_that_cannot_be_folded(folded, teacher_file, exported, tmp_path, m
         ValueError, match="modulations read the timestep and guidance: only those that read the timestep"
     ):
         folded(tmp_path / "guided.safetensors", "table")
+
+
+@pytest.mark.parametrize(
+    ("name", "reads"),
+    [
+        ("flux1", "the timestep, guidance and pooled text"),
+        ("sd35", "the timestep and pooled text"),
+    ],
+)
+def test_other_architectures_say_why_not(folded, tmp_path, name, reads):
+    architecture = architecture_named(name)
+    shapes = expected_shapes(architecture, architecture.tiny_config)
+    tensors = {key: torch.zeros(shape) for key, shape in shapes.items()}
+    write_tensors(tmp_path / "other.safetensors", tensors, {"config": json.dumps(architecture.tiny_config)})
+    for form in ("table", "basis"):
+        with pytest.raises(
+            ValueError, match=f"other.safetensors is {name}, whose modulations read {reads}: only those that"
+        ):
+            folded(tmp_path / "other.safetensors", form)
 
 
 def test_stock_layouts_are_refused(folded, run, teacher_file, tmp_path):

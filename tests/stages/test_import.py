@@ -39,7 +39,7 @@ def folder(tmp_path, architecture, teacher):
 
     def make(change=lambda state: state, lists: dict | None = LISTS, kept: list[int] = KEPT, model=teacher):
         lists = lists or dict.fromkeys(LISTS, [])
-        config = architecture.with_num_blocks(architecture.tiny_config, len(kept))
+        config = architecture.with_blocks(architecture.tiny_config, kept)
         return write_folder(tmp_path / "released", change(released_state(model, kept, lists)), config, lists)
 
     return make

@@ -67,7 +67,7 @@ WRONG = {
     "an interval outside": ({"file": "outside.ppcl.safetensors"}, "interval 1-77 is not inside"),
     "a huge rank": ({"file": "rank.ppcl.safetensors"}, "correction '99999999'"),
     "an unknown field": ({"file": "unknown_field.ppcl.safetensors"}, "unknown field 'surprise'"),
-    "no configuration": ({"file": "config.ppcl.safetensors"}, "a configuration of None"),
+    "no configuration": ({"file": "config.ppcl.safetensors"}, "configuration of its model lacks 'num_layers'"),
     "a student lacks tensors": ({"file": "lacking.ppcl.safetensors"}, "lacks 2 tensors"),
 }
 

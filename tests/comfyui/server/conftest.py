@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import aiohttp
 import pytest
+
+from .graphs import quickly, shipped
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "tests" / "comfyui" / "launch.py"
@@ -43,16 +51,18 @@ class Server:
         except urllib.error.HTTPError as error:
             return json.load(error)
 
-    def run(self, prompt: dict) -> dict:
-        """A workflow in API form -> its entry in the server's history, when it has ended."""
-        queued = self.post("/prompt", {"prompt": prompt})
+    def queue(self, prompt: dict, client: str = "") -> str:
+        """The prompt's id. `client`: who hears of its progress."""
+        queued = self.post("/prompt", {"prompt": prompt, "client_id": client})
         assert queued.get("node_errors") == {}, queued
-        end = time.monotonic() + RUN_SECONDS
-        while time.monotonic() < end:
-            if found := self.get(f"/history/{queued['prompt_id']}"):
-                return found[queued["prompt_id"]]
-            time.sleep(0.2)
-        raise AssertionError("the server did not finish in time")
+        return queued["prompt_id"]
+
+    def ended(self, prompt_id: str) -> dict:
+        """The prompt's entry in the server's history, when it has ended."""
+        return eventually(lambda: self.get(f"/history/{prompt_id}").get(prompt_id), "the server did not finish in time")
+
+    def run(self, prompt: dict, client: str = "") -> dict:
+        return self.ended(self.queue(prompt, client))
 
     def error_of(self, prompt: dict) -> str:
         """What the error box of the page shows."""
@@ -63,20 +73,93 @@ class Server:
         ]
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
-    for folder in ("custom_nodes", "models/ppcl", "models/loras"):
+def eventually(look: Callable[[], object], otherwise: str, seconds: float = RUN_SECONDS):
+    """What `look` gives as soon as it gives something."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := look():
+            return found
+        time.sleep(0.1)
+    raise AssertionError(otherwise)
+
+
+@dataclass
+class Heard:
+    """What a page would hear on the websocket. progress: (node, value, max); texts: (node, line); previews: nodes."""
+
+    client: str
+    progress: list[tuple[str, float, float]] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)
+    previews: list[str] = field(default_factory=list)
+
+    def json(self, message: dict) -> None:
+        if message["type"] == "progress_state":
+            rows = message["data"]["nodes"].values()
+            self.progress += [(row["node_id"], row["value"], row["max"]) for row in rows if row["state"] == "running"]
+
+    def binary(self, data: bytes) -> None:
+        kind, length = struct.unpack(">II", data[:8])
+        if kind == 3:
+            self.texts.append((data[8 : 8 + length].decode(), data[8 + length :].decode()))
+        elif kind == 4:
+            self.previews.append(json.loads(data[8 : 8 + length])["node_id"])
+
+
+@contextmanager
+def listening(server: Server, client: str = "tests") -> Iterator[Heard]:
+    heard, ready, done = Heard(client), threading.Event(), threading.Event()
+
+    async def listen() -> None:
+        url = f"{server.url}/ws?clientId={client}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as socket:
+            await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+            ready.set()
+            while not done.is_set():
+                try:
+                    message = await socket.receive(timeout=0.2)
+                except asyncio.TimeoutError:
+                    continue
+                if message.type is aiohttp.WSMsgType.TEXT:
+                    heard.json(message.json())
+                elif message.type is aiohttp.WSMsgType.BINARY:
+                    heard.binary(message.data)
+                else:
+                    return
+
+    thread = threading.Thread(target=lambda: asyncio.run(listen()), daemon=True)
+    thread.start()
+    assert ready.wait(20)
+    try:
+        yield heard
+    finally:
+        done.set()
+        thread.join(5)
+
+
+def new_base(base: Path) -> Path:
+    """A folder for a server: the pack, and models of its own."""
+    for folder in ("custom_nodes", "models/ppcl", "models/loras", "models/diffusion_models"):
         (base / folder).mkdir(parents=True)
     (base / "custom_nodes" / "ComfyUI-PPCL").symlink_to(ROOT, target_is_directory=True)
+    return base
+
+
+def begin(base: Path) -> tuple[Server, subprocess.Popen]:
+    """A server that answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, LAUNCH, "main.py", "--cpu", "--port", str(port), "--base-directory", base]
-    with open(base / "log.txt", "wb") as log:
+    with open(base / "log.txt", "ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    return started(Server(f"http://127.0.0.1:{port}", base), process), process
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    server, process = begin(new_base(tmp_path_factory.mktemp("comfyui")))
     try:
-        yield started(Server(f"http://127.0.0.1:{port}", base), process)
+        yield server
     finally:
         stop(process)
 
@@ -90,6 +173,7 @@ def started(server: Server, process: subprocess.Popen) -> Server:
             time.sleep(0.3)
         else:
             return server
+    stop(process)
     raise AssertionError(f"the server did not start:\n{(server.base / 'log.txt').read_text()[-3000:]}")
 
 
@@ -105,4 +189,27 @@ def stop(process: subprocess.Popen) -> None:
 @pytest.fixture
 def demo() -> dict:
     """The shipped demo workflow in API form."""
-    return json.loads((ROOT / "workflows" / "api" / "ppcl-demo-three-sizes.json").read_text(encoding="utf-8"))
+    return shipped("ppcl-demo-three-sizes")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a run of a workflow was asked, what the server answered and what a page would have heard."""
+
+    prompt: dict
+    entry: dict
+    heard: Heard
+
+    def numbers(self, kind: str) -> list[str]:
+        return [number for number, node in self.prompt.items() if node["class_type"] == kind]
+
+    def outputs(self, kind: str) -> dict:
+        return self.entry["outputs"][self.numbers(kind)[0]]
+
+
+@pytest.fixture(scope="session")
+def made(server) -> Made:
+    """The shipped workflow that makes a pruned model, with settings for seconds instead of minutes."""
+    prompt = quickly(shipped("ppcl-demo-make-your-own"))
+    with listening(server, "maker") as heard:
+        return Made(prompt, server.run(prompt, heard.client), heard)

@@ -11,10 +11,12 @@ from ppcl_engine.config_files import ImportConfig
 from ppcl_engine.config_help import setting_help
 
 from .conftest import ROOT
+from .graphs import CAPTIONS, TEACHER, quickly, shipped
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"), key=lambda path: path.stem)
 SCALARS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 PAGE_ONLY = {"MarkdownNote"}
+MUTED = 2
 SETTINGS = {("PPCL_LoadModel", "intervals"): "intervals", ("PPCL_LoadModel", "legacy_text"): "legacy_txt_proj"}
 
 
@@ -80,7 +82,7 @@ def test_the_api_form_is_the_same_workflow(known, path):
     workflow = json.loads(path.read_text(encoding="utf-8"))
     prompt = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
     links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
-    nodes = [node for node in workflow["nodes"] if node["type"] not in PAGE_ONLY]
+    nodes = [node for node in workflow["nodes"] if node["type"] not in PAGE_ONLY and node["mode"] != MUTED]
     assert [prompt[str(n["id"])]["class_type"] for n in nodes] == [n["type"] for n in nodes] and len(prompt) == len(
         nodes
     )
@@ -115,3 +117,36 @@ def test_every_node_has_help_and_every_input_a_tooltip(server, ours):
 def test_tooltips_say_what_the_command_line_says(ours):
     for (node, name), setting in SETTINGS.items():
         assert inputs_of(ours[node])[name][1]["tooltip"].endswith(setting_help(ImportConfig, setting))
+
+
+def with_the_bundled_teacher(prompt: dict) -> dict:
+    """The same graph for the small teacher. Exchanged, node for node: the model's file name in its combos; prompt nodes
+    (CLIP Text Encode) and the empty latent for Demo Caption, VAE Decode for Demo Decode. Left out: the loaders of text
+    encoder and VAE, which the teacher's file holds. The picture's size becomes the model's own."""
+    words = next(number for number, node in prompt.items() if node["class_type"] == "CLIPTextEncode")
+    gone = {"CLIPLoader", "VAELoader", "EmptySD3LatentImage"}
+    found = {number: node for number, node in prompt.items() if node["class_type"] not in gone}
+    for number, node in list(found.items()):
+        inputs = node["inputs"]
+        inputs |= {name: TEACHER for name, value in inputs.items() if value == "qwen_image_bf16.safetensors"}
+        match node["class_type"]:
+            case "PPCL_CalibrateFromPrompts":
+                del inputs["clip"]
+                inputs |= {"height": 0, "width": 0}
+            case "CLIPTextEncode":
+                found[number] = {"class_type": "PPCL_DemoCaption", "inputs": {"captions": CAPTIONS}}
+            case "KSampler":
+                inputs |= {"positive": [words, 0], "negative": [words, 1], "latent_image": [words, 2]}
+            case "VAEDecode":
+                found[number] = {"class_type": "PPCL_DemoDecode", "inputs": {"latent": inputs["samples"], "enlarge": 4}}
+    return found
+
+
+def test_the_large_model_s_graph_runs_with_the_bundled_teacher(server):
+    """Streamed and in bfloat16, as it is shipped."""
+    prompt = quickly(with_the_bundled_teacher(shipped("ppcl-qwen-image-distil")))
+    assert len(prompt) == len(shipped("ppcl-qwen-image-distil")) - 3
+    entry = server.run(prompt)
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
+    save = next(number for number, node in prompt.items() if node["class_type"] == "SaveImage")
+    assert len(entry["outputs"][save]["images"]) == len(CAPTIONS.splitlines())

@@ -1,0 +1,87 @@
+"""Prompts for a calibration, as a file in its run: the words, or what the host's text encoder makes of them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..ppcl_engine.files import write_tensors, write_text
+from .settings import check_length
+
+MOST = 10_000
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Its file's name holds a hash of what is in it, so that a run of other prompts is another run."""
+
+    text: str
+
+    setting = "prompts"
+
+    def __post_init__(self):
+        check_length("prompts", self.text)
+        if not 0 < len(self.lines) <= MOST:
+            raise ValueError(f"{len(self.lines)} prompts are given; write 1 to {MOST:,}, one a line")
+
+    @property
+    def lines(self) -> list[str]:
+        return [line.strip() for line in self.text.splitlines() if line.strip()]
+
+    @property
+    def content(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+    @property
+    def file(self) -> str:
+        return f"prompts-{hashlib.sha256(self.content.encode()).hexdigest()[:8]}.txt"
+
+    def write(self, folder: Path) -> None:
+        if not (folder / self.file).exists():
+            write_text(folder / self.file, self.content)
+
+    def encoded(self, clip) -> EncodedPrompts:
+        """By the host's text encoder."""
+        return EncodedPrompts(tuple(map(lambda text: _encode(clip, text), self.lines)), _encode(clip, ""))
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """given: (embedding [tokens, width], mask [tokens]) of each prompt; nothing: of the empty one."""
+
+    given: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    nothing: tuple[torch.Tensor, torch.Tensor]
+
+    setting = "embeddings"
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As `CalibrateConfig.embeddings` says; padded to one length, the empty one's if that is the longest."""
+        rows = [*self.given, self.nothing]
+        text, mask = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in zip(*rows, strict=True))
+        return {"text": text[:-1].clone(), "mask": mask[:-1].clone(), "empty": self.nothing[0][None]}
+
+    @property
+    def file(self) -> str:
+        digest = hashlib.sha256()
+        for tensor in self.tensors.values():
+            digest.update(str(tuple(tensor.shape)).encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return f"embeddings-{digest.hexdigest()[:8]}.safetensors"
+
+    def write(self, folder: Path) -> None:
+        if not (folder / self.file).exists():
+            write_tensors(folder / self.file, self.tensors)
+
+
+def _encode(clip, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Without the padding that some encoders give. Raises ValueError for an encoder of more than text tokens."""
+    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    embedding, more = conditioning[0]
+    if len(conditioning) != 1 or embedding.ndim != 3:
+        raise ValueError("this CLIP gives no plain text embedding; connect the text encoder of model_file")
+    mask = more.get("attention_mask")
+    mask = torch.ones(embedding.shape[1], dtype=torch.bool) if mask is None else mask[0].bool().cpu()
+    return embedding[0].float().cpu()[mask], torch.ones(int(mask.sum()), dtype=torch.bool)

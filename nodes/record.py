@@ -1,0 +1,162 @@
+"""PPCL_RecordCalibration: a MODEL that keeps what samplers feed it, as the calibration set of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.v0_0_2 import io
+
+from ..ppcl_engine.checkpoint import Weights
+from ..ppcl_engine.config import CalibrateConfig, Common
+from ..ppcl_engine.files import write_json
+from ..ppcl_engine.run import Run
+from .branch import layout_in, name_of
+from .job import CATEGORY
+from .paths import model_path, runs, teacher_files
+from .recording import Limits, Sampling, append, recorded
+from .runs import RECORDING, RunType
+from .settings import WHOLE_SEED, inputs, values
+from .waiting import screen_of
+
+KEY = "ppcl_record"
+PREFIX = "diffusion_model."
+
+
+class Recorder:
+    """Wrappers around one branch's sampling. Only copies are taken: the pictures stay as they are, to the bit."""
+
+    def __init__(self, weights: Weights, path: Path, limits: Limits, tell=lambda text: None):
+        self.architecture, self.path, self.limits, self.tell = weights.architecture, path, limits, tell
+        self.origin = {
+            "architecture": weights.architecture.name,
+            "fingerprint": weights.fingerprint,
+            "seed": limits.seed,
+            "source": "recorded",
+        }
+        self.sampling: Sampling | None = None
+
+    def around(self, model):
+        """A clone of the host's patcher that is recorded."""
+        new = model.clone()
+        new.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self._sample)
+        new.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, self._forward)
+        return new
+
+    def _sample(self, executor, guider, sigmas, extra_args, callback, noise, *arguments, **named):
+        known = recorded(self.path, self.origin)
+        left = self.limits.samples - known.samples
+        if left <= 0 or len(sigmas) < 2:
+            self._told(known.samples)
+            return executor(guider, sigmas, extra_args, callback, noise, *arguments, **named)
+        self.sampling = Sampling(self.limits, len(known), len(noise), len(sigmas) - 1)
+        try:
+            samples = executor(guider, sigmas, extra_args, callback, noise, *arguments, **named)
+            sampling = self.sampling
+        finally:
+            self.sampling = None
+        if float(sigmas[-1]) == 0:
+            batches = sampling.batches(self.architecture, flat(samples), left)
+            self._told(append(self.path, self.origin, batches).samples)
+        else:
+            self.tell("not recorded: this sampling stops before its pictures are clean")
+        return samples
+
+    def _forward(self, executor, x, timestep, context, attention_mask=None, guidance=None, ref_latents=None,
+                 transformer_options=None, **named):  # fmt: skip
+        options = transformer_options or {}
+        if self.sampling is not None:
+            if ref_latents:
+                raise ValueError("Record Calibration (PPCL) cannot store reference pictures; sample without them")
+            self._see(flat(x), timestep, context, attention_mask, options)
+        return executor(x, timestep, context, attention_mask, guidance, ref_latents, options, **named)
+
+    def _see(self, latents, timestep, context, mask, options: dict) -> None:
+        """Rows of a forward: all rows of one prompt, then all of the next."""
+        if latents.shape[-1] % 2 or latents.shape[-2] % 2:
+            raise ValueError(
+                f"latents of {latents.shape[-2]} x {latents.shape[-1]} are no whole tokens; "
+                "draw pictures whose sides are multiples of 16"
+            )
+        schedule, sigma = options["sample_sigmas"], float(options["sigmas"].flatten()[0])
+        step, rows = int((schedule > sigma).sum()), self.sampling.rows
+        for place, prompt in enumerate(options["cond_or_uncond"]):
+            part = slice(place * rows, (place + 1) * rows)
+            own_mask = None if mask is None else mask.expand(len(latents), -1)[part]
+            self.sampling.see(step, prompt == 1, latents[part], timestep[part], context[part], own_mask)
+
+    def _told(self, samples: int) -> None:
+        full = "; full: change seed to record others" if samples >= self.limits.samples else ""
+        self.tell(f"{samples} of {self.limits.samples} samples are recorded{full}")
+
+
+def flat(latents: torch.Tensor) -> torch.Tensor:
+    """Latents of pictures, without the frame that video models have."""
+    return latents[:, :, 0] if latents.ndim == 5 else latents
+
+
+def check_same_model(model, weights: Weights) -> None:
+    """Raises ValueError where a MODEL has other weights than its file, by names and shapes, or runs pruned."""
+    own = {name.removeprefix(PREFIX): tuple(t.shape) for name, t in model.model.state_dict().items()}
+    advice = f"record with the full model of {weights.path.name}, or choose the file that the MODEL was loaded from"
+    for key in (keys := weights.keys()):
+        name = weights.architecture.to_comfyui(key, keys).name
+        if own.get(name) != weights.shape(key):
+            found = f"is {own[name]}, not {weights.shape(key)}" if name in own else "is not there"
+            raise ValueError(f"the MODEL's {name} {found}; {advice}")
+    if not all(place.is_teacher for place in layout_in(model).places):
+        raise ValueError(f"the MODEL runs as the variant {name_of(model)!r}; {advice}")
+
+
+def recording(weights: Weights, limits: Limits) -> Path:
+    """The folder of the run for a model and limits: the same ones find it again, with what is in it."""
+    asked = json.dumps({"fingerprint": weights.fingerprint, **asdict(limits)}, sort_keys=True)
+    folder = runs().root / f"record-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+    if not (folder / RECORDING).exists():
+        write_json(folder / RECORDING, {"model": str(weights.path), **asdict(limits)})
+    return folder
+
+
+class RecordCalibration(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PPCL_RecordCalibration",
+            display_name="Record Calibration (PPCL)",
+            category=CATEGORY,
+            description="Passes a MODEL on; what samplers feed it is kept, and later stages learn from it.",
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="The full model. Sample with the output in its place."),
+                io.Combo.Input(
+                    "model_file", options=teacher_files(), tooltip="The file that the MODEL was loaded from: jobs read it."
+                ),
+                *inputs(CalibrateConfig, "samples", samples={
+                    "min": 2, "tooltip": "Most samples in all; several samplings fill them, then nothing more is recorded."
+                }),
+                io.Int.Input(
+                    "each_picture", default=8, min=1, max=1000,
+                    tooltip="Samples kept of one picture, spread over the steps.",
+                ),
+                *inputs(CalibrateConfig, "batch empty_captions", batch={"min": 1}, empty_captions={
+                    "max": 1.0, "tooltip": "Share of samples with the negative prompt, since guidance needs it too."
+                }),
+                *inputs(Common, "seed", seed={**WHOLE_SEED, "tooltip": "Of the choice of samples; another seed is another run."}),
+            ],
+            outputs=[io.Model.Output(), RunType.Output(display_name="run")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, model_file, **given) -> io.NodeOutput:
+        weights, limits = (
+            Weights(model_path(model_file)),
+            Limits(**values(CalibrateConfig, given) | {"each_picture": given["each_picture"]}),
+        )
+        check_same_model(model, weights)
+        folder = recording(weights, limits)
+        recorder = Recorder(weights, Run(folder).calibration, limits, screen_of(cls).say)
+        return io.NodeOutput(recorder.around(model), folder.name)

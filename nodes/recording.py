@@ -1,0 +1,121 @@
+"""What a sampler feeds a model, kept as a calibration set. Knows tensors and files, not the host.
+
+Of every picture that is drawn a few states are kept, spread over the schedule, most of them with the prompt and some
+with the negative one; the picture itself, as latents, becomes the clean one of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..ppcl_engine.architectures import Architecture, Inputs
+from ..ppcl_engine.data import CalibrationSet, load_calibration, save_calibration
+from ..ppcl_engine.sampling import inputs_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """samples: of the whole set. each_picture: of one picture. batch: samples that go through a block at once."""
+
+    samples: int
+    each_picture: int
+    batch: int
+    empty_captions: float
+    seed: int
+
+
+Wanted = dict[tuple[int, int], bool]
+"""(row, step) -> whether the negative prompt's state is wanted"""
+
+
+def wanted_states(limits: Limits, number: int, rows: int, steps: int) -> Wanted:
+    """Of each row one state in each of `each_picture` equal parts of the schedule. The same for the same seed and
+    `number` of the sampling."""
+    generator, found = _generator(limits, number), {}
+    kept = min(limits.each_picture, steps)
+    for row in range(rows):
+        places = (torch.arange(kept) + torch.rand(kept, generator=generator)) / kept * steps
+        negative = torch.rand(kept, generator=generator) < limits.empty_captions
+        found |= {(row, step): empty for step, empty in zip(places.int().tolist(), negative.tolist(), strict=True)}
+    return found
+
+
+def _generator(limits: Limits, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(limits.seed * 1_000_003 + number)
+
+
+@dataclass(frozen=True)
+class State:
+    """One row of a forward, on the CPU in float32: latents [1, c, h, w], t, text [tokens, width], mask [tokens]."""
+
+    latents: torch.Tensor
+    t: float
+    text: torch.Tensor
+    mask: torch.Tensor
+    negative: bool
+
+
+class Sampling:
+    """The states kept of one sampling, while it runs."""
+
+    def __init__(self, limits: Limits, number: int, rows: int, steps: int):
+        self.limits, self.number, self.rows, self.steps = limits, number, rows, steps
+        self.wanted = wanted_states(limits, number, rows, steps)
+        self.states: dict[tuple[int, int], State] = {}
+
+    def see(self, step: int, negative: bool, latents, t, text, mask) -> None:
+        """A forward's rows of one prompt: latents [rows, c, h, w], t [rows], text [rows, tokens, width], mask as text's.
+
+        The first forward of a step counts; the other prompt's is kept where the wanted one never comes (guidance 1).
+        """
+        for row in range(self.rows):
+            kept = self.states.get((row, step))
+            if (row, step) not in self.wanted or (kept and kept.negative == self.wanted[row, step]):
+                continue
+            if kept is None or negative == self.wanted[row, step]:
+                here = [_copied(tensor[row]) for tensor in (latents, text)]
+                own_mask = torch.ones(len(here[1]), dtype=torch.bool) if mask is None else mask[row].bool().cpu()
+                self.states[row, step] = State(here[0][None], float(t[row]), here[1], own_mask, negative)
+
+    def batches(self, architecture: Architecture, clean: torch.Tensor, most: int) -> list[Inputs]:
+        """At most `most` of the samples, shuffled, texts of a batch padded to one length. clean [rows, c, h, w]."""
+        keys = sorted(self.states)
+        order = torch.randperm(len(keys), generator=_generator(self.limits, self.number))[:most]
+        keys = [keys[place] for place in order.tolist()]
+        clean = clean.float().cpu()
+        chunks = [keys[start : start + self.limits.batch] for start in range(0, len(keys), self.limits.batch)]
+        return [self._batch(architecture, clean, chunk) for chunk in chunks]
+
+    def _batch(self, architecture: Architecture, clean: torch.Tensor, keys: list[tuple[int, int]]) -> Inputs:
+        states = [self.states[key] for key in keys]
+        latents = torch.cat([state.latents for state in states])
+        ends = architecture.pack(clean[[row for row, _ in keys]])
+        text = torch.nn.utils.rnn.pad_sequence([state.text for state in states], batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([state.mask for state in states], batch_first=True)
+        t = torch.tensor([state.t for state in states])
+        read = {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
+        return inputs_of(architecture.pack(latents), t, read, architecture.grid(latents), ends)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)
+
+
+def recorded(path: Path, origin: dict) -> CalibrationSet:
+    """What is there so far. Raises ValueError where the file is another recording's."""
+    if not path.exists():
+        return CalibrationSet([], origin)
+    found = load_calibration(path)
+    if found.origin != origin:
+        raise ValueError(f"{path} was recorded with other settings; remove its folder, or change seed")
+    return found
+
+
+def append(path: Path, origin: dict, batches: list[Inputs]) -> CalibrationSet:
+    """Writes the set with these batches behind those that are there; the file appears whole."""
+    grown = CalibrationSet([*recorded(path, origin).batches, *batches], origin)
+    save_calibration(path, grown)
+    return grown

@@ -1,0 +1,238 @@
+"""What runs hold, as pictures and short text: error of probes, layer map and curves of a plan, losses, how a job stands."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ..ppcl_engine import charts, pictures
+from ..ppcl_engine.architectures import architecture_named
+from ..ppcl_engine.canvas import BLUE, INK, LINES, QUIET, logarithmic, new_figure, png_bytes, tidy
+from ..ppcl_engine.cost import CostModel
+from ..ppcl_engine.data import load_calibration
+from ..ppcl_engine.files import TensorFile, read_json
+from ..ppcl_engine.jobs.state import PREVIEW, JobState
+from ..ppcl_engine.plan import FULL, PruningPlan, Variant
+from ..ppcl_engine.run import Run
+from ..ppcl_engine.side_by_side import counted
+from .runs import progress_text
+from .view import picture_of
+
+GRID, TEXT_TOKENS = (1, 2, 2), 2  # parameters do not hang on them
+CARD, LINE, MOST_LINES = 900, 26, 4  # pixels across, and of a line; lines of the card above a preview
+
+
+def _tensor(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
+
+
+def stacked(found: list[torch.Tensor]) -> torch.Tensor:
+    """Pictures of one width, one below the other."""
+    return torch.cat(found, dim=1)
+
+
+def calibration_text(folder: Path) -> str:
+    calibration = load_calibration(Run(folder).calibration)
+    tokens = sorted({batch["hidden_states"].shape[1] for batch in calibration.batches})
+    return (
+        f"{calibration.samples} samples in {len(calibration)} batches, {' or '.join(f'{t:,}' for t in tokens)} image "
+        f"tokens each ({folder.name})"
+    )
+
+
+def probe_errors(folder: Path) -> dict[str, dict[int, float]]:
+    """stream -> block -> squared error on held-out samples, relative to the block's own step."""
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted(Run(folder).probes.glob("block_*.safetensors")):
+        for stream, row in json.loads(TensorFile(path).metadata["report"]).items():
+            errors = [row[name] for name in ("held_out", "held_out_trained") if row[name] is not None]
+            found.setdefault(stream, {})[int(path.stem.removeprefix("block_"))] = min(errors)
+    return found
+
+
+def probe_chart(errors: dict[str, dict[int, float]]) -> bytes:
+    """A line a stream, logarithmic: blocks near the bottom are nearly linear."""
+    figure = new_figure(3.4)
+    axes = figure.add_axes((0.075, 0.15, 0.905, 0.72))
+    tidy(axes)
+    for (stream, row), colour in zip(errors.items(), LINES, strict=False):
+        values = [max(value, 1e-9) for value in row.values()]
+        axes.plot(list(row), values, color=colour, lw=1.8, marker="o", ms=4.5, label=f"{stream} stream", clip_on=False)
+    logarithmic(axes)
+    count = 1 + max(max(row) for row in errors.values())
+    axes.set_xlim(-0.5, count - 0.5)
+    axes.set_xticks(range(0, count, 1 if count <= 40 else 5))
+    axes.set_xlabel("teacher block", fontsize=9, color=QUIET)
+    axes.set_ylabel("error of a linear map", fontsize=9, color=QUIET)
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=len(errors), frameon=False, fontsize=9, borderaxespad=0.4
+    )
+    axes.set_title(
+        "What a linear map leaves of each block's step", loc="left", fontsize=10, fontweight="bold", color=INK
+    )
+    return png_bytes(figure)
+
+
+def probe_text(errors: dict[str, dict[int, float]]) -> str:
+    lines = []
+    for stream, row in errors.items():
+        best, worst = (sorted(row, key=row.get, reverse=turned)[:3] for turned in (False, True))
+        lines.append(
+            f"{stream}: a linear map leaves {_share(min(row.values()))} to {_share(max(row.values()))} of a block's step; "
+            f"nearest to linear: {_listed(best)}; farthest: {_listed(worst)}"
+        )
+    return "\n".join(lines)
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.2g} %"
+
+
+def _listed(blocks: list[int]) -> str:
+    return ", ".join(map(str, blocks))
+
+
+def damage_table(folder: Path) -> torch.Tensor | None:
+    """[blocks, longest]: measured damage of replacing [u, u + j]; NaN where none was; None before detection."""
+    path = Run(folder).curves
+    if not path.exists():
+        return None
+    curves = TensorFile(path)
+    return curves.read("error").sum(-1) / curves.read("power").sum()
+
+
+def curves_picture(folder: Path, plan: PruningPlan) -> torch.Tensor:
+    """Alignment and its first differences from each interval's start, then the damage of every interval."""
+    if not plan.intervals:
+        return _card("The plan has no interval.", QUIET)
+    drawn = [charts.cka_curves(plan, TensorFile(Run(folder).curves).read("cka"))]
+    drawn.append(pictures.damage_map(plan, damage_table(folder)))
+    return stacked([picture_of(png) for png in drawn])
+
+
+def map_picture(plan: PruningPlan) -> torch.Tensor:
+    """The named variants; before there are any, the full model and all that the plan replaces."""
+    everything = plan.everything()
+    variants = list(plan.variants) or [Variant(name=FULL)] + [
+        Variant(name=name, intervals=everything.intervals, sites=sites)
+        for name, sites in (("depth", ()), ("depth + width", everything.sites))
+        if sites or (name == "depth" and everything.intervals)
+    ]
+    cost = CostModel(architecture_named(plan.architecture), plan.config, GRID, TEXT_TOKENS)
+    parameters = {v.name: v.parameters or cost.variant(plan, v).parameters for v in variants}
+    teacher = cost.variant(plan, Variant(name=FULL)).parameters
+    return picture_of(pictures.layer_map(plan, variants, parameters, teacher))
+
+
+def plan_text(plan: PruningPlan, damage: torch.Tensor | None) -> str:
+    """One line an interval and site: what it costs, how sure it is."""
+    removed = sum(interval.removed for interval in plan.intervals)
+    lines = [f"{_counted(plan.intervals, 'interval')}, {removed} of {plan.num_blocks} blocks removed"]
+    scores = [_damage_of(interval, damage) for interval in plan.intervals]
+    for interval, score in zip(plan.intervals, scores, strict=True):
+        sure = "" if interval.stability is None else f", found in {100 * interval.stability:.0f} % of resamples"
+        lines.append(f"{interval.name}: damage {_number(score)}{sure}")
+    if len(scores) > 1 and None not in scores:
+        lines.append(f"damage of all of them together about {sum(scores):.3g} (they nearly add up)")
+    if plan.switches:
+        parts = [f"{s.name} {_number(s.score)}" for s in plan.switches]
+        lines.append(f"{_counted(plan.switches, 'width site')}, damage of each: {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _counted(things: tuple, name: str) -> str:
+    return f"{len(things)} {name}" + ("" if len(things) == 1 else "s")
+
+
+def _damage_of(interval, damage: torch.Tensor | None) -> float | None:
+    """Measured when intervals were searched for, where it was; else what the plan says."""
+    if damage is not None and interval.removed < damage.shape[1]:
+        value = float(damage[interval.first, interval.removed])
+        if math.isfinite(value):
+            return value
+    return interval.score
+
+
+def _number(score: float | None) -> str:
+    return "not measured" if score is None else f"{score:.2g}"
+
+
+def variants_text(plan: PruningPlan) -> str:
+    lines = []
+    for variant in plan.variants:
+        error = "" if variant.damage is None else f", velocity error {variant.damage:.3g}"
+        lines.append(f"{variant.name}: {counted(variant.parameters or 0)} parameters{error}")
+    return "\n".join(lines)
+
+
+def losses_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Loss of every update of each trained part; kind: "depth", "width" or "tuned". Of depth, the plan's alone: what
+    it does not name may have been trained for another one."""
+    paths = sorted((folder / kind).glob("*.safetensors"), key=lambda path: path.stem)
+    if kind == "depth":
+        paths = [Run(folder).student(interval.name) for interval in Run(folder).load_plan().intervals]
+    found = {path.stem: TensorFile(path).read("losses") for path in paths if path.exists()}
+    return {name: losses for name, losses in found.items() if len(losses)}
+
+
+def losses_text(losses: dict[str, torch.Tensor]) -> str:
+    """From the mean of the first tenth to that of the last."""
+    lines = []
+    for name, values in losses.items():
+        tenth = max(1, len(values) // 10)
+        lines.append(
+            f"{name}: loss {values[:tenth].mean():.3g} -> {values[-tenth:].mean():.3g}, {len(values):,} updates"
+        )
+    return "\n".join(lines)
+
+
+def training_picture(folder: Path, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The job's last preview; where it drew none, its losses."""
+    if (folder / PREVIEW).exists():
+        return picture_of((folder / PREVIEW).read_bytes())
+    return picture_of(charts.loss_curves(losses)) if losses else _card("Nothing was trained.", QUIET)
+
+
+def state_picture(folder: Path, state: JobState) -> torch.Tensor:
+    """A card that says how a job stands, above its preview where there is one."""
+    card = _card(progress_text(folder, state), INK if state.is_final else BLUE)
+    if not (folder / PREVIEW).exists():
+        return card
+    with Image.open(folder / PREVIEW) as opened:
+        preview = opened.convert("RGB")
+        return stacked([card, _tensor(preview.resize((CARD, round(preview.height * CARD / preview.width))))])
+
+
+def _card(text: str, colour: str) -> torch.Tensor:
+    font, draw = ImageFont.load_default(20), ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    lines = _wrapped(draw, text, font, CARD - 50)[:MOST_LINES]
+    picture = Image.new("RGB", (CARD, LINE * len(lines) + 24), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((0, 0, 8, picture.height), fill=colour)
+    for row, line in enumerate(lines):
+        draw.text((28, 12 + LINE * row), line, fill=INK, font=font)
+    return _tensor(picture)
+
+
+def _wrapped(draw: ImageDraw.ImageDraw, text: str, font, wide: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font=font) > wide and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def report_of(folder: Path) -> str:
+    """Where the comparison with the full model is, if there was one."""
+    if not Run(folder).evaluation.exists():
+        return ""
+    rows = read_json(Run(folder).evaluation)["variants"]
+    return f"{len(rows) - 1} variants are compared with the full model in {folder.name}/{Run(folder).report.name}"

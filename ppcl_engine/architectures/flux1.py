@@ -1,0 +1,344 @@
+"""FLUX.1: dual-stream ("double") blocks, then blocks that run text and image as one sequence ("single")
+(method: Black Forest Labs' FLUX.1; diffusers' class)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from .base import BlockState, Inputs, Part
+from .names import NameTable, tensors_of
+from .packing import PackedLatents
+from .projections import (
+    AddedProjection,
+    Nothing,
+    PaddedLinear,
+    ProjectedNorm,
+    SharedText,
+    cut_linear,
+    linear_like,
+    publish,
+    watched,
+)
+
+ROTARY_SHARES = (2, 7, 7)  # of 16: picture, row, column; 16, 56, 56 of 128 in the released models
+SUFFIXES = {"image": "", "text": "_context"}  # as the names of a double block's parts end
+DOUBLE, SINGLE = "transformer_blocks.", "single_transformer_blocks."
+OUTER_NAMES = {  # diffusers' module -> ComfyUI's
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "norm_out.linear": ("final_layer.adaLN_modulation.1", (1, 0), 2),  # scale, shift; there shift, scale
+    "proj_out": "final_layer.linear",
+}
+DOUBLE_NAMES = {
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    **{f"attn.to_{m}": ("img_attn.qkv", (n,), 3) for n, m in enumerate("qkv")},
+    **{f"attn.add_{m}_proj": ("txt_attn.qkv", (n,), 3) for n, m in enumerate("qkv")},
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+DOUBLE_NORMS = {
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
+}
+SINGLE_NAMES = {
+    "norm.linear": "modulation.lin",
+    **{f"attn.to_{m}": ("linear1", (n,), 7) for n, m in enumerate("qkv")},
+    "proj_mlp": ("linear1", (3, 4, 5, 6), 7),  # four times as wide as q
+    "proj_out": "linear2",
+}
+SINGLE_NORMS = {"attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm"}
+COMFYUI_NAMES = NameTable(
+    tensors_of(OUTER_NAMES),
+    tensors_of(DOUBLE_NAMES, f"{DOUBLE}{{}}.", "double_blocks.{}."),
+    tensors_of(DOUBLE_NORMS, f"{DOUBLE}{{}}.", "double_blocks.{}.", {"weight": "scale"}),
+    tensors_of(SINGLE_NAMES, f"{SINGLE}{{}}.", "single_blocks.{}."),
+    tensors_of(SINGLE_NORMS, f"{SINGLE}{{}}.", "single_blocks.{}.", {"weight": "scale"}),
+)
+
+
+class Flux1(PackedLatents):
+    name = "flux1"
+    diffusers_class = "FluxTransformer2DModel"
+    block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
+    block_returns = ("text", "image")
+    caption_inputs = ("encoder_hidden_states", "pooled_projections")
+    timestep_modulations = ()
+    time_embedder = "time_text_embed"
+    model_configs = {
+        name: {
+            "patch_size": 1,
+            "in_channels": 64,
+            "num_layers": doubles,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "guidance_embeds": True,
+            "axes_dims_rope": [16, 56, 56],
+        }
+        for name, doubles in {"flux1_dev": 19, "flux1_lite": 8}.items()
+    }
+    projection_names = {
+        "ffn_image": {"map": "ff"},
+        "ffn_text": {"map": "ff_context"},
+        "ffn_joint": {"map": "proj_mlp"},
+        "text": {"map": "norm1_context.projection", "step": "ff_context"},
+    }
+    replaced_names = {
+        "ffn_image": ("ff.",),
+        "ffn_text": ("ff_context.",),
+        "ffn_joint": ("proj_mlp.",),
+        "text": ("norm1_context.", "ff_context.", "attn.to_add_out."),
+    }
+    cut_names = {
+        ("ffn_image", "paper"): ("norm1.",),
+        ("ffn_text", "paper"): ("norm1_context.",),
+        ("ffn_joint", "gated"): ("proj_out.",),
+    }
+    released = None
+    tiny_config = {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 4,
+        "num_single_layers": 4,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 20,
+        "guidance_embeds": True,
+        "axes_dims_rope": [2, 6, 8],
+    }
+
+    def detect(self, keys: Iterable[str]) -> bool:
+        """By what neither Qwen-Image nor other models with double and single blocks have, in either layout."""
+        keys = set(keys)
+        diffusers = {"context_embedder.weight", f"{DOUBLE}0.norm1_context.linear.weight", f"{SINGLE}0.proj_mlp.weight"}
+        comfyui = {"txt_in.weight", "double_blocks.0.txt_mod.lin.weight", "single_blocks.0.linear1.weight"}
+        return diffusers <= keys or comfyui <= keys
+
+    def infer_config(self, shapes: Callable[[str], tuple[int, ...]], keys: Iterable[str]) -> dict:
+        """Configuration from shapes alone, for files without one (ComfyUI single files)."""
+        keys = list(keys)
+        width, in_channels = shapes("x_embedder.weight")
+        out_channels = shapes("proj_out.weight")[0]
+        head = shapes(f"{DOUBLE}0.attn.norm_q.weight")[0]
+        config = {
+            "patch_size": 1,
+            "in_channels": in_channels,
+            "num_layers": _depth(keys, DOUBLE),
+            "num_single_layers": _depth(keys, SINGLE),
+            "attention_head_dim": head,
+            "num_attention_heads": width // head,
+            "joint_attention_dim": shapes("context_embedder.weight")[1],
+            "pooled_projection_dim": shapes("time_text_embed.text_embedder.linear_1.weight")[1],
+            "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in keys,
+            "axes_dims_rope": [head * share // 16 for share in ROTARY_SHARES],
+        }
+        return config if out_channels == in_channels else {**config, "out_channels": out_channels}
+
+    def num_blocks(self, config: dict) -> int:
+        return config["num_layers"] + config["num_single_layers"]
+
+    def sections(self, config: dict) -> tuple[range, ...]:
+        """Double blocks, single blocks."""
+        return range(config["num_layers"]), range(config["num_layers"], self.num_blocks(config))
+
+    def with_blocks(self, config: dict, indices: Sequence[int]) -> dict:
+        doubles = sum(index < config["num_layers"] for index in indices)
+        return {**config, "num_layers": doubles, "num_single_layers": len(indices) - doubles}
+
+    def width(self, config: dict) -> int:
+        return config["attention_head_dim"] * config["num_attention_heads"]
+
+    def block_prefix(self, config: dict, index: int) -> str:
+        doubles = config["num_layers"]
+        return f"{DOUBLE}{index}." if index < doubles else f"{SINGLE}{index - doubles}."
+
+    def build_block(self, config: dict, index: int) -> nn.Module:
+        from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+
+        kind = FluxTransformerBlock if index < config["num_layers"] else FluxSingleTransformerBlock
+        return kind(
+            dim=self.width(config),
+            num_attention_heads=config["num_attention_heads"],
+            attention_head_dim=config["attention_head_dim"],
+        )
+
+    def build_outer(self, config: dict) -> nn.Module:
+        """diffusers' model without a block: embeddings and the final layer."""
+        from diffusers import FluxTransformer2DModel
+
+        return FluxTransformer2DModel.from_config({**config, "num_layers": 0, "num_single_layers": 0})
+
+    def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module:
+        """diffusers' model with these blocks; its forward is diffusers' own."""
+        doubles = config["num_layers"]
+        outer.transformer_blocks = nn.ModuleList(blocks[:doubles])
+        outer.single_transformer_blocks = nn.ModuleList(blocks[doubles:])
+        outer.register_to_config(num_layers=doubles, num_single_layers=len(blocks) - doubles)
+        return outer
+
+    def used_streams(self, config: dict, index: int) -> tuple[str, ...]:
+        """The last block's text is never read."""
+        return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
+
+    def embed(self, outer: nn.Module, inputs: Inputs) -> BlockState:
+        """All that diffusers' forward does before its loops over blocks. The text is never masked: a model of
+        this kind was trained with its padding, which counts as real."""
+        image = outer.x_embedder(inputs["hidden_states"])
+        times = [inputs["timestep"].to(image.dtype) * 1000]
+        if self.takes_guidance(outer.config):
+            times.append(inputs["guidance"].to(image.dtype) * 1000)
+        conditioning = outer.time_text_embed(*times, inputs["pooled_projections"])
+        text = outer.context_embedder(inputs["encoder_hidden_states"])
+        rotary = outer.pos_embed(torch.cat([self._text_ids(inputs), self._image_ids(inputs)]))
+        return BlockState(image, text, conditioning, None, rotary)
+
+    def run_block(self, block: nn.Module, state: BlockState) -> BlockState:
+        shared: SharedText | None = getattr(block, "shared_text", None)
+        if shared is not None:
+            shared.value = state.modulated_text
+        text, image = block(
+            hidden_states=state.image,
+            encoder_hidden_states=state.text,
+            temb=state.conditioning,
+            image_rotary_emb=state.extra,
+        )
+        state = state.with_streams(image, text)
+        return state if shared is None else replace(state, modulated_text=shared.value)
+
+    def site_kinds(self, config: dict, index: int) -> tuple[str, ...]:
+        """A single block runs both streams as one: one FFN, and no text stream of its own."""
+        return ("text", "ffn_image", "ffn_text") if index < config["num_layers"] else ("ffn_joint",)
+
+    def project_ffn(self, block: nn.Module, kind: str, form: str) -> None:
+        """paper: x + P(x) behind attention, modulation 6 d -> 3 d. gated: P between modulation and gate.
+        ffn_joint (gated): P(x) in place of `proj_mlp` and of its columns of `proj_out`."""
+        if kind == "ffn_joint":
+            width = block.proj_out.out_features
+            block.proj_out = cut_linear(block.proj_out, width, width, AddedProjection)
+            block.proj_mlp, block.act_mlp = linear_like(block.proj_mlp, width, width), nn.Identity()
+            return
+        suffix = SUFFIXES[kind.removeprefix("ffn_")]
+        norm = getattr(block, f"norm1{suffix}")
+        width = norm.linear.in_features
+        setattr(block, f"ff{suffix}", linear_like(norm.linear, width, width))
+        if form == "paper":
+            norm.linear = cut_linear(norm.linear, width, 3 * width, PaddedLinear)
+            setattr(block, f"norm2{suffix}", nn.Identity())
+
+    def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None:
+        """No modulation, norm or FFN of the text is left; the q, k, v maps of the text stay."""
+        like = block.attn.add_q_proj
+        width = like.in_features
+        block.shared_text = source
+        block.norm1_context = ProjectedNorm(linear_like(like, width, width), source, steps)
+        block.norm2_context = nn.Identity()
+        block.ff_context = linear_like(like, width, width) if steps else Nothing()
+        block.attn.to_add_out = nn.Identity()
+
+    def publish_text(self, block: nn.Module, source: SharedText) -> None:
+        """The text that enters joint attention is kept for the group behind this block."""
+        publish(block, block.attn.add_q_proj, source)
+
+    def observe(self, block: nn.Module, state: BlockState) -> tuple[BlockState, dict[str, torch.Tensor]]:
+        """Runs the block; also what its parts saw: of a double block `text_modulated`, and for each stream (of a single
+        one: `joint`) `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn` (before a correction)."""
+        if hasattr(block, "proj_mlp"):
+            return self._observe_single(block, state)
+        inputs = {"attn.add_q_proj": "text_modulated"}
+        inputs |= {f"norm2{suffix}": f"{stream}_before_ffn" for stream, suffix in SUFFIXES.items()}
+        inputs |= {f"ff{suffix}": f"{stream}_ffn_input" for stream, suffix in SUFFIXES.items()}
+        outputs = {f"ff{suffix}": f"{stream}_ffn_output" for stream, suffix in SUFFIXES.items()}
+        with watched(block, inputs, outputs, ("text_after_ffn", "image_after_ffn")) as seen:
+            return self.run_block(block, state), seen
+
+    def _observe_single(self, block: nn.Module, state: BlockState) -> tuple[BlockState, dict[str, torch.Tensor]]:
+        """Its FFN's output is what the FFN's columns of `proj_out` give; the gate is attention's too."""
+        inputs = {"proj_mlp": "joint_ffn_input", "proj_out": "joined"}
+        with watched(block, inputs, {"norm": "modulated_and_gate"}, ("text", "image")) as seen:
+            after = self.run_block(block, state)
+        width = block.proj_out.out_features
+        output = nn.functional.linear(seen.pop("joined")[..., width:], block.proj_out.weight[:, width:])
+        ends = torch.cat([seen.pop("text"), seen.pop("image")], dim=1)
+        before = ends - seen.pop("modulated_and_gate")[1][:, None] * output
+        return after, {**seen, "joint_ffn_output": output, "joint_before_ffn": before, "joint_after_ffn": ends}
+
+    def final_image(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+        return state.image
+
+    def finish(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+        return outer.proj_out(outer.norm_out(state.image, state.conditioning))
+
+    def takes_guidance(self, config: Mapping) -> bool:
+        return bool(config.get("guidance_embeds"))
+
+    def modulation_reads(self, config: dict) -> tuple[str, ...]:
+        return ("the timestep", *(("guidance",) if self.takes_guidance(config) else ()), "pooled text")
+
+    def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
+        """diffusers' own forward on our inputs."""
+        return model(
+            hidden_states=inputs["hidden_states"],
+            encoder_hidden_states=inputs["encoder_hidden_states"],
+            pooled_projections=inputs["pooled_projections"],
+            timestep=inputs["timestep"],
+            img_ids=self._image_ids(inputs),
+            txt_ids=self._text_ids(inputs),
+            guidance=inputs["guidance"] if self.takes_guidance(model.config) else None,
+            return_dict=False,
+        )[0]
+
+    def to_comfyui(self, key: str, keys: Collection[str] = ()) -> Part:
+        return COMFYUI_NAMES.place(key)
+
+    def from_comfyui(self, name: str) -> tuple[str, ...]:
+        return COMFYUI_NAMES.contents(name)
+
+    def random_inputs(self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str) -> Inputs:
+        """Standard normal inputs of this shape, for tests, timing and counting."""
+        frames, rows, columns = grid
+        inputs = {
+            "hidden_states": torch.randn(samples, frames * rows * columns, config["in_channels"], device=device),
+            "encoder_hidden_states": torch.randn(samples, text_tokens, config["joint_attention_dim"], device=device),
+            "pooled_projections": torch.randn(samples, config["pooled_projection_dim"], device=device),
+            "timestep": torch.rand(samples, device=device),
+            "grid": torch.tensor([grid]),
+        }
+        if self.takes_guidance(config):
+            inputs["guidance"] = 1 + 4 * torch.rand(samples, device=device)
+        return inputs
+
+    def _text_ids(self, inputs: Inputs) -> torch.Tensor:
+        text = inputs["encoder_hidden_states"]
+        return torch.zeros(text.shape[1], 3, device=text.device)
+
+    def _image_ids(self, inputs: Inputs) -> torch.Tensor:
+        """[image_tokens, 3]: (picture, row, column), as diffusers' pipelines count them."""
+        ids = [
+            torch.cartesian_prod(torch.tensor([float(n)]), torch.arange(float(rows)), torch.arange(float(columns)))
+            for n, (_, rows, columns) in enumerate(inputs["grid"].tolist())
+        ]
+        return torch.cat(ids).to(inputs["hidden_states"].device)
+
+
+def _depth(keys: Iterable[str], prefix: str) -> int:
+    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in keys if key.startswith(prefix))

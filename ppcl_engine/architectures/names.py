@@ -1,0 +1,51 @@
+"""Tables between diffusers' tensor names and ComfyUI's: total both ways, a `{}` stands for a block's number."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from .base import Part
+
+NUMBERED = re.compile(r"(\w+)\.(\d+)\.(.+)")  # the block's number stands behind the first word
+LINEAR = {"weight": "weight", "bias": "bias"}
+
+Modules = Mapping[str, str | tuple[str, tuple[int, ...], int]]
+"""diffusers' module -> ComfyUI's, or (ComfyUI's, pieces, of) where several of ours lie in one of its tensors"""
+
+
+def tensors_of(modules: Modules, ours: str = "", theirs: str = "", leaves: Mapping[str, str] = LINEAR):
+    """name of a tensor -> Part. `ours`, `theirs`: prefixes; `leaves`: a module's tensors in diffusers -> in ComfyUI."""
+    table: dict[str, Part] = {}
+    for module, place in modules.items():
+        name, *pieces = (place,) if isinstance(place, str) else place
+        for leaf, stored in leaves.items():
+            table[f"{ours}{module}.{leaf}"] = Part(f"{theirs}{name}.{stored}", *pieces)
+    return table
+
+
+class NameTable:
+    """The rows of several `tensors_of`."""
+
+    def __init__(self, *tables: Mapping[str, Part]):
+        self._parts = {key: part for table in tables for key, part in table.items()}
+        self._contents: dict[str, list[str]] = {}
+        for key, part in self._parts.items():
+            self._contents.setdefault(part.name, []).append(key)
+
+    def place(self, key: str) -> Part:
+        """Of diffusers' tensor in ComfyUI's layout. Raises KeyError for a name that is in no row."""
+        template, number = _split(key)
+        part = self._parts[template]
+        return replace(part, name=part.name.format(number))
+
+    def contents(self, name: str) -> tuple[str, ...]:
+        """diffusers' names of what lies in ComfyUI's tensor; a name that is in no row comes back as it is."""
+        template, number = _split(name)
+        return tuple(key.format(number) for key in self._contents.get(template, [])) or (name,)
+
+
+def _split(name: str) -> tuple[str, str]:
+    match = NUMBERED.fullmatch(name)
+    return (f"{match[1]}.{{}}.{match[3]}", match[2]) if match else (name, "")

@@ -1,0 +1,88 @@
+"""What a stage takes, and refusing what cannot fit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ppcl_engine.__main__ import STAGES
+from ppcl_engine.advice import ADVICE
+from ppcl_engine.checkpoint import Weights
+from ppcl_engine.config import (
+    CalibrateConfig,
+    DetectConfig,
+    FinetuneConfig,
+    PolishConfig,
+    ProbeConfig,
+)
+from ppcl_engine.estimate import needs, refusal
+from ppcl_engine.jobs.order import ALLOWED, Order, configs
+from ppcl_engine.machine import device_memory, free_disk
+from ppcl_engine.needs import _OF
+
+GB = 1e9
+
+
+def test_every_stage_of_a_job_is_counted_and_has_advice():
+    kinds = {STAGES[stage][0] for stage in ALLOWED}
+    assert kinds == set(_OF) == set(ADVICE)
+
+
+@pytest.mark.parametrize("stage", ALLOWED)
+def test_a_tiny_model_fits(stage, teacher_file, make_run, tmp_path):
+    folder = make_run(tmp_path, teacher_file)
+    size = {"height": 64, "width": 64} if stage == "calibrate" else {}
+    ((_, config),) = configs(Order(stages=((stage, {"model": str(teacher_file), "device": "cpu", **size}),)), folder)
+    assert refusal(config) is None
+    wanted = needs(config)
+    assert wanted.stage == stage and wanted.memory >= wanted.at_least >= 0 <= wanted.disk < 1e8
+    assert 0 <= wanted.seconds < 1000
+
+
+def test_a_resident_teacher_counts_its_weights(teacher_file, make_run, tmp_path):
+    folder, weights = make_run(tmp_path, teacher_file), Weights(teacher_file)
+    size = 4 * sum(weights.read(key).numel() for key in weights.keys())
+    common = {"model": teacher_file, "run": folder, "device": "cpu"}
+    resident, streamed = (needs(ProbeConfig(**common, streamed=streamed)) for streamed in (False, True))
+    assert size < resident.at_least < 2 * size and streamed.at_least < resident.at_least
+    assert streamed.disk > resident.disk
+
+
+def test_more_work_takes_more(teacher_file, make_run, tmp_path):
+    common = {"model": teacher_file, "run": make_run(tmp_path, teacher_file), "device": "cpu"}
+    short, long = (needs(PolishConfig(**common, steps=steps)).seconds for steps in (100, 1000))
+    assert long > 5 * short
+    kept, again = (needs(PolishConfig(**common, checkpointing=c)).memory for c in (False, True))
+    assert again < kept
+
+
+def test_the_calibration_of_the_same_job_counts_before_it_is_there(teacher_file, tmp_path):
+    common = {"model": teacher_file, "run": tmp_path, "device": "cpu"}
+    few, many = (CalibrateConfig(**common, samples=n, height=512, width=512) for n in (16, 1600))
+    detect = DetectConfig(**common, samples=2000)
+    assert needs(detect, many).at_least > 10 * needs(detect, few).at_least > needs(detect).at_least
+
+
+def test_what_cannot_fit_is_refused_with_what_would(tmp_path):
+    """Twenty billion parameters: no weights are read."""
+    config = ProbeConfig(model=Path("qwen_image"), run=tmp_path, device="cpu")
+    resident, streamed = (needs(replace(config, streamed=streamed)).at_least for streamed in (False, True))
+    assert 80 * GB < resident < 85 * GB and streamed < 5 * GB
+    if device_memory("cpu") < resident:
+        assert re.fullmatch(
+            r"probe needs 8\d\.\d GB of memory or more on cpu, \d+\.\d GB are there: turn on streamed \(.*\)",
+            refusal(config),
+        )
+        assert refusal(replace(config, streamed=True)) is None
+    tuned = FinetuneConfig(model=Path("qwen_image"), run=tmp_path, device="cpu", streamed=True, checkpointing=True)
+    assert needs(tuned).at_least > 200 * GB
+    if device_memory("cpu") < 200 * GB:
+        assert "choose a smaller variant" in refusal(tuned) and "a device with more memory" in refusal(tuned)
+
+
+def test_the_disk_is_looked_at_where_the_run_will_be(tmp_path):
+    assert free_disk(tmp_path / "not" / "yet") == pytest.approx(free_disk(tmp_path), rel=0.01)
+    assert device_memory("cpu") > 0
