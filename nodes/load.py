@@ -147,7 +147,7 @@ class LoadModel(io.ComfyNode):
                     "intervals", default="", tooltip=f'For "by intervals": {setting_help(ImportConfig, "intervals")}'
                 ),
                 io.Boolean.Input("legacy_text", default=False, tooltip=setting_help(ImportConfig, "legacy_txt_proj")),
-                io.Combo.Input("fold", options=list(FOLDS), default=OFF, tooltip=FOLD_HELP),
+                io.Combo.Input("fold", options=list(FOLDS), default=OFF, optional=True, tooltip=FOLD_HELP),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="text")],
         )
