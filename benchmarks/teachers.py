@@ -48,12 +48,14 @@ def origin(weights: Weights) -> dict:
     return {"architecture": weights.architecture.name, "fingerprint": weights.fingerprint, "source": "benchmark"}
 
 
-def random_teacher(path: Path, config: dict, seed: int, codec: TableCodec | None = None) -> None:
-    """A Qwen-Image file of random fp32 weights, written tensor by tensor: memory holds one at a time."""
+def random_teacher(
+    path: Path, config: dict, seed: int, codec: TableCodec | None = None, dtype: torch.dtype = torch.float32
+) -> None:
+    """A Qwen-Image file of random weights, written tensor by tensor: memory holds one at a time."""
     generator = torch.Generator().manual_seed(seed)
     shapes = expected_shapes(QwenImage(), config)
     entries = [
-        TensorEntry(name, torch.float32, shape, lambda n=name, s=shape: _random_tensor(n, s, generator))
+        TensorEntry(name, dtype, shape, lambda n=name, s=shape: _random_tensor(n, s, generator))
         for name, shape in shapes.items()
     ]
     metadata = {"config": json.dumps(config)}

@@ -7,6 +7,7 @@ from comfy_api.v0_0_2 import ComfyExtension, io
 from . import paths
 from .demo import DemoCaption, DemoDecode
 from .edit import EditPlan
+from .fold import FoldModel
 from .host import qwen_image
 from .jobs import CalibrateFromPrompts, Detect, DistillDepth, DistillWidth, Export, FineTune, Probe
 from .load import LoadModel
@@ -15,7 +16,7 @@ from .variant import ChooseVariant
 from .view import Compare, Info, LoraReport
 from .watch import CancelJob, PrepareRun, WatchJob
 
-LOADING = [LoadModel, ChooseVariant, Info, LoraReport, Compare, DemoCaption, DemoDecode]
+LOADING = [LoadModel, ChooseVariant, Info, LoraReport, Compare, DemoCaption, DemoDecode, FoldModel]
 MAKING = [
     RecordCalibration, CalibrateFromPrompts, Probe, Detect, EditPlan, DistillDepth, DistillWidth, FineTune, Export,
     WatchJob, CancelJob, PrepareRun,

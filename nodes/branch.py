@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ..ppcl_engine.architectures.folded import FOLDING
 from ..ppcl_engine.checkpoint import parameter_count
 from ..ppcl_engine.layout import Layout, full_layout, layout_of
 from ..ppcl_engine.plan import FULL, Interval, PruningPlan, Variant, WidthSite
 from ..ppcl_engine.side_by_side import counted, size_text
+from .host.folded import folding_in
 from .host.parts import size_of, variant_of
 from .host.structure import QWEN, block_numbers, sizes_of
 
@@ -77,8 +79,10 @@ def full_parameters(model) -> int:
     if _switchable(model):
         return size_of(transformer, full_layout(layout.num_blocks))[0]
     state = {name: tensor for name, tensor in transformer.state_dict().items() if "correction." not in name}
+    folding = folding_in(transformer)
+    config = sizes_of(state) | ({FOLDING: folding.to_config()} if folding else {})
     with torch.device("meta"):
-        block = parameter_count(QWEN.build_block(sizes_of(state), 0))
+        block = parameter_count(QWEN.build_block(config, 0))
     there = [transformer.transformer_blocks[place.index] for place in layout.places]
     return parameter_count(transformer) - sum(map(parameter_count, there)) + block * layout.num_blocks
 
@@ -93,10 +97,21 @@ def about(model) -> str:
         f"{variants[0].name}: {counted(parameters)} parameters, {100 * parameters / full:.0f} % of "
         f"{counted(full)}; {size_text(size)}",
         f"{len(layout.places)} of {layout.num_blocks} blocks run; {sum(len(p.projections) for p in layout.places)} parts are projected",
+        folding_text(model.model.diffusion_model),
         *(damage_text(plan, variant) for variant in variants),
         *layout.notes,
     ]
     return "\n".join(line for line in lines if line)
+
+
+def folding_text(transformer) -> str:
+    """ "" where nothing is folded."""
+    folding = folding_in(transformer)
+    if folding is None:
+        return ""
+    if folding.form == "basis":
+        return f"modulations are folded: a basis of rank {folding.inputs - 1}"
+    return f"modulations are folded: a table of {folding.inputs} timesteps, filled when a schedule is sampled first"
 
 
 def damage_text(plan: PruningPlan, variant: Variant) -> str:

@@ -16,12 +16,19 @@ from ..ppcl_engine.layout import layout_of
 from ..ppcl_engine.plan import FULL
 from . import gguf
 from .clock import watch
+from .folding import make_fold
 from .host.adapters import prepare
 from .host.parts import size_of, variant_of, with_variant
+from .modulations import FOLDS, OFF
 from .paths import model_files, model_path
-from .reading import AUTO, PRESETS, SMALLEST, Request, content_of
+from .reading import AUTO, PRESETS, SMALLEST, Content, Request, content_of
+from .tables import follow
 
 NO_BASE = "none"
+FOLD_HELP = (
+    "A third less memory, same speed. table: the very same pictures; a schedule that is new costs one pass over the file, "
+    "once. basis: any schedule and sampler at once, changed less than the eye sees."
+)
 WEIGHT_DTYPES = {
     "default": {},
     "bf16": {"dtype": torch.bfloat16},
@@ -40,7 +47,9 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
     quantised = request.base is not None and request.base.suffix == gguf.ENDING
     if quantised and not (request.switchable and weight_dtype == "default"):
         raise ValueError(f"{request.base.name} is GGUF: set switchable to on and weight_dtype to default")
-    content = content_of(request, gguf.open_base) if quantised else content_of(request)
+    if quantised and request.fold != OFF:
+        raise ValueError(f"{request.base.name} is GGUF, whose modulations can't be folded; set fold to off")
+    content = content_of(request, gguf.open_base) if quantised else content_of(request, make_fold=make_fold)
     options = gguf.model_options() if quantised else dict(WEIGHT_DTYPES[weight_dtype])
     plan, variant = content.plan, content.variant
     model = comfy.sd.load_diffusion_model_state_dict(content.tensors, model_options=options)
@@ -49,12 +58,21 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
     model = gguf.patched(model) if quantised else model
     model.cached_patcher_init = (_patcher_alone, (request, weight_dtype))
     watch(model)
+    follow_folded(model, content)
     if plan and request.switchable and variant:
         prepare(model)
         model = with_variant(model, variant)
         content.notes += layout_of(plan, variant).notes
     lines = [described(model), f"read {content.bytes_read / 1e9:.2f} GB", *content.notes]
     return model, "\n".join(lines)
+
+
+def follow_folded(model, content: Content) -> None:
+    """A folded model is checked, and its table filled, when sampling starts."""
+    parts = getattr(model.model.diffusion_model, "ppcl", None)
+    if parts is not None and parts.structure.folding is not None:
+        parts.later = content.later
+        follow(model)
 
 
 def _patcher_alone(request: Request, weight_dtype: str, disable_dynamic: bool = False):
@@ -129,14 +147,17 @@ class LoadModel(io.ComfyNode):
                     "intervals", default="", tooltip=f'For "by intervals": {setting_help(ImportConfig, "intervals")}'
                 ),
                 io.Boolean.Input("legacy_text", default=False, tooltip=setting_help(ImportConfig, "legacy_txt_proj")),
+                io.Combo.Input("fold", options=list(FOLDS), default=OFF, optional=True, tooltip=FOLD_HELP),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="text")],
         )
 
     @classmethod
-    def execute(cls, file, base, variant, switchable, weight_dtype, preset, intervals, legacy_text) -> io.NodeOutput:
+    def execute(
+        cls, file, base, variant, switchable, weight_dtype, preset, intervals, legacy_text, fold=OFF
+    ) -> io.NodeOutput:
         request = Request(
-            path=model_path(file), base=None if base == NO_BASE else model_path(base), variant=variant,
+            path=model_path(file), base=None if base == NO_BASE else model_path(base), variant=variant, fold=fold,
             switchable=switchable, preset=preset, intervals=intervals, legacy_text=legacy_text,
         )  # fmt: skip
         return io.NodeOutput(*load_patcher(request, weight_dtype))

@@ -12,6 +12,7 @@ from ..ppcl_engine.jobs.store import RunStore
 CATEGORY = "ppcl"
 CATEGORIES = (CATEGORY, "diffusion_models", "unet_gguf")  # the last is ComfyUI-GGUF's, where that pack is
 ENDINGS = (".safetensors", ".gguf")
+TABLES = "tables"  # in models/ppcl: values of folded modulations, made when they are first needed
 DEMO = Path(__file__).parents[1] / "ppcl_engine" / "demo"
 RUNS = "ppcl"  # in the output folder
 EXPORTS = "exports"  # in a run
@@ -32,6 +33,8 @@ def model_files() -> dict[str, Path]:
             continue
         for name in folder_paths.get_filename_list(category):
             path = folder_paths.get_full_path(category, name)
+            if Path(name).parts[0] == TABLES:
+                continue
             if path and name.endswith(ENDINGS) and not _inside_model_folder(Path(path)):
                 found.setdefault(name, Path(path))
         for root in map(Path, folder_paths.get_folder_paths(category)):
@@ -82,6 +85,16 @@ def model_path(name: str) -> Path:
             f"{name[:200]!r} is in none of models/ppcl and models/diffusion_models; refresh, then choose again"
         )
     return files[name]
+
+
+def written_folder() -> Path:
+    """models/ppcl: where folded files go."""
+    return Path(folder_paths.get_folder_paths(CATEGORY)[0])
+
+
+def tables_folder() -> Path:
+    """Its files may be removed at any time; they are made again."""
+    return written_folder() / TABLES
 
 
 def demo_teacher() -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..ppcl_engine.architectures import QwenImage
+from ..ppcl_engine.architectures.folded import FOLDING, Folding, folding_of
 from ..ppcl_engine.bundle import (
     MAP_KEY,
     STRUCTURE_TENSOR,
@@ -21,11 +22,13 @@ from ..ppcl_engine.bundle import (
 )
 from ..ppcl_engine.checkpoint import IGNORED_SUFFIXES, fingerprint_of, open_layout
 from ..ppcl_engine.files import TensorFile
+from ..ppcl_engine.folding_files import modulation_names
 from ..ppcl_engine.layout import Layout, Place, layout_of
-from ..ppcl_engine.plan import PruningPlan, Variant, parse_intervals
+from ..ppcl_engine.plan import PruningPlan, Variant, parse_intervals, plan_from_json
 from ..ppcl_engine.released import teacher_indices
 from ..ppcl_engine.standalone import structure_of
-from .host.structure import BLOCK, HINTS_TENSOR, QWEN, as_tensor, block_numbers, checked_plan, is_surrounding
+from .host.structure import BLOCK, HINTS_TENSOR, QWEN, as_tensor, block_numbers, checked_plan, is_surrounding, text_of
+from .modulations import FOLDS, OFF, Fold, MakeFold, Modulations, split
 
 SMALLEST, AUTO, AS_NUMBERED, BY_INTERVALS = "smallest", "auto", "as numbered", "by intervals"
 PRESETS = (AUTO, AS_NUMBERED, *QWEN.released.intervals, BY_INTERVALS)
@@ -47,17 +50,20 @@ class Request:
     preset: str = AUTO
     intervals: str = ""
     legacy_text: bool = False
+    fold: str = OFF
 
 
 @dataclass
 class Content:
-    """tensors: for the host's loader, marks included. bytes_read: of tensors. variant, plan: of a bundle."""
+    """tensors: for the host's loader, marks included. bytes_read: of tensors. variant, plan: of a bundle. later: what a
+    table of modulations is filled from when a schedule is known."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     bytes_read: int = 0
     plan: PruningPlan | None = None
     variant: Variant | None = None
     notes: tuple[str, ...] = ()
+    later: Modulations | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,11 @@ class Stored:
     file: object
     name: str
     rows: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        full = self.file.shape(self.name)
+        return full if self.rows is None else (self.rows, *full[1:])
 
     def read(self) -> torch.Tensor:
         if self.rows is None:
@@ -93,56 +104,97 @@ class Reader:
         return self._vectors[key]
 
 
-def content_of(request: Request, open_base: OpenBase = lambda path: open_layout(path)[0]) -> Content:
-    """`open_base` opens the base model's file. Raises ValueError, in one line, for files that do not belong together
-    or are not what they should be."""
+def open_file(path: Path) -> dict[str, tuple[object, str]]:
+    return open_layout(path)[0]
+
+
+def content_of(request: Request, open_base: OpenBase = open_file, make_fold: MakeFold | None = None) -> Content:
+    """`open_base` opens the base model's file; `make_fold` gives what stands for modulations that are folded away. Raises
+    ValueError, in one line, for files that do not belong together or are not what they should be."""
+    if request.fold not in FOLDS:
+        raise ValueError(f"fold {request.fold!r} is unknown; known: {', '.join(FOLDS)}")
     if is_bundle(request.path):
-        return _bundle_content(request, open_base)
-    if request.base is not None:
-        raise ValueError(f"{request.path.name} is no bundle, so it takes no base model; set base to none")
-    return _file_content(request)
+        return _bundle_content(request, open_base, make_fold)
+    return _file_content(request, make_fold)
 
 
-def _bundle_content(request: Request, open_base: OpenBase) -> Content:
+def _bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold | None) -> Content:
     bundle, reader = Bundle(request.path), Reader()
     plan = checked_plan(bundle.plan)
     variant = plan.variant(request.variant if request.variant != SMALLEST or _has(plan, SMALLEST) else None)
     if variant.tuned and not request.switchable:
         wanted = _under(bundle.file, tuned_prefix(variant.name))
-        return _content(reader, wanted, structure_of(plan, variant), {}, variant, ())
+        return _content(reader, wanted, structure_of(plan, variant), {}, variant, (), request, make_fold)
     if variant.tuned:
         raise ValueError(f"variant {variant.name!r} is fine-tuned, with weights of its own; set switchable to off")
     if request.base is None:
         raise ValueError(f"{request.path.name} is a bundle: students only; choose as base the model it was made from")
     base = base_tensors(request.base, open_base)
+    check_folded_alike(plan, base, request)
     notes = check_base(reader, base, plan, request.base)
     if request.switchable:
         wanted = {**base, **_all_parts(bundle)}
-        return _content(reader, wanted, plan, {"switchable": True}, variant, notes)
+        return _content(reader, wanted, plan, {"switchable": True}, variant, notes, request, make_fold)
     layout = layout_of(plan, variant)
     wanted = _variant_parts(base, bundle, layout)
-    return _content(reader, wanted, structure_of(plan, variant), {}, variant, (*notes, *layout.notes))
+    notes = (*notes, *layout.notes)
+    return _content(reader, wanted, structure_of(plan, variant), {}, variant, notes, request, make_fold)
 
 
 def _has(plan: PruningPlan, name: str) -> bool:
     return any(variant.name == name for variant in plan.variants)
 
 
-def _content(reader: Reader, wanted: dict[str, Stored], plan, hints: dict, variant: Variant, notes) -> Content:
+def _content(
+    reader: Reader, wanted: dict[str, Stored], plan, hints: dict, variant: Variant, notes, request, make_fold
+) -> Content:
+    fold = None
+    if request.fold != OFF:
+        check_not_folded(folding_of(plan.config), request)
+        wanted, modulations = split(wanted)
+        fold = make_fold(request.fold, modulations)
+        plan = plan.with_parts(config={**plan.config, FOLDING: fold.folding.to_config()})
     tensors = {name: reader.read(stored) for name, stored in wanted.items()}
     if SCALED in tensors:
-        tensors |= _with_scales(tensors)
-    tensors |= {STRUCTURE_TENSOR: as_tensor(plan.to_json()), HINTS_TENSOR: as_tensor(hints)}
-    return Content(tensors, reader.bytes_read, plan, variant, tuple(notes))
+        folded = modulation_names(tensors, QWEN) if FOLDING in plan.config else ()
+        tensors |= _with_scales(tensors, {f"{name}.weight" for name in folded})
+    marks = {STRUCTURE_TENSOR: as_tensor(plan.to_json()), HINTS_TENSOR: as_tensor(hints)}
+    return _with_fold(Content({**tensors, **marks}, reader.bytes_read, plan, variant, tuple(notes)), fold)
 
 
-def _with_scales(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Matrices of blocks without a scale (students, projections), as the base keeps its own: fp8 and a scale each."""
+def _with_fold(content: Content, fold: Fold | None) -> Content:
+    if fold is not None:
+        content.tensors |= fold.tensors
+        content.bytes_read += fold.bytes_read
+        content.notes, content.later = (*content.notes, *fold.notes), fold.later
+    return content
+
+
+def check_not_folded(folding: Folding | None, request: Request) -> None:
+    if folding is not None:
+        raise ValueError(f"{request.path.name} is folded already ({folding.form}); set fold to off")
+
+
+def check_folded_alike(plan: PruningPlan, base: dict[str, Stored], request: Request) -> None:
+    """A folded bundle has students for its own folded base alone."""
+    folded_base = any(name.startswith(f"{QWEN.time_embedder}.{FOLDING}.") for name in base)
+    if (FOLDING in plan.config) != folded_base:
+        which = (request.path.name, request.base.name) if folded_base else (request.base.name, request.path.name)
+        raise ValueError(
+            f"{which[0]} is not folded, {which[1]} is: they do not belong together; choose both as they were folded "
+            "together, or both as they were before"
+        )
+
+
+def _with_scales(tensors: dict[str, torch.Tensor], exact: set[str]) -> dict[str, torch.Tensor]:
+    """Matrices of blocks without a scale (students, projections), as the base keeps its own: fp8 and a scale each.
+    `exact`: folded maps, which stay as they are."""
     dtype = tensors[SCALED].dtype if tensors[SCALED].dtype in FLOAT8 else FLOAT8[0]
     found = {}
     for name, tensor in tensors.items():
         scale_name = name.removesuffix(".weight") + SCALE_SUFFIX
-        if BLOCK.match(name) and name.endswith(".weight") and tensor.ndim == 2 and scale_name not in tensors:
+        plain = BLOCK.match(name) and name.endswith(".weight") and tensor.ndim == 2 and name not in exact
+        if plain and scale_name not in tensors:
             scale = (tensor.float().abs().max() / torch.finfo(dtype).max).clamp_min(torch.finfo(torch.float32).tiny)
             found |= {name: (tensor.float() / scale).to(dtype), scale_name: scale}
     return found
@@ -222,17 +274,50 @@ def _kept(place: Place, name: str, part: str, stored: Stored) -> dict[str, Store
     return {name: stored}
 
 
-def _file_content(request: Request) -> Content:
-    """A standalone of ours, a released file or folder, or a plain model."""
+def _file_content(request: Request, make_fold: MakeFold | None) -> Content:
+    """A standalone of ours, a released file or folder, or a plain model, folded or not."""
     stored, config = open_layout(request.path)
     if not QWEN.detect(stored):
         raise ValueError(f"{request.path.name} is neither a bundle nor a Qwen-Image model; choose another file")
+    wanted = {name: Stored(file, key) for name, (file, key) in stored.items() if _needed(name)}
+    plan = (
+        plan_from_json(text_of(wanted[STRUCTURE_TENSOR].read()), request.path.name)
+        if STRUCTURE_TENSOR in wanted
+        else None
+    )
+    folding, fold = folding_of(plan.config if plan else config or {}), None
+    if request.fold != OFF:
+        check_not_folded(folding, request)
+        wanted, modulations = split(wanted)
+        fold = make_fold(request.fold, modulations)
+    later = _later(request, folding)
     reader = Reader()
-    tensors = {name: reader.read(Stored(file, key)) for name, (file, key) in stored.items() if _needed(name)}
-    if STRUCTURE_TENSOR not in tensors:
+    tensors = {name: reader.read(place) for name, place in wanted.items()}
+    if plan is None or not (plan.intervals or plan.sites):
         hints = {"legacy": request.legacy_text, "config": config, **_indices(request, stored)}
+        hints |= {FOLDING: fold.folding.to_config()} if fold else {}
         tensors[HINTS_TENSOR] = as_tensor(hints)
-    return Content(tensors, reader.bytes_read)
+    if fold and plan is not None:
+        plan = plan.with_parts(config={**plan.config, FOLDING: fold.folding.to_config()})
+        tensors[STRUCTURE_TENSOR] = as_tensor(plan.to_json())
+    content = _with_fold(Content(tensors, reader.bytes_read), fold)
+    content.later = content.later or later
+    return content
+
+
+def _later(request: Request, folding: Folding | None) -> Modulations | None:
+    """Of a folded table: the file that it was folded from, where that is given as base, for timesteps that it lacks."""
+    if request.base is None:
+        return None
+    if folding is None or folding.form != "table":
+        raise ValueError(f"{request.path.name} is no bundle, so it takes no base model; set base to none")
+    stored, _ = open_layout(request.base)
+    _, modulations = split({name: Stored(file, key) for name, (file, key) in stored.items()})
+    if modulations.mark != folding.mark:
+        raise ValueError(
+            f"{request.base.name} is another model than {request.path.name} was folded from; choose the very file, or none"
+        )
+    return modulations
 
 
 def _needed(name: str) -> bool:

@@ -20,6 +20,7 @@ from ..ppcl_engine.pictures import layer_map
 from .branch import PREFIX, about, full_parameters, layout_in, name_of, plan_in, sizes
 from .clock import seconds_a_step
 from .host.blocks import OWN_PARTS
+from .host.folded import folding_in
 from .host.structure import BLOCK, QWEN
 from .paths import lora_files, lora_path
 
@@ -81,10 +82,16 @@ def compared(models: list, pictures: list[torch.Tensor]) -> torch.Tensor:
         parameters, size = sizes(model)
         columns.append(
             sheet.Column(
-                name=name_of(model), pictures=picture, parameters=parameters, bytes=size, seconds=seconds_a_step(model)
+                name=column_name(model), pictures=picture, parameters=parameters, bytes=size, seconds=seconds_a_step(model)
             )
         )
     return sheet.side_by_side(columns)
+
+
+def column_name(model) -> str:
+    """ "small, folded: table" """
+    folding = folding_in(model.model.diffusion_model)
+    return f"{name_of(model)}, folded: {folding.form}" if folding else name_of(model)
 
 
 class Info(io.ComfyNode):

@@ -23,6 +23,7 @@ STAGES: dict[str, tuple[type, str]] = {
     "variants": (settings.VariantsConfig, "stages.variants"),
     "finetune": (settings.FinetuneConfig, "stages.finetune"),
     "export": (config_files.ExportConfig, "stages.export"),
+    "fold": (config_files.FoldConfig, "stages.fold"),
     "import": (config_files.ImportConfig, "stages.import_released"),
     "evaluate": (config_files.EvaluateConfig, "stages.evaluate"),
     "generate": (config_files.GenerateConfig, "stages.generate"),

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from .architectures import Architecture, SharedText, architecture_named
-from .checkpoint import Weights
+from .architectures.folded import FOLDING
+from .checkpoint import STRUCTURE_TENSOR, Weights
 from .files import TensorEntry, TensorFile, write_tensor_stream
 from .layout import Layout, Place, checked, full_layout, layout_of
 from .plan import Interval, PruningPlan, Variant, plan_from_json
@@ -26,7 +27,6 @@ from .surgery import Edit, build_student, filled_student, project, pruned_blocks
 
 PLAN_KEY = "ppcl_plan"
 MAP_KEY = "ppcl_block_map"
-STRUCTURE_TENSOR = "ppcl_structure"
 BUNDLE_SUFFIX = ".ppcl.safetensors"
 
 
@@ -166,7 +166,8 @@ def open_model(
 
     path: a bundle (then `base` is the teacher it was made from), a standalone file or folder of
     ours, a diffusers folder, one of the authors' width-pruned folders, a ComfyUI single file. variant: a name of
-    the bundle's plan, "full", or intervals and sites as "3-4,8-10,text:51-59"; None is the smallest.
+    the bundle's plan, "full", or intervals and sites as "3-4,8-10,text:51-59"; None is the smallest. base: also of
+    a folded table, the file that it was folded from, for timesteps that it lacks.
     legacy_txt_proj: the authors' older meaning of a text projection (see `released`). Raises ValueError in one line.
     """
     path = Path(path)
@@ -177,18 +178,38 @@ def open_model(
     if not is_bundle(path):
         if variant is not None:
             raise ValueError(f"{path} is not a bundle, so it has no variant {variant!r}; leave the variant out")
-        structure = standalone_structure(path)
-        if structure:
-            return _open_standalone(path, structure, dtype, device)
         if is_width_pruned(path):
             return _open_released(Released(path, legacy_txt_proj), dtype, device)
+        structure = standalone_structure(path)
+        if structure:
+            return _with_base(_open_standalone(path, structure, dtype, device), base, path)
         weights = Weights(path)
-        return assemble(weights, None, full_layout(weights.num_blocks), dtype, device)
+        return _with_base(assemble(weights, None, full_layout(weights.num_blocks), dtype, device), base, path)
     if base is None:
         raise ValueError(f"{path} is a bundle: students only; give the base model it was made from as well")
     bundle, weights = Bundle(path), Weights(base)
+    _check_folded_alike(bundle, weights)
     bundle.plan.check_teacher(weights.architecture.name, weights.fingerprint, base)
     return open_variant(weights, bundle, bundle.plan, bundle.plan.variant(variant), dtype, device)
+
+
+def _check_folded_alike(bundle: Bundle, weights: Weights) -> None:
+    ours, theirs = (config.get(FOLDING) for config in (bundle.plan.config, weights.config))
+    if ours != theirs:
+        said = [f"folded ({folding['form']})" if folding else "not folded" for folding in (ours, theirs)]
+        raise ValueError(
+            f"{bundle.file.path} is {said[0]}, {weights.path} is {said[1]}: they were not folded together; take the base that "
+            "`ppcl fold` wrote beside the bundle, or the bundle and base as they were before"
+        )
+
+
+def _with_base(model: nn.Module, base: str | Path | None, path: Path) -> nn.Module:
+    """A folded table gets what it lacks from the file that it was folded from."""
+    if base is not None:
+        from .folding_files import give_base  # reads all kinds of files, so it imports this module
+
+        give_base(model, Path(base), path)
+    return model
 
 
 def architecture_of(path: Path) -> Architecture:
@@ -206,7 +227,7 @@ def standalone_structure(path: Path) -> dict | None:
     if not path.is_file():
         return None
     file = TensorFile(path)
-    if STRUCTURE_TENSOR not in file.entries:
+    if STRUCTURE_TENSOR not in file.entries or "config" in file.metadata:  # a full model that was folded has both
         return None
     return json.loads(bytes(file.read(STRUCTURE_TENSOR).tolist()))
 

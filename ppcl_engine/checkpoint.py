@@ -19,6 +19,7 @@ from .files import TensorFile, read_json
 from .pickled import PickledFile
 
 COMFYUI_PREFIX = "model.diffusion_model."
+STRUCTURE_TENSOR = "ppcl_structure"
 TRAINING_PREFIX = "module."  # what a wrapper of distributed training left before every name
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 IGNORED_SUFFIXES = (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
@@ -121,7 +122,8 @@ def _parts_of(
     architecture: Architecture, stored: dict[str, tuple[TensorFile | PickledFile, str]]
 ) -> dict[str, tuple[TensorFile | PickledFile, str, Part]]:
     """diffusers' name -> file, name in it, which of its rows."""
-    names = [name for name in stored if not name.endswith(IGNORED_SUFFIXES) and name != "scaled_fp8"]
+    marks = ("scaled_fp8", STRUCTURE_TENSOR)
+    names = [name for name in stored if not name.endswith(IGNORED_SUFFIXES) and name not in marks]
     keys = {key: name for name in names for key in architecture.from_comfyui(name)}
     return {
         key: (*stored[name], Part(name) if key == name else architecture.to_comfyui(key, keys))

@@ -57,6 +57,44 @@ class ImportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FoldConfig:
+    """Fold away the modulations that read the timestep alone: a third of Qwen-Image, with no training."""
+
+    path: Path
+    """What to fold: a diffusers folder, a ComfyUI single file, a bundle or a standalone. With form off: the folded file."""
+    base: Path | None = None
+    """Of a bundle: the full model it was made from, which is folded along. With form off: the file that was folded."""
+    form: Literal["table", "basis", "off"] = "table"
+    """table: the model's own values at the timesteps of a schedule, no error. basis: a few coefficients for any timestep,
+    within a bound. off: the original weights again."""
+    run: Path = Path("runs/fold")
+    """The folder that files and report are written to."""
+    name: str = "folded"
+    """File name without ending: letters, digits, '-', '_'."""
+    bound: float = 0.01
+    """basis: largest relative error of any modulation at any timestep; the smallest rank that keeps it is taken."""
+    rank: int | None = None
+    """basis: this rank instead of the one that the bound asks for."""
+    steps: str = "20"
+    """table: numbers of sampling steps, as '8 20', on the schedule of the model's own folder or file (else equal steps)."""
+    timesteps: str = ""
+    """table: timesteps themselves in place of steps, as '1 0.75 0.5 0.25'."""
+    height: int = 0
+    """table: height in pixels of the pictures, which a schedule may hang on; 0 is the model's default."""
+    width: int = 0
+    """table: width in pixels."""
+    samples: str = "1 2"
+    """table: for how many samples at once its values are the model's own to the last bit; for others they differ by a
+    kernel's rounding."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """table: precision that the model will run in."""
+    host: Literal["diffusers", "comfyui"] = "diffusers"
+    """table: who will run it. diffusers rounds timesteps to the model's precision, ComfyUI does not."""
+    device: str = "auto"
+    """Where to compute, best where the model will run: kernels of other devices round differently."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Common):
     """Compare variants with the teacher at the same seeds, and write report.html."""
 

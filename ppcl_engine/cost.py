@@ -25,7 +25,7 @@ class CostModel:
 
     def __init__(self, architecture: Architecture, config: dict, grid: tuple[int, int, int], text_tokens: int):
         self.architecture, self.config = architecture, config
-        with torch.device("meta"):
+        with torch.device("meta"), torch.no_grad():
             self.outer_parameters = parameter_count(architecture.build_outer(config))
             self._state = _meta_state(architecture, config, grid, text_tokens)
         self._places: dict[Place, Cost] = {}

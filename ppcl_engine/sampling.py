@@ -11,6 +11,7 @@ from . import flow
 from .architectures import Architecture, Inputs, placed
 from .codecs import Codec
 from .data import CLEAN
+from .folding_tables import known_timesteps
 from .progress import Progress
 
 GUIDANCE = "guidance"
@@ -81,8 +82,10 @@ def draw(
         guided = flow.guided(velocity_of(x, t, nothing), caption, guidance)
         return flow.rescaled(guided, caption) if prompts.rescales_guidance else guided
 
+    timesteps = prompts.timesteps(steps, noise.shape[1])
+    known_timesteps(model, timesteps[:-1])
     with torch.no_grad():
-        return flow.euler(velocity, noise, prompts.timesteps(steps, noise.shape[1]), seen)
+        return flow.euler(velocity, noise, timesteps, seen)
 
 
 def picture_size(codec: Codec, height: int, width: int) -> tuple[int, int]:

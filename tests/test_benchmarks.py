@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import distill_speed, memory, removal
+from benchmarks import distill_speed, folding, memory, removal
 from benchmarks.teachers import random_teacher
 from ppcl_engine.demo.codec import fit_codec
 
@@ -37,6 +37,16 @@ def test_memory(tmp_path):
     assert values["identical"] is True
     assert values["ratios"]["streamed"].keys() == set(memory.STAGES)
     assert values["imports"] > 1e8
+
+
+def test_folding(tmp_path):
+    values = run(folding, tmp_path, "--folder", tmp_path)
+    sizes = [row["off"]["parameters"] / 1e9 for row in values["sizes"].values()]
+    assert [round(size, 2) for size in sizes] == [20.43, 11.93, 10.60]
+    assert values["memory"]["forms"].keys() == {"off", "table", "basis"}
+    assert values["distil"]["basis"]["trained_bytes"] < 0.8 * values["distil"]["off"]["trained_bytes"]
+    assert all(row["identical"] for row in values["pictures"]["variants"])
+    assert (tmp_path / "folding.png").stat().st_size > 10_000
 
 
 def test_memory_intervals_grow_in_number_with_depth():

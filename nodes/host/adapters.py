@@ -54,12 +54,12 @@ def half_of(linear: type[nn.Module]) -> type[nn.Module]:
             return _whole(bias)
 
         def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **named):
-            store = getattr(super(), "set_weight", None) or (lambda *a, **n: _stored(self, "weight", *a, **n))
+            store = getattr(super(), "set_weight", None) or (lambda *a, **n: stored(self, "weight", *a, **n))
             half = weight[: len(weight) // 2]
             return store(half, inplace_update=inplace_update, seed=seed, return_weight=return_weight)
 
         def set_bias(self, bias, inplace_update=False, seed=None, return_weight=False, **named):
-            return _stored(self, "bias", bias[: len(bias) // 2], inplace_update, seed, return_weight)
+            return stored(self, "bias", bias[: len(bias) // 2], inplace_update, seed, return_weight)
 
     return FirstHalf
 
@@ -72,7 +72,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([tensor, torch.zeros_like(tensor)])
 
 
-def _stored(module: nn.Module, name: str, tensor: torch.Tensor, inplace_update=False, seed=None, return_weight=False):
+def stored(module: nn.Module, name: str, tensor: torch.Tensor, inplace_update=False, seed=None, return_weight=False):
     old = getattr(module, name)
     tensor = comfy.float.stochastic_rounding(tensor, old.dtype, seed=seed)
     if return_weight:

@@ -56,9 +56,13 @@ def _correction_map(width: int, rank: int | None, linear: Linear) -> nn.Module:
 class PaddedModulation(nn.Sequential):
     """The engine's; of a modulation that was not cut it takes the first half."""
 
+    def __init__(self, width: int, *parts: nn.Module):
+        super().__init__(*parts)
+        self.width = width
+
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        first = super().forward(conditioning)[..., : 3 * conditioning.shape[-1]]
-        zeros = torch.zeros_like(conditioning)
+        first = super().forward(conditioning)[..., : 3 * self.width]
+        zeros = torch.zeros_like(first[..., : self.width])
         return torch.cat([first, zeros, zeros, zeros + 1], dim=-1)
 
 
@@ -104,7 +108,7 @@ def project(block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn
         short = STREAMS[site.kind.removeprefix("ffn_")]
         setattr(block, f"{short}_mlp", maps(site.kind, "map"))
         if site.form == "paper":
-            setattr(block, f"{short}_mod", PaddedModulation(*getattr(block, f"{short}_mod")))
+            setattr(block, f"{short}_mod", PaddedModulation(block.dim, *getattr(block, f"{short}_mod")))
             setattr(block, f"{short}_norm2", nn.Identity())
     if place.text_source is not None:
         _project_text(block, place, maps, texts, source)

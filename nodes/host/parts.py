@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -17,16 +18,21 @@ from ...ppcl_engine.plan import PruningPlan, Variant
 from .blocks import PaddedModulation, Texts, project, view_of_block
 from .structure import Structure
 
+if TYPE_CHECKING:
+    from ..modulations import Modulations
+
 ATTACHMENT = "ppcl_variant"
 FORWARD = "diffusion_model.transformer_blocks.{}.forward"
 
 
 @dataclass
 class Parts:
-    """On the host's transformer as `ppcl`; the modules themselves are the transformer's."""
+    """On the host's transformer as `ppcl`; the modules themselves are the transformer's. later: the modulations that a
+    table is filled from."""
 
     structure: Structure
     texts: Texts
+    later: Modulations | None = None
 
     @property
     def plan(self) -> PruningPlan | None:
@@ -117,6 +123,6 @@ def _counted(parameter: nn.Parameter) -> tuple[int, int]:
 def _unused(modulation: PaddedModulation) -> tuple[int, int]:
     """Of the half that a view still holds, negative."""
     linear = modulation[1]
-    share = 1 - 3 * linear.in_features / linear.out_features
+    share = 1 - 3 * modulation.width / linear.out_features
     whole = _total([_counted(p) for p in linear.parameters()])
     return -round(share * whole[0]), -round(share * whole[1])

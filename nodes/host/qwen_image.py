@@ -15,9 +15,11 @@ import comfy.supported_models
 import torch
 from torch import nn
 
+from ...ppcl_engine.architectures.folded import Folding
 from ...ppcl_engine.layout import Place
 from ...ppcl_engine.plan import Interval
 from ...ppcl_engine.surgery import PassThrough, add_correction, interval_streams
+from . import folded
 from .adapters import half_of
 from .blocks import RETURNS, STREAMS, Correction, Linear, Texts, project
 from .parts import Parts
@@ -43,8 +45,11 @@ class PPCLQwenImage(comfy.supported_models.QwenImage):
         structure = self.structure = structure_of(tensors)
         self.unet_config |= {**sizes_of(tensors), "num_layers": structure.layout.num_blocks}
         named, texts = structure.renamed(tensors), Texts()
-        with exchanged_block(partial(build_block, structure, sorted(named), texts)):
+        inputs = inputs_of(structure, tensors, self.manual_cast_dtype or self.unet_config.get("dtype"))
+        with exchanged_block(partial(build_block, structure, sorted(named), texts, inputs)):
             model = super().get_model(state_dict, prefix, device)
+        if inputs is not None:
+            folded.attach(model.diffusion_model, inputs)
         model.diffusion_model.register_forward_pre_hook(forget_texts)
         model.diffusion_model.ppcl = Parts(structure, texts)
         if self.custom_operations is None:  # others make their tensors when they are loaded
@@ -59,6 +64,13 @@ def register() -> None:
     """First in the host's list; by name, so that loading this pack again does not double it."""
     models = comfy.supported_models.models
     models[:] = [PPCLQwenImage, *(m for m in models if m.__name__ != PPCLQwenImage.__name__)]
+
+
+def inputs_of(structure: Structure, tensors: FileTensors, dtype: torch.dtype):
+    """Of folded modulations; None where nothing is folded. dtype: that the model computes in."""
+    if structure.folding is None:
+        return None
+    return folded.inputs_of(structure.folding, tensors["img_in.weight"].shape[0], dtype)
 
 
 def transformer_of(state_dict: FileTensors) -> FileTensors:
@@ -90,28 +102,40 @@ def exchanged_block(build) -> Iterator[None]:
             setattr(host_module, BLOCK_CLASS, stock)
 
 
-def build_block(structure: Structure, names: list[str], texts: Texts, built: list[nn.Module], stock) -> nn.Module:
-    """What stands at the next index of the host's list."""
+def build_block(
+    structure: Structure, names: list[str], texts: Texts, inputs, built: list[nn.Module], stock
+) -> nn.Module:
+    """What stands at the next index of the host's list. `inputs`: of folded modulations, by the whole model."""
     index = len(built)
     place = next((place for place in structure.layout.places if place.index == index), None)
     if place is None:
         return PassThrough(QWEN.block_arguments, QWEN.block_returns)
-    block, options = stock(), {name: stock.keywords.get(name) for name in ("dtype", "device")}
+    options = {name: stock.keywords.get(name) for name in ("dtype", "device")}
     linear: Linear = partial(stock.keywords["operations"].Linear, **options)
+    make = partial(_new_block, stock, structure, inputs)
+    block = make()
     if structure.switchable:
-        return _with_all_parts(block, index, structure, names, stock, linear)
+        return _with_all_parts(block, index, structure, names, make, linear)
     if place.interval:
         _correct(block, place.interval, structure, linear)
-    _cut_modulations(block, place, partial(half_of(linear.func), **options))
+    _cut_modulations(block, place, partial(half_of(linear.func), **options), structure.folding)
     source = None if place.text_source is None else built[place.text_source]
     return project(block, place, lambda kind, part: linear(block.dim, block.dim), texts, source)
 
 
-def _with_all_parts(block: nn.Module, index: int, structure: Structure, names, stock, linear: Linear) -> nn.Module:
+def _new_block(stock, structure: Structure, inputs) -> nn.Module:
+    """The host's own, or with folded modulations."""
+    if structure.folding is None:
+        return stock()
+    inputs.new_linear = partial(stock.keywords["operations"].Linear, dtype=stock.keywords.get("dtype"))
+    return folded.fold_block(stock(), structure.folding, inputs, stock.keywords.get("device"))
+
+
+def _with_all_parts(block: nn.Module, index: int, structure: Structure, names, make, linear: Linear) -> nn.Module:
     """The teacher's block, the student of the interval that starts here, and all projections of this place."""
     for interval in structure.plan.intervals:
         if interval.first == index:
-            block.student = _correct(stock(), interval, structure, linear)
+            block.student = _correct(make(), interval, structure, linear)
     found: dict[str, dict[str, dict[str, nn.Module]]] = {}
     for name in names:
         number, rest = match.groups() if (match := BLOCK.match(name)) else (None, "")
@@ -135,12 +159,14 @@ def _correct(block: nn.Module, interval: Interval, structure: Structure, linear:
     return add_correction(block, Correction.empty(block.dim, streams, rank, linear), RETURNS)
 
 
-def _cut_modulations(block: nn.Module, place: Place, linear: Linear) -> None:
+def _cut_modulations(block: nn.Module, place: Place, linear: Linear, folding: Folding | None) -> None:
     """To the half that the paper's form of an FFN leaves."""
     for site in place.ffn:
         if site.form == "paper":
             name = f"{STREAMS[site.kind.removeprefix('ffn_')]}_mod"
-            setattr(block, name, nn.Sequential(getattr(block, name)[0], linear(block.dim, 3 * block.dim)))
+            whole = getattr(block, name)
+            half = folded.cut(whole, folding) if folding else nn.Sequential(whole[0], linear(block.dim, 3 * block.dim))
+            setattr(block, name, half)
 
 
 def check_tensors(model: nn.Module, tensors: FileTensors) -> None:
@@ -161,5 +187,9 @@ def empty_host_model(tensors: FileTensors, operations, dtype: torch.dtype) -> nn
     """The host's transformer on the meta device, for counting (a file's tensors may be on it too)."""
     structure = structure_of(tensors)
     sizes = {**sizes_of(tensors), "num_layers": structure.layout.num_blocks}
-    with exchanged_block(partial(build_block, structure, sorted(structure.renamed(tensors)), Texts())):
-        return host_module.QwenImageTransformer2DModel(**sizes, dtype=dtype, device="meta", operations=operations)
+    inputs = inputs_of(structure, tensors, dtype)
+    with exchanged_block(partial(build_block, structure, sorted(structure.renamed(tensors)), Texts(), inputs)):
+        model = host_module.QwenImageTransformer2DModel(**sizes, dtype=dtype, device="meta", operations=operations)
+    if inputs is not None:
+        folded.attach(model, inputs)
+    return model

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ...ppcl_engine.architectures import architecture_named
+from ...ppcl_engine.architectures.folded import Folding, folding_of
 from ...ppcl_engine.bundle import STRUCTURE_TENSOR
+from ...ppcl_engine.folding_files import modulation_names
 from ...ppcl_engine.layout import Layout, Place, full_layout, layout_of
 from ...ppcl_engine.plan import PruningPlan, plan_from_json
 from ...ppcl_engine.released import published_intervals, released_layout, teacher_indices
@@ -34,13 +36,14 @@ FileTensors = Mapping[str, torch.Tensor]
 class Structure:
     """layout: what is built. plan: of our own files. switchable: teacher's blocks and all students are there.
     names: stored name -> name in the host's model, where they differ; None: nothing reads it. legacy: names of text
-    projections that are stored as P instead of P - 1."""
+    projections that are stored as P instead of P - 1. folding: what stands for the modulations, where they are folded."""
 
     layout: Layout
     plan: PruningPlan | None = None
     switchable: bool = False
     names: dict[str, str | None] = field(default_factory=dict)
     legacy: frozenset[str] = frozenset()
+    folding: Folding | None = None
 
     def renamed(self, tensors: FileTensors) -> dict[str, torch.Tensor]:
         """The tensors by the names of the model that is built."""
@@ -49,7 +52,14 @@ class Structure:
             new = self.names.get(name, name)
             if new is not None and not is_surrounding(name) and tuple(tensor.shape) != GUARD_SHAPE:
                 found[new] = _without_identity(tensor) if name in self.legacy else tensor
-        return found
+        return found | self._zero_biases(found)
+
+    def _zero_biases(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A table's values hold theirs; a map has one for a LoRA to change."""
+        if self.folding is None or self.folding.form != "table":
+            return {}
+        found = {name: tensors[f"{name}.weight"] for name in modulation_names(tensors, QWEN)}
+        return {f"{name}.bias": table.new_zeros(len(table)) for name, table in found.items()}
 
 
 def is_surrounding(name: str) -> bool:
@@ -94,11 +104,14 @@ def structure_of(tensors: FileTensors) -> Structure:
     """Raises ValueError, in one line, for a plan or for lists that make no model."""
     hints = _read_json(tensors, HINTS_TENSOR)
     if STRUCTURE_TENSOR in tensors:
-        plan = checked_plan(plan_from_json(_text(tensors[STRUCTURE_TENSOR]), "the file's plan"))
+        plan = checked_plan(plan_from_json(text_of(tensors[STRUCTURE_TENSOR]), "the file's plan"))
+        folding = folding_of(plan.config)
         if hints.get("switchable"):
-            return Structure(full_layout(plan.num_blocks), plan, switchable=True)
-        return Structure(layout_of(plan, plan.everything()), plan)
-    return _released_structure(tensors, hints)
+            return Structure(full_layout(plan.num_blocks), plan, switchable=True, folding=folding)
+        if plan.intervals or plan.sites or folding is None:
+            return Structure(layout_of(plan, plan.everything()), plan, folding=folding)
+        return replace(_released_structure(tensors, hints), folding=folding)  # a full model, nothing else is said of it
+    return replace(_released_structure(tensors, hints), folding=folding_of(hints))
 
 
 def checked_plan(plan: PruningPlan) -> PruningPlan:
@@ -173,10 +186,10 @@ def _at(place: Place, indices: list[int]) -> Place:
 
 
 def _read_json(tensors: FileTensors, name: str) -> dict:
-    return json.loads(_text(tensors[name])) if name in tensors else {}
+    return json.loads(text_of(tensors[name])) if name in tensors else {}
 
 
-def _text(tensor: torch.Tensor) -> str:
+def text_of(tensor: torch.Tensor) -> str:
     if tensor.dtype != torch.uint8 or tensor.ndim != 1:
         raise ValueError("the file's plan is not readable; export it again")
     try:

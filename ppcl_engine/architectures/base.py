@@ -99,6 +99,11 @@ class Architecture(Protocol):
     """the streams in the order in which a block returns them"""
     caption_inputs: tuple[str, ...]
     """what the model reads of captions, by diffusers' names, a row each; the text itself first"""
+    timestep_modulations: tuple[str, ...]
+    """a block's linear maps that read silu(conditioning), each behind its activation in a Sequential; empty: none that
+    can be folded"""
+    time_embedder: str
+    """the outer module that makes the conditioning"""
     model_configs: dict[str, dict]
     """full-size models by name; the first is the default"""
     projection_names: dict[str, dict[str, str]]
@@ -145,6 +150,19 @@ class Architecture(Protocol):
     def publish_text(self, block: nn.Module, source: SharedText) -> None: ...
 
     def observe(self, block: nn.Module, state: BlockState) -> tuple[BlockState, dict[str, torch.Tensor]]: ...
+
+    def modulation_reads(self, config: dict) -> tuple[str, ...]:
+        """What the conditioning is made of, for people; `("the timestep",)` where modulations can be folded."""
+        ...
+
+    def reference_timesteps(self, config: dict) -> tuple[float, ...]:
+        """Where modulations can be folded: timesteps that every forward reads besides its own (an edit model's
+        reference: 0)."""
+        ...
+
+    def time_conditioning(self, embedder: nn.Module, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Where modulations can be folded: what the time embedder makes of timesteps [n] in a model of this precision."""
+        ...
 
     def used_streams(self, config: dict, index: int) -> tuple[str, ...]: ...
 

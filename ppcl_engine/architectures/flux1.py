@@ -79,6 +79,8 @@ class Flux1(PackedLatents):
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
     block_returns = ("text", "image")
     caption_inputs = ("encoder_hidden_states", "pooled_projections")
+    timestep_modulations = ()
+    time_embedder = "time_text_embed"
     model_configs = {
         name: {
             "patch_size": 1,
@@ -288,6 +290,9 @@ class Flux1(PackedLatents):
 
     def takes_guidance(self, config: Mapping) -> bool:
         return bool(config.get("guidance_embeds"))
+
+    def modulation_reads(self, config: dict) -> tuple[str, ...]:
+        return ("the timestep", *(("guidance",) if self.takes_guidance(config) else ()), "pooled text")
 
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
         """diffusers' own forward on our inputs."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .base import BlockState, Inputs, Part, ReleasedNames
+from .folded import first_half, fold_block, fold_embedder, folding_of, unfolded_config
 from .packing import PackedLatents
 from .projections import (
     FixedModulation,
@@ -16,7 +17,6 @@ from .projections import (
     PaddedModulation,
     ProjectedText,
     SharedText,
-    cut_linear,
     linear_like,
     publish,
     watched,
@@ -32,6 +32,8 @@ class QwenImage(PackedLatents):
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
     block_returns = ("text", "image")
     caption_inputs = ("encoder_hidden_states", "encoder_hidden_states_mask")
+    timestep_modulations = ("img_mod.1", "txt_mod.1")
+    time_embedder = "time_text_embed"
     model_configs = {
         "qwen_image": {
             "patch_size": 2,
@@ -118,24 +120,40 @@ class QwenImage(PackedLatents):
     def build_block(self, config: dict, index: int) -> nn.Module:
         from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 
-        return QwenImageTransformerBlock(
+        block = QwenImageTransformerBlock(
             dim=self.width(config),
             num_attention_heads=config["num_attention_heads"],
             attention_head_dim=config["attention_head_dim"],
             zero_cond_t=config.get("zero_cond_t", False),
         )
+        folding = folding_of(config)
+        return fold_block(block, self.timestep_modulations, self.width(config), folding) if folding else block
 
     def build_outer(self, config: dict) -> nn.Module:
         """diffusers' model without a block: embeddings and the final layer."""
         from diffusers import QwenImageTransformer2DModel
 
-        return QwenImageTransformer2DModel.from_config({**config, "num_layers": 0})
+        outer = QwenImageTransformer2DModel.from_config({**unfolded_config(config), "num_layers": 0})
+        if folding := folding_of(config):
+            fold_embedder(outer.time_text_embed, outer.norm_out, self.width(config), folding)
+        return outer
 
     def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module:
         """diffusers' model with these blocks; its forward is diffusers' own."""
         outer.transformer_blocks = nn.ModuleList(blocks)
         outer.register_to_config(num_layers=len(blocks))
         return outer
+
+    def modulation_reads(self, config: dict) -> tuple[str, ...]:
+        """Layered models add a condition of their own, and a guidance-distilled one its guidance."""
+        more = {"guidance_embeds": "guidance", "use_additional_t_cond": "an additional condition"}
+        return ("the timestep", *(what for name, what in more.items() if config.get(name)))
+
+    def reference_timesteps(self, config: dict) -> tuple[float, ...]:
+        return (0.0,) if config.get("zero_cond_t") else ()
+
+    def time_conditioning(self, embedder: nn.Module, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return embedder(timestep, timestep.new_empty(0, dtype=dtype))
 
     def used_streams(self, config: dict, index: int) -> tuple[str, ...]:
         """The last block's text is never read."""
@@ -177,11 +195,10 @@ class QwenImage(PackedLatents):
         """paper: x + P(x) behind attention, modulation 6 d -> 3 d. gated: P between modulation and gate."""
         stream = STREAMS[kind.removeprefix("ffn_")]
         modulation = getattr(block, f"{stream}_mod")
-        linear = modulation[1]
-        setattr(block, f"{stream}_mlp", linear_like(linear, linear.in_features, linear.in_features))
+        width = modulation[1].out_features // 6
+        setattr(block, f"{stream}_mlp", linear_like(modulation[1], width, width))
         if form == "paper":
-            cut = cut_linear(linear, linear.in_features, linear.out_features // 2)
-            setattr(block, f"{stream}_mod", PaddedModulation(modulation[0], cut))
+            setattr(block, f"{stream}_mod", PaddedModulation(modulation[0], first_half(modulation[1])))
             setattr(block, f"{stream}_norm2", nn.Identity())
 
     def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None:

@@ -95,6 +95,8 @@ class SD35(PackedLatents):
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
     block_returns = ("text", "image")
     caption_inputs = ("encoder_hidden_states", "pooled_projections")
+    timestep_modulations = ()
+    time_embedder = "time_text_embed"
     model_configs = {
         name: {
             "sample_size": 128,
@@ -289,6 +291,9 @@ class SD35(PackedLatents):
 
     def takes_guidance(self, config: Mapping) -> bool:
         return False
+
+    def modulation_reads(self, config: dict) -> tuple[str, ...]:
+        return "the timestep", "pooled text"
 
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
         """diffusers' own forward on our inputs."""

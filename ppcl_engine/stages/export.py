@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..architectures import Architecture
+from ..architectures.folded import FOLDING
 from ..bundle import (
     BUNDLE_SUFFIX,
     MAP_KEY,
@@ -143,6 +144,11 @@ def _renumbered(
 
 
 def _refuse_what_stock_lacks(plan: PruningPlan, variant: Variant, layout: str) -> None:
+    if FOLDING in plan.config:
+        raise ValueError(
+            f"the model is folded, for which stock {layout} has no place; export with --layout ppcl, or unfold it first "
+            "(ppcl fold --form off)"
+        )
     if variant.sites:
         raise ValueError(
             f"variant {variant.name!r} has width site {variant.sites[0]}, for which stock {layout} has no place; "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..bundle import architecture_of, is_bundle, open_model
+from ..bundle import architecture_of, open_model
 from ..codecs import open_codec
 from ..config_files import GenerateConfig
 from ..files import replacing
@@ -24,7 +24,7 @@ def generate(config: GenerateConfig) -> Path:
     texts = [text.strip() for text in config.prompt.split("|")]
     prompts = encode_prompts(codec, texts, config.height, config.width)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    model = open_model(config.path, config.variant, config.base if is_bundle(config.path) else None, dtype, device)
+    model = open_model(config.path, config.variant, config.base, dtype, device)
     architecture = architecture_of(config.path)
     latents = draw_prompts(architecture, model, prompts, config.seed, config.steps, config.guidance, BATCH, "generate")
     del model

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ..architectures import ARCHITECTURES, Architecture
+from ..architectures.folded import folding_of
 from ..bundle import Bundle, is_bundle, standalone_structure
 from ..checkpoint import Weights, full_parameters
 from ..config_files import InspectConfig
@@ -47,6 +48,7 @@ def describe(path: Path, legacy_txt_proj: bool = False) -> dict:
             "architecture": structure["architecture"],
             "blocks": structure["num_blocks"],
             "intervals": [f"{i['first']}-{i['last']}" for i in structure["intervals"]],
+            **_folding(structure["config"]),
         }
     else:
         weights = Weights(path)
@@ -57,6 +59,7 @@ def describe(path: Path, legacy_txt_proj: bool = False) -> dict:
             "parameters": full_parameters(weights.architecture, weights.config),
             "fingerprint": weights.fingerprint,
             **_teacher_blocks(weights.architecture, weights.config),
+            **_folding(weights.config),
         }
     return {
         "kind": kind,
@@ -65,6 +68,7 @@ def describe(path: Path, legacy_txt_proj: bool = False) -> dict:
         "teacher": plan.fingerprint,
         "intervals": [i.name for i in plan.intervals],
         "variants": [{"name": v.name, "parameters": v.parameters, "damage": v.damage} for v in plan.variants],
+        **_folding(plan.config),
     }
 
 
@@ -95,6 +99,15 @@ def _teacher_blocks(architecture: Architecture, model_config: dict) -> dict[str,
     if intervals is None:
         return {"teacher_blocks": "not known; `ppcl import` takes them as --intervals"}
     return {"teacher_blocks": teacher_indices(count, intervals)}
+
+
+def _folding(config: dict) -> dict[str, str]:
+    """What stands for the modulations, where they are folded away."""
+    folding = folding_of(config)
+    if folding is None:
+        return {}
+    what = "timesteps" if folding.form == "table" else "coefficients"
+    return {"folded": f"{folding.form} of {folding.inputs} {what}"}
 
 
 def _as_text(found: dict) -> str:

@@ -72,7 +72,7 @@ def pack(models):
     """`pack("load")` is the module nodes/load.py of the pack as the host imported it."""
     path = str(ROOT)
     assert asyncio.run(host_nodes.load_custom_node(path, module_parent="custom_nodes"))
-    for extra in ("nodes_model_advanced", "nodes_slg"):
+    for extra in ("nodes_model_advanced", "nodes_model_merging", "nodes_slg", "nodes_custom_sampler"):
         file = str(ROOT / ".comfyui" / "comfy_extras" / f"{extra}.py")
         assert asyncio.run(host_nodes.load_custom_node(file, module_parent="comfy_extras"))
     name = path.replace(".", "_x_")

@@ -1,0 +1,52 @@
+"""Parameters and bytes of the released Qwen-Image models, folded and not, counted on the meta device."""
+
+from __future__ import annotations
+
+import torch
+
+from ppcl_engine.architectures import architecture_named
+from ppcl_engine.architectures.folded import Folding
+from ppcl_engine.checkpoint import parameter_count
+from ppcl_engine.released import released_layout
+from ppcl_engine.surgery import empty_block
+
+QWEN = architecture_named("qwen_image")
+REAL = QWEN.model_configs["qwen_image"]
+TEN_BILLION = {  # as released, by the numbers after removal (method: distil width)
+    "single_stream_index": [19, 23, *range(29, 35)],
+    "ehs_proj_index": [19, 23, 34],
+    "ffn_proj_index": [2, 33, 34],
+}
+MODELS = {"Qwen-Image, 60 blocks": (60, {}), "35 blocks (12B)": (35, {}), "35 blocks, width (10B)": (35, TEN_BILLION)}
+FOLDINGS = {
+    "off": None,
+    **{f"table_{steps}": Folding(form="table", inputs=steps) for steps in (8, 20, 50)},
+    **{f"basis_{rank}": Folding(form="basis", inputs=1 + rank) for rank in (16, 32, 64)},
+}
+
+
+def model_sizes() -> dict:
+    """model -> folding -> {"parameters", "bytes"}; a basis' maps are float32, all else bf16."""
+    return {
+        name: {key: _size(count, lists, folding) for key, folding in FOLDINGS.items()}
+        for name, (count, lists) in MODELS.items()
+    }
+
+
+def _size(count: int, lists: dict, folding: Folding | None) -> dict:
+    """A text-pruned block's unused attn.to_add_out is counted in the published 10.60 B, so here too."""
+    config = QWEN.with_blocks(REAL, range(count)) | ({"folding": folding.to_config()} if folding else {})
+    places = released_layout(QWEN, {**config, **lists}, "the release").places
+    with torch.device("meta"):
+        outer = QWEN.build_outer(config)
+        blocks = [empty_block(QWEN, config, place, {}) for place in places]
+    width = QWEN.width(REAL)
+    unused = sum(place.text_source is not None for place in places) * width * (width + 1)
+    parameters = parameter_count(outer) + sum(map(parameter_count, blocks)) + unused
+    exact = sum(_maps(block) for block in blocks) if folding and folding.form == "basis" else 0
+    return {"parameters": parameters, "bytes": 2 * parameters + 2 * exact}
+
+
+def _maps(block) -> int:
+    names = tuple(f"{name}.weight" for name in QWEN.timestep_modulations)
+    return sum(p.numel() for name, p in block.named_parameters() if name.endswith(names))

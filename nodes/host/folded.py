@@ -1,0 +1,170 @@
+"""Folded modulations on the host's modules: the engine's forms, made so that its offloading and LoRA reach them.
+
+A LoRA changes W, of which a folded map holds W P (P: a basis, or silu(conditioning) at a table's timesteps). The host asks
+a module for its weight in the form that patches know and gives it back changed; there dW becomes dW P, in whatever form a
+file brings dW, and whether the host patches on the device or on the way to it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import comfy.ops
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...ppcl_engine.architectures.folded import (
+    FOLDING,
+    PRECISIONS,
+    BasisInputs,
+    Carried,
+    Folding,
+    TableInputs,
+    append_carried,
+    coefficients,
+    drop_carried,
+    picked,
+)
+from .adapters import half_of, stored
+
+STREAM_MODULATIONS = ("img_mod", "txt_mod")
+STREAM_MODULATIONS_LINEAR = tuple(f"{name}.1" for name in STREAM_MODULATIONS)
+
+
+class Basis(BasisInputs):
+    """The engine's; `projection` is P."""
+
+    def projection(self) -> torch.Tensor:
+        return self.directions
+
+
+class Table(TableInputs):
+    """The engine's; `embedder` (in a tuple: it is no part of this module) makes the conditioning of each timestep."""
+
+    embedder: tuple[nn.Module, ...] = ()
+    batches: tuple[int, ...] = (1,)
+
+    def __init__(self, inputs: int, precision: torch.dtype):
+        super().__init__(inputs, precision)
+        self.stored: frozenset[float] | None = None  # timesteps that came with the file
+        self.asked: set[tuple[float, tuple[int, ...]]] = (
+            set()
+        )  # others, with the numbers of rows that they were made for
+
+    def projection(self) -> torch.Tensor:
+        """silu(conditioning) [width, columns] of every column of the table, in float32"""
+        (embedder,) = self.embedder
+        weight = embedder.timestep_embedder.linear_1.weight
+        like = torch.empty(0, device=weight.device)
+        with torch.no_grad():
+            rows = F.silu(embedder.forward(self.timesteps.to(weight.device, torch.float32), like))
+        return rows.T.repeat(1, len(self.batches))
+
+
+class FoldedMap(comfy.ops.manual_cast.Linear):
+    """What both forms share. `inputs` (in a tuple, since every map has the same): the model's `Basis` or `Table`."""
+
+    inputs: tuple[Basis | Table, ...] = ()
+
+    def projection(self, like: torch.Tensor) -> torch.Tensor:
+        return self.inputs[0].projection().to(like.device, like.dtype)
+
+
+class BasisMap(FoldedMap):
+    """Patches see W P P^T, all that is left of W; P is orthonormal, so that nothing else changes."""
+
+    def forward_comfy_cast_weights(self, carried: torch.Tensor) -> torch.Tensor:
+        exact = coefficients(carried)
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, exact, offloadable=True)
+        found = F.linear(exact, weight, bias).to(carried.dtype)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return found
+
+    def convert_weight(self, weight: torch.Tensor, inplace=False, **_) -> torch.Tensor:
+        return weight @ self.projection(weight).T
+
+    def set_weight(self, weight: torch.Tensor, inplace_update=False, seed=None, return_weight=False, **_):
+        return stored(self, "weight", weight @ self.projection(weight), inplace_update, seed, return_weight)
+
+
+class TableMap(FoldedMap):
+    """Values are copied, so they keep their bits; the bias is zero until a LoRA changes it. Patches see zeros: W cannot be
+    had from a few values."""
+
+    batches: tuple[int, ...] = (1,)
+
+    def forward_comfy_cast_weights(self, carried: torch.Tensor) -> torch.Tensor:
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, carried, offloadable=True)
+        found = picked(weight, carried, self.batches) + bias
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return found
+
+    def convert_weight(self, weight: torch.Tensor, inplace=False, **_) -> torch.Tensor:
+        return weight.new_zeros(weight.shape[0], self.inputs[0].width)
+
+    def set_weight(self, weight: torch.Tensor, inplace_update=False, seed=None, return_weight=False, **_):
+        changed = self.weight.to(weight.device, weight.dtype) + weight @ self.projection(weight)
+        return stored(self, "weight", changed, inplace_update, seed, return_weight)
+
+
+MAPS: dict[str, type[FoldedMap]] = {"basis": BasisMap, "table": TableMap}
+
+
+def inputs_of(folding: Folding, width: int, dtype: torch.dtype) -> Basis | Table:
+    """dtype: that the model computes in, of a table's values too. A basis' maps are float32, they are so small."""
+    if folding.form == "basis":
+        inputs = Basis(width, folding.inputs)
+    else:
+        inputs = Table(folding.inputs, PRECISIONS[folding.precision])
+        inputs.batches = folding.batches
+    inputs.width, inputs.maps_dtype = width, torch.float32 if folding.form == "basis" else dtype
+    return inputs
+
+
+def fold_block(block: nn.Module, folding: Folding, inputs: Basis | Table, device) -> nn.Module:
+    """The host's block with small maps in its modulations."""
+    for name in STREAM_MODULATIONS:
+        linear = getattr(block, name)[1]
+        kept = {"dtype": inputs.maps_dtype, "device": device}
+        new = folded_map(MAPS[folding.form], folding, linear.out_features, inputs, kept)
+        setattr(block, name, nn.Sequential(Carried(linear.in_features), new))
+    return block
+
+
+def folded_map(
+    kind: type[FoldedMap], folding: Folding, outputs: int, inputs: Basis | Table, options: dict
+) -> FoldedMap:
+    new = kind(folding.columns, outputs, **options)
+    new.inputs = (inputs,)
+    if folding.form == "table":
+        new.batches = folding.batches
+    return new.requires_grad_(False)
+
+
+def cut(modulation: nn.Sequential, folding: Folding) -> nn.Sequential:
+    """A folded modulation that gives the first half of its outputs."""
+    whole = modulation[1]
+    options = {"dtype": whole.weight.dtype, "device": whole.weight.device}
+    half = folded_map(half_of(type(whole)), folding, whole.out_features // 2, whole.inputs[0], options)
+    return nn.Sequential(modulation[0], half)
+
+
+def attach(transformer: nn.Module, inputs: Basis | Table) -> None:
+    """The host's time embedder appends what the blocks need; its final layer does not see it."""
+    embedder = transformer.time_text_embed
+    if isinstance(inputs, Table):
+        inputs.embedder = (embedder,)
+    embedder.folding = inputs
+    embedder.register_forward_hook(append_carried)
+    transformer.norm_out.register_forward_pre_hook(partial(drop_carried, inputs.width))
+
+
+def folding_in(transformer: nn.Module) -> Folding | None:
+    """As it is now: a table grows while it is used."""
+    inputs = getattr(transformer.time_text_embed, FOLDING, None)
+    if inputs is None:
+        return None
+    if isinstance(inputs, Basis):
+        return Folding(form="basis", inputs=inputs.directions.shape[1])
+    return Folding(form="table", inputs=len(inputs.timesteps), batches=inputs.batches)

@@ -1,0 +1,90 @@
+"""The modulations of a model that a loader folds away: where they are stored, read one at a time. Knows files, not the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from ..ppcl_engine.architectures.folded import FORMS, Folding
+from ..ppcl_engine.checkpoint import SCALE_SUFFIXES
+from ..ppcl_engine.folding import mark_of
+from ..ppcl_engine.folding_files import modulation_names
+from .host.structure import QWEN
+
+OFF = "off"
+FOLDS = (OFF, *FORMS)
+
+
+@dataclass(frozen=True, eq=False)
+class Modulations:
+    """stored: a module's name in the file -> its tensors' names in it ("weight", "bias", a scale) -> where each is;
+    embedder: the time embedder's, by their whole names."""
+
+    stored: dict[str, dict[str, object]]
+    embedder: dict[str, object]
+
+    @property
+    def shapes(self) -> list[tuple]:
+        """Which modulations there are, and which are cut to their first half."""
+        return sorted((name, tuple(leaves["weight"].shape)) for name, leaves in self.stored.items())
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        return {leaf: place.read() for leaf, place in self.stored[name].items()}
+
+    def values(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias, a scale applied."""
+        tensors = self.read(name)
+        weight = tensors["weight"]
+        for suffix in SCALE_SUFFIXES:
+            if (scale := tensors.get(suffix.removeprefix("."))) is not None:
+                weight = weight.float() * scale.float()
+        return weight, tensors["bias"]
+
+    def read_embedder(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        tensor = self.embedder[name].read()
+        for suffix in SCALE_SUFFIXES:
+            if (scale := self.embedder.get(name.removesuffix(".weight") + suffix)) is not None:
+                tensor = tensor.float() * scale.read().float()
+        return tensor if dtype is None else tensor.to(dtype)
+
+    @cached_property
+    def mark(self) -> str:
+        """As the engine's of a whole file."""
+        weights = {name: leaves["weight"] for name, leaves in self.stored.items()}
+        weights |= {n.removesuffix(".weight"): place for n, place in self.embedder.items() if n.endswith(".weight")}
+        return mark_of(weights, lambda name, rows: replace(weights[name], rows=rows).read())
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What stands for the modulations: `tensors` by the file's names. later: what a table is filled from."""
+
+    folding: Folding
+    tensors: dict[str, torch.Tensor]
+    bytes_read: int = 0
+    notes: tuple[str, ...] = ()
+    later: Modulations | None = None
+
+
+MakeFold = Callable[[str, Modulations], Fold]
+"""(form, modulations) -> what stands for them"""
+
+
+def split(wanted: dict[str, object]) -> tuple[dict[str, object], Modulations]:
+    """(everything else, the modulations) of tensors by name. Raises ValueError for a model that has none."""
+    names = modulation_names(wanted, QWEN)
+    if not names:
+        raise ValueError("this model has no modulations to fold; set fold to off")
+    stored: dict[str, dict[str, object]] = {name: {} for name in names}
+    rest = {}
+    for name, place in wanted.items():
+        module, _, leaf = name.rpartition(".")
+        if module in stored:
+            stored[module][leaf] = place
+        else:
+            rest[name] = place
+    embedder = {name: place for name, place in wanted.items() if name.startswith(f"{QWEN.time_embedder}.")}
+    return rest, Modulations(stored, embedder)

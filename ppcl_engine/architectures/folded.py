@@ -1,0 +1,209 @@
+"""Modulations that read the timestep alone, folded away: the small modules that stand in a block in their place.
+
+Such a modulation is W silu(c(t)) + b: as many numbers as a table has rows, or as a few coefficients reach. The time
+embedder's output carries what a block needs beside the conditioning: the timestep's place in a table (one-hot), or its
+coefficients in a basis. So the block's own forward runs unchanged, nothing is handed on beside it, and every state knows
+its own timesteps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+FOLDING = "folding"
+"""where a configuration says so"""
+FORMS = ("table", "basis")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_INPUTS = 4096  # an order above any schedule: a hostile file must not make a host build more
+SHOWN = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folding:
+    """What a configuration says of a folded model. inputs: timesteps of the table, or columns of the basis. batches: of a
+    table, for how many rows at once its values are bit for bit; it has `inputs` columns for each. precision: of a table,
+    in which its model is given timesteps. mark: of the original modulations (`folding.mark_of`)."""
+
+    form: str
+    inputs: int
+    batches: tuple[int, ...] = (1,)
+    precision: str = "float32"
+    mark: str = ""
+
+    def __post_init__(self):
+        if self.form not in FORMS or not isinstance(self.inputs, int) or not 0 <= self.inputs <= MOST_INPUTS:
+            raise ValueError(f"folding {self.form!r} with {self.inputs!r} inputs is none of {', '.join(FORMS)}")
+        if not self.batches or any(not isinstance(rows, int) or rows < 1 for rows in self.batches):
+            raise ValueError(f"folding for batches of {self.batches!r} samples; they are whole numbers from 1")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"folding for timesteps in {self.precision!r}; known: {', '.join(PRECISIONS)}")
+
+    @property
+    def columns(self) -> int:
+        return self.inputs * (len(self.batches) if self.form == "table" else 1)
+
+    def to_config(self) -> dict:
+        return {**asdict(self), "batches": list(self.batches)}
+
+
+def folding_of(config: dict) -> Folding | None:
+    """None: nothing is folded. Raises ValueError for an entry that is no folding."""
+    values = config.get(FOLDING)
+    if values is None:
+        return None
+    if not isinstance(values, dict) or values.keys() - Folding.__dataclass_fields__.keys() or "form" not in values:
+        raise ValueError(f"the configuration's folding {values!r} is not readable; fold the model again")
+    return Folding(**{**values, "batches": tuple(values.get("batches", (1,)))})
+
+
+def unfolded_config(config: dict) -> dict:
+    return {name: value for name, value in config.items() if name != FOLDING}
+
+
+class BasisInputs(nn.Module):
+    """Coefficients of silu(conditioning) in orthonormal `directions` [width, inputs]. In two parts, the second what the
+    conditioning's precision rounds off the first: so many digits matter, and each costs nothing."""
+
+    def __init__(self, width: int, inputs: int):
+        super().__init__()
+        self.register_buffer("directions", torch.zeros(width, inputs))
+
+    def forward(self, timestep: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        with without_autocast(conditioning):
+            exact = F.silu(conditioning.float()) @ self.directions.to(conditioning.device, torch.float32)
+            high = exact.to(conditioning.dtype)
+            return torch.cat([high, (exact - high).to(conditioning.dtype)], dim=-1)
+
+
+class TableInputs(nn.Module):
+    """The place of each timestep in `timesteps` [inputs], one-hot. `more`: what computes further columns, see
+    `folding_tables`. Raises ValueError for a timestep that is not there."""
+
+    def __init__(self, inputs: int, precision: torch.dtype = torch.float32):
+        super().__init__()
+        self.register_buffer("timesteps", torch.zeros(inputs))
+        self.precision = precision
+        self.more: Callable | None = None
+
+    def forward(self, timestep: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        if timestep.is_meta:
+            return conditioning.new_zeros(len(timestep), len(self.timesteps))
+        found = timestep.float()[:, None] == self.timesteps.to(timestep.device, torch.float32)
+        if not bool(found.any(dim=1).all()):
+            refuse_timesteps(timestep[~found.any(dim=1)].tolist(), self.timesteps.tolist(), self.precision)
+        return found.to(conditioning.dtype)
+
+
+def refuse_timesteps(missing: list[float], known: list[float], precision: torch.dtype) -> None:
+    raise ValueError(
+        f"the model's table has no timestep {_listed(missing)}, and no base file is given; it has {_listed(known)} in "
+        f"{str(precision).removeprefix('torch.')}: give the file that it was folded from as base, keep to its schedule and "
+        "precision, or fold with form basis"
+    )
+
+
+def _listed(timesteps: list[float]) -> str:
+    """ "1, 0.95 and 18 more" """
+    unique = list(dict.fromkeys(timesteps))
+    more = f" and {len(unique) - SHOWN} more" if len(unique) > SHOWN else ""
+    return (", ".join(f"{t:.6g}" for t in unique[:SHOWN]) or "none") + more
+
+
+class Carried(nn.Module):
+    """In place of a modulation's activation: what the conditioning carries behind its own `width`."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        return conditioning[..., self.width :]
+
+
+class BasisMap(nn.Linear):
+    """A modulation's linear map on the basis' coefficients; float32 inside, whatever it is stored in."""
+
+    def forward(self, carried: torch.Tensor) -> torch.Tensor:
+        with without_autocast(carried):
+            return F.linear(coefficients(carried), self.weight.float(), self.bias.float()).to(carried.dtype)
+
+
+class TableMap(nn.Linear):
+    """A modulation's values themselves, a column a timestep; those for other numbers of rows at once lie behind them."""
+
+    def __init__(self, inputs: int, outputs: int, batches: tuple[int, ...], **options):
+        super().__init__(inputs * len(batches), outputs, bias=False, **options)
+        self.batches = batches
+
+    def forward(self, carried: torch.Tensor) -> torch.Tensor:
+        return picked(self.weight, carried, self.batches).to(carried.dtype)
+
+
+def coefficients(carried: torch.Tensor) -> torch.Tensor:
+    high, low = carried.float().chunk(2, dim=-1)
+    return high + low
+
+
+def picked(table: torch.Tensor, carried: torch.Tensor, batches: tuple[int, ...]) -> torch.Tensor:
+    """Columns of `table` [outputs, timesteps * batches] that the one-hot `carried` [rows, timesteps] names: copied, not
+    computed. The values for as many rows at once, where they are there; for other numbers they differ by rounding."""
+    rows, inputs = carried.shape
+    first = inputs * batches.index(rows) if rows in batches else 0
+    return table.index_select(1, first + carried.argmax(dim=-1)).t().contiguous()  # as a linear map gives it
+
+
+def without_autocast(like: torch.Tensor):
+    return torch.autocast(like.device.type if not like.is_meta else "cpu", enabled=False)
+
+
+def fold_block(block: nn.Module, modulations: tuple[str, ...], width: int, folding: Folding) -> nn.Module:
+    """The block with small maps in place of its modulations' linear ones ("img_mod.1": behind an activation "img_mod.0")."""
+    for name in modulations:
+        parent, place = name.rsplit(".", 1)
+        sequence = block.get_submodule(parent)
+        linear = sequence[int(place)]
+        sequence[0], sequence[int(place)] = Carried(width), folded_map(linear, folding)
+    return block
+
+
+def folded_map(linear: nn.Linear, folding: Folding) -> nn.Linear:
+    options = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    if folding.form == "table":
+        return TableMap(folding.inputs, linear.out_features, folding.batches, **options)
+    return BasisMap(folding.inputs, linear.out_features, **options)
+
+
+def fold_embedder(embedder: nn.Module, last: nn.Module, width: int, folding: Folding) -> None:
+    """The time embedder appends what the blocks need; the final layer, which reads the conditioning too, does not see it."""
+    if folding.form == "basis":
+        embedder.folding = BasisInputs(width, folding.inputs)
+    else:
+        embedder.folding = TableInputs(folding.inputs, PRECISIONS[folding.precision])
+    embedder.register_forward_hook(append_carried)
+    last.register_forward_pre_hook(partial(drop_carried, width))
+
+
+def append_carried(embedder: nn.Module, arguments: tuple, conditioning: torch.Tensor) -> torch.Tensor:
+    return torch.cat([conditioning, embedder.folding(arguments[0], conditioning)], dim=-1)
+
+
+def drop_carried(width: int, last: nn.Module, arguments: tuple) -> tuple:
+    return (arguments[0], arguments[1][..., :width], *arguments[2:])
+
+
+def first_half(linear: nn.Linear) -> nn.Linear:
+    """A map of the same kind that gives the first half of its outputs, on tensors of its own."""
+    half = copy.copy(linear)
+    half.out_features = linear.out_features // 2
+    half._parameters = {
+        name: None if p is None else nn.Parameter(p.detach()[: half.out_features].clone(), p.requires_grad)
+        for name, p in linear._parameters.items()
+    }
+    return half
