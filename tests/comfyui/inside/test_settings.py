@@ -60,7 +60,7 @@ def test_the_order_of_widgets_never_changes(widgets, node):
 
 def test_every_making_node_is_here(pack):
     ours = {name for name in host_nodes.NODE_CLASS_MAPPINGS if name.startswith("PPCL_")}
-    loading = {"LoadModel", "Variant", "Info", "LoraReport", "Compare", "DemoCaption", "DemoDecode"}
+    loading = {"LoadModel", "Variant", "Info", "LoraReport", "Compare", "DemoCaption", "DemoDecode", "FoldModel"}
     assert ours == {f"PPCL_{name}" for name in {*WIDGETS, *loading}}
 
 
