@@ -75,7 +75,7 @@ class Jobs:
 
     def start(self) -> tuple[Path, subprocess.Popen | None]:
         path = self.store.prepare(KIND, self.wanted, preview_seconds=PREVIEW_SECONDS).path
-        return path, self.store.start(path)
+        return path, None if read_state(path).status == "done" else self.store.start(path)
 
     def finish(self) -> Path:
         """Attempts to the end."""
@@ -125,16 +125,18 @@ def in_stage(path: Path, stage: str) -> bool:
 def kills(root: Path, wanted: list, count: int, times: dict[str, tuple[float, float]], expected: str) -> Iterator[dict]:
     moments, names = random.Random(SEED), list(times)
     for number in range(count):
-        jobs, stage = Jobs(root / f"kill{number}", wanted), names[number % len(names)]
-        path, process = jobs.start()
-        until(lambda path=path, stage=stage: in_stage(path, stage), f"stage {stage}")
-        time.sleep(moments.uniform(0, times[stage][1]))
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        said = current_state(path)
-        resumed = jobs.finish()
-        row = {"planned_stage": stage, "stage": said.stage, "step": said.step, "steps": said.steps, "said": said.status}
-        yield {**row, "attempts": len(jobs.store.names()), "identical": bits(resumed) == expected}
+        stage, said = names[number % len(names)], None
+        while said is None or said.is_final:  # it may end before the signal comes; then another moment
+            jobs = Jobs(root / f"kill{number}_{moments.random()}", wanted)
+            path, process = jobs.start()
+            until(lambda path=path, stage=stage: in_stage(path, stage), f"stage {stage}")
+            time.sleep(moments.uniform(0, times[stage][1]))
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            said = read_state(path)
+        row = {"planned_stage": stage, "stage": said.stage, "step": said.step, "steps": said.steps}
+        row["said"] = current_state(path).status
+        yield {**row, "identical": bits(jobs.finish()) == expected, "attempts": len(jobs.store.names())}
 
 
 def cancels(root: Path, wanted: list, times: dict[str, tuple[float, float]]) -> Iterator[dict]:
