@@ -46,7 +46,9 @@ class HostProgress:
         """Nothing is trained."""
 
 
-def write(file: Path, base: Path | None, form: str, name: str, bound: float, sigmas, precision: str) -> str:
+def write(
+    file: Path, base: Path | None, form: str, name: str, bound: float, sigmas, precision: str, samples: str
+) -> str:
     """What is in models/ppcl now, in words. Raises ValueError, in one line, for what cannot be folded and for a name that is taken."""
     if form not in FORMS or precision not in PRECISIONS:
         raise ValueError(f"form {form!r}, precision {precision!r}: known are {', '.join((*FORMS, *PRECISIONS))}")
@@ -61,7 +63,7 @@ def write(file: Path, base: Path | None, form: str, name: str, bound: float, sig
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fold") as run, listening(HostProgress()):
         path = fold(
             FoldConfig(
-                path=file, base=base, form=form, name=name, run=Path(run), bound=bound, timesteps=timesteps,
+                path=file, base=base, form=form, name=name, run=Path(run), bound=bound, timesteps=timesteps, samples=samples,
                 dtype=precision, host="comfyui", device=str(comfy.model_management.get_torch_device()),
             )
         )  # fmt: skip
@@ -104,6 +106,7 @@ class FoldModel(io.ComfyNode):
                     tooltip=setting_help(FoldConfig, "bound"),
                 ),
                 io.Combo.Input("precision", options=list(PRECISIONS), tooltip=setting_help(FoldConfig, "dtype")),
+                io.String.Input("samples", default=FoldConfig.samples, tooltip=setting_help(FoldConfig, "samples")),
                 io.Sigmas.Input(
                     "sigmas", optional=True, tooltip="table: the schedule it is made for, from any scheduler node."
                 ),
@@ -112,9 +115,9 @@ class FoldModel(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, file, base, form, name, bound, precision, sigmas=None) -> io.NodeOutput:
+    def execute(cls, file, base, form, name, bound, precision, samples, sigmas=None) -> io.NodeOutput:
         path, base_path = model_path(file), None if base == NO_BASE else model_path(base)
         if base_path is not None and not is_bundle(path):
             raise ValueError(f"{path.name} is no bundle, so it takes no base model; set base to none")
         with torch.inference_mode(False):
-            return io.NodeOutput(write(path, base_path, form, name, bound, sigmas, precision))
+            return io.NodeOutput(write(path, base_path, form, name, bound, sigmas, precision, samples))

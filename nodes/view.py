@@ -15,12 +15,14 @@ from comfy_api.v0_0_2 import io, ui
 from PIL import Image
 
 from ..ppcl_engine import side_by_side as sheet
+from ..ppcl_engine.layout import layout_of
 from ..ppcl_engine.lora import Coverage, coverage
 from ..ppcl_engine.pictures import layer_map
 from .branch import PREFIX, about, full_parameters, layout_in, name_of, plan_in, sizes
 from .clock import seconds_a_step
 from .host.blocks import OWN_PARTS
 from .host.folded import folding_in
+from .host.parts import size_of
 from .host.structure import BLOCK, QWEN
 from .paths import lora_files, lora_path
 
@@ -31,9 +33,17 @@ SUFFIX = re.compile(r"\.(lora|alpha|dora_scale|diff|diff_b|set_weight|w_norm|b_n
 def map_of(model) -> torch.Tensor:
     """Picture [1, height, width, 3]: this branch in the first row, the file's named variants below it."""
     plan, variants = plan_in(model)
-    parameters = {v.name: v.parameters for v in variants if v.parameters}
+    parameters = {v.name: parameters_of(model, plan, v) for v in variants if v.parameters}
     parameters[variants[0].name] = sizes(model)[0]
     return picture_of(layer_map(plan, variants, parameters, full_parameters(model)))
+
+
+def parameters_of(model, plan, variant) -> int:
+    """As the plan says; where modulations were folded away since, as they are counted here."""
+    transformer = model.model.diffusion_model
+    if folding_in(transformer) is None or not transformer.ppcl.structure.switchable:
+        return variant.parameters
+    return size_of(transformer, layout_of(plan, variant))[0]
 
 
 def picture_of(png: bytes) -> torch.Tensor:
@@ -82,7 +92,11 @@ def compared(models: list, pictures: list[torch.Tensor]) -> torch.Tensor:
         parameters, size = sizes(model)
         columns.append(
             sheet.Column(
-                name=column_name(model), pictures=picture, parameters=parameters, bytes=size, seconds=seconds_a_step(model)
+                name=column_name(model),
+                pictures=picture,
+                parameters=parameters,
+                bytes=size,
+                seconds=seconds_a_step(model),
             )
         )
     return sheet.side_by_side(columns)

@@ -8,7 +8,14 @@ from ppcl_engine.files import TensorFile
 from .conftest import relative_error
 from .test_folded import BOUND, drawn, loose_bound  # noqa: F401 - fixtures
 
-DEFAULTS = {"base": "none", "form": "table", "name": "written", "bound": BOUND, "precision": "float32"}
+DEFAULTS = {
+    "base": "none",
+    "form": "table",
+    "name": "written",
+    "bound": BOUND,
+    "precision": "float32",
+    "samples": "1 2",
+}
 
 
 @pytest.fixture
