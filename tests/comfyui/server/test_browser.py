@@ -3,9 +3,12 @@
 The screenshot stays in pytest's folder: `--basetemp DIR` says where.
 """
 
+import re
 import shutil
 
 import pytest
+
+from .graphs import QUICK
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -16,13 +19,18 @@ SETTINGS = {  # a page that does not open its own list at the first start, and s
     "Comfy.Graph.CanvasInfo": False,
 }
 BANNER = "div.bg-gradient-to-r > button"
-TEMPLATE = "template-workflow-ppcl-demo-three-sizes"
 READY = "() => !!(window.app?.graph && window.LiteGraph?.registered_node_types['PPCL_Compare'])"
 LOADED = "() => app.graph._nodes.some(n => n.type == 'PPCL_Compare')"
 DRAWN = """() => app.graph._nodes.filter(
     n => ['PPCL_Compare', 'PPCL_Info'].includes(n.type) && n.imgs?.[0]?.naturalWidth > 300).length == 2"""
 FIT = "() => { app.canvas.ds.scale = 0.92; app.canvas.ds.offset = [62, 112]; app.canvas.setDirty(true, true) }"
 MISTAKE = "() => { app.graph._nodes.find(n => n.type == 'PPCL_DemoCaption').widgets[0].value = 'a red lion' }"
+SET = """(settings) => { for (const node of app.graph._nodes)
+    for (const widget of node.widgets ?? []) if (widget.name in (settings[node.type] ?? {})) {
+        widget.value = settings[node.type][widget.name] } }"""
+ADVANCED = "() => app.graph._nodes.find(n => n.type == 'PPCL_DistillWidth').progress > 0"
+MADE = """() => app.graph._nodes.filter(n => n.type.startsWith('PPCL_') && n.imgs?.[0]?.naturalWidth > 300)
+    .map(n => n.type).sort().join(' ')"""
 SECONDS = 1000  # milliseconds
 
 
@@ -38,7 +46,7 @@ def page():
         browser.close()
 
 
-def open_demo(page, server) -> None:
+def open_template(page, server, name: str) -> None:
     """From the template list, as a person does."""
     server.post("/settings", SETTINGS)
     page.goto(server.url)
@@ -46,7 +54,7 @@ def open_demo(page, server) -> None:
     if (banner := page.locator(BANNER)).count():
         banner.click()
     page.get_by_text("Templates", exact=True).first.click()
-    page.get_by_test_id(TEMPLATE).click(timeout=30 * SECONDS)
+    page.get_by_test_id(f"template-workflow-{name}").click(timeout=30 * SECONDS)
     page.wait_for_function(LOADED, timeout=30 * SECONDS)
 
 
@@ -56,7 +64,7 @@ def press_run(page) -> None:
 
 def test_template_run_picture(server, page, tmp_path):
     server.post("/free", {"unload_models": True, "free_memory": True})  # nothing of an earlier test is shown
-    open_demo(page, server)
+    open_template(page, server, "ppcl-demo-three-sizes")
     assert page.evaluate(DRAWN) is False
     press_run(page)
     page.wait_for_function(DRAWN, timeout=120 * SECONDS)
@@ -69,3 +77,18 @@ def test_a_mistake_is_shown_in_the_error_box(server, page):
     page.evaluate(MISTAKE)
     press_run(page)
     page.get_by_text("this model does not know the word 'lion'").first.wait_for(timeout=30 * SECONDS)
+
+
+def test_a_model_is_made_in_the_page(server, made, page, tmp_path):
+    """Calibration to depth are there already (`made`); width is trained while the page looks."""
+    open_template(page, server, "ppcl-demo-make-your-own")
+    width = {**QUICK["PPCL_DistillWidth"], "updates": 3, "polish_steps": 30, "preview_seconds": 1}
+    page.evaluate(SET, {**QUICK, "PPCL_DistillWidth": width})
+    press_run(page)
+    page.wait_for_function(ADVANCED, timeout=240 * SECONDS)
+    page.get_by_text(re.compile(r"(distill-width|polish) \d+ of \d+")).first.wait_for(timeout=60 * SECONDS)
+    page.screenshot(path=tmp_path / "training.png")
+    names = "Compare Detect DistillDepth DistillWidth Export Probe"
+    shown = " ".join(f"PPCL_{name}" for name in names.split())
+    page.wait_for_function(f"() => ({MADE})() == '{shown}'", timeout=240 * SECONDS)
+    page.screenshot(path=tmp_path / "made.png")
