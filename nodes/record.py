@@ -16,6 +16,7 @@ from ..ppcl_engine.config import CalibrateConfig, Common
 from ..ppcl_engine.files import write_json
 from ..ppcl_engine.run import Run
 from .branch import layout_in, name_of
+from .host.structure import QWEN
 from .job import CATEGORY
 from .paths import model_path, runs, teacher_files
 from .recording import Limits, Sampling, append, recorded
@@ -100,7 +101,13 @@ def flat(latents: torch.Tensor) -> torch.Tensor:
 
 
 def check_same_model(model, weights: Weights) -> None:
-    """Raises ValueError where a MODEL has other weights than its file, by names and shapes, or runs pruned."""
+    """Raises ValueError where a MODEL has other weights than its file, by names and shapes, or runs pruned, and for an
+    architecture whose samplers feed more than is kept here."""
+    if weights.architecture.name != QWEN.name:
+        raise ValueError(
+            f"{weights.path.name} is {weights.architecture.name}; recording knows {QWEN.name} alone, use Calibrate from "
+            "Prompts (PPCL)"
+        )
     own = {name.removeprefix(PREFIX): tuple(t.shape) for name, t in model.model.state_dict().items()}
     advice = f"record with the full model of {weights.path.name}, or choose the file that the MODEL was loaded from"
     for key in (keys := weights.keys()):

@@ -88,7 +88,6 @@ def test_forged_runs(server, known, kind, run, nothing_else_changes):
         ("CalibrateFromPrompts", {"guidance": math.nan}, "guidance is nan; give a number"),
         ("CalibrateFromPrompts", {"dtype": "float16; ls"}, "dtype 'float16; ls' is not a choice"),
         ("CalibrateFromPrompts", {"device": "cuda:0; rm -rf ~"}, "device 'cuda:0; rm -rf ~' is none"),
-        ("Detect", {"protect": "0; rm"}, "protect '0; rm': give block numbers"),
         ("Detect", {"method": "../x"}, "method '../x' is not a choice"),
         ("EditPlan", {"intervals": "$(ls)"}, "'$(ls)' is not an interval"),
         ("EditPlan", {"sites": "../../x:1"}, "is not a width site"),
@@ -104,7 +103,7 @@ def test_forged_runs(server, known, kind, run, nothing_else_changes):
     ],
 )
 def test_hostile_widgets(server, known, finished, kind, widgets, message, nothing_else_changes):
-    """All but one are refused before a process starts."""
+    """All are refused before a process starts."""
     given = {} if kind in ALONE else {"run": finished(BEFORE.get(kind, "detect"))}
     found = server.error_of(node(known, kind, **{**given, **ALONE.get(kind, {}), **widgets})).strip()
     assert message in found and "\n" not in found and "--" not in found, found
