@@ -24,6 +24,7 @@ STAGES: dict[str, tuple[type, str]] = {
     "finetune": (settings.FinetuneConfig, "stages.finetune"),
     "export": (config_files.ExportConfig, "stages.export"),
     "fold": (config_files.FoldConfig, "stages.fold"),
+    "sparsify": (config_files.SparsifyConfig, "stages.sparsify"),
     "import": (config_files.ImportConfig, "stages.import_released"),
     "evaluate": (config_files.EvaluateConfig, "stages.evaluate"),
     "generate": (config_files.GenerateConfig, "stages.generate"),

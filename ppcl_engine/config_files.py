@@ -95,6 +95,51 @@ class FoldConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SparsifyConfig:
+    """Set weights of the blocks to zero with no training, from what their layers read on a calibration set."""
+
+    path: Path
+    """What to prune: a diffusers folder, a ComfyUI single file, a standalone, or a bundle."""
+    base: Path | None = None
+    """Of a bundle: the full model it was made from."""
+    variant: str | None = None
+    """Of a bundle: which variant, or intervals and sites as '3-4,8-10,text:51-59'; by default the smallest."""
+    calibration: Path | None = None
+    """Calibration set of the model (of a variant: of its teacher); by default the one in the run folder."""
+    run: Path = Path("runs/sparsify")
+    """The folder that the file and its report are written to, and where an interrupted run goes on."""
+    name: str = "sparse"
+    """File name without ending: letters, digits, '-', '_'."""
+    pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
+    """unstructured: any weight may go. 2:4: two of every four neighbours stay, for GPUs with kernels for it; 4:8: four of eight."""
+    sparsity: float | None = None
+    """Share of the weights that go, exact in every layer; by default a half. 2:4 and 4:8 bring their own."""
+    score: Literal["magnitude", "wanda", "ria", "obs", "energy"] = "energy"
+    """What a weight is worth. energy balances weights and activations for each layer: a reconstruction of arXiv 2607.00927,
+    of which the abstract alone is public. obs is SparseGPT, whose weights make up for those that go."""
+    granularity: Literal["row", "layer", "cluster"] = "cluster"
+    """unstructured: weights compete in a row, in the layer, or in clusters of rows and columns between which the budget moves."""
+    compensate: bool = False
+    """Let the weights that stay make up for those that go, whatever the score (obs always does)."""
+    permute: bool = False
+    """2:4 and 4:8: order channels first where the layers before can follow. LoRA files of the dense model do not fit these then."""
+    timesteps: Literal["even", "early"] = "even"
+    """What a calibration sample counts: all the same, or the early steps of a drawing more (as OBS-Diff)."""
+    feed: Literal["pruned", "dense"] = "pruned"
+    """What a block sees on the calibration set: what the pruned blocks before it give, or what the dense ones do."""
+    skip: str = ""
+    """Linear maps that stay dense, by a part of their names, as 'img_mod txt_mod'."""
+    store: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision in the file."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which blocks run; statistics are always float64."""
+    streamed: bool = False
+    """Keep the states between blocks on disk; blocks are always read one after the other."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Common):
     """Compare variants with the teacher at the same seeds, and write report.html."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from .atomic import read_json, replacing, write_json, write_text
+from .sparsity.compressed import decompress, dense_entries
 
 __all__ = [
     "DTYPES",
@@ -88,7 +89,8 @@ def write_tensor_stream(path: Path, entries: list[TensorEntry], metadata: dict[s
 
 
 class TensorFile:
-    """A safetensors file, opened for reading single tensors without mapping it into memory.
+    """A safetensors file, opened for reading single tensors without mapping it into memory. What is compressed as 2:4 in it
+    is seen as the dense matrices.
 
     Raises ValueError naming the file when it is not safetensors or is shorter than it says.
     """
@@ -109,11 +111,11 @@ class TensorFile:
         if not isinstance(header, dict) or not all(map(_is_entry, header.values())):
             raise ValueError(f"{path} is not a safetensors file (bad header); pass a .safetensors file")
         self.metadata: dict[str, str] = metadata
-        self.entries: dict[str, dict] = header
         self._start = 8 + length
         end = self._start + max((e["data_offsets"][1] for e in header.values()), default=0)
         if end > size:
             raise ValueError(f"{path} is truncated: {size:,} bytes of {end:,}; copy or download it again")
+        self.entries: dict[str, dict] = dense_entries(header, path)
 
     def keys(self) -> list[str]:
         return list(self.entries)
@@ -122,15 +124,23 @@ class TensorFile:
         return tuple(self.entries[name]["shape"])
 
     def dtype(self, name: str) -> torch.dtype:
-        stored = self.entries[name]["dtype"]
+        return self._known(self.entries[name]["dtype"], name)
+
+    def _known(self, stored: str, name: str) -> torch.dtype:
         if stored not in DTYPES:
             raise ValueError(f"{self.path}: {name} is {stored}, which is not read; known: {', '.join(DTYPES)}")
         return DTYPES[stored]
 
     def read(self, name: str, rows: int | None = None, start: int = 0) -> torch.Tensor:
         """The tensor, or `rows` of its rows from row `start` on."""
-        first, last = self.entries[name]["data_offsets"]
-        shape = self.shape(name)
+        parts = self.entries[name].get("parts")
+        if parts is not None:
+            return decompress(*(self._read(name, part, rows, start) for part in parts))
+        return self._read(name, self.entries[name], rows, start)
+
+    def _read(self, name: str, entry: dict, rows: int | None, start: int) -> torch.Tensor:
+        first, last = entry["data_offsets"]
+        shape = tuple(entry["shape"])
         if rows is not None:
             row = (last - first) // shape[0]
             first, last = first + start * row, first + (start + rows) * row
@@ -144,7 +154,7 @@ class TensorFile:
                 if not count:
                     raise ValueError(f"{self.path} ended while {name} was read; copy or download it again")
                 done += count
-        return buffer.view(self.dtype(name)).reshape(shape)
+        return buffer.view(self._known(entry["dtype"], name)).reshape(shape)
 
     def read_all(self) -> dict[str, torch.Tensor]:
         return {name: self.read(name) for name in self.entries}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -88,7 +89,8 @@ def block_loader(weights: Weights, dtype: torch.dtype, device: str, streamed: bo
 
 
 class StateStore:
-    """Both streams of a batch at a block boundary, by (key, batch): in memory, or a file each.
+    """Both streams of a batch at a block boundary, by (key, batch): in memory, or a file each; and the modulated text that a
+    text group goes on reading.
 
     Key i is the input of block i; other states (chains of a detection) have names of their own. What does not change along the blocks (conditioning,
     rotary tables, masks) is computed again from the inputs, not stored.
@@ -102,6 +104,8 @@ class StateStore:
 
     def put(self, key: int | str, batch: int, state: BlockState) -> None:
         streams = {"image": state.image.detach(), "text": state.text.detach()}
+        if state.modulated_text is not None:
+            streams["modulated_text"] = state.modulated_text.detach()
         if self.folder is None:
             self._memory[str(key), batch] = streams
         else:
@@ -113,7 +117,9 @@ class StateStore:
             streams = self._memory[str(key), batch]
         else:
             streams = TensorFile(self._path(key, batch)).read_all()
-        return like.with_streams(streams["image"].to(like.image.device), streams["text"].to(like.text.device))
+        state = like.with_streams(streams["image"].to(like.image.device), streams["text"].to(like.text.device))
+        modulated = streams.get("modulated_text")
+        return state if modulated is None else replace(state, modulated_text=modulated.to(like.text.device))
 
     def has(self, key: int | str, batch: int) -> bool:
         if self.folder is None:

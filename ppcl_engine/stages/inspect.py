@@ -10,7 +10,10 @@ from ..architectures.folded import folding_of
 from ..bundle import Bundle, is_bundle, standalone_structure
 from ..checkpoint import Weights, full_parameters
 from ..config_files import InspectConfig
+from ..files import TensorFile
 from ..released import Released, is_width_pruned, published_intervals, repeated_steps_warning, teacher_indices
+from ..sparsity.files import sparsity_of
+from ..sparsity.patterns import UNSTRUCTURED
 
 
 def inspect(config: InspectConfig) -> None:
@@ -36,6 +39,10 @@ def known_models() -> dict[str, dict]:
 
 
 def describe(path: Path, legacy_txt_proj: bool = False) -> dict:
+    return {**_describe(path, legacy_txt_proj), **_sparsity(path)}
+
+
+def _describe(path: Path, legacy_txt_proj: bool) -> dict:
     if is_width_pruned(path):
         return _describe_released(Released(path, legacy_txt_proj))
     if legacy_txt_proj:
@@ -108,6 +115,19 @@ def _folding(config: dict) -> dict[str, str]:
         return {}
     what = "timesteps" if folding.form == "table" else "coefficients"
     return {"folded": f"{folding.form} of {folding.inputs} {what}"}
+
+
+def _sparsity(path: Path) -> dict[str, str]:
+    """What weights are zero, where a file was made sparse."""
+    found = sparsity_of(TensorFile(path).metadata) if path.is_file() else None
+    if found is None:
+        return {}
+    how = f"{found.pattern} by {found.score}" + (f" in {found.granularity}" if found.pattern == UNSTRUCTURED else "")
+    said = [f"{how}, {100 * found.dropped / found.weights:.1f} % of {found.weights:,} weights are zero"]
+    said += ["compressed on disk"] if found.pattern == "2:4" else []
+    said += ["the others make up for them"] if found.compensate else []
+    said += ["channels in another order than the teacher's"] if found.permuted else []
+    return {"sparse": "; ".join([*said, *filter(None, [found.note])])}
 
 
 def _as_text(found: dict) -> str:

@@ -1,0 +1,120 @@
+"""What is known of the linear maps inside a block: what they read, in which groups they give it, which outputs may change
+their order together. Data by architecture, names by diffusers'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .folded import BasisMap, TableMap
+
+HEADS_OUT = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+HEADS_IN = ("to_out.0", "to_add_out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """Channels that maps `givers` give and nothing but maps `takers` read, with no more between them than what is done to
+    every channel alone (an activation, attention's weights): all may give and read them in another order. by_head: only
+    inside a head. first: where in a taker's inputs they begin: 0, or behind "width" others."""
+
+    givers: tuple[str, ...]
+    takers: tuple[str, ...]
+    by_head: str = ""
+    first: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearMaps:
+    """conditioning: beginnings of the maps that read it, which give a modulation in chunks; text: of those that read text
+    tokens, where these may be padding; passed: see there."""
+
+    conditioning: tuple[str, ...]
+    text: tuple[str, ...] = ()
+    passed: tuple[Passed, ...] = ()
+
+
+def _ffn(name: str) -> Passed:
+    return Passed(givers=(f"{name}.net.0.proj",), takers=(f"{name}.net.2",))
+
+
+JOINT = Passed(givers=("attn.to_v", "attn.add_v_proj"), takers=("attn.to_out.0", "attn.to_add_out"), by_head="attn")
+
+LINEAR_MAPS = {
+    "qwen_image": LinearMaps(
+        conditioning=("img_mod.", "txt_mod."),
+        text=("attn.add_", "attn.to_add_out", "txt_mlp", "txt_norm1.projection", "correction.maps.text"),
+        passed=(_ffn("img_mlp"), _ffn("txt_mlp"), JOINT),
+    ),
+    "flux1": LinearMaps(
+        conditioning=("norm.linear", "norm1.linear", "norm1_context.linear"),
+        passed=(
+            _ffn("ff"),
+            _ffn("ff_context"),
+            JOINT,
+            Passed(givers=("attn.to_v",), takers=("proj_out",), by_head="attn"),
+            Passed(givers=("proj_mlp",), takers=("proj_out",), first="width"),
+        ),
+    ),
+    "sd35": LinearMaps(
+        conditioning=("norm1.linear", "norm1_context.linear"),
+        passed=(
+            _ffn("ff"),
+            _ffn("ff_context"),
+            JOINT,
+            Passed(givers=("attn2.to_v",), takers=("attn2.to_out.0",), by_head="attn2"),
+        ),
+    ),
+}
+
+
+def linear_maps(block: nn.Module) -> dict[str, nn.Linear]:
+    """By name; tables and bases of folded modulations are none."""
+    kinds = (TableMap, BasisMap)
+    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, kinds)}
+
+
+def known_rows(architecture: str, block: nn.Module, name: str) -> tuple[int, ...]:
+    """Sizes of the groups that a map's outputs are known to form: heads, chunks of a modulation."""
+    module = block.get_submodule(name)
+    if name.startswith(LINEAR_MAPS[architecture].conditioning):
+        return (module.in_features,) * (module.out_features // module.in_features)
+    parent, _, leaf = name.rpartition(".")
+    return _by_head(block, parent, module.out_features) if leaf in HEADS_OUT else ()
+
+
+def known_columns(architecture: str, block: nn.Module, name: str) -> tuple[int, ...]:
+    """The same of its inputs: heads, attention | mlp of a fused map."""
+    module = block.get_submodule(name)
+    for leaf in HEADS_IN:
+        if name.endswith(f".{leaf}"):
+            return _by_head(block, name.removesuffix(f".{leaf}"), module.in_features)
+    fused = any(name in passed.takers and passed.first for passed in LINEAR_MAPS[architecture].passed)
+    width = module.out_features
+    return (width, module.in_features - width) if fused and module.in_features > width else ()
+
+
+def present(passed: Passed, block: nn.Module) -> bool:
+    """Whether all givers stand in the block as plain maps and the takers that are there read what they give."""
+    maps = linear_maps(block)
+    if not all(type(maps.get(name)) is nn.Linear for name in passed.givers):
+        return False
+    size = maps[passed.givers[0]].out_features
+    takers = [maps[name] for name in passed.takers if name in maps]
+    return bool(takers) and all(taker.in_features >= first_column(passed, taker) + size for taker in takers)
+
+
+def first_column(passed: Passed, taker: nn.Linear) -> int:
+    return taker.out_features if passed.first else 0
+
+
+def sections(passed: Passed, block: nn.Module) -> int:
+    """Equal runs of the channels that each keep to themselves."""
+    return block.get_submodule(passed.by_head).heads if passed.by_head else 1
+
+
+def _by_head(block: nn.Module, attention: str, size: int) -> tuple[int, ...]:
+    heads = block.get_submodule(attention).heads
+    return (size // heads,) * heads
