@@ -32,13 +32,17 @@ class Judge:
         unseen: CalibrationSet,
         captions: int,
         folder: Path,
+        steps: int = STEPS,
     ):
+        self.steps = steps
         self.architecture = Weights(model).architecture
         self.reading = Reading(open_codec(model), has_reader=True)
         generator = torch.Generator().manual_seed(SEED)
         self.texts = [caption.text() for caption in random_captions(captions, generator)]
         self.prompts = encode_prompts(self.reading.codec, self.texts)
-        path = folder / f"teacher_{captions}.safetensors"
+        path = folder / (
+            f"teacher_{captions}.safetensors" if steps == STEPS else f"teacher_{captions}_{steps}.safetensors"
+        )
         if not path.exists():
             write_tensors(path, {name: t.float() for name, t in self._draw(teacher, "teacher").items()})
         self.teacher = TensorFile(path).read_all()
@@ -47,10 +51,12 @@ class Judge:
 
     def velocity_error(self, model: nn.Module) -> dict:
         """Relative squared error on samples that nothing was trained on."""
+        return ratio_with_interval(*self.velocity_rows(model))
+
+    def velocity_rows(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared error and its own square of every unseen sample, each [samples]."""
         ours = self._velocities(model, self.unseen)
-        error, power = (ours - self.target).square().flatten(1).sum(1), self.target.square().flatten(1).sum(1)
-        low, high = bootstrap_ratio(error, power, SEED)
-        return {"value": float(error.sum() / power.sum()), "low": low, "high": high}
+        return (ours - self.target).square().flatten(1).sum(1), self.target.square().flatten(1).sum(1)
 
     def validation_error(self, model: nn.Module) -> float:
         """What a learning-rate search looks at: samples of its own, neither trained on nor scored."""
@@ -77,13 +83,21 @@ class Judge:
         }
 
     def _draw(self, model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-        latents = draw_prompts(self.architecture, model, self.prompts, SEED, STEPS, GUIDANCE, BATCH, f"draw {name}")
+        latents = draw_prompts(
+            self.architecture, model, self.prompts, SEED, self.steps, GUIDANCE, BATCH, f"draw {name}"
+        )
         pictures = torch.cat([self.reading.codec.pictures(part) for part in latents.split(BATCH)])
         return {"latents": latents, **{k: v.float() for k, v in self.reading.score(pictures, self.texts).items()}}
 
     def _velocities(self, model: nn.Module, samples: CalibrationSet) -> torch.Tensor:
         with torch.no_grad():
             return torch.cat([self.architecture.call(model, row).double() for row in samples.all_inputs()])
+
+
+def ratio_with_interval(error: torch.Tensor, power: torch.Tensor) -> dict:
+    """sum(error) / sum(power), both [samples], with a 95 % bootstrap interval."""
+    low, high = bootstrap_ratio(error, power, SEED)
+    return {"value": float(error.sum() / power.sum()), "low": low, "high": high}
 
 
 def drop_percent(ours: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor]) -> dict:

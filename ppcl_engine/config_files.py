@@ -119,7 +119,10 @@ class SparsifyConfig:
     of which the abstract alone is public. obs is SparseGPT, whose weights make up for those that go."""
     granularity: Literal["row", "layer", "cluster"] = "cluster"
     """unstructured: weights compete in a row, in the layer, or in clusters of rows and columns between which the budget moves."""
-    compensate: bool = False
+    exchange: bool = True
+    """Let weights of a row change places with those that went, as long as the exact error of the layer falls. obs then ranks
+    once, ahead; without it as SparseGPT does, column by column."""
+    compensate: bool = True
     """Let the weights that stay make up for those that go, whatever the score (obs always does)."""
     permute: bool = False
     """2:4 and 4:8: order channels first where the layers before can follow. LoRA files of the dense model do not fit these then."""

@@ -168,3 +168,25 @@ def test_width_forms(tmp_path, teacher):
     values = run(width_forms, tmp_path, "--teacher", teacher)
     assert [row["form"] for row in values["rows"]] == list(width_forms.FORMS)
     assert all(row["trained"]["value"] > 0 and row["sites"] > 0 for row in values["rows"])
+
+
+def test_sparsity(tmp_path):
+    from benchmarks import sparsity
+
+    values = run(sparsity, tmp_path, "--work", tmp_path / "work")
+    names = {row["name"] for row in values["tables"]["50 %"]}
+    assert {f"{score} {granularity}" for score in sparsity.SCORES for granularity in sparsity.GRANULARITIES} < names
+    assert {"obs layer + early", "energy cluster + exchange + compensate"} < names
+    for row in (row for table in values["tables"].values() for row in table):
+        for name in (
+            "layer_error",
+            "velocity_error",
+            "characters",
+        ):  # the drop of a random teacher, which reads nothing, is none
+            assert row[name]["low"] <= row[name]["value"] <= row[name]["high"]
+        assert row["bytes"] < 0.65 * values["dense_bytes"]
+    assert {c["theirs"] for c in values["comparisons"]} >= {"wanda row", "ria row", "wanda cluster", "obs layer"}
+    assert (tmp_path / "sparsity.png").stat().st_size > 10_000
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("rows_*/*.json")}
+    run(sparsity, tmp_path, "--work", tmp_path / "work")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("rows_*/*.json")} == before

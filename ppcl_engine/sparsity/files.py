@@ -31,6 +31,7 @@ class Sparsity:
     sparsity: float
     score: str
     granularity: str
+    exchange: bool
     compensate: bool
     permuted: bool
     timesteps: str

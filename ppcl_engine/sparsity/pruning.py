@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 
 from . import granularity, obs, scores
 from .clusters import Structure, cluster_rows_and_columns
+from .exchange import exchanged
 from .granularity import Tiles
 from .layer import layer_error, relative_error
 from .patterns import Pattern, kept_of_groups
 from .permutation import column_order
+from .refit import refitted
 
 SCORES = ("magnitude", "wanda", "ria", "obs", "energy")
 GRANULARITIES = ("row", "layer", "cluster")
@@ -22,14 +23,21 @@ RECONSTRUCTION = "a reconstruction of arXiv 2607.00927, of which the abstract al
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """score: of SCORES; granularity: of GRANULARITIES, for unstructured patterns; compensate: weights that stay make up for
-    those that go (obs always does)."""
+    """score: of SCORES; granularity: of GRANULARITIES, for unstructured patterns; exchange: weights of a row change places as
+    long as the exact error falls; compensate: those that stay make up for those that go (obs always does)."""
 
     pattern: Pattern
     sparsity: float
     score: str = "energy"
     granularity: str = "cluster"
+    exchange: bool = False
     compensate: bool = False
+
+    @property
+    def settles_as_it_goes(self) -> bool:
+        """SparseGPT as published; with clusters or exchanges its score ranks once, and a refit follows."""
+        clusters = self.granularity == "cluster" and not self.pattern.is_structured
+        return self.score == "obs" and not self.exchange and not clusters
 
 
 @dataclass(frozen=True)
@@ -44,26 +52,34 @@ class PrunedLayer:
 
 def prune_layer(weight: torch.Tensor, gram: torch.Tensor, method: Method, structure: Structure) -> PrunedLayer:
     """weight [rows, columns] and gram [columns, columns] in float64. The weight comes back with exact zeros."""
-    share, stays = None, None
-    if method.score == "obs" and (method.pattern.is_structured or method.granularity != "cluster"):
-        new, stays = _surgeon_as_it_goes(weight, gram, method)
+    if method.settles_as_it_goes:
+        share, (new, stays) = None, _surgeon_as_it_goes(weight, gram, method)
     else:
         share, stays = _best_mask(weight, gram, method, structure)
-        new = weight.masked_fill(~stays, 0)
-        if method.compensate or method.score == "obs":
-            new, _ = obs.compensated(weight, gram, lambda first, part: stays[:, first : first + part.shape[1]])
+        compensate = method.compensate or method.score == "obs"
+        new = refitted(weight, gram, stays) if compensate else weight.masked_fill(~stays, 0)
     return PrunedLayer(new, stays, relative_error(weight - new, weight, gram), share)
 
 
 def _best_mask(weight, gram, method: Method, structure: Structure) -> tuple[float | None, torch.Tensor]:
-    """(g, which stay); of the energy score that of the lowest exact error."""
-    choose = partial(_mask, weight, gram, method, _tiles(weight, gram, method, structure))
+    """(g, which stay); of the energy score that of the lowest exact error. Where the budget moves, it does for the best of
+    those that share it evenly, and for g = 1/2, so that ours is never worse than Wanda's ranking."""
+    tiles = _tiles(weight, gram, method, structure)
     if method.score != "energy":
-        return None, choose(plain_score(weight, gram, method.score))
+        share, stays = None, _mask(weight, gram, method, tiles, plain_score(weight, gram, method.score))
+    else:
+        share, stays = _of_shares(weight, gram, replace(method, granularity="even"), tiles, scores.SHARES)
+        if tiles is not None and method.granularity == "cluster":
+            share, stays = _of_shares(weight, gram, method, tiles, dict.fromkeys((scores.SHARES[0], share)))
+    return share, exchanged(weight, gram, stays, method.pattern) if method.exchange else stays
+
+
+def _of_shares(weight, gram, method: Method, tiles: Tiles | None, shares) -> tuple[float, torch.Tensor]:
+    """The share g of the lowest error, and its mask."""
     energy = gram.diagonal()
-    found = {share: choose(scores.balanced_energy(weight, energy, share)) for share in scores.SHARES}
-    share = min(found, key=lambda share: layer_error(weight.masked_fill(found[share], 0), gram))
-    return share, found[share]
+    found = {g: _mask(weight, gram, method, tiles, scores.balanced_energy(weight, energy, g)) for g in shares}
+    best = min(found, key=lambda g: layer_error(weight.masked_fill(found[g], 0), gram))
+    return best, found[best]
 
 
 def plain_score(weight: torch.Tensor, gram: torch.Tensor, name: str) -> torch.Tensor:

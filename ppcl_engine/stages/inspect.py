@@ -125,6 +125,7 @@ def _sparsity(path: Path) -> dict[str, str]:
     how = f"{found.pattern} by {found.score}" + (f" in {found.granularity}" if found.pattern == UNSTRUCTURED else "")
     said = [f"{how}, {100 * found.dropped / found.weights:.1f} % of {found.weights:,} weights are zero"]
     said += ["compressed on disk"] if found.pattern == "2:4" else []
+    said += ["weights changed places by the exact error"] if found.exchange else []
     said += ["the others make up for them"] if found.compensate else []
     said += ["channels in another order than the teacher's"] if found.permuted else []
     return {"sparse": "; ".join([*said, *filter(None, [found.note])])}

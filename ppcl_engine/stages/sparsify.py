@@ -46,6 +46,7 @@ def sparsify(config: SparsifyConfig) -> Path:
         sparsity=checked_sparsity(config.sparsity, pattern),
         score=config.score,
         granularity=config.granularity,
+        exchange=config.exchange,
         compensate=config.compensate,
     )
     source = open_source(config.path, config.base, config.variant)
@@ -175,6 +176,7 @@ class _Sparsifying:
             sparsity=method.sparsity,
             score=method.score,
             granularity=method.pattern.name if method.pattern.is_structured else method.granularity,
+            exchange=method.exchange,
             compensate=method.compensate or method.score == "obs",
             permuted=any(row["permuted"] for row in reports),
             timesteps=config.timesteps,

@@ -16,9 +16,9 @@ DENSE = pattern_named("unstructured")
 KNOWN = Structure(rows=(8, 8), columns=(16, 16))
 
 
-def pruned(score="energy", granularity="cluster", sparsity=0.5, pattern=DENSE, compensate=False, seed=0):
+def pruned(score="energy", granularity="cluster", sparsity=0.5, pattern=DENSE, seed=0, **more):
     weight, _, gram = layer(16, 32, seed)
-    method = Method(pattern=pattern, sparsity=sparsity, score=score, granularity=granularity, compensate=compensate)
+    method = Method(pattern=pattern, sparsity=sparsity, score=score, granularity=granularity, **more)
     return weight, gram, prune_layer(weight, gram, method, KNOWN)
 
 
@@ -51,6 +51,13 @@ def test_ours_is_never_worse_than_wanda_in_the_same_granularity(seed):
 def test_compensation_helps_every_score():
     for score in ("magnitude", "wanda", "ria", "energy"):
         assert pruned(score, compensate=True)[2].error < pruned(score)[2].error
+
+
+def test_exchanges_help_every_score_and_compensation_still_helps_then():
+    for score in ("magnitude", "wanda", "ria", "energy"):
+        plain, exchanged = (pruned(score, exchange=exchange)[2] for exchange in (False, True))
+        assert exchanged.error < plain.error and exchanged.stays.sum() == plain.stays.sum()
+        assert pruned(score, exchange=True, compensate=True)[2].error < exchanged.error
 
 
 def test_the_surgeon_of_one_layer_beats_what_does_not_compensate():

@@ -33,7 +33,7 @@ from ppcl_engine.stages.sparsify import sparsify
 
 from ..tuned import write_parts
 
-PLAIN = {"score": "wanda", "granularity": "layer"}  # where any will do: fast
+PLAIN = {"score": "wanda", "granularity": "layer", "exchange": False, "compensate": False}  # where any will do: fast
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +147,7 @@ def test_metadata_and_inspect_say_what_was_done(sparse, teacher_file, bundle, ru
     found = sparsity_of(TensorFile(path).metadata)
     assert (found.pattern, found.sparsity, found.score, found.granularity) == ("unstructured", 0.6, "energy", "cluster")
     assert "2607.00927" in found.note and found.timesteps == "early"
+    assert not found.exchange and not found.compensate
     assert found.calibration == load_calibration(run.calibration).hash
     said = describe(path)["sparse"]
     assert said.startswith("unstructured by energy in cluster, 60.0 % of") and "reconstruction" in said
@@ -219,7 +220,7 @@ def test_kill_at_random_moments_changes_no_bit(sparse, teacher_file, run, tmp_pa
             "--device",
         ]
         arguments += ["cpu", "--store", "float32", "--name", f"killed_{killed}", "--score", "wanda"]
-        arguments += ["--granularity", "row"]
+        arguments += ["--granularity", "row", "--no-exchange", "--no-compensate"]
         child = _forked([str(a) for a in arguments])
         time.sleep(moments.uniform(0, seconds))
         os.kill(child, signal.SIGKILL)
