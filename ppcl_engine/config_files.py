@@ -20,8 +20,8 @@ class ExportConfig(Common):
     """Which variant a file of its own holds."""
     name: str = "pruned"
     """File name without ending: letters, digits, '-', '_'."""
-    store: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision in the file."""
+    store: Literal["float32", "bfloat16", "float8"] = "bfloat16"
+    """Precision in the file. float8: linear maps in scaled fp8, as ComfyUI reads it (layout comfyui)."""
 
 
 @dataclass(frozen=True, kw_only=True)

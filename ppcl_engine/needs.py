@@ -289,7 +289,8 @@ def _variants(count: _Count, config: VariantsConfig):
 
 def _export(count: _Count, config: ExportConfig):
     stored = count.certain_students * count.student if config.layout == "bundle" else count.variant(config.variant)
-    return "export", 0, count.sizes.block * FP32, stored * DTYPES[config.store].itemsize, 0
+    itemsize = 1 if config.store == "float8" else DTYPES[config.store].itemsize
+    return "export", 0, count.sizes.block * FP32, stored * itemsize, 0
 
 
 def _evaluate(count: _Count, config: EvaluateConfig):

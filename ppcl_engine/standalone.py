@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from .files import TensorEntry, write_tensor_stream
 from .layout import Layout, layout_of
 from .plan import PruningPlan, TextGroup, Variant
 from .progress import Progress
+from .quantization import FP8, FP8_SCALE, TwoParts, scaled_fp8
 from .surgery import empty_block
 
 GUARD_SHAPE = (0, 1)
@@ -99,15 +101,34 @@ def write_sources(
     dtype: torch.dtype,
     metadata: dict[str, str],
     extra: dict[str, torch.Tensor] | None = None,
+    scaled: bool = False,
 ) -> None:
-    """A safetensors file of `sources` in `dtype`, read one at a time, and `extra` as they are."""
+    """A safetensors file of `sources` in `dtype`, read one at a time, and `extra` as they are. scaled: matrices in fp8 with a
+    scale each, as ComfyUI reads them."""
     bar = Progress(total=len(sources), desc=path.stem, unit="tensor")
 
     def counted(source: Source) -> torch.Tensor:
         bar.update()
         return source.read()
 
-    entries = [TensorEntry(key, dtype, s.shape, lambda s=s: counted(s)) for key, s in sources.items()]
+    entries = []
+    for key, source in sources.items():
+        read = partial(counted, source)
+        entries += (
+            _scaled_entries(key, source.shape, read)
+            if scaled and _is_matrix(key, source)
+            else [TensorEntry(key, dtype, source.shape, read)]
+        )
     entries += [TensorEntry(key, t.dtype, tuple(t.shape), lambda t=t: t) for key, t in (extra or {}).items()]
     with bar:
         write_tensor_stream(path, entries, metadata)
+
+
+def _is_matrix(key: str, source: Source) -> bool:
+    """Of a linear map: all others that have two dimensions are tables of embeddings."""
+    return len(source.shape) == 2 and key.endswith(".weight") and "embedding.weight" not in key
+
+
+def _scaled_entries(key: str, shape: tuple[int, ...], read: Callable[[], torch.Tensor]) -> list[TensorEntry]:
+    parts, scale = TwoParts(read, scaled_fp8), key.removesuffix(".weight") + FP8_SCALE
+    return [TensorEntry(key, FP8, shape, parts.take_first), TensorEntry(scale, torch.float32, (), parts.take_second)]

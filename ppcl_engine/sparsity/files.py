@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from ..bundle import STRUCTURE_TENSOR
 from ..files import TensorEntry, write_tensor_stream
 from ..layout import layout_of
 from ..progress import Progress
+from ..quantization import TwoParts
 from ..standalone import GUARD_SHAPE, STRUCTURE_KEY, Source, comfyui_sources, guard_name, structure_of
 from .compressed import INDICES, VALUES, compress, compressed_shapes
 from .source import SparsitySource
@@ -96,27 +96,9 @@ def _entries(
         if key not in compressed:
             yield TensorEntry(key, dtype, source.shape, counted(source.read))
             continue
-        parts = _Compressed(source, dtype)
+        parts = TwoParts(lambda source=source: source.read().to(dtype), compress)
         values, indices = compressed_shapes(source.shape)
-        yield TensorEntry(key + VALUES, dtype, values, counted(parts.take_values))
-        yield TensorEntry(key + INDICES, torch.uint8, indices, parts.take_indices)
+        yield TensorEntry(key + VALUES, dtype, values, counted(parts.take_first))
+        yield TensorEntry(key + INDICES, torch.uint8, indices, parts.take_second)
     for key, tensor in extra.items():
         yield TensorEntry(key, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
-
-
-@dataclass(eq=False)
-class _Compressed:
-    """Read once, its two parts taken in their order; then nothing is held."""
-
-    source: Source
-    dtype: torch.dtype
-
-    @cached_property
-    def _parts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return compress(self.source.read().to(self.dtype))
-
-    def take_values(self) -> torch.Tensor:
-        return self._parts[0]
-
-    def take_indices(self) -> torch.Tensor:
-        return self.__dict__.pop("_parts")[1]

@@ -26,6 +26,7 @@ from ..config_files import ExportConfig
 from ..files import TensorEntry, TensorFile, write_json
 from ..layout import Place, layout_of
 from ..plan import PruningPlan, Variant
+from ..quantization import FP8, FP8_MARK
 from ..run import DTYPES, Run, RunStudents, open_plan
 from ..standalone import Source, check_file_name, comfyui_sources, write_sources, write_standalone
 from ..surgery import empty_block
@@ -37,8 +38,13 @@ def export(config: ExportConfig) -> Path:
     """Returns the file (or diffusers folder). Raises ValueError for a name that is a path, for a variant with
     corrections where the layout is a stock host's, and for students that were not trained yet."""
     check_file_name(config.name)
+    scaled = config.store == "float8"
+    if scaled and config.layout != "comfyui":
+        raise ValueError(
+            f"--store float8 is ComfyUI's scaled fp8, not for --layout {config.layout}; use --layout comfyui"
+        )
     run, weights = Run(config.run), Weights(config.model)
-    plan, dtype = open_plan(config, weights), DTYPES[config.store]
+    plan, dtype = open_plan(config, weights), torch.bfloat16 if scaled else DTYPES[config.store]
     folder = run.folder / "exports"
     if config.layout == "bundle":
         path = folder / f"{config.name}{BUNDLE_SUFFIX}"
@@ -56,7 +62,8 @@ def export(config: ExportConfig) -> Path:
     if config.layout == "comfyui":
         path = folder / f"{config.name}.safetensors"
         metadata["config"] = json.dumps(stock_config)
-        write_sources(path, comfyui_sources(weights.architecture, tensors), dtype, metadata)
+        mark = {FP8_MARK: torch.zeros(2, dtype=FP8)} if scaled else {}  # of two: weights alone, products in more bits
+        write_sources(path, comfyui_sources(weights.architecture, tensors), dtype, metadata, mark, scaled)
         return path
     path = folder / config.name
     write_sources(path / "diffusion_pytorch_model.safetensors", tensors, dtype, metadata)

@@ -101,3 +101,22 @@ def test_corrections_and_paths_are_refused(exported):
 def test_a_standalone_of_another_layout_is_complete(exported):
     weights = Weights(exported("none", "diffusers"))
     assert weights.num_blocks == 4
+
+
+def test_scaled_fp8_opens_as_nearly_the_same_model(
+    exported, engine_output, architecture, padded_inputs, distilled, teacher_file
+):
+    exact = exported("none", "comfyui", name="exact")
+    path = export(ExportConfig(model=teacher_file, run=distilled["none"], layout="comfyui", store="float8"))
+    assert path.stat().st_size < 0.4 * exact.stat().st_size
+    stored = load_file(path)
+    matrices = {name for name, tensor in load_file(exact).items() if tensor.ndim == 2}
+    assert {name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn} == {*matrices, "scaled_fp8"}
+    ours, theirs = architecture.call(open_model(path), padded_inputs(3)), engine_output("none")
+    assert 0 < float((ours - theirs).norm()) < 0.1 * float(theirs.norm())
+
+
+@pytest.mark.parametrize("layout", ["bundle", "ppcl", "diffusers"])
+def test_fp8_in_other_layouts(distilled, teacher_file, layout):
+    with pytest.raises(ValueError, match=f"not for --layout {layout}; use --layout comfyui"):
+        export(ExportConfig(model=teacher_file, run=distilled["none"], layout=layout, store="float8"))
