@@ -10,10 +10,11 @@ from ..bundle import Bundle, architecture_of, is_bundle, open_model
 from ..checkpoint import parameter_count
 from ..config_files import BenchConfig
 from ..run import DTYPES, resolve_device
+from ..sparsity.kernels import on_kernels
 
 
 def bench(config: BenchConfig) -> None:
-    """Prints a table: parameters, median milliseconds, ratio to the first."""
+    """Prints a table (2:4 weights run on the GPU's kernels for them where it has such): parameters, median milliseconds, ratio to the first."""
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
     names = (
         ["full", *(v.name for v in Bundle(config.path).plan.variants if v.name != "full")]
@@ -21,6 +22,9 @@ def bench(config: BenchConfig) -> None:
         else [None]
     )
     models = {name: open_model(config.path, name, config.base if name else None, dtype, device) for name in names}
+    sparse = sum(map(on_kernels, models.values()))
+    if sparse:
+        print(f"{sparse} linear maps run on the GPU's 2:4 kernels")
     architecture = architecture_of(config.path)
     model_config = dict(next(iter(models.values())).config)
     grid = (1, config.rows, config.columns)

@@ -13,6 +13,7 @@ from ..config_files import GenerateConfig
 from ..files import replacing
 from ..run import resolve_device
 from ..sampling import draw_prompts, encode_prompts
+from ..sparsity.kernels import on_kernels
 
 BATCH = 16
 
@@ -25,6 +26,7 @@ def generate(config: GenerateConfig) -> Path:
     prompts = encode_prompts(codec, texts, config.height, config.width)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model = open_model(config.path, config.variant, config.base, dtype, device)
+    on_kernels(model)
     architecture = architecture_of(config.path)
     latents = draw_prompts(architecture, model, prompts, config.seed, config.steps, config.guidance, BATCH, "generate")
     del model
