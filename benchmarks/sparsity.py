@@ -158,20 +158,24 @@ def measure(context: Context, row: Row) -> dict:
         return read_json(path)
     start = time.monotonic()
     model, values = _variant(context, row) if row.variant else _pruned(context, row)
+    values |= judged(context, model, row.name)
+    write_json(path, {"table": row.table, "name": row.name, **values, "seconds": time.monotonic() - start})
+    return read_json(path)
+
+
+def judged(context: Context, model: nn.Module, name: str) -> dict:
+    """Of the whole model: what is read in its pictures, and its velocity's error."""
     error, power = context.judge.velocity_rows(model)
-    scored = context.judge.score(model, row.name)
+    scored = context.judge.score(model, name)
     right = torch.arange(scored["captions"]) < round(scored["captions"] * scored["character_accuracy"])
     low, high = wilson_interval(right)
-    values |= {
+    return {
         "drop": {"value": scored["drop_percent"], "low": scored["low"], "high": scored["high"]},
         "characters": {"value": scored["character_accuracy"], "low": low, "high": high},
         "velocity_rows": (error / power.sum() * len(power)).tolist(),
         "velocity_error": ratio_with_interval(error, power),
         "image_distance": scored["image_distance"],
-        "seconds": time.monotonic() - start,
     }
-    write_json(path, {"table": row.table, "name": row.name, **values})
-    return read_json(path)
 
 
 def _pruned(context: Context, row: Row) -> tuple[nn.Module, dict]:

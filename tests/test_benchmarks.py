@@ -190,3 +190,12 @@ def test_sparsity(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("rows_*/*.json")}
     run(sparsity, tmp_path, "--work", tmp_path / "work")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("rows_*/*.json")} == before
+
+
+def test_quantization(tmp_path):
+    from benchmarks import quantization
+
+    values = run(quantization, tmp_path, "--work", tmp_path / "work")
+    errors = {(row["name"], row["kind"]): row["velocity_error"]["value"] for row in values["rows"]}
+    assert errors.keys() == {(name, kind) for name in ("full", "weights (50 %)") for kind in quantization.KINDS}
+    assert errors["full", "none"] < 1e-9 < errors["full", "int8"] < errors["full", "fp8"] < errors["full", "int4"]

@@ -1,0 +1,100 @@
+"""What pruning does to quantisation: fp8, int8 and int4 (simulated, weights alone) on the bundled teacher, full and pruned.
+
+Each variant against the teacher and against itself without quantisation, on samples that nothing was fitted on; 95 %
+intervals: bootstrap, of characters Wilson. Rows that are done are read from `runs/sparsity`, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ppcl_engine.bundle import Bundle, open_model
+from ppcl_engine.files import read_json, write_json
+from ppcl_engine.quantization import BITS, simulated
+
+from . import report
+from .sparsity import BEST, CAPTIONS, DEMO, Context, Row, judged, prepare
+from .sparsity_layers import prune_model
+from .teachers import describe
+
+KINDS = ("none", *BITS)
+
+
+def models(context: Context) -> dict[str, Callable[[], nn.Module]]:
+    """By name: the full one, one pruned in depth, one in depth and width, one of which half of the weights are zero; of
+    another teacher than the demo's the first and the last."""
+    bundled = Bundle(DEMO).plan.fingerprint == context.teacher.weights.fingerprint
+    pruned = {"depth (small)": "small", "depth and width (smallest)": "smallest"} if bundled else {}
+    opened = {name: lambda variant=variant: open_model(DEMO, variant, context.path) for name, variant in pruned.items()}
+    return {
+        "full": lambda: open_model(context.path),
+        **opened,
+        "weights (50 %)": lambda: (
+            prune_model(context.teacher, context.grams["even"], context.grams["unseen"], Row(**BEST).method).model
+        ),
+    }
+
+
+def quantised(model: nn.Module, kind: str) -> nn.Module:
+    """A copy with the linear maps of its blocks rounded."""
+    model = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if kind != "none" and isinstance(module, nn.Linear) and "blocks." in name:
+            module.weight.data = simulated(module.weight, kind)
+    return model
+
+
+@torch.no_grad()
+def run(chosen) -> dict:
+    context, rows = prepare(chosen), []
+    folder = context.folder / f"quantised_{len(context.judge.texts)}"
+    for name, make in models(context).items():
+        model = None
+        for kind in KINDS:
+            path = folder / f"{name.replace(' ', '_').replace('%', 'percent')}_{kind}.json"
+            if not path.exists():
+                start = time.monotonic()
+                model = model or make()
+                values = judged(context, quantised(model, kind), f"{name} {kind}")
+                write_json(path, {"name": name, "kind": kind, **values, "seconds": time.monotonic() - start})
+            rows.append(read_json(path))
+            print(f"\n{name} {kind}: velocity error {rows[-1]['velocity_error']['value']:.4f}", flush=True)
+    for row in rows:
+        del row["velocity_rows"]
+    return {"rows": rows, "teacher": describe(context.path, context.teacher.weights)}
+
+
+def show(values: dict) -> None:
+    plain = {row["name"]: row["velocity_error"]["value"] for row in values["rows"] if row["kind"] == "none"}
+    lines = []
+    for row in values["rows"]:
+        error, characters = row["velocity_error"], row["characters"]
+        cells = [
+            f"{error['value']:.4f} ({error['low']:.4f} - {error['high']:.4f})",
+            f"{error['value'] - plain[row['name']]:+.4f}",
+        ]
+        shares = [f"{100 * characters[key]:.1f}" for key in ("value", "low", "high")]
+        lines.append((f"{row['name']}, {row['kind']}", *cells, f"{shares[0]} ({shares[1]} - {shares[2]})"))
+    report.print_table("quantisation", ("model", "velocity error", "more than without", "characters %"), lines)
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = report.options("quantization", __doc__)
+    parser.add_argument("--teacher", type=Path, help="default: the bundled one; of a quick run a tiny random one")
+    parser.add_argument("--work", type=Path, help="where rows that are done are kept (default runs/sparsity)")
+    parser.add_argument("--captions", type=int, default=0, help=f"captions drawn a row (default {CAPTIONS})")
+    chosen = report.parse(parser, arguments)
+    chosen.work = chosen.work or Path("runs/sparsity_quick" if chosen.quick else "runs/sparsity")
+    values = run(chosen)
+    show(values)
+    return report.write("quantization", chosen, values)
+
+
+if __name__ == "__main__":
+    main()
