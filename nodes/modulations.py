@@ -10,7 +10,7 @@ import torch
 
 from ..ppcl_engine.architectures.folded import FORMS, Folding
 from ..ppcl_engine.checkpoint import SCALE_SUFFIXES
-from ..ppcl_engine.folding import mark_of
+from ..ppcl_engine.folding import MARKED, mark_of
 from ..ppcl_engine.folding_files import modulation_names
 from .host.structure import QWEN
 
@@ -53,9 +53,9 @@ class Modulations:
     @cached_property
     def mark(self) -> str:
         """As the engine's of a whole file."""
-        weights = {name: leaves["weight"] for name, leaves in self.stored.items()}
-        weights |= {n.removesuffix(".weight"): place for n, place in self.embedder.items() if n.endswith(".weight")}
-        return mark_of(weights, lambda name, rows: replace(weights[name], rows=rows).read())
+        places = {name + leaf: leaves[leaf[1:]] for name, leaves in self.stored.items() for leaf in MARKED}
+        places |= {name: place for name, place in self.embedder.items() if name.endswith(MARKED)}
+        return mark_of(places, lambda name, rows: replace(places[name], rows=rows or places[name].rows).read())
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,10 @@ def split(wanted: dict[str, object]) -> tuple[dict[str, object], Modulations]:
     """(everything else, the modulations) of tensors by name. Raises ValueError for a model that has none."""
     names = modulation_names(wanted, QWEN)
     if not names:
-        raise ValueError("this model has no modulations to fold; set fold to off")
+        raise ValueError(
+            "this model has no modulations that read the timestep alone (FLUX's read guidance and pooled text too, SD3.5's "
+            "pooled text); set fold to off"
+        )
     stored: dict[str, dict[str, object]] = {name: {} for name in names}
     rest = {}
     for name, place in wanted.items():
