@@ -26,7 +26,8 @@ FOLDINGS = {
 
 
 def model_sizes() -> dict:
-    """model -> folding -> {"parameters", "bytes"}; a basis' maps are float32, all else bf16."""
+    """model -> folding -> {"parameters", "bytes", "maps"}; a basis' maps are float32, all else bf16. maps: bytes of what
+    stands for the modulations, a table's for one number of rows."""
     return {
         name: {key: _size(count, lists, folding) for key, folding in FOLDINGS.items()}
         for name, (count, lists) in MODELS.items()
@@ -43,8 +44,9 @@ def _size(count: int, lists: dict, folding: Folding | None) -> dict:
     width = QWEN.width(REAL)
     unused = sum(place.text_source is not None for place in places) * width * (width + 1)
     parameters = parameter_count(outer) + sum(map(parameter_count, blocks)) + unused
-    exact = sum(_maps(block) for block in blocks) if folding and folding.form == "basis" else 0
-    return {"parameters": parameters, "bytes": 2 * parameters + 2 * exact}
+    maps = sum(_maps(block) for block in blocks)
+    exact = maps if folding and folding.form == "basis" else 0
+    return {"parameters": parameters, "bytes": 2 * (parameters + exact), "maps": 2 * (maps + exact)}
 
 
 def _maps(block) -> int:
