@@ -27,7 +27,7 @@ def demo_folded(tmp_path_factory):
     made = {"off": (DEMO / "demo.ppcl.safetensors", DEMO / "teacher.safetensors")}
     for form in ("table", "basis"):
         config = FoldConfig(
-            path=made["off"][0], base=made["off"][1], form=form, steps="4", dtype="float32", samples="2", device="cpu",
+            path=made["off"][0], base=made["off"][1], form=form, steps="2", dtype="float32", samples="2", device="cpu",
             run=tmp_path_factory.mktemp(form),
         )  # fmt: skip
         path = fold(config)
@@ -43,7 +43,7 @@ def test_every_variant_of_the_bundled_teacher(demo_folded, architecture, variant
         codec, ["a white K on a blue circle, yellow background", "a red 7 on a white hexagon, green background"]
     )
     drawn = {
-        form: draw_prompts(architecture, open_model(path, variant, base), prompts, 0, 4, 2.0, 2, form)
+        form: draw_prompts(architecture, open_model(path, variant, base), prompts, 0, 2, 2.0, 2, form)
         for form, (path, base) in demo_folded.items()
     }
     assert torch.equal(drawn["table"], drawn["off"])
@@ -62,8 +62,8 @@ def test_a_folded_file_brings_its_codec(demo_folded, tmp_path):
         "a white K on a blue circle, yellow background",
     ]
     assert (
-        main([*arguments, "--steps", "4", "--output", str(tmp_path / "a.png")]) == 0 and (tmp_path / "a.png").exists()
+        main([*arguments, "--steps", "2", "--output", str(tmp_path / "a.png")]) == 0 and (tmp_path / "a.png").exists()
     )
-    assert main([*arguments, "--steps", "5", "--output", str(tmp_path / "b.png")]) == 2
+    assert main([*arguments, "--steps", "3", "--output", str(tmp_path / "b.png")]) == 2
     base = ["--base", str(DEMO / "teacher.safetensors")]
-    assert main([*arguments, *base, "--steps", "5", "--output", str(tmp_path / "b.png")]) == 0
+    assert main([*arguments, *base, "--steps", "3", "--output", str(tmp_path / "b.png")]) == 0

@@ -94,7 +94,7 @@ def demo_drawn(run_node):
     captions = "a white K on a blue circle, yellow background\na red 7 on a white hexagon, green background"
     positive, negative, latent = run_node("PPCL_DemoCaption", captions=captions)
 
-    def run(model, steps: int = 4):
+    def run(model, steps: int = 2):
         (model,) = run_node("ModelSamplingAuraFlow", model=model, shift=1.0)
         return run_node(
             "KSampler", model=model, seed=3, steps=steps, cfg=2.0, sampler_name="euler", scheduler="simple",
