@@ -87,7 +87,7 @@ class FoldConfig:
     """table: for how many samples at once its values are the model's own to the last bit; for others they differ by a
     kernel's rounding."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """table: precision that the model will run in. auto: bfloat16 on a GPU, float32 elsewhere, as `ppcl generate` runs."""
+    """table: precision that the model will run in (auto, on the command line: bfloat16 on a GPU, else float32)."""
     host: Literal["diffusers", "comfyui"] = "diffusers"
     """table: who will run it. diffusers rounds timesteps to the model's precision, ComfyUI does not."""
     device: str = "auto"

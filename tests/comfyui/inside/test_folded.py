@@ -60,7 +60,9 @@ def test_every_sampler(plain, of_form, drawn, sampler):
 
 
 def test_a_sampler_that_decides_on_the_way(of_form, drawn):
-    with pytest.raises(ValueError, match="the model's table has no timestep .* or fold with form basis"):
+    with pytest.raises(
+        ValueError, match="no timestep .*, which this sampler chose on its way: .* or fold with form basis"
+    ):
         drawn(of_form("table"), sampler="dpm_adaptive")
     assert drawn(of_form("basis"), sampler="dpm_adaptive").isfinite().all()
 
