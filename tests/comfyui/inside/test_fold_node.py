@@ -105,6 +105,18 @@ def test_bad_input_is_one_line(fold_model, bundle, teacher, models, widgets, mes
     assert "\n" not in str(error.value) and sorted(models.ppcl.iterdir()) == before
 
 
+def test_an_edit_model(fold_model, load, drawn, teacher, sigmas, models):
+    """That modulates references as at t = 0: the table gets that column too, whatever the schedule."""
+    file, path = TensorFile(teacher), models.diffusion_models / "edit_to_fold.safetensors"
+    config = {**json.loads(file.metadata["config"]), "zero_cond_t": True}
+    mark = {architecture_named("qwen_image").marks[0]: torch.empty(0)}
+    write_tensors(path, file.read_all() | mark, {"config": json.dumps(config)})
+    assert "table of 4 timesteps" in fold_model(path.name, sigmas=sigmas(3))
+    model = load("written.safetensors")
+    assert torch.equal(drawn(model), drawn(load(path.name)))
+    assert model.model.diffusion_model.time_text_embed.folding.timesteps[-1] == 0
+
+
 @pytest.mark.parametrize(("name", "reads"), [("flux1", "guidance and pooled text"), ("sd35", "and pooled text")])
 def test_other_architectures_say_why_not(fold_model, models, name, reads):
     architecture = architecture_named(name)
