@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -88,6 +88,9 @@ class Recipe:
     average_decay: float = 0.998
     empty_captions: float = 0.1
     save_every: int = 250
+
+
+RECIPES = {"qwen": Recipe(), "flux": Recipe(teacher="flux", steps=5000, constant_share=0.45)}
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -226,14 +229,15 @@ def save_teacher(kind: Kind, path: Path, recipe: Recipe, step: int, average, cod
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", choices=tuple(KINDS), default=Recipe.teacher, help="its architecture")
+    parser.add_argument("--teacher", choices=tuple(RECIPES), default=Recipe.teacher, help="its architecture")
     parser.add_argument("--output", type=Path, default=Path("runs/teacher/teacher.safetensors"))
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--steps", type=int, help="other than the recipe's own")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="plain blocks, where there is no C++ compiler")
     options = parser.parse_args()
-    recipe = Recipe(teacher=options.teacher, steps=options.steps, seed=options.seed)
+    recipe = replace(RECIPES[options.teacher], seed=options.seed)
+    recipe = replace(recipe, steps=options.steps or recipe.steps)
     train(recipe, options.output, not options.no_compile, options.device)
 
 
