@@ -1,6 +1,6 @@
 """Words and pictures to the tensors a transformer reads, and back.
 
-`TableCodec`: fixed tables inside the model's own file. `PipelineCodec` (pipelines.py): the text
+`TableCodec`: fixed tables inside the model's own file. `PipelineCodec` (pipeline_folder.py): the text
 encoder and VAE of a diffusers folder. `open_codec` picks by what lies beside the transformer.
 """
 
@@ -41,8 +41,10 @@ class Codec(Protocol):
         """1, ..., 0, both ends included: where a picture of so many tokens is sampled"""
         ...
 
-    def text(self, texts: list[str]) -> Inputs:
-        """All that the transformer reads of captions, by diffusers' names; a row each."""
+    def text(self, texts: list[str], references: torch.Tensor | None = None) -> Inputs:
+        """All that the transformer reads of captions, by diffusers' names; a row each. A codec whose captions are
+        instructions reads them with the pictures that they change, `references` [n, k, 3, height, width]; ValueError
+        without them, and of any other codec with them."""
         ...
 
     def latents(self, pictures: torch.Tensor) -> torch.Tensor: ...
@@ -98,9 +100,10 @@ class TableCodec:
         blocks = latents.movedim(1, -1) @ self.decode + self.mean
         return F.pixel_shuffle(blocks.movedim(-1, 1), self.pixels_per_latent).clamp(0, 1)
 
-    def text(self, texts: list[str]) -> Inputs:
+    def text(self, texts: list[str], references: torch.Tensor | None = None) -> Inputs:
         """Embeddings [n, tokens, width] with a mask [n, tokens] (True = real), or all of one length with their
         pooled form [n, width]. "" is one empty token."""
+        draws_from_text(references, "this model")
         rows = [self.tokenize(text) for text in texts]
         length = max(map(len, rows)) if self.position_embedding is None else len(self.position_embedding)
         ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
@@ -126,6 +129,12 @@ class TableCodec:
 
     def release(self) -> None:
         """Nothing to release: the tables are kilobytes."""
+
+
+def draws_from_text(references: torch.Tensor | None, where: object) -> None:
+    """Raises ValueError for references that nothing would read."""
+    if references is not None:
+        raise ValueError(f"{where} draws from text alone and changes no pictures; leave the references out")
 
 
 def open_codec(path: Path, device: str = "cpu") -> Codec:

@@ -28,7 +28,7 @@ from .config import (
     VariantsConfig,
 )
 from .config_files import EvaluateConfig, ExportConfig
-from .cost import CostModel
+from .cost import CostModel, Grid
 from .files import TensorFile, read_json
 from .machine import flops_a_second
 from .plan import Interval, PruningPlan
@@ -64,8 +64,9 @@ class Samples:
 
     count: int
     batch: int
-    grid: tuple[int, int, int]
+    grid: Grid
     text_tokens: int
+    references: tuple[Grid, ...] = ()
 
 
 def model_config(model: Path) -> tuple[str, Architecture, dict]:
@@ -118,10 +119,10 @@ class Sizes:
 
 
 @lru_cache(maxsize=16)
-def _sizes(model: Path, changed: int, grid: tuple[int, int, int], text_tokens: int) -> Sizes:
+def _sizes(model: Path, changed: int, grid: Grid, text_tokens: int, references: tuple[Grid, ...]) -> Sizes:
     """Counted on the meta device, a block of each kind; `changed`: when the model was, so that a new file counts anew."""
     _, architecture, config = model_config(model)
-    cost, kinds = CostModel(architecture, config, grid, text_tokens), {}
+    cost, kinds = CostModel(architecture, config, grid, text_tokens, references), {}
     blocks = [kinds.setdefault(_kind(architecture, config, i), i) for i in range(architecture.num_blocks(config))]
     return Sizes(
         architecture=architecture,
@@ -149,7 +150,7 @@ class _Count:
         self.samples = _samples(config, calibrate)
         model = Path(config.model)
         changed = model.stat().st_mtime_ns if model.exists() else 0
-        self.sizes = _sizes(model, changed, self.samples.grid, self.samples.text_tokens)
+        self.sizes = _sizes(model, changed, self.samples.grid, self.samples.text_tokens, self.samples.references)
         self.blocks = self.sizes.architecture.num_blocks(self.sizes.config)
         self.width = self.sizes.architecture.width(self.sizes.config)
         self.parameters, self.student, self.forward = self.sizes.parameters, self.sizes.student, self.sizes.forward
@@ -164,7 +165,8 @@ class _Count:
     @cached_property
     def state(self) -> int:
         """Both streams of one sample."""
-        return (math.prod(self.samples.grid) + self.samples.text_tokens) * self.width * self.size
+        tokens = sum(map(math.prod, (self.samples.grid, *self.samples.references))) + self.samples.text_tokens
+        return tokens * self.width * self.size
 
     @property
     def backward(self) -> int:
@@ -317,13 +319,16 @@ def _samples(config: Common, calibrate: CalibrateConfig | None) -> Samples:
     calibrate = config if isinstance(config, CalibrateConfig) else calibrate
     if calibrate is not None:
         grid = _grid(calibrate)
-        return Samples(count=calibrate.samples, batch=calibrate.batch, grid=grid, text_tokens=TEXT_TOKENS)
+        references = (grid,) if calibrate.references else ()  # one or more
+        text, batch = TEXT_TOKENS, calibrate.batch
+        return Samples(count=calibrate.samples, batch=batch, grid=grid, text_tokens=text, references=references)
     if not path.exists():
         return Samples(count=1, batch=1, grid=(1, 2, 2), text_tokens=1)
     file = TensorFile(path)
     shapes = [file.shape(name) for name in file.keys() if name.endswith(".encoder_hidden_states")]
-    grid = tuple(file.read("0.grid")[0].tolist())
-    return Samples(count=sum(s[0] for s in shapes), batch=shapes[0][0], grid=grid, text_tokens=shapes[0][1])
+    count, (batch, text_tokens, _) = sum(s[0] for s in shapes), shapes[0]
+    grid, *references = map(tuple, file.read("0.grid").tolist())
+    return Samples(count=count, batch=batch, grid=grid, text_tokens=text_tokens, references=tuple(references))
 
 
 def _grid(config: CalibrateConfig) -> tuple[int, int, int]:

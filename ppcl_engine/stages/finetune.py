@@ -128,8 +128,7 @@ def _figures(
     """Size and FLOPs of the model, and its damage on the last samples of the calibration."""
     batches = max(1, round(SAMPLES / calibration.samples * len(calibration)))
     inputs = calibration.all_inputs()[-batches:]
-    grid, text_tokens = tuple(inputs[0]["grid"][0].tolist()), inputs[0]["encoder_hidden_states"].shape[1]
-    cost = CostModel(teacher.architecture, teacher.config, grid, text_tokens)
+    cost = CostModel.at(teacher.architecture, teacher.config, inputs[0])
     layout, error, power = layout_of(plan, source), 0.0, 0.0
     for row in inputs:
         target = teacher_velocity(teacher, row).double()

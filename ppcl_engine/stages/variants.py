@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from ..architectures import Inputs
 from ..config import VariantsConfig
 from ..cost import CostModel
 from ..damage import Damage
@@ -23,7 +22,6 @@ from ..intervals import least_damage
 from ..plan import FULL, Interval, PruningPlan, Variant
 from ..progress import Progress
 from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
-from ..streaming import Teacher
 
 SHARES = {"large": 1 / 3, "medium": 2 / 3, "small": 1.0}
 STORED_BYTES = 2  # bfloat16
@@ -38,7 +36,7 @@ def variants(config: VariantsConfig) -> Path:
     inputs = calibration.all_inputs()[-batches:]
     with torch.no_grad():
         measured = Damage(teacher, RunStudents(run, teacher.config, teacher.architecture), plan, inputs)
-        cost = _cost_model(teacher, inputs[0])
+        cost = CostModel.at(teacher.architecture, teacher.config, inputs[0])
         plan = plan.with_parts(
             intervals=tuple(_interval(i, measured, cost) for i in Progress(plan.intervals, desc="variants"))
         )
@@ -46,11 +44,6 @@ def variants(config: VariantsConfig) -> Path:
         plan = plan.with_parts(variants=(*_named(config, plan, measured, cost), *tuned))
     write_text(run.plan, plan.to_json() + "\n")
     return run.plan
-
-
-def _cost_model(teacher: Teacher, inputs: Inputs) -> CostModel:
-    grid = tuple(inputs["grid"][0].tolist())
-    return CostModel(teacher.architecture, teacher.config, grid, inputs["encoder_hidden_states"].shape[1])
 
 
 def _interval(interval: Interval, measured: Damage, cost: CostModel) -> Interval:
