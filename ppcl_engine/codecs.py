@@ -36,15 +36,16 @@ class Codec(Protocol):
     pixels_per_latent: int
     rescales_guidance: bool
     """whether the guided velocity of every token keeps the norm of the caption's"""
+    edits: bool
+    """whether captions are instructions, read with the pictures that they change, the references"""
 
     def timesteps(self, steps: int, image_tokens: int) -> list[float]:
         """1, ..., 0, both ends included: where a picture of so many tokens is sampled"""
         ...
 
     def text(self, texts: list[str], references: torch.Tensor | None = None) -> Inputs:
-        """All that the transformer reads of captions, by diffusers' names; a row each. A codec whose captions are
-        instructions reads them with the pictures that they change, `references` [n, k, 3, height, width]; ValueError
-        without them, and of any other codec with them."""
+        """All that the transformer reads of captions, by diffusers' names; a row each. references: [n, k, 3, height,
+        width]; ValueError where they are missing, or not read."""
         ...
 
     def latents(self, pictures: torch.Tensor) -> torch.Tensor: ...
@@ -70,6 +71,7 @@ class TableCodec:
     position_embedding: torch.Tensor | None = None
     picture_size: tuple[int, int] = (48, 48)
     rescales_guidance: ClassVar[bool] = False
+    edits: ClassVar[bool] = False
 
     @property
     def latent_channels(self) -> int:
@@ -103,7 +105,7 @@ class TableCodec:
     def text(self, texts: list[str], references: torch.Tensor | None = None) -> Inputs:
         """Embeddings [n, tokens, width] with a mask [n, tokens] (True = real), or all of one length with their
         pooled form [n, width]. "" is one empty token."""
-        draws_from_text(references, "this model")
+        check_references(self.edits, references is not None, "this model")
         rows = [self.tokenize(text) for text in texts]
         length = max(map(len, rows)) if self.position_embedding is None else len(self.position_embedding)
         ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
@@ -131,9 +133,11 @@ class TableCodec:
         """Nothing to release: the tables are kilobytes."""
 
 
-def draws_from_text(references: torch.Tensor | None, where: object) -> None:
-    """Raises ValueError for references that nothing would read."""
-    if references is not None:
+def check_references(edits: bool, given: bool, where: object) -> None:
+    """Raises ValueError for an edit model without references, and for references that nothing would read."""
+    if edits and not given:
+        raise ValueError(f"{where} is an edit model, whose captions change pictures: name them with --references")
+    if given and not edits:
         raise ValueError(f"{where} draws from text alone and changes no pictures; leave the references out")
 
 

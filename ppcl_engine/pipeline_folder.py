@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .architectures import Inputs
-from .codecs import draws_from_text
+from .codecs import check_references
 from .files import TensorFile, read_json
 from .flow import euler_timesteps
 
@@ -33,6 +33,7 @@ class PipelineCodec:
     """
 
     rescales_guidance: ClassVar[bool] = False
+    edits: ClassVar[bool] = False
     text_parts: ClassVar[tuple[str, ...]]
     """folders of text encoders and tokenizers, in the order in which they are looked for"""
 
@@ -60,7 +61,7 @@ class PipelineCodec:
         return scheduler.sigmas.tolist()
 
     def text(self, texts: list[str], references: torch.Tensor | None = None) -> Inputs:
-        draws_from_text(references, self.folder)
+        check_references(self.edits, references is not None, self.folder)
         return self._text(texts)
 
     def _text(self, texts: list[str]) -> Inputs:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .architectures import Inputs
+from .codecs import check_references
 from .pipeline_folder import PipelineCodec, read_part, read_tokenizer
 
 TEXT_TOKENS = 512  # the limit of the pipeline's call; longer prompts are cut there too
@@ -78,16 +79,16 @@ class QwenImageCodec(PipelineCodec):
 class QwenImageEditCodec(QwenImageCodec):
     """Of `QwenImageEditPipeline`: the text encoder also sees the picture that an instruction changes."""
 
-    name = "QwenImageEditPipeline"
+    edits = True
     text_parts = (*QwenImageCodec.text_parts, "processor/preprocessor_config.json")
 
     def text(self, texts: list[str], references: torch.Tensor | None = None) -> Inputs:
         """`references` [n, k, 3, H, W] in [0, 1]. One text at a time, as the pipelines take them."""
-        if references is None:
-            raise ValueError(f"{self.folder} is of a {self.name}, which changes pictures: name them with --references")
+        check_references(self.edits, references is not None, self.folder)
         pipeline, rows = self._open_text_pipeline(), []
+        images = pipeline.image_processor
         for text, pictures in zip(texts, references, strict=True):
-            seen = self._seen(pipeline, pipeline.image_processor.pt_to_pil(pictures))
+            seen = self._seen(pipeline, images.numpy_to_pil(images.pt_to_numpy(pictures)))
             with torch.no_grad():
                 rows.append(pipeline.encode_prompt([text], seen, self.device)[0][0].float().cpu())
         return padded(rows)
@@ -95,7 +96,7 @@ class QwenImageEditCodec(QwenImageCodec):
     def _seen(self, pipeline, pictures: list):
         """What the pipeline's call shows its text encoder."""
         if len(pictures) > 1:
-            raise ValueError(f"{self.folder} is of a {self.name}, which reads one reference; {len(pictures)} are given")
+            raise ValueError(f"{self.folder} reads one reference with an instruction; {len(pictures)} are given")
         return pictures[0]
 
     def _pipeline_class(self) -> type:
@@ -112,8 +113,6 @@ class QwenImageEditCodec(QwenImageCodec):
 
 class QwenImageEditPlusCodec(QwenImageEditCodec):
     """Of `QwenImageEditPlusPipeline`: one reference or several, which its text encoder sees at a size of its own."""
-
-    name = "QwenImageEditPlusPipeline"
 
     def _seen(self, pipeline, pictures: list) -> list:
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus

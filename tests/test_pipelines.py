@@ -210,7 +210,7 @@ def cut_weights(copy):
     [
         (
             edit_class,
-            r"is of a SanaPipeline; known pipelines: QwenImagePipeline, FluxPipeline, StableDiffusion3Pipeline$",
+            r"is of a SanaPipeline; known pipelines: QwenImagePipeline, .*FluxPipeline, StableDiffusion3Pipeline$",
         ),
         (edit_scheduler, r"is of a UniPCMultistepScheduler; known schedulers: FlowMatchEulerDiscreteScheduler$"),
         (lambda copy: shutil.rmtree(copy / "scheduler"), r"has no scheduler/scheduler_config.json; download"),

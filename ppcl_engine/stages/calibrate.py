@@ -19,7 +19,7 @@ from .. import flow, sampling
 from ..architectures import Architecture, Inputs
 from ..bundle import assemble
 from ..checkpoint import Weights
-from ..codecs import Codec, open_codec
+from ..codecs import Codec, check_references, open_codec
 from ..config import CalibrateConfig
 from ..data import (
     CalibrationSet,
@@ -96,6 +96,7 @@ def spread_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
 def _from_images(config: CalibrateConfig, weights: Weights, parts: _Parts) -> list[Inputs]:
     """All captions first, then all pictures: the text encoder and the VAE are never in memory together."""
     codec = open_codec(config.model, resolve_device(config.device))
+    check_references(codec.edits, config.references is not None, config.model)
     size = sampling.picture_size(codec, config.height, config.width)
     rows = picture_files(config.images)
     behind = _references(config, [path for path, _ in rows])
