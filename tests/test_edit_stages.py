@@ -12,11 +12,11 @@ from ppcl_engine.__main__ import main
 from ppcl_engine.architectures import REFERENCES
 from ppcl_engine.bundle import open_model
 from ppcl_engine.chain import teacher_velocity
-from ppcl_engine.checkpoint import Weights
+from ppcl_engine.checkpoint import COMFYUI_PREFIX, Weights
 from ppcl_engine.config import FinetuneConfig, PolishConfig, ProbeConfig
 from ppcl_engine.cost import CostModel
 from ppcl_engine.data import load_calibration
-from ppcl_engine.files import TensorFile
+from ppcl_engine.files import TensorFile, write_tensors
 from ppcl_engine.losses import LOSSES
 from ppcl_engine.needs import needs
 from ppcl_engine.run import open_teacher
@@ -30,6 +30,7 @@ from .tiny_pipeline import build_tiny_pipeline
 NAMES = {"cat": 1, "dog": 2, "sea": 2, "sky": 1}  # pictures, and how many references each has
 SIZE = ("--height", 32, "--width", 48)
 TOKENS = 4 * 6
+MARK = "__index_timestep_zero__"
 DRAWING = ("--steps", 2, "--guidance", 2.0)
 BEHIND = ((1, 2, 2), (1, 3, 1))  # sizes of references, smaller than the picture
 
@@ -77,7 +78,7 @@ def run(folder, triples, tmp_path_factory):
     ppcl("detect", *common, "--remove", 2, "--longest", 3, "--bootstrap", 4)
     ppcl("distill-depth", *common, "--rounds", 1, "--updates", 2, "--warm-up", 1, "--correction", "none")
     ppcl("variants", *common, "--samples", 4)
-    for layout in ("bundle", "diffusers", "ppcl"):
+    for layout in ("bundle", "diffusers", "comfyui", "ppcl"):
         ppcl("export", *common, "--layout", layout, "--name", layout, "--store", "float32")
     return run
 
@@ -105,8 +106,18 @@ def test_exports_are_the_bundles_model(run, folder):
     with torch.no_grad():
         expected = architecture.call(bundle, inputs)
         assert expected.shape == (2, TOKENS, 16)
-        for path in (exports / "diffusers", exports / "ppcl.safetensors"):
+        for path in (exports / "diffusers", exports / "comfyui.safetensors", exports / "ppcl.safetensors"):
             assert torch.equal(architecture.call(open_model(path), inputs), expected)
+
+
+def test_a_comfyui_file_says_by_its_mark_that_references_are_as_at_t_0(run, tmp_path):
+    """No shape tells, and files that others made bring no configuration."""
+    exported = TensorFile(run / "exports" / "comfyui.safetensors")
+    for marked in (True, False):
+        tensors = {f"{COMFYUI_PREFIX}{n}": t for n, t in exported.read_all().items() if marked or n != MARK}
+        write_tensors(tmp_path / "other.safetensors", tensors)
+        weights = Weights(tmp_path / "other.safetensors")
+        assert weights.num_blocks == 4 and weights.config.get("zero_cond_t", False) == marked
 
 
 def test_evaluate_and_generate(run, folder, triples, tmp_path):

@@ -34,6 +34,7 @@ class QwenImage(PackedLatents):
     caption_inputs = ("encoder_hidden_states", "encoder_hidden_states_mask")
     timestep_modulations = ("img_mod.1", "txt_mod.1")
     time_embedder = "time_text_embed"
+    comfyui_marks = {"__index_timestep_zero__": "zero_cond_t"}
     model_configs = {
         "qwen_image": {
             "patch_size": 2,
