@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from diffusers import SD3Transformer2DModel
 
 from ppcl_engine.__main__ import main
 from ppcl_engine.bundle import open_model
-from ppcl_engine.checkpoint import COMFYUI_PREFIX, Weights
+from ppcl_engine.checkpoint import COMFYUI_PREFIX, STRUCTURE_TENSOR, Weights
 from ppcl_engine.config import (
     DetectConfig,
     DetectWidthConfig,
@@ -170,6 +171,17 @@ def test_depth_alone_is_diffusers_model_with_blocks_removed(depth, teacher_file,
     assert torch.equal(architecture.call(open_model(single), inputs), expected)
     bundle = export(ExportConfig(**{**common, "layout": "bundle"}))
     assert torch.equal(architecture.call(open_model(bundle, "0-1,2-4", teacher_file), inputs), expected)
+
+
+def test_a_variants_bytes_are_its_files(run, teacher_file, model):
+    """Of bf16 tensors, with the table of positions, which is no parameter."""
+    options = {"model": teacher_file, "run": run.folder, "store": "bfloat16"}
+    table = model.pos_embed.pos_embed.numel()
+    for name in ("small", "smallest", "tuned"):
+        file = TensorFile(export(ExportConfig(**options, layout="ppcl", variant=name, name=f"bytes-{name}")))
+        stored = sum(math.prod(file.shape(n)) for n in file.keys() if n != STRUCTURE_TENSOR)
+        variant = run.load_plan().variant(name)
+        assert variant.bytes == 2 * stored == 2 * (variant.parameters + table), name
 
 
 def test_a_controlnets_residuals_reach_a_pruned_model(depth, teacher_file, architecture, padded_inputs):

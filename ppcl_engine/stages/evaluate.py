@@ -35,7 +35,6 @@ from ..streaming import block_loader
 SHOWN = 12
 TIMESTEP_PARTS = 8
 REPEATS = 15
-STORED_BYTES = 2  # bfloat16
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -126,7 +125,7 @@ class _Judge:
         return {
             "name": variant.name,
             "parameters": cost.parameters,
-            "bytes": cost.parameters * STORED_BYTES,
+            "bytes": cost.bytes,
             "flops": cost.flops,
             "seconds_per_step": ours["seconds"],
             "peak_memory_bytes": ours["peak"],
