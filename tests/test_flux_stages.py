@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,6 @@ from diffusers import FluxTransformer2DModel
 
 from ppcl_engine.__main__ import main
 from ppcl_engine.bundle import open_model
-from ppcl_engine.checkpoint import Weights
 from ppcl_engine.config import (
     DetectConfig,
     DetectWidthConfig,
@@ -21,10 +19,10 @@ from ppcl_engine.config import (
     VariantsConfig,
 )
 from ppcl_engine.config_files import ExportConfig
-from ppcl_engine.files import TensorFile, read_json, write_tensors, write_text
+from ppcl_engine.files import TensorFile, read_json, write_text
 from ppcl_engine.layout import layout_of
 from ppcl_engine.lora import coverage
-from ppcl_engine.plan import parse_intervals, plan_from_json
+from ppcl_engine.plan import parse_intervals
 from ppcl_engine.run import Run
 from ppcl_engine.stages.detect import detect
 from ppcl_engine.stages.detect_width import detect_width
@@ -174,10 +172,6 @@ def test_a_lora_report_counts_both_kinds_of_blocks(run, architecture):
 
 
 BAD = {
-    "interval": (
-        {"intervals": parse_intervals("3-4"), "variants": ()},
-        "interval 3-4 holds blocks of two kinds (0-3, 4-7)",
-    ),
     "text of a single block": ("text:6", "width site text:6: block 6 has no such part, but ffn_joint"),
     "joint of a double block": ("ffn_joint:1", "ffn_joint:1: block 1 has no such part, but text, ffn_image, ffn_text"),
 }
@@ -185,31 +179,9 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_what_does_not_fit_its_blocks_is_one_line(depth, teacher_file, tmp_path, capsys, name):
-    changes, message = BAD[name]
-    run, options = copied(depth, tmp_path / "run"), []
-    if isinstance(changes, str):
-        options = ["--sites", changes]
-    else:
-        write_text(run.plan, replace(run.load_plan(), **changes).to_json())
-    arguments = ["--model", teacher_file, "--run", run.folder, "--device", "cpu", *options]
+    sites, message = BAD[name]
+    run = copied(depth, tmp_path / "run")
+    arguments = ["--model", teacher_file, "--run", run.folder, "--device", "cpu", "--sites", sites]
     assert main(["distill-width", *map(str, arguments)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0]
-
-
-def test_a_plan_of_another_architecture_is_refused(run, tmp_path, capsys, teacher_file):
-    plan = json.loads(run.plan.read_text())
-    assert plan_from_json(json.dumps(plan)).architecture == "flux1"
-    weights = Weights(teacher_file)
-    with pytest.raises(ValueError, match="base.safetensors is qwen_image, the plan is for flux1; choose its base"):
-        run.load_plan().check_teacher("qwen_image", weights.fingerprint, "base.safetensors")
-
-
-def test_a_file_with_a_gap_in_its_blocks_is_one_line(tmp_path, model, save_model, teacher_file, capsys):
-    """Blocks left out without renumbering, in either list."""
-    for dropped in ("transformer_blocks.1.", "single_transformer_blocks.2."):
-        state = {n: t for n, t in model.state_dict().items() if not n.startswith(dropped)}
-        write_tensors(tmp_path / "gap.safetensors", state, {})
-        assert main(["inspect", "--path", str(tmp_path / "gap.safetensors")]) == 2
-        line = capsys.readouterr().err.splitlines()
-        assert len(line) == 1 and f"lacks 1 of 8 blocks, first {dropped.rstrip('.')}: " in line[0]
