@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from ppcl_engine.data import CLEAN, CalibrationSet, save_calibration
 from ppcl_engine.files import write_tensors
 from ppcl_engine.flow import noised
 from ppcl_engine.run import Run
+
+from .tiny_models import tiny_model
 
 torch.set_num_threads(1)
 
@@ -36,19 +39,7 @@ def architecture(request):
 @pytest.fixture(scope="session")
 def make_model(architecture):
     """diffusers' own class at the tiny size, with weights so large that every block matters."""
-    import diffusers
-
-    def make(seed: int = 0, **changes) -> torch.nn.Module:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed)
-            model = getattr(diffusers, architecture.diffusers_class)(**{**architecture.tiny_config, **changes}).eval()
-            for parameter in model.parameters():
-                matrix = parameter.ndim == 2
-                noise = torch.randn_like(parameter)
-                parameter.copy_(noise / parameter.shape[1] ** 0.5 if matrix else parameter + 0.1 * noise)
-        return model.requires_grad_(False)
-
-    return make
+    return partial(tiny_model, architecture)
 
 
 @pytest.fixture(scope="session")

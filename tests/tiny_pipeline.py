@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from .tiny_models import enlarge
+
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 32
 SHARD_SIZE = "1MB"  # the transformer is about 4 MB, so it is cut into several files
@@ -69,7 +71,7 @@ def build_tiny_pipeline(folder: Path, seed: int = 0, words: Sequence[str] = TEMP
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         transformer = QwenImageTransformer2DModel(**{**TRANSFORMER_CONFIG, **changes})
-        _enlarge(transformer)
+        enlarge(transformer)
         transformer.save_pretrained(folder / "transformer", max_shard_size=SHARD_SIZE)
         AutoencoderKLQwenImage(**VAE_CONFIG).save_pretrained(folder / "vae")
         _text_encoder(vocabulary(words)).save_pretrained(folder / "text_encoder")
@@ -93,14 +95,6 @@ def vocabulary(words: Sequence[str]) -> dict[str, int]:
     grown = [first + last for first, last in merges(words)]
     tokens = dict.fromkeys([*letters, *grown, *SPECIAL_TOKENS])
     return {token: index for index, token in enumerate(tokens)}
-
-
-def _enlarge(model: torch.nn.Module) -> None:
-    """Weights so large that every block matters, as in a trained model."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.copy_(noise / parameter.shape[1] ** 0.5 if parameter.ndim == 2 else parameter + 0.1 * noise)
 
 
 def _write_tokenizer(folder: Path, words: Sequence[str]) -> None:
