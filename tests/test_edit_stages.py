@@ -13,16 +13,22 @@ from ppcl_engine.architectures import REFERENCES
 from ppcl_engine.bundle import open_model
 from ppcl_engine.chain import teacher_velocity
 from ppcl_engine.checkpoint import COMFYUI_PREFIX, Weights
-from ppcl_engine.config import FinetuneConfig, PolishConfig, ProbeConfig
+from ppcl_engine.config import DetectWidthConfig, DistillWidthConfig, FinetuneConfig, PolishConfig, ProbeConfig
 from ppcl_engine.cost import CostModel
 from ppcl_engine.data import load_calibration
 from ppcl_engine.files import TensorFile, write_tensors
+from ppcl_engine.jobs.preview import Painter
+from ppcl_engine.layout import Place
 from ppcl_engine.losses import LOSSES
 from ppcl_engine.needs import needs
-from ppcl_engine.run import open_teacher
+from ppcl_engine.run import Run, RunStudents, open_teacher
+from ppcl_engine.stages.detect_width import detect_width
 from ppcl_engine.stages.distill_depth import interval_loss
+from ppcl_engine.stages.distill_width import distill_width
 from ppcl_engine.stages.finetune import finetune
 from ppcl_engine.stages.polish import polish
+from ppcl_engine.streaming import StateStore
+from ppcl_engine.width import Fit, ridge_solutions
 
 from .tiny_edit_pipeline import build_tiny_edit_pipeline
 from .tiny_pipeline import build_tiny_pipeline
@@ -178,6 +184,30 @@ def test_the_velocity_is_of_the_picture_alone(
     assert {v.name for v in run.load_plan().variants} >= {"small", "small_tuned"}
     teacher = open_teacher(ProbeConfig(**common))
     assert teacher_velocity(teacher, padded_inputs(references=BEHIND)).shape == (6, 6, 16)
+
+
+def test_width_on_states_with_references(make_run, calibration_of, run_stages, teacher_file, tmp_path):
+    """Fits count the 6 tokens of the picture, of the 13 that there are."""
+    folder = make_run(tmp_path / "run", teacher_file, calibration_of(teacher_file, batches=2, references=BEHIND))
+    common = {"model": teacher_file, "run": folder, "device": "cpu", "target_tokens_only": True}
+    run = Run(folder)
+    teacher = open_teacher(ProbeConfig(**common))
+    fit = Fit(place=Place(index=2), kind="ffn_image")
+    inputs = load_calibration(run.calibration).all_inputs()
+    with torch.no_grad():
+        solutions = ridge_solutions(
+            teacher, RunStudents(run, teacher.config, teacher.architecture), inputs, [fit], StateStore(None), 1.0
+        )
+    assert solutions[fit]["map"].rows == 2 * 6 * 6
+    run_stages(teacher_file, folder, "probe", "detect", "distill_depth", target_tokens_only=True)
+    detect_width(DetectWidthConfig(**common, share=0.6, samples=6, kinds="ffn_image"))
+    distill_width(DistillWidthConfig(**common, rounds=1, updates=2, warm_up=1))
+    assert run.load_plan().sites and len(list(run.projections.iterdir())) >= len(run.load_plan().sites)
+
+
+def test_a_jobs_pictures_are_drawn_from_the_references(run, folder):
+    painter = Painter(ProbeConfig(model=folder, run=run, device="cpu"), lambda: False)
+    assert painter.teacher.shape == (2, 3, 32, 48)
 
 
 def test_references_cost_what_their_tokens_do(

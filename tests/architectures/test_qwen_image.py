@@ -143,6 +143,11 @@ def test_pack_is_diffusers_and_unpack_its_inverse(architecture):
     assert torch.equal(architecture.unpack(reference, torch.cat([grid, torch.tensor([[1, 2, 3]])])), latents)
 
 
+def test_odd_sides_are_no_whole_number_of_tokens(architecture):
+    with pytest.raises(ValueError, match="^latents of 6 x 7 are no whole number of 2 x 2 tokens; resize the picture$"):
+        architecture.pack(torch.randn(1, 4, 6, 7))
+
+
 def test_the_last_text_is_not_used(architecture):
     used = [architecture.used_streams(architecture.tiny_config, index) for index in range(6)]
     assert used == [("image", "text")] * 5 + [("image",)]
