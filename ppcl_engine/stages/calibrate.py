@@ -140,10 +140,12 @@ def _references(config: CalibrateConfig, pictures: list[Path]) -> list[list[Path
 
 
 def _alike(config: CalibrateConfig, behind: list[list[Path]]) -> tuple[torch.Tensor, ...]:
-    """Samples batch by batch, in each as many references."""
+    """Samples batch by batch, in each as many references; batches of every number are spread evenly, since later stages
+    hold out the last ones."""
     counts = torch.tensor([len(behind[i % len(behind)]) if behind else 0 for i in range(config.samples)])
-    groups = [torch.nonzero(counts == count)[:, 0] for count in counts.unique()]
-    return tuple(chunk for group in groups for chunk in group.split(config.batch))
+    groups = [torch.nonzero(counts == count)[:, 0].split(config.batch) for count in counts.unique()]
+    placed = [((place + 0.5) / len(group), chunk) for group in groups for place, chunk in enumerate(group)]
+    return tuple(chunk for _, chunk in sorted(placed, key=lambda pair: pair[0]))
 
 
 def _with_references(architecture: Architecture, codec: Codec, batch: Inputs, pictures: torch.Tensor) -> Inputs:
