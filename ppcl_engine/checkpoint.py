@@ -38,8 +38,8 @@ class Weights:
         self.architecture: Architecture = detect_architecture(stored, self.path)
         self._tensors = _parts_of(self.architecture, stored)
         self._scales = {key: place for key, place in stored.items() if key.endswith(SCALE_SUFFIXES)}
-        marked = {entry: True for mark, entry in self.architecture.comfyui_marks.items() if mark in stored}
-        self.config: dict = config or {**self.architecture.infer_config(self.shape, self._tensors), **marked}
+        marks = [name for name in self.architecture.marks if name in stored]
+        self.config: dict = config or self.architecture.infer_config(self.shape, [*self._tensors, *marks])
         self._check_config()
         self._check_keys()
 
@@ -123,7 +123,7 @@ def _parts_of(
     architecture: Architecture, stored: dict[str, tuple[TensorFile | PickledFile, str]]
 ) -> dict[str, tuple[TensorFile | PickledFile, str, Part]]:
     """diffusers' name -> file, name in it, which of its rows."""
-    marks = ("scaled_fp8", STRUCTURE_TENSOR, *architecture.comfyui_marks)
+    marks = ("scaled_fp8", STRUCTURE_TENSOR, *architecture.marks)
     names = [name for name in stored if not name.endswith(IGNORED_SUFFIXES) and name not in marks]
     keys = {key: name for name in names for key in architecture.from_comfyui(name)}
     return {

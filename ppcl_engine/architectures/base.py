@@ -114,8 +114,9 @@ class Architecture(Protocol):
     can be folded"""
     time_embedder: str
     """the outer module that makes the conditioning"""
-    comfyui_marks: dict[str, str]
-    """empty tensors of ComfyUI's layout that say what no shape does -> the entry of the configuration that they turn on"""
+    marks: dict[str, str]
+    """empty tensors that hosts put into their single files to say what shapes do not -> the entry of the configuration
+    that each turns on"""
     model_configs: dict[str, dict]
     """full-size models by name; the first is the default"""
     projection_names: dict[str, dict[str, str]]

@@ -56,7 +56,7 @@ def export(config: ExportConfig) -> Path:
     if config.layout == "comfyui":
         path = folder / f"{config.name}.safetensors"
         metadata["config"] = json.dumps(stock_config)
-        marks = [m for m, entry in weights.architecture.comfyui_marks.items() if stock_config.get(entry)]
+        marks = [m for m, entry in weights.architecture.marks.items() if stock_config.get(entry)]
         empty = {mark: torch.empty(0) for mark in marks}
         write_sources(path, comfyui_sources(weights.architecture, tensors), dtype, metadata, empty)
         return path
