@@ -179,7 +179,7 @@ def train(recipe: Recipe, output: Path, compiled: bool, device: str) -> None:
             losses = []
         if step % recipe.save_every == 0 or step == recipe.steps:
             save_progress(resume, recipe, step, model, optimizer, average)
-            save_teacher(kind, output, recipe, step, average, codec)
+            save_teacher(kind, output, recipe, step, {**model.state_dict(), **average}, codec)
     write_json(output.with_suffix(".json"), {"recipe": asdict(recipe), "seconds": time.monotonic() - start})
 
 
@@ -212,9 +212,11 @@ def load_progress(path: Path, recipe: Recipe, model, optimizer, average) -> int:
     return step
 
 
-def save_teacher(kind: Kind, path: Path, recipe: Recipe, step: int, average, codec: TableCodec) -> None:
-    """As a ComfyUI checkpoint, so that stock hosts read it too."""
-    sources = {name: Source(tuple(t.shape), lambda t=t: t) for name, t in average.items()}
+def save_teacher(
+    kind: Kind, path: Path, recipe: Recipe, step: int, state: dict[str, torch.Tensor], codec: TableCodec
+) -> None:
+    """As a ComfyUI checkpoint, so that stock hosts read it too. state: with the tables that no training moves."""
+    sources = {name: Source(tuple(t.shape), lambda t=t: t) for name, t in state.items()}
     named = {name: source.read() for name, source in comfyui_sources(kind.architecture, sources).items()}
     tensors = {f"{COMFYUI_PREFIX}{name}": t.to("cpu", torch.bfloat16) for name, t in named.items()}
     metadata = {
