@@ -10,8 +10,9 @@ import torch
 
 from ..ppcl_engine.architectures.folded import FORMS, Folding
 from ..ppcl_engine.checkpoint import SCALE_SUFFIXES
-from ..ppcl_engine.folding import mark_of
+from ..ppcl_engine.folding import MARKED, mark_of
 from ..ppcl_engine.folding_files import modulation_names
+from .float8 import SCALE_SUFFIX, SCALED, float8_of, in_float8
 from .host.structure import QWEN
 
 OFF = "off"
@@ -21,10 +22,12 @@ FOLDS = (OFF, *FORMS)
 @dataclass(frozen=True, eq=False)
 class Modulations:
     """stored: a module's name in the file -> its tensors' names in it ("weight", "bias", a scale) -> where each is;
-    embedder: the time embedder's, by their whole names."""
+    embedder: the time embedder's, by their whole names. float8: what a scaled base keeps matrices in, and the unfolded
+    model those of its students too."""
 
     stored: dict[str, dict[str, object]]
     embedder: dict[str, object]
+    float8: torch.dtype | None = None
 
     @property
     def shapes(self) -> list[tuple]:
@@ -32,11 +35,18 @@ class Modulations:
         return sorted((name, tuple(leaves["weight"].shape)) for name, leaves in self.stored.items())
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
+        """As the unfolded model has them."""
+        tensors, scale = self._as_stored(name), SCALE_SUFFIX.removeprefix(".")
+        if self.float8 is not None and scale not in tensors:
+            tensors["weight"], tensors[scale] = in_float8(tensors["weight"], self.float8)
+        return tensors
+
+    def _as_stored(self, name: str) -> dict[str, torch.Tensor]:
         return {leaf: place.read() for leaf, place in self.stored[name].items()}
 
     def values(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias, a scale applied."""
-        tensors = self.read(name)
+        tensors = self._as_stored(name)
         weight = tensors["weight"]
         for suffix in SCALE_SUFFIXES:
             if (scale := tensors.get(suffix.removeprefix("."))) is not None:
@@ -53,9 +63,9 @@ class Modulations:
     @cached_property
     def mark(self) -> str:
         """As the engine's of a whole file."""
-        weights = {name: leaves["weight"] for name, leaves in self.stored.items()}
-        weights |= {n.removesuffix(".weight"): place for n, place in self.embedder.items() if n.endswith(".weight")}
-        return mark_of(weights, lambda name, rows: replace(weights[name], rows=rows).read())
+        places = {name + leaf: leaves[leaf[1:]] for name, leaves in self.stored.items() for leaf in MARKED}
+        places |= {name: place for name, place in self.embedder.items() if name.endswith(MARKED)}
+        return mark_of(places, lambda name, rows: replace(places[name], rows=rows or places[name].rows).read())
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,10 @@ def split(wanted: dict[str, object]) -> tuple[dict[str, object], Modulations]:
     """(everything else, the modulations) of tensors by name. Raises ValueError for a model that has none."""
     names = modulation_names(wanted, QWEN)
     if not names:
-        raise ValueError("this model has no modulations to fold; set fold to off")
+        raise ValueError(
+            "this model has no modulations that read the timestep alone (FLUX's read guidance and pooled text too, SD3.5's "
+            "pooled text); set fold to off"
+        )
     stored: dict[str, dict[str, object]] = {name: {} for name in names}
     rest = {}
     for name, place in wanted.items():
@@ -87,4 +100,4 @@ def split(wanted: dict[str, object]) -> tuple[dict[str, object], Modulations]:
         else:
             rest[name] = place
     embedder = {name: place for name, place in wanted.items() if name.startswith(f"{QWEN.time_embedder}.")}
-    return rest, Modulations(stored, embedder)
+    return rest, Modulations(stored, embedder, float8_of(wanted[SCALED].read()) if SCALED in wanted else None)

@@ -27,13 +27,12 @@ from ..ppcl_engine.layout import Layout, Place, layout_of
 from ..ppcl_engine.plan import PruningPlan, Variant, parse_intervals, plan_from_json
 from ..ppcl_engine.released import teacher_indices
 from ..ppcl_engine.standalone import structure_of
+from .float8 import FLOAT8, SCALE_SUFFIX, SCALED, float8_of, in_float8
 from .host.structure import BLOCK, HINTS_TENSOR, QWEN, as_tensor, block_numbers, checked_plan, is_surrounding, text_of
 from .modulations import FOLDS, OFF, Fold, MakeFold, Modulations, split
 
 SMALLEST, AUTO, AS_NUMBERED, BY_INTERVALS = "smallest", "auto", "as numbered", "by intervals"
 PRESETS = (AUTO, AS_NUMBERED, *QWEN.released.intervals, BY_INTERVALS)
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALED, SCALE_SUFFIX = "scaled_fp8", ".scale_weight"
 
 OpenBase = Callable[[Path], dict[str, tuple[object, str]]]
 """path -> name of each tensor -> (open file, name in it), as `open_layout` gives them"""
@@ -189,14 +188,13 @@ def check_folded_alike(plan: PruningPlan, base: dict[str, Stored], request: Requ
 def _with_scales(tensors: dict[str, torch.Tensor], exact: set[str]) -> dict[str, torch.Tensor]:
     """Matrices of blocks without a scale (students, projections), as the base keeps its own: fp8 and a scale each.
     `exact`: folded maps, which stay as they are."""
-    dtype = tensors[SCALED].dtype if tensors[SCALED].dtype in FLOAT8 else FLOAT8[0]
+    dtype = float8_of(tensors[SCALED])
     found = {}
     for name, tensor in tensors.items():
         scale_name = name.removesuffix(".weight") + SCALE_SUFFIX
         plain = BLOCK.match(name) and name.endswith(".weight") and tensor.ndim == 2 and name not in exact
         if plain and scale_name not in tensors:
-            scale = (tensor.float().abs().max() / torch.finfo(dtype).max).clamp_min(torch.finfo(torch.float32).tiny)
-            found |= {name: (tensor.float() / scale).to(dtype), scale_name: scale}
+            found[name], found[scale_name] = in_float8(tensor, dtype)
     return found
 
 

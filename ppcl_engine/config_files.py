@@ -86,8 +86,8 @@ class FoldConfig:
     samples: str = "1 2"
     """table: for how many samples at once its values are the model's own to the last bit; for others they differ by a
     kernel's rounding."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """table: precision that the model will run in."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """table: precision that the model will run in (auto, on the command line: bfloat16 on a GPU, else float32)."""
     host: Literal["diffusers", "comfyui"] = "diffusers"
     """table: who will run it. diffusers rounds timesteps to the model's precision, ComfyUI does not."""
     device: str = "auto"
@@ -150,6 +150,8 @@ class EvaluateConfig(Common):
     """Pictures drawn a variant."""
     prompts: Path | None = None
     """Captions to draw, one a line; by default the calibration's own task where it has one."""
+    references: Path | None = None
+    """In their place, for an edit model: folder of pictures to change, each with a .txt instruction of the same name."""
     steps: int = 20
     """Sampling steps."""
     guidance: float = 2.0
@@ -174,6 +176,8 @@ class GenerateConfig:
     """What to draw; several captions are separated by '|'."""
     base: Path | None = None
     """The base model of a bundle; also where text encoder and VAE come from."""
+    references: str = ""
+    """Of an edit model: the pictures that every caption changes; several paths are separated by '|'."""
     variant: str | None = None
     """Variant of a bundle."""
     output: Path = Path("runs/generate.png")

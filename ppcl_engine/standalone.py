@@ -71,6 +71,11 @@ def structure_of(plan: PruningPlan, variant: Variant) -> PruningPlan:
     return replace(plan, intervals=kept, sites=tuple(replace(s, fitted=()) for s in sites), variants=())
 
 
+def marks_of(architecture: Architecture, config: dict) -> dict[str, torch.Tensor]:
+    """Empty tensors by which ComfyUI knows models of this configuration that shapes do not tell apart."""
+    return {mark: torch.empty(0) for mark, entry in architecture.marks.items() if config.get(entry)}
+
+
 def comfyui_sources(architecture: Architecture, sources: dict[str, Source]) -> dict[str, Source]:
     """The same tensors by ComfyUI's names, some of which hold several of diffusers'."""
     tensors: dict[str, dict[int, tuple[Source, int, int]]] = {}

@@ -87,7 +87,9 @@ def is_pruned(tensors: FileTensors) -> bool:
 def sizes_of(tensors: FileTensors) -> dict:
     """Arguments of the host's class: from our own plan or hints where they are there, else from shapes alone."""
     known = _read_json(tensors, HINTS_TENSOR).get("config") or _read_json(tensors, STRUCTURE_TENSOR).get("config")
-    found = QWEN.infer_config(lambda key: tuple(tensors[key].shape), tensors)
+    found = QWEN.infer_config(
+        lambda key: tuple(tensors[key].shape), [name for name in tensors if name not in QWEN.marks]
+    )
     axes = (known or {}).get("axes_dims_rope", found["axes_dims_rope"])
     if not isinstance(axes, list) or sum(axes) != found["attention_head_dim"]:
         raise ValueError(

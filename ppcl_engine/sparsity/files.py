@@ -14,7 +14,7 @@ from ..files import TensorEntry, write_tensor_stream
 from ..layout import layout_of
 from ..progress import Progress
 from ..quantization import TwoParts
-from ..standalone import GUARD_SHAPE, STRUCTURE_KEY, Source, comfyui_sources, guard_name, structure_of
+from ..standalone import GUARD_SHAPE, STRUCTURE_KEY, Source, comfyui_sources, guard_name, marks_of, structure_of
 from .compressed import INDICES, VALUES, compress, compressed_shapes
 from .source import SparsitySource
 
@@ -68,6 +68,7 @@ def write_sparse(
         tensors = comfyui_sources(original.architecture, tensors)
         compressed = set(tensors) - dense
         metadata["config"] = json.dumps(original.config)
+        extra |= marks_of(original.architecture, original.config)
     else:
         structure = structure_of(original.plan, original.variant).to_json()
         extra[STRUCTURE_TENSOR] = torch.tensor(list(structure.encode()), dtype=torch.uint8)

@@ -28,7 +28,7 @@ from ..layout import Place, layout_of
 from ..plan import PruningPlan, Variant
 from ..quantization import FP8, FP8_MARK
 from ..run import DTYPES, Run, RunStudents, open_plan
-from ..standalone import Source, check_file_name, comfyui_sources, write_sources, write_standalone
+from ..standalone import Source, check_file_name, comfyui_sources, marks_of, write_sources, write_standalone
 from ..surgery import empty_block
 
 SOURCE_PLAN_KEY = "ppcl_source_plan"
@@ -62,8 +62,9 @@ def export(config: ExportConfig) -> Path:
     if config.layout == "comfyui":
         path = folder / f"{config.name}.safetensors"
         metadata["config"] = json.dumps(stock_config)
-        mark = {FP8_MARK: torch.zeros(2, dtype=FP8)} if scaled else {}  # of two: weights alone, products in more bits
-        write_sources(path, comfyui_sources(weights.architecture, tensors), dtype, metadata, mark, scaled)
+        extra = marks_of(weights.architecture, stock_config)
+        extra |= {FP8_MARK: torch.zeros(2, dtype=FP8)} if scaled else {}  # of two: weights alone, products in more bits
+        write_sources(path, comfyui_sources(weights.architecture, tensors), dtype, metadata, extra, scaled)
         return path
     path = folder / config.name
     write_sources(path / "diffusion_pytorch_model.safetensors", tensors, dtype, metadata)
