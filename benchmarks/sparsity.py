@@ -248,6 +248,8 @@ def run(chosen) -> dict:
     wanted = rows((0.5,) if chosen.quick else SPARSITIES) + variant_rows(context.teacher)
     if chosen.only:
         wanted = [row for row in wanted if row.table in chosen.only.split(",")]
+    if chosen.rows:
+        wanted = [row for row in wanted if row.name in chosen.rows.split(";")]
     done = {}
     for row in wanted:
         done[row.table, row.name] = values = measure(context, row)
@@ -288,6 +290,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--teacher", type=Path, help="default: the bundled one; of a quick run a tiny random one")
     parser.add_argument("--work", type=Path, help="where rows that are done are kept (default runs/sparsity)")
     parser.add_argument("--only", default="", help="tables, as '50 %%,2:4,variants'")
+    parser.add_argument("--rows", default="", help="rows of these, as 'wanda row;energy cluster'")
     parser.add_argument("--captions", type=int, default=0, help=f"captions drawn a row (default {CAPTIONS})")
     chosen = report.parse(parser, arguments)
     chosen.work = chosen.work or Path("runs/sparsity_quick" if chosen.quick else "runs/sparsity")

@@ -18,6 +18,7 @@ from torch import nn
 from ...ppcl_engine.architectures.folded import Folding
 from ...ppcl_engine.layout import Place
 from ...ppcl_engine.plan import Interval
+from ...ppcl_engine.sparsity.compressed import decompressed
 from ...ppcl_engine.surgery import PassThrough, add_correction, interval_streams
 from . import folded
 from .adapters import half_of
@@ -41,7 +42,7 @@ class PPCLQwenImage(comfy.supported_models.QwenImage):
         return not any(name.startswith("controlnet_") for name in tensors) and is_pruned(tensors)
 
     def get_model(self, state_dict, prefix="", device=None):
-        tensors = transformer_of(state_dict)
+        tensors = decompressed(transformer_of(state_dict), shapes_only=True)
         structure = self.structure = structure_of(tensors)
         self.unet_config |= {**sizes_of(tensors), "num_layers": structure.layout.num_blocks}
         named, texts = structure.renamed(tensors), Texts()
@@ -57,7 +58,7 @@ class PPCLQwenImage(comfy.supported_models.QwenImage):
         return model
 
     def process_unet_state_dict(self, state_dict):
-        return self.structure.renamed(state_dict)
+        return self.structure.renamed(decompressed(state_dict))
 
 
 def register() -> None:

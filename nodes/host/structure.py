@@ -20,6 +20,7 @@ from ...ppcl_engine.folding_files import modulation_names
 from ...ppcl_engine.layout import Layout, Place, full_layout, layout_of
 from ...ppcl_engine.plan import PruningPlan, plan_from_json
 from ...ppcl_engine.released import published_intervals, released_layout, teacher_indices
+from ...ppcl_engine.sparsity.compressed import is_compressed
 from ...ppcl_engine.standalone import GUARD_SHAPE
 
 HINTS_TENSOR = "ppcl_hints"
@@ -79,7 +80,9 @@ def as_tensor(value: dict | str) -> torch.Tensor:
 def is_pruned(tensors: FileTensors) -> bool:
     """Whether a Qwen-Image file is one that the host cannot load by itself."""
     released = tuple(f".{key}.weight" for key in QWEN.released.projections)
-    if STRUCTURE_TENSOR in tensors or HINTS_TENSOR in tensors or any(name.endswith(released) for name in tensors):
+    if STRUCTURE_TENSOR in tensors or HINTS_TENSOR in tensors or is_compressed(tensors):
+        return True
+    if any(name.endswith(released) for name in tensors):
         return True
     return tensors["img_in.weight"].shape[0] != HOST_WIDTH
 

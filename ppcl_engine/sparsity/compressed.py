@@ -6,6 +6,8 @@ up], uint8: two bits an index, four of them a byte, the first in the lowest bits
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 import torch
 
 VALUES, INDICES = ".values_2_4", ".indices_2_4"
@@ -25,7 +27,7 @@ def compress(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def decompress(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     rows, kept = values.shape
     order = _unpacked(indices, kept).reshape(rows, kept // 2, 2)
-    dense = torch.zeros(rows, kept // 2, 4, dtype=_movable(values.dtype))
+    dense = torch.zeros(rows, kept // 2, 4, dtype=_movable(values.dtype), device=values.device)
     return dense.scatter_(-1, order, values.view(dense.dtype).reshape(rows, -1, 2)).view(values.dtype).flatten(1)
 
 
@@ -41,8 +43,27 @@ def _packed(indices: torch.Tensor) -> torch.Tensor:
 
 
 def _unpacked(packed: torch.Tensor, count: int) -> torch.Tensor:
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
     return (packed[..., None] >> shifts & 3).flatten(1)[:, :count].long()
+
+
+def is_compressed(tensors: Iterable[str]) -> bool:
+    return any(name.endswith(VALUES) for name in tensors)
+
+
+def decompressed(tensors: Mapping[str, torch.Tensor], shapes_only: bool = False) -> Mapping[str, torch.Tensor]:
+    """What another reader left compressed in memory, as dense matrices (of shapes_only: on the meta device); all else as
+    it is."""
+    if not is_compressed(tensors):
+        return tensors
+    found = {name: tensor for name, tensor in tensors.items() if not name.endswith((VALUES, INDICES))}
+    for name in [name.removesuffix(VALUES) for name in tensors if name.endswith(VALUES)]:
+        values = tensors[name + VALUES]
+        if shapes_only:
+            found[name] = values.new_empty(len(values), 2 * values.shape[1], device="meta")
+        else:
+            found[name] = decompress(values, tensors[name + INDICES])
+    return found
 
 
 def compressed_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]]:

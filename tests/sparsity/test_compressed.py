@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ppcl_engine.files import TensorFile, write_tensors
-from ppcl_engine.sparsity.compressed import INDICES, VALUES, compress, decompress
+from ppcl_engine.sparsity.compressed import INDICES, VALUES, compress, decompress, decompressed
 from ppcl_engine.sparsity.patterns import kept_of_groups, pattern_named
 
 
@@ -57,3 +57,13 @@ def test_values_without_their_indices(tmp_path):
         write_tensors(tmp_path / "file", {"w" + VALUES: values, **others})
         with pytest.raises(ValueError, match="w is compressed as 2:4, but its indices are missing or of another shape"):
             TensorFile(tmp_path / "file")
+
+
+def test_what_another_reader_left_compressed():
+    values, indices = compress(sparse())
+    tensors = {"a.weight" + VALUES: values, "a.weight" + INDICES: indices, "a.weight": torch.zeros(0, 1), "b": values}
+    found = decompressed(tensors)
+    assert found.keys() == {"a.weight", "b"} and torch.equal(found["a.weight"], sparse())
+    shape = decompressed(tensors, shapes_only=True)["a.weight"]
+    assert shape.is_meta and shape.shape == (6, 20)
+    assert decompressed({"b": values})["b"] is values

@@ -1,0 +1,52 @@
+"""Files of `ppcl sparsify` in a real host: both loaders give what the engine gives, compressed or not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ppcl_engine.config_files import SparsifyConfig
+from ppcl_engine.data import save_calibration
+from ppcl_engine.stages.sparsify import sparsify
+
+from .conftest import relative_error
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory, models, teacher, bundle, calibration_of, make_model, save_model):
+    folder = tmp_path_factory.mktemp("sparse")
+    heads_of_32 = {"attention_head_dim": 32, "num_attention_heads": 1, "axes_dims_rope": [4, 14, 14]}  # told by shapes
+    whole = save_model(folder / "whole.safetensors", make_model(in_channels=64, out_channels=16, **heads_of_32))
+
+    def calibrated(model: Path) -> Path:
+        calibration = calibration_of(model)
+        for batch in calibration.batches:  # the host's models have 64 input channels
+            batch["hidden_states"] = batch["hidden_states"].repeat(1, 1, 4)
+            batch.pop("clean")
+        save_calibration(folder / "calibration.safetensors", calibration)
+        return folder / "calibration.safetensors"
+
+    def make(variant: str, pattern: str):
+        source = {"path": whole} if variant == "whole" else {"path": bundle, "base": teacher, "variant": variant}
+        path = sparsify(
+            SparsifyConfig(
+                **source, run=folder, calibration=calibrated(source.get("base", whole)), pattern=pattern, device="cpu",
+                name=f"sparse_{variant}_{pattern.replace(':', '_')}", score="wanda", granularity="layer", store="float32",
+            )
+        )  # fmt: skip
+        return path.replace(models.diffusion_models / path.name)
+
+    return make
+
+
+@pytest.mark.parametrize("variant", ["whole", "smallest"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_both_loaders_give_the_engines_model(sparse, load, run_node, velocity, engine_velocity, variant, pattern):
+    path = sparse(variant, pattern)
+    expected = engine_velocity(path)
+    model = load(path.name, variant="", switchable=False)
+    assert relative_error(velocity(model), expected) < 1e-5
+    weight = model.model.diffusion_model.transformer_blocks[0].attn.to_q.weight
+    assert int((weight == 0).sum()) == weight.numel() // 2
+    (stock,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
+    assert relative_error(velocity(stock), expected) < 1e-2 and torch.isfinite(velocity(stock)).all()
