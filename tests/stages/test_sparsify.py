@@ -16,6 +16,7 @@ import torch
 from ppcl_engine import open_model
 from ppcl_engine.__main__ import USER_ERROR, main
 from ppcl_engine.architectures import ARCHITECTURES
+from ppcl_engine.architectures.qwen_image import QwenImage
 from ppcl_engine.checkpoint import Weights
 from ppcl_engine.config import FinetuneConfig
 from ppcl_engine.config_files import ExportConfig, FoldConfig, SparsifyConfig
@@ -306,6 +307,16 @@ def test_a_folded_model(failing, teacher_file, tmp_path_factory):
     settings = {"form": "table", "steps": "2", "dtype": "float32", "device": "cpu"}
     path = fold(FoldConfig(path=teacher_file, run=folder, **settings))
     assert "is folded; make it sparse first" in failing("--path", path)
+
+
+def test_an_edit_model_stays_one(make_model, save_model, calibration_of, tmp_path):
+    """Its conditioning has two rows a sample; ComfyUI knows it by a mark."""
+    teacher = save_model(tmp_path / "teacher.safetensors", make_model(zero_cond_t=True))
+    save_calibration(tmp_path / "calibration.safetensors", calibration_of(teacher))
+    given = {"calibration": tmp_path / "calibration.safetensors", "run": tmp_path, "device": "cpu", **PLAIN}
+    path = sparsify(SparsifyConfig(path=teacher, **given))
+    assert open_model(path).config["zero_cond_t"] and set(QwenImage.marks) <= set(TensorFile(path).keys())
+    assert all(zeros(open_model(path)).values())
 
 
 @pytest.mark.parametrize("architecture", [a.name for a in ARCHITECTURES], indirect=True)
