@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,23 +28,22 @@ KINDS = ("none", *BITS)
 
 
 def models(context: Context) -> dict[str, Callable[[], nn.Module]]:
-    """By name: the full one, one pruned in depth, one in depth and width, one of which half of the weights are zero; of
+    """A new one each time, by name: the full one, one pruned in depth, one in depth and width, one of which half of the weights are zero; of
     another teacher than the demo's the first and the last."""
     bundled = Bundle(DEMO).plan.fingerprint == context.teacher.weights.fingerprint
     pruned = {"depth (small)": "small", "depth and width (smallest)": "smallest"} if bundled else {}
     opened = {name: lambda variant=variant: open_model(DEMO, variant, context.path) for name, variant in pruned.items()}
-    return {
-        "full": lambda: open_model(context.path),
-        **opened,
-        "weights (50 %)": lambda: (
-            prune_model(context.teacher, context.grams["even"], context.grams["unseen"], Row(**BEST).method).model
-        ),
-    }
+
+    @cache
+    def sparse() -> nn.Module:
+        grams = context.grams
+        return prune_model(context.teacher, grams["even"], grams["unseen"], Row(**BEST).method).model
+
+    return {"full": lambda: open_model(context.path), **opened, "weights (50 %)": lambda: copy.deepcopy(sparse())}
 
 
 def quantised(model: nn.Module, kind: str) -> nn.Module:
-    """A copy with the linear maps of its blocks rounded."""
-    model = copy.deepcopy(model)
+    """The model, with the linear maps of its blocks rounded."""
     for name, module in model.named_modules():
         if kind != "none" and isinstance(module, nn.Linear) and "blocks." in name:
             module.weight.data = simulated(module.weight, kind)
@@ -55,13 +55,11 @@ def run(chosen) -> dict:
     context, rows = prepare(chosen), []
     folder = context.folder / f"quantised_{len(context.judge.texts)}"
     for name, make in models(context).items():
-        model = None
         for kind in KINDS:
             path = folder / f"{name.replace(' ', '_').replace('%', 'percent')}_{kind}.json"
             if not path.exists():
                 start = time.monotonic()
-                model = model or make()
-                values = judged(context, quantised(model, kind), f"{name} {kind}")
+                values = judged(context, quantised(make(), kind), f"{name} {kind}")
                 write_json(path, {"name": name, "kind": kind, **values, "seconds": time.monotonic() - start})
             rows.append(read_json(path))
             print(f"\n{name} {kind}: velocity error {rows[-1]['velocity_error']['value']:.4f}", flush=True)
