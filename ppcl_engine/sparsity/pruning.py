@@ -13,7 +13,6 @@ from .exchange import exchanged
 from .granularity import Tiles
 from .layer import layer_error, relative_error
 from .patterns import Pattern, kept_of_groups
-from .permutation import column_order
 from .refit import refitted
 
 SCORES = ("magnitude", "wanda", "ria", "obs", "energy")
@@ -135,8 +134,3 @@ def _choose_within(rows: int, method: Method) -> Callable[[int, torch.Tensor], t
         return granularity.kept(granularity.ranks(part, tiles), tiles, counts)
 
     return choose
-
-
-def permuted_order(weight: torch.Tensor, gram: torch.Tensor, method: Method, sections: int) -> torch.Tensor:
-    """An order of the columns in which the pattern keeps more of the score."""
-    return column_order(plain_score(weight, gram, method.score), method.pattern, sections)
