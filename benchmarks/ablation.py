@@ -158,10 +158,10 @@ def prepare(chosen, folder: Path) -> tuple[Context, Judge]:
     common = {"model": chosen.teacher, "run": base.folder, "device": "cpu"}
     probe(ProbeConfig(**common))
     detect(DetectConfig(**common, **settings))
-    budget = chosen.budget or (BUDGET if not chosen.quick else 600)
+    budget = chosen.budget or (BUDGET if not chosen.quick else 300)
     context = Context(model=chosen.teacher, teacher=teacher, calibration=calibration, base=base.folder, budget=budget)
     unseen = rendered(chosen.teacher, weights, 240 if not chosen.quick else batch, batch, seed=1)
-    captions = chosen.captions or (CAPTIONS if not chosen.quick else 10)
+    captions = chosen.captions or (CAPTIONS if not chosen.quick else 4)
     validation = rendered(chosen.teacher, weights, 2 * batch, batch, seed=2)
     judge = Judge(chosen.teacher, open_model(chosen.teacher), validation, unseen, captions, folder)
     return (replace(context, rates=(1e-3,)) if chosen.quick else context), judge

@@ -17,7 +17,7 @@ from .plan import Interval, PruningPlan, Variant
 from .surgery import empty_block
 
 Grid = tuple[int, int, int]
-
+Shapes = tuple[tuple[str, torch.Size], ...]
 
 STORED_BYTES = 2  # bfloat16
 
@@ -51,7 +51,8 @@ class CostModel:
             outer = architecture.build_outer(config)
             self.outer_parameters, self.outer_stored = parameter_count(outer), stored_count(outer)
             self._state = _meta_state(architecture, config, [grid, *references], text_tokens)
-        self._places: dict[Place, Cost] = {}
+        self._counted: dict[tuple, Cost] = {}
+        self._kinds: dict[int, Shapes] = {}
 
     @classmethod
     def at(cls, architecture: Architecture, config: dict, inputs: Inputs) -> CostModel:
@@ -63,15 +64,8 @@ class CostModel:
         return self.place(Place(index=index))
 
     def blocks(self) -> list[Cost]:
-        """Of every block of the teacher, counted once for each kind."""
-        kinds: dict[tuple, int] = {}
-        alike = [kinds.setdefault(self._kind(i), i) for i in range(self.architecture.num_blocks(self.config))]
-        return [self.block(index) for index in alike]
-
-    def _kind(self, index: int) -> tuple:
-        with torch.device("meta"):
-            block = self.architecture.build_block(self.config, index)
-        return tuple((name, tensor.shape) for name, tensor in block.state_dict().items())
+        """Of every block of the teacher."""
+        return [self.block(index) for index in range(self.architecture.num_blocks(self.config))]
 
     def student(self, interval: Interval) -> Cost:
         return self.place(Place(index=interval.first, interval=interval))
@@ -85,11 +79,22 @@ class CostModel:
         )
 
     def place(self, place: Place) -> Cost:
-        """Of what stands there, projections and correction included."""
-        if place not in self._places:
+        """Of what stands there, projections and correction included; counted once for all places that are built alike."""
+        projected = tuple((site.kind, site.form) for site in place.ffn)
+        text = (place.text_source is not None, place.steps_text, place.publishes)
+        built = (self._kind(place.index), place.interval, projected, text)
+        if built not in self._counted:
             with torch.device("meta"):
-                self._places[place] = self._of(empty_block(self.architecture, self.config, place, {}))
-        return self._places[place]
+                self._counted[built] = self._of(empty_block(self.architecture, self.config, place, {}))
+        return self._counted[built]
+
+    def _kind(self, index: int) -> Shapes:
+        """What tells a block of the teacher from those of another kind."""
+        if index not in self._kinds:
+            with torch.device("meta"):
+                block = self.architecture.build_block(self.config, index)
+            self._kinds[index] = tuple((name, tensor.shape) for name, tensor in block.state_dict().items())
+        return self._kinds[index]
 
     def _of(self, block: torch.nn.Module) -> Cost:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
