@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ppcl_engine.canvas import LINES, MARKERS, new_figure, png_bytes, tidy
+from ppcl_engine.canvas import INK, LINES, MARKERS, new_figure, png_bytes, tidy
 from ppcl_engine.files import replacing
 
 SHOWN = (
@@ -38,7 +38,8 @@ def _line(axes, points: list[tuple[float, dict]], scale: float, number: int, lab
     sizes, found = zip(*sorted(points, key=lambda point: point[0]), strict=True)
     middle = [scale * value["value"] for value in found]
     below, above = ([scale * abs(v["value"] - v[end]) for v in found] for end in ("low", "high"))
-    style = {"color": LINES[number % len(LINES)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+    colour = INK if label == VARIANTS else LINES[number % len(LINES)]
+    style = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
     dashes = "--" if label == VARIANTS else "-"
     axes.errorbar(sizes, middle, [below, above], label=label, linewidth=1.4, linestyle=dashes, capsize=2, **style)
 
