@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from ..ppcl_engine.architectures import Architecture
 from ..ppcl_engine.architectures.folded import FORMS, Folding
 from ..ppcl_engine.checkpoint import SCALE_SUFFIXES
 from ..ppcl_engine.folding import mark_of
 from ..ppcl_engine.folding_files import modulation_names
-from .host.structure import QWEN
 
 OFF = "off"
 FOLDS = (OFF, *FORMS)
@@ -21,8 +21,9 @@ FOLDS = (OFF, *FORMS)
 @dataclass(frozen=True, eq=False)
 class Modulations:
     """stored: a module's name in the file -> its tensors' names in it ("weight", "bias", a scale) -> where each is;
-    embedder: the time embedder's, by their whole names."""
+    embedder: the time embedder's, by their whole names; architecture: that they are of."""
 
+    architecture: Architecture
     stored: dict[str, dict[str, object]]
     embedder: dict[str, object]
 
@@ -55,7 +56,7 @@ class Modulations:
         """As the engine's of a whole file."""
         weights = {name: leaves["weight"] for name, leaves in self.stored.items()}
         weights |= {n.removesuffix(".weight"): place for n, place in self.embedder.items() if n.endswith(".weight")}
-        return mark_of(weights, lambda name, rows: replace(weights[name], rows=rows).read())
+        return mark_of(weights, lambda name, rows: weights[name].first_rows(rows))
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,13 @@ MakeFold = Callable[[str, Modulations], Fold]
 """(form, modulations) -> what stands for them"""
 
 
-def split(wanted: dict[str, object]) -> tuple[dict[str, object], Modulations]:
+def split(architecture: Architecture, wanted: dict[str, object]) -> tuple[dict[str, object], Modulations]:
     """(everything else, the modulations) of tensors by name. Raises ValueError for a model that has none."""
-    names = modulation_names(wanted, QWEN)
+    names = modulation_names(wanted, architecture)
+    if not architecture.timestep_modulations:
+        raise ValueError(
+            f"modulations of {architecture.name} read more than the timestep: they can't be folded; set fold to off"
+        )
     if not names:
         raise ValueError("this model has no modulations to fold; set fold to off")
     stored: dict[str, dict[str, object]] = {name: {} for name in names}
@@ -86,5 +91,5 @@ def split(wanted: dict[str, object]) -> tuple[dict[str, object], Modulations]:
             stored[module][leaf] = place
         else:
             rest[name] = place
-    embedder = {name: place for name, place in wanted.items() if name.startswith(f"{QWEN.time_embedder}.")}
-    return rest, Modulations(stored, embedder)
+    embedder = {name: place for name, place in wanted.items() if name.startswith(f"{architecture.time_embedder}.")}
+    return rest, Modulations(architecture, stored, embedder)

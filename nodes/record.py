@@ -16,7 +16,6 @@ from ..ppcl_engine.config import CalibrateConfig, Common
 from ..ppcl_engine.files import write_json
 from ..ppcl_engine.run import Run
 from .branch import layout_in, name_of
-from .host.structure import QWEN
 from .job import CATEGORY
 from .paths import model_path, runs, teacher_files
 from .recording import Limits, Sampling, append, recorded
@@ -103,9 +102,9 @@ def flat(latents: torch.Tensor) -> torch.Tensor:
 def check_same_model(model, weights: Weights) -> None:
     """Raises ValueError where a MODEL has other weights than its file, by names and shapes, or runs pruned, and for an
     architecture whose samplers feed more than is kept here."""
-    if weights.architecture.name != QWEN.name:
+    if "pooled_projections" in weights.architecture.caption_inputs:
         raise ValueError(
-            f"{weights.path.name} is {weights.architecture.name}; recording knows {QWEN.name} alone, use Calibrate from "
+            f"{weights.path.name} is {weights.architecture.name}; recording keeps no pooled text, use Calibrate from "
             "Prompts (PPCL)"
         )
     own = {name.removeprefix(PREFIX): tuple(t.shape) for name, t in model.model.state_dict().items()}
