@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import comfy.supported_models
 
-from . import qwen_image
+from . import flux1, qwen_image
 from .base import Host
 
-HOSTS: tuple[Host, ...] = (qwen_image.HOST,)
+HOSTS: tuple[Host, ...] = (qwen_image.HOST, flux1.HOST)
 
 
 def host_named(name: str) -> Host:

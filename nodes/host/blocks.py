@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...ppcl_engine.architectures import projections
 from ...ppcl_engine.layout import Place
 from ...ppcl_engine.surgery import Correction as EngineCorrection
 from ...ppcl_engine.surgery import PassThrough
@@ -80,6 +81,16 @@ def add_correction(block: nn.Module, correction: Correction, gives: tuple[str, .
     block.correction = correction
     block.register_forward_hook(correct)
     return block
+
+
+class FixedModulation(projections.FixedModulation):
+    """The engine's; it remembers the conditioning of the block that runs, for `ProjectedText`."""
+
+    conditioning: torch.Tensor | None = None
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        self.conditioning = conditioning
+        return super().forward(conditioning)
 
 
 class ProjectedText(nn.Module):

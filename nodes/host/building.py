@@ -38,7 +38,8 @@ class PrunedConfig:
         if not super().matches(unet_config) or state_dict is None:
             return False
         tensors = transformer_of(cls.host, state_dict)
-        return not any(name.startswith("controlnet_") for name in tensors) and is_pruned(cls.host, tensors)
+        known = cls.host.mark in tensors and not any(name.startswith("controlnet_") for name in tensors)
+        return known and is_pruned(cls.host, tensors)
 
     def get_model(self, state_dict, prefix="", device=None):
         tensors = transformer_of(self.host, state_dict)
@@ -59,7 +60,7 @@ class PrunedConfig:
 
 def transformer_of(host: Host, state_dict: FileTensors) -> FileTensors:
     """The transformer's tensors of a checkpoint, by their own names."""
-    prefix = next(name for name in state_dict if name.endswith(host.mark)).removesuffix(host.mark)
+    prefix = next((name for name in state_dict if name.endswith(host.mark)), host.mark).removesuffix(host.mark)
     return {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)} if prefix else state_dict
 
 

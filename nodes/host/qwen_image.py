@@ -10,7 +10,7 @@ from torch import nn
 from ...ppcl_engine.architectures import architecture_named, projections
 from ...ppcl_engine.layout import Place
 from .base import HALF, BlockList, Host, Maps
-from .blocks import ProjectedText, Texts
+from .blocks import FixedModulation, ProjectedText, Texts
 from .building import PrunedConfig
 
 STOCK_WIDTH = 24 * 128  # what the host takes for granted
@@ -26,16 +26,6 @@ class PaddedModulation(nn.Sequential):
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
         return projections.padded(super().forward(conditioning)[..., : 3 * self.width])
-
-
-class FixedModulation(projections.FixedModulation):
-    """The engine's; it remembers the conditioning of the block that runs, for `ProjectedText`."""
-
-    conditioning: torch.Tensor | None = None
-
-    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        self.conditioning = conditioning
-        return super().forward(conditioning)
 
 
 class QwenImageHost(Host):
