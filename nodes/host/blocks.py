@@ -69,18 +69,17 @@ def _correction_map(width: int, rank: int | None, linear: Linear) -> nn.Module:
 
 def add_correction(block: nn.Module, correction: Correction, gives: tuple[str, ...], texts: Texts) -> nn.Module:
     """As the engine's, behind what the block returns; of one sequence of both, each stream by itself."""
-
-    def correct(module: nn.Module, arguments, outputs):
-        if gives == ("joint",):
-            text, image = outputs[:, : texts.tokens], outputs[:, texts.tokens :]
-            return torch.cat(
-                [module.correction.correct("text", text), module.correction.correct("image", image)], dim=1
-            )
-        return tuple(module.correction.correct(stream, x) for stream, x in zip(gives, outputs, strict=True))
-
     block.correction = correction
-    block.register_forward_hook(correct)
+    block.register_forward_hook(partial(_correct, gives, texts))
     return block
+
+
+def _correct(gives: tuple[str, ...], texts: Texts, module: nn.Module, arguments, outputs):
+    correct = module.correction.correct
+    if gives == ("joint",):
+        text, image = outputs[:, : texts.tokens], outputs[:, texts.tokens :]
+        return torch.cat([correct("text", text), correct("image", image)], dim=1)
+    return tuple(correct(stream, x) for stream, x in zip(gives, outputs, strict=True))
 
 
 class FixedModulation(projections.FixedModulation):
@@ -97,7 +96,7 @@ class ProjectedText(nn.Module):
     """txt_modulated_j = P_j(txt_modulated_a) + txt_modulated_a, a being the last full block before the group.
 
     Where a did not run (another node skipped it), the text that comes in is what would have entered a: `modulate` does
-    here what a would have done.
+    here what a would have done (a partial function: unlike a closure it is copied along with the model).
     """
 
     def __init__(

@@ -85,7 +85,7 @@ class Flux1Host(Host):
         fixed = FixedModulation(block.hidden_size, place.steps_text)
         block.txt_mod.lin = fixed
         block.txt_norm1 = ProjectedText(
-            maps("text", "map"), texts, place.text_source, lambda text: modulated_text(source, text, fixed.conditioning)
+            maps("text", "map"), texts, place.text_source, partial(modulated_text, source, fixed)
         )
         block.txt_norm2 = nn.Identity()
         block.txt_mlp = maps("text", "step") if place.steps_text else Nothing()
@@ -112,20 +112,21 @@ class Flux1Host(Host):
 
     def watch(self, transformer: nn.Module, texts: Texts) -> None:
         """As the text leaves the double blocks; where another node runs in place of the last one, as it came in."""
-
-        def come_in(module, arguments, text: torch.Tensor) -> None:
-            texts.tokens = text.shape[1]
-
-        def leave(module, arguments, streams: tuple[torch.Tensor, ...]) -> None:
-            texts.tokens = streams[1].shape[1]
-
-        transformer.txt_in.register_forward_hook(come_in)
-        transformer.double_blocks[-1].register_forward_hook(leave)
+        transformer.txt_in.register_forward_hook(partial(_come_in, texts))
+        transformer.double_blocks[-1].register_forward_hook(partial(_leave, texts))
 
 
-def modulated_text(block: nn.Module, text: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
-    """What a double block's attention reads of the text; activated: silu(conditioning) [n, 1, d]."""
-    shift, scale = block.txt_mod.lin(activated)[..., : 2 * text.shape[-1]].chunk(2, dim=-1)
+def _come_in(texts: Texts, module: nn.Module, arguments, text: torch.Tensor) -> None:
+    texts.tokens = text.shape[1]
+
+
+def _leave(texts: Texts, module: nn.Module, arguments, streams: tuple[torch.Tensor, ...]) -> None:
+    texts.tokens = streams[1].shape[1]
+
+
+def modulated_text(block: nn.Module, fixed: FixedModulation, text: torch.Tensor) -> torch.Tensor:
+    """What a double block's attention reads of the text; `fixed` knows silu(conditioning) [n, 1, d]."""
+    shift, scale = block.txt_mod.lin(fixed.conditioning)[..., : 2 * text.shape[-1]].chunk(2, dim=-1)
     return torch.addcmul(shift, block.txt_norm1(text), 1 + scale)
 
 

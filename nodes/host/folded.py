@@ -160,7 +160,7 @@ def attach(transformer: nn.Module, inputs: Basis | Table) -> None:
 
 def folding_in(transformer: nn.Module) -> Folding | None:
     """As it is now: a table grows while it is used."""
-    inputs = getattr(transformer.time_text_embed, FOLDING, None)
+    inputs = getattr(getattr(transformer, "time_text_embed", None), FOLDING, None)  # others have no such embedder
     if inputs is None:
         return None
     if isinstance(inputs, Basis):

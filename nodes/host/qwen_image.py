@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import comfy.ldm.qwen_image.model as host_module
 import comfy.supported_models
 import torch
@@ -62,7 +64,7 @@ class QwenImageHost(Host):
         fixed = FixedModulation(block.attn.add_q_proj.in_features, place.steps_text)
         block.txt_mod = fixed
         block.txt_norm1 = ProjectedText(
-            maps("text", "map"), texts, place.text_source, lambda text: modulated_text(source, text, fixed.conditioning)
+            maps("text", "map"), texts, place.text_source, partial(modulated_text, source, fixed)
         )
         block.txt_norm2 = nn.Identity()
         block.txt_mlp = maps("text", "step") if place.steps_text else projections.Nothing()
@@ -77,9 +79,9 @@ class QwenImageHost(Host):
         return host_module.QwenTimestepProjEmbeddings(width, 768, **options)
 
 
-def modulated_text(block: nn.Module, text: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-    """What a block's joint attention reads of the text."""
-    shift, scale = block.txt_mod(conditioning).split(text.shape[-1], dim=-1)[:2]
+def modulated_text(block: nn.Module, fixed: FixedModulation, text: torch.Tensor) -> torch.Tensor:
+    """What a block's joint attention reads of the text; `fixed` knows the conditioning."""
+    shift, scale = block.txt_mod(fixed.conditioning).split(text.shape[-1], dim=-1)[:2]
     return torch.addcmul(shift.unsqueeze(1), block.txt_norm1(text), 1 + scale.unsqueeze(1))
 
 
