@@ -1,12 +1,20 @@
 """Recording what a FLUX reads: pooled text and guidance too, and texts of one length in a batch, since it masks none."""
 
+import comfy.sd
+import comfy.text_encoders.flux as flux
+import folder_paths
 import pytest
 import torch
 
+from ppcl_engine.__main__ import run_stage
 from ppcl_engine.checkpoint import Weights
 from ppcl_engine.data import load_calibration
+from ppcl_engine.files import TensorFile
+from ppcl_engine.jobs.order import configs, read_order
+from ppcl_engine.run import Run
 from ppcl_engine.streaming import Teacher
 
+from .test_prompts import NODE, PROMPTS
 from .test_record import LIMITS, draw, engine_velocity
 
 pytestmark = pytest.mark.parametrize("architecture", ["flux1"], indirect=True)
@@ -86,3 +94,43 @@ def test_conditioning_of_another_model_is_one_line(run_node, pack, record, given
     with pytest.raises((ValueError, KeyError), match="pooled"):
         draw(run_node, recorded, given)
     assert not path.exists()
+
+
+@pytest.fixture
+def clip():
+    """The host's two text encoders of FLUX, with one small random layer each."""
+
+    class Target:
+        params = {}
+        clip = flux.flux_clip()
+        tokenizer = flux.FluxTokenizer
+
+    small = {
+        "clip_l_model_config": {
+            "hidden_size": 20, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "projection_dim": 20
+        },
+        "t5xxl_model_config": {"d_model": 24, "d_ff": 32, "d_kv": 12, "num_heads": 2, "num_layers": 1},
+    }  # fmt: skip
+    found = comfy.sd.CLIP(Target, model_options={**small, "dtype": torch.float32})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in found.cond_stage_model.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return found
+
+
+def test_the_hosts_text_encoders(run_node, pack, teacher, clip, tmp_path, monkeypatch):
+    """What they would give a sampler is what the teacher draws with, pooled text included."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    name, _ = run_node("PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts=PROMPTS, clip=clip, **NODE)
+    folder = pack("paths").runs().path(name)
+    ((_, settings),) = read_order(folder).stages
+    stored = TensorFile(folder / settings["embeddings"]).read_all()
+    with torch.inference_mode():
+        (text, more), *_ = clip.encode_from_tokens_scheduled(clip.tokenize("a red fox"))
+    assert torch.equal(stored["text"][0], text[0]) and torch.equal(stored["pooled"][0], more["pooled_output"][0])
+    assert stored["empty_pooled"].shape == (1, 20)
+    for stage, config in configs(read_order(folder), folder):
+        run_stage(stage, config)
+    calibration = load_calibration(Run(folder).calibration)
+    assert calibration.samples == 6 and calibration.batches[0]["pooled_projections"].shape == (2, 20)
