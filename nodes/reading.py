@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from ..ppcl_engine.architectures import ARCHITECTURES
 from ..ppcl_engine.architectures.folded import FOLDING, Folding, folding_of
 from ..ppcl_engine.bundle import (
     MAP_KEY,
@@ -27,14 +26,14 @@ from ..ppcl_engine.layout import Layout, Place, layout_of
 from ..ppcl_engine.plan import Interval, PruningPlan, Variant, parse_intervals, plan_from_json
 from ..ppcl_engine.released import teacher_indices
 from ..ppcl_engine.standalone import structure_of
-from .host import host_named, host_of
+from .host import HOSTS, host_named, host_of
 from .host.base import Cut, Host
 from .host.structure import HINTS_TENSOR, as_tensor, checked_plan, count_blocks, is_surrounding, text_of
 from .modulations import FOLDS, OFF, Fold, MakeFold, Modulations, split
 from .stored import Joined, Reader, Stored, in_host_names
 
 SMALLEST, AUTO, AS_NUMBERED, BY_INTERVALS = "smallest", "auto", "as numbered", "by intervals"
-RELEASES = {name: known for a in ARCHITECTURES if a.released for name, known in a.released.intervals.items()}
+RELEASES = {name: known for host in HOSTS for name, known in host.presets.items()}
 PRESETS = (AUTO, AS_NUMBERED, *RELEASES, BY_INTERVALS)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALED, SCALE_SUFFIX = "scaled_fp8", ".scale_weight"
@@ -328,7 +327,9 @@ def _indices(host: Host, request: Request, stored: dict, wanted: Places) -> dict
     if request.preset == BY_INTERVALS:
         return {"indices": teacher_indices(count, parse_intervals(request.intervals))}
     if request.preset in RELEASES:
-        blocks, _, intervals = RELEASES[request.preset]
+        blocks, kept, intervals = RELEASES[request.preset]
+        if count != kept:
+            raise ValueError(f"the file has {count} blocks, the preset names {kept}; choose the one of this model")
         return {"indices": teacher_indices(count, parse_intervals(intervals)), "blocks": blocks}
     if request.preset != AUTO:
         raise ValueError(f"preset {request.preset!r} is unknown; known: {', '.join(PRESETS)}")

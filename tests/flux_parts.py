@@ -11,8 +11,8 @@ ALL = ("1-2", "6-7", "9-10")
 FLUX_PARTS = Parts(
     depth=(
         Interval(first=1, last=2, correction="affine"),
-        Interval(first=6, last=7, correction="affine"),
-        Interval(first=9, last=10, correction="3"),
+        Interval(first=6, last=7, correction="3"),
+        Interval(first=9, last=10, correction="none"),
     ),
     width=(
         WidthSite(block=0, kind="ffn_text"),

@@ -104,6 +104,11 @@ class Host:
     replaced: dict[str, tuple[str, ...]]
     cuts: dict[tuple[str, str], dict[str, Cut]]
 
+    @property
+    def presets(self) -> dict[str, tuple[int, int, str]]:
+        """Released models that count their blocks anew: name -> (teacher's blocks, blocks kept, the intervals)."""
+        return self.engine.released.intervals if self.engine.released else {}
+
     @cached_property
     def block_name(self) -> re.Pattern:
         """Of a tensor in a block: list, number in it, the rest."""

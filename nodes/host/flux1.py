@@ -41,6 +41,7 @@ class Flux1Host(Host):
             gives=("joint",),
         ),
     )
+    presets = {"Flex.1-alpha": (57, 46, "4-15")}  # as its author's own LoRA loader maps FLUX.1-dev's blocks
     mark = "vector_in.in_layer.weight"
     text_map = "txt_attn.qkv"
     viewed = ("img_mod", "img_mod.lin", "txt_mod", "txt_mod.lin", "txt_attn", "txt_attn.qkv", "linear1", "linear2")

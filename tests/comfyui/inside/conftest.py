@@ -116,21 +116,21 @@ CASES = {
 
 
 @pytest.fixture(scope="session")
-def case(architecture) -> Case:
+def host_case(architecture) -> Case:
     return CASES[architecture.name]
 
 
 @pytest.fixture(scope="session")
-def teacher(models, make_model, save_model, case) -> Path:
+def teacher(models, make_model, save_model, host_case) -> Path:
     """The tiny random teacher, with latents of 16 channels as the host's."""
-    return save_model(models.diffusion_models / f"{case.file}.safetensors", make_model(**case.channels))
+    return save_model(models.diffusion_models / f"{host_case.file}.safetensors", make_model(**host_case.channels))
 
 
 @pytest.fixture(scope="session")
-def run_folder(tmp_path_factory, teacher, case) -> Path:
+def run_folder(tmp_path_factory, teacher, host_case) -> Path:
     """Students with and without a correction, text and FFN projections of both forms: random, nothing is trained."""
     folder = tmp_path_factory.mktemp("run")
-    write_parts(Run(folder), teacher, parts=case.parts)
+    write_parts(Run(folder), teacher, parts=host_case.parts)
     return folder
 
 
@@ -145,22 +145,22 @@ def exported(teacher, run_folder):
 
 
 @pytest.fixture(scope="session")
-def bundle(models, exported, case) -> Path:
-    return exported(models.ppcl, "bundle", "tiny" if case.frames else f"tiny_{case.file}")
+def bundle(models, exported, host_case) -> Path:
+    return exported(models.ppcl, "bundle", "tiny" if host_case.frames else f"tiny_{host_case.file}")
 
 
 @pytest.fixture(scope="session")
-def inputs(case) -> SimpleNamespace:
+def inputs(host_case) -> SimpleNamespace:
     """One forward that host and engine compute alike: batch 1, unpadded text, even grid. more: what the host's
     conditioning has beside the text; captions: the same for the engine."""
     generator = torch.Generator().manual_seed(5)
     latents, text = torch.randn(1, 16, 1, 8, 12, generator=generator), torch.randn(1, 7, 24, generator=generator)
     more, captions = {}, {"encoder_hidden_states": text}
-    if case.pooled:
-        more["pooled_output"] = captions["pooled_projections"] = torch.randn(1, case.pooled, generator=generator)
-    if case.guidance:
-        more["guidance"], captions["guidance"] = case.guidance, torch.tensor([case.guidance])
-    latents = latents if case.frames else latents[:, :, 0]
+    if host_case.pooled:
+        more["pooled_output"] = captions["pooled_projections"] = torch.randn(1, host_case.pooled, generator=generator)
+    if host_case.guidance:
+        more["guidance"], captions["guidance"] = host_case.guidance, torch.tensor([host_case.guidance])
+    latents = latents if host_case.frames else latents[:, :, 0]
     return SimpleNamespace(latents=latents, text=text, sigma=0.7, more=more, captions=captions)
 
 

@@ -107,7 +107,8 @@ def reference(load, bundle, teacher, models):
             slots = {i: ("double_block", i) if i < DOUBLES else ("single_block", i - DOUBLES) for i in (first, *others)}
             for index in others:
                 model.set_model_patch_replace(lambda args, extra: args, "dit", *slots[index])
-            model.set_model_patch_replace(corrected(students[name]), "dit", *slots[first])
+            if parts.plan.interval(name).correction != "none":
+                model.set_model_patch_replace(corrected(students[name]), "dit", *slots[first])
         return model
 
     made = {}

@@ -101,6 +101,35 @@ def test_our_standalone(load, velocity, engine_velocity, exported, models, varia
     assert relative_error(velocity(load(path.name)), engine_velocity(path)) < TOLERANCE
 
 
+@pytest.mark.parametrize("layout", ["comfyui", "diffusers"])
+def test_a_depth_pruned_file_of_the_stock_layouts(
+    load, velocity, engine_velocity, exported, models, bundle, teacher, layout
+):
+    """Counted anew, with the teacher's numbers beside: a LoRA of the full model then finds its blocks."""
+    path = exported(models.diffusion_models if layout == "comfyui" else models.ppcl, layout, f"flux_{layout}", "9-10")
+    model = load(path.name if layout == "comfyui" else f"{path.name}/")
+    assert relative_error(velocity(model), engine_velocity(bundle, "9-10", teacher)) < TOLERANCE
+    blocks = model.model.diffusion_model.single_blocks
+    assert [any(True for _ in block.parameters()) for block in blocks] == [True] * 5 + [False] * (len(blocks) - 5)
+
+
+def test_a_released_model_by_its_intervals(load, velocity, engine_velocity, host_tensors, models):
+    """Double blocks 2 and 3 are gone: what the file calls 2 is the teacher's 4, single blocks keep their numbers."""
+    kept = {n: t for n, t in host_tensors.items() if not n.startswith(("double_blocks.2.", "double_blocks.3."))}
+    kept = {n.replace("double_blocks.4.", "double_blocks.2."): t for n, t in kept.items()}
+    config = FLUX.tiny_config | {"in_channels": 64, "num_layers": 3, "num_single_layers": 6}
+    path = models.diffusion_models / "flux_released.safetensors"
+    write_tensors(path, kept, {"config": json.dumps(config)})
+    model = load(path.name, preset="by intervals", intervals="1-3")
+    assert relative_error(velocity(model), engine_velocity(path)) < TOLERANCE
+    transformer = model.model.diffusion_model
+    assert torch.equal(transformer.double_blocks[4].img_mlp[0].weight, host_tensors["double_blocks.4.img_mlp.0.weight"])
+    assert (len(transformer.double_blocks), len(transformer.single_blocks)) == (5, 6)
+    assert torch.equal(transformer.single_blocks[0].linear1.weight, host_tensors["single_blocks.0.linear1.weight"])
+    with pytest.raises(ValueError, match="the file has 9 blocks, the preset names 46"):
+        load(path.name, preset="Flex.1-alpha")
+
+
 def test_a_stock_file_of_another_size(load, velocity, engine_velocity, base_of, teacher, run_node):
     """The full model, in our loader and in the host's own once the pack is there."""
     expected = engine_velocity(teacher)
