@@ -244,7 +244,7 @@ def _variant_parts(host: Host, base: Places, bundle: Bundle, layout: Layout) -> 
             for part, stored in _under(bundle.file, projection_prefix(place.name, kind)).items():
                 name, leaf = part.split(".")
                 if name != "step" or place.steps_text:
-                    found[f"{prefix}{host.projections[kind][name]}.{leaf}"] = stored
+                    found[f"{prefix}{host.engine.comfyui_projections[kind][name]}.{leaf}"] = stored
     return found
 
 

@@ -119,7 +119,7 @@ def _own_modules(host: Host, config: Mapping, places: Iterable[Place]) -> dict[s
         ours, theirs = host.engine.block_prefix(config, place.index), host.prefix(config, place.index)
         for kind in place.projections:
             parts = host.engine.projection_names[kind].items()
-            found |= {ours + name: theirs + host.projections[kind][part] for part, name in parts}
+            found |= {ours + name: theirs + host.engine.comfyui_projections[kind][part] for part, name in parts}
     return found
 
 

@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 
 from ppcl_engine.__main__ import main
 from ppcl_engine.bundle import open_model
-from ppcl_engine.checkpoint import Weights
+from ppcl_engine.checkpoint import Weights, expected_shapes
 from ppcl_engine.config import (
     DetectConfig,
     DetectWidthConfig,
@@ -33,6 +33,7 @@ from ppcl_engine.stages.export import export
 from ppcl_engine.stages.finetune import finetune
 from ppcl_engine.stages.polish import polish
 from ppcl_engine.stages.variants import variants
+from ppcl_engine.standalone import GUARD_SHAPE
 
 pytestmark = pytest.mark.parametrize("architecture", ["flux1"], indirect=True)
 SITES = "text:1-1 ffn_image:0 ffn_joint:4 ffn_joint:7"
@@ -159,7 +160,12 @@ def test_a_width_pruned_file_opens_as_the_bundles_variant(run, teacher_file, arc
     inputs = padded_inputs(3)
     expected = architecture.call(open_model(bundle, name, teacher_file), inputs)
     assert torch.equal(architecture.call(open_model(path), inputs), expected)
-    assert TensorFile(path).shape("single_transformer_blocks.3.proj_out.weight") == (32, 32)
+    file = TensorFile(path)
+    assert file.shape("single_blocks.3.linear1.weight") == (96, 32)
+    assert file.shape("single_blocks.3.linear2.weight") == (32, 32)
+    (guard,) = [key for key in file.keys() if file.shape(key) == GUARD_SHAPE]
+    full = expected_shapes(architecture, architecture.tiny_config)
+    assert guard in {architecture.to_comfyui(key, full).name for key in full}  # a stock host expects another shape
     with pytest.raises(ValueError, match="has width site .* for which stock diffusers has no place"):
         export(ExportConfig(**options, layout="diffusers", variant="all"))
 

@@ -198,7 +198,8 @@ def test_a_width_pruned_file_opens_as_the_bundles_variant(run, teacher_file, arc
     inputs = padded_inputs(3)
     expected = architecture.call(open_model(bundle, name, teacher_file), inputs)
     assert torch.equal(architecture.call(open_model(path), inputs), expected)
-    assert TensorFile(path).shape("transformer_blocks.0.norm1.linear.weight") == (6 * 32, 32)  # 9 d in the teacher
+    cut = "joint_blocks.0.x_block.adaLN_modulation.1.weight"
+    assert TensorFile(path).shape(cut) == (6 * 32, 32)  # 9 d in the teacher
     with pytest.raises(ValueError, match="has width site .* for which stock diffusers has no place"):
         export(ExportConfig(**options, layout="diffusers", variant="all"))
 

@@ -87,7 +87,6 @@ class Host:
     mark            a tensor outside of blocks that every file of it has, and nothing beside it in a checkpoint
     text_map        a block's first map of the modulated text: what enters it is what a text group reads
     viewed          sub-modules that `project_*` change inside, outer ones first (a switchable model's stay as they are)
-    projections     site kind -> part -> the sub-module that is this linear map
     replaced        site kind -> beginnings of the tensors that its projection leaves no place for
     cuts            (site kind, form) -> linear map -> what is left of it
     """
@@ -100,7 +99,6 @@ class Host:
     mark: str
     text_map: str
     viewed: tuple[str, ...]
-    projections: dict[str, dict[str, str]]
     replaced: dict[str, tuple[str, ...]]
     cuts: dict[tuple[str, str], dict[str, Cut]]
 

@@ -45,12 +45,6 @@ class Flux1Host(Host):
     mark = "vector_in.in_layer.weight"
     text_map = "txt_attn.qkv"
     viewed = ("img_mod", "img_mod.lin", "txt_mod", "txt_mod.lin", "txt_attn", "txt_attn.qkv", "linear1", "linear2")
-    projections = {
-        "ffn_image": {"map": "img_mlp"},
-        "ffn_text": {"map": "txt_mlp"},
-        "ffn_joint": {"map": "mlp_act"},
-        "text": {"map": "txt_norm1.projection", "step": "txt_mlp"},
-    }
     replaced = {
         "ffn_image": ("img_mlp.",),
         "ffn_text": ("txt_mlp.",),

@@ -45,7 +45,6 @@ class QwenImageHost(Host):
     mark = "txt_norm.weight"
     text_map = "attn.add_q_proj"
     viewed = ("attn", "attn.add_q_proj")
-    projections = engine.projection_names
     replaced = engine.replaced_names
     cuts = {("ffn_image", "paper"): {"img_mod.1": HALF}, ("ffn_text", "paper"): {"txt_mod.1": HALF}}
 

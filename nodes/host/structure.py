@@ -223,7 +223,7 @@ def _host_name(host: Host, config: dict, whole: dict, name: str, places: tuple[P
         key, _, leaf = rest.rpartition(".")
         if key in released.projections:
             kind, part = released.projections[key]
-            rest = f"{host.projections[kind][part]}.{leaf}"
+            rest = f"{host.engine.comfyui_projections[kind][part]}.{leaf}"
     return host.prefix(whole, indices[number]) + rest
 
 
