@@ -2,14 +2,18 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test setup host clean
+.PHONY: demo test test-inside test-server setup host clean
 
 demo: .venv/ready
 	$(BIN)/ppcl demo
 
 test: .venv/ready host
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-	OMP_NUM_THREADS=1 .venv-host/bin/python tests/comfyui/launch.py -m pytest tests/comfyui/inside tests/comfyui/server
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	$(MAKE) --no-print-directory -j 2 --output-sync=target test-inside test-server
+
+# in ComfyUI's own process, and over HTTP against a server of ours: apart, so that they run side by side
+test-inside test-server: test-%:
+	OMP_NUM_THREADS=1 .venv-host/bin/python tests/comfyui/launch.py -m pytest tests/comfyui/$*
 
 # PPCL against every baseline; goes on where it stopped
 ablation: .venv/ready

@@ -179,6 +179,8 @@ def show(values: dict) -> None:
         cells = [f"{row[key]['parameters']:,}" for key in ("off", "table_8", "table_50", "basis_32")]
         rows.append([name, *cells, f"{100 * (1 - row['table_8']['parameters'] / row['off']['parameters']):.1f} %"])
     report.print_table("parameters", ["model", "off", "table of 8", "table of 50", "basis of rank 32", "saved"], rows)
+    tables = (values["sizes"]["Qwen-Image, 60 blocks"][f"table_{steps}"]["maps"] / 1e6 for steps in (8, 20, 50))
+    print("a table of the full model, 8, 20 and 50 steps, MB:", ", ".join(f"{size:.0f}" for size in tables))
     found = values["memory"]
     rows = [
         [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from ppcl_engine.architectures import architecture_named
 from ppcl_engine.architectures.folded import Folding
 from ppcl_engine.checkpoint import parameter_count
+from ppcl_engine.layout import Place
 from ppcl_engine.released import released_layout
 from ppcl_engine.surgery import empty_block
 
@@ -26,7 +29,8 @@ FOLDINGS = {
 
 
 def model_sizes() -> dict:
-    """model -> folding -> {"parameters", "bytes"}; a basis' maps are float32, all else bf16."""
+    """model -> folding -> {"parameters", "bytes", "maps"}; a basis' maps are float32, all else bf16. maps: bytes of what
+    stands for the modulations, a table's for one number of rows."""
     return {
         name: {key: _size(count, lists, folding) for key, folding in FOLDINGS.items()}
         for name, (count, lists) in MODELS.items()
@@ -37,14 +41,22 @@ def _size(count: int, lists: dict, folding: Folding | None) -> dict:
     """A text-pruned block's unused attn.to_add_out is counted in the published 10.60 B, so here too."""
     config = QWEN.with_blocks(REAL, range(count)) | ({"folding": folding.to_config()} if folding else {})
     places = released_layout(QWEN, {**config, **lists}, "the release").places
+    kinds, one_of = Counter(map(_kind, places)), {_kind(place): place for place in places}
     with torch.device("meta"):
         outer = QWEN.build_outer(config)
-        blocks = [empty_block(QWEN, config, place, {}) for place in places]
+        blocks = {kind: empty_block(QWEN, config, place, {}) for kind, place in one_of.items()}
     width = QWEN.width(REAL)
     unused = sum(place.text_source is not None for place in places) * width * (width + 1)
-    parameters = parameter_count(outer) + sum(map(parameter_count, blocks)) + unused
-    exact = sum(_maps(block) for block in blocks) if folding and folding.form == "basis" else 0
-    return {"parameters": parameters, "bytes": 2 * parameters + 2 * exact}
+    inside = sum(count * parameter_count(blocks[kind]) for kind, count in kinds.items())
+    parameters = parameter_count(outer) + inside + unused
+    maps = sum(count * _maps(blocks[kind]) for kind, count in kinds.items())
+    exact = maps if folding and folding.form == "basis" else 0
+    return {"parameters": parameters, "bytes": 2 * (parameters + exact), "maps": 2 * (maps + exact)}
+
+
+def _kind(place: Place) -> tuple:
+    """Blocks of one kind have as many parameters."""
+    return place.text_source is None, place.steps_text, place.publishes, *(site.kind for site in place.ffn)
 
 
 def _maps(block) -> int:

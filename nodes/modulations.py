@@ -11,8 +11,9 @@ import torch
 from ..ppcl_engine.architectures import Architecture
 from ..ppcl_engine.architectures.folded import FORMS, Folding
 from ..ppcl_engine.checkpoint import SCALE_SUFFIXES
-from ..ppcl_engine.folding import mark_of
+from ..ppcl_engine.folding import MARKED, mark_of
 from ..ppcl_engine.folding_files import modulation_names
+from .float8 import SCALE_SUFFIX, SCALED, float8_of, in_float8
 
 OFF = "off"
 FOLDS = (OFF, *FORMS)
@@ -21,11 +22,13 @@ FOLDS = (OFF, *FORMS)
 @dataclass(frozen=True, eq=False)
 class Modulations:
     """stored: a module's name in the file -> its tensors' names in it ("weight", "bias", a scale) -> where each is;
-    embedder: the time embedder's, by their whole names; architecture: that they are of."""
+    embedder: the time embedder's, by their whole names; architecture: that they are of. float8: what a scaled base keeps
+    matrices in, and the unfolded model those of its students too."""
 
     architecture: Architecture
     stored: dict[str, dict[str, object]]
     embedder: dict[str, object]
+    float8: torch.dtype | None = None
 
     @property
     def shapes(self) -> list[tuple]:
@@ -33,11 +36,18 @@ class Modulations:
         return sorted((name, tuple(leaves["weight"].shape)) for name, leaves in self.stored.items())
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
+        """As the unfolded model has them."""
+        tensors, scale = self._as_stored(name), SCALE_SUFFIX.removeprefix(".")
+        if self.float8 is not None and scale not in tensors:
+            tensors["weight"], tensors[scale] = in_float8(tensors["weight"], self.float8)
+        return tensors
+
+    def _as_stored(self, name: str) -> dict[str, torch.Tensor]:
         return {leaf: place.read() for leaf, place in self.stored[name].items()}
 
     def values(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias, a scale applied."""
-        tensors = self.read(name)
+        tensors = self._as_stored(name)
         weight = tensors["weight"]
         for suffix in SCALE_SUFFIXES:
             if (scale := tensors.get(suffix.removeprefix("."))) is not None:
@@ -54,9 +64,9 @@ class Modulations:
     @cached_property
     def mark(self) -> str:
         """As the engine's of a whole file."""
-        weights = {name: leaves["weight"] for name, leaves in self.stored.items()}
-        weights |= {n.removesuffix(".weight"): place for n, place in self.embedder.items() if n.endswith(".weight")}
-        return mark_of(weights, lambda name, rows: weights[name].first_rows(rows))
+        places = {name + leaf: leaves[leaf[1:]] for name, leaves in self.stored.items() for leaf in MARKED}
+        places |= {name: place for name, place in self.embedder.items() if name.endswith(MARKED)}
+        return mark_of(places, lambda name, rows: places[name].first_rows(rows) if rows else places[name].read())
 
 
 @dataclass(frozen=True)
@@ -77,12 +87,11 @@ MakeFold = Callable[[str, Modulations], Fold]
 def split(architecture: Architecture, wanted: dict[str, object]) -> tuple[dict[str, object], Modulations]:
     """(everything else, the modulations) of tensors by name. Raises ValueError for a model that has none."""
     names = modulation_names(wanted, architecture)
-    if not architecture.timestep_modulations:
-        raise ValueError(
-            f"modulations of {architecture.name} read more than the timestep: they can't be folded; set fold to off"
-        )
     if not names:
-        raise ValueError("this model has no modulations to fold; set fold to off")
+        raise ValueError(
+            "this model has no modulations that read the timestep alone (FLUX's read guidance and pooled text too, SD3.5's "
+            "pooled text); set fold to off"
+        )
     stored: dict[str, dict[str, object]] = {name: {} for name in names}
     rest = {}
     for name, place in wanted.items():
@@ -92,4 +101,5 @@ def split(architecture: Architecture, wanted: dict[str, object]) -> tuple[dict[s
         else:
             rest[name] = place
     embedder = {name: place for name, place in wanted.items() if name.startswith(f"{architecture.time_embedder}.")}
-    return rest, Modulations(architecture, stored, embedder)
+    float8 = float8_of(wanted[SCALED].read()) if SCALED in wanted else None
+    return rest, Modulations(architecture, stored, embedder, float8)

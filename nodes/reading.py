@@ -26,6 +26,7 @@ from ..ppcl_engine.layout import Layout, Place, layout_of
 from ..ppcl_engine.plan import Interval, PruningPlan, Variant, parse_intervals, plan_from_json
 from ..ppcl_engine.released import teacher_indices
 from ..ppcl_engine.standalone import structure_of
+from .float8 import FLOAT8, SCALE_SUFFIX, SCALED, float8_of, in_float8
 from .host import HOSTS, host_named, host_of
 from .host.base import Cut, Host
 from .host.structure import HINTS_TENSOR, as_tensor, checked_plan, count_blocks, is_surrounding, text_of
@@ -35,8 +36,6 @@ from .stored import Joined, Reader, Stored, in_host_names
 SMALLEST, AUTO, AS_NUMBERED, BY_INTERVALS = "smallest", "auto", "as numbered", "by intervals"
 RELEASES = {name: known for host in HOSTS for name, known in host.presets.items()}
 PRESETS = (AUTO, AS_NUMBERED, *RELEASES, BY_INTERVALS)
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALED, SCALE_SUFFIX = "scaled_fp8", ".scale_weight"
 
 Places = dict[str, Stored | Joined]
 """the host's name of a tensor -> where it is"""
@@ -164,14 +163,13 @@ def check_folded_alike(host: Host, plan: PruningPlan, base: dict[str, Stored], r
 def _with_scales(host: Host, tensors: dict[str, torch.Tensor], exact: set[str]) -> dict[str, torch.Tensor]:
     """Matrices of blocks without a scale (students, projections), as the base keeps its own: fp8 and a scale each.
     `exact`: folded maps, which stay as they are."""
-    dtype = tensors[SCALED].dtype if tensors[SCALED].dtype in FLOAT8 else FLOAT8[0]
+    dtype = float8_of(tensors[SCALED])
     found = {}
     for name, tensor in tensors.items():
         scale_name = name.removesuffix(".weight") + SCALE_SUFFIX
         plain = host.block_name.match(name) and name.endswith(".weight") and tensor.ndim == 2 and name not in exact
         if plain and scale_name not in tensors:
-            scale = (tensor.float().abs().max() / torch.finfo(dtype).max).clamp_min(torch.finfo(torch.float32).tiny)
-            found |= {name: (tensor.float() / scale).to(dtype), scale_name: scale}
+            found[name], found[scale_name] = in_float8(tensor, dtype)
     return found
 
 
@@ -188,7 +186,8 @@ def base_tensors(host: Host, path: Path, open_base: OpenBase) -> dict[str, Store
 def check_base(host: Host, reader: Reader, base: dict[str, Stored], plan: PruningPlan, path: Path) -> tuple[str, ...]:
     """Whether this is the plan's teacher. Quantised values differ, so only names and shapes can be compared, by the
     host when it loads them: then a note says so."""
-    parts = parts_in(host.engine, (n for n in base if not n.endswith(IGNORED_SUFFIXES) and n != SCALED))
+    marks = (SCALED, *host.engine.marks)
+    parts = parts_in(host.engine, (n for n in base if not n.endswith(IGNORED_SUFFIXES) and n not in marks))
     shapes = {key: Cut(rows=(part.pieces, part.of)).shape(base[part.name].shape) for key, part in parts.items()}
     vectors = {base[part.name] for key, part in parts.items() if len(shapes[key]) == 1}
     if path.suffix == ".gguf" or any(stored.file.dtype(stored.name) in FLOAT8 for stored in vectors):

@@ -38,7 +38,8 @@ class Weights:
         self.architecture: Architecture = detect_architecture(stored, self.path)
         self._tensors = _parts_of(self.architecture, stored)
         self._scales = {key: place for key, place in stored.items() if key.endswith(SCALE_SUFFIXES)}
-        self.config: dict = config or self.architecture.infer_config(self.shape, self._tensors)
+        marks = [name for name in self.architecture.marks if name in stored]
+        self.config: dict = config or self.architecture.infer_config(self.shape, [*self._tensors, *marks])
         self._check_config()
         self._check_keys()
 
@@ -122,7 +123,7 @@ def _parts_of(
     architecture: Architecture, stored: dict[str, tuple[TensorFile | PickledFile, str]]
 ) -> dict[str, tuple[TensorFile | PickledFile, str, Part]]:
     """diffusers' name -> file, name in it, which of its rows."""
-    marks = ("scaled_fp8", STRUCTURE_TENSOR)
+    marks = ("scaled_fp8", STRUCTURE_TENSOR, *architecture.marks)
     names = [name for name in stored if not name.endswith(IGNORED_SUFFIXES) and name not in marks]
     return {key: (*stored[part.name], part) for key, part in parts_in(architecture, names).items()}
 

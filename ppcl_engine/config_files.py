@@ -86,8 +86,8 @@ class FoldConfig:
     samples: str = "1 2"
     """table: for how many samples at once its values are the model's own to the last bit; for others they differ by a
     kernel's rounding."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """table: precision that the model will run in."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """table: precision that the model will run in (auto, on the command line: bfloat16 on a GPU, else float32)."""
     host: Literal["diffusers", "comfyui"] = "diffusers"
     """table: who will run it. diffusers rounds timesteps to the model's precision, ComfyUI does not."""
     device: str = "auto"

@@ -15,7 +15,7 @@ import torch
 RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 GRID, OTHER_GRID = 1025, 401  # of t in [0, 1]: the embedding's fastest period is 0.0063; the error is measured between
 ROWS_AT_ONCE = 1024
-MARK_ROWS = 4
+MARK_ROWS, MARKED = 4, (".weight", ".bias")
 
 
 def directions(inputs: torch.Tensor, rank: int) -> torch.Tensor:
@@ -109,12 +109,12 @@ def values_at(modulation: Callable[[torch.Tensor], torch.Tensor], conditionings:
     return torch.stack(columns, dim=1)
 
 
-def mark_of(names: Iterable[str], read: Callable[[str, int], torch.Tensor]) -> str:
-    """Hash that tells one model's modulations from another's, a merged LoRA's too: shapes, precision and the first rows
-    of each. `read(name of a module, rows)` gives the first rows of its weight, as they are stored."""
+def mark_of(names: Iterable[str], read: Callable[[str, int | None], torch.Tensor]) -> str:
+    """Hash that tells one model's modulations from another's, a merged LoRA's too: shapes, precision, the first rows of
+    each weight, all of each bias. `read(name of a tensor, rows)` gives its first rows, as they are stored."""
     digest = hashlib.sha256()
     for name in sorted(names):
-        rows = read(name, MARK_ROWS).contiguous()
+        rows = read(name, MARK_ROWS if name.endswith(".weight") else None).contiguous()
         digest.update(f"{name}{tuple(rows.shape)}{rows.dtype}".encode())
         digest.update(rows.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -19,8 +19,8 @@ from .architectures.folded import FOLDING, Folding, TableInputs, folding_of, unf
 from .bundle import PLAN_KEY, STRUCTURE_TENSOR, Bundle, is_bundle, standalone_structure
 from .checkpoint import COMFYUI_PREFIX, SCALE_SUFFIXES, Weights, open_layout
 from .files import TensorEntry, TensorFile, write_tensor_stream
-from .folding import mark_of
-from .folding_tables import Table, batches_of, conditionings, make_table, table_inputs, table_maps
+from .folding import MARKED, mark_of
+from .folding_tables import Table, batches_of, conditionings, make_table, put_table, table_in, table_inputs, table_maps
 from .plan import PruningPlan, plan_from_json
 from .progress import Progress
 from .standalone import STRUCTURE_KEY
@@ -82,17 +82,13 @@ class Original:
 
     @cached_property
     def mark(self) -> str:
-        return mark_of([*self.modulations, *self._embedders()], self._first_rows)
+        embedder = f"{self.architecture.time_embedder}."
+        embedders = (name.removeprefix(self.prefix) for name in self.stored if embedder in name)
+        names = [name + leaf for name in self.modulations for leaf in MARKED]
+        return mark_of([*names, *(name for name in embedders if name.endswith(MARKED))], self._first_rows)
 
-    def _embedders(self) -> list[str]:
-        """The matrices of time embedders, by the names of their modules."""
-        inside = (
-            name.removeprefix(self.prefix) for name in self.stored if f"{self.architecture.time_embedder}." in name
-        )
-        return [name.removesuffix(".weight") for name in inside if name.endswith(".weight")]
-
-    def _first_rows(self, name: str, rows: int) -> torch.Tensor:
-        file, key = self.stored[f"{self.prefix}{name}.weight"]
+    def _first_rows(self, name: str, rows: int | None) -> torch.Tensor:
+        file, key = self.stored[self.prefix + name]
         return file.read(key, rows) if isinstance(file, TensorFile) else file.read(key)[:rows]
 
 
@@ -173,12 +169,12 @@ def give_base(model: nn.Module, base: Path, path: Path) -> None:
     if inputs is None:
         return
     maps = table_maps(model)
-    parameter = next(iter(maps.values())).weight
 
-    def more(timesteps: list[float]) -> Table:
-        original = open_original(base)
+    def more(timesteps: list[float]) -> None:
+        original, parameter = open_original(base), next(iter(maps.values())).weight
         check_mark(original, open_original(path).folding.mark, path)
-        return original_table(original, timesteps, inputs, maps, parameter.dtype, str(parameter.device))
+        found = original_table(original, timesteps, inputs, maps, parameter.dtype, str(parameter.device))
+        put_table(maps, inputs, table_in(maps, inputs).joined(found))
 
     inputs.more = more
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .architectures import Architecture
-from .architectures.folded import TableInputs, TableMap, refuse_timesteps
+from .architectures.folded import TableInputs, TableMap
 from .files import TensorFile, write_tensors
 from .folding import Conditionings, values_at
 
@@ -130,18 +130,15 @@ def make_table(modulations: Opened, timesteps: Sequence[float]) -> Table:
 
 
 def known_timesteps(model: nn.Module, timesteps: Iterable[float]) -> None:
-    """Before sampling: a table model that lacks some of these gets them from its base file, in one pass. Nothing to do
-    for others. Raises ValueError, in one line, where there is no base file."""
+    """Before sampling: a table model that lacks some of these gets them from its base file, in one pass (not told before,
+    it takes a pass for each). Nothing to do for others. Raises ValueError, in one line, where there is no base file."""
     inputs = table_inputs(model)
     if inputs is None:
         return
     wanted = torch.tensor(list(timesteps)).to(inputs.precision).float().tolist()
     known = inputs.timesteps.float().tolist()
     if missing := [t for t in dict.fromkeys(wanted) if t not in known]:
-        if inputs.more is None:
-            refuse_timesteps(missing, known, inputs.precision)
-        maps = table_maps(model)
-        put_table(maps, inputs, table_in(maps, inputs).joined(inputs.more(missing)))
+        inputs.ask(missing)
 
 
 def table_inputs(model: nn.Module) -> TableInputs | None:

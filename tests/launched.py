@@ -92,3 +92,8 @@ def _launcher() -> tuple[int, int]:
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+@torch.no_grad()
+def relative(tensor: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((tensor - expected).norm() / expected.norm().clamp_min(1e-12))

@@ -43,6 +43,10 @@ def test_folding(tmp_path):
     values = run(folding, tmp_path, "--folder", tmp_path)
     sizes = [row["off"]["parameters"] / 1e9 for row in values["sizes"].values()]
     assert [round(size, 2) for size in sizes] == [20.43, 11.93, 10.60]
+    full, *pruned = values["sizes"].values()
+    assert [round(full[f"table_{n}"]["maps"] / 1e6) for n in (8, 50)] == [35, 221]
+    for row, billions in zip((full, *pruned), (13.7, 8.0, 7.2), strict=True):
+        assert all(abs(row[form]["parameters"] / 1e9 - billions) < 0.06 for form in ("table_20", "basis_32"))
     assert values["memory"]["forms"].keys() == {"off", "table", "basis"}
     assert values["distil"]["basis"]["trained_bytes"] < 0.8 * values["distil"]["off"]["trained_bytes"]
     assert all(row["identical"] for row in values["pictures"]["variants"])

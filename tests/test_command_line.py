@@ -138,3 +138,7 @@ def test_known_architectures_as_json(capsys):
     assert main(["inspect", "--architectures", "--json"]) == 0
     known = json.loads(capsys.readouterr().out)
     assert known["qwen_image"]["blocks"] == 60 and round(known["qwen_image"]["parameters"] / 1e9, 2) == 20.43
+    reads = {name: model["modulations_read"] for name, model in known.items()}
+    assert reads["qwen_image"] == ["the timestep"]
+    assert reads["flux1_dev"] == ["the timestep", "guidance", "pooled text"]
+    assert reads["sd35_medium"] == ["the timestep", "pooled text"]

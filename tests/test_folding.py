@@ -94,12 +94,12 @@ def test_values_are_the_modulations_own():
 
 
 def test_marks_tell_a_changed_model():
-    tensors = {"a": torch.randn(9, 4), "b": torch.randn(9, 4)}
+    tensors = {"a.weight": torch.randn(9, 4), "b.weight": torch.randn(9, 4), "b.bias": torch.randn(9)}
 
-    def mark() -> str:
-        return mark_of(tensors, lambda name, rows: tensors[name][:rows])
+    def mark(**changed: torch.Tensor) -> str:
+        now = {**tensors, **changed}
+        return mark_of(now, lambda name, rows: now[name][:rows])
 
-    first = mark()
-    assert first == mark()
-    tensors["b"] = tensors["b"] + 1e-3 * torch.randn(9, 1) @ torch.randn(1, 4)  # a merged LoRA
-    assert mark() != first
+    merged = tensors["b.weight"] + 1e-3 * torch.randn(9, 1) @ torch.randn(1, 4)  # a LoRA
+    last = tensors["b.bias"] + torch.eye(9)[8]
+    assert mark() == mark() and len({mark(), mark(**{"b.weight": merged}), mark(**{"b.bias": last})}) == 3

@@ -10,26 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
 
 import ppcl_engine
 from ppcl_engine.__main__ import INTERRUPTED, USER_ERROR, main
 from ppcl_engine.checkpoint import Weights
-from ppcl_engine.config import FinetuneConfig, PolishConfig
-from ppcl_engine.files import TensorFile, write_tensors
+from ppcl_engine.files import TensorFile
 from ppcl_engine.jobs.order import Order, write_order
 from ppcl_engine.jobs.state import ask_to_cancel, current_state, read_events
 from ppcl_engine.jobs.work import main as worker
-from ppcl_engine.losses import LOSSES
-from ppcl_engine.parallel import Processes, joined, processes
 from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.run import Run
-from ppcl_engine.training import Trainer
 
-from .launched import Launched, command, free_port
+from .launched import Launched, command, free_port, relative
 
 TOLERANCE = 1e-4  # of every tensor, relative, after all updates
 RUN_FILE = """
@@ -142,64 +134,9 @@ def farthest(run: Run, other: Run, *folders: str) -> float:
     return max(found)
 
 
-@torch.no_grad()
-def relative(tensor: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((tensor - expected).norm() / expected.norm().clamp_min(1e-12))
-
-
 def contents(run: Run, *folders: str) -> dict[str, bytes]:
     files = [path for folder in folders for path in (run.folder / folder).rglob("*.safetensors")]
     return {str(path.relative_to(run.folder)): path.read_bytes() for path in files}
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    cuts=st.lists(st.integers(1, 11), min_size=1, max_size=3), seed=st.integers(0, 99), name=st.sampled_from([*LOSSES])
-)
-def test_the_losses_of_the_parts_add_up_to_the_whole(cuts, seed, name):
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = (torch.randn(12, 5, generator=generator) for _ in range(2))
-    sizes: list[torch.Tensor] = []
-    expected = LOSSES[name](student, teacher, lambda size: sizes.append(size) or size)
-    pieces, parts = [rows.tensor_split(sorted(cuts)) for rows in (student, teacher)], []
-    for s, t in zip(*pieces, strict=True):
-        whole = iter(sizes)
-        parts.append(LOSSES[name](s, t, lambda size, whole=whole: next(whole)))
-    assert float(sum(parts)) == pytest.approx(float(expected), rel=1e-5)
-    assert float(LOSSES[name](student, teacher)) == float(expected)
-
-
-def trained(loss: str) -> Trainer:
-    """Three updates of a small model on rows of a batch."""
-    torch.manual_seed(0)
-    trainer = Trainer(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 4)), 0.1)
-    for _ in range(3):
-        rows = processes().rows({"x": torch.randn(10, 6), "y": torch.randn(10, 4)})
-        value = LOSSES[loss](trainer.module(rows["x"]), rows["y"], processes().sum)
-        trainer.update(value, 1e-2, "here")
-    return trainer
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_gradients_add_up_and_all_processes_keep_the_same_bits(tmp_path, count):
-    def work() -> int:
-        with joined("data", "cpu") as current:
-            for loss in LOSSES:
-                trainer = trained(loss)
-                gradients = {f"gradient.{n}": p.grad for n, p in trainer.module.named_parameters()}
-                write_tensors(tmp_path / f"{loss}_{current.rank}", {**trainer.tensors(), **gradients})
-            current.wait()
-        return 0
-
-    assert Launched(tmp_path, count, work).codes() == [0] * count
-    for loss in LOSSES:
-        replicas = [TensorFile(tmp_path / f"{loss}_{rank}").read_all() for rank in range(count)]
-        assert all(torch.equal(r[name], tensor) for r in replicas for name, tensor in replicas[0].items())
-        trainer = trained(loss)
-        for name, parameter in trainer.module.named_parameters():
-            assert relative(replicas[0][f"gradient.{name}"], parameter.grad) < 1e-6
-            assert relative(replicas[0][f"weight.{name}"], parameter) < 1e-6
-        torch.testing.assert_close(replicas[0]["losses"], torch.tensor(trainer.losses), rtol=1e-6, atol=0)
 
 
 def test_the_whole_method_under_accelerate_launch(tmp_path, write_run_file, alone):
@@ -339,28 +276,9 @@ def test_a_loss_that_is_no_number_ends_all(tmp_path, planned):
     assert "at step 1 of interval 0-1; the last good state is kept" in line
 
 
-@pytest.mark.parametrize("kind", [PolishConfig, FinetuneConfig])
-def test_what_learns_from_one_loss_cannot_be_split_by_intervals(kind, tmp_path):
-    with pytest.raises(ValueError, match="--parallel intervals: here all parts learn from one loss"):
-        kind(model=tmp_path, run=tmp_path, parallel="intervals")
-
-
 def test_accelerates_cpu_option_is_refused_since_it_starts_one_process(monkeypatch, capsys, planned):
     _, arguments = planned()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert main([str(a) for a in arguments]) == USER_ERROR
     assert "write --multi_gpu in the place of --cpu" in capsys.readouterr().err
-
-
-def test_one_process_shares_nothing():
-    tensor, parameter = torch.ones(3, requires_grad=True), nn.Parameter(torch.ones(2))
-    for share in ("", "data", "intervals"):
-        current = Processes(share=share)
-        assert current.sum(tensor) is tensor and current.own([1, 2]) == [1, 2] and current.any(True) is True
-        assert current.folder(Path("x")) == Path("x") and current.is_main and current.writes
-        rows = {"grid": torch.ones(1, 3), "timestep": torch.ones(1)}
-        assert current.rows(rows) is rows
-        current.sum_gradients([parameter], tensor.sum())
-        current.wait()
-    assert parameter.grad is None and processes() == Processes()

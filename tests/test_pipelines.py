@@ -207,7 +207,10 @@ def cut_weights(copy):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (edit_class, r"is of a SanaPipeline; known pipelines: QwenImagePipeline, FluxPipeline, StableDiffusion3Pipeline$"),
+        (
+            edit_class,
+            r"is of a SanaPipeline; known pipelines: QwenImagePipeline, FluxPipeline, StableDiffusion3Pipeline$",
+        ),
         (edit_scheduler, r"is of a UniPCMultistepScheduler; known schedulers: FlowMatchEulerDiscreteScheduler$"),
         (lambda copy: shutil.rmtree(copy / "scheduler"), r"has no scheduler/scheduler_config.json; download"),
         (lambda copy: shutil.rmtree(copy / "vae"), r"has no vae/config.json; download"),

@@ -194,7 +194,8 @@ def check_tensors(model: nn.Module, tensors: FileTensors) -> None:
     expected = {name: shape for name, shape in expected.items() if not name.endswith(QUANTIZATION_SUFFIXES)}
     if missing := sorted(expected.keys() - given.keys()):
         raise ValueError(f"the file lacks {len(missing)} tensors, first {missing[0]}; copy or download it again")
-    if unknown := sorted(name for name in given.keys() - expected.keys() if not is_surrounding(name)):
+    marks = model.ppcl.structure.host.engine.marks
+    if unknown := sorted(n for n in given.keys() - expected.keys() if not is_surrounding(n) and n not in marks):
         raise ValueError(f"the file has {len(unknown)} tensors with no home, first {unknown[0]}; is it another model?")
     for name, shape in expected.items():
         if given[name] != shape:

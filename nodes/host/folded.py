@@ -52,6 +52,13 @@ class Table(TableInputs):
             set()
         )  # others, with the numbers of rows that they were made for
 
+    def ask(self, missing: list[float]) -> None:
+        """The schedule's were looked up before sampling (`tables`), so these were chosen since."""
+        raise ValueError(
+            f"the model's table has no timestep {missing[0]:.6g}, which this sampler chose on its way: take a sampler that "
+            "keeps to its schedule, or fold with form basis"
+        )
+
     def projection(self) -> torch.Tensor:
         """silu(conditioning) [width, columns] of every column of the table, in float32"""
         (embedder,) = self.embedder

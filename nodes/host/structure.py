@@ -109,7 +109,7 @@ def config_of(host: Host, tensors: FileTensors, known: Mapping | None = None) ->
 def engine_shapes(engine: Architecture, tensors: FileTensors) -> dict[str, tuple[int, ...]]:
     """By diffusers' names, of tensors by the host's."""
     shapes = {}
-    for key, part in parts_in(engine, tensors).items():
+    for key, part in parts_in(engine, (name for name in tensors if name not in engine.marks)).items():
         shape = tuple(tensors[part.name].shape)
         shapes[key] = shape if part.of == 1 else (shape[0] // part.of * len(part.pieces), *shape[1:])
     return shapes

@@ -104,6 +104,8 @@ class Architecture(Protocol):
     can be folded"""
     time_embedder: str
     """the outer module that makes the conditioning"""
+    marks: tuple[str, ...]
+    """empty tensors that hosts put into their single files to say what shapes do not"""
     model_configs: dict[str, dict]
     """full-size models by name; the first is the default"""
     projection_names: dict[str, dict[str, str]]

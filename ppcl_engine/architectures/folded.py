@@ -83,22 +83,31 @@ class BasisInputs(nn.Module):
 
 
 class TableInputs(nn.Module):
-    """The place of each timestep in `timesteps` [inputs], one-hot. `more`: what computes further columns, see
-    `folding_tables`. Raises ValueError for a timestep that is not there."""
+    """The place of each timestep in `timesteps` [inputs], one-hot. `more`: what adds further timesteps to the model, see
+    `folding_tables`; None: a timestep that is not there raises ValueError."""
 
     def __init__(self, inputs: int, precision: torch.dtype = torch.float32):
         super().__init__()
         self.register_buffer("timesteps", torch.zeros(inputs))
         self.precision = precision
-        self.more: Callable | None = None
+        self.more: Callable[[list[float]], None] | None = None
 
     def forward(self, timestep: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         if timestep.is_meta:
             return conditioning.new_zeros(len(timestep), len(self.timesteps))
-        found = timestep.float()[:, None] == self.timesteps.to(timestep.device, torch.float32)
+        found = self.places(timestep)
         if not bool(found.any(dim=1).all()):
-            refuse_timesteps(timestep[~found.any(dim=1)].tolist(), self.timesteps.tolist(), self.precision)
+            self.ask(timestep[~found.any(dim=1)].float().tolist())
+            found = self.places(timestep)
         return found.to(conditioning.dtype)
+
+    def places(self, timestep: torch.Tensor) -> torch.Tensor:
+        return timestep.float()[:, None] == self.timesteps.to(timestep.device, torch.float32)
+
+    def ask(self, missing: list[float]) -> None:
+        if self.more is None:
+            refuse_timesteps(missing, self.timesteps.tolist(), self.precision)
+        self.more(list(dict.fromkeys(missing)))
 
 
 def refuse_timesteps(missing: list[float], known: list[float], precision: torch.dtype) -> None:

@@ -23,6 +23,7 @@ from .projections import (
 )
 
 STREAMS = {"image": "img", "text": "txt"}  # as the names of a block's parts begin
+REFERENCE_AT_ZERO = "__index_timestep_zero__"  # in ComfyUI's files of edit models that modulate references at t = 0
 ROTARY_SHARES = (2, 7, 7)  # of 16: frame, row, column; 16, 56, 56 of 128 in the released model
 
 
@@ -34,6 +35,7 @@ class QwenImage(PackedLatents):
     caption_inputs = ("encoder_hidden_states", "encoder_hidden_states_mask")
     timestep_modulations = ("img_mod.1", "txt_mod.1")
     time_embedder = "time_text_embed"
+    marks = (REFERENCE_AT_ZERO,)
     model_configs = {
         "qwen_image": {
             "patch_size": 2,
@@ -101,6 +103,7 @@ class QwenImage(PackedLatents):
             "num_attention_heads": width // head,
             "joint_attention_dim": shapes("txt_norm.weight")[0],
             "axes_dims_rope": [head * share // 16 for share in ROTARY_SHARES],
+            **({"zero_cond_t": True} if REFERENCE_AT_ZERO in keys else {}),
         }
 
     def num_blocks(self, config: dict) -> int:

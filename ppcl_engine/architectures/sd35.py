@@ -96,6 +96,7 @@ class SD35(PackedLatents):
     caption_inputs = ("encoder_hidden_states", "pooled_projections")
     timestep_modulations = ()
     time_embedder = "time_text_embed"
+    marks = ()
     model_configs = {
         name: {
             "sample_size": 128,

@@ -38,6 +38,11 @@ LARGEST = 2e9  # bytes of a model file that is read a second time for pictures
 SEED = 0
 
 
+def next_drawing(begun: float, now: float, seconds: float) -> float:
+    """When the next preview is due, after one that took from `begun` to `now`, in seconds of one clock."""
+    return now + max(seconds, SHARE * (now - begun))
+
+
 class Preview:
     """`draw` is called where everything trained is on disk; `config` is the present stage's. `asked`: to stop."""
 
@@ -56,8 +61,7 @@ class Preview:
             return False
         with listening(None), torch.random.fork_rng(devices=[]), torch.no_grad():
             drawn = self._draw()
-        now = time.monotonic()
-        self._due = now + max(self.seconds, SHARE * (now - begun))
+        self._due = next_drawing(begun, time.monotonic(), self.seconds)
         return drawn
 
     def _draw(self) -> bool:

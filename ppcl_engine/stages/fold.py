@@ -72,6 +72,12 @@ def _check_numbers(config: FoldConfig) -> None:
         raise ValueError(f"--bound {config.bound:g} is no relative error; choose one between 0 and 1, such as 0.01")
 
 
+def _precision(dtype: str, device: str) -> str:
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
 def _base_of(original: Original, config: FoldConfig) -> Original:
     """The full model that holds the time embedder. Raises ValueError for a bundle without its own."""
     if not original.is_bundle:
@@ -96,7 +102,8 @@ class _Folding:
 
     def __post_init__(self):
         self.architecture, self.device = self.base.architecture, resolve_device(self.config.device)
-        self.dtype = DTYPES[self.config.dtype]
+        self.precision = _precision(self.config.dtype, self.device)
+        self.dtype = DTYPES[self.precision]
         self.files = list(dict.fromkeys((self.base, self.original)))
 
     def write(self, folder: Path) -> Path:
@@ -197,7 +204,7 @@ class _Folding:
 
     def _table(self) -> tuple[Folding, dict[str, Callable[[], torch.Tensor]], dict]:
         config = self.config
-        precision = config.dtype if config.host == "diffusers" else "float32"
+        precision = self.precision if config.host == "diffusers" else "float32"
         self.timesteps = _timesteps(config, self.base, PRECISIONS[precision])
         table = self._values(PRECISIONS[precision])
         folding = Folding(form="table", inputs=len(self.timesteps), batches=table.batches, precision=precision,

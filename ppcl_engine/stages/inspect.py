@@ -22,7 +22,8 @@ def inspect(config: InspectConfig) -> None:
 
 
 def known_models() -> dict[str, dict]:
-    """Every full-size model: architecture, blocks, width, parameters."""
+    """Every full-size model: architecture, blocks, width, parameters, what its modulations read (the timestep alone: they
+    can be folded)."""
     models = {}
     for architecture in ARCHITECTURES:
         for name, model_config in architecture.model_configs.items():
@@ -31,6 +32,7 @@ def known_models() -> dict[str, dict]:
                 "parameters": full_parameters(architecture, model_config),
                 "blocks": architecture.num_blocks(model_config),
                 "width": architecture.width(model_config),
+                "modulations_read": list(architecture.modulation_reads(model_config)),
             }
     return models
 

@@ -108,7 +108,8 @@ def test_assembled_parts_are_diffusers_model(model):
 ])  # fmt: skip
 def test_the_released_models_have_their_published_sizes(name, parameters, blocks, width):
     found = known_models()[name]
-    assert found == {"architecture": "sd35", "parameters": parameters, "blocks": blocks, "width": width}
+    sizes = {"architecture": "sd35", "parameters": parameters, "blocks": blocks, "width": width}
+    assert found == {**sizes, "modulations_read": ["the timestep", "pooled text"]}
 
 
 @pytest.mark.parametrize("name", ["sd35_large", "sd35_medium"])

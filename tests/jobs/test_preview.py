@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from ppcl_engine.data import CalibrationSet, save_calibration
 from ppcl_engine.demo.codec import fit_codec
 from ppcl_engine.files import write_text
 from ppcl_engine.jobs.order import Order, configs
-from ppcl_engine.jobs.preview import Painter, Preview, can_paint, loss_curves, present
+from ppcl_engine.jobs.preview import SHARE, Painter, Preview, can_paint, loss_curves, next_drawing, present
 from ppcl_engine.jobs.sheet import Row, sheet, smoothed
 from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.run import Run
@@ -151,11 +150,10 @@ def test_drawing_ends_when_asked_and_takes_a_tenth_of_the_time(drawn, painting_t
     folder, asked = drawn[0], []
     preview = Preview(folder, 0.01, lambda: bool(asked))
     preview.config = configs(Order(stages=(stages(painting_teacher)[0],)), folder)[0][1]
-    begun = time.monotonic()
     assert preview.draw(finished=True)
-    took = time.monotonic() - begun
-    assert preview._due - time.monotonic() > 9 * took
-    assert not preview.draw(finished=False)  # too soon
+    assert next_drawing(begun=100.0, now=103.0, seconds=5.0) == 103.0 + SHARE * 3.0
+    assert next_drawing(begun=100.0, now=100.1, seconds=5.0) == 105.1
+    assert not Preview(folder, 60.0, lambda: False).draw(finished=False)  # too soon
     asked.append(1)
     assert not preview.draw(finished=True)
     preview._painter.asked = lambda: True

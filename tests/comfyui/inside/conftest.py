@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,7 @@ import folder_paths  # noqa: E402
 import nodes as host_nodes  # noqa: E402
 
 torch.set_num_threads(1)
+BOUND = 0.5  # of a folded random model of width 32, whose embedding has no low rank
 FIGURES = ".venv-host/bin/python tests/comfyui/launch.py -m pytest tests/comfyui/inside --figures {path}"
 
 
@@ -218,6 +220,44 @@ def switched(run_node):
     """PPCL_Variant with its widgets' defaults; gives the MODEL alone."""
     defaults = {"variant": "as it is", "size": 0.6, "on": "", "off": ""}
     return lambda model, **widgets: run_node("PPCL_Variant", model=model, **{**defaults, **widgets})[0]
+
+
+@pytest.fixture(scope="module")
+def drawn(run_node, inputs):
+    """Latents that the host's own sampler draws."""
+
+    def run(model, steps: int = 3, sampler: str = "euler", samples: int = 1, cfg: float = 2.0, equal: bool = True):
+        text = inputs.text.expand(samples, -1, -1)
+        negative = -text if equal else text[:, ::2]
+        empty = torch.zeros(samples, *inputs.latents.shape[1:])
+        (found,) = run_node(
+            "KSampler", model=model, seed=3, steps=steps, cfg=cfg, sampler_name=sampler, scheduler="simple",
+            positive=[[text, {}]], negative=[[negative, {}]], latent_image={"samples": empty}, denoise=1.0,
+        )  # fmt: skip
+        return found["samples"]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def loose_bound(pack):
+    """A random model keeps no useful bound."""
+    module = pack("folding")
+    old, module.BOUND = module.BOUND, BOUND
+    yield
+    module.BOUND = old
+
+
+@pytest.fixture(scope="module")
+def plain(load, bundle, teacher):
+    """The bundle, switchable, nothing folded."""
+    return load(bundle.name, base=teacher.name)
+
+
+@pytest.fixture(scope="module")
+def of_form(load, bundle, teacher, loose_bound):
+    """The same, folded, loaded once."""
+    return cache(lambda form: load(bundle.name, base=teacher.name, fold=form))
 
 
 def engine_forward(architecture, model, inputs) -> torch.Tensor:
