@@ -80,9 +80,11 @@ class Host:
 
     To write one, give these, and override the methods at the end; `qwen_image.py` and `flux1.py` are the examples:
 
-    engine          the same architecture of `ppcl_engine.architectures`, which reads files and configurations
+    engine          the same architecture of `ppcl_engine.architectures`, which reads files and configurations, and says in
+                    `comfyui_projections` which sub-module of the host's block each projection is
     configs         the host's config classes (`building.PrunedConfig` + its own): they claim the files that it can't load
     module, model   the host's module of the transformer, and the name of its class there
+    presets         released models that count their blocks anew; those of the engine where it knows some
     lists           its lists of blocks, in the order in which they run: the teacher's blocks are counted through them
     mark            a tensor outside of blocks that every file of it has, and nothing beside it in a checkpoint
     text_map        a block's first map of the modulated text: what enters it is what a text group reads
