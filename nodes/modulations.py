@@ -89,8 +89,8 @@ def split(architecture: Architecture, wanted: dict[str, object]) -> tuple[dict[s
     names = modulation_names(wanted, architecture)
     if not names:
         raise ValueError(
-            f"this {architecture.name} model has no modulations that read the timestep alone, so none that can be folded; "
-            "set fold to off"
+            f"this {architecture.name} model has no modulations to fold: those of its kind read "
+            f"{' and '.join(architecture.modulation_reads({}))}; set fold to off"
         )
     stored: dict[str, dict[str, object]] = {name: {} for name in names}
     rest = {}
