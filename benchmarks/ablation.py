@@ -49,7 +49,7 @@ from .teachers import describe, random_teacher, rendered
 
 BUDGET = 16_000  # block passes of a row
 HALF_BUDGET, HALF_CAPTIONS = 80_000, 2_000  # of the longer training, and enough for a narrow interval
-CAPTIONS, SAMPLES, BATCH = 300, 480, 48
+CAPTIONS, SAMPLES, BATCH, QUICK_BATCH = 300, 480, 48, 8
 PAPER_REMOVED = 25 / 60  # of the blocks
 OURS_REMOVED = 1 / 4  # of the blocks, where half of the parameters go; width takes the rest
 PARTS = {"depth": 0.35, "width": 0.1, "polish": 0.55}  # of the budget: students and projections alone, which switch
@@ -143,8 +143,9 @@ def measure(context: Context, judge: Judge, row: Row, build: Build, folder: Path
 def prepare(chosen, folder: Path) -> tuple[Context, Judge]:
     weights = Weights(chosen.teacher)
     teacher = Teacher(weights, torch.float32, "cpu", streamed=False)
-    samples = SAMPLES if not chosen.quick else 2 * BATCH
-    calibration = rendered(chosen.teacher, weights, samples, BATCH, seed=0)
+    batch = BATCH if not chosen.quick else QUICK_BATCH
+    samples = SAMPLES if not chosen.quick else 2 * batch
+    calibration = rendered(chosen.teacher, weights, samples, batch, seed=0)
     base = Run(folder / "base")
     if not base.calibration.exists():
         save_calibration(base.calibration, calibration)
@@ -157,11 +158,11 @@ def prepare(chosen, folder: Path) -> tuple[Context, Judge]:
     common = {"model": chosen.teacher, "run": base.folder, "device": "cpu"}
     probe(ProbeConfig(**common))
     detect(DetectConfig(**common, **settings))
-    budget = chosen.budget or (BUDGET if not chosen.quick else 1_200)
+    budget = chosen.budget or (BUDGET if not chosen.quick else 300)
     context = Context(model=chosen.teacher, teacher=teacher, calibration=calibration, base=base.folder, budget=budget)
-    unseen = rendered(chosen.teacher, weights, 240 if not chosen.quick else BATCH, BATCH, seed=1)
-    captions = chosen.captions or (CAPTIONS if not chosen.quick else 10)
-    validation = rendered(chosen.teacher, weights, 2 * BATCH, BATCH, seed=2)
+    unseen = rendered(chosen.teacher, weights, 240 if not chosen.quick else batch, batch, seed=1)
+    captions = chosen.captions or (CAPTIONS if not chosen.quick else 4)
+    validation = rendered(chosen.teacher, weights, 2 * batch, batch, seed=2)
     judge = Judge(chosen.teacher, open_model(chosen.teacher), validation, unseen, captions, folder)
     return (replace(context, rates=(1e-3,)) if chosen.quick else context), judge
 

@@ -217,3 +217,8 @@ def _shards(path: Path) -> list[Path]:
 
 def parameter_count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def stored_count(module: nn.Module) -> int:
+    """Values that a file of it holds: its parameters, and tables that no training moves (buffers)."""
+    return sum(tensor.numel() for tensor in module.state_dict().values())

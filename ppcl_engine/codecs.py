@@ -1,6 +1,6 @@
 """Words and pictures to the tensors a transformer reads, and back.
 
-`TableCodec`: fixed tables inside the model's own file. `PipelineCodec` (pipelines.py): the text
+`TableCodec`: fixed tables inside the model's own file. `PipelineCodec` (pipeline_folder.py): the text
 encoder and VAE of a diffusers folder. `open_codec` picks by what lies beside the transformer.
 """
 
@@ -36,13 +36,16 @@ class Codec(Protocol):
     pixels_per_latent: int
     rescales_guidance: bool
     """whether the guided velocity of every token keeps the norm of the caption's"""
+    edits: bool
+    """whether captions are instructions, read with the pictures that they change, the references"""
 
     def timesteps(self, steps: int, image_tokens: int) -> list[float]:
         """1, ..., 0, both ends included: where a picture of so many tokens is sampled"""
         ...
 
-    def text(self, texts: list[str]) -> Inputs:
-        """All that the transformer reads of captions, by diffusers' names; a row each."""
+    def text(self, texts: list[str], references: torch.Tensor | None = None) -> Inputs:
+        """All that the transformer reads of captions, by diffusers' names; a row each. references: [n, k, 3, height,
+        width]; ValueError where they are missing, or not read."""
         ...
 
     def latents(self, pictures: torch.Tensor) -> torch.Tensor: ...
@@ -68,6 +71,7 @@ class TableCodec:
     position_embedding: torch.Tensor | None = None
     picture_size: tuple[int, int] = (48, 48)
     rescales_guidance: ClassVar[bool] = False
+    edits: ClassVar[bool] = False
 
     @property
     def latent_channels(self) -> int:
@@ -98,9 +102,10 @@ class TableCodec:
         blocks = latents.movedim(1, -1) @ self.decode + self.mean
         return F.pixel_shuffle(blocks.movedim(-1, 1), self.pixels_per_latent).clamp(0, 1)
 
-    def text(self, texts: list[str]) -> Inputs:
+    def text(self, texts: list[str], references: torch.Tensor | None = None) -> Inputs:
         """Embeddings [n, tokens, width] with a mask [n, tokens] (True = real), or all of one length with their
         pooled form [n, width]. "" is one empty token."""
+        check_references(self.edits, references is not None, "this model")
         rows = [self.tokenize(text) for text in texts]
         length = max(map(len, rows)) if self.position_embedding is None else len(self.position_embedding)
         ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
@@ -126,6 +131,14 @@ class TableCodec:
 
     def release(self) -> None:
         """Nothing to release: the tables are kilobytes."""
+
+
+def check_references(edits: bool, given: bool, where: object) -> None:
+    """Raises ValueError for an edit model without references, and for references that nothing would read."""
+    if edits and not given:
+        raise ValueError(f"{where} is an edit model, whose captions change pictures: name them with --references")
+    if given and not edits:
+        raise ValueError(f"{where} draws from text alone and changes no pictures; leave the references out")
 
 
 def open_codec(path: Path, device: str = "cpu") -> Codec:

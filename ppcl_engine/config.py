@@ -32,6 +32,10 @@ class CalibrateConfig(Common):
 
     images: Path | None = None
     """Folder of pictures, each with a .txt caption of the same name."""
+    references: Path | None = None
+    """Of an edit model: folder of the pictures that each of --images was made from, by its captions as instructions:
+    cat.png for cat.png, or cat_1.png and cat_2.png for several. They are cropped to the same size. Without --images
+    each has its .txt instruction beside it, and the teacher draws."""
     prompts: Path | None = None
     """Text file, one caption a line: the teacher draws them and its states on the way are kept."""
     embeddings: Path | None = None
@@ -64,7 +68,16 @@ class SharedConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig(SharedConfig):
+class StatesConfig(Common):
+    """Stages whose statistics and losses are of the states between blocks."""
+
+    target_tokens_only: bool = False
+    """Of an edit model: the tokens of its references count in no statistic and no block's loss. Errors of the velocity
+    are of the drawn picture in any case."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig(SharedConfig, StatesConfig):
     """Fit a linear map to every block and stream: T(x) ~ x + W x + b."""
 
     ridge: float = 1e-4
@@ -78,7 +91,7 @@ class ProbeConfig(SharedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectConfig(Common):
+class DetectConfig(StatesConfig):
     """Find the intervals that one student can replace."""
 
     method: Literal["ppcl", "budget"] = "budget"
@@ -110,7 +123,7 @@ class DetectConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillDepthConfig(SharedConfig):
+class DistillDepthConfig(SharedConfig, StatesConfig):
     """Train one student an interval on the teacher's own states, each interval by itself."""
 
     intervals: str = ""
@@ -137,7 +150,7 @@ class DistillDepthConfig(SharedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectWidthConfig(Common):
+class DetectWidthConfig(StatesConfig):
     """Find the FFNs and runs of text streams that projections can replace in the depth-pruned model."""
 
     share: float = 0.52
@@ -160,7 +173,7 @@ class DetectWidthConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillWidthConfig(SharedConfig):
+class DistillWidthConfig(SharedConfig, StatesConfig):
     """Train the projections of the plan's width sites, each by itself, from the ridge solution on."""
 
     sites: str = ""

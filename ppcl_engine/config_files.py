@@ -102,6 +102,8 @@ class EvaluateConfig(Common):
     """Pictures drawn a variant."""
     prompts: Path | None = None
     """Captions to draw, one a line; by default the calibration's own task where it has one."""
+    references: Path | None = None
+    """In their place, for an edit model: folder of pictures to change, each with a .txt instruction of the same name."""
     steps: int = 20
     """Sampling steps."""
     guidance: float = 2.0
@@ -126,6 +128,8 @@ class GenerateConfig:
     """What to draw; several captions are separated by '|'."""
     base: Path | None = None
     """The base model of a bundle; also where text encoder and VAE come from."""
+    references: str = ""
+    """Of an edit model: the pictures that every caption changes; several paths are separated by '|'."""
     variant: str | None = None
     """Variant of a bundle."""
     output: Path = Path("runs/generate.png")

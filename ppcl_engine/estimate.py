@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from .advice import STREAMED, last_advice
-from .architectures import Architecture
 from .config import CalibrateConfig, Common, TuningConfig
-from .cost import CostModel
+from .cost import CostModel, largest_pair
 from .machine import device_memory, flops_a_second, free_disk
 from .needs import (
     ACTIVATIONS_PER_TOKEN,
@@ -22,6 +21,7 @@ from .needs import (
     needs,
 )
 from .plan import Interval
+from .rounds import REUSE
 from .run import DTYPES, resolve_device
 
 FITTING = {"streamed": STREAMED[-1], "dtype": "choose dtype bfloat16"}
@@ -38,22 +38,21 @@ class Estimate:
     fits: bool
 
 
-def estimate(architecture: Architecture, config: dict, dtype: torch.dtype, device: str) -> list[Estimate]:
-    """Resident and streamed, with one student in training."""
-    cost = CostModel(architecture, config, GRID, TEXT_TOKENS)
-    blocks, size = architecture.num_blocks(config), dtype.itemsize
-    block = cost.block(0)
-    student = cost.student(Interval(first=0, last=1, correction="affine"))
+def estimate(cost: CostModel, dtype: torch.dtype, device: str) -> list[Estimate]:
+    """Resident and streamed, with one student in training, of the largest block."""
+    blocks, size = cost.blocks(), dtype.itemsize
+    sizes = [block.parameters for block in blocks]
+    first = sizes.index(max(sizes))
+    student = cost.student(Interval(first=first, last=first + 1, correction="affine"))
     tokens = math.prod(GRID) + TEXT_TOKENS
-    activations = tokens * architecture.width(config) * ACTIVATIONS_PER_TOKEN * size
+    activations = tokens * cost.architecture.width(cost.config) * ACTIVATIONS_PER_TOKEN * size
     training = OPTIMISER_COPIES * student.parameters * size + activations
-    outer = cost.outer_parameters * size
-    speed = flops_a_second(device, dtype)
-    seconds = (3 * student.flops + block.flops * blocks / 4) / speed  # a sweep feeds four updates
+    sweep = sum(block.flops for block in blocks)
+    seconds = (3 * student.flops + sweep / REUSE) / flops_a_second(device, dtype)
     rows = []
-    for name, resident_blocks in (("resident", blocks), ("streamed", 2)):
-        needed = outer + resident_blocks * block.parameters * size + training
-        host = needed if device == "cpu" else 2 * block.parameters * size
+    for name, held in (("resident", sum(sizes)), ("streamed", largest_pair(sizes))):
+        needed = (cost.outer_parameters + held) * size + training
+        host = needed if device == "cpu" else largest_pair(sizes) * size
         rows.append(Estimate(name, needed, host, seconds, needed <= device_memory(device)))
     return rows
 
@@ -63,7 +62,7 @@ def print_estimate(config: Common) -> None:
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
     blocks = architecture.num_blocks(settings)
     cost = CostModel(architecture, settings, GRID, TEXT_TOKENS)
-    parameters = cost.outer_parameters + sum(cost.block(i).parameters for i in range(blocks))
+    parameters = cost.outer_parameters + sum(block.parameters for block in cost.blocks())
     print(f"{name}: {architecture.name}, {blocks} blocks, {parameters / 1e9:.2f} B parameters")
     free = free_disk(config.run) / 1e9
     print(
@@ -71,7 +70,7 @@ def print_estimate(config: Common) -> None:
     )
     print(f"distil depth on {device} in {config.dtype}, one sample of 1024 x 1024 an update:")
     print(f"{'':10} {'device GB':>10} {'host GB':>10} {'s a step':>10}  fits")
-    for row in estimate(architecture, settings, dtype, device):
+    for row in estimate(cost, dtype, device):
         fits = "yes" if row.fits else f"no: {device_memory(device) / 1e9:.0f} GB here"
         print(
             f"{row.name:10} {row.device_bytes / 1e9:>10.1f} {row.host_bytes / 1e9:>10.1f} {row.seconds_a_step:>10.1f}  {fits}"

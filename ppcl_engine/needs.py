@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import torch
-
 from .architectures import ARCHITECTURES, Architecture
 from .codecs import TABLES, open_codec
 from .config import (
@@ -28,7 +26,7 @@ from .config import (
     VariantsConfig,
 )
 from .config_files import EvaluateConfig, ExportConfig
-from .cost import CostModel
+from .cost import CostModel, Grid, largest_pair
 from .files import TensorFile, read_json
 from .machine import flops_a_second
 from .plan import Interval, PruningPlan
@@ -64,8 +62,9 @@ class Samples:
 
     count: int
     batch: int
-    grid: tuple[int, int, int]
+    grid: Grid
     text_tokens: int
+    references: tuple[Grid, ...] = ()
 
 
 def model_config(model: Path) -> tuple[str, Architecture, dict]:
@@ -104,41 +103,39 @@ def needs(config: Common, calibrate: CalibrateConfig | None = None) -> Needs:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Parameters of all, of one block, of what is outside the blocks and of a student; FLOPs of a sample through all
-    blocks."""
+    """blocks: parameters of each; streamed: of what a streamed teacher holds, its outer part and two blocks that follow
+    each other; correction: of a student's; forward: FLOPs of a sample through all blocks."""
 
     architecture: Architecture
     config: dict
     cost: CostModel
     parameters: int
-    block: int
-    outer: int
-    student: int
+    blocks: tuple[int, ...]
+    streamed: int
+    correction: int
     forward: float
+
+    def student(self, interval: Interval) -> int:
+        return self.blocks[interval.first] + self.correction
 
 
 @lru_cache(maxsize=16)
-def _sizes(model: Path, changed: int, grid: tuple[int, int, int], text_tokens: int) -> Sizes:
-    """Counted on the meta device, a block of each kind; `changed`: when the model was, so that a new file counts anew."""
+def _sizes(model: Path, changed: int, grid: Grid, text_tokens: int, references: tuple[Grid, ...]) -> Sizes:
+    """Counted on the meta device; `changed`: when the model was, so that a new file counts anew."""
     _, architecture, config = model_config(model)
-    cost, kinds = CostModel(architecture, config, grid, text_tokens), {}
-    blocks = [kinds.setdefault(_kind(architecture, config, i), i) for i in range(architecture.num_blocks(config))]
+    cost = CostModel(architecture, config, grid, text_tokens, references)
+    counted = cost.blocks()
+    blocks = [block.parameters for block in counted]
     return Sizes(
         architecture=architecture,
         config=config,
         cost=cost,
-        parameters=cost.outer_parameters + sum(cost.block(i).parameters for i in blocks),
-        block=cost.block(0).parameters,
-        outer=cost.outer_parameters,
-        student=cost.student(Interval(first=0, last=1, correction="affine")).parameters,
-        forward=sum(cost.block(i).flops for i in blocks),
+        parameters=cost.outer_parameters + sum(blocks),
+        blocks=tuple(blocks),
+        streamed=cost.outer_parameters + largest_pair(blocks),
+        correction=cost.student(Interval(first=0, last=1, correction="affine")).parameters - blocks[0],
+        forward=sum(block.flops for block in counted),
     )
-
-
-def _kind(architecture: Architecture, config: dict, index: int) -> tuple:
-    with torch.device("meta"):
-        block = architecture.build_block(config, index)
-    return tuple((name, tensor.shape) for name, tensor in block.state_dict().items())
 
 
 class _Count:
@@ -149,22 +146,20 @@ class _Count:
         self.samples = _samples(config, calibrate)
         model = Path(config.model)
         changed = model.stat().st_mtime_ns if model.exists() else 0
-        self.sizes = _sizes(model, changed, self.samples.grid, self.samples.text_tokens)
+        self.sizes = _sizes(model, changed, self.samples.grid, self.samples.text_tokens, self.samples.references)
         self.blocks = self.sizes.architecture.num_blocks(self.sizes.config)
         self.width = self.sizes.architecture.width(self.sizes.config)
-        self.parameters, self.student, self.forward = self.sizes.parameters, self.sizes.student, self.sizes.forward
+        self.parameters, self.forward = self.sizes.parameters, self.sizes.forward
 
     @cached_property
     def teacher(self) -> int:
-        """The whole model, or what is outside its blocks and two of them."""
-        if not self.config.streamed:
-            return self.parameters * self.size
-        return (self.sizes.outer + 2 * self.sizes.block) * self.size
+        return (self.sizes.streamed if self.config.streamed else self.parameters) * self.size
 
     @cached_property
     def state(self) -> int:
         """Both streams of one sample."""
-        return (math.prod(self.samples.grid) + self.samples.text_tokens) * self.width * self.size
+        tokens = sum(map(math.prod, (self.samples.grid, *self.samples.references))) + self.samples.text_tokens
+        return tokens * self.width * self.size
 
     @property
     def backward(self) -> int:
@@ -184,9 +179,11 @@ class _Count:
         guessed = round(self.blocks * PUBLISHED_SHARE / (PUBLISHED_LENGTH - 1))
         return tuple(Interval(first=0, last=1, correction="affine") for _ in range(max(1, guessed)))
 
-    @property
-    def certain_students(self) -> int:
-        return max(1, len(self.intervals)) if self.plan is not None else 1
+    @cached_property
+    def students(self) -> list[int]:
+        """Parameters of those that are certain: the plan's; without one, the smallest."""
+        known = self.plan.intervals if self.plan is not None else ()
+        return [self.sizes.student(i) for i in known] or [min(self.sizes.blocks) + self.sizes.correction]
 
     def kept(self, samples: int) -> int:
         """States of so many samples at one boundary."""
@@ -241,8 +238,8 @@ def _detect(count: _Count, config: DetectConfig):
 def _distill_depth(count: _Count, config: DistillDepthConfig):
     boundaries = 2 * len(count.intervals) + 2
     cache = 0 if config.streamed else count.cache(config.updates, config.cache_gb, boundaries)
-    disk = count.certain_students * SAVED_COPIES * count.student * count.size
-    sure = count.teacher + OPTIMISER_COPIES * count.student * count.size
+    disk = SAVED_COPIES * sum(count.students) * count.size
+    sure = count.teacher + OPTIMISER_COPIES * max(count.students) * count.size
     return "distill-depth", sure, cache + count.backward, disk, count.rounds(config, len(count.intervals))
 
 
@@ -259,14 +256,13 @@ def _distill_width(count: _Count, config: DistillWidthConfig):
     sites = len(count.plan.sites) if count.plan is not None and not config.sites else count.blocks // 4
     cache = 0 if config.streamed else count.cache(config.updates, config.cache_gb, 4 * sites)
     certain = sites if count.plan is not None else 1
-    sure = count.teacher + (OPTIMISER_COPIES * count.width**2 + 2 * count.student) * count.size
+    sure = count.teacher + (OPTIMISER_COPIES * count.width**2 + 2 * min(count.students)) * count.size
     disk = certain * SAVED_COPIES * count.width**2 * count.size
     return "distill-width", sure, cache + count.backward, disk, count.rounds(config, sites)
 
 
 def _polish(count: _Count, config: PolishConfig):
-    trained = count.certain_students * count.student
-    return "polish", *_tuned(count, config, trained)
+    return "polish", *_tuned(count, config, sum(count.students))
 
 
 def _finetune(count: _Count, config: FinetuneConfig):
@@ -288,8 +284,8 @@ def _variants(count: _Count, config: VariantsConfig):
 
 
 def _export(count: _Count, config: ExportConfig):
-    stored = count.certain_students * count.student if config.layout == "bundle" else count.variant(config.variant)
-    return "export", 0, count.sizes.block * FP32, stored * DTYPES[config.store].itemsize, 0
+    stored = sum(count.students) if config.layout == "bundle" else count.variant(config.variant)
+    return "export", 0, max(count.sizes.blocks) * FP32, stored * DTYPES[config.store].itemsize, 0
 
 
 def _evaluate(count: _Count, config: EvaluateConfig):
@@ -317,13 +313,16 @@ def _samples(config: Common, calibrate: CalibrateConfig | None) -> Samples:
     calibrate = config if isinstance(config, CalibrateConfig) else calibrate
     if calibrate is not None:
         grid = _grid(calibrate)
-        return Samples(count=calibrate.samples, batch=calibrate.batch, grid=grid, text_tokens=TEXT_TOKENS)
+        references = (grid,) if calibrate.references else ()  # one or more
+        text, batch = TEXT_TOKENS, calibrate.batch
+        return Samples(count=calibrate.samples, batch=batch, grid=grid, text_tokens=text, references=references)
     if not path.exists():
         return Samples(count=1, batch=1, grid=(1, 2, 2), text_tokens=1)
     file = TensorFile(path)
     shapes = [file.shape(name) for name in file.keys() if name.endswith(".encoder_hidden_states")]
-    grid = tuple(file.read("0.grid")[0].tolist())
-    return Samples(count=sum(s[0] for s in shapes), batch=shapes[0][0], grid=grid, text_tokens=shapes[0][1])
+    count, (batch, text_tokens, _) = sum(s[0] for s in shapes), shapes[0]
+    grid, *references = map(tuple, file.read("0.grid").tolist())
+    return Samples(count=count, batch=batch, grid=grid, text_tokens=text_tokens, references=tuple(references))
 
 
 def _grid(config: CalibrateConfig) -> tuple[int, int, int]:

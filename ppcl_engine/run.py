@@ -10,7 +10,7 @@ from torch import nn
 
 from .architectures import Architecture
 from .checkpoint import Weights
-from .config import Common
+from .config import Common, StatesConfig
 from .data import CalibrationSet, load_calibration
 from .files import TensorFile
 from .layout import checked
@@ -86,7 +86,12 @@ def resolve_device(device: str) -> str:
 
 def open_teacher(config: Common) -> Teacher:
     torch.manual_seed(config.seed)
-    return Teacher(Weights(config.model), DTYPES[config.dtype], resolve_device(config.device), config.streamed)
+    device, target_only = resolve_device(config.device), _target_only(config)
+    return Teacher(Weights(config.model), DTYPES[config.dtype], device, config.streamed, target_only)
+
+
+def _target_only(config: Common) -> bool:
+    return isinstance(config, StatesConfig) and config.target_tokens_only
 
 
 def open_calibration(config: Common, weights: Weights) -> CalibrationSet:
@@ -100,6 +105,8 @@ def open_calibration(config: Common, weights: Weights) -> CalibrationSet:
             f"{path} has a batch of {fewest} samples for {sharing.count} processes; calibrate with a larger --batch, "
             "launch fewer processes, or use --parallel intervals"
         )
+    if _target_only(config):  # into its hash: no stage goes on from what was made the other way
+        calibration = replace(calibration, origin={**calibration.origin, "target_tokens_only": True})
     return replace(calibration, rows=sharing.rows)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
 from . import flow
-from .architectures import Architecture, Inputs, placed
+from .architectures import REFERENCES, Architecture, Inputs, placed
 from .codecs import Codec
-from .data import CLEAN
+from .data import CLEAN, load_references
 from .folding_tables import known_timesteps
 from .progress import Progress
 
@@ -22,7 +23,11 @@ Text = Inputs
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Encoded captions, the empty one (one row), and how a picture is drawn: all that drawing needs of a codec."""
+    """Encoded captions, the empty one, and how a picture is drawn: all that drawing needs of a codec.
+
+    nothing: one row; of an edit model, which reads the empty caption with its references, one for each caption.
+    references: `grid` [k, 3] of those whose tokens come with the text.
+    """
 
     given: Text
     nothing: Text
@@ -30,6 +35,7 @@ class Prompts:
     timesteps: Callable[[int, int], list[float]]
     """a `Codec`'s: (steps, image tokens) -> 1, ..., 0"""
     rescales_guidance: bool
+    references: torch.Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.long))
 
     @property
     def count(self) -> int:
@@ -37,7 +43,13 @@ class Prompts:
 
     def rows(self, rows: torch.Tensor) -> Prompts:
         """The captions `rows` alone."""
-        return replace(self, given={name: tensor[rows] for name, tensor in self.given.items()})
+        given = {name: tensor[rows] for name, tensor in self.given.items()}
+        nothing = {name: tensor[rows] if len(tensor) > 1 else tensor for name, tensor in self.nothing.items()}
+        return replace(self, given=given, nothing=nothing)
+
+    def grid(self, drawn: torch.Tensor) -> torch.Tensor:
+        """[pictures, 3]: of the picture that is drawn, [1, 3], and of its references."""
+        return torch.cat([drawn, self.references])
 
 
 def inputs_of(tokens, t, text: Text, grid, clean=None) -> Inputs:
@@ -102,16 +114,45 @@ def encode_prompts(codec: Codec, texts: list[str], height: int = 0, width: int =
     Encoding comes first and alone, and the codec is released, so that the text encoder has left
     memory before the transformer comes.
     """
-    rows, columns = (side // codec.pixels_per_latent for side in picture_size(codec, height, width))
-    prompts = Prompts(
-        given=codec.text(texts),
-        nothing=codec.text([""]),
+    prompts = _prompts(codec, picture_size(codec, height, width), codec.text(texts), codec.text([""]))
+    codec.release()
+    return prompts
+
+
+def encode_edits(
+    architecture: Architecture,
+    codec: Codec,
+    texts: list[str],
+    references: list[list[Path]],
+    height: int = 0,
+    width: int = 0,
+) -> Prompts:
+    """`encode_prompts` of instructions, each with as many pictures that it changes: all are cropped to the same size."""
+    size = picture_size(codec, height, width)
+    pictures = load_references(references, size)
+    given, nothing = (codec.text(rows, pictures) for rows in (texts, [""] * len(texts)))
+    codec.release()
+    read, grid = reference_tokens(architecture, codec, pictures)
+    codec.release()
+    return replace(_prompts(codec, size, {**given, **read}, {**nothing, **read}), references=grid)
+
+
+def reference_tokens(architecture: Architecture, codec: Codec, pictures: torch.Tensor) -> tuple[Text, torch.Tensor]:
+    """[n, k, 3, height, width] -> the tokens of the k references behind each other, and their `grid` [k, 3]."""
+    latents = codec.latents(pictures.flatten(0, 1))
+    tokens = architecture.pack(latents).unflatten(0, pictures.shape[:2]).flatten(1, 2)
+    return {REFERENCES: tokens}, architecture.grid(latents).expand(pictures.shape[1], 3)
+
+
+def _prompts(codec: Codec, size: tuple[int, int], given: Text, nothing: Text) -> Prompts:
+    rows, columns = (side // codec.pixels_per_latent for side in size)
+    return Prompts(
+        given=given,
+        nothing=nothing,
         latent_shape=(codec.latent_channels, rows, columns),
         timesteps=codec.timesteps,
         rescales_guidance=codec.rescales_guidance,
     )
-    codec.release()
-    return prompts
 
 
 def draw_prompts(
@@ -128,7 +169,7 @@ def draw_prompts(
     latents = []
     for rows in Progress(torch.arange(prompts.count).split(batch), desc=description, unit="batch"):
         noise = torch.stack([seeded_noise(seed, i, prompts.latent_shape) for i in rows.tolist()])
-        grid = architecture.grid(noise)
+        grid = prompts.grid(architecture.grid(noise))
         clean = draw(architecture, model, architecture.pack(noise), grid, prompts.rows(rows), steps, guidance)
         latents.append(architecture.unpack(clean, grid))
     return torch.cat(latents)

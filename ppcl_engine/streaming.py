@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +25,12 @@ from .surgery import Edit
 
 
 class Teacher:
-    """The teacher's outer layers on the device and its blocks, resident or streamed."""
+    """The teacher's outer layers on the device and its blocks, resident or streamed. `target_only`: of its states, those
+    of references count in no statistic and no loss."""
 
-    def __init__(self, weights: Weights, dtype: torch.dtype, device: str, streamed: bool):
+    def __init__(self, weights: Weights, dtype: torch.dtype, device: str, streamed: bool, target_only: bool = False):
         self.weights, self.dtype, self.device, self.streamed = weights, dtype, device, streamed
+        self.target_only = target_only
         self.architecture: Architecture = weights.architecture
         self.config = weights.config
         self.num_blocks = weights.num_blocks
@@ -56,7 +59,8 @@ class Teacher:
                 return_freed_memory()
 
     def embed(self, inputs: Inputs) -> BlockState:
-        return self.architecture.embed(self.outer, placed(inputs, self.device, self.dtype))
+        state = self.architecture.embed(self.outer, placed(inputs, self.device, self.dtype))
+        return replace(state, target_only=self.target_only)
 
     def used_streams(self, index: int) -> tuple[str, ...]:
         return self.architecture.used_streams(self.config, index)

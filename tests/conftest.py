@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from ppcl_engine import config
-from ppcl_engine.architectures import architecture_named
+from ppcl_engine.architectures import REFERENCES, architecture_named
 from ppcl_engine.checkpoint import Weights
 from ppcl_engine.data import CLEAN, CalibrationSet, save_calibration
 from ppcl_engine.files import write_tensors
 from ppcl_engine.flow import noised
 from ppcl_engine.run import Run
+
+from .tiny_models import tiny_model
 
 torch.set_num_threads(1)
 
@@ -36,19 +39,7 @@ def architecture(request):
 @pytest.fixture(scope="session")
 def make_model(architecture):
     """diffusers' own class at the tiny size, with weights so large that every block matters."""
-    import diffusers
-
-    def make(seed: int = 0, **changes) -> torch.nn.Module:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed)
-            model = getattr(diffusers, architecture.diffusers_class)(**{**architecture.tiny_config, **changes}).eval()
-            for parameter in model.parameters():
-                matrix = parameter.ndim == 2
-                noise = torch.randn_like(parameter)
-                parameter.copy_(noise / parameter.shape[1] ** 0.5 if matrix else parameter + 0.1 * noise)
-        return model.requires_grad_(False)
-
-    return make
+    return partial(tiny_model, architecture)
 
 
 @pytest.fixture(scope="session")
@@ -79,13 +70,17 @@ def teacher_file(tmp_path_factory, model, save_model) -> Path:
 @pytest.fixture(scope="session")
 def padded_inputs(architecture):
     """Inputs of the tiny model whose captions have different lengths where it masks them; padding holds noise, not
-    zeros."""
+    zeros. references: the sizes of an edit model's."""
 
-    def make(seed: int = 0, samples: int = 6, grid=(1, 2, 3), text_tokens: int = 5) -> dict:
+    def make(seed: int = 0, samples: int = 6, grid=(1, 2, 3), text_tokens: int = 5, references=()) -> dict:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             inputs = architecture.random_inputs(architecture.tiny_config, samples, grid, text_tokens, "cpu")
             lengths = torch.randint(2, text_tokens + 1, (samples, 1))
+            if references:
+                inputs["grid"] = torch.tensor([grid, *references])
+                tokens = int(inputs["grid"][1:].prod(1).sum())
+                inputs[REFERENCES] = torch.randn(samples, tokens, inputs["hidden_states"].shape[-1])
         lengths[0] = text_tokens - 2
         if "encoder_hidden_states_mask" not in inputs:
             return inputs

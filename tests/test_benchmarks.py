@@ -1,31 +1,16 @@
 """The benchmarks' quick forms on a tiny random teacher: they run, and their files hold what other tools read."""
 
-import json
-
 import pytest
 
 from benchmarks import distill_speed, folding, memory, removal
 from benchmarks.teachers import random_teacher
-from ppcl_engine.demo.codec import fit_codec
 
-CONFIG = {**memory.NARROW, "num_layers": 6}
-ABOUT = {"quick", "command", "machine", "versions"}
+from .quick_benchmarks import CONFIG, quick_teacher, run
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    random_teacher(path, CONFIG, seed=0, codec=fit_codec(0, samples=16))
-    return path
-
-
-def run(benchmark, folder, *options):
-    path = benchmark.main(["--quick", "--output", str(folder), *map(str, options)])
-    values = json.loads(path.read_text())
-    assert path.parent == folder and values.keys() >= ABOUT
-    assert values["command"].startswith(f"python -m {benchmark.__name__} --quick")
-    assert values["machine"]["threads"] >= 1 and values["versions"].keys() >= {"torch", "diffusers"}
-    return values
+    return quick_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def test_memory(tmp_path):
@@ -136,34 +121,6 @@ def test_placements():
     assert removal.placements(4, 2, "contiguous") == [(0, 1), (1, 2), (2, 3)]
     assert removal.placements(4, 2, "apart") == [(0, 2), (0, 3), (1, 3)]
     assert [removal.name_of(p) for p in ((3,), (3, 4, 5), (3, 7))] == ["3", "3-5", "3+7"]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_ablation_trains_every_row_within_its_budget_and_goes_on(tmp_path, teacher):
-    from benchmarks import ablation
-
-    options = ("--teacher", teacher, "--work", tmp_path / "work")
-    values = run(ablation, tmp_path, *options)
-    rows = {
-        (row["table"], row["name"]): row for table in ("ladder", "equal_parameters", "sizes") for row in values[table]
-    }
-    assert {name for table, name in rows if table == "equal_parameters"} == {
-        "ours",
-        "ours, parts only",
-        "ppcl",
-        *ablation.OTHERS,
-    }
-    assert {name for table, name in rows if table == "sizes"} == {
-        "separate large", "separate medium", "one training large", "one training medium", "one training small"}  # fmt: skip
-    assert [name for table, name in rows if table == "ladder"] == [
-        "cka_sequential", "+ linear probes", "+ non-sequential", "+ text", "+ FFN", "+ fine-tune"]  # fmt: skip
-    most = max(row["parameters"] for (table, name), row in rows.items() if name in ablation.OTHERS)
-    assert all(row["parameters"] <= most for (table, _), row in rows.items() if table == "equal_parameters")
-    assert all(row["captions"] == 10 and row["passes"] in (0, values["budget"]) for row in rows.values())
-    assert rows["ladder", "+ non-sequential"]["mean_of_subsets"] > 0
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("row.json")}
-    run(ablation, tmp_path, *options)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("row.json")} == before
 
 
 def test_width_forms(tmp_path, teacher):

@@ -27,11 +27,11 @@ train_steps = 2
 [detect]
 remove = 3
 longest = 3
-bootstrap = 5
+bootstrap = 2
 
 [distill-depth]
-rounds = 6
-updates = 8
+rounds = 4
+updates = 4
 
 [detect-width]
 share = 0.4

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ppcl_engine.__main__ import STAGES
 from ppcl_engine.advice import ADVICE
-from ppcl_engine.checkpoint import Weights
+from ppcl_engine.checkpoint import Weights, parameter_count
 from ppcl_engine.config import (
     CalibrateConfig,
     DetectConfig,
@@ -18,10 +19,10 @@ from ppcl_engine.config import (
     PolishConfig,
     ProbeConfig,
 )
-from ppcl_engine.estimate import needs, refusal
+from ppcl_engine.estimate import estimate, needs, refusal
 from ppcl_engine.jobs.order import ALLOWED, Order, configs
 from ppcl_engine.machine import device_memory, free_disk
-from ppcl_engine.needs import _OF
+from ppcl_engine.needs import _OF, _Count, model_config
 
 GB = 1e9
 
@@ -81,6 +82,20 @@ def test_what_cannot_fit_is_refused_with_what_would(tmp_path):
     assert needs(tuned).at_least > 200 * GB
     if device_memory("cpu") < 200 * GB:
         assert "choose a smaller variant" in refusal(tuned) and "a device with more memory" in refusal(tuned)
+
+
+@pytest.mark.parametrize("name, parameters", [("flux1_dev", 11_901_408_320), ("sd35_medium", 2_243_171_520)])
+def test_blocks_of_several_kinds_are_summed_one_by_one(tmp_path, name, parameters):
+    """Block 0 is of the largest kind: as many of it as there are blocks would be too much."""
+    _, architecture, config = model_config(Path(name))
+    with torch.device("meta"):
+        sizes = [parameter_count(architecture.build_block(config, i)) for i in range(architecture.num_blocks(config))]
+    probe = ProbeConfig(model=Path(name), run=tmp_path, device="cpu")
+    count, again = (_Count(replace(probe, streamed=s), None) for s in (False, True))
+    assert count.teacher == 4 * parameters < 0.95 * 4 * len(sizes) * sizes[0]
+    assert again.teacher == 4 * (parameters - sum(sizes) + sizes[0] + sizes[1])
+    resident, streamed = estimate(count.sizes.cost, torch.float32, "cpu")
+    assert resident.device_bytes - streamed.device_bytes == count.teacher - again.teacher
 
 
 def test_the_disk_is_looked_at_where_the_run_will_be(tmp_path):

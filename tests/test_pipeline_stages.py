@@ -15,7 +15,7 @@ from ppcl_engine.checkpoint import Weights
 from ppcl_engine.codecs import open_codec
 from ppcl_engine.data import load_calibration
 from ppcl_engine.files import TensorFile, write_tensors
-from ppcl_engine.pipelines import PipelineCodec
+from ppcl_engine.pipeline_folder import PipelineCodec
 from ppcl_engine.stages import evaluate as evaluate_stage
 from ppcl_engine.stages import generate as generate_stage
 

@@ -14,7 +14,8 @@ from ppcl_engine.architectures import architecture_named
 from ppcl_engine.bundle import open_model
 from ppcl_engine.checkpoint import Weights
 from ppcl_engine.codecs import open_codec
-from ppcl_engine.pipelines import LATENT_SIDE, TEXT_TOKENS, TEXTS_AT_ONCE, PipelineCodec
+from ppcl_engine.pipeline_folder import LATENT_SIDE, PipelineCodec
+from ppcl_engine.qwen_pipelines import TEXT_TOKENS, TEXTS_AT_ONCE
 from ppcl_engine.sampling import draw_prompts, encode_prompts, seeded_noise
 
 from .tiny_pipeline import LATENT_CHANNELS, TEXT_WIDTH, build_tiny_pipeline
@@ -209,7 +210,7 @@ def cut_weights(copy):
     [
         (
             edit_class,
-            r"is of a SanaPipeline; known pipelines: QwenImagePipeline, FluxPipeline, StableDiffusion3Pipeline$",
+            r"is of a SanaPipeline; known pipelines: QwenImagePipeline, .*FluxPipeline, StableDiffusion3Pipeline$",
         ),
         (edit_scheduler, r"is of a UniPCMultistepScheduler; known schedulers: FlowMatchEulerDiscreteScheduler$"),
         (lambda copy: shutil.rmtree(copy / "scheduler"), r"has no scheduler/scheduler_config.json; download"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import math
 
 import pytest
 import torch
@@ -11,33 +11,36 @@ from diffusers import SD3Transformer2DModel
 
 from ppcl_engine.__main__ import main
 from ppcl_engine.bundle import open_model
-from ppcl_engine.checkpoint import COMFYUI_PREFIX, Weights
+from ppcl_engine.checkpoint import COMFYUI_PREFIX, STRUCTURE_TENSOR, Weights
 from ppcl_engine.config import (
     DetectConfig,
     DetectWidthConfig,
     DistillDepthConfig,
-    DistillWidthConfig,
-    FinetuneConfig,
-    PolishConfig,
-    VariantsConfig,
 )
 from ppcl_engine.config_files import ExportConfig
 from ppcl_engine.data import load_calibration
 from ppcl_engine.demo.codec import fit_codec
-from ppcl_engine.files import TensorFile, read_json, write_tensors, write_text
+from ppcl_engine.files import TensorFile, read_json, write_tensors
 from ppcl_engine.layout import layout_of
 from ppcl_engine.lora import coverage
-from ppcl_engine.plan import parse_intervals
 from ppcl_engine.run import Run
 from ppcl_engine.stages.detect import detect
 from ppcl_engine.stages.detect_width import detect_width
 from ppcl_engine.stages.distill_depth import distill_depth
-from ppcl_engine.stages.distill_width import distill_width
 from ppcl_engine.stages.export import export
-from ppcl_engine.stages.finetune import finetune
-from ppcl_engine.stages.polish import polish
-from ppcl_engine.stages.variants import variants
 from ppcl_engine.standalone import Source, comfyui_sources
+
+from .pruned_run import (
+    check_depth_alone,
+    check_given_back,
+    check_same_bits,
+    check_width_pruned_file,
+    copied,
+    finished,
+    own_weights,
+    weighed,
+    with_students,
+)
 
 pytestmark = pytest.mark.parametrize("architecture", ["sd35"], indirect=True)
 INTERVALS = "0-1 2-4"  # blocks 0, 1, 2 attend twice: the second interval goes from such blocks to others
@@ -45,37 +48,16 @@ SITES = "text:2-5 ffn_image:0 ffn_text:0 ffn_image:5"
 LAST = 5
 
 
-def stages(teacher, run: Run, streamed: bool = False) -> Run:
-    """Width, polish, variants and fine-tune of a run with students."""
-    common = {"model": teacher, "run": run.folder, "device": "cpu", "streamed": streamed}
-    trained = {"rounds": 1, "updates": 4, "warm_up": 1, "learning_rate": 1e-3}
-    distill_width(DistillWidthConfig(**common, **trained, sites=SITES))
-    polish(PolishConfig(**common, steps=3, learning_rate=1e-3, save_every=2))
-    variants(VariantsConfig(**common, samples=12))
-    finetune(FinetuneConfig(**common, steps=2, variant="all", name="tuned", save_every=2))
-    return run
-
-
 @pytest.fixture(scope="module")
 def depth(architecture, tmp_path_factory, teacher_file, make_run, run_stages) -> Run:
     """Students without corrections."""
-    run = run_stages(teacher_file, make_run(tmp_path_factory.mktemp("sd35"), teacher_file), "probe", "detect")
-    write_text(run.plan, run.load_plan().with_parts(intervals=parse_intervals(INTERVALS)).to_json())
-    return run_stages(teacher_file, run.folder, "distill_depth", correction="none")
-
-
-def copied(depth: Run, folder) -> Run:
-    run = Run(folder)
-    run.folder.mkdir()
-    for path in (depth.calibration, depth.students, depth.probes):
-        (run.folder / path.name).symlink_to(path)
-    run.plan.write_text(depth.plan.read_text())
-    return run
+    folder = make_run(tmp_path_factory.mktemp("sd35"), teacher_file)
+    return with_students(teacher_file, folder, INTERVALS, run_stages)
 
 
 @pytest.fixture(scope="module")
 def run(depth, teacher_file, tmp_path_factory) -> Run:
-    return stages(teacher_file, copied(depth, tmp_path_factory.mktemp("sd35_width") / "run"))
+    return finished(teacher_file, copied(depth, tmp_path_factory.mktemp("sd35_width") / "run"), SITES)
 
 
 @pytest.mark.parametrize("method", ["ppcl", "budget"])
@@ -115,16 +97,7 @@ def test_streamed_is_the_same_to_the_bit(depth, run, teacher_file, tmp_path, run
     streamed = copied(depth, tmp_path / "run")
     streamed.students.unlink()
     run_stages(teacher_file, streamed.folder, "distill_depth", correction="none", streamed=True)
-    stages(teacher_file, streamed, streamed=True)
-    names = [p.relative_to(run.folder) for folder in (run.students, run.projections, run.polished_parts, run.tuned)
-             for p in sorted(folder.rglob("*.safetensors"))]  # fmt: skip
-    assert len(names) > 10
-    for name in names:
-        ours, theirs = (TensorFile(r.folder / name).read_all() for r in (run, streamed))
-        assert ours.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in ours.items()), name
-    plans = [r.load_plan() for r in (run, streamed)]
-    untimed = [p.with_parts(variants=tuple(replace(v, milliseconds=None) for v in p.variants)) for p in plans]
-    assert untimed[0] == untimed[1]
+    check_same_bits(run, finished(teacher_file, streamed, SITES, streamed=True))
 
 
 @pytest.mark.parametrize("method", ["cka", "damage"])
@@ -132,44 +105,40 @@ def test_every_kind_of_site_is_weighed_where_it_is(depth, teacher_file, tmp_path
     run = copied(depth, tmp_path / "run")
     common = {"model": teacher_file, "run": run.folder, "device": "cpu"}
     detect_width(DetectWidthConfig(**common, method=method, share=0.5, samples=6))
-    rows = read_json(run.width)["candidates"]
-    where = {kind: {int(r["name"].split(":")[1].split("-")[0]) for r in rows if r["name"].startswith(f"{kind}:")}
-             for kind in ("text", "ffn_image", "ffn_text", "ffn_joint")}  # fmt: skip
-    assert where == {"text": {2, 5}, "ffn_image": {0, 2, 5}, "ffn_text": {0, 2}, "ffn_joint": set()}
+    assert weighed(run) == {"text": {2, 5}, "ffn_image": {0, 2, 5}, "ffn_text": {0, 2}, "ffn_joint": set()}
     assert run.load_plan().sites
     assert TensorFile(run.alignment).read("ffn_text").isfinite().tolist() == [True, True, False]
 
 
 def test_given_back_parts_are_the_teachers_to_the_bit(run, teacher_file, model, architecture, padded_inputs):
-    bundle = export(ExportConfig(model=teacher_file, run=run.folder, store="float32"))
-    plan, inputs = run.load_plan(), padded_inputs(3)
-    full = open_model(bundle, "full", teacher_file)
-    assert torch.equal(architecture.call(full, inputs), architecture.call(model, inputs))
-    outputs = {v.name: architecture.call(open_model(bundle, v.name, teacher_file), inputs) for v in plan.variants}
-    assert len({tuple(t.flatten()[:4].tolist()) for t in outputs.values()}) > 2 and "tuned" in outputs
+    check_given_back(run, teacher_file, model, architecture, padded_inputs(3))
+    plan = run.load_plan()
     assert layout_of(plan, plan.everything()).sites == ("ffn_image:0", "ffn_text:0", "ffn_image:5", "text:2-5")
 
 
 def test_depth_alone_is_diffusers_model_with_blocks_removed(depth, teacher_file, architecture, padded_inputs):
     """Its configuration lists the students that attend twice, counted anew."""
-    variants(VariantsConfig(model=teacher_file, run=depth.folder, device="cpu", samples=12))
-    common = {"model": teacher_file, "run": depth.folder, "store": "float32", "variant": "0-1,2-4"}
-    stock = SD3Transformer2DModel.from_pretrained(export(ExportConfig(**common, layout="diffusers", name="stock")))
-    assert (stock.config.num_layers, list(stock.config.dual_attention_layers)) == (3, [0, 1])
-    removed = open_model(teacher_file)
+    removed, inputs = open_model(teacher_file), padded_inputs(3)
     for name in ("2-4", "0-1"):
-        student, first = TensorFile(depth.student(name)).read_all(), int(name[0])
-        own = {n.removeprefix("weight."): t for n, t in student.items() if n.startswith("weight.")}
-        removed.transformer_blocks[first].load_state_dict(own)
-        del removed.transformer_blocks[first + 1 : int(name[2]) + 1]
-    inputs = padded_inputs(3)
+        first, last = map(int, name.split("-"))
+        removed.transformer_blocks[first].load_state_dict(own_weights(depth.student(name)))
+        del removed.transformer_blocks[first + 1 : last + 1]
     expected = architecture.call(removed, inputs)
-    assert torch.equal(architecture.call(stock.eval(), inputs), expected)
-    single = export(ExportConfig(**common, layout="comfyui", name="single"))
+    kind = SD3Transformer2DModel
+    stock, single = check_depth_alone(depth, teacher_file, architecture, inputs, "0-1,2-4", expected, kind)
+    assert (stock.config.num_layers, list(stock.config.dual_attention_layers)) == (3, [0, 1])
     assert Weights(single).config["dual_attention_layers"] == [0, 1]
-    assert torch.equal(architecture.call(open_model(single), inputs), expected)
-    bundle = export(ExportConfig(**{**common, "layout": "bundle"}))
-    assert torch.equal(architecture.call(open_model(bundle, "0-1,2-4", teacher_file), inputs), expected)
+
+
+def test_a_variants_bytes_are_its_files(run, teacher_file, model):
+    """Of bf16 tensors, with the table of positions, which is no parameter."""
+    options = {"model": teacher_file, "run": run.folder, "store": "bfloat16"}
+    table = model.pos_embed.pos_embed.numel()
+    for name in ("small", "smallest", "tuned"):
+        file = TensorFile(export(ExportConfig(**options, layout="ppcl", variant=name, name=f"bytes-{name}")))
+        stored = sum(math.prod(file.shape(n)) for n in file.keys() if n != STRUCTURE_TENSOR)
+        variant = run.load_plan().variant(name)
+        assert variant.bytes == 2 * stored == 2 * (variant.parameters + table), name
 
 
 def test_a_controlnets_residuals_reach_a_pruned_model(depth, teacher_file, architecture, padded_inputs):
@@ -192,16 +161,8 @@ def test_a_controlnets_residuals_reach_a_pruned_model(depth, teacher_file, archi
 
 @pytest.mark.parametrize("name", ["all", "tuned"])
 def test_a_width_pruned_file_opens_as_the_bundles_variant(run, teacher_file, architecture, padded_inputs, name):
-    options = {"model": teacher_file, "run": run.folder, "store": "float32"}
-    bundle = export(ExportConfig(**options))
-    path = export(ExportConfig(**options, layout="ppcl", variant=name, name=f"file-{name}"))
-    inputs = padded_inputs(3)
-    expected = architecture.call(open_model(bundle, name, teacher_file), inputs)
-    assert torch.equal(architecture.call(open_model(path), inputs), expected)
-    cut = "joint_blocks.0.x_block.adaLN_modulation.1.weight"
-    assert TensorFile(path).shape(cut) == (6 * 32, 32)  # 9 d in the teacher
-    with pytest.raises(ValueError, match="has width site .* for which stock diffusers has no place"):
-        export(ExportConfig(**options, layout="diffusers", variant="all"))
+    file = check_width_pruned_file(run, teacher_file, architecture, padded_inputs(3), name)
+    assert file.shape("joint_blocks.0.x_block.adaLN_modulation.1.weight") == (6 * 32, 32)  # 9 d in the teacher
 
 
 def test_a_lora_report_knows_the_blocks_parts(run, architecture):
@@ -217,46 +178,12 @@ def test_a_lora_report_knows_the_blocks_parts(run, architecture):
                                     for name in ("0.ff.net.2", "5.ff.net.2", "2.norm1_context.linear")}  # fmt: skip
 
 
-BAD = {
-    "a dropped last block": (
-        "4-5",
-        "",
-        "interval 4-5 holds blocks of two kinds (0-4, 5-5); end it where one kind ends",
-    ),
-    "a part that the last has not": ("0-1", "ffn_text:5", "ffn_text:5: block 5 has no such part, but text, ffn_image"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_what_does_not_fit_the_last_block_is_one_line(depth, teacher_file, tmp_path, capsys, name):
-    intervals, sites, message = BAD[name]
+def test_a_part_that_the_last_block_has_not_is_one_line(depth, teacher_file, tmp_path, capsys):
     run = copied(depth, tmp_path / "run")
-    write_text(run.plan, replace(run.load_plan(), intervals=parse_intervals(intervals), variants=()).to_json())
-    arguments = [
-        "--model",
-        teacher_file,
-        "--run",
-        run.folder,
-        "--device",
-        "cpu",
-        *(["--sites", sites] if sites else []),
-    ]
+    arguments = ["--model", teacher_file, "--run", run.folder, "--device", "cpu", "--sites", "ffn_text:5"]
     assert main(["distill-width", *map(str, arguments)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and message in lines[0]
-
-
-def test_a_plan_of_another_architecture_is_refused(run, teacher_file):
-    with pytest.raises(ValueError, match="base.safetensors is flux1, the plan is for sd35; choose its base"):
-        run.load_plan().check_teacher("flux1", Weights(teacher_file).fingerprint, "base.safetensors")
-
-
-def test_a_diffusers_file_with_gaps_is_one_line(tmp_path, model, capsys):
-    state = {n: t for n, t in model.state_dict().items() if not n.startswith("transformer_blocks.1.")}
-    write_tensors(tmp_path / "gap.safetensors", state, {})
-    assert main(["inspect", "--path", str(tmp_path / "gap.safetensors")]) == 2
-    line = capsys.readouterr().err.splitlines()
-    assert len(line) == 1 and "lacks 1 of 6 blocks, first transformer_blocks.1: " in line[0]
+    assert len(lines) == 1 and "ffn_text:5: block 5 has no such part, but text, ffn_image" in lines[0]
 
 
 def test_from_captions_to_the_report(architecture, make_model, tmp_path):

@@ -7,9 +7,12 @@ prefix is 34 tokens long, as many as the pipeline drops; other words fall apart 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from .tiny_models import enlarge
 
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 32
@@ -58,52 +61,45 @@ MODEL_INDEX = {
 }
 
 
-def build_tiny_pipeline(folder: Path, seed: int = 0) -> Path:
-    """Writes the folder (about 5 MB, a few seconds) and returns it. The same seed gives the same weights."""
+def build_tiny_pipeline(folder: Path, seed: int = 0, words: Sequence[str] = TEMPLATE_WORDS, **changes) -> Path:
+    """Writes the folder (about 5 MB, a few seconds) and returns it. The same seed gives the same weights. `words`: what
+    the tokenizer knows as one token; `changes`: of the transformer's configuration."""
     from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        transformer = QwenImageTransformer2DModel(**TRANSFORMER_CONFIG)
-        _enlarge(transformer)
+        transformer = QwenImageTransformer2DModel(**{**TRANSFORMER_CONFIG, **changes})
+        enlarge(transformer)
         transformer.save_pretrained(folder / "transformer", max_shard_size=SHARD_SIZE)
         AutoencoderKLQwenImage(**VAE_CONFIG).save_pretrained(folder / "vae")
-        _text_encoder(vocabulary()).save_pretrained(folder / "text_encoder")
+        _text_encoder(vocabulary(words)).save_pretrained(folder / "text_encoder")
     FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG).save_pretrained(folder / "scheduler")
-    _write_tokenizer(folder / "tokenizer")
+    _write_tokenizer(folder / "tokenizer", words)
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2))
     return folder
 
 
-def merges() -> list[tuple[str, str]]:
-    """Every template word grows letter by letter from its start."""
-    pairs = [(word[:end], word[end]) for word in TEMPLATE_WORDS for end in range(1, len(word))]
+def merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Every word grows letter by letter from its start."""
+    pairs = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
     return list(dict.fromkeys(pairs))
 
 
-def vocabulary() -> dict[str, int]:
+def vocabulary(words: Sequence[str]) -> dict[str, int]:
     """256 bytes, the words' beginnings, then the special tokens."""
     from tokenizers import pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [first + last for first, last in merges()]
-    tokens = dict.fromkeys([*letters, *words, *SPECIAL_TOKENS])
+    grown = [first + last for first, last in merges(words)]
+    tokens = dict.fromkeys([*letters, *grown, *SPECIAL_TOKENS])
     return {token: index for index, token in enumerate(tokens)}
 
 
-def _enlarge(model: torch.nn.Module) -> None:
-    """Weights so large that every block matters, as in a trained model."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.copy_(noise / parameter.shape[1] ** 0.5 if parameter.ndim == 2 else parameter + 0.1 * noise)
-
-
-def _write_tokenizer(folder: Path) -> None:
+def _write_tokenizer(folder: Path, words: Sequence[str]) -> None:
     """The released folder's files: vocab.json, merges.txt, added_tokens.json, tokenizer_config.json."""
-    tokens = vocabulary()
+    tokens = vocabulary(words)
     special = {token: tokens.pop(token) for token in SPECIAL_TOKENS}
     decoder = {
         str(index): {"content": token, "lstrip": False, "normalized": False, "rstrip": False,
@@ -121,7 +117,7 @@ def _write_tokenizer(folder: Path) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(tokens, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(f"{first} {last}" for first, last in merges())]
+    lines = ["#version: 0.2", *(f"{first} {last}" for first, last in merges(words))]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "added_tokens.json").write_text(json.dumps(special))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .base import Architecture, BlockState, Inputs, Part, placed
+from .base import REFERENCES, Architecture, BlockState, Inputs, Part, placed
 from .flux1 import Flux1
 from .projections import SharedText
 from .qwen_image import QwenImage
@@ -14,6 +14,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (QwenImage(), Flux1(), SD35())
 
 __all__ = [
     "ARCHITECTURES",
+    "REFERENCES",
     "Architecture",
     "BlockState",
     "Inputs",

@@ -16,7 +16,10 @@ from torch import nn
 from .projections import SharedText
 
 Inputs = dict[str, torch.Tensor]
-"""What one forward reads, named as diffusers names it, plus `grid` [images, 3] (frames, rows, columns)."""
+"""What one forward reads, named as diffusers names it, plus `grid` [images, 3] (frames, rows, columns): first of the
+picture that is drawn, then of those that an edit model refers to, whose tokens lie in `image_latents`."""
+
+REFERENCES = "image_latents"
 
 
 def placed(inputs: Inputs, device: str | torch.device, dtype: torch.dtype) -> Inputs:
@@ -33,7 +36,9 @@ def placed(inputs: Inputs, device: str | torch.device, dtype: torch.dtype) -> In
 class BlockState:
     """image [n, image_tokens, d], text [n, text_tokens, d], conditioning [n, d],
     text_mask [n, text_tokens] or None (all real), extra: what else the blocks read, modulated_text: what the
-    source of a text group left for the group's projections."""
+    source of a text group left for the group's projections. target_tokens: how many of the image's first tokens are of
+    the picture that is drawn, those behind them being references (None: all); target_only: that references count in no
+    statistic and no loss."""
 
     image: torch.Tensor
     text: torch.Tensor
@@ -41,6 +46,8 @@ class BlockState:
     text_mask: torch.Tensor | None = None
     extra: Any = None
     modulated_text: torch.Tensor | None = None
+    target_tokens: int | None = None
+    target_only: bool = False
 
     def with_streams(self, image: torch.Tensor, text: torch.Tensor) -> BlockState:
         return replace(self, image=image, text=text)
@@ -50,13 +57,16 @@ class BlockState:
         return torch.cat([self.text, self.image], dim=1) if name == "joint" else getattr(self, name)
 
     def real(self, name: str) -> torch.Tensor:
-        """Mask [n, tokens] of the tokens that are not padding."""
+        """Mask [n, tokens] of the tokens that count: no padding, and with `target_only` no reference."""
         if name == "joint":
             return torch.cat([self.real("text"), self.real("image")], dim=1)
         tokens = self.stream(name)
         if name == "text" and self.text_mask is not None:
             return self.text_mask
-        return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        if name == "image" and self.target_only and self.target_tokens is not None:
+            real[:, self.target_tokens :] = False
+        return real
 
     def real_tokens(self, name: str) -> torch.Tensor:
         """[real tokens of all samples, d]"""
@@ -104,8 +114,9 @@ class Architecture(Protocol):
     can be folded"""
     time_embedder: str
     """the outer module that makes the conditioning"""
-    marks: tuple[str, ...]
-    """empty tensors that hosts put into their single files to say what shapes do not"""
+    marks: dict[str, str]
+    """empty tensors that hosts put into their single files to say what shapes do not -> the entry of the configuration
+    that each turns on"""
     model_configs: dict[str, dict]
     """full-size models by name; the first is the default"""
     projection_names: dict[str, dict[str, str]]

@@ -81,7 +81,7 @@ class Flux1(PackedLatents):
     caption_inputs = ("encoder_hidden_states", "pooled_projections")
     timestep_modulations = ()
     time_embedder = "time_text_embed"
-    marks = ()
+    marks = {}
     model_configs = {
         name: {
             "patch_size": 1,

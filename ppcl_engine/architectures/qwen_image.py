@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .base import BlockState, Inputs, Part, ReleasedNames
+from .base import REFERENCES, BlockState, Inputs, Part, ReleasedNames
 from .folded import first_half, fold_block, fold_embedder, folding_of, unfolded_config
 from .packing import PackedLatents
 from .projections import (
@@ -35,7 +35,7 @@ class QwenImage(PackedLatents):
     caption_inputs = ("encoder_hidden_states", "encoder_hidden_states_mask")
     timestep_modulations = ("img_mod.1", "txt_mod.1")
     time_embedder = "time_text_embed"
-    marks = (REFERENCE_AT_ZERO,)
+    marks = {REFERENCE_AT_ZERO: "zero_cond_t"}
     model_configs = {
         "qwen_image": {
             "patch_size": 2,
@@ -164,8 +164,9 @@ class QwenImage(PackedLatents):
         return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
 
     def embed(self, outer: nn.Module, inputs: Inputs) -> BlockState:
-        """All that diffusers' forward does before its loop over blocks."""
-        image = outer.img_in(inputs["hidden_states"])
+        """All that diffusers' forward does before its loop over blocks. References stand behind the tokens that are drawn."""
+        tokens = self._tokens(inputs)
+        image = outer.img_in(tokens)
         text = outer.txt_in(outer.txt_norm(inputs["encoder_hidden_states"]))
         timestep, modulate_index = inputs["timestep"].to(image.dtype), None
         if outer.zero_cond_t:  # edit models modulate the reference's tokens as if at t = 0
@@ -174,7 +175,14 @@ class QwenImage(PackedLatents):
         conditioning = outer.time_text_embed(timestep, image)
         rotary = outer.pos_embed(self._image_shapes(inputs), max_txt_seq_len=text.shape[1], device=image.device)
         mask = inputs.get("encoder_hidden_states_mask")
-        return BlockState(image, text, conditioning, None if mask is None else mask.bool(), (rotary, modulate_index))
+        return BlockState(
+            image,
+            text,
+            conditioning,
+            None if mask is None else mask.bool(),
+            (rotary, modulate_index),
+            target_tokens=inputs["hidden_states"].shape[1],
+        )
 
     def run_block(self, block: nn.Module, state: BlockState) -> BlockState:
         rotary, modulate_index = state.extra
@@ -234,22 +242,24 @@ class QwenImage(PackedLatents):
         return state.image
 
     def finish(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+        """Of the picture that is drawn alone."""
         conditioning = state.conditioning.chunk(2)[0] if outer.zero_cond_t else state.conditioning
-        return outer.proj_out(outer.norm_out(state.image, conditioning))
+        return outer.proj_out(outer.norm_out(state.image, conditioning))[:, : state.target_tokens]
 
     def takes_guidance(self, config: Mapping) -> bool:
         return False
 
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
-        """diffusers' own forward on our inputs."""
-        return model(
-            hidden_states=inputs["hidden_states"],
+        """diffusers' own forward on our inputs, and of it what belongs to the picture that is drawn."""
+        velocity = model(
+            hidden_states=self._tokens(inputs),
             encoder_hidden_states=inputs["encoder_hidden_states"],
             encoder_hidden_states_mask=inputs.get("encoder_hidden_states_mask"),
             timestep=inputs["timestep"],
             img_shapes=self._image_shapes(inputs),
             return_dict=False,
         )[0]
+        return velocity[:, : inputs["hidden_states"].shape[1]]
 
     def to_comfyui(self, key: str, keys: Collection[str] = ()) -> Part:
         return Part(key)  # ComfyUI kept diffusers' names for Qwen-Image
@@ -268,6 +278,19 @@ class QwenImage(PackedLatents):
             "timestep": torch.rand(samples, device=device),
             "grid": torch.tensor([grid]),
         }
+
+    def _tokens(self, inputs: Inputs) -> torch.Tensor:
+        """[n, tokens of all pictures, channels]. Raises ValueError for pictures that are not as large as `grid` says."""
+        pictures = [inputs[name] for name in ("hidden_states", REFERENCES) if name in inputs]
+        first, *others = inputs["grid"].prod(1).tolist()
+        given = [tokens.shape[1] for tokens in pictures]
+        if given != ([first, sum(others)] if others else [first]):
+            sizes = ", ".join(f"{rows} x {columns}" for _, rows, columns in inputs["grid"].tolist())
+            raise ValueError(
+                f"the picture and its references have {' + '.join(map(str, given))} tokens, their sizes are {sizes}; "
+                "calibrate again, with references of a whole number of tokens"
+            )
+        return torch.cat(pictures, dim=1)
 
     def _image_shapes(self, inputs: Inputs) -> list:
         shapes = [tuple(row) for row in inputs["grid"].tolist()]

@@ -94,9 +94,8 @@ class SD35(PackedLatents):
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
     block_returns = ("text", "image")
     caption_inputs = ("encoder_hidden_states", "pooled_projections")
-    timestep_modulations = ()
+    timestep_modulations, marks = (), {}
     time_embedder = "time_text_embed"
-    marks = ()
     model_configs = {
         name: {
             "sample_size": 128,

@@ -36,8 +36,10 @@ from .task import random_captions, render
 TEACHER = Path(__file__).with_name("teacher.safetensors")
 TEACHERS = {"qwen": TEACHER, "flux": TEACHER.with_name("teacher_flux.safetensors")}
 FOLDERS = {"qwen": Path("runs/demo"), "flux": Path("runs/demo_flux")}
-FULL_SIZE = {"pictures": 480, "batch": 48, "bootstrap": 200, "longest": 8, "rounds": 10, "updates": 20, "steps": 120}
-QUICK = {"pictures": 16, "batch": 4, "bootstrap": 5, "longest": 2, "rounds": 1, "updates": 2, "steps": 2}
+FULL_SIZE = {"pictures": 480, "batch": 48, "bootstrap": 200, "longest": 8, "rounds": 10, "weighed": 48, "updates": 20,
+             "steps": 120, "drawn": 20}  # fmt: skip
+QUICK = {"pictures": 16, "batch": 4, "bootstrap": 5, "longest": 2, "rounds": 1, "weighed": 4, "updates": 2,
+         "steps": 2, "drawn": 4}  # fmt: skip
 LEARNING_RATE = 3e-3
 TOGETHER = 1e-3  # learning rate of projections, and of all parts together
 REMOVE = {"qwen": 6, "flux": 8}  # of 24 blocks: the paper's share, 10, costs Qwen's teacher a character in twelve
@@ -59,14 +61,16 @@ def demo(config: DemoConfig) -> Path:
         )
     )
     distill_depth(DistillDepthConfig(**common, rounds=size["rounds"], learning_rate=LEARNING_RATE))
-    detect_width(DetectWidthConfig(**common, share=SHARE[config.teacher], longest=min(size["longest"], 6), samples=48))
+    sites = {"share": SHARE[config.teacher], "longest": min(size["longest"], 6), "samples": size["weighed"]}
+    detect_width(DetectWidthConfig(**common, **sites))
     distill_width(DistillWidthConfig(**common, rounds=1, updates=size["updates"], learning_rate=TOGETHER))
     polish(PolishConfig(**common, steps=size["steps"], learning_rate=TOGETHER))
     variants(VariantsConfig(**common))
     export(ExportConfig(**common))
     export(ExportConfig(**common, layout="ppcl", variant="small", name="small"))
     _stock(common, size["rounds"])
-    return evaluate_with(EvaluateConfig(**common, captions=config.captions), lambda: time.monotonic() - start)
+    judged = EvaluateConfig(**common, captions=config.captions, steps=size["drawn"])
+    return evaluate_with(judged, lambda: time.monotonic() - start)
 
 
 def bundled(name: str) -> Path:

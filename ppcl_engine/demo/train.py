@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -88,6 +88,9 @@ class Recipe:
     average_decay: float = 0.998
     empty_captions: float = 0.1
     save_every: int = 250
+
+
+RECIPES = {"qwen": Recipe(), "flux": Recipe(teacher="flux", steps=5000, constant_share=0.45)}
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -176,7 +179,7 @@ def train(recipe: Recipe, output: Path, compiled: bool, device: str) -> None:
             losses = []
         if step % recipe.save_every == 0 or step == recipe.steps:
             save_progress(resume, recipe, step, model, optimizer, average)
-            save_teacher(kind, output, recipe, step, average, codec)
+            save_teacher(kind, output, recipe, step, {**model.state_dict(), **average}, codec)
     write_json(output.with_suffix(".json"), {"recipe": asdict(recipe), "seconds": time.monotonic() - start})
 
 
@@ -209,9 +212,11 @@ def load_progress(path: Path, recipe: Recipe, model, optimizer, average) -> int:
     return step
 
 
-def save_teacher(kind: Kind, path: Path, recipe: Recipe, step: int, average, codec: TableCodec) -> None:
-    """As a ComfyUI checkpoint, so that stock hosts read it too."""
-    sources = {name: Source(tuple(t.shape), lambda t=t: t) for name, t in average.items()}
+def save_teacher(
+    kind: Kind, path: Path, recipe: Recipe, step: int, state: dict[str, torch.Tensor], codec: TableCodec
+) -> None:
+    """As a ComfyUI checkpoint, so that stock hosts read it too. state: with the tables that no training moves."""
+    sources = {name: Source(tuple(t.shape), lambda t=t: t) for name, t in state.items()}
     named = {name: source.read() for name, source in comfyui_sources(kind.architecture, sources).items()}
     tensors = {f"{COMFYUI_PREFIX}{name}": t.to("cpu", torch.bfloat16) for name, t in named.items()}
     metadata = {
@@ -226,14 +231,15 @@ def save_teacher(kind: Kind, path: Path, recipe: Recipe, step: int, average, cod
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", choices=tuple(KINDS), default=Recipe.teacher, help="its architecture")
+    parser.add_argument("--teacher", choices=tuple(RECIPES), default=Recipe.teacher, help="its architecture")
     parser.add_argument("--output", type=Path, default=Path("runs/teacher/teacher.safetensors"))
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--steps", type=int, help="other than the recipe's own")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="plain blocks, where there is no C++ compiler")
     options = parser.parse_args()
-    recipe = Recipe(teacher=options.teacher, steps=options.steps, seed=options.seed)
+    recipe = replace(RECIPES[options.teacher], seed=options.seed)
+    recipe = replace(recipe, steps=options.steps or recipe.steps)
     train(recipe, options.output, not options.no_compile, options.device)
 
 

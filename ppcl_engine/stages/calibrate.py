@@ -1,14 +1,15 @@
 """Calibrate: record what blocks see in real use (method: paper, section 4.1).
 
 Three sources: pictures with captions (noised at timesteps over the whole schedule), prompts alone
-and stored embeddings (the teacher draws; states on its way are kept).
+and stored embeddings (the teacher draws; states on its way are kept). An edit model's pictures come with
+those that they were made from, the references: triples of reference, instruction and picture.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,9 +19,17 @@ from .. import flow, sampling
 from ..architectures import Architecture, Inputs
 from ..bundle import assemble
 from ..checkpoint import Weights
-from ..codecs import open_codec
+from ..codecs import Codec, check_references, open_codec
 from ..config import CalibrateConfig
-from ..data import CalibrationSet, caption_file, load_pictures, picture_files, save_calibration
+from ..data import (
+    CalibrationSet,
+    caption_file,
+    load_pictures,
+    load_references,
+    picture_files,
+    reference_files,
+    save_calibration,
+)
 from ..files import TensorFile, write_tensors
 from ..layout import full_layout
 from ..progress import Progress
@@ -32,15 +41,24 @@ MASK, POOLED = "encoder_hidden_states_mask", "pooled_projections"
 
 def calibrate(config: CalibrateConfig) -> Path:
     """Writes `calibration.safetensors`. Raises ValueError unless exactly one source is given."""
-    sources = [s for s in (config.images, config.prompts, config.embeddings) if s is not None]
-    if len(sources) != 1:
-        raise ValueError("calibrate needs one source: --images, --prompts or --embeddings")
+    sources = {
+        "images": config.images,
+        "references": None if config.images else config.references,
+        "prompts": config.prompts,
+        "embeddings": config.embeddings,
+    }
+    given = [name for name, source in sources.items() if source is not None]
+    if len(given) != 1:
+        raise ValueError(
+            "calibrate needs one source: --images (of an edit model with --references), --references alone, --prompts or "
+            "--embeddings"
+        )
     run, weights = Run(config.run), Weights(config.model)
     origin = {
         "architecture": weights.architecture.name,
         "fingerprint": weights.fingerprint,
         "seed": config.seed,
-        "source": "images" if config.images else "prompts" if config.prompts else "embeddings",
+        "source": given[0],
     }
     parts = _Parts(run.states / "calibrate", config, origin["fingerprint"])
     batches = _from_images(config, weights, parts) if config.images else _from_drawing(config, weights, parts)
@@ -78,23 +96,32 @@ def spread_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
 def _from_images(config: CalibrateConfig, weights: Weights, parts: _Parts) -> list[Inputs]:
     """All captions first, then all pictures: the text encoder and the VAE are never in memory together."""
     codec = open_codec(config.model, resolve_device(config.device))
+    check_references(codec.edits, config.references is not None, config.model)
     size = sampling.picture_size(codec, config.height, config.width)
     rows = picture_files(config.images)
+    behind = _references(config, [path for path, _ in rows])
     generator = torch.Generator().manual_seed(config.seed)
     empty = torch.rand(config.samples, generator=generator) < config.empty_captions
     timesteps = spread_timesteps(config.samples, generator)
-    chunks = _chunks(config.samples, config.batch)
+    chunks = _alike(config, behind)
     captions = [caption for _, caption in rows]
-    texts = [codec.text(_texts(captions, empty, chunk)) for chunk in Progress(chunks, desc="captions", unit="batch")]
+
+    def pictures(chunk: torch.Tensor) -> torch.Tensor | None:
+        return load_references([behind[i % len(rows)] for i in chunk.tolist()], size) if behind else None
+
+    shown = Progress(chunks, desc="captions", unit="batch")
+    texts = [codec.text(_texts(captions, empty, chunk), pictures(chunk)) for chunk in shown]
     codec.release()
     batches = []
     for number, (chunk, text) in enumerate(zip(Progress(chunks, desc="calibrate", unit="batch"), texts, strict=True)):
         noise_seed = int(torch.randint(2**62, (), generator=generator))
         paths = [rows[i % len(rows)][0] for i in chunk.tolist()]
 
-        def make(paths=paths, t=timesteps[chunk], text=text, noise_seed=noise_seed) -> Inputs:
+        def make(paths=paths, chunk=chunk, text=text, noise_seed=noise_seed) -> Inputs:
             text = sampling.with_guidance(weights.architecture, weights.config, text, config.guidance)
-            return _noised(weights.architecture, codec.latents(load_pictures(paths, size)), t, text, noise_seed)
+            latents = codec.latents(load_pictures(paths, size))
+            batch = _noised(weights.architecture, latents, timesteps[chunk], text, noise_seed)
+            return _with_references(weights.architecture, codec, batch, pictures(chunk)) if behind else batch
 
         batches.append(parts.done(number, make))
     codec.release()
@@ -107,12 +134,32 @@ def _noised(architecture: Architecture, latents: torch.Tensor, t: torch.Tensor, 
     return sampling.inputs_of(flow.noised(clean, noise, t), t, text, architecture.grid(latents), clean)
 
 
+def _references(config: CalibrateConfig, pictures: list[Path]) -> list[list[Path]]:
+    """Of each picture; none at all where the model draws from text alone."""
+    return reference_files(config.references, pictures) if config.references else []
+
+
+def _alike(config: CalibrateConfig, behind: list[list[Path]]) -> tuple[torch.Tensor, ...]:
+    """Samples batch by batch, in each as many references; batches of every number are spread evenly, since later stages
+    hold out the last ones."""
+    counts = torch.tensor([len(behind[i % len(behind)]) if behind else 0 for i in range(config.samples)])
+    groups = [torch.nonzero(counts == count)[:, 0].split(config.batch) for count in counts.unique()]
+    placed = [((place + 0.5) / len(group), chunk) for group in groups for place, chunk in enumerate(group)]
+    return tuple(chunk for _, chunk in sorted(placed, key=lambda pair: pair[0]))
+
+
+def _with_references(architecture: Architecture, codec: Codec, batch: Inputs, pictures: torch.Tensor) -> Inputs:
+    tokens, grid = sampling.reference_tokens(architecture, codec, pictures)
+    return {**batch, **tokens, "grid": torch.cat([batch["grid"], grid])}
+
+
 def _from_drawing(config: CalibrateConfig, weights: Weights, parts: _Parts) -> list[Inputs]:
     """Text is encoded first and its encoder released, then the transformer comes."""
     device, architecture = resolve_device(config.device), weights.architecture
     generator = torch.Generator().manual_seed(config.seed)
     empty = torch.rand(config.samples, generator=generator) < config.empty_captions
-    prompts = _stored_prompts(config, weights, empty) if config.embeddings else _encoded_prompts(config, empty, device)
+    encode = _stored_prompts if config.embeddings else _encoded_prompts
+    prompts = encode(config, weights, empty)
     load = block_loader(weights, DTYPES[config.dtype], device, config.streamed)
     model = assemble(weights, None, full_layout(weights.num_blocks), DTYPES[config.dtype], device, load)
     kept_steps = torch.randint(config.steps, (config.samples,), generator=generator)
@@ -126,7 +173,7 @@ def _from_drawing(config: CalibrateConfig, weights: Weights, parts: _Parts) -> l
 
 def _drawn(config, architecture, model, prompts, noise, kept_steps) -> Inputs:
     """Draws a batch; of each picture one state on its way is kept, and the end as the clean one."""
-    grid, tokens = architecture.grid(noise), architecture.pack(noise)
+    grid, tokens = prompts.grid(architecture.grid(noise)), architecture.pack(noise)
     kept, times = torch.zeros_like(tokens), torch.zeros(len(tokens))
 
     def seen(step, x, t):
@@ -138,9 +185,14 @@ def _drawn(config, architecture, model, prompts, noise, kept_steps) -> Inputs:
     return sampling.inputs_of(kept, times, text, grid, clean)
 
 
-def _encoded_prompts(config: CalibrateConfig, empty: torch.Tensor, device: str) -> sampling.Prompts:
-    texts = _texts(caption_file(config.prompts), empty, torch.arange(config.samples))
-    return sampling.encode_prompts(open_codec(config.model, device), texts, config.height, config.width)
+def _encoded_prompts(config: CalibrateConfig, weights: Weights, empty: torch.Tensor) -> sampling.Prompts:
+    codec, samples = open_codec(config.model, resolve_device(config.device)), torch.arange(config.samples)
+    if config.prompts:
+        texts = _texts(caption_file(config.prompts), empty, samples)
+        return sampling.encode_prompts(codec, texts, config.height, config.width)
+    pictures, captions = zip(*picture_files(config.references), strict=True)
+    texts, references = _texts(captions, empty, samples), [[pictures[i % len(pictures)]] for i in samples.tolist()]
+    return sampling.encode_edits(weights.architecture, codec, texts, references, config.height, config.width)
 
 
 def _stored_prompts(config: CalibrateConfig, weights: Weights, empty_rows: torch.Tensor) -> sampling.Prompts:
@@ -186,7 +238,7 @@ def _as_long(empty: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return filled
 
 
-def _texts(captions: list[str], empty: torch.Tensor, samples: torch.Tensor) -> list[str]:
+def _texts(captions: Sequence[str], empty: torch.Tensor, samples: torch.Tensor) -> list[str]:
     """The caption of each sample, in turn, or "" where `empty` [all samples] says so."""
     return ["" if empty[i] else captions[i % len(captions)] for i in samples.tolist()]
 

@@ -307,7 +307,8 @@ class _Measurement:
         rows = []
         for state in states:
             image = self.teacher.architecture.final_image(self.teacher.outer, state)
-            places = torch.rand(image.shape[:2], generator=generator).argsort(1)[:, : self.config.tokens]
+            order = torch.rand(image.shape[:2], generator=generator).masked_fill(~state.real("image").cpu(), 2.0)
+            places = order.argsort(1)[:, : self.config.tokens]
             rows.append(torch.gather(image, 1, places[..., None].expand(-1, -1, image.shape[-1]).to(image.device)))
         features = torch.cat([r.flatten(0, 1) for r in rows]).cpu()
         return linear_gram(features) if self.config.kernel == "linear" else rbf_gram(features)

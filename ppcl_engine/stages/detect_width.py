@@ -54,8 +54,7 @@ def detect_width(config: DetectWidthConfig) -> Path:
     plan = open_plan(config, teacher.weights).with_parts(sites=(), variants=())
     students = RunStudents(run, teacher.config, teacher.architecture, polished=False)
     inputs = calibration.all_inputs()
-    grid = tuple(inputs[0]["grid"][0].tolist())
-    cost = CostModel(teacher.architecture, teacher.config, grid, inputs[0]["encoder_hidden_states"].shape[1])
+    cost = CostModel.at(teacher.architecture, teacher.config, inputs[0])
     kinds, saving = _kinds(config, teacher), _saving(config, plan, cost)
     candidates = [c for c in _candidates(config, plan, kinds, cost) if c.saving > 0]
     store = StateStore(run.states / "width" if config.streamed else None)

@@ -20,7 +20,7 @@ from ..bundle import open_variant
 from ..checkpoint import Weights
 from ..config_files import EvaluateConfig
 from ..cost import CostModel
-from ..data import CalibrationSet, caption_file
+from ..data import CalibrationSet, caption_file, picture_files
 from ..files import write_json, write_tensors
 from ..memory import PeakMemory
 from ..plan import FULL, PruningPlan, Variant
@@ -28,14 +28,13 @@ from ..progress import Progress
 from ..quality import Reading, reader_of, ssim
 from ..reporting import write_report
 from ..run import DTYPES, Run, RunStudents, open_calibration, open_plan, resolve_device
-from ..sampling import Prompts, draw_prompts, encode_prompts, expanded, inputs_of, with_guidance
+from ..sampling import Prompts, draw_prompts, encode_edits, encode_prompts, expanded, inputs_of, with_guidance
 from ..similarity import bootstrap_interval, bootstrap_ratio, wilson_interval
 from ..streaming import block_loader
 
 SHOWN = 12
 TIMESTEP_PARTS = 8
 REPEATS = 15
-STORED_BYTES = 2  # bfloat16
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -49,9 +48,8 @@ def evaluate_with(config: EvaluateConfig, seconds: Callable[[], float] | None) -
     run, weights = Run(config.run), Weights(config.model)
     plan, calibration = open_plan(config, weights), open_calibration(config, weights)
     reading = reader_of(config, weights.path)
-    texts = caption_file(config.prompts) if config.prompts else reading.captions(config.captions, config.seed)
-    texts = [texts[i % len(texts)] for i in range(config.captions)]
-    judge = _Judge(config, run, weights, plan, calibration, reading, texts)
+    texts, prompts = _prompts(config, weights, reading)
+    judge = _Judge(config, run, weights, plan, calibration, reading, texts, prompts)
     variants = _variants(config, plan)
     rows = [judge.row(variant) for variant in variants]
     judge.time_again(variants, rows)
@@ -74,6 +72,19 @@ def evaluate_with(config: EvaluateConfig, seconds: Callable[[], float] | None) -
     return write_report(run.folder, seconds() if seconds else None)
 
 
+def _prompts(config: EvaluateConfig, weights: Weights, reading: Reading) -> tuple[list[str], Prompts]:
+    """What is drawn, in words and encoded."""
+    numbers, size = range(config.captions), (config.height, config.width)
+    if config.references:
+        rows = picture_files(config.references)
+        pictures, texts = zip(*(rows[i % len(rows)] for i in numbers), strict=True)
+        references = [[picture] for picture in pictures]
+        return list(texts), encode_edits(weights.architecture, reading.codec, list(texts), references, *size)
+    texts = caption_file(config.prompts) if config.prompts else reading.captions(config.captions, config.seed)
+    texts = [texts[i % len(texts)] for i in numbers]
+    return texts, encode_prompts(reading.codec, texts, *size)
+
+
 def _variants(config: EvaluateConfig, plan: PruningPlan) -> list[Variant]:
     """The teacher first."""
     names = [n.strip() for n in config.variants.split(",") if n.strip()] or [v.name for v in plan.variants]
@@ -83,15 +94,22 @@ def _variants(config: EvaluateConfig, plan: PruningPlan) -> list[Variant]:
 class _Judge:
     """Draws with one variant after the other; keeps what the teacher drew."""
 
-    def __init__(self, config, run: Run, weights: Weights, plan, calibration: CalibrationSet, reading: Reading, texts):
+    def __init__(
+        self,
+        config,
+        run: Run,
+        weights: Weights,
+        plan,
+        calibration: CalibrationSet,
+        reading: Reading,
+        texts: list[str],
+        prompts: Prompts,
+    ):
         self.config, self.weights, self.plan, self.calibration = config, weights, plan, calibration
-        self.reading, self.texts = reading, texts
+        self.reading, self.texts, self.prompts = reading, texts, prompts
         self.device, self.dtype = resolve_device(config.device), DTYPES[config.dtype]
         self.students = RunStudents(run, weights.config, weights.architecture)
-        self.prompts: Prompts = encode_prompts(reading.codec, texts, config.height, config.width)
-        inputs = calibration.inputs(0)
-        grid, tokens = tuple(inputs["grid"][0].tolist()), inputs["encoder_hidden_states"].shape[1]
-        self.cost = CostModel(weights.architecture, weights.config, grid, tokens)
+        self.cost = CostModel.at(weights.architecture, weights.config, calibration.inputs(0))
         self.shown: dict[str, torch.Tensor] = {}
         self.teacher: dict = {}
 
@@ -107,7 +125,7 @@ class _Judge:
         return {
             "name": variant.name,
             "parameters": cost.parameters,
-            "bytes": cost.parameters * STORED_BYTES,
+            "bytes": cost.bytes,
             "flops": cost.flops,
             "seconds_per_step": ours["seconds"],
             "peak_memory_bytes": ours["peak"],
@@ -203,9 +221,10 @@ class _Judge:
         count = min(self.config.batch, self.prompts.count)
         generator = torch.Generator().manual_seed(self.config.seed)
         noise = self.weights.architecture.pack(torch.randn(count, *self.prompts.latent_shape, generator=generator))
-        rows = (self.prompts.rows(torch.arange(count)).given, expanded(self.prompts.nothing, count))
+        prompts = self.prompts.rows(torch.arange(count))
+        rows = (prompts.given, expanded(prompts.nothing, count))
         guide = partial(with_guidance, self.weights.architecture, self.weights.config, guidance=self.config.guidance)
-        grid = self.weights.architecture.grid(torch.zeros(1, *self.prompts.latent_shape))
+        grid = prompts.grid(self.weights.architecture.grid(torch.zeros(1, *self.prompts.latent_shape)))
         t = torch.full((count,), 0.7)
         with torch.no_grad():
             caption, empty = (self._forward(model, inputs_of(noise, t, guide(text), grid)) for text in rows)

@@ -56,7 +56,9 @@ def export(config: ExportConfig) -> Path:
     if config.layout == "comfyui":
         path = folder / f"{config.name}.safetensors"
         metadata["config"] = json.dumps(stock_config)
-        write_sources(path, comfyui_sources(weights.architecture, tensors), dtype, metadata)
+        marks = [m for m, entry in weights.architecture.marks.items() if stock_config.get(entry)]
+        empty = {mark: torch.empty(0) for mark in marks}
+        write_sources(path, comfyui_sources(weights.architecture, tensors), dtype, metadata, empty)
         return path
     path = folder / config.name
     write_sources(path / "diffusion_pytorch_model.safetensors", tensors, dtype, metadata)

@@ -16,9 +16,9 @@ from torch import nn
 
 from ..bundle import open_variant
 from ..chain import embed_with, teacher_velocity
-from ..checkpoint import parameter_count
+from ..checkpoint import parameter_count, stored_count
 from ..config import FinetuneConfig
-from ..cost import CostModel
+from ..cost import STORED_BYTES, CostModel
 from ..data import CalibrationSet
 from ..files import write_text
 from ..layout import Layout, layout_of
@@ -38,7 +38,6 @@ from ..tuning import (
 )
 
 SAMPLES = 64  # behind the damage of the result, as many as `variants` takes by default
-STORED_BYTES = 2  # bfloat16
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -128,13 +127,12 @@ def _figures(
     """Size and FLOPs of the model, and its damage on the last samples of the calibration."""
     batches = max(1, round(SAMPLES / calibration.samples * len(calibration)))
     inputs = calibration.all_inputs()[-batches:]
-    grid, text_tokens = tuple(inputs[0]["grid"][0].tolist()), inputs[0]["encoder_hidden_states"].shape[1]
-    cost = CostModel(teacher.architecture, teacher.config, grid, text_tokens)
+    cost = CostModel.at(teacher.architecture, teacher.config, inputs[0])
     layout, error, power = layout_of(plan, source), 0.0, 0.0
     for row in inputs:
         target = teacher_velocity(teacher, row).double()
         error += float((model_velocity(teacher, model, layout, row).double() - target).square().sum())
         power += float(target.square().sum())
     error, power = processes().sum(torch.tensor([error, power], dtype=torch.float64)).tolist()
-    parameters, flops = parameter_count(model), cost.variant(plan, source).flops
-    return {"parameters": parameters, "bytes": parameters * STORED_BYTES, "flops": flops, "damage": error / power}
+    size, flops = stored_count(model) * STORED_BYTES, cost.variant(plan, source).flops
+    return {"parameters": parameter_count(model), "bytes": size, "flops": flops, "damage": error / power}

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
+from ..architectures import Architecture
 from ..bundle import architecture_of, open_model
-from ..codecs import open_codec
+from ..codecs import Codec, open_codec
 from ..config_files import GenerateConfig
 from ..files import replacing
 from ..run import resolve_device
-from ..sampling import draw_prompts, encode_prompts
+from ..sampling import Prompts, draw_prompts, encode_edits, encode_prompts
 
 BATCH = 16
 
@@ -22,15 +23,26 @@ def generate(config: GenerateConfig) -> Path:
     device = resolve_device(config.device)
     codec = open_codec(config.base or config.path, device)
     texts = [text.strip() for text in config.prompt.split("|")]
-    prompts = encode_prompts(codec, texts, config.height, config.width)
+    architecture = architecture_of(config.path)
+    prompts = _encoded(config, architecture, codec, texts)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model = open_model(config.path, config.variant, config.base, dtype, device)
-    architecture = architecture_of(config.path)
     latents = draw_prompts(architecture, model, prompts, config.seed, config.steps, config.guidance, BATCH, "generate")
     del model
     gc.collect()
     save_row(config.output, codec.pictures(latents))
     return config.output
+
+
+def _encoded(config: GenerateConfig, architecture: Architecture, codec: Codec, texts: list[str]) -> Prompts:
+    """Raises ValueError for a reference that is no file."""
+    references = [Path(path.strip()) for path in config.references.split("|") if path.strip()]
+    if not references:
+        return encode_prompts(codec, texts, config.height, config.width)
+    absent = [path for path in references if not path.is_file()]
+    if absent:
+        raise ValueError(f"{absent[0]} does not exist; name the pictures to change with --references")
+    return encode_edits(architecture, codec, texts, [references] * len(texts), config.height, config.width)
 
 
 def save_row(path: Path, pictures: torch.Tensor) -> None:

@@ -14,19 +14,16 @@ from pathlib import Path
 
 import torch
 
-from ..architectures import Inputs
 from ..config import VariantsConfig
-from ..cost import CostModel
+from ..cost import STORED_BYTES, CostModel
 from ..damage import Damage
 from ..files import write_text
 from ..intervals import least_damage
 from ..plan import FULL, Interval, PruningPlan, Variant
 from ..progress import Progress
 from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
-from ..streaming import Teacher
 
 SHARES = {"large": 1 / 3, "medium": 2 / 3, "small": 1.0}
-STORED_BYTES = 2  # bfloat16
 
 
 def variants(config: VariantsConfig) -> Path:
@@ -38,7 +35,7 @@ def variants(config: VariantsConfig) -> Path:
     inputs = calibration.all_inputs()[-batches:]
     with torch.no_grad():
         measured = Damage(teacher, RunStudents(run, teacher.config, teacher.architecture), plan, inputs)
-        cost = _cost_model(teacher, inputs[0])
+        cost = CostModel.at(teacher.architecture, teacher.config, inputs[0])
         plan = plan.with_parts(
             intervals=tuple(_interval(i, measured, cost) for i in Progress(plan.intervals, desc="variants"))
         )
@@ -46,11 +43,6 @@ def variants(config: VariantsConfig) -> Path:
         plan = plan.with_parts(variants=(*_named(config, plan, measured, cost), *tuned))
     write_text(run.plan, plan.to_json() + "\n")
     return run.plan
-
-
-def _cost_model(teacher: Teacher, inputs: Inputs) -> CostModel:
-    grid = tuple(inputs["grid"][0].tolist())
-    return CostModel(teacher.architecture, teacher.config, grid, inputs["encoder_hidden_states"].shape[1])
 
 
 def _interval(interval: Interval, measured: Damage, cost: CostModel) -> Interval:
@@ -62,13 +54,13 @@ def _named(config: VariantsConfig, plan: PruningPlan, measured: Damage, cost: Co
     """full; large, medium, small: intervals alone; smallest: width sites too; and one for each limit that was given."""
     depth = replace(plan.everything(), sites=())
     milliseconds = _block_milliseconds(measured)
-    full = cost.variant(plan, Variant(name=FULL)).parameters
-    most = full - cost.variant(plan, depth).parameters
+    full = cost.variant(plan, Variant(name=FULL))
+    most = full.parameters - cost.variant(plan, depth).parameters
     sets = {FULL: ()}
     sets |= {name: _subset(cost, plan, most * share) for name, share in SHARES.items()}
     limits = {
-        "parameters": full - config.most_parameters * 1e6 if config.most_parameters else None,
-        "megabytes": full - config.most_megabytes * 1e6 / STORED_BYTES if config.most_megabytes else None,
+        "parameters": full.parameters - config.most_parameters * 1e6 if config.most_parameters else None,
+        "megabytes": full.stored - config.most_megabytes * 1e6 / STORED_BYTES if config.most_megabytes else None,
     }
     for name, saving in limits.items():
         if saving is not None:
@@ -103,7 +95,7 @@ def _measured(variant: Variant, plan: PruningPlan, cost: CostModel, milliseconds
     return replace(
         variant,
         parameters=counted.parameters,
-        bytes=counted.parameters * STORED_BYTES,
+        bytes=counted.bytes,
         flops=counted.flops,
         milliseconds=milliseconds * plan.num_blocks * counted.flops / whole.flops,
         damage=measured.of(variant),

@@ -1,13 +1,15 @@
 """FLUX.1 against diffusers: the same forward bit for bit, the released models' sizes, and both layouts' names."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named, detect_architecture
-from ppcl_engine.bundle import open_model
-from ppcl_engine.checkpoint import Weights, expected_shapes
-from ppcl_engine.files import write_tensors
+from ppcl_engine.checkpoint import expected_shapes
 from ppcl_engine.standalone import Source, comfyui_sources
+
+from ..tiny_models import check_comfyui_file, comfyui_state, tiny_inputs, tiny_model
 
 FLUX = architecture_named("flux1")
 SIZES = {"flux1_dev": (11_901_408_320, 19), "flux1_lite": (8_163_264_064, 8)}
@@ -15,33 +17,13 @@ DOUBLE, SINGLE = 339_831_296, 141_591_808  # 36 d^2 + 30 d + 512, 15 d^2 + 11 d 
 HEAD_32 = {"attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}  # the released models' proportions
 
 
-def make_model(**changes) -> torch.nn.Module:
-    """diffusers' own class at the tiny size, with weights so large that every block matters."""
-    from diffusers import FluxTransformer2DModel
-
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        model = FluxTransformer2DModel(**{**FLUX.tiny_config, **changes}).eval()
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.copy_(noise / parameter.shape[1] ** 0.5 if parameter.ndim == 2 else parameter + 0.1 * noise)
-    return model.requires_grad_(False)
-
-
-def make_inputs(grid=(1, 2, 3), samples: int = 4, **changes) -> dict:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return FLUX.random_inputs({**FLUX.tiny_config, **changes}, samples, grid, 5, "cpu")
+make_model, make_inputs = partial(tiny_model, FLUX), partial(tiny_inputs, FLUX)
+in_comfyui = partial(comfyui_state, FLUX)
 
 
 @pytest.fixture(scope="module")
 def model():
     return make_model()
-
-
-def comfyui_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    sources = {name: Source(tuple(t.shape), lambda t=t: t) for name, t in model.state_dict().items()}
-    return {name: source.read() for name, source in comfyui_sources(FLUX, sources).items()}
 
 
 @pytest.mark.parametrize("guidance_embeds", [True, False])
@@ -153,22 +135,14 @@ def test_comfyui_tensors_become_diffusers_as_diffusers_converts_them():
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_comfyui_file_is_read_as_the_model_itself(tmp_path, prefix):
-    model = make_model(**HEAD_32)
-    write_tensors(tmp_path / "a.safetensors", {prefix + n: t for n, t in comfyui_state(model).items()})
-    weights = Weights(tmp_path / "a.safetensors")
-    assert weights.architecture is FLUX and weights.config == {**FLUX.tiny_config, **HEAD_32}
-    opened, inputs = open_model(tmp_path / "a.safetensors"), make_inputs(**HEAD_32)
-    assert all(torch.equal(t, model.state_dict()[n]) for n, t in opened.state_dict().items())
-    assert torch.equal(FLUX.call(opened, inputs), FLUX.call(model, inputs))
-    model.save_pretrained(tmp_path / "folder", max_shard_size="100KB")
-    assert Weights(tmp_path / "folder").fingerprint == weights.fingerprint
-    assert torch.equal(FLUX.call(open_model(tmp_path / "folder"), inputs), FLUX.call(model, inputs))
+    weights = check_comfyui_file(FLUX, make_model(**HEAD_32), make_inputs(**HEAD_32), tmp_path, prefix)
+    assert weights.config == {**FLUX.tiny_config, **HEAD_32}
 
 
 def test_other_models_with_double_and_single_blocks_are_not_taken_for_it(model):
     assert detect_architecture(model.state_dict(), "file") is FLUX
-    assert detect_architecture(comfyui_state(model), "file") is FLUX
-    chroma = [name for name in comfyui_state(model) if "_mod." not in name and "modulation" not in name]
+    assert detect_architecture(in_comfyui(model), "file") is FLUX
+    chroma = [name for name in in_comfyui(model) if "_mod." not in name and "modulation" not in name]
     with pytest.raises(ValueError, match="no known architecture .known: qwen_image, flux1."):
         detect_architecture(chroma, "file")
     qwen = architecture_named("qwen_image")

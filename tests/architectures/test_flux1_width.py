@@ -6,14 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from ppcl_engine.architectures import SharedText
-from ppcl_engine.bundle import empty_model
-from ppcl_engine.layout import layout_of
 from ppcl_engine.live import share_cuts, twin
-from ppcl_engine.plan import PruningPlan, parse_intervals, parse_sites
+from ppcl_engine.plan import parse_intervals, parse_sites
 from ppcl_engine.surgery import projection_modules
 
-from .test_width import WIDTH, randomised
+from .width_formulas import (
+    WIDTH,
+    check_own_forward,
+    check_seen,
+    modulated,
+    projected_ffn,
+    projected_text,
+    randomised,
+    saved_parameters,
+)
 
 pytestmark = pytest.mark.parametrize("architecture", ["flux1"], indirect=True)
 TEXT_TOKENS = 5
@@ -22,10 +28,6 @@ TEXT_TOKENS = 5
 @pytest.fixture
 def state(architecture, model, padded_inputs):
     return architecture.embed(model, padded_inputs(text_tokens=TEXT_TOKENS))
-
-
-def modulated(x, shift, scale):
-    return nn.functional.layer_norm(x, (WIDTH,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
 def modulations(norm, state, parts):
@@ -50,12 +52,7 @@ def after_ffn(x, block, state, suffix=""):
 @pytest.mark.parametrize("form", ["paper", "gated"])
 def test_ffns_of_a_double_block(architecture, model, state, kind, form):
     plain = model.transformer_blocks[2]
-    block = copy.deepcopy(plain)
-    architecture.project_ffn(block, kind, form)
-    randomised(block, architecture, (kind,))
-    linear = projection_modules(architecture, block, kind)["map"]
-    saved = sum(p.numel() for p in plain.parameters()) - sum(p.numel() for p in block.parameters())
-    assert saved == (10 if form == "paper" else 7) * WIDTH**2 + (7 if form == "paper" else 4) * WIDTH
+    block, linear = projected_ffn(architecture, plain, kind, form)
 
     ours, both = architecture.run_block(block, state), after_attention(plain, state)
     for name, x, suffix in zip(("image", "text"), both, ("", "_context"), strict=True):
@@ -74,8 +71,7 @@ def test_ffn_of_a_single_block(architecture, model, state):
     architecture.project_ffn(block, "ffn_joint", "gated")
     randomised(block, architecture, ("ffn_joint",))
     linear = projection_modules(architecture, block, "ffn_joint")["map"]
-    saved = sum(p.numel() for p in plain.parameters()) - sum(p.numel() for p in block.parameters())
-    assert saved == 7 * WIDTH**2 + 3 * WIDTH
+    assert saved_parameters(plain, block) == 7 * WIDTH**2 + 3 * WIDTH
 
     x = state.stream("joint")
     assert torch.equal(x[:, :TEXT_TOKENS], state.text)
@@ -90,13 +86,7 @@ def test_ffn_of_a_single_block(architecture, model, state):
 @pytest.mark.parametrize("steps", [False, True])
 def test_text_stream(architecture, model, state, steps):
     first, plain = model.transformer_blocks[1], model.transformer_blocks[2]
-    source, shared = copy.deepcopy(first), SharedText()
-    architecture.publish_text(source, shared)
-    block = copy.deepcopy(plain)
-    architecture.project_text(block, shared, steps)
-    randomised(block, architecture, ("text",))
-    linears = projection_modules(architecture, block, "text")
-    assert set(linears) == ({"map", "step"} if steps else {"map"})
+    source, block, linears = projected_text(architecture, first, plain, steps)
 
     after = architecture.run_block(source, state)
     assert torch.equal(after.image, architecture.run_block(first, state).image)
@@ -112,10 +102,7 @@ def test_text_stream(architecture, model, state, steps):
 
 def test_what_a_double_block_is_seen_to_do(architecture, model, state):
     block = model.transformer_blocks[2]
-    after, seen = architecture.observe(block, state)
-    plain = architecture.run_block(block, state)
-    assert torch.equal(after.image, plain.image) and torch.equal(after.text, plain.text)
-    assert not block._forward_hooks and not block.attn.add_q_proj._forward_pre_hooks
+    seen = check_seen(architecture, block, state)
     assert torch.equal(seen["text_modulated"], modulated(state.text, *modulations(block.norm1_context, state, 6)[:2]))
     for stream, norm in (("image", block.norm1), ("text", block.norm1_context)):
         gate = modulations(norm, state, 6)[5][:, None]
@@ -140,24 +127,9 @@ def test_what_a_single_block_is_seen_to_do(architecture, model, state):
 
 
 def test_diffusers_own_forward_runs_a_whole_pruned_model(architecture, padded_inputs):
-    """Several groups, forms and kinds of block at once; block by block with states, and by the model's forward."""
-    config = dict(architecture.tiny_config)
+    """Several groups, forms and kinds of block at once."""
     sites = parse_sites("text:1-3 ffn_image:0 ffn_text:0 ffn_joint:4 ffn_joint:6")
-    plan = PruningPlan(architecture=architecture.name, config=config, num_blocks=8, fingerprint="f",
-                       intervals=parse_intervals("2-3 4-5"), sites=sites)  # fmt: skip
-    pruned = empty_model(architecture, config, layout_of(plan, plan.everything()))
-    torch.manual_seed(3)
-    state_dict = {name: 0.1 * torch.randn(t.shape) for name, t in pruned.state_dict().items()}
-    pruned.load_state_dict(state_dict, assign=True)
-    inputs = padded_inputs()
-    with torch.no_grad():
-        whole = architecture.call(pruned, inputs)
-        other = architecture.call(pruned, padded_inputs(seed=1))  # leaves its own text with the groups
-        state = architecture.embed(pruned, inputs)
-        for block in [*pruned.transformer_blocks, *pruned.single_transformer_blocks]:
-            state = architecture.run_block(block, state)
-        assert torch.equal(architecture.finish(pruned, state), whole)
-        assert torch.equal(architecture.call(pruned, inputs), whole) and not torch.equal(whole, other)
+    check_own_forward(architecture, padded_inputs, intervals=parse_intervals("2-3 4-5"), sites=sites)
 
 
 def test_a_cut_map_shares_its_origins_tensor(architecture, model):

@@ -80,7 +80,7 @@ def test_another_number_of_samples_differs_by_rounding_alone(architecture, model
 def test_an_edit_model_reads_the_column_of_t_0(architecture, make_model, padded_inputs, form):
     model, config = make_model(zero_cond_t=True), {**architecture.tiny_config, "zero_cond_t": True}
     found = folded(architecture, config, model, form)
-    inputs = {**padded_inputs(samples=3, grid=(1, 2, 6)), "grid": torch.tensor([[1, 2, 3]] * 2)}
+    inputs = padded_inputs(samples=3, references=((1, 2, 3),))
     inputs["timestep"] = torch.tensor([0.25, 1.0, 0.75])
     ours, theirs = architecture.call(found, inputs), architecture.call(model, inputs)
     assert torch.equal(ours, theirs) if form == "table" else torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3)

@@ -1,9 +1,11 @@
 """Qwen-Image against diffusers: the same forward bit for bit, the released model's sizes, packing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from ppcl_engine.architectures import ARCHITECTURES, architecture_named, detect_architecture
+from ppcl_engine.architectures import ARCHITECTURES, REFERENCES, architecture_named, detect_architecture
 from ppcl_engine.checkpoint import expected_shapes
 
 BLOCK_PARAMETERS = 339_831_296
@@ -31,17 +33,46 @@ def test_block_by_block_equals_diffusers(architecture, model, padded_inputs, pad
     assert whole.std() > 0.1
 
 
-@pytest.mark.parametrize("pictures", [1, 2])
-def test_an_edit_model_equals_diffusers(architecture, make_model, padded_inputs, pictures):
-    """zero_cond_t: the tokens of the reference picture are modulated as at t = 0."""
-    model = make_model(zero_cond_t=True)
-    inputs = padded_inputs(grid=(1, 2, 3 * pictures))
-    inputs["grid"] = torch.tensor([[1, 2, 3]] * pictures)
-    whole = architecture.call(model, inputs)
-    assert torch.equal(by_blocks(architecture, model, inputs), whole)
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+@pytest.mark.parametrize("references", [(), ((1, 2, 3),), ((1, 4, 2), (1, 1, 5))])
+def test_an_edit_model_equals_diffusers(architecture, make_model, padded_inputs, references, zero_cond_t):
+    """References of other sizes stand behind the picture's tokens, and nothing of what comes out is theirs; with
+    zero_cond_t they are modulated as at t = 0."""
+    model, inputs = make_model(zero_cond_t=zero_cond_t), padded_inputs(references=references)
+    tokens = [inputs[name] for name in ("hidden_states", REFERENCES) if name in inputs]
+    theirs = model(
+        hidden_states=torch.cat(tokens, 1),
+        encoder_hidden_states=inputs["encoder_hidden_states"],
+        encoder_hidden_states_mask=inputs["encoder_hidden_states_mask"],
+        timestep=inputs["timestep"],
+        img_shapes=[[(1, 2, 3), *references]] * 6,
+        return_dict=False,
+    )[0][:, :6]
+    assert torch.equal(architecture.call(model, inputs), theirs)
+    assert torch.equal(by_blocks(architecture, model, inputs), theirs)
     plain = make_model()
     plain.load_state_dict(model.state_dict())
-    assert torch.allclose(whole, architecture.call(plain, inputs), atol=1e-5) == (pictures == 1)
+    same = torch.allclose(theirs, architecture.call(plain, inputs), atol=1e-5)
+    assert same == (not references or not zero_cond_t)
+
+
+@pytest.mark.parametrize("references", [((1, 2, 2),), ((1, 2, 3), (1, 2, 3)), ()])
+def test_references_that_are_not_as_large_as_they_say_are_one_line(architecture, model, padded_inputs, references):
+    inputs = padded_inputs(references=((1, 2, 3),))
+    inputs["grid"] = torch.tensor([(1, 2, 3), *references])
+    with pytest.raises(ValueError, match=r"have 6 \+ 6 tokens, their sizes are 2 x 3.*; calibrate again, with .*$"):
+        architecture.embed(model, inputs)
+
+
+def test_references_count_or_not(architecture, model, padded_inputs):
+    state = architecture.embed(model, padded_inputs(references=((1, 2, 2),)))
+    assert state.image.shape[1] == 10 and state.real("image").all()
+    alone = replace(state, target_only=True)
+    assert alone.real("image")[0].tolist() == [True] * 6 + [False] * 4
+    assert torch.equal(alone.real_tokens("image"), state.image[:, :6].flatten(0, 1))
+    assert torch.equal(alone.real_tokens("text"), state.real_tokens("text"))
+    plain = replace(architecture.embed(model, padded_inputs()), target_only=True)
+    assert plain.real("image").all()
 
 
 def test_padding_changes_nothing(architecture, model, padded_inputs):
@@ -110,6 +141,11 @@ def test_pack_is_diffusers_and_unpack_its_inverse(architecture):
     assert torch.equal(architecture.unpack(tokens, grid), latents)
     reference = torch.cat([tokens, torch.randn(2, 6, 16)], 1)  # an edit model's second picture
     assert torch.equal(architecture.unpack(reference, torch.cat([grid, torch.tensor([[1, 2, 3]])])), latents)
+
+
+def test_odd_sides_are_no_whole_number_of_tokens(architecture):
+    with pytest.raises(ValueError, match="^latents of 6 x 7 are no whole number of 2 x 2 tokens; resize the picture$"):
+        architecture.pack(torch.randn(1, 4, 6, 7))
 
 
 def test_the_last_text_is_not_used(architecture):

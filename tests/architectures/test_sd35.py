@@ -1,47 +1,28 @@
 """SD3.5 against diffusers: the same forward bit for bit, the released models' sizes, and both layouts' names."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named, detect_architecture
-from ppcl_engine.bundle import open_model
-from ppcl_engine.checkpoint import Weights, expected_shapes
-from ppcl_engine.files import write_tensors
+from ppcl_engine.checkpoint import expected_shapes
 from ppcl_engine.stages.inspect import known_models
-from ppcl_engine.standalone import Source, comfyui_sources
+
+from ..tiny_models import check_comfyui_file, comfyui_state, tiny_inputs, tiny_model
 
 SD35 = architecture_named("sd35")
 TINY = SD35.tiny_config
 SINGLE_ATTENTION = {"dual_attention_layers": []}
 
 
-def make_model(**changes) -> torch.nn.Module:
-    """diffusers' own class at the tiny size, with weights so large that every block matters."""
-    from diffusers import SD3Transformer2DModel
-
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
-        model = SD3Transformer2DModel(**{**TINY, **changes}).eval()
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.copy_(noise / parameter.shape[1] ** 0.5 if parameter.ndim == 2 else parameter + 0.1 * noise)
-    return model.requires_grad_(False)
-
-
-def make_inputs(grid=(1, 2, 3), samples: int = 4, **changes) -> dict:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return SD35.random_inputs({**TINY, **changes}, samples, grid, 5, "cpu")
+make_model, make_inputs = partial(tiny_model, SD35), partial(tiny_inputs, SD35)
+in_comfyui = partial(comfyui_state, SD35)
 
 
 @pytest.fixture(scope="module")
 def model():
     return make_model()
-
-
-def comfyui_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    sources = {name: Source(tuple(t.shape), lambda t=t: t) for name, t in model.state_dict().items()}
-    return {name: source.read() for name, source in comfyui_sources(SD35, sources).items()}
 
 
 @pytest.mark.parametrize("changes", [{}, SINGLE_ATTENTION, {"out_channels": 6}], ids=["dual", "single", "other output"])
@@ -152,7 +133,7 @@ def test_comfyui_tensors_become_diffusers_as_diffusers_converts_them(dual):
     from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 
     model = make_model(num_layers=4, dual_attention_layers=dual)
-    stored = comfyui_state(model)
+    stored = in_comfyui(model)
     theirs = convert_sd3_transformer_checkpoint_to_diffusers(dict(stored))
     expected = model.state_dict()
     assert theirs.keys() == expected.keys() and all(torch.equal(theirs[k], t) for k, t in expected.items())
@@ -161,28 +142,20 @@ def test_comfyui_tensors_become_diffusers_as_diffusers_converts_them(dual):
 @pytest.mark.parametrize("changes", [{}, SINGLE_ATTENTION], ids=["dual", "single"])
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_comfyui_file_is_read_as_the_model_itself(tmp_path, prefix, changes):
-    model = make_model(**changes)
-    write_tensors(tmp_path / "a.safetensors", {prefix + n: t for n, t in comfyui_state(model).items()})
-    weights = Weights(tmp_path / "a.safetensors")
-    assert weights.architecture is SD35 and weights.config == {**TINY, **changes, "sample_size": 128}
-    opened, inputs = open_model(tmp_path / "a.safetensors"), make_inputs()
-    assert all(torch.equal(t, model.state_dict()[n]) for n, t in opened.state_dict().items())
-    assert torch.equal(SD35.call(opened, inputs), SD35.call(model, inputs))
-    model.save_pretrained(tmp_path / "folder", max_shard_size="100KB")
-    assert Weights(tmp_path / "folder").fingerprint == weights.fingerprint
-    assert torch.equal(SD35.call(open_model(tmp_path / "folder"), inputs), SD35.call(model, inputs))
+    weights = check_comfyui_file(SD35, make_model(**changes), make_inputs(), tmp_path, prefix)
+    assert weights.config == {**TINY, **changes, "sample_size": 128}
 
 
 def test_other_models_are_not_taken_for_it(model):
     assert detect_architecture(model.state_dict(), "file") is SD35
-    assert detect_architecture(comfyui_state(model), "file") is SD35
+    assert detect_architecture(in_comfyui(model), "file") is SD35
     older = make_model(qk_norm=None, **SINGLE_ATTENTION)
-    for state in (older.state_dict(), comfyui_state(older)):
+    for state in (older.state_dict(), in_comfyui(older)):
         with pytest.raises(ValueError, match="no known architecture .known: qwen_image, flux1, sd35."):
             detect_architecture(state, "file")
     for other in (architecture_named("qwen_image"), architecture_named("flux1")):
         assert not SD35.detect(expected_shapes(other, other.tiny_config)) and not other.detect(model.state_dict())
-        assert not other.detect(comfyui_state(model))
+        assert not other.detect(in_comfyui(model))
 
 
 def test_the_last_block_gives_no_text_and_stands_alone(model):

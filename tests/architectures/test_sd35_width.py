@@ -6,14 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from ppcl_engine.architectures import SharedText
-from ppcl_engine.bundle import empty_model
 from ppcl_engine.layout import layout_of
 from ppcl_engine.live import share_cuts, twin
 from ppcl_engine.plan import PruningPlan, parse_intervals, parse_sites
-from ppcl_engine.surgery import projection_modules
 
-from .test_width import WIDTH, randomised
+from .width_formulas import (
+    WIDTH,
+    check_own_forward,
+    check_seen,
+    modulated,
+    projected_ffn,
+    projected_text,
+)
 
 pytestmark = pytest.mark.parametrize("architecture", ["sd35"], indirect=True)
 DUAL, SINGLE, LAST = 1, 3, 5  # blocks of the tiny model
@@ -22,10 +26,6 @@ DUAL, SINGLE, LAST = 1, 3, 5  # blocks of the tiny model
 @pytest.fixture
 def state(architecture, model, padded_inputs):
     return architecture.embed(model, padded_inputs())
-
-
-def modulated(x, shift, scale):
-    return nn.functional.layer_norm(x, (WIDTH,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
 def modulations(norm, state):
@@ -70,12 +70,7 @@ def test_plain_blocks_are_these_formulas(architecture, model, state):
 @pytest.mark.parametrize("form", ["paper", "gated"])
 def test_ffn_forms(architecture, model, state, index, kind, form):
     plain = model.transformer_blocks[index]
-    block = copy.deepcopy(plain)
-    architecture.project_ffn(block, kind, form)
-    randomised(block, architecture, (kind,))
-    linear = projection_modules(architecture, block, kind)["map"]
-    saved = sum(p.numel() for p in plain.parameters()) - sum(p.numel() for p in block.parameters())
-    assert saved == (10 if form == "paper" else 7) * WIDTH**2 + (7 if form == "paper" else 4) * WIDTH
+    block, linear = projected_ffn(architecture, plain, kind, form)
 
     ours, both = architecture.run_block(block, state), after_attention(plain, state)
     for name, x, suffix in zip(("image", "text"), both, ("", "_context"), strict=True):
@@ -92,13 +87,7 @@ def test_ffn_forms(architecture, model, state, index, kind, form):
 @pytest.mark.parametrize("index, steps", [(DUAL, False), (DUAL, True), (SINGLE, False), (SINGLE, True), (LAST, False)])
 def test_text_stream(architecture, model, state, index, steps):
     first, plain = model.transformer_blocks[index - 1], model.transformer_blocks[index]
-    source, shared = copy.deepcopy(first), SharedText()
-    architecture.publish_text(source, shared)
-    block = copy.deepcopy(plain)
-    architecture.project_text(block, shared, steps)
-    randomised(block, architecture, ("text",))
-    linears = projection_modules(architecture, block, "text")
-    assert set(linears) == ({"map", "step"} if steps else {"map"})
+    source, block, linears = projected_text(architecture, first, plain, steps)
 
     after = architecture.run_block(source, state)
     assert torch.equal(after.image, architecture.run_block(first, state).image)
@@ -115,10 +104,7 @@ def test_text_stream(architecture, model, state, index, steps):
 @pytest.mark.parametrize("index", [DUAL, SINGLE, LAST])
 def test_what_a_block_is_seen_to_do(architecture, model, state, index):
     block = model.transformer_blocks[index]
-    after, seen = architecture.observe(block, state)
-    plain = architecture.run_block(block, state)
-    assert torch.equal(after.image, plain.image) and torch.equal(after.text, plain.text)
-    assert not block._forward_hooks and not block.attn.add_q_proj._forward_pre_hooks
+    seen = check_seen(architecture, block, state)
     torch.testing.assert_close(seen["text_modulated"], modulated_text(block, state), rtol=1e-6, atol=1e-6)
     streams = {"image": ""} if index == LAST else {"image": "", "text": "_context"}
     parts = ("before_ffn", "ffn_input", "ffn_output", "after_ffn")
@@ -130,24 +116,9 @@ def test_what_a_block_is_seen_to_do(architecture, model, state, index):
 
 
 def test_diffusers_own_forward_runs_a_whole_pruned_model(architecture, padded_inputs):
-    """Several groups, forms and kinds of block at once; block by block with states, and by the model's forward."""
-    config = dict(architecture.tiny_config)
+    """Several groups, forms and kinds of block at once."""
     sites = parse_sites("text:1-2 text:4-5 ffn_image:1 ffn_text:3 ffn_image:5") + parse_sites("ffn_image:0", "gated")
-    plan = PruningPlan(architecture=architecture.name, config=config, num_blocks=6, fingerprint="f",
-                       intervals=parse_intervals("1-2"), sites=sites)  # fmt: skip
-    pruned = empty_model(architecture, config, layout_of(plan, plan.everything()))
-    torch.manual_seed(3)
-    state_dict = {name: 0.1 * torch.randn(t.shape) for name, t in pruned.state_dict().items()}
-    pruned.load_state_dict(state_dict, assign=True)
-    inputs = padded_inputs()
-    with torch.no_grad():
-        whole = architecture.call(pruned, inputs)
-        other = architecture.call(pruned, padded_inputs(seed=1))  # leaves its own text with the groups
-        state = architecture.embed(pruned, inputs)
-        for block in pruned.transformer_blocks:
-            state = architecture.run_block(block, state)
-        assert torch.equal(architecture.finish(pruned, state), whole)
-        assert torch.equal(architecture.call(pruned, inputs), whole) and not torch.equal(whole, other)
+    check_own_forward(architecture, padded_inputs, intervals=parse_intervals("1-2"), sites=sites)
 
 
 def test_a_cut_modulation_shares_its_origins_tensor(architecture, model):

@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 
+from ppcl_engine.architectures import architecture_named
 from ppcl_engine.bundle import open_model
 from ppcl_engine.checkpoint import Weights
 from ppcl_engine.codecs import open_codec
 from ppcl_engine.demo import train as trainer
 from ppcl_engine.demo.codec import fit_codec
-from ppcl_engine.demo.train import KINDS, Recipe, blocks_of, new_teacher, train, training_batch
+from ppcl_engine.demo.train import KINDS, Kind, Recipe, blocks_of, new_teacher, save_teacher, train, training_batch
 from ppcl_engine.files import TensorFile
 
 CAPTIONS = ["a red K on a blue circle, yellow background", "a blue K on a red circle, yellow background", ""]
@@ -79,6 +80,24 @@ def test_a_killed_training_goes_on_to_the_same_file(name, tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match="belongs to another recipe"):
         train(recipe(name, seed=1), stopped, compiled=False, device="cpu")
     _check_file(whole, name)
+
+
+def test_a_file_holds_what_no_training_moves_too(tmp_path):
+    """SD3.5 brings a table of positions that is no parameter."""
+    architecture = architecture_named("sd35")
+    channels = {"in_channels": 16, "out_channels": 16, "joint_attention_dim": 64, "pooled_projection_dim": 64}
+    kind = Kind(
+        architecture=architecture,
+        config={**architecture.tiny_config, **channels},
+        numbered=True,
+        zeroed=r"norm1?(_context)?\.linear|norm_out|^proj_out",
+    )
+    model, path = new_teacher(kind, seed=0), tmp_path / "sd35.safetensors"
+    assert "pos_embed.pos_embed" not in dict(model.named_parameters())
+    save_teacher(kind, path, recipe("qwen"), 0, model.state_dict(), fit_codec(0, positions=True, samples=64))
+    weights, state = Weights(path), model.state_dict()
+    assert set(weights.keys()) == set(state)
+    assert all(torch.equal(weights.read(key), state[key].bfloat16()) for key in weights.keys())
 
 
 def _check_file(path, name: str) -> None:

@@ -99,9 +99,9 @@ def test_an_edit_models_single_file(folded, architecture, make_model, padded_inp
     """An empty tensor in it says that the reference's tokens are modulated as at t = 0: the table gets that column too."""
     model = make_model(attention_head_dim=32, axes_dims_rope=[4, 14, 14], zero_cond_t=True)
     original = tmp_path / "edit.safetensors"
-    write_tensors(original, {**model.state_dict(), architecture.marks[0]: torch.empty(0)})
+    write_tensors(original, {**model.state_dict(), next(iter(architecture.marks)): torch.empty(0)})
     path = folded(original, form)
-    inputs = {**padded_inputs(samples=3, grid=(1, 2, 6)), "grid": torch.tensor([[1, 2, 3]] * 2)}
+    inputs = padded_inputs(samples=3, references=((1, 2, 3),))
     inputs["timestep"] = torch.tensor([1, 0.75, 0.25])
     found = open_model(path)
     ours, theirs = (architecture.call(m, inputs) for m in (found, model))

@@ -109,7 +109,7 @@ def test_an_edit_model(fold_model, load, drawn, teacher, sigmas, models):
     """That modulates references as at t = 0: the table gets that column too, whatever the schedule."""
     file, path = TensorFile(teacher), models.diffusion_models / "edit_to_fold.safetensors"
     config = {**json.loads(file.metadata["config"]), "zero_cond_t": True}
-    mark = {architecture_named("qwen_image").marks[0]: torch.empty(0)}
+    mark = {next(iter(architecture_named("qwen_image").marks)): torch.empty(0)}
     write_tensors(path, file.read_all() | mark, {"config": json.dumps(config)})
     assert "table of 4 timesteps" in fold_model(path.name, sigmas=sigmas(3))
     model = load("written.safetensors")

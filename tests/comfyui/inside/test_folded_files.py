@@ -110,7 +110,7 @@ def test_models_whose_modulations_read_more(load, models, name, form):
 def test_an_edit_models_file(load, drawn, teacher, models):
     """With the host's mark in it, an empty tensor: references are modulated as at t = 0, so that the table has it."""
     file = models.diffusion_models / "edit.safetensors"
-    mark = {architecture_named("qwen_image").marks[0]: torch.empty(0)}
+    mark = {next(iter(architecture_named("qwen_image").marks)): torch.empty(0)}
     write_tensors(file, TensorFile(teacher).read_all() | mark, TensorFile(teacher).metadata)
     table, expected = load(file.name, fold="table"), drawn(load(file.name))
     assert torch.equal(expected, drawn(load(teacher.name))) and torch.equal(drawn(table), expected)
