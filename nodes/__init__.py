@@ -8,7 +8,7 @@ from . import paths
 from .demo import DemoCaption, DemoDecode
 from .edit import EditPlan
 from .fold import FoldModel
-from .host import qwen_image
+from .host import register
 from .jobs import CalibrateFromPrompts, Detect, DistillDepth, DistillWidth, Export, FineTune, Probe
 from .load import LoadModel
 from .record import RecordCalibration
@@ -31,5 +31,5 @@ class PPCLExtension(ComfyExtension):
 def extension() -> PPCLExtension:
     """Registers the folder models/ppcl and the pruned architectures with the host."""
     paths.register()
-    qwen_image.register()
+    register()
     return PPCLExtension()

@@ -9,9 +9,11 @@ from ..ppcl_engine.checkpoint import parameter_count
 from ..ppcl_engine.layout import Layout, full_layout, layout_of
 from ..ppcl_engine.plan import FULL, Interval, PruningPlan, Variant, WidthSite
 from ..ppcl_engine.side_by_side import counted, size_text
+from .host import host_of_model
+from .host.base import Host
 from .host.folded import folding_in
 from .host.parts import size_of, variant_of
-from .host.structure import QWEN, block_numbers, sizes_of
+from .host.structure import config_of
 
 PREFIX = "diffusion_model."
 
@@ -20,7 +22,7 @@ def layout_in(model) -> Layout:
     """What a branch runs."""
     parts = _parts(model)
     if parts is None:
-        return full_layout(len(block_numbers(name.removeprefix(PREFIX) for name in model.model.state_dict())))
+        return full_layout(known(model)[0].engine.num_blocks(known(model)[1]))
     if parts.structure.switchable:
         return layout_of(parts.plan, variant_of(model))
     return parts.structure.layout
@@ -29,6 +31,14 @@ def layout_in(model) -> Layout:
 def _parts(model):
     """None: an untouched model of the host."""
     return getattr(model.model.diffusion_model, "ppcl", None)
+
+
+def known(model) -> tuple[Host, dict]:
+    """(its architecture, the engine's configuration of the whole model). Raises ValueError for one that is not known."""
+    if parts := _parts(model):
+        return parts.structure.host, parts.structure.config
+    host = host_of_model(model)
+    return host, config_of(host, model.model.diffusion_model.state_dict())
 
 
 def _switchable(model) -> bool:
@@ -51,7 +61,7 @@ def sizes(model) -> tuple[int, int]:
 def plan_in(model) -> tuple[PruningPlan, list[Variant]]:
     """(plan, the branch's variant and then the named ones). Of a file without a plan, one is made of its layout."""
     parts = _parts(model)
-    plan = parts.plan if parts and parts.plan else _plan_of(layout_in(model))
+    plan = parts.plan if parts and parts.plan else _plan_of(*known(model), layout_in(model))
     if _switchable(model):
         own = variant_of(model)
         return plan, [own, *(v for v in plan.variants if v.name != own.name and not v.tuned)]
@@ -59,7 +69,7 @@ def plan_in(model) -> tuple[PruningPlan, list[Variant]]:
     return plan, [Variant(name=name_of(model), intervals=everything.intervals, sites=everything.sites)]
 
 
-def _plan_of(layout: Layout) -> PruningPlan:
+def _plan_of(host: Host, config: dict, layout: Layout) -> PruningPlan:
     """A block before a gap stands for the gap."""
     ends = [place.index for place in layout.places[1:]] + [layout.num_blocks]
     spans = zip(layout.places, ends, strict=True)
@@ -68,9 +78,8 @@ def _plan_of(layout: Layout) -> PruningPlan:
     for place, end in zip(layout.places, ends, strict=True):
         if place.text_source is not None:
             sites += [WidthSite(block=block, kind="text") for block in range(place.index, end)]
-    config = {"num_layers": layout.num_blocks}
-    known = {"architecture": QWEN.name, "config": config, "num_blocks": layout.num_blocks, "fingerprint": ""}
-    return PruningPlan(**known, intervals=intervals, sites=tuple(sites))
+    about = {"architecture": host.engine.name, "config": config, "num_blocks": layout.num_blocks, "fingerprint": ""}
+    return PruningPlan(**about, intervals=intervals, sites=tuple(sites))
 
 
 def full_parameters(model) -> int:
@@ -78,13 +87,13 @@ def full_parameters(model) -> int:
     transformer, layout = model.model.diffusion_model, layout_in(model)
     if _switchable(model):
         return size_of(transformer, full_layout(layout.num_blocks))[0]
-    state = {name: tensor for name, tensor in transformer.state_dict().items() if "correction." not in name}
+    host, config = known(model)
     folding = folding_in(transformer)
-    config = sizes_of(state) | ({FOLDING: folding.to_config()} if folding else {})
+    config = config | ({FOLDING: folding.to_config()} if folding else {})
     with torch.device("meta"):
-        block = parameter_count(QWEN.build_block(config, 0))
-    there = [transformer.transformer_blocks[place.index] for place in layout.places]
-    return parameter_count(transformer) - sum(map(parameter_count, there)) + block * layout.num_blocks
+        blocks = [parameter_count(host.engine.build_block(config, index)) for index in range(layout.num_blocks)]
+    there = sum(p.numel() for name, p in transformer.named_parameters() if host.block_name.match(name))
+    return parameter_count(transformer) - there + sum(blocks)
 
 
 def about(model) -> str:

@@ -34,8 +34,14 @@ def encode(text: str):
         counts = " and ".join(map(str, sorted(lengths)))
         raise ValueError(f"captions drawn together need the same number of words, these have {counts}; draw them apart")
     latent = torch.zeros(len(captions), CHANNELS, 1, ROWS, COLUMNS)
-    positive, negative = ([[codec().text(texts)["encoder_hidden_states"], {}]] for texts in (captions, [""]))
-    return positive, negative, {"samples": latent}
+    return conditioning(captions), conditioning([""]), {"samples": latent}
+
+
+def conditioning(captions: list[str]) -> list:
+    """With the mean of the words, for a model that reads pooled text."""
+    text = codec().text(captions)
+    words, mask = text["encoder_hidden_states"], text["encoder_hidden_states_mask"][..., None]
+    return [[words, {"pooled_output": (words * mask).sum(1) / mask.sum(1)}]]
 
 
 def decode(samples: torch.Tensor, enlarge: int) -> torch.Tensor:

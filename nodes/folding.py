@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import comfy.ldm.qwen_image.model as host_module
 import comfy.model_management
 import comfy.ops
 import comfy.utils
@@ -16,14 +15,17 @@ from ..ppcl_engine.architectures.folded import FOLDING, Folding
 from ..ppcl_engine.config_files import FoldConfig
 from ..ppcl_engine.files import TensorFile, write_tensors
 from ..ppcl_engine.folding import GRID, OTHER_GRID, Curve, directions, errors_by_rank, project, useful_ranks
-from .host.structure import QWEN
+from .host import host_named
 from .modulations import Fold, Modulations
 from .paths import tables_folder
 
 BOUND = FoldConfig.bound
 BASIS_KEY, NOTE_KEY = "ppcl_basis", "note"
-DIRECTIONS = f"{QWEN.time_embedder}.{FOLDING}.directions"
-TIMESTEPS = f"{QWEN.time_embedder}.{FOLDING}.timesteps"
+DIRECTIONS, TIMESTEPS = "directions", "timesteps"
+
+
+def _name(modulations: Modulations, part: str) -> str:
+    return f"{modulations.architecture.time_embedder}.{FOLDING}.{part}"
 
 
 def make_fold(form: str, modulations: Modulations) -> Fold:
@@ -33,7 +35,7 @@ def make_fold(form: str, modulations: Modulations) -> Fold:
 def _empty_table(modulations: Modulations) -> Fold:
     """Which timesteps are needed is known when sampling starts."""
     folding = Folding(form="table", inputs=0, mark=modulations.mark)
-    tensors = {TIMESTEPS: torch.zeros(0)}
+    tensors = {_name(modulations, TIMESTEPS): torch.zeros(0)}
     for name, leaves in modulations.stored.items():
         tensors[f"{name}.weight"] = torch.zeros(leaves["weight"].shape[0], 0)
     return Fold(folding, tensors, later=modulations)
@@ -49,14 +51,14 @@ def _basis(modulations: Modulations) -> Fold:
     if file.metadata.get(BASIS_KEY) != key:
         raise ValueError(f"{path} is the basis of another model; remove it, and it is made again")
     tensors = file.read_all()
-    folding = Folding(form="basis", inputs=tensors[DIRECTIONS].shape[1], mark=modulations.mark)
+    folding = Folding(form="basis", inputs=tensors[_name(modulations, DIRECTIONS)].shape[1], mark=modulations.mark)
     return Fold(folding, tensors, sum(t.nbytes for t in tensors.values()), (file.metadata[NOTE_KEY],))
 
 
 def _write_basis(path: Path, key: str, modulations: Modulations) -> None:
     """Two passes over the stored modulations, one in memory at a time: the first measures, the second folds."""
     device = comfy.model_management.get_torch_device()
-    width = modulations.embedder[f"{QWEN.time_embedder}.timestep_embedder.linear_2.weight"].shape[0]
+    width = modulations.embedder[f"{modulations.architecture.time_embedder}.timestep_embedder.linear_2.weight"].shape[0]
     ranks = useful_ranks(width)
     basis = directions(inputs_at(modulations, width, torch.linspace(0, 1, GRID), torch.float32, device), ranks[-1])
     basis, curve = basis.to(device, torch.float32), Curve(ranks)
@@ -68,7 +70,7 @@ def _write_basis(path: Path, key: str, modulations: Modulations) -> None:
         curve.add(name, errors_by_rank(weight, bias, given, basis, ranks))
     rank = curve.smallest_rank(BOUND)
     place, basis = ranks.index(rank), basis[:, : 1 + rank]
-    tensors = {DIRECTIONS: basis.cpu()}
+    tensors = {_name(modulations, DIRECTIONS): basis.cpu()}
     for name in _each(modulations, bar):
         weight, bias = modulations.values(name)
         tensors |= {f"{name}.weight": project(weight.to(device), basis).cpu(), f"{name}.bias": bias}
@@ -87,7 +89,8 @@ def _each(modulations: Modulations, bar):
 def inputs_at(modulations: Modulations, width: int, timesteps: torch.Tensor, dtype, device) -> torch.Tensor:
     """silu(conditioning) [timesteps, width] in float32, of a model of this precision."""
     operations = comfy.ops.disable_weight_init
-    embedder = host_module.QwenTimestepProjEmbeddings(width, 768, dtype=dtype, device=device, operations=operations)
-    prefix = f"{QWEN.time_embedder}."
+    host = host_named(modulations.architecture.name)
+    embedder = host.time_embedder(width, dtype=dtype, device=device, operations=operations)
+    prefix = f"{modulations.architecture.time_embedder}."
     embedder.load_state_dict({n: modulations.read_embedder(prefix + n, dtype) for n in embedder.state_dict()})
     return F.silu(embedder.forward(timesteps.to(device), torch.empty(0, dtype=dtype, device=device))).float()

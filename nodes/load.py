@@ -54,7 +54,7 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
     plan, variant = content.plan, content.variant
     model = comfy.sd.load_diffusion_model_state_dict(content.tensors, model_options=options)
     if model is None:
-        raise ValueError(f"{request.path.name}: the host knows no model with these tensors; is it a Qwen-Image model?")
+        raise ValueError(f"{request.path.name}: the host knows no model with these tensors; is the file whole?")
     model = gguf.patched(model) if quantised else model
     model.cached_patcher_init = (_patcher_alone, (request, weight_dtype))
     watch(model)

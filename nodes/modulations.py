@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from ..ppcl_engine.architectures import Architecture
 from ..ppcl_engine.architectures.folded import FORMS, Folding
 from ..ppcl_engine.checkpoint import SCALE_SUFFIXES
 from ..ppcl_engine.folding import MARKED, mark_of
 from ..ppcl_engine.folding_files import modulation_names
 from .float8 import SCALE_SUFFIX, SCALED, float8_of, in_float8
-from .host.structure import QWEN
 
 OFF = "off"
 FOLDS = (OFF, *FORMS)
@@ -22,9 +22,10 @@ FOLDS = (OFF, *FORMS)
 @dataclass(frozen=True, eq=False)
 class Modulations:
     """stored: a module's name in the file -> its tensors' names in it ("weight", "bias", a scale) -> where each is;
-    embedder: the time embedder's, by their whole names. float8: what a scaled base keeps matrices in, and the unfolded
-    model those of its students too."""
+    embedder: the time embedder's, by their whole names; architecture: that they are of. float8: what a scaled base keeps
+    matrices in, and the unfolded model those of its students too."""
 
+    architecture: Architecture
     stored: dict[str, dict[str, object]]
     embedder: dict[str, object]
     float8: torch.dtype | None = None
@@ -65,7 +66,7 @@ class Modulations:
         """As the engine's of a whole file."""
         places = {name + leaf: leaves[leaf[1:]] for name, leaves in self.stored.items() for leaf in MARKED}
         places |= {name: place for name, place in self.embedder.items() if name.endswith(MARKED)}
-        return mark_of(places, lambda name, rows: replace(places[name], rows=rows or places[name].rows).read())
+        return mark_of(places, lambda name, rows: places[name].first_rows(rows) if rows else places[name].read())
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,13 @@ MakeFold = Callable[[str, Modulations], Fold]
 """(form, modulations) -> what stands for them"""
 
 
-def split(wanted: dict[str, object]) -> tuple[dict[str, object], Modulations]:
+def split(architecture: Architecture, wanted: dict[str, object]) -> tuple[dict[str, object], Modulations]:
     """(everything else, the modulations) of tensors by name. Raises ValueError for a model that has none."""
-    names = modulation_names(wanted, QWEN)
+    names = modulation_names(wanted, architecture)
     if not names:
         raise ValueError(
-            "this model has no modulations that read the timestep alone (FLUX's read guidance and pooled text too, SD3.5's "
-            "pooled text); set fold to off"
+            f"this {architecture.name} model has no modulations to fold: those of its kind read "
+            f"{' and '.join(architecture.modulation_reads({}))}; set fold to off"
         )
     stored: dict[str, dict[str, object]] = {name: {} for name in names}
     rest = {}
@@ -99,5 +100,6 @@ def split(wanted: dict[str, object]) -> tuple[dict[str, object], Modulations]:
             stored[module][leaf] = place
         else:
             rest[name] = place
-    embedder = {name: place for name, place in wanted.items() if name.startswith(f"{QWEN.time_embedder}.")}
-    return rest, Modulations(stored, embedder, float8_of(wanted[SCALED].read()) if SCALED in wanted else None)
+    embedder = {name: place for name, place in wanted.items() if name.startswith(f"{architecture.time_embedder}.")}
+    float8 = float8_of(wanted[SCALED].read()) if SCALED in wanted else None
+    return rest, Modulations(architecture, stored, embedder, float8)

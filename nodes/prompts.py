@@ -49,11 +49,19 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class EncodedPrompts:
-    """given: (embedding [tokens, width], mask [tokens]) of each prompt; nothing: of the empty one."""
+class Encoded:
+    """text [tokens, width]; pooled [width] where the encoder gives it."""
 
-    given: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    nothing: tuple[torch.Tensor, torch.Tensor]
+    text: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """given: each prompt; nothing: the empty one."""
+
+    given: tuple[Encoded, ...]
+    nothing: Encoded
 
     setting = "embeddings"
 
@@ -61,8 +69,13 @@ class EncodedPrompts:
     def tensors(self) -> dict[str, torch.Tensor]:
         """As `CalibrateConfig.embeddings` says; padded to one length, the empty one's if that is the longest."""
         rows = [*self.given, self.nothing]
-        text, mask = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in zip(*rows, strict=True))
-        return {"text": text[:-1].clone(), "mask": mask[:-1].clone(), "empty": self.nothing[0][None]}
+        masks = [torch.ones(len(row.text), dtype=torch.bool) for row in rows]
+        text, mask = (_padded(part) for part in ([row.text for row in rows], masks))
+        found = {"text": text[:-1].clone(), "mask": mask[:-1].clone(), "empty": self.nothing.text[None]}
+        if self.nothing.pooled is None:
+            return found
+        pooled = torch.stack([row.pooled for row in self.given])
+        return {**found, "pooled": pooled, "empty_pooled": self.nothing.pooled[None].clone()}
 
     @property
     def file(self) -> str:
@@ -76,7 +89,11 @@ class EncodedPrompts:
             write_tensors(folder / self.file, self.tensors)
 
 
-def _encode(clip, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def _encode(clip, text: str) -> Encoded:
     """Without the padding that some encoders give. Raises ValueError for an encoder of more than text tokens."""
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     embedding, more = conditioning[0]
@@ -84,4 +101,5 @@ def _encode(clip, text: str) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError("this CLIP gives no plain text embedding; connect the text encoder of model_file")
     mask = more.get("attention_mask")
     mask = torch.ones(embedding.shape[1], dtype=torch.bool) if mask is None else mask[0].bool().cpu()
-    return embedding[0].float().cpu()[mask], torch.ones(int(mask.sum()), dtype=torch.bool)
+    pooled = more.get("pooled_output")
+    return Encoded(embedding[0].float().cpu()[mask], None if pooled is None else pooled[0].float().cpu())

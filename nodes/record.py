@@ -11,20 +11,26 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.v0_0_2 import io
 
+from ..ppcl_engine.architectures import Inputs
 from ..ppcl_engine.checkpoint import Weights
 from ..ppcl_engine.config import CalibrateConfig, Common
 from ..ppcl_engine.files import write_json
 from ..ppcl_engine.run import Run
+from ..ppcl_engine.sampling import GUIDANCE
 from .branch import layout_in, name_of
-from .host.structure import QWEN
 from .job import CATEGORY
 from .paths import model_path, runs, teacher_files
-from .recording import Limits, Sampling, append, recorded
+from .recording import MASK, Limits, Sampling, append, recorded
 from .runs import RECORDING, RunType
 from .settings import WHOLE_SEED, inputs, values
 from .waiting import screen_of
 
 KEY = "ppcl_record"
+CONDITIONS = {  # what a model reads of captions, by diffusers' names -> by the host's
+    "encoder_hidden_states": "c_crossattn",
+    "encoder_hidden_states_mask": "attention_mask",
+    "pooled_projections": "y",
+}
 PREFIX = "diffusion_model."
 
 
@@ -33,6 +39,9 @@ class Recorder:
 
     def __init__(self, weights: Weights, path: Path, limits: Limits, tell=lambda text: None):
         self.architecture, self.path, self.limits, self.tell = weights.architecture, path, limits, tell
+        self.reads = {name: CONDITIONS[name] for name in weights.architecture.caption_inputs}
+        if weights.architecture.takes_guidance(weights.config):
+            self.reads[GUIDANCE] = GUIDANCE
         self.origin = {
             "architecture": weights.architecture.name,
             "fingerprint": weights.fingerprint,
@@ -45,7 +54,7 @@ class Recorder:
         """A clone of the host's patcher that is recorded."""
         new = model.clone()
         new.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self._sample)
-        new.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, self._forward)
+        new.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self._apply)
         return new
 
     def _sample(self, executor, guider, sigmas, extra_args, callback, noise, *arguments, **named):
@@ -67,16 +76,16 @@ class Recorder:
             self.tell("not recorded: this sampling stops before its pictures are clean")
         return samples
 
-    def _forward(self, executor, x, timestep, context, attention_mask=None, guidance=None, ref_latents=None,
-                 transformer_options=None, **named):  # fmt: skip
+    def _apply(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **named):
+        """Before the host turns sigma, which is our t, into what the architecture calls a timestep."""
         options = transformer_options or {}
         if self.sampling is not None:
-            if ref_latents:
+            if named.get("ref_latents") or c_concat is not None:
                 raise ValueError("Record Calibration (PPCL) cannot store reference pictures; sample without them")
-            self._see(flat(x), timestep, context, attention_mask, options)
-        return executor(x, timestep, context, attention_mask, guidance, ref_latents, options, **named)
+            self._see(flat(x), t, {**named, "c_crossattn": c_crossattn}, options)
+        return executor(x, t, c_concat, c_crossattn, control, options, **named)
 
-    def _see(self, latents, timestep, context, mask, options: dict) -> None:
+    def _see(self, latents: torch.Tensor, t: torch.Tensor, given: dict, options: dict) -> None:
         """Rows of a forward: all rows of one prompt, then all of the next."""
         if latents.shape[-1] % 2 or latents.shape[-2] % 2:
             raise ValueError(
@@ -85,10 +94,26 @@ class Recorder:
             )
         schedule, sigma = options["sample_sigmas"], float(options["sigmas"].flatten()[0])
         step, rows = int((schedule > sigma).sum()), self.sampling.rows
+        captions = self._captions(given, len(latents))
         for place, prompt in enumerate(options["cond_or_uncond"]):
             part = slice(place * rows, (place + 1) * rows)
-            own_mask = None if mask is None else mask.expand(len(latents), -1)[part]
-            self.sampling.see(step, prompt == 1, latents[part], timestep[part], context[part], own_mask)
+            own = {name: tensor[part] for name, tensor in captions.items()}
+            self.sampling.see(step, prompt == 1, latents[part], t[part], own)
+
+    def _captions(self, given: dict, rows: int) -> Inputs:
+        """By diffusers' names, a row each. The host gives no mask where all tokens are real."""
+        found = {}
+        for name, theirs in self.reads.items():
+            tensor = given.get(theirs)
+            if name == MASK:
+                shape = given["c_crossattn"].shape[:2]
+                tensor = torch.ones(shape, dtype=torch.bool) if tensor is None else tensor.bool()
+            if tensor is None:
+                raise ValueError(
+                    f"the conditioning lacks what {self.architecture.name} reads as {name}; use its own encoders"
+                )
+            found[name] = tensor.expand(rows, *tensor.shape[1:])
+        return found
 
     def _told(self, samples: int) -> None:
         full = "; full: change seed to record others" if samples >= self.limits.samples else ""
@@ -101,20 +126,15 @@ def flat(latents: torch.Tensor) -> torch.Tensor:
 
 
 def check_same_model(model, weights: Weights) -> None:
-    """Raises ValueError where a MODEL has other weights than its file, by names and shapes, or runs pruned, and for an
-    architecture whose samplers feed more than is kept here."""
-    if weights.architecture.name != QWEN.name:
-        raise ValueError(
-            f"{weights.path.name} is {weights.architecture.name}; recording knows {QWEN.name} alone, use Calibrate from "
-            "Prompts (PPCL)"
-        )
+    """Raises ValueError where a MODEL has other weights than its file, by names and shapes, or runs pruned."""
     own = {name.removeprefix(PREFIX): tuple(t.shape) for name, t in model.model.state_dict().items()}
     advice = f"record with the full model of {weights.path.name}, or choose the file that the MODEL was loaded from"
     for key in (keys := weights.keys()):
-        name = weights.architecture.to_comfyui(key, keys).name
-        if own.get(name) != weights.shape(key):
-            found = f"is {own[name]}, not {weights.shape(key)}" if name in own else "is not there"
-            raise ValueError(f"the MODEL's {name} {found}; {advice}")
+        part, shape = weights.architecture.to_comfyui(key, keys), weights.shape(key)
+        whole = (shape[0] // len(part.pieces) * part.of, *shape[1:]) if part.of > 1 else shape
+        if own.get(part.name) != whole:
+            found = f"is {own[part.name]}, not {whole}" if part.name in own else "is not there"
+            raise ValueError(f"the MODEL's {part.name} {found}; {advice}")
     if not all(place.is_teacher for place in layout_in(model).places):
         raise ValueError(f"the MODEL runs as the variant {name_of(model)!r}; {advice}")
 

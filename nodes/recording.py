@@ -27,6 +27,7 @@ class Limits:
     seed: int
 
 
+TEXT, MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
 Wanted = dict[tuple[int, int], bool]
 """(row, step) -> whether the negative prompt's state is wanted"""
 
@@ -49,13 +50,17 @@ def _generator(limits: Limits, number: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class State:
-    """One row of a forward, on the CPU in float32: latents [1, c, h, w], t, text [tokens, width], mask [tokens]."""
+    """One row of a forward, on the CPU in float32: latents [1, c, h, w], t, captions: what the model reads of the prompt, by
+    diffusers' names (text [tokens, width], mask [tokens], pooled text [width], guidance [])."""
 
     latents: torch.Tensor
     t: float
-    text: torch.Tensor
-    mask: torch.Tensor
+    captions: Inputs
     negative: bool
+
+    @property
+    def tokens(self) -> int:
+        return len(self.captions[TEXT])
 
 
 class Sampling:
@@ -66,8 +71,8 @@ class Sampling:
         self.wanted = wanted_states(limits, number, rows, steps)
         self.states: dict[tuple[int, int], State] = {}
 
-    def see(self, step: int, negative: bool, latents, t, text, mask) -> None:
-        """A forward's rows of one prompt: latents [rows, c, h, w], t [rows], text [rows, tokens, width], mask as text's.
+    def see(self, step: int, negative: bool, latents: torch.Tensor, t: torch.Tensor, captions: Inputs) -> None:
+        """A forward's rows of one prompt: latents [rows, c, h, w], t [rows], captions as a `State` has them, a row each.
 
         The first forward of a step counts; the other prompt's is kept where the wanted one never comes (guidance 1).
         """
@@ -76,32 +81,42 @@ class Sampling:
             if (row, step) not in self.wanted or (kept and kept.negative == self.wanted[row, step]):
                 continue
             if kept is None or negative == self.wanted[row, step]:
-                here = [_copied(tensor[row]) for tensor in (latents, text)]
-                own_mask = torch.ones(len(here[1]), dtype=torch.bool) if mask is None else mask[row].bool().cpu()
-                self.states[row, step] = State(here[0][None], float(t[row]), here[1], own_mask, negative)
+                own = {name: _copied(tensor[row]) for name, tensor in captions.items()}
+                self.states[row, step] = State(_copied(latents[row])[None], float(t[row]), own, negative)
 
     def batches(self, architecture: Architecture, clean: torch.Tensor, most: int) -> list[Inputs]:
-        """At most `most` of the samples, shuffled, texts of a batch padded to one length. clean [rows, c, h, w]."""
+        """At most `most` of the samples, shuffled, texts of a batch of one length, or padded to it where a mask says so.
+        clean [rows, c, h, w]."""
         keys = sorted(self.states)
         order = torch.randperm(len(keys), generator=_generator(self.limits, self.number))[:most]
         keys = [keys[place] for place in order.tolist()]
         clean = clean.float().cpu()
-        chunks = [keys[start : start + self.limits.batch] for start in range(0, len(keys), self.limits.batch)]
+        chunks, alike = [], {}
+        for key in keys:
+            length = 0 if MASK in architecture.caption_inputs else self.states[key].tokens
+            if len(chunk := alike.setdefault(length, [])) == 0:
+                chunks.append(chunk)
+            chunk.append(key)
+            if len(chunk) == self.limits.batch:
+                del alike[length]
         return [self._batch(architecture, clean, chunk) for chunk in chunks]
 
     def _batch(self, architecture: Architecture, clean: torch.Tensor, keys: list[tuple[int, int]]) -> Inputs:
         states = [self.states[key] for key in keys]
         latents = torch.cat([state.latents for state in states])
         ends = architecture.pack(clean[[row for row, _ in keys]])
-        text = torch.nn.utils.rnn.pad_sequence([state.text for state in states], batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([state.mask for state in states], batch_first=True)
         t = torch.tensor([state.t for state in states])
-        read = {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
-        return inputs_of(architecture.pack(latents), t, read, architecture.grid(latents), ends)
+        captions = {name: _stacked([state.captions[name] for state in states]) for name in states[0].captions}
+        return inputs_of(architecture.pack(latents), t, captions, architecture.grid(latents), ends)
+
+
+def _stacked(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Padded with zeros where the first dimension differs."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
+    return tensor.detach().to("cpu", torch.bool if tensor.dtype == torch.bool else torch.float32, copy=True)
 
 
 def recorded(path: Path, origin: dict) -> CalibrationSet:

@@ -15,15 +15,15 @@ from comfy_api.v0_0_2 import io, ui
 from PIL import Image
 
 from ..ppcl_engine import side_by_side as sheet
+from ..ppcl_engine.architectures import Architecture
+from ..ppcl_engine.checkpoint import expected_shapes
 from ..ppcl_engine.layout import layout_of
 from ..ppcl_engine.lora import Coverage, coverage
 from ..ppcl_engine.pictures import layer_map
-from .branch import PREFIX, about, full_parameters, layout_in, name_of, plan_in, sizes
+from .branch import PREFIX, about, full_parameters, known, layout_in, name_of, plan_in, sizes
 from .clock import seconds_a_step
-from .host.blocks import OWN_PARTS
 from .host.folded import folding_in
 from .host.parts import size_of
-from .host.structure import BLOCK, QWEN
 from .paths import lora_files, lora_path
 
 MOST_COLUMNS = 6
@@ -53,37 +53,34 @@ def picture_of(png: bytes) -> torch.Tensor:
 
 def lora_report(model, tensors: dict[str, torch.Tensor]) -> Coverage:
     """By the host's own reading of LoRA files, against the names of the full model."""
-    names = _names_of_full(model)
+    host, config = known(model)
+    shapes = expected_shapes(host.engine, config)
     whole = copy.copy(model.model)
+    names = {f"{PREFIX}{host.engine.to_comfyui(key, shapes).name}" for key in shapes}
     whole.__dict__["state_dict"] = lambda: dict.fromkeys(names)
     keys = comfy.lora.model_lora_keys_unet(whole, {})
     converted = comfy.lora_convert.convert_lora(tensors)
     loaded = comfy.lora.load_lora(converted, keys, log_missing=False)
-    targets = {_weight(target) for target in loaded}
-    used = {key for key, target in keys.items() if _weight(target) in targets}
+    used = {key for key, target in keys.items() if target in loaded}
     left = {module for name in converted if (module := SUFFIX.sub("", name)) not in used}
-    return coverage(QWEN, QWEN.tiny_config, (t.removeprefix(PREFIX) for t in targets), left, layout_in(model))
+    targets = [key for target in loaded for key in _engine_names(host.engine, target, shapes)]
+    return coverage(host.engine, config, targets, left, layout_in(model))
 
 
-def _weight(target) -> str:
-    """The host names a slice of a weight as (name, slice)."""
-    return target if isinstance(target, str) else target[0]
-
-
-def _names_of_full(model) -> set[str]:
-    """Weights that the full model has: those of a whole block, for every index."""
-    outer, parts = set(), set()
-    for name in model.model.state_dict():
-        match = BLOCK.match(name.removeprefix(PREFIX))
-        if match is None:
-            outer.add(name)
-        elif not match[2].startswith(OWN_PARTS):
-            parts.add(match[2])
-    own = {name for name in parts if name.startswith("correction.")}
-    with torch.device("meta"):
-        parts |= set(QWEN.build_block(QWEN.tiny_config, 0).state_dict())
-    blocks = range(layout_in(model).num_blocks)
-    return outer | {f"{PREFIX}transformer_blocks.{index}.{part}" for index in blocks for part in parts - own}
+def _engine_names(engine: Architecture, target, shapes: dict) -> list[str]:
+    """diffusers' names of what a change reaches. The host names rows of a weight as (name, (0, first, count), ...)."""
+    name, rows = (target, None) if isinstance(target, str) else target[:2]
+    keys = engine.from_comfyui(name.removeprefix(PREFIX))
+    if rows is None:
+        return list(keys)
+    _, start, count = rows
+    found = []
+    for key in keys:
+        part = engine.to_comfyui(key, shapes)
+        first = min(part.pieces) * shapes[key][0] // len(part.pieces)
+        if start < first + shapes[key][0] and first < start + count:
+            found.append(key)
+    return found
 
 
 def compared(models: list, pictures: list[torch.Tensor]) -> torch.Tensor:
@@ -117,7 +114,7 @@ class Info(io.ComfyNode):
             category="PPCL",
             description="The layer map of a pruned model: kept, replaced, switched back, projected; its size and damage.",
             is_output_node=True,
-            inputs=[io.Model.Input("model", tooltip="Any Qwen-Image MODEL; of a pruned one there is more to see.")],
+            inputs=[io.Model.Input("model", tooltip="A pruned MODEL, or any of the same architectures.")],
             outputs=[io.Image.Output(display_name="layer map"), io.String.Output(display_name="text")],
         )
 

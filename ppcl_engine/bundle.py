@@ -19,6 +19,7 @@ from torch import nn
 from .architectures import Architecture, SharedText, architecture_named
 from .architectures.folded import FOLDING
 from .checkpoint import STRUCTURE_TENSOR, Weights
+from .comfyui_layout import read_part, variant_parts
 from .files import TensorEntry, TensorFile, write_tensor_stream
 from .layout import Layout, Place, checked, full_layout, layout_of
 from .plan import Interval, PruningPlan, Variant, plan_from_json
@@ -234,8 +235,10 @@ def standalone_structure(path: Path) -> dict | None:
 
 def _open_standalone(path: Path, structure: dict, dtype: torch.dtype, device: str) -> nn.Module:
     file, plan = TensorFile(path), plan_from_json(json.dumps(structure), path)
-    model = empty_model(architecture_named(plan.architecture), plan.config, layout_of(plan, plan.everything()))
-    return _filled(model, file.read, dtype, device)
+    architecture, layout = architecture_named(plan.architecture), layout_of(plan, plan.everything())
+    model = empty_model(architecture, plan.config, layout)
+    parts = variant_parts(architecture, plan.config, layout, model.state_dict())
+    return _filled(model, partial(read_part, file, parts), dtype, device)
 
 
 def _open_released(released: Released, dtype: torch.dtype, device: str) -> nn.Module:

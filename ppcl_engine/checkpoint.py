@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -125,11 +125,13 @@ def _parts_of(
     """diffusers' name -> file, name in it, which of its rows."""
     marks = ("scaled_fp8", STRUCTURE_TENSOR, *architecture.marks)
     names = [name for name in stored if not name.endswith(IGNORED_SUFFIXES) and name not in marks]
+    return {key: (*stored[part.name], part) for key, part in parts_in(architecture, names).items()}
+
+
+def parts_in(architecture: Architecture, names: Iterable[str]) -> dict[str, Part]:
+    """diffusers' name -> where it lies in tensors of these names, which are diffusers' or ComfyUI's."""
     keys = {key: name for name in names for key in architecture.from_comfyui(name)}
-    return {
-        key: (*stored[name], Part(name) if key == name else architecture.to_comfyui(key, keys))
-        for key, name in keys.items()
-    }
+    return {key: Part(name) if key == name else architecture.to_comfyui(key, keys) for key, name in keys.items()}
 
 
 def _read_part(file: TensorFile | PickledFile, name: str, part: Part) -> torch.Tensor:

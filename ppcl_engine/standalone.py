@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from .architectures import Architecture, architecture_named
+from .architectures import Architecture, Part, architecture_named
 from .bundle import STRUCTURE_TENSOR
+from .comfyui_layout import variant_parts
 from .files import TensorEntry, write_tensor_stream
 from .layout import Layout, layout_of
 from .plan import PruningPlan, TextGroup, Variant
@@ -40,13 +41,15 @@ def check_file_name(name: str) -> None:
 def write_standalone(
     path: Path, sources: dict[str, Source], plan: PruningPlan, variant: Variant, dtype: torch.dtype
 ) -> Path:
-    """Teacher indices, the structure as a tensor (hosts drop metadata), and a guard of an impossible shape: a stock
+    """ComfyUI's names, teacher indices, the structure as a tensor (hosts drop metadata), and a guard of an impossible shape: a stock
     host would build what this file has not, and leave out what it has, without a word."""
     structure = structure_of(plan, variant).to_json()
+    architecture, layout = architecture_named(plan.architecture), layout_of(plan, variant)
     extra = {STRUCTURE_TENSOR: torch.tensor(list(structure.encode()), dtype=torch.uint8)}
-    if guard := guard_name(plan, layout_of(plan, variant)):
+    if guard := guard_name(plan, layout):
         extra[guard] = torch.zeros(GUARD_SHAPE, dtype=torch.uint8)
-    write_sources(path, sources, dtype, {STRUCTURE_KEY: structure, "format": "pt"}, extra)
+    named = joined_sources(sources, variant_parts(architecture, plan.config, layout, sources))
+    write_sources(path, named, dtype, {STRUCTURE_KEY: structure, "format": "pt"}, extra)
     return path
 
 
@@ -78,13 +81,18 @@ def marks_of(architecture: Architecture, config: dict) -> dict[str, torch.Tensor
 
 def comfyui_sources(architecture: Architecture, sources: dict[str, Source]) -> dict[str, Source]:
     """The same tensors by ComfyUI's names, some of which hold several of diffusers'."""
+    return joined_sources(sources, {key: architecture.to_comfyui(key, sources) for key in sources})
+
+
+def joined_sources(sources: dict[str, Source], parts: dict[str, Part]) -> dict[str, Source]:
+    """Several of diffusers' tensors as one, where `parts` say so; of a map that was cut, those that are left."""
     tensors: dict[str, dict[int, tuple[Source, int, int]]] = {}
     for key, source in sources.items():
-        part = architecture.to_comfyui(key, sources)
+        part = parts[key]
         pieces = tensors.setdefault(part.name, {})
         for position, piece in enumerate(part.pieces):
             pieces[piece] = (source, position, len(part.pieces))
-    return {name: _joined([pieces[n] for n in range(len(pieces))]) for name, pieces in tensors.items()}
+    return {name: _joined([pieces[n] for n in sorted(pieces)]) for name, pieces in tensors.items()}
 
 
 def _joined(pieces: list[tuple[Source, int, int]]) -> Source:

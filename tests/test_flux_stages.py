@@ -7,6 +7,7 @@ from diffusers import FluxTransformer2DModel
 
 from ppcl_engine.__main__ import main
 from ppcl_engine.bundle import open_model
+from ppcl_engine.checkpoint import expected_shapes
 from ppcl_engine.config import (
     DetectConfig,
     DetectWidthConfig,
@@ -17,6 +18,7 @@ from ppcl_engine.lora import coverage
 from ppcl_engine.run import Run
 from ppcl_engine.stages.detect import detect
 from ppcl_engine.stages.detect_width import detect_width
+from ppcl_engine.standalone import GUARD_SHAPE
 
 from .pruned_run import (
     check_depth_alone,
@@ -105,7 +107,11 @@ def test_depth_alone_is_diffusers_model_with_blocks_removed(depth, teacher_file,
 @pytest.mark.parametrize("name", ["all", "tuned"])
 def test_a_width_pruned_file_opens_as_the_bundles_variant(run, teacher_file, architecture, padded_inputs, name):
     file = check_width_pruned_file(run, teacher_file, architecture, padded_inputs(3), name)
-    assert file.shape("single_transformer_blocks.3.proj_out.weight") == (32, 32)
+    assert file.shape("single_blocks.3.linear1.weight") == (96, 32)
+    assert file.shape("single_blocks.3.linear2.weight") == (32, 32)
+    (guard,) = [key for key in file.keys() if file.shape(key) == GUARD_SHAPE]
+    full = expected_shapes(architecture, architecture.tiny_config)
+    assert guard in {architecture.to_comfyui(key, full).name for key in full}  # a stock host expects another shape
 
 
 def test_a_lora_report_counts_both_kinds_of_blocks(run, architecture):

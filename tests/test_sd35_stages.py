@@ -162,7 +162,7 @@ def test_a_controlnets_residuals_reach_a_pruned_model(depth, teacher_file, archi
 @pytest.mark.parametrize("name", ["all", "tuned"])
 def test_a_width_pruned_file_opens_as_the_bundles_variant(run, teacher_file, architecture, padded_inputs, name):
     file = check_width_pruned_file(run, teacher_file, architecture, padded_inputs(3), name)
-    assert file.shape("transformer_blocks.0.norm1.linear.weight") == (6 * 32, 32)  # 9 d in the teacher
+    assert file.shape("joint_blocks.0.x_block.adaLN_modulation.1.weight") == (6 * 32, 32)  # 9 d in the teacher
 
 
 def test_a_lora_report_knows_the_blocks_parts(run, architecture):

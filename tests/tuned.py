@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -39,27 +40,40 @@ PROJECTIONS = {
 SMALL, SMALLEST = ("1-2", "3-4"), ("ffn_text:0", "ffn_image:1", "ffn_image:3", "text:3-4")
 
 
-def write_parts(run: Run, teacher_file: Path, width: bool = True) -> PruningPlan:
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a plan has: its intervals, sites, the projections of each place, and its variants."""
+
+    depth: tuple[Interval, ...] = DEPTH
+    width: tuple[WidthSite, ...] = WIDTH
+    projections: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=lambda: PROJECTIONS)
+    variants: tuple[Variant, ...] = (
+        Variant(name="small", intervals=SMALL),
+        Variant(name="smallest", intervals=SMALL, sites=SMALLEST),
+    )
+
+
+def write_parts(run: Run, teacher_file: Path, width: bool = True, parts: Parts | None = None) -> PruningPlan:
     """Students: copies of their first block, corrections and projections at random and small."""
+    parts = parts or Parts()
     weights, generator = Weights(teacher_file), torch.Generator().manual_seed(0)
-    for interval in DEPTH:
+    for interval in parts.depth:
         student = build_student(weights.architecture, weights.config, interval)
         block = weights.block(interval.first, torch.float32, "cpu").state_dict()
         own = {n: _small(t.shape, generator) for n, t in student.state_dict().items() if n not in block}
         _write(run.student(interval.name), {**copy.deepcopy(block), **own})
     d = weights.architecture.width(weights.config)
-    for (place, kind), parts in PROJECTIONS.items() if width else ():
-        maps = nn.ModuleDict({part: nn.Linear(d, d) for part in parts}).state_dict()
+    for (place, kind), names in parts.projections.items() if width else ():
+        maps = nn.ModuleDict({part: nn.Linear(d, d) for part in names}).state_dict()
         _write(run.projection(place, kind), {n: _small(t.shape, generator) for n, t in maps.items()})
-    variants = (Variant(name="small", intervals=SMALL), Variant(name="smallest", intervals=SMALL, sites=SMALLEST))
     plan = PruningPlan(
         architecture=weights.architecture.name,
         config=weights.config,
         num_blocks=weights.num_blocks,
         fingerprint=weights.fingerprint,
-        intervals=DEPTH,
-        sites=WIDTH if width else (),
-        variants=variants if width else variants[:1],
+        intervals=parts.depth,
+        sites=parts.width if width else (),
+        variants=parts.variants if width else parts.variants[:1],
     )
     run.plan.write_text(plan.to_json())
     return plan

@@ -2,7 +2,7 @@
 
 Block numbers need no translation (a pruned model keeps the teacher's), and so ControlNet residuals and patches of
 blocks land right by themselves. Two things are left: in a switchable model a student is beside the teacher's block,
-and a modulation that was cut to its first half takes the first half of a change.
+and a linear map that was cut takes its part of a change.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
+from .base import HALF, Cut, Host
+
 WRAPPER = "ppcl"
-OF_BLOCK = re.compile(r"(diffusion_model\.transformer_blocks\.\d+\.)(?!student\.|projections\.)(.+)")
 
 
 def prepare(model) -> None:
@@ -35,41 +36,46 @@ def translate_patches(model) -> None:
     if not hasattr(transformer, "ppcl"):
         return
     names = {f"diffusion_model.{name}" for name, _ in transformer.named_parameters()}
+    of_block = _of_block(transformer.ppcl.structure.host)
     for found in (model.patches, *model.hook_patches.values()):  # hooks: LoRA on a part of the conditioning or schedule
         for key, patches in list(found.items()):
-            match = OF_BLOCK.match(key)
+            match = of_block.match(key)
             if match and (mirrored := f"{match[1]}student.{match[2]}") in names:
                 found[mirrored] = list(patches)
 
 
-def half_of(linear: type[nn.Module]) -> type[nn.Module]:
-    """The host's linear map, cut to the first half of its outputs. Patches see it whole, by the host's own way for
-    weights that are stored in another form than patches know."""
+def _of_block(host: Host) -> re.Pattern:
+    lists = "|".join(blocks.name for blocks in host.lists)
+    return re.compile(rf"(diffusion_model\.(?:{lists})\.\d+\.)(?!student\.|projections\.)(.+)")
 
-    class FirstHalf(linear):
+
+def half_of(linear: type[nn.Module]) -> type[nn.Module]:
+    return part_of(linear, HALF)
+
+
+def part_of(linear: type[nn.Module], cut: Cut) -> type[nn.Module]:
+    """The host's linear map, cut. Patches see it whole, by the host's own way for weights that are stored in another form
+    than patches know."""
+
+    class PartOf(linear):
         def convert_weight(self, weight, inplace=False, **named):
-            return _whole(getattr(super(), "convert_weight", _same)(weight, inplace=inplace, **named))
+            return cut.whole(getattr(super(), "convert_weight", _same)(weight, inplace=inplace, **named))
 
         def convert_bias(self, bias, inplace=False, **named):
-            return _whole(bias)
+            return cut.whole(bias)
 
         def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **named):
             store = getattr(super(), "set_weight", None) or (lambda *a, **n: stored(self, "weight", *a, **n))
-            half = weight[: len(weight) // 2]
-            return store(half, inplace_update=inplace_update, seed=seed, return_weight=return_weight)
+            return store(cut.of(weight), inplace_update=inplace_update, seed=seed, return_weight=return_weight)
 
         def set_bias(self, bias, inplace_update=False, seed=None, return_weight=False, **named):
-            return stored(self, "bias", bias[: len(bias) // 2], inplace_update, seed, return_weight)
+            return stored(self, "bias", cut.of(bias), inplace_update, seed, return_weight)
 
-    return FirstHalf
+    return PartOf
 
 
 def _same(weight: torch.Tensor, **_) -> torch.Tensor:
     return weight
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.cat([tensor, torch.zeros_like(tensor)])
 
 
 def stored(module: nn.Module, name: str, tensor: torch.Tensor, inplace_update=False, seed=None, return_weight=False):

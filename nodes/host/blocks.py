@@ -1,8 +1,8 @@
 """What stands inside a pruned block of the host: the block's own forward then runs on these parts.
 
-The same edits as the engine's (`ppcl_engine.architectures.qwen_image`), made with the host's operations, so that its
-precision, offloading and LoRA reach them. They go into a block for good (a file that holds one variant), or into a view
-of it that lasts one call (a model whose variants can be switched).
+The same edits as the engine's, made with the host's operations, so that its precision, offloading and LoRA reach them.
+They go into a block for good (a file that holds one variant), or into a view of it that lasts one call (a model whose
+variants can be switched).
 """
 
 from __future__ import annotations
@@ -11,25 +11,39 @@ import copy
 from collections.abc import Callable
 from functools import partial
 
+import comfy.ops
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...ppcl_engine.architectures import projections
 from ...ppcl_engine.layout import Place
 from ...ppcl_engine.surgery import Correction as EngineCorrection
+from ...ppcl_engine.surgery import PassThrough
+from .base import BlockList, Host, Maps
 
-STREAMS = {"image": "img", "text": "txt"}
-RETURNS = ("text", "image")
 OWN_PARTS = ("student", "projections")  # what a block of a switchable model holds besides the host's
 
 Linear = Callable[..., nn.Module]
 """(width in, width out, bias=True) -> one of the host's linear maps"""
-Maps = Callable[[str, str], nn.Module]
-"""(site kind, part of its projection) -> the linear map"""
 
 
 class Texts(dict):
-    """Index of a text group's source -> the modulated text that it left in this forward. Emptied before every forward."""
+    """Index of a text group's source -> the modulated text that it left in this forward. Emptied before every forward.
+    tokens: of the text in this forward, where blocks read it and the image as one sequence."""
+
+    tokens: int = 0
+
+
+class Skip(PassThrough):
+    """Stands where a block was dropped."""
+
+    def __init__(self, blocks: BlockList):
+        super().__init__(blocks.reads, blocks.gives)
+
+    def forward(self, *arguments, **named):
+        outputs = super().forward(*arguments, **named)
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
 class Correction(EngineCorrection):
@@ -53,17 +67,19 @@ def _correction_map(width: int, rank: int | None, linear: Linear) -> nn.Module:
     return nn.Sequential(linear(width, rank, bias=False), linear(rank, width))
 
 
-class PaddedModulation(nn.Sequential):
-    """The engine's; of a modulation that was not cut it takes the first half."""
+def add_correction(block: nn.Module, correction: Correction, gives: tuple[str, ...], texts: Texts) -> nn.Module:
+    """As the engine's, behind what the block returns; of one sequence of both, each stream by itself."""
+    block.correction = correction
+    block.register_forward_hook(partial(_correct, gives, texts))
+    return block
 
-    def __init__(self, width: int, *parts: nn.Module):
-        super().__init__(*parts)
-        self.width = width
 
-    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        first = super().forward(conditioning)[..., : 3 * self.width]
-        zeros = torch.zeros_like(first[..., : self.width])
-        return torch.cat([first, zeros, zeros, zeros + 1], dim=-1)
+def _correct(gives: tuple[str, ...], texts: Texts, module: nn.Module, arguments, outputs):
+    correct = module.correction.correct
+    if gives == ("joint",):
+        text, image = outputs[:, : texts.tokens], outputs[:, texts.tokens :]
+        return torch.cat([correct("text", text), correct("image", image)], dim=1)
+    return tuple(correct(stream, x) for stream, x in zip(gives, outputs, strict=True))
 
 
 class FixedModulation(projections.FixedModulation):
@@ -79,67 +95,53 @@ class FixedModulation(projections.FixedModulation):
 class ProjectedText(nn.Module):
     """txt_modulated_j = P_j(txt_modulated_a) + txt_modulated_a, a being the last full block before the group.
 
-    Where a did not run (another node skipped it), the text that comes in is what would have entered a: it is modulated
-    here as a would have done.
+    Where a did not run (another node skipped it), the text that comes in is what would have entered a: `modulate` does
+    here what a would have done (a partial function: unlike a closure it is copied along with the model).
     """
 
-    def __init__(self, projection: nn.Module, texts: Texts, index: int, source: nn.Module, modulation: FixedModulation):
+    def __init__(
+        self, projection: nn.Module, texts: Texts, index: int, modulate: Callable[[torch.Tensor], torch.Tensor]
+    ):
         super().__init__()
-        self.projection, self.texts, self.index = projection, texts, index
-        self.beside = (source, modulation)  # in a tuple: they are not parts of this module
+        self.projection, self.texts, self.index, self.modulate = projection, texts, index, modulate
 
     def forward(self, text: torch.Tensor) -> torch.Tensor:
         modulated = self.texts.get(self.index)
         if modulated is None:
-            source, modulation = self.beside
-            modulated = modulated_text(source, text, modulation.conditioning)
+            modulated = self.modulate(text)
         return self.projection(modulated) + modulated
 
 
-def modulated_text(block: nn.Module, text: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
-    """What a block's joint attention reads of the text."""
-    shift, scale = block.txt_mod(conditioning).split(text.shape[-1], dim=-1)[:2]
-    return torch.addcmul(shift.unsqueeze(1), block.txt_norm1(text), 1 + scale.unsqueeze(1))
-
-
-def project(block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module | None) -> nn.Module:
+def project(
+    host: Host, block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module | None
+) -> nn.Module:
     """Puts a place's projections into the block, which is changed. `source`: the block that its text reads from."""
     for site in place.ffn:
-        short = STREAMS[site.kind.removeprefix("ffn_")]
-        setattr(block, f"{short}_mlp", maps(site.kind, "map"))
-        if site.form == "paper":
-            setattr(block, f"{short}_mod", PaddedModulation(block.dim, *getattr(block, f"{short}_mod")))
-            setattr(block, f"{short}_norm2", nn.Identity())
+        host.project_ffn(block, site.kind, site.form, maps(site.kind, "map"))
     if place.text_source is not None:
-        _project_text(block, place, maps, texts, source)
+        host.project_text(block, place, maps, texts, source)
+        if hasattr(block, "correction"):
+            block.correction = block.correction.without("text")  # the group moves the text on, no block inside it
     if place.publishes:
-        block.attn.add_q_proj.register_forward_pre_hook(partial(_keep, texts, place.index))
+        block.get_submodule(host.text_map).register_forward_pre_hook(partial(_keep, texts, place.index))
     return block
-
-
-def _project_text(block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module) -> None:
-    """No modulation, norm or MLP of the text is left; the q, k, v maps of the text stay."""
-    block.txt_mod = FixedModulation(block.attn.add_q_proj.in_features, place.steps_text)
-    block.txt_norm1 = ProjectedText(maps("text", "map"), texts, place.text_source, source, block.txt_mod)
-    block.txt_norm2 = nn.Identity()
-    block.txt_mlp = maps("text", "step") if place.steps_text else projections.Nothing()
-    block.attn.to_add_out = nn.Identity()
-    if hasattr(block, "correction"):
-        block.correction = block.correction.without("text")  # the group moves the text on, no block inside it
 
 
 def _keep(texts: Texts, index: int, module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
     texts[index] = arguments[0]
 
 
-def view_of_block(block: nn.Module) -> nn.Module:
+def view_of_block(host: Host, block: nn.Module) -> nn.Module:
     """A block on the same parts: what is put into the view does not reach the block. Nothing is copied."""
     view = _view(block)
     view.__dict__.pop("forward", None)  # a patch of the block's forward is what brought us here
     for name in OWN_PARTS:
         view._modules.pop(name, None)
-    view.attn = _view(block.attn)
-    view.attn.add_q_proj = _view(block.attn.add_q_proj)
+    for name in host.viewed:
+        parent, _, child = name.rpartition(".")
+        owner = view.get_submodule(parent) if hasattr(view, name.split(".")[0]) else None
+        if owner is not None:
+            setattr(owner, child, _view(getattr(owner, child)))
     return view
 
 
@@ -148,3 +150,14 @@ def _view(module: nn.Module) -> nn.Module:
     view.__dict__["_modules"] = dict(module._modules)
     view.__dict__["_forward_pre_hooks"] = module._forward_pre_hooks.copy()
     return view
+
+
+def run_part(linear: nn.Module, x: torch.Tensor, width_out: int, width_in: int) -> torch.Tensor:
+    """The first outputs of a linear map on its first inputs [..., width_in]. Where the map's weight is stored in a form of
+    its own (scaled, quantised, of another pack), all of it runs and the rest is cut off."""
+    if type(linear).forward_comfy_cast_weights is comfy.ops.disable_weight_init.Linear.forward_comfy_cast_weights:
+        weight, bias, stream = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
+        found = F.linear(x, weight[:width_out, :width_in], None if bias is None else bias[:width_out])
+        comfy.ops.uncast_bias_weight(linear, weight, bias, stream)
+        return found
+    return type(linear).forward(linear, F.pad(x, (0, linear.in_features - width_in)))[..., :width_out]

@@ -149,12 +149,10 @@ def folded_map(
     return new.requires_grad_(False)
 
 
-def cut(modulation: nn.Sequential, folding: Folding) -> nn.Sequential:
-    """A folded modulation that gives the first half of its outputs."""
-    whole = modulation[1]
+def cut(whole: FoldedMap, folding: Folding) -> FoldedMap:
+    """A folded map that gives the first half of its outputs."""
     options = {"dtype": whole.weight.dtype, "device": whole.weight.device}
-    half = folded_map(half_of(type(whole)), folding, whole.out_features // 2, whole.inputs[0], options)
-    return nn.Sequential(modulation[0], half)
+    return folded_map(half_of(type(whole)), folding, whole.out_features // 2, whole.inputs[0], options)
 
 
 def attach(transformer: nn.Module, inputs: Basis | Table) -> None:
@@ -169,7 +167,7 @@ def attach(transformer: nn.Module, inputs: Basis | Table) -> None:
 
 def folding_in(transformer: nn.Module) -> Folding | None:
     """As it is now: a table grows while it is used."""
-    inputs = getattr(transformer.time_text_embed, FOLDING, None)
+    inputs = getattr(getattr(transformer, "time_text_embed", None), FOLDING, None)  # others have no such embedder
     if inputs is None:
         return None
     if isinstance(inputs, Basis):

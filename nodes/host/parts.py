@@ -1,7 +1,7 @@
 """The trained parts that a loaded model holds, and the variants of it that they make.
 
-A switchable model holds the teacher's blocks, each interval's student (`transformer_blocks.<first>.student`) and all
-projections (`transformer_blocks.<n>.projections`). A variant patches the forward FUNCTIONS of blocks, on one branch of
+A switchable model holds the teacher's blocks, each interval's student (`<first block>.student`) and all projections
+(`<block>.projections`). A variant patches the forward FUNCTIONS of blocks, on one branch of
 the graph: weights stay where they are, and every branch shares them.
 """
 
@@ -15,14 +15,14 @@ from torch import nn
 
 from ...ppcl_engine.layout import Layout, Place, layout_of
 from ...ppcl_engine.plan import PruningPlan, Variant
-from .blocks import PaddedModulation, Texts, project, view_of_block
+from .base import BlockList, Cut
+from .blocks import Skip, Texts, project, view_of_block
 from .structure import Structure
 
 if TYPE_CHECKING:
     from ..modulations import Modulations
 
 ATTACHMENT = "ppcl_variant"
-FORWARD = "diffusion_model.transformer_blocks.{}.forward"
 
 
 @dataclass
@@ -40,23 +40,27 @@ class Parts:
 
 
 class Route:
-    """The forward of a block in a variant: of its student, of a projected view, or none. `source`: the place that its
-    text reads from."""
+    """The forward of a block in a variant: of its student, or of a projected view. `source`: the place that its text
+    reads from."""
 
-    def __init__(self, transformer: nn.Module, place: Place | None, source: Place | None):
+    def __init__(self, transformer: nn.Module, place: Place, source: Place | None):
         self.transformer, self.place, self.source = transformer, place, source
 
     def __call__(self, *arguments, **named):
-        if self.place is None:
-            return _pass_through(*arguments, **named)
         block = block_at(self.transformer, self.place, self.source)
         if self.place.interval:
             return block(*arguments, **named)
         return block.forward(*arguments, **named)  # hooks of the block have run: this is its forward
 
 
-def _pass_through(hidden_states, encoder_hidden_states, *_, **__):
-    return encoder_hidden_states, hidden_states
+class NoRoute:
+    """The forward of a block that a variant has not."""
+
+    def __init__(self, blocks: BlockList):
+        self.skip = Skip(blocks)
+
+    def __call__(self, *arguments, **named):
+        return self.skip(*arguments, **named)
 
 
 def block_at(transformer: nn.Module, place: Place, source: Place | None) -> nn.Module:
@@ -64,15 +68,16 @@ def block_at(transformer: nn.Module, place: Place, source: Place | None) -> nn.M
     block = _bare(transformer, place)
     if not place.projections and not place.publishes:
         return block
-    maps = transformer.transformer_blocks[place.index].projections[place.name] if place.projections else {}
-    text_source = _bare(transformer, source) if source else None
+    structure = transformer.ppcl.structure
+    maps = structure.block(transformer, place.index).projections[place.name] if place.projections else {}
+    view, text_source = view_of_block(structure.host, block), _bare(transformer, source) if source else None
     return project(
-        view_of_block(block), place, lambda kind, part: maps[kind][part], transformer.ppcl.texts, text_source
+        structure.host, view, place, lambda kind, part: maps[kind][part], transformer.ppcl.texts, text_source
     )
 
 
 def _bare(transformer: nn.Module, place: Place) -> nn.Module:
-    block = transformer.transformer_blocks[place.index]
+    block = transformer.ppcl.structure.block(transformer, place.index)
     return block.student if place.interval else block
 
 
@@ -84,16 +89,19 @@ def variant_of(model) -> Variant:
 def with_variant(model, variant: Variant):
     """A clone of the host's patcher that runs this variant. Nothing is read and nothing copied."""
     transformer = model.model.diffusion_model
-    layout = layout_of(transformer.ppcl.plan, variant)
+    structure = transformer.ppcl.structure
+    layout = layout_of(structure.plan, variant)
     new = model.clone()
-    for key in [key for key, patch in new.object_patches.items() if isinstance(patch, Route)]:
+    for key in [key for key, patch in new.object_patches.items() if isinstance(patch, Route | NoRoute)]:
         del new.object_patches[key]
     places = {place.index: place for place in layout.places}
     for index in range(layout.num_blocks):
         place = places.get(index)
-        if place is None or not place.is_teacher or place.publishes:
-            source = place and places.get(place.text_source)
-            new.add_object_patch(FORWARD.format(index), Route(transformer, place, source))
+        key = f"diffusion_model.{structure.prefix(index)}forward"
+        if place is None:
+            new.add_object_patch(key, NoRoute(structure.host.list_of(structure.config, index)))
+        elif not place.is_teacher or place.publishes:
+            new.add_object_patch(key, Route(transformer, place, places.get(place.text_source)))
     new.set_attachments(ATTACHMENT, variant)
     return new
 
@@ -102,12 +110,15 @@ def size_of(transformer: nn.Module, layout: Layout | None) -> tuple[int, int]:
     """(parameters, bytes) of what a variant of a switchable model runs; of all there is without a layout."""
     if layout is None:
         return _total([_counted(p) for p in transformer.parameters()])
-    found = [_counted(p) for name, p in transformer.named_parameters() if not name.startswith("transformer_blocks.")]
+    host = transformer.ppcl.structure.host
+    found = [_counted(p) for name, p in transformer.named_parameters() if not host.block_name.match(name)]
     places = {place.index: place for place in layout.places}
     for place in layout.places:
-        block = view_of_block(block_at(transformer, place, places.get(place.text_source)))
+        block = view_of_block(host, block_at(transformer, place, places.get(place.text_source)))
         found += [_counted(p) for p in block.parameters()]
-        found += [_unused(module) for module in block.children() if isinstance(module, PaddedModulation)]
+        for site in place.ffn:
+            cuts = host.cuts.get((site.kind, site.form), {})
+            found += [_unused(_bare(transformer, place).get_submodule(name), cut) for name, cut in cuts.items()]
     return _total(found)
 
 
@@ -120,9 +131,10 @@ def _counted(parameter: nn.Parameter) -> tuple[int, int]:
     return math.prod(parameter.shape), parameter.nbytes
 
 
-def _unused(modulation: PaddedModulation) -> tuple[int, int]:
-    """Of the half that a view still holds, negative."""
-    linear = modulation[1]
-    share = 1 - 3 * modulation.width / linear.out_features
-    whole = _total([_counted(p) for p in linear.parameters()])
-    return -round(share * whole[0]), -round(share * whole[1])
+def _unused(linear: nn.Module, cut: Cut) -> tuple[int, int]:
+    """Of what a view still holds of a map that the place leaves a part of, negative."""
+    found = []
+    for parameter in linear.parameters(recurse=False):
+        share = 1 - cut.share(parameter.ndim)
+        found.append(tuple(-round(share * number) for number in _counted(parameter)))
+    return _total(found)

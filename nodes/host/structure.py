@@ -7,44 +7,53 @@ from 0; a plain model of a size that the host does not know says nothing.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
 
-from ...ppcl_engine.architectures import architecture_named
+from ...ppcl_engine.architectures import Architecture
 from ...ppcl_engine.architectures.folded import Folding, folding_of
 from ...ppcl_engine.bundle import STRUCTURE_TENSOR
+from ...ppcl_engine.checkpoint import parts_in
 from ...ppcl_engine.folding_files import modulation_names
 from ...ppcl_engine.layout import Layout, Place, full_layout, layout_of
 from ...ppcl_engine.plan import PruningPlan, plan_from_json
 from ...ppcl_engine.released import published_intervals, released_layout, teacher_indices
 from ...ppcl_engine.sparsity.compressed import is_compressed
 from ...ppcl_engine.standalone import GUARD_SHAPE
+from .base import Host
 
 HINTS_TENSOR = "ppcl_hints"
 """What our loader node adds: {"switchable"} of a bundle with its base, {"indices", "legacy"} of other files."""
 MAX_BLOCKS = 256  # an order above any model: a hostile file must not make the host build a million
-QWEN = architecture_named("qwen_image")
-BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
-HOST_WIDTH = 24 * 128  # what the host takes for granted
+AXES = "axes_dims_rope"
 
 FileTensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Structure:
-    """layout: what is built. plan: of our own files. switchable: teacher's blocks and all students are there.
-    names: stored name -> name in the host's model, where they differ; None: nothing reads it. legacy: names of text
-    projections that are stored as P instead of P - 1. folding: what stands for the modulations, where they are folded."""
+    """layout: what is built. config: the engine's, of the whole model. plan: of our own files. switchable: teacher's blocks
+    and all students are there. names: stored name -> name in the host's model, where they differ; None: nothing reads it.
+    legacy: names of text projections that are stored as P instead of P - 1. folding: what stands for the modulations,
+    where they are folded."""
 
+    host: Host
     layout: Layout
+    config: dict
     plan: PruningPlan | None = None
     switchable: bool = False
     names: dict[str, str | None] = field(default_factory=dict)
     legacy: frozenset[str] = frozenset()
     folding: Folding | None = None
+
+    def prefix(self, index: int) -> str:
+        return self.host.prefix(self.config, index)
+
+    def block(self, transformer: nn.Module, index: int) -> nn.Module:
+        return transformer.get_submodule(self.prefix(index).rstrip("."))
 
     def renamed(self, tensors: FileTensors) -> dict[str, torch.Tensor]:
         """The tensors by the names of the model that is built."""
@@ -59,7 +68,7 @@ class Structure:
         """A table's values hold theirs; a map has one for a LoRA to change."""
         if self.folding is None or self.folding.form != "table":
             return {}
-        found = {name: tensors[f"{name}.weight"] for name in modulation_names(tensors, QWEN)}
+        found = {name: tensors[f"{name}.weight"] for name in modulation_names(tensors, self.host.engine)}
         return {f"{name}.bias": table.new_zeros(len(table)) for name, table in found.items()}
 
 
@@ -77,55 +86,74 @@ def as_tensor(value: dict | str) -> torch.Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
-def is_pruned(tensors: FileTensors) -> bool:
-    """Whether a Qwen-Image file is one that the host cannot load by itself."""
-    released = tuple(f".{key}.weight" for key in QWEN.released.projections)
+def is_pruned(host: Host, tensors: FileTensors) -> bool:
+    """Whether a file of this architecture is one that the host cannot load by itself."""
+    released = tuple(f".{key}.weight" for key in host.engine.released.projections) if host.engine.released else ()
     if STRUCTURE_TENSOR in tensors or HINTS_TENSOR in tensors or is_compressed(tensors):
         return True
     if any(name.endswith(released) for name in tensors):
         return True
-    return tensors["img_in.weight"].shape[0] != HOST_WIDTH
+    return not host.is_stock(tensors)
 
 
-def sizes_of(tensors: FileTensors) -> dict:
-    """Arguments of the host's class: from our own plan or hints where they are there, else from shapes alone."""
-    known = _read_json(tensors, HINTS_TENSOR).get("config") or _read_json(tensors, STRUCTURE_TENSOR).get("config")
-    found = QWEN.infer_config(
-        lambda key: tuple(tensors[key].shape), [name for name in tensors if name not in QWEN.marks]
-    )
-    axes = (known or {}).get("axes_dims_rope", found["axes_dims_rope"])
-    if not isinstance(axes, list) or sum(axes) != found["attention_head_dim"]:
+def config_of(host: Host, tensors: FileTensors, known: Mapping | None = None) -> dict:
+    """The engine's, from shapes; how many blocks there are, and how rotary axes are shared, from `known` where it says."""
+    shapes = engine_shapes(host.engine, tensors)
+    found = host.engine.infer_config(shapes.__getitem__, shapes)
+    told = {key: known[key] for key in (*(b.depth for b in host.lists), AXES) if known and key in known}
+    axes = told.get(AXES, found.get(AXES))
+    if AXES in found and (not isinstance(axes, list) or sum(axes) != found["attention_head_dim"]):
         raise ValueError(
             f"rotary axes {axes} do not make up a head of {found['attention_head_dim']}; is the file whole?"
         )
-    return {**found, "axes_dims_rope": axes}
+    return {**found, **told}
 
 
-def block_numbers(names: Iterable[str]) -> list[int]:
-    return sorted({int(match[1]) for name in names if (match := BLOCK.match(name))})
+def engine_shapes(engine: Architecture, tensors: FileTensors) -> dict[str, tuple[int, ...]]:
+    """By diffusers' names, of tensors by the host's."""
+    shapes = {}
+    for key, part in parts_in(engine, (name for name in tensors if name not in engine.marks)).items():
+        shape = tuple(tensors[part.name].shape)
+        shapes[key] = shape if part.of == 1 else (shape[0] // part.of * len(part.pieces), *shape[1:])
+    return shapes
 
 
-def structure_of(tensors: FileTensors) -> Structure:
+def blocks_in(host: Host, names: Iterable[str]) -> dict[str, list[int]]:
+    """List -> the numbers of the blocks that are there."""
+    found: dict[str, set[int]] = {blocks.name: set() for blocks in host.lists}
+    for match in map(host.block_name.match, names):
+        if match:
+            found[match[1]].add(int(match[2]))
+    return {name: sorted(numbers) for name, numbers in found.items()}
+
+
+def count_blocks(host: Host, names: Iterable[str]) -> int:
+    return sum(map(len, blocks_in(host, names).values()))
+
+
+def structure_of(host: Host, tensors: FileTensors) -> Structure:
     """Raises ValueError, in one line, for a plan or for lists that make no model."""
     hints = _read_json(tensors, HINTS_TENSOR)
     if STRUCTURE_TENSOR in tensors:
-        plan = checked_plan(plan_from_json(text_of(tensors[STRUCTURE_TENSOR]), "the file's plan"))
-        folding = folding_of(plan.config)
+        plan = checked_plan(host, plan_from_json(text_of(tensors[STRUCTURE_TENSOR]), "the file's plan"))
+        config, folding = config_of(host, tensors, plan.config), folding_of(plan.config)
         if hints.get("switchable"):
-            return Structure(full_layout(plan.num_blocks), plan, switchable=True, folding=folding)
+            return Structure(host, full_layout(plan.num_blocks), config, plan, switchable=True, folding=folding)
         if plan.intervals or plan.sites or folding is None:
-            return Structure(layout_of(plan, plan.everything()), plan, folding=folding)
-        return replace(_released_structure(tensors, hints), folding=folding)  # a full model, nothing else is said of it
-    return replace(_released_structure(tensors, hints), folding=folding_of(hints))
+            return Structure(host, layout_of(plan, plan.everything()), config, plan, folding=folding)
+        return replace(_released_structure(host, tensors, hints), folding=folding)  # nothing else is said of it
+    return replace(_released_structure(host, tensors, hints), folding=folding_of(hints))
 
 
-def checked_plan(plan: PruningPlan) -> PruningPlan:
+def checked_plan(host: Host, plan: PruningPlan) -> PruningPlan:
     """What a plan from anywhere must keep to before a model is built by it."""
-    if plan.architecture != QWEN.name:
-        raise ValueError(f"the file's plan is for {plan.architecture}; known here: {QWEN.name}")
-    if not 0 < plan.num_blocks <= MAX_BLOCKS or plan.config.get("num_layers") != plan.num_blocks:
+    if plan.architecture != host.engine.name:
+        raise ValueError(f"the file's plan is for {plan.architecture}, its tensors are of {host.engine.name}")
+    counts = [plan.config.get(blocks.depth) for blocks in host.lists]
+    whole = all(type(count) is int and count >= 0 for count in counts) and sum(counts) == plan.num_blocks
+    if not whole or not 0 < plan.num_blocks <= MAX_BLOCKS:
         raise ValueError(
-            f"the file's plan says {plan.num_blocks} blocks and a configuration of {plan.config.get('num_layers')}; "
+            f"the file's plan says {plan.num_blocks} blocks and a configuration of {' + '.join(map(str, counts))}; "
             f"both must be the same, 1-{MAX_BLOCKS}"
         )
     for interval in plan.intervals:
@@ -135,50 +163,71 @@ def checked_plan(plan: PruningPlan) -> PruningPlan:
     return plan
 
 
-def _released_structure(tensors: FileTensors, hints: dict) -> Structure:
+def _released_structure(host: Host, tensors: FileTensors, hints: dict) -> Structure:
     """Of a file that counts its blocks from 0."""
-    count = len(block_numbers(tensors))
-    if block_numbers(tensors) != list(range(count)) or count > MAX_BLOCKS:
+    there = blocks_in(host, tensors)
+    count = sum(map(len, there.values()))
+    if any(numbers != list(range(len(numbers))) for numbers in there.values()) or count > MAX_BLOCKS:
         raise ValueError("the file's blocks are not counted from 0 without gaps, and it carries no plan; is it whole?")
-    lists = {kind: _blocks_with(tensors, _keys(kind)) for kind in ("text", "step", "ffn")}
-    config = {**sizes_of(tensors), "num_layers": count}
-    named = {QWEN.released.lists[kind]: blocks for kind, blocks in lists.items()}
-    layout = released_layout(QWEN, {**config, **named}, "the file")
-    indices = hints.get("indices") or _published(config) or list(range(count))
+    known = hints.get("config") or _read_json(tensors, STRUCTURE_TENSOR).get("config") or {}
+    config = config_of(host, tensors, {AXES: known[AXES]} if AXES in known else {})
+    config |= {blocks.depth: len(there[blocks.name]) for blocks in host.lists}
+    layout = _released_layout(host.engine, config, tensors)
+    indices = hints.get("indices") or _published(host.engine, config) or list(range(count))
     if len(indices) != count or sorted(set(indices)) != indices or indices[-1] >= MAX_BLOCKS or indices[0] < 0:
         raise ValueError(f"the file has {count} blocks, the preset names {len(indices)}; choose the one of this model")
-    names = {name: _host_name(name, layout.places, indices) for name in tensors if BLOCK.match(name)}
     blocks = max(hints.get("blocks", 0), indices[-1] + 1)
+    whole = config | _depths(host, config, indices, blocks)
+    names = {name: _host_name(host, config, whole, name, layout.places, indices) for name in tensors
+             if host.block_name.match(name)}  # fmt: skip
     places = tuple(_at(place, indices) for place in layout.places)
     legacy = {n for n in names if n.endswith(".txt_proj.weight")} if hints.get("legacy") else ()
-    return Structure(Layout(num_blocks=blocks, places=places), names=names, legacy=frozenset(legacy))
+    return Structure(host, Layout(num_blocks=blocks, places=places), whole, names=names, legacy=frozenset(legacy))
 
 
-def _keys(kind: str) -> tuple[str, ...]:
+def _depths(host: Host, config: dict, indices: list[int], blocks: int) -> dict[str, int]:
+    """Of the teacher, whose blocks `indices` the file has: a list's first block always stays."""
+    starts = [indices[r.start] if r.start < len(indices) else blocks for r in host.ranges(config).values()]
+    ends = [*starts[1:], blocks]
+    return {blocks.depth: end - start for blocks, start, end in zip(host.lists, [0, *starts[1:]], ends, strict=True)}
+
+
+def _released_layout(engine: Architecture, config: dict, tensors: FileTensors) -> Layout:
+    if engine.released is None:
+        return full_layout(engine.num_blocks(config))
+    lists = {kind: _blocks_with(tensors, _keys(engine, kind)) for kind in ("text", "step", "ffn")}
+    named = {engine.released.lists[kind]: blocks for kind, blocks in lists.items()}
+    return released_layout(engine, {**config, **named}, "the file")
+
+
+def _keys(engine: Architecture, kind: str) -> tuple[str, ...]:
     wanted = {"text": [("text", "map")], "step": [("text", "step")], "ffn": [("ffn_image", "map"), ("ffn_text", "map")]}
-    return tuple(key for key, part in QWEN.released.projections.items() if part in wanted[kind])
+    return tuple(key for key, part in engine.released.projections.items() if part in wanted[kind])
 
 
 def _blocks_with(tensors: FileTensors, keys: tuple[str, ...]) -> list[int]:
-    matches = (BLOCK.match(name) for name in tensors)
-    return sorted({int(m[1]) for m in matches if m and m[2].split(".")[0] in keys})
+    """The authors' files, of models with one list of blocks."""
+    parts = (name.split(".") for name in tensors)
+    return sorted({int(p[1]) for p in parts if len(p) > 2 and p[1].isdecimal() and p[2] in keys})
 
 
-def _published(config: dict) -> list[int] | None:
-    intervals = published_intervals(QWEN, config)
-    return teacher_indices(config["num_layers"], intervals) if intervals else None
+def _published(engine: Architecture, config: dict) -> list[int] | None:
+    intervals = published_intervals(engine, config)
+    return teacher_indices(engine.num_blocks(config), intervals) if intervals else None
 
 
-def _host_name(name: str, places: tuple[Place, ...], indices: list[int]) -> str | None:
-    number, rest = BLOCK.match(name).groups()
-    place = places[int(number)]
-    if place.text_source is not None and rest.startswith(QWEN.released.unused):
-        return None
-    key, _, leaf = rest.rpartition(".")
-    if key in QWEN.released.projections:
-        kind, part = QWEN.released.projections[key]
-        key = QWEN.projection_names[kind][part]
-    return f"transformer_blocks.{indices[int(number)]}.{key}.{leaf}"
+def _host_name(host: Host, config: dict, whole: dict, name: str, places: tuple[Place, ...], indices: list[int]):
+    """The name in the model that is built; None for what nothing reads."""
+    number, rest = host.block_of(config, name)
+    released = host.engine.released
+    if released is not None:
+        if places[number].text_source is not None and rest.startswith(released.unused):
+            return None
+        key, _, leaf = rest.rpartition(".")
+        if key in released.projections:
+            kind, part = released.projections[key]
+            rest = f"{host.engine.comfyui_projections[kind][part]}.{leaf}"
+    return host.prefix(whole, indices[number]) + rest
 
 
 def _at(place: Place, indices: list[int]) -> Place:

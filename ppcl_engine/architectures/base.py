@@ -121,6 +121,8 @@ class Architecture(Protocol):
     """full-size models by name; the first is the default"""
     projection_names: dict[str, dict[str, str]]
     """site kind -> part ("map", "step") -> the sub-module of a projected block that is this linear map"""
+    comfyui_projections: dict[str, dict[str, str]]
+    """the same by ComfyUI's names: what the host's block runs there becomes the projection"""
     replaced_names: dict[str, tuple[str, ...]]
     """site kind -> beginnings of a block's tensors that its projection leaves no place for"""
     cut_names: dict[tuple[str, str], tuple[str, ...]]

@@ -103,6 +103,11 @@ class Flux1(PackedLatents):
         "ffn_joint": {"map": "proj_mlp"},
         "text": {"map": "norm1_context.projection", "step": "ff_context"},
     }
+    comfyui_projections = {
+        "ffn_image": {"map": "img_mlp"}, "ffn_text": {"map": "txt_mlp"},
+        "ffn_joint": {"map": "mlp_act"},  # of what comes in: in place of the MLP's first map and of its activation
+        "text": {"map": "txt_norm1.projection", "step": "txt_mlp"},
+    }  # fmt: skip
     replaced_names = {
         "ffn_image": ("ff.",),
         "ffn_text": ("ff_context.",),

@@ -53,6 +53,7 @@ class QwenImage(PackedLatents):
         "ffn_text": {"map": "txt_mlp"},
         "text": {"map": "txt_norm1.projection", "step": "txt_mlp"},
     }
+    comfyui_projections = projection_names
     replaced_names = {
         "ffn_image": ("img_mlp.",),
         "ffn_text": ("txt_mlp.",),

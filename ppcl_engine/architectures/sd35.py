@@ -1,5 +1,4 @@
-"""Stable Diffusion 3.5: joint blocks, of which the last gives no text, and some attend twice to the image
-(method: Stability AI's SD3.5 Large and Medium; diffusers' class)."""
+"""SD3.5 Large and Medium: joint blocks; the last gives no text, some attend twice to the image (diffusers' class)."""
 
 from __future__ import annotations
 
@@ -116,15 +115,17 @@ class SD35(PackedLatents):
         for name, blocks, positions, dual in (("sd35_large", 38, 192, 0), ("sd35_medium", 24, 384, 13))
     }
     projection_names = {
-        "ffn_image": {"map": "ff"},
-        "ffn_text": {"map": "ff_context"},
+        "ffn_image": {"map": "ff"}, "ffn_text": {"map": "ff_context"},
         "text": {"map": "norm1_context.projection", "step": "ff_context"},
-    }
+    }  # fmt: skip
+    comfyui_projections = {
+        "ffn_image": {"map": "x_block.mlp"}, "ffn_text": {"map": "context_block.mlp"},
+        "text": {"map": "context_block.norm1.projection", "step": "context_block.mlp"},
+    }  # fmt: skip
     replaced_names = {
-        "ffn_image": ("ff.",),
-        "ffn_text": ("ff_context.",),
+        "ffn_image": ("ff.",), "ffn_text": ("ff_context.",),
         "text": ("norm1_context.", "ff_context.", "attn.to_add_out."),
-    }
+    }  # fmt: skip
     cut_names = {("ffn_image", "paper"): ("norm1.",), ("ffn_text", "paper"): ("norm1_context.",)}
     released = None
     tiny_config = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ from ppcl_engine.files import write_json
 from ppcl_engine.run import Run
 from ppcl_engine.stages.export import export
 
-from ...tuned import write_parts
+from ...flux_parts import FLUX_DEPTH, FLUX_PARTS
+from ...tuned import Parts, write_parts
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -96,17 +98,41 @@ def run_node(pack):
     return run
 
 
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What the tests of an architecture run on. file: its teacher's name; channels: settings of its tiny model, for latents
+    of the host; frames: whether a latent has a frame; parts: of its plan; pooled, guidance: of its conditioning."""
+
+    file: str
+    channels: dict[str, int]
+    frames: bool = False
+    parts: Parts = field(default_factory=Parts)
+    pooled: int | None = None
+    guidance: float | None = None
+
+
+CASES = {
+    "qwen_image": Case(file="teacher", channels={"in_channels": 64, "out_channels": 16}, frames=True),
+    "flux1": Case(file="flux", channels={"in_channels": 64, **FLUX_DEPTH}, parts=FLUX_PARTS, pooled=20, guidance=3.5),
+}
+
+
 @pytest.fixture(scope="session")
-def teacher(models, make_model, save_model) -> Path:
+def host_case(architecture) -> Case:
+    return CASES[architecture.name]
+
+
+@pytest.fixture(scope="session")
+def teacher(models, make_model, save_model, host_case) -> Path:
     """The tiny random teacher, with latents of 16 channels as the host's."""
-    return save_model(models.diffusion_models / "teacher.safetensors", make_model(in_channels=64, out_channels=16))
+    return save_model(models.diffusion_models / f"{host_case.file}.safetensors", make_model(**host_case.channels))
 
 
 @pytest.fixture(scope="session")
-def run_folder(tmp_path_factory, teacher) -> Path:
+def run_folder(tmp_path_factory, teacher, host_case) -> Path:
     """Students with and without a correction, text and FFN projections of both forms: random, nothing is trained."""
     folder = tmp_path_factory.mktemp("run")
-    write_parts(Run(folder), teacher)
+    write_parts(Run(folder), teacher, parts=host_case.parts)
     return folder
 
 
@@ -121,16 +147,23 @@ def exported(teacher, run_folder):
 
 
 @pytest.fixture(scope="session")
-def bundle(models, exported) -> Path:
-    return exported(models.ppcl, "bundle", "tiny")
+def bundle(models, exported, host_case) -> Path:
+    return exported(models.ppcl, "bundle", "tiny" if host_case.frames else f"tiny_{host_case.file}")
 
 
 @pytest.fixture(scope="session")
-def inputs() -> SimpleNamespace:
-    """One forward that host and engine compute alike: batch 1, unpadded text, even grid."""
+def inputs(host_case) -> SimpleNamespace:
+    """One forward that host and engine compute alike: batch 1, unpadded text, even grid. more: what the host's
+    conditioning has beside the text; captions: the same for the engine."""
     generator = torch.Generator().manual_seed(5)
     latents, text = torch.randn(1, 16, 1, 8, 12, generator=generator), torch.randn(1, 7, 24, generator=generator)
-    return SimpleNamespace(latents=latents, text=text, sigma=0.7)
+    more, captions = {}, {"encoder_hidden_states": text}
+    if host_case.pooled:
+        more["pooled_output"] = captions["pooled_projections"] = torch.randn(1, host_case.pooled, generator=generator)
+    if host_case.guidance:
+        more["guidance"], captions["guidance"] = host_case.guidance, torch.tensor([host_case.guidance])
+    latents = latents if host_case.frames else latents[:, :, 0]
+    return SimpleNamespace(latents=latents, text=text, sigma=0.7, more=more, captions=captions)
 
 
 @pytest.fixture(scope="session")
@@ -146,12 +179,12 @@ def velocity(inputs):
             return x
 
         guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(positive or [[inputs.text, {}]], [[inputs.text[:, ::2], {}]])
+        guider.set_conds(positive or [[inputs.text, inputs.more]], [[inputs.text[:, ::2], inputs.more]])
         guider.set_cfg(cfg)
         empty = torch.zeros_like(inputs.latents)
         with torch.inference_mode():
             guider.sample(torch.zeros_like(empty), empty, comfy.samplers.KSAMPLER(once), torch.tensor([1.0, 0.0]))
-        return found[0][:, :, 0].clone()
+        return flat(found[0]).clone()
 
     return run
 
@@ -162,19 +195,7 @@ def engine_velocity(inputs, architecture):
 
     def run(path: Path, *arguments, **options) -> torch.Tensor:
         model = open_model(path, *arguments, **options)
-        latents = inputs.latents[:, :, 0]
-        grid = architecture.grid(latents)
-        with torch.no_grad():
-            tokens = architecture.call(
-                model,
-                {
-                    "hidden_states": architecture.pack(latents),
-                    "encoder_hidden_states": inputs.text,
-                    "timestep": torch.tensor([inputs.sigma]),
-                    "grid": grid,
-                },
-            )
-        return architecture.unpack(tokens, grid)
+        return engine_forward(architecture, model, inputs)
 
     return run
 
@@ -237,6 +258,19 @@ def plain(load, bundle, teacher):
 def of_form(load, bundle, teacher, loose_bound):
     """The same, folded, loaded once."""
     return cache(lambda form: load(bundle.name, base=teacher.name, fold=form))
+
+
+def engine_forward(architecture, model, inputs) -> torch.Tensor:
+    latents = flat(inputs.latents)
+    grid = architecture.grid(latents)
+    rows = {"hidden_states": architecture.pack(latents), "timestep": torch.tensor([inputs.sigma]), "grid": grid}
+    with torch.no_grad():
+        tokens = architecture.call(model, {**rows, **inputs.captions, "encoder_hidden_states": inputs.text})
+    return architecture.unpack(tokens, grid)
+
+
+def flat(latents: torch.Tensor) -> torch.Tensor:
+    return latents[:, :, 0] if latents.ndim == 5 else latents
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

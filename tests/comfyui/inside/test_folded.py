@@ -169,13 +169,14 @@ def test_counted_without_weights(pack):
     from ppcl_engine.architectures.folded import Folding
     from ppcl_engine.checkpoint import expected_shapes
 
-    architecture, host = architecture_named("qwen_image"), pack("host.qwen_image")
+    architecture, host = architecture_named("qwen_image"), pack("host.qwen_image").HOST
+    building, structure_of = pack("host.building"), pack("host.structure").structure_of
     for form, inputs in (("table", 20), ("basis", 33)):
         config = {**architecture.model_configs["qwen_image"], "folding": Folding(form=form, inputs=inputs).to_config()}
         shapes = expected_shapes(architecture, config)
         tensors = {n: torch.empty(shape, dtype=torch.bfloat16, device="meta") for n, shape in shapes.items()}
         hints = torch.tensor(list(json.dumps({"folding": config["folding"]}).encode()), dtype=torch.uint8)
         tensors["ppcl_hints"] = hints
-        model = host.empty_host_model(tensors, comfy.ops.disable_weight_init, torch.bfloat16)
-        host.check_tensors(model, pack("host.structure").structure_of(tensors).renamed(tensors))
+        model = building.empty_host_model(host, tensors, comfy.ops.disable_weight_init, torch.bfloat16)
+        building.check_tensors(model, structure_of(host, tensors).renamed(tensors))
         assert 13.6 < sum(p.numel() for p in model.parameters()) / 1e9 < 13.72

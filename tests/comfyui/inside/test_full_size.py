@@ -29,11 +29,11 @@ def meta(shapes: dict) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def host_model(pack):
     """(parameters of the host's model, its blocks); every tensor was given a home."""
-    host = pack("host.qwen_image")
+    building, host = pack("host.building"), pack("host.qwen_image").HOST
 
     def make(tensors: dict):
-        model = host.empty_host_model(tensors, comfy.ops.disable_weight_init, torch.bfloat16)
-        host.check_tensors(model, pack("host.structure").structure_of(tensors).renamed(tensors))
+        model = building.empty_host_model(host, tensors, comfy.ops.disable_weight_init, torch.bfloat16)
+        building.check_tensors(model, pack("host.structure").structure_of(host, tensors).renamed(tensors))
         return sum(p.numel() for p in model.parameters()), model.transformer_blocks
 
     return make
@@ -100,7 +100,7 @@ def test_only_what_the_host_cannot_load_is_claimed(pack):
 
 
 def test_registering_again_does_not_double(pack):
-    register, known = pack("host.qwen_image").register, comfy.supported_models.models
+    register, known = pack("host").register, comfy.supported_models.models
     before = len(known)
     register()
     assert len(known) == before and [m.__name__ for m in known].count("PPCLQwenImage") == 1

@@ -1,13 +1,10 @@
 """Recording: what the host's model saw and returned is what the engine's teacher computes; pictures do not change."""
 
-import json
-
 import pytest
 import torch
 
 from ppcl_engine.checkpoint import Weights
 from ppcl_engine.data import load_calibration
-from ppcl_engine.files import write_tensors
 from ppcl_engine.streaming import Teacher
 
 SAMPLING = {"steps": 6, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
@@ -202,17 +199,3 @@ def test_sides_that_are_no_whole_tokens(run_node, record, given):
     recorded, _ = record()
     with pytest.raises(ValueError, match="latents of 7 x 12 are no whole tokens"):
         draw(run_node, recorded, given, latent_image={"samples": torch.zeros(ROWS, 16, 1, 7, 12)})
-
-
-def test_an_architecture_that_is_not_recorded(pack, model, tmp_path):
-    """Its samplers feed more than text and latents."""
-    from diffusers import FluxTransformer2DModel
-
-    from ppcl_engine.architectures import architecture_named
-
-    flux = architecture_named("flux1")
-    weights = FluxTransformer2DModel(**flux.tiny_config).state_dict()
-    config = {"config": json.dumps(flux.tiny_config)}
-    write_tensors(tmp_path / "flux.safetensors", weights, config)
-    with pytest.raises(ValueError, match="flux.safetensors is flux1; recording knows qwen_image alone"):
-        pack("record").check_same_model(model, pack("record").Weights(tmp_path / "flux.safetensors"))

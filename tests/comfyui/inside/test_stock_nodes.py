@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ppcl_engine.bundle import Bundle, open_model
 from ppcl_engine.files import TensorFile, write_tensors
 
-from .conftest import relative_error
+from .conftest import engine_forward, relative_error
 
 TOLERANCE = 1e-4
 WIDTH, BLOCKS, RANK = 32, 6, 3
@@ -150,12 +150,7 @@ def _engine_with(lora, model, architecture, inputs) -> torch.Tensor:
     for key, change in lora.items():
         if key in weights:  # a modulation may be cut to its first half; a projection has another shape, and no LoRA
             weights[key].add_(change[: len(weights[key])])
-    latents = inputs.latents[:, :, 0]
-    grid = architecture.grid(latents)
-    rows = {"hidden_states": architecture.pack(latents), "encoder_hidden_states": inputs.text, "grid": grid}
-    with torch.no_grad():
-        tokens = architecture.call(model, {**rows, "timestep": torch.tensor([inputs.sigma])})
-    return architecture.unpack(tokens, grid)
+    return engine_forward(architecture, model, inputs)
 
 
 @pytest.mark.parametrize("variant", DEPTH)

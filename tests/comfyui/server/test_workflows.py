@@ -6,14 +6,22 @@ import urllib.parse
 import urllib.request
 
 import pytest
+import torch
 
-from ppcl_engine.config_files import ImportConfig
+from ppcl_engine.architectures import architecture_named
+from ppcl_engine.config_files import ExportConfig, ImportConfig
 from ppcl_engine.config_help import setting_help
+from ppcl_engine.files import write_tensors
+from ppcl_engine.run import Run
+from ppcl_engine.stages.export import export
 
+from ...flux_parts import FLUX_DEPTH, FLUX_PARTS
+from ...tuned import write_parts
 from .conftest import ROOT
 from .graphs import CAPTIONS, TEACHER, quickly, shipped
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"), key=lambda path: path.stem)
+FLUX = architecture_named("flux1")
 SCALARS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 PAGE_ONLY = {"MarkdownNote"}
 MUTED = 2
@@ -117,6 +125,53 @@ def test_every_node_has_help_and_every_input_a_tooltip(server, ours):
 def test_tooltips_say_what_the_command_line_says(ours):
     for (node, name), setting in SETTINGS.items():
         assert inputs_of(ours[node])[name][1]["tooltip"].endswith(setting_help(ImportConfig, setting))
+
+
+@pytest.fixture(scope="module")
+def small_flux(server) -> dict[str, str]:
+    """Files of a random FLUX that reads the demo's captions, in place of the real ones: name there -> name here."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    config = {
+        **FLUX.tiny_config,
+        **FLUX_DEPTH,
+        "in_channels": 64,
+        "joint_attention_dim": 64,
+        "pooled_projection_dim": 64,
+    }
+    teacher = server.base / "models" / "diffusion_models" / "small_flux.safetensors"
+    write_tensors(teacher, FluxTransformer2DModel(**config).state_dict(), {"config": json.dumps(config)})
+    run = Run(server.base / "flux_parts")
+    run.folder.mkdir()
+    write_parts(run, teacher, parts=FLUX_PARTS)
+    bundle = export(ExportConfig(model=teacher, run=run.folder, layout="bundle", name="small_flux", store="bfloat16"))
+    bundle.replace(server.base / "models" / "ppcl" / bundle.name)
+    return {"flux1-dev.safetensors": teacher.name, "flux1-dev.ppcl.safetensors": bundle.name}
+
+
+def test_the_flux_graph_runs_with_a_small_teacher(server, small_flux):
+    """As shipped: loaded switchable, a variant chosen, guided by the model itself. Exchanged: files, captions, pictures."""
+    prompt = shipped("ppcl-flux-dev")
+    found = {
+        number: node for number, node in prompt.items() if node["class_type"] not in ("DualCLIPLoader", "VAELoader")
+    }
+    for number, node in list(found.items()):
+        inputs = node["inputs"]
+        inputs |= {name: small_flux[value] for name, value in inputs.items() if str(value) in small_flux}
+        match node["class_type"]:
+            case "CLIPTextEncode":
+                found[number] = {"class_type": "PPCL_DemoCaption", "inputs": {"captions": CAPTIONS.splitlines()[0]}}
+            case "EmptySD3LatentImage":
+                inputs |= {"width": 96, "height": 96}
+            case "VAEDecode":
+                found[number] = {"class_type": "PPCL_DemoDecode", "inputs": {"latent": inputs["samples"], "enlarge": 4}}
+    entry = server.run(found)
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
+    save, info = (
+        [n for n, node in found.items() if node["class_type"] == kind][0] for kind in ("SaveImage", "PPCL_Info")
+    )
+    assert len(entry["outputs"][save]["images"]) == 1 and len(entry["outputs"][info]["images"]) == 1
 
 
 def with_the_bundled_teacher(prompt: dict) -> dict:

@@ -1,0 +1,214 @@
+"""Pruned models as one more entry in the host's list of models: every loader of the host then reads them.
+
+The host's own classes are built; only its block constructors are exchanged while its model's `__init__` runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from ...ppcl_engine.layout import Place
+from ...ppcl_engine.plan import Interval
+from ...ppcl_engine.sparsity.compressed import decompressed
+from ...ppcl_engine.surgery import interval_streams
+from . import folded
+from .adapters import part_of
+from .base import BlockList, Host
+from .blocks import Correction, Linear, Skip, Texts, add_correction, project
+from .parts import Parts
+from .structure import FileTensors, Structure, is_pruned, is_surrounding, structure_of
+
+QUANTIZATION_SUFFIXES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+_building = threading.Lock()
+
+
+class PrunedConfig:
+    """Before one of the host's config classes: knows what the host does not load by itself, pruned files and models of
+    other sizes."""
+
+    host: Host
+
+    @classmethod
+    def matches(cls, unet_config, state_dict=None) -> bool:
+        if not super().matches(unet_config) or state_dict is None:
+            return False
+        tensors = transformer_of(cls.host, state_dict)
+        known = cls.host.mark in tensors and not any(name.startswith("controlnet_") for name in tensors)
+        return known and is_pruned(cls.host, tensors)
+
+    def get_model(self, state_dict, prefix="", device=None):
+        tensors = decompressed(transformer_of(self.host, state_dict), shapes_only=True)
+        structure = self.structure = structure_of(self.host, tensors)
+        self.unet_config |= self.host.arguments(structure.config)
+        named, texts = structure.renamed(tensors), Texts()
+        inputs = inputs_of(structure, tensors, self.manual_cast_dtype or self.unet_config.get("dtype"))
+        with exchanged_blocks(structure, sorted(named), texts, inputs):
+            model = super().get_model(state_dict, prefix, device)
+        finish(model.diffusion_model, structure, texts, inputs)
+        if self.custom_operations is None:  # others make their tensors when they are loaded
+            check_tensors(model.diffusion_model, named)
+        return model
+
+    def process_unet_state_dict(self, state_dict):
+        return self.structure.renamed(decompressed(state_dict))
+
+
+def transformer_of(host: Host, state_dict: FileTensors) -> FileTensors:
+    """The transformer's tensors of a checkpoint, by their own names."""
+    prefix = next((name for name in state_dict if name.endswith(host.mark)), host.mark).removesuffix(host.mark)
+    return {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)} if prefix else state_dict
+
+
+def inputs_of(structure: Structure, tensors: FileTensors, dtype: torch.dtype):
+    """Of folded modulations; None where nothing is folded. dtype: that the model computes in."""
+    if structure.folding is None:
+        return None
+    return folded.inputs_of(structure.folding, structure.host.engine.width(structure.config), dtype)
+
+
+def finish(transformer: nn.Module, structure: Structure, texts: Texts, inputs) -> None:
+    if inputs is not None:
+        folded.attach(transformer, inputs)
+    transformer.register_forward_pre_hook(forget_texts)
+    structure.host.watch(transformer, texts)
+    transformer.ppcl = Parts(structure, texts)
+
+
+def forget_texts(model: nn.Module, arguments) -> None:
+    """Before each forward: what an earlier one left is not for this one."""
+    model.ppcl.texts.clear()
+
+
+@contextmanager
+def exchanged_blocks(structure: Structure, names: list[str], texts: Texts, inputs) -> Iterator[None]:
+    """`build_block` stands for the host's block classes, once a block, in the order of each list."""
+    module, built = structure.host.module, {}
+
+    def constructor(blocks: BlockList, stock: type[nn.Module]):
+        indices = iter(structure.host.ranges(structure.config)[blocks.name])
+
+        def construct(*arguments, **named) -> nn.Module:
+            index = next(indices)
+            built[index] = build_block(
+                structure, names, texts, inputs, built, index, partial(stock, *arguments, **named)
+            )
+            return built[index]
+
+        return construct
+
+    with _building:
+        stock = {blocks.kind: getattr(module, blocks.kind) for blocks in structure.host.lists}
+        try:
+            for blocks in structure.host.lists:
+                setattr(module, blocks.kind, constructor(blocks, stock[blocks.kind]))
+            yield
+        finally:
+            for kind, own in stock.items():
+                setattr(module, kind, own)
+
+
+def build_block(
+    structure: Structure, names: list[str], texts: Texts, inputs, built: dict[int, nn.Module], index: int, stock
+) -> nn.Module:
+    """What stands at an index of the teacher. `inputs`: of folded modulations, by the whole model."""
+    place = next((place for place in structure.layout.places if place.index == index), None)
+    if place is None:
+        return Skip(structure.host.list_of(structure.config, index))
+    options = {name: stock.keywords.get(name) for name in ("dtype", "device")}
+    linear: Linear = partial(stock.keywords["operations"].Linear, **options)
+    make = partial(_new_block, stock, structure, inputs)
+    block, width = make(), structure.host.engine.width(structure.config)
+    if structure.switchable:
+        return _with_all_parts(block, index, structure, names, texts, make, linear)
+    if place.interval:
+        _correct(block, place.interval, structure, texts, linear)
+    _cut_maps(block, place, structure, linear)
+    source = None if place.text_source is None else built[place.text_source]
+    return project(structure.host, block, place, lambda kind, part: linear(width, width), texts, source)
+
+
+def _new_block(stock, structure: Structure, inputs) -> nn.Module:
+    """The host's own, or with folded modulations."""
+    if structure.folding is None:
+        return stock()
+    inputs.new_linear = partial(stock.keywords["operations"].Linear, dtype=stock.keywords.get("dtype"))
+    return folded.fold_block(stock(), structure.folding, inputs, stock.keywords.get("device"))
+
+
+def _with_all_parts(
+    block: nn.Module, index: int, structure: Structure, names, texts: Texts, make, linear: Linear
+) -> nn.Module:
+    """The teacher's block, the student of the interval that starts here, and all projections of this place."""
+    for interval in structure.plan.intervals:
+        if interval.first == index:
+            block.student = _correct(make(), interval, structure, texts, linear)
+    width = structure.host.engine.width(structure.config)
+    found: dict[str, dict[str, dict[str, nn.Module]]] = {}
+    prefix = f"{structure.prefix(index)}projections."
+    for name in names:
+        if name.startswith(prefix) and name.endswith(".weight"):
+            place, kind, part, _ = name.removeprefix(prefix).split(".")
+            found.setdefault(place, {}).setdefault(kind, {})[part] = linear(width, width)
+    if found:
+        block.projections = _module_dict(found)
+    return block
+
+
+def _module_dict(tree: dict) -> nn.ModuleDict:
+    return nn.ModuleDict({name: _module_dict(t) if isinstance(t, dict) else t for name, t in tree.items()})
+
+
+def _correct(block: nn.Module, interval: Interval, structure: Structure, texts: Texts, linear: Linear) -> nn.Module:
+    if interval.correction == "none":
+        return block
+    host, config = structure.host, structure.config
+    rank = None if interval.correction == "affine" else int(interval.correction)
+    streams = interval_streams(host.engine, config, interval)
+    correction = Correction.empty(host.engine.width(config), streams, rank, linear)
+    return add_correction(block, correction, host.list_of(config, interval.first).gives, texts)
+
+
+def _cut_maps(block: nn.Module, place: Place, structure: Structure, linear: Linear) -> None:
+    """To what the place's projections leave of them."""
+    for site in place.ffn:
+        for name, cut in structure.host.cuts.get((site.kind, site.form), {}).items():
+            parent, _, child = name.rpartition(".")
+            owner, whole = block.get_submodule(parent), block.get_submodule(name)
+            if structure.folding:
+                setattr(owner, child, folded.cut(whole, structure.folding))
+                continue
+            width_out, width_in = cut.shape((whole.out_features, whole.in_features))
+            new = partial(part_of(linear.func, cut), **linear.keywords)
+            setattr(owner, child, new(width_in, width_out, bias=whole.bias is not None))
+
+
+def check_tensors(model: nn.Module, tensors: FileTensors) -> None:
+    """Raises ValueError, in one line, for a tensor that is missing, has no home, or is of another shape."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(t.shape) for name, t in tensors.items() if not name.endswith(QUANTIZATION_SUFFIXES)}
+    expected = {name: shape for name, shape in expected.items() if not name.endswith(QUANTIZATION_SUFFIXES)}
+    if missing := sorted(expected.keys() - given.keys()):
+        raise ValueError(f"the file lacks {len(missing)} tensors, first {missing[0]}; copy or download it again")
+    marks = model.ppcl.structure.host.engine.marks
+    if unknown := sorted(n for n in given.keys() - expected.keys() if not is_surrounding(n) and n not in marks):
+        raise ValueError(f"the file has {len(unknown)} tensors with no home, first {unknown[0]}; is it another model?")
+    for name, shape in expected.items():
+        if given[name] != shape:
+            raise ValueError(f"the file's {name} is of shape {given[name]}, not {shape}; is it another model's?")
+
+
+def empty_host_model(host: Host, tensors: FileTensors, operations, dtype: torch.dtype) -> nn.Module:
+    """The host's transformer on the meta device, for counting (a file's tensors may be on it too)."""
+    structure, texts = structure_of(host, tensors), Texts()
+    inputs = inputs_of(structure, tensors, dtype)
+    with exchanged_blocks(structure, sorted(structure.renamed(tensors)), texts, inputs):
+        make = getattr(host.module, host.model)
+        model = make(**host.arguments(structure.config), dtype=dtype, device="meta", operations=operations)
+    finish(model, structure, texts, inputs)
+    return model

@@ -1,0 +1,61 @@
+"""The tensors of one variant by ComfyUI's names, as a standalone has them: fused maps, projections where the host's block
+has a place for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from .architectures import Architecture, Part
+from .checkpoint import expected_shapes
+from .files import TensorFile
+from .layout import Layout
+
+CORRECTION = "correction."
+
+
+def variant_parts(architecture: Architecture, config: dict, layout: Layout, keys: Iterable[str]) -> dict[str, Part]:
+    """diffusers' name (teacher indices) -> where the tensor lies by ComfyUI's names. A map that was cut holds the pieces
+    that are left, one behind the other."""
+    whole = expected_shapes(architecture, config)
+    own = _projections(architecture, config, layout, whole)
+    prefixes = {architecture.block_prefix(config, index): index for index in range(layout.num_blocks)}
+    found = {}
+    for key in keys:
+        module, _, leaf = key.rpartition(".")
+        prefix, mark, rest = key.partition(CORRECTION)
+        if module in own:
+            found[key] = Part(f"{own[module]}.{leaf}")
+        elif mark and prefix in prefixes:
+            found[key] = Part(_prefix(architecture, prefix, whole) + mark + rest)
+        else:
+            found[key] = architecture.to_comfyui(key, whole)
+    return found
+
+
+def read_part(file: TensorFile, parts: Mapping[str, Part], key: str) -> torch.Tensor:
+    part = parts[key]
+    if part.of == 1:
+        return file.read(part.name)
+    there = sorted(piece for other in parts.values() if other.name == part.name for piece in other.pieces)
+    rows = file.shape(part.name)[0] // len(there)
+    return torch.cat([file.read(part.name, rows, there.index(piece) * rows) for piece in part.pieces])
+
+
+def _projections(architecture: Architecture, config: dict, layout: Layout, whole: Iterable[str]) -> dict[str, str]:
+    """A projection's linear map, by diffusers' name of where it stands -> by ComfyUI's."""
+    found = {}
+    for place in layout.places:
+        ours = architecture.block_prefix(config, place.index)
+        for kind in place.projections:
+            theirs = architecture.comfyui_projections[kind]
+            parts = architecture.projection_names[kind].items()
+            found |= {ours + name: _prefix(architecture, ours, whole) + theirs[part] for part, name in parts}
+    return found
+
+
+def _prefix(architecture: Architecture, ours: str, whole: Iterable[str]) -> str:
+    """ "double_blocks.3." of "transformer_blocks.3." """
+    key = next(key for key in whole if key.startswith(ours))
+    return ".".join(architecture.to_comfyui(key, whole).name.split(".")[:2]) + "."
