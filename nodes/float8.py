@@ -5,15 +5,8 @@ from __future__ import annotations
 import torch
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALED, SCALE_SUFFIX = "scaled_fp8", ".scale_weight"
 
 
 def float8_of(mark: torch.Tensor) -> torch.dtype:
     """What a scaled file keeps matrices in: its mark says it by its own precision."""
     return mark.dtype if mark.dtype in FLOAT8 else FLOAT8[0]
-
-
-def in_float8(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight, scale)"""
-    scale = (weight.float().abs().max() / torch.finfo(dtype).max).clamp_min(torch.finfo(torch.float32).tiny)
-    return (weight.float() / scale).to(dtype), scale

@@ -13,7 +13,8 @@ from ..ppcl_engine.architectures.folded import FORMS, Folding
 from ..ppcl_engine.checkpoint import SCALE_SUFFIXES
 from ..ppcl_engine.folding import MARKED, mark_of
 from ..ppcl_engine.folding_files import modulation_names
-from .float8 import SCALE_SUFFIX, SCALED, float8_of, in_float8
+from ..ppcl_engine.quantization import FP8_MARK, FP8_SCALE, scaled_fp8
+from .float8 import float8_of
 
 OFF = "off"
 FOLDS = (OFF, *FORMS)
@@ -37,9 +38,9 @@ class Modulations:
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
         """As the unfolded model has them."""
-        tensors, scale = self._as_stored(name), SCALE_SUFFIX.removeprefix(".")
+        tensors, scale = self._as_stored(name), FP8_SCALE.removeprefix(".")
         if self.float8 is not None and scale not in tensors:
-            tensors["weight"], tensors[scale] = in_float8(tensors["weight"], self.float8)
+            tensors["weight"], tensors[scale] = scaled_fp8(tensors["weight"], self.float8)
         return tensors
 
     def _as_stored(self, name: str) -> dict[str, torch.Tensor]:
@@ -101,5 +102,5 @@ def split(architecture: Architecture, wanted: dict[str, object]) -> tuple[dict[s
         else:
             rest[name] = place
     embedder = {name: place for name, place in wanted.items() if name.startswith(f"{architecture.time_embedder}.")}
-    float8 = float8_of(wanted[SCALED].read()) if SCALED in wanted else None
+    float8 = float8_of(wanted[FP8_MARK].read()) if FP8_MARK in wanted else None
     return rest, Modulations(architecture, stored, embedder, float8)

@@ -24,9 +24,10 @@ from ..ppcl_engine.files import TensorFile
 from ..ppcl_engine.folding_files import modulation_names
 from ..ppcl_engine.layout import Layout, Place, layout_of
 from ..ppcl_engine.plan import Interval, PruningPlan, Variant, parse_intervals, plan_from_json
+from ..ppcl_engine.quantization import FP8_MARK, FP8_SCALE, scaled_fp8
 from ..ppcl_engine.released import teacher_indices
 from ..ppcl_engine.standalone import structure_of
-from .float8 import FLOAT8, SCALE_SUFFIX, SCALED, float8_of, in_float8
+from .float8 import FLOAT8, float8_of
 from .host import HOSTS, host_named, host_of
 from .host.base import Cut, Host
 from .host.structure import HINTS_TENSOR, as_tensor, checked_plan, count_blocks, is_surrounding, text_of
@@ -129,7 +130,7 @@ def _content(
         fold = make_fold(request.fold, modulations)
         plan = plan.with_parts(config={**plan.config, FOLDING: fold.folding.to_config()})
     tensors = {name: reader.read(stored) for name, stored in wanted.items()}
-    if SCALED in tensors:
+    if FP8_MARK in tensors:
         folded = modulation_names(tensors, host.engine) if FOLDING in plan.config else ()
         tensors |= _with_scales(host, tensors, {f"{name}.weight" for name in folded})
     marks = {STRUCTURE_TENSOR: as_tensor(plan.to_json()), HINTS_TENSOR: as_tensor(hints)}
@@ -163,13 +164,13 @@ def check_folded_alike(host: Host, plan: PruningPlan, base: dict[str, Stored], r
 def _with_scales(host: Host, tensors: dict[str, torch.Tensor], exact: set[str]) -> dict[str, torch.Tensor]:
     """Matrices of blocks without a scale (students, projections), as the base keeps its own: fp8 and a scale each.
     `exact`: folded maps, which stay as they are."""
-    dtype = float8_of(tensors[SCALED])
+    dtype = float8_of(tensors[FP8_MARK])
     found = {}
     for name, tensor in tensors.items():
-        scale_name = name.removesuffix(".weight") + SCALE_SUFFIX
+        scale_name = name.removesuffix(".weight") + FP8_SCALE
         plain = host.block_name.match(name) and name.endswith(".weight") and tensor.ndim == 2 and name not in exact
         if plain and scale_name not in tensors:
-            found[name], found[scale_name] = in_float8(tensor, dtype)
+            found[name], found[scale_name] = scaled_fp8(tensor, dtype)
     return found
 
 
@@ -186,7 +187,7 @@ def base_tensors(host: Host, path: Path, open_base: OpenBase) -> dict[str, Store
 def check_base(host: Host, reader: Reader, base: dict[str, Stored], plan: PruningPlan, path: Path) -> tuple[str, ...]:
     """Whether this is the plan's teacher. Quantised values differ, so only names and shapes can be compared, by the
     host when it loads them: then a note says so."""
-    marks = (SCALED, *host.engine.marks)
+    marks = (FP8_MARK, *host.engine.marks)
     parts = parts_in(host.engine, (n for n in base if not n.endswith(IGNORED_SUFFIXES) and n not in marks))
     shapes = {key: Cut(rows=(part.pieces, part.of)).shape(base[part.name].shape) for key, part in parts.items()}
     vectors = {base[part.name] for key, part in parts.items() if len(shapes[key]) == 1}

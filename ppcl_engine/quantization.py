@@ -9,17 +9,16 @@ from functools import cached_property
 import torch
 
 FP8 = torch.float8_e4m3fn
-FP8_LARGEST = torch.finfo(FP8).max
 GROUP = 64  # neighbours of a row that share a scale in int4, as in its usual formats
 BITS = {"fp8": 8, "int8": 8, "int4": 4}
 FP8_MARK, FP8_SCALE = "scaled_fp8", ".scale_weight"  # as ComfyUI names them
 LEAST = 1e-12
 
 
-def scaled_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values in float8_e4m3fn, scale float32 []), weight ~ values * scale: the largest weight is fp8's largest number."""
-    scale = (weight.float().abs().max() / FP8_LARGEST).clamp_min(LEAST)
-    return (weight.float() / scale).to(FP8), scale
+def scaled_fp8(weight: torch.Tensor, dtype: torch.dtype = FP8) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values in `dtype`, scale float32 []), weight ~ values * scale: the largest weight is fp8's largest number."""
+    scale = (weight.float().abs().max() / torch.finfo(dtype).max).clamp_min(torch.finfo(torch.float32).tiny)
+    return (weight.float() / scale).to(dtype), scale
 
 
 def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
