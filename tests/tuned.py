@@ -13,9 +13,11 @@ from torch import nn
 
 from ppcl_engine.bundle import open_variant
 from ppcl_engine.checkpoint import Weights
+from ppcl_engine.config import FinetuneConfig
 from ppcl_engine.files import write_tensors
 from ppcl_engine.plan import Interval, PruningPlan, Variant, WidthSite
 from ppcl_engine.run import Run, RunStudents
+from ppcl_engine.stages.finetune import finetune
 from ppcl_engine.surgery import build_student
 from ppcl_engine.tuning import AveragedTrainer
 
@@ -77,6 +79,15 @@ def write_parts(run: Run, teacher_file: Path, width: bool = True, parts: Parts |
     )
     run.plan.write_text(plan.to_json())
     return plan
+
+
+def tuned_run(folder: Path, teacher_file: Path) -> Run:
+    """With these parts and "smallest" fine-tuned for two steps; `folder` holds a calibration set."""
+    run = Run(folder)
+    write_parts(run, teacher_file)
+    settings = {"variant": "smallest", "steps": 2, "learning_rate": 1e-2, "warm_up": 1}
+    finetune(FinetuneConfig(model=teacher_file, run=run.folder, device="cpu", **settings))
+    return run
 
 
 def _small(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:

@@ -10,18 +10,16 @@ import torch
 from ppcl_engine import open_model
 from ppcl_engine.bundle import Bundle
 from ppcl_engine.checkpoint import COMFYUI_PREFIX, parameter_count
-from ppcl_engine.config import FinetuneConfig
 from ppcl_engine.config_files import ExportConfig, ImportConfig, InspectConfig
 from ppcl_engine.files import TensorFile, write_tensors
 from ppcl_engine.run import Run
 from ppcl_engine.stages.export import export
-from ppcl_engine.stages.finetune import finetune
 from ppcl_engine.stages.import_released import import_released
 from ppcl_engine.stages.inspect import inspect
 
 from ..folds import relative, same_files, tensors_of
 from ..released_models import INTERVALS, KEPT, LISTS, TEACHER_BLOCKS, released_state, write_folder
-from ..tuned import write_parts
+from ..tuned import tuned_run, write_parts
 
 VARIANTS = ("full", "small", "smallest", "1-2,text:3-4", "3-4,ffn_image:1", "smallest_tuned")
 
@@ -29,11 +27,7 @@ VARIANTS = ("full", "small", "smallest", "1-2,text:3-4", "3-4,ffn_image:1", "sma
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, teacher_file, make_run) -> Run:
     """Students of both forms, projections of all kinds, a tuned variant with a time embedder of its own."""
-    run = Run(make_run(tmp_path_factory.mktemp("run"), teacher_file))
-    write_parts(run, teacher_file)
-    settings = {"variant": "smallest", "steps": 2, "learning_rate": 1e-2, "warm_up": 1}
-    finetune(FinetuneConfig(model=teacher_file, run=run.folder, device="cpu", **settings))
-    return run
+    return tuned_run(make_run(tmp_path_factory.mktemp("run"), teacher_file), teacher_file)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from ppcl_engine.__main__ import USER_ERROR, main
 from ppcl_engine.architectures import ARCHITECTURES
 from ppcl_engine.architectures.qwen_image import QwenImage
 from ppcl_engine.checkpoint import Weights
-from ppcl_engine.config import FinetuneConfig
 from ppcl_engine.config_files import ExportConfig, FoldConfig, SparsifyConfig
 from ppcl_engine.data import load_calibration, save_calibration
 from ppcl_engine.files import TensorFile
@@ -27,12 +26,11 @@ from ppcl_engine.sparsity import blocks
 from ppcl_engine.sparsity.files import sparsity_of
 from ppcl_engine.stages import sparsify as stage
 from ppcl_engine.stages.export import export
-from ppcl_engine.stages.finetune import finetune
 from ppcl_engine.stages.fold import fold
 from ppcl_engine.stages.inspect import describe
 from ppcl_engine.stages.sparsify import sparsify
 
-from ..tuned import write_parts
+from ..tuned import tuned_run
 
 PLAIN = {"score": "wanda", "granularity": "layer", "exchange": False, "compensate": False}  # where any will do: fast
 
@@ -40,11 +38,7 @@ PLAIN = {"score": "wanda", "granularity": "layer", "exchange": False, "compensat
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, teacher_file, make_run) -> Run:
     """Students, projections of all kinds, a tuned variant, all in a bundle."""
-    run = Run(make_run(tmp_path_factory.mktemp("run"), teacher_file))
-    write_parts(run, teacher_file)
-    settings = {"variant": "smallest", "steps": 2, "learning_rate": 1e-2, "warm_up": 1}
-    finetune(FinetuneConfig(model=teacher_file, run=run.folder, device="cpu", **settings))
-    return run
+    return tuned_run(make_run(tmp_path_factory.mktemp("run"), teacher_file), teacher_file)
 
 
 @pytest.fixture(scope="module")
