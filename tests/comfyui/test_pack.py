@@ -24,7 +24,7 @@ NETWORK = {
 }
 SHELLS = {"system", "popen", "spawnl", "spawnv", "spawnve", "execv", "execve", "execvp", "getoutput", "getstatusoutput"}
 LARGE = 2_000_000  # bytes
-DEMO_FILES = {"ppcl_engine/demo/teacher.safetensors", "ppcl_engine/demo/demo.ppcl.safetensors"}
+DEMO_FILES = {f"ppcl_engine/demo/{name}.safetensors" for name in ("teacher", "teacher_flux", "demo.ppcl")}
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "execution", "server"}
 NEVER = {"subprocess", "socket", "requests", "urllib", "os", "pickle", "importlib"}
 NEVER_CALLED = {"eval", "exec", "compile", "__import__"}
