@@ -19,6 +19,10 @@ ADVICE = {
     config.VariantsConfig: ([STREAMED], "lower samples"),
     config.FinetuneConfig: ([CHECKPOINTING, STREAMED], f"choose a smaller variant, or {BATCH}"),
     config_files.ExportConfig: ([], "close other programs"),
+    config_files.SparsifyConfig: (
+        [("streamed", False, "turn on streamed (states between blocks wait on disk)")],
+        "calibrate again with fewer samples",
+    ),
     config_files.EvaluateConfig: (
         [STREAMED, ("batch", None, "lower batch")],
         "make the pictures smaller (height, width)",
@@ -32,6 +36,11 @@ def memory_advice(settings: config.Common) -> str:
     first, rest = ADVICE[type(settings)]
     helping = [text for name, value, text in first if value is None or getattr(settings, name) == value]
     return " or ".join([*helping, rest][:2])
+
+
+def setting_advice(settings: config.Common, setting: str) -> str:
+    """How to change this one; "" where the stage has no advice of its own."""
+    return next((text for name, _, text in ADVICE[type(settings)][0] if name == setting), "")
 
 
 def last_advice(settings: config.Common) -> str:

@@ -140,6 +140,13 @@ class SparsifyConfig:
     """Precision in which blocks run; statistics are always float64."""
     streamed: bool = False
     """Keep the states between blocks on disk; blocks are always read one after the other."""
+    dry_run: bool = False
+    """Only print what it would take (memory, bytes, time); --path may be the name of a known model, such as qwen_image."""
+
+    @property
+    def model(self) -> Path:
+        """The full model that it is about; of a standalone the file itself."""
+        return self.base or self.path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,20 @@ class CostModel:
                 self._counted[built] = self._of(empty_block(self.architecture, self.config, place, {}))
         return self._counted[built]
 
+    def linear_maps(self, place: Place, skip: Sequence[str] = ()) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Of what stands there: (rows, columns) of each linear map; (rows of a sample, width) of each different tensor that
+        they read. skip: parts of names of maps that are left out."""
+        with torch.device("meta"), torch.no_grad():
+            block = empty_block(self.architecture, self.config, place, {})
+            found = [(n, m) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
+            maps = [module for name, module in found if not any(part in name for part in skip)]
+            read: dict[int, torch.Tensor] = {}  # they stay alive, so that their ids stay theirs
+            for module in maps:
+                module.register_forward_pre_hook(lambda _, given: read.update({id(given[0]): given[0]}))
+            self.architecture.run_block(block, self._state)
+        shapes = [(x.numel() // x.shape[-1], x.shape[-1]) for x in read.values()]
+        return [(m.out_features, m.in_features) for m in maps], shapes
+
     def _kind(self, index: int) -> Shapes:
         """What tells a block of the teacher from those of another kind."""
         if index not in self._kinds:

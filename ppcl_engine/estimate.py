@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .advice import STREAMED, last_advice
+from .advice import STREAMED, last_advice, setting_advice
 from .config import CalibrateConfig, Common, TuningConfig
+from .config_files import SparsifyConfig
 from .cost import CostModel, largest_pair
 from .machine import device_memory, flops_a_second, free_disk
 from .needs import (
@@ -24,7 +25,7 @@ from .plan import Interval
 from .rounds import REUSE
 from .run import DTYPES, resolve_device
 
-FITTING = {"streamed": STREAMED[-1], "dtype": "choose dtype bfloat16"}
+FITTING = {"streamed": STREAMED[-1], "dtype": "choose dtype bfloat16"}  # where a stage has no advice of its own
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def estimate(cost: CostModel, dtype: torch.dtype, device: str) -> list[Estimate]
     return rows
 
 
-def print_estimate(config: Common) -> None:
+def print_estimate(config: Common | SparsifyConfig) -> None:
     name, architecture, settings = model_config(config.model)
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
     blocks = architecture.num_blocks(settings)
@@ -68,13 +69,8 @@ def print_estimate(config: Common) -> None:
     print(
         f"on disk: {parameters * 2 / 1e9:.1f} GB in bf16, {parameters * 4 / 1e9:.1f} GB in fp32; {free:.0f} GB are free"
     )
-    print(f"distil depth on {device} in {config.dtype}, one sample of 1024 x 1024 an update:")
-    print(f"{'':10} {'device GB':>10} {'host GB':>10} {'s a step':>10}  fits")
-    for row in estimate(cost, dtype, device):
-        fits = "yes" if row.fits else f"no: {device_memory(device) / 1e9:.0f} GB here"
-        print(
-            f"{row.name:10} {row.device_bytes / 1e9:>10.1f} {row.host_bytes / 1e9:>10.1f} {row.seconds_a_step:>10.1f}  {fits}"
-        )
+    if not isinstance(config, SparsifyConfig):  # which trains nothing
+        _print_distilling(estimate(cost, dtype, device), device, config.dtype)
     if isinstance(config, TuningConfig):
         print(_tuning_note(parameters))
     wanted = needs(config)
@@ -86,6 +82,16 @@ def print_estimate(config: Common) -> None:
         print(f"as a job it would be refused: {line}")
 
 
+def _print_distilling(rows: list[Estimate], device: str, dtype: str) -> None:
+    print(f"distil depth on {device} in {dtype}, one sample of 1024 x 1024 an update:")
+    print(f"{'':10} {'device GB':>10} {'host GB':>10} {'s a step':>10}  fits")
+    for row in rows:
+        fits = "yes" if row.fits else f"no: {device_memory(device) / 1e9:.0f} GB here"
+        print(
+            f"{row.name:10} {row.device_bytes / 1e9:>10.1f} {row.host_bytes / 1e9:>10.1f} {row.seconds_a_step:>10.1f}  {fits}"
+        )
+
+
 def _tuning_note(parameters: int) -> str:
     """Weights, gradient, two moments and average, all float32."""
     size = TUNING_COPIES * torch.float32.itemsize
@@ -95,7 +101,7 @@ def _tuning_note(parameters: int) -> str:
     )
 
 
-def refusal(config: Common, calibrate: CalibrateConfig | None = None) -> str | None:
+def refusal(config: Common | SparsifyConfig, calibrate: CalibrateConfig | None = None) -> str | None:
     """Why the stage cannot run on this machine, in a line that names what to change; None when it may fit.
 
     `calibrate`: of the same job, where its calibration is not there yet.
@@ -115,10 +121,10 @@ def refusal(config: Common, calibrate: CalibrateConfig | None = None) -> str | N
     return None
 
 
-def _what_fits(config: Common, calibrate: CalibrateConfig | None, there: int) -> str:
+def _what_fits(config: Common | SparsifyConfig, calibrate: CalibrateConfig | None, there: int) -> str:
     """The change after which it may."""
     changes = ({"streamed": True}, {"dtype": "bfloat16"}, {"streamed": True, "dtype": "bfloat16"})
     for change in changes:
         if needs(replace(config, **change), calibrate).at_least <= there:
-            return " and ".join(FITTING[name] for name in change)
+            return " and ".join(setting_advice(config, name) or FITTING[name] for name in change)
     return f"{last_advice(config)}, or use a device with more memory"

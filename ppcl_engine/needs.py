@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from .architectures import ARCHITECTURES, Architecture
+from .architectures import ARCHITECTURES, Architecture, architecture_named
 from .codecs import TABLES, open_codec
 from .config import (
     CalibrateConfig,
@@ -25,13 +25,15 @@ from .config import (
     ProbeConfig,
     VariantsConfig,
 )
-from .config_files import EvaluateConfig, ExportConfig
+from .bundle import is_bundle, standalone_structure
+from .config_files import EvaluateConfig, ExportConfig, SparsifyConfig
 from .cost import CostModel, Grid, largest_pair
 from .files import TensorFile, read_json
 from .machine import flops_a_second
 from .plan import Interval, PruningPlan
 from .rounds import REUSE
 from .run import DTYPES, Run, resolve_device
+from .sparsity.needs import sparsify
 
 GRID, TEXT_TOKENS = (1, 64, 64), 128  # 1024 x 1024 pixels
 PIXELS_A_TOKEN = 16  # height and width
@@ -75,6 +77,10 @@ def model_config(model: Path) -> tuple[str, Architecture, dict]:
     for folder in (model / "transformer", model):
         if (folder / "config.json").exists():
             return _from_config_file(model, read_json(folder / "config.json"))
+    if structure := standalone_structure(model):
+        return model.name, architecture_named(structure["architecture"]), structure["config"]
+    if is_bundle(model):
+        raise ValueError(f"{model} is a bundle: students only; give the base model it was made from as --base")
     if model.is_file():
         from .checkpoint import Weights
 
@@ -92,7 +98,7 @@ def _from_config_file(model: Path, values: dict) -> tuple[str, Architecture, dic
     raise ValueError(f"{model}: class {values.get('_class_name')!r} is unknown; known: {known}")
 
 
-def needs(config: Common, calibrate: CalibrateConfig | None = None) -> Needs:
+def needs(config: Common | SparsifyConfig, calibrate: CalibrateConfig | None = None) -> Needs:
     """`calibrate`: of the same job, where its calibration is not there yet; with neither, the smallest one counts."""
     count = _Count(config, calibrate)
     stage, sure, more, disk, flops = _OF[type(config)](count, config)
@@ -305,12 +311,15 @@ _OF = {
     VariantsConfig: _variants,
     FinetuneConfig: _finetune,
     ExportConfig: _export,
+    SparsifyConfig: sparsify,
     EvaluateConfig: _evaluate,
 }
 
 
 def _samples(config: Common, calibrate: CalibrateConfig | None) -> Samples:
     path = Run(config.run).calibration
+    if isinstance(config, SparsifyConfig) and config.calibration is not None:
+        path = config.calibration
     calibrate = config if isinstance(config, CalibrateConfig) else calibrate
     if calibrate is not None:
         grid = _grid(calibrate)

@@ -19,10 +19,14 @@ from ppcl_engine.config import (
     PolishConfig,
     ProbeConfig,
 )
-from ppcl_engine.estimate import estimate, needs, refusal
+from ppcl_engine.config_files import ExportConfig, SparsifyConfig
+from ppcl_engine.estimate import estimate, needs, print_estimate, refusal
 from ppcl_engine.jobs.order import ALLOWED, Order, configs
 from ppcl_engine.machine import device_memory, free_disk
 from ppcl_engine.needs import _OF, _Count, model_config
+from ppcl_engine.stages.export import export
+
+from .tuned import tuned_run
 
 GB = 1e9
 
@@ -36,7 +40,8 @@ def test_every_stage_of_a_job_is_counted_and_has_advice():
 def test_a_tiny_model_fits(stage, teacher_file, make_run, tmp_path):
     folder = make_run(tmp_path, teacher_file)
     size = {"height": 64, "width": 64} if stage == "calibrate" else {}
-    ((_, config),) = configs(Order(stages=((stage, {"model": str(teacher_file), "device": "cpu", **size}),)), folder)
+    model = "path" if stage == "sparsify" else "model"
+    ((_, config),) = configs(Order(stages=((stage, {model: str(teacher_file), "device": "cpu", **size}),)), folder)
     assert refusal(config) is None
     wanted = needs(config)
     assert wanted.stage == stage and wanted.memory >= wanted.at_least >= 0 <= wanted.disk < 1e8
@@ -96,6 +101,37 @@ def test_blocks_of_several_kinds_are_summed_one_by_one(tmp_path, name, parameter
     assert again.teacher == 4 * (parameters - sum(sizes) + sizes[0] + sizes[1])
     resident, streamed = estimate(count.sizes.cost, torch.float32, "cpu")
     assert resident.device_bytes - streamed.device_bytes == count.teacher - again.teacher
+
+
+def test_making_a_model_sparse_counts_its_matrices(teacher_file, make_run, tmp_path):
+    """Of one block; the exact layers, not the model, are what takes memory."""
+    config = SparsifyConfig(path=teacher_file, run=make_run(tmp_path, teacher_file), device="cpu")
+    assert 0 < needs(replace(config, skip="mlp")).at_least < needs(config).at_least < needs(config).memory
+    assert needs(replace(config, streamed=True)).at_least < needs(config).at_least
+    plain = replace(config, granularity="layer", exchange=False, compensate=False)
+    assert needs(plain).seconds < needs(config).seconds
+    assert needs(replace(config, pattern="2:4")).disk < needs(config).disk
+
+
+def test_a_large_model_is_made_sparse_with_little_memory(capsys, tmp_path):
+    """Its largest block, Gram matrices of 3,072 and 12,288 columns, a sample's states; no weights are read."""
+    config = SparsifyConfig(path=Path("qwen_image"), run=tmp_path, device="cpu", dry_run=True)
+    print_estimate(config)
+    said = capsys.readouterr().out
+    assert "60 blocks, 20.43 B parameters" in said and "sparsify with these settings" in said
+    assert "distil depth" not in said
+    assert 4 * GB < needs(config).at_least < 10 * GB and 80 * GB < needs(config).disk < 85 * GB
+
+
+def test_a_variant_counts_what_is_left_of_it(teacher_file, make_run, tmp_path):
+    run = tuned_run(make_run(tmp_path, teacher_file), teacher_file)
+    bundle = export(ExportConfig(model=teacher_file, run=run.folder))
+    config = SparsifyConfig(path=bundle, base=teacher_file, variant="smallest", run=run.folder, device="cpu")
+    assert needs(config).disk < needs(replace(config, variant="full")).disk
+    alone = export(ExportConfig(model=teacher_file, run=run.folder, layout="ppcl", variant="smallest", name="alone"))
+    assert needs(replace(config, path=alone, base=None, variant=None)).disk == needs(config).disk
+    with pytest.raises(ValueError, match="is a bundle: students only; give the base model it was made from as --base"):
+        needs(replace(config, base=None))
 
 
 def test_the_disk_is_looked_at_where_the_run_will_be(tmp_path):

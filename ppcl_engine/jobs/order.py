@@ -9,12 +9,13 @@ from typing import Literal
 from .. import __main__ as command_line
 from ..atomic import read_json, write_json
 from ..config import Common, SharedConfig, TuningConfig, from_mapping
+from ..config_files import SparsifyConfig
 
 ORDER = "run.json"
 VERSION = 1
 ALLOWED = (
     "calibrate", "probe", "detect", "distill-depth", "detect-width", "distill-width", "polish", "variants", "finetune",
-    "export", "evaluate",
+    "export", "sparsify", "evaluate",
 )  # fmt: skip
 OURS = ("run", "dry_run")  # settings that a job sets by itself
 
@@ -72,6 +73,13 @@ class _Rest(Order):
     stages: tuple[tuple[str, dict], ...] = ()
 
 
+def _model_setting(kind: type, chosen: dict) -> str:
+    """Which one names the full model: sparsify prunes it itself, or has it as the base of a bundle."""
+    if kind is not SparsifyConfig:
+        return "model"
+    return "base" if chosen.get("base") else "path"
+
+
 def _stages(rows, path: Path) -> tuple[tuple[str, dict], ...]:
     match rows:
         case [*_] if all(isinstance(row, list) and len(row) == 2 for row in rows):
@@ -96,7 +104,7 @@ def _config(stage: str, settings: dict, folder: Path, model: Path | None, parall
     texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     kind = command_line.STAGES[stage][0]
     chosen = {**_sharing(kind, parallel), **texts, "run": str(folder)}
-    chosen |= {"model": str(Path(model).absolute())} if model else {}
+    chosen |= {_model_setting(kind, chosen): str(Path(model).absolute())} if model else {}
     config = from_mapping(kind, chosen, where)
     paths = {
         f.name: folder / getattr(config, f.name) for f in fields(config) if isinstance(getattr(config, f.name), Path)

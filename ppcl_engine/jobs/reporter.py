@@ -13,7 +13,7 @@ from pathlib import Path
 from .state import METRICS, JobState, append_event, append_line, write_state
 
 EVERY, HEARTBEAT = 0.3, 5.0  # seconds between two states on disk: when there is news, and when there is none
-SAFE_AT_EVERY_STEP = {"calibrate", "probe", "detect"}  # their steps are files
+SAFE_AT_EVERY_STEP = {"calibrate", "probe", "detect", "sparsify"}  # their steps are files
 
 
 class Reporter:

@@ -115,4 +115,4 @@ def _same_lessons(sibling: Path, folder: Path, order: Order, its_order: Order) -
 
 
 def _models(order: Order) -> set[str]:
-    return {str(settings.get("model")) for _, settings in order.stages}
+    return {str(settings.get("model", settings.get("base") or settings.get("path"))) for _, settings in order.stages}

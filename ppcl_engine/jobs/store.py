@@ -37,6 +37,7 @@ from .state import (
 
 KIND = re.compile(r"[a-z][a-z0-9-]{0,39}")
 ATTEMPT = re.compile(r"(.*-[0-9a-f]{8})(?:-([1-9][0-9]*))?")
+EXPORTING = {"export", "sparsify"}
 UNFINISHED = ".new-"  # a folder that is being filled; no name of a run begins like this
 FORGOTTEN = 3600.0  # seconds after which such a folder is of a process that was killed
 SAME_BITS = {"streamed", "checkpointing", "save_every", "dry_run", "run"}  # settings that no result hangs on
@@ -70,9 +71,9 @@ class RunStore:
         return [(path.name, _state_to_show(path)) for path in folders]
 
     def exports(self) -> list[Path]:
-        """Model files that the export stages of done runs wrote, newest run first."""
+        """Model files that done runs wrote, newest run first."""
         done = [self.root / name for name, state in self.names() if state.status == "done"]
-        exporting = [path for path in done if (order := _order_of(path)) and "export" in dict(order.stages)]
+        exporting = [path for path in done if (order := _order_of(path)) and EXPORTING & dict(order.stages).keys()]
         return [file for path in exporting for file in sorted((path / "exports").rglob("*.safetensors"))]
 
     def prepare(self, kind: str, stages, upstream: str = "", **options) -> Prepared:

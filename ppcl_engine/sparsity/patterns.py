@@ -47,10 +47,10 @@ def checked_sparsity(sparsity: float | None, pattern: Pattern) -> float:
         return own
     if not 0 < sparsity < 1:
         raise ValueError(
-            f"--sparsity {sparsity:g} is no share of weights to drop; choose one between 0 and 1, such as 0.5"
+            f"sparsity {sparsity:g} is no share of weights to drop; choose one between 0 and 1, such as 0.5"
         )
     if pattern.is_structured and sparsity != own:
-        raise ValueError(f"--sparsity {sparsity:g}: {pattern.name} drops {own:g} of the weights; leave --sparsity out")
+        raise ValueError(f"sparsity {sparsity:g}: {pattern.name} drops {own:g} of the weights; give that, or leave it out")
     return sparsity
 
 

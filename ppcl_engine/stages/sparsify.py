@@ -22,7 +22,7 @@ from ..data import CalibrationSet, load_calibration
 from ..files import TensorFile, write_json, write_tensors
 from ..layout import Place
 from ..memory import return_freed_memory
-from ..progress import Progress
+from ..progress import Progress, measured, saved
 from ..run import DTYPES, Run, resolve_device
 from ..sparsity.blocks import check_maps, prune_block, watch
 from ..sparsity.files import Sparsity, write_sparse
@@ -33,7 +33,7 @@ from ..sparsity.statistics import timestep_weights
 from ..standalone import Source, check_file_name
 from ..streaming import StateStore
 
-MACHINE_SETTINGS = ("run", "device", "streamed", "calibration")  # that change no bit, or are told by what they hold
+MACHINE_SETTINGS = ("run", "device", "streamed", "calibration", "dry_run")  # that change no bit, or are told by what they hold
 
 
 def sparsify(config: SparsifyConfig) -> Path:
@@ -71,7 +71,8 @@ class _Sparsifying:
 
     def __post_init__(self):
         self.device, self.dtype = resolve_device(self.config.device), DTYPES[self.config.dtype]
-        self.folder = self.config.run / "states" / f"sparsify_{self.config.name}"
+        run = Run(self.config.run)
+        self.folder, self.states = run.sparsified / self.config.name, run.states / f"sparsify_{self.config.name}"
         self.shared: dict[int, SharedText] = {}
 
     def write(self) -> Path:
@@ -86,6 +87,7 @@ class _Sparsifying:
         )
         write_json(path.with_suffix(".json"), {**json.loads(sparsity.to_json()), "layers": reports})
         shutil.rmtree(self.folder)
+        shutil.rmtree(self.states, ignore_errors=True)  # there is none where nothing is streamed
         share, size = sparsity.dropped / sparsity.weights, path.stat().st_size
         print(f"{sparsity.dropped:,} of {sparsity.weights:,} weights are zero ({100 * share:.2f} %), mean layer error "
               f"{sparsity.error:.4f}, {size:,} bytes")  # fmt: skip
@@ -95,7 +97,7 @@ class _Sparsifying:
         """Leaves a file for every block."""
         embedded = self._embedded()
         weights = [timestep_weights(batch["timestep"], self.config.timesteps) for batch in self.calibration.batches]
-        store = StateStore(self.folder / "boundaries" if self.config.streamed else None)
+        store = StateStore(self.states if self.config.streamed else None)
         for batch, state in enumerate(embedded):
             store.put(0, batch, state)
         places = self.source.layout.places
@@ -104,6 +106,7 @@ class _Sparsifying:
             states = _States(store, number, embedded)
             if not self._is_done(place):
                 self._prune_block(block, place, states, weights)
+                self._tell(number, place)
             elif self.config.feed == "dense":
                 self._advance(block, states)
             if self.config.feed == "pruned":
@@ -112,6 +115,11 @@ class _Sparsifying:
             states.drop()
             del block
             return_freed_memory()
+
+    def _tell(self, number: int, place: Place) -> None:
+        for row in self._report(place):
+            measured(f"layer {row['layer']}", number, row["error"])
+        saved()
 
     def _embedded(self) -> list[BlockState]:
         outer, architecture = self.source.outer(self.dtype, self.device), self.source.architecture

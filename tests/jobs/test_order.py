@@ -57,6 +57,14 @@ def test_another_machine_has_the_model_elsewhere(tmp_path):
     assert {config.model for _, config in configs(order, tmp_path, Path("/here/m"))} == {Path("/here/m")}
 
 
+def test_a_model_that_is_made_sparse_is_elsewhere_too(tmp_path):
+    whole, variant = {"path": "/there/m"}, {"path": "/there/bundle", "base": "/there/m"}
+    order = Order(stages=(("sparsify", whole), ("sparsify", variant)))
+    (_, first), (_, second) = configs(order, tmp_path, Path("/here/m"))
+    assert (first.path, first.base) == (Path("/here/m"), None)
+    assert (second.path, second.base) == (Path("/there/bundle"), Path("/here/m"))
+
+
 @pytest.mark.parametrize(
     "stage, settings, line",
     [

@@ -84,7 +84,7 @@ def test_a_full_model_loses_its_share_in_every_layer_and_nothing_else(
     assert 0 < (ours - theirs).norm() < 0.5 * theirs.norm()
     report = json.loads(path.with_suffix(".json").read_text())
     assert report["dropped"] == sum(zeros(model).values()) and len(report["layers"]) == len(weights)
-    assert not (path.parents[1] / "states" / "sparsify_sparse").exists()
+    assert not (path.parents[1] / "sparsified" / "sparse").exists()
 
 
 @pytest.mark.parametrize("variant", ["small", "smallest", "smallest_tuned", "full", "1-2,text:3-4"])
