@@ -12,6 +12,7 @@ from .host import register
 from .jobs import CalibrateFromPrompts, Detect, DistillDepth, DistillWidth, Export, FineTune, Probe
 from .load import LoadModel
 from .record import RecordCalibration
+from .sparsify import Sparsify
 from .variant import ChooseVariant
 from .view import Compare, Info, LoraReport
 from .watch import CancelJob, PrepareRun, WatchJob
@@ -19,7 +20,7 @@ from .watch import CancelJob, PrepareRun, WatchJob
 LOADING = [LoadModel, ChooseVariant, Info, LoraReport, Compare, DemoCaption, DemoDecode, FoldModel]
 MAKING = [
     RecordCalibration, CalibrateFromPrompts, Probe, Detect, EditPlan, DistillDepth, DistillWidth, FineTune, Export,
-    WatchJob, CancelJob, PrepareRun,
+    Sparsify, WatchJob, CancelJob, PrepareRun,
 ]  # fmt: skip
 
 

@@ -17,22 +17,24 @@ from .runs import RunType, model_of, progress_text
 from .settings import WHOLE_SEED, help_of, inputs, values
 from .waiting import Start, finish_upstream, run_job, screen_of
 
+FileType = io.Custom("COMBO")  # io.Combo's own output has the type of its choices, which no combo input takes
 CATEGORY = "PPCL/make"
 COMMON = ("device", "dtype", "streamed", "seed")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
 HOW = ("wait", "start", "keep_running", "preview_seconds")
 
 
-def common_inputs(seed: bool, previews: bool) -> list[io.Input]:
-    """The last widgets of every job. seed: where results hang on one. previews: where something is trained."""
+def common_inputs(seed: bool, previews: bool, kind: type = Common) -> list[io.Input]:
+    """The last widgets of every job. seed: where results hang on one. previews: where something is trained. kind: of
+    settings, whose words they have."""
     devices = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
     picture = io.Int.Input(
         "preview_seconds", default=30, min=0, max=3600,
-        tooltip="Seconds between pictures of losses, student and teacher; 0 draws none.",
+        tooltip="Seconds between pictures of how far it is (losses or errors; student and teacher); 0 draws none.",
     )  # fmt: skip
     return [
-        io.Combo.Input("device", options=devices, default="auto", tooltip=help_of(Common, "device")),
-        *inputs(Common, "dtype streamed seed" if seed else "dtype streamed", seed=WHOLE_SEED),
+        io.Combo.Input("device", options=devices, default="auto", tooltip=help_of(kind, "device")),
+        *inputs(kind, "dtype streamed seed" if seed else "dtype streamed", seed=WHOLE_SEED),
         io.Boolean.Input("wait", default=True, tooltip="On: wait for the job and show it. Off: give the run at once."),
         io.Boolean.Input(
             "start", default=True,
@@ -67,10 +69,11 @@ class Job(io.ComfyNode):
         more: tuple[io.Output, ...] = (),
         seed: bool = True,
         previews: bool = False,
+        kind: type = Common,
     ) -> io.Schema:
         return io.Schema(
             node_id=f"PPCL_{name}", display_name=f"{display_name} (PPCL)", category=CATEGORY, description=description,
-            inputs=[*settings, *common_inputs(seed, previews)], outputs=[*outputs(*cls.PICTURES), *more], hidden=[io.Hidden.unique_id],
+            inputs=[*settings, *common_inputs(seed, previews, kind)], outputs=[*outputs(*cls.PICTURES), *more], hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )  # fmt: skip
 
@@ -85,8 +88,8 @@ class Job(io.ComfyNode):
     ) -> Path:
         """stages: (settings class, name, settings beyond those that all share)."""
         check_device(given["device"])
-        shared = values(Common, {name: given[name] for name in COMMON if name in given}) | {"model": str(model)}
-        ready = [(name, {**shared, **values(kind_of, own)}) for kind_of, name, own in stages]
+        shared = {name: given[name] for name in COMMON if name in given} | {"model": str(model)}
+        ready = [(name, values(kind_of, {**shared, **own})) for kind_of, name, own in stages]
         return run_job(kind, ready, upstream, how_of(given), screen_of(cls), **bring)
 
     @classmethod

@@ -25,14 +25,13 @@ from ..ppcl_engine.config_files import EvaluateConfig, ExportConfig
 from ..ppcl_engine.plan import parse_intervals
 from ..ppcl_engine.run import Run
 from . import results
-from .job import Job
+from .job import FileType, Job
 from .paths import exported_name, model_path, teacher_files
 from .prompts import Prompts
 from .runs import folder_of, run_input
 from .settings import check_file_name, help_of, inputs
 from .view import picture_of
 
-FileType = io.Custom("COMBO")  # io.Combo's own output has the type of its choices, which no combo input takes
 SHARE, NAMED, PLANNED = "by share", "by name", "as planned"
 POLISH = {"polish_steps": "steps", "polish_learning_rate": "learning_rate"}
 

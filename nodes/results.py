@@ -16,6 +16,7 @@ from ..ppcl_engine.canvas import BLUE, INK, LINES, QUIET, logarithmic, new_figur
 from ..ppcl_engine.cost import CostModel
 from ..ppcl_engine.data import load_calibration
 from ..ppcl_engine.files import TensorFile, read_json
+from ..ppcl_engine.jobs.sheet import LAYER_ERRORS, sheet
 from ..ppcl_engine.jobs.state import PREVIEW, JobState
 from ..ppcl_engine.plan import FULL, PruningPlan, Variant
 from ..ppcl_engine.run import Run
@@ -196,6 +197,31 @@ def training_picture(folder: Path, losses: dict[str, torch.Tensor]) -> torch.Ten
     if (folder / PREVIEW).exists():
         return picture_of((folder / PREVIEW).read_bytes())
     return picture_of(charts.loss_curves(losses)) if losses else _card("Nothing was trained.", QUIET)
+
+
+def sparse_report(folder: Path) -> dict:
+    """What sparsify says of the file that it wrote."""
+    (path,) = (folder / "exports").glob("*.json")
+    return read_json(path)
+
+
+def sparse_picture(report: dict) -> torch.Tensor:
+    """A line a linear map: its error in every block."""
+    blocks = list(dict.fromkeys(row["block"] for row in report["layers"]))
+    curves: dict[str, dict[int, float]] = {}
+    for row in report["layers"]:
+        curves.setdefault(row["layer"], {})[blocks.index(row["block"])] = row["error"]
+    return picture_of(sheet(curves, [], *LAYER_ERRORS))
+
+
+def sparse_text(report: dict) -> str:
+    worst = max(report["layers"], key=lambda row: row["error"])
+    lines = [
+        f"{_share(report['dropped'] / report['weights'])} of {report['weights']:,} weights are zero ({report['pattern']})",
+        f"error of a layer: {report['error']:.2g} on the average, {worst['error']:.2g} in {worst['layer']} of block "
+        f"{worst['block']}",
+    ]
+    return "\n".join([*lines, *filter(None, [report["note"]])])
 
 
 def state_picture(folder: Path, state: JobState) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import fields
+from types import NoneType, UnionType
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from comfy_api.v0_0_2 import io
@@ -25,7 +26,7 @@ def inputs(kind: type, names: str, **changes: dict) -> list[io.Input]:
 
 
 def _input(kind: type, name: str, **changes) -> io.Input:
-    hint = get_type_hints(kind)[name]
+    hint = _plain(get_type_hints(kind)[name])
     words = {} if "tooltip" in changes else {"tooltip": help_of(kind, name)}
     given = {"default": defaults(kind)[name], **words, **changes}
     if get_origin(hint) is Literal:
@@ -33,6 +34,11 @@ def _input(kind: type, name: str, **changes) -> io.Input:
     if hint in LARGEST:
         return _NUMBERS[hint](name, **{"min": hint(0), "max": LARGEST[hint], **_step(hint, given["default"]), **given})
     return {bool: io.Boolean, str: io.String}[hint].Input(name, **given)
+
+
+def _plain(hint):
+    """Of a setting that may be left out what it is when it is not; its widget needs a default among `changes`."""
+    return next(of for of in get_args(hint) if of is not NoneType) if isinstance(hint, UnionType) else hint
 
 
 def help_of(kind: type, name: str) -> str:

@@ -88,7 +88,9 @@ class CostModel:
                 self._counted[built] = self._of(empty_block(self.architecture, self.config, place, {}))
         return self._counted[built]
 
-    def linear_maps(self, place: Place, skip: Sequence[str] = ()) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    def linear_maps(
+        self, place: Place, skip: Sequence[str] = ()
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """Of what stands there: (rows, columns) of each linear map; (rows of a sample, width) of each different tensor that
         they read. skip: parts of names of maps that are left out."""
         with torch.device("meta"), torch.no_grad():

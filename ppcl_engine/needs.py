@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from .architectures import ARCHITECTURES, Architecture, architecture_named
+from .bundle import is_bundle, standalone_structure
 from .codecs import TABLES, open_codec
 from .config import (
     CalibrateConfig,
@@ -25,7 +26,6 @@ from .config import (
     ProbeConfig,
     VariantsConfig,
 )
-from .bundle import is_bundle, standalone_structure
 from .config_files import EvaluateConfig, ExportConfig, SparsifyConfig
 from .cost import CostModel, Grid, largest_pair
 from .files import TensorFile, read_json

@@ -20,10 +20,10 @@ class Listener(Protocol):
         """`step` of `steps` of what the bar counts are done, at `rate` steps a second (None: not known yet)."""
 
     def measured(self, what: str, step: int, loss: float) -> None:
-        """The loss before update `step` of `what`, such as "interval 3-4"."""
+        """The loss before update `step` of `what`, such as "interval 3-4"; of "layer attn.to_q" its error in block `step`."""
 
     def saved(self) -> None:
-        """Everything trained so far is on disk: a moment to draw with it."""
+        """Everything made so far is on disk: a moment to draw with it."""
 
 
 _LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)

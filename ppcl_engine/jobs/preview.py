@@ -20,6 +20,7 @@ from ..bundle import Students, assemble, open_variant
 from ..checkpoint import Weights
 from ..codecs import TABLES, Codec, open_codec
 from ..config import Common, DistillDepthConfig, DistillWidthConfig, FinetuneConfig, PolishConfig
+from ..config_files import SparsifyConfig
 from ..data import load_calibration
 from ..files import TensorFile
 from ..layout import full_layout
@@ -28,7 +29,7 @@ from ..progress import listening
 from ..run import DTYPES, Run, RunStudents, resolve_device
 from ..sampling import Prompts, draw
 from ..surgery import filled_student
-from .sheet import Row, sheet
+from .sheet import LAYER_ERRORS, LOSSES, Row, sheet
 from .state import METRICS, PREVIEW
 
 PICTURES, STEPS = 4, 12
@@ -44,7 +45,7 @@ def next_drawing(begun: float, now: float, seconds: float) -> float:
 
 
 class Preview:
-    """`draw` is called where everything trained is on disk; `config` is the present stage's. `asked`: to stop."""
+    """`draw` is called where everything that was made is on disk; `config` is the present stage's. `asked`: to stop."""
 
     def __init__(self, folder: Path, seconds: float, asked: Callable[[], bool]):
         self.folder, self.seconds, self.asked = folder, seconds, asked
@@ -53,9 +54,9 @@ class Preview:
         self._painter: Painter | None = None
 
     def draw(self, finished: bool) -> bool:
-        """Whether there is a new picture: when it is time, and at the end of a stage that trained."""
+        """Whether there is a new picture: when it is time, and at the end of a stage that trained or pruned weights."""
         begun = time.monotonic()
-        if not self.seconds or self.asked() or type(self.config) not in TRAINING:
+        if not self.seconds or self.asked() or type(self.config) not in {*TRAINING, *CURVES_ALONE}:
             return False
         if not finished and begun < self._due:
             return False
@@ -72,12 +73,14 @@ class Preview:
             return False
         if not curves and not rows:
             return False
-        picture = sheet(curves, rows)
+        picture = sheet(curves, rows, *CURVES_ALONE.get(type(self.config), LOSSES))
         with replacing(self.folder / PREVIEW) as temporary:
             temporary.write_bytes(picture)
         return True
 
     def _rows(self) -> list[Row]:
+        if type(self.config) in CURVES_ALONE:
+            return []
         if self._painter is None and can_paint(self.config):
             self._painter = Painter(self.config, self.asked)
         return self._painter.rows(self.config) if self._painter is not None else []
@@ -192,6 +195,7 @@ def _finetune(config: FinetuneConfig, run: Run, plan: PruningPlan, students: Stu
     return saved, plan, replace(source, name=name, tuned=True), f"{source.name}\nfine-tuned"
 
 
+CURVES_ALONE = {SparsifyConfig: LAYER_ERRORS}
 TRAINING = {DistillDepthConfig: _depth, DistillWidthConfig: _width, PolishConfig: _polish, FinetuneConfig: _finetune}
 
 
@@ -231,5 +235,6 @@ def loss_curves(path: Path) -> dict[str, dict[int, float]]:
 
 
 def _kind(what: str) -> str:
-    """Trainers name themselves "interval 3-4", "ffn_image of block 2", or the stage."""
-    return "interval" if what.startswith("interval ") else "site" if " of block " in what else what
+    """Trainers name themselves "interval 3-4", "ffn_image of block 2", or the stage; maps that were pruned "layer attn.to_q"."""
+    first = what.split(" ")[0]
+    return first if first in ("interval", "layer") else "site" if " of block " in what else what

@@ -12,6 +12,7 @@ WIDTH, DPI = 6.4, 150  # inches: 960 pixels, sharp on dense screens
 CURVE_HEIGHT, TEXT_WIDTH = 2.7, 0.95
 MANY = len(LINES)
 LEAST_LOSS = 1e-12
+LOSSES, LAYER_ERRORS = ("update", "loss"), ("block", "error of a layer")  # what curves are of: across, up
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,13 @@ class Row:
     pictures: torch.Tensor
 
 
-def sheet(curves: dict[str, dict[int, float]], rows: list[Row]) -> bytes:
-    """A PNG. curves: name -> {update: loss}."""
+def sheet(curves: dict[str, dict[int, float]], rows: list[Row], across: str = LOSSES[0], up: str = LOSSES[1]) -> bytes:
+    """A PNG. curves: name -> {update: loss}, or what `across` and `up` say."""
     heights = [CURVE_HEIGHT if curves else 0.0, *(_row_height(row) for row in rows)]
     figure = _figure(sum(heights) + (0.1 if rows else 0.0))
     top = figure.get_figheight()
     if curves:
-        _draw_curves(figure, curves)
+        _draw_curves(figure, curves, across, up)
         top -= CURVE_HEIGHT
     for row, height in zip(rows, heights[1:], strict=True):
         _draw_row(figure, row, top, height)
@@ -54,7 +55,7 @@ def _figure(height: float):
     return figure
 
 
-def _draw_curves(figure, curves: dict[str, dict[int, float]]) -> None:
+def _draw_curves(figure, curves: dict[str, dict[int, float]], across: str, up: str) -> None:
     height = figure.get_figheight()
     axes = figure.add_axes((0.11, 1 - (CURVE_HEIGHT - 0.45) / height, 0.86, (CURVE_HEIGHT - 0.82) / height))
     tidy(axes)
@@ -71,8 +72,8 @@ def _draw_curves(figure, curves: dict[str, dict[int, float]]) -> None:
         logarithmic(axes)
     axes.set_xlim(0, max((steps[-1] for steps, _ in lines.values()), default=1) or 1)
     axes.tick_params(labelsize=9.5)
-    axes.set_xlabel("update", fontsize=10, color=QUIET, labelpad=2)
-    axes.set_ylabel("loss", fontsize=10, color=QUIET, labelpad=2)
+    axes.set_xlabel(across, fontsize=10, color=QUIET, labelpad=2)
+    axes.set_ylabel(up, fontsize=10, color=QUIET, labelpad=2)
     legend = figure.legend(
         *axes.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.1, 1 - 0.03 / height),
         ncols=min(3, len(lines)) if few else 2, frameon=False, fontsize=9.5, handlelength=1.4, columnspacing=1.4,

@@ -50,7 +50,9 @@ def checked_sparsity(sparsity: float | None, pattern: Pattern) -> float:
             f"sparsity {sparsity:g} is no share of weights to drop; choose one between 0 and 1, such as 0.5"
         )
     if pattern.is_structured and sparsity != own:
-        raise ValueError(f"sparsity {sparsity:g}: {pattern.name} drops {own:g} of the weights; give that, or leave it out")
+        raise ValueError(
+            f"sparsity {sparsity:g}: {pattern.name} drops {own:g} of the weights; give that, or leave it out"
+        )
     return sparsity
 
 

@@ -23,6 +23,8 @@ WIDGETS = {
     "FineTune": "variant name steps learning_rate warm_up weight_decay ema data checkpointing save_every "
     f"{COMMON} preview_seconds",
     "Export": "layout name variant store report_pictures device dtype streamed wait start keep_running",
+    "Sparsify": "file variant pattern sparsity score granularity exchange compensate permute skip name store device dtype "
+    "streamed wait start keep_running preview_seconds",
     "WatchJob": "run_name wait",
     "CancelJob": "run_name",
     "PrepareRun": "processes parallel",
@@ -35,9 +37,14 @@ SETTINGS = {
     "DistillWidth": config.DistillWidthConfig,
     "FineTune": config.FinetuneConfig,
     "Export": config_files.ExportConfig,
+    "Sparsify": config_files.SparsifyConfig,
 }
 OTHER = {("DistillWidth", "form"): config.DetectWidthConfig}  # the search's, which has one choice more
 OWN_WORDS = {("DistillWidth", "sites"), ("CalibrateFromPrompts", "prompts")}
+OPTIONAL = {
+    ("Sparsify", "sparsity"): 0.5,
+    ("Sparsify", "variant"): "",
+}  # left out on the command line; here there is a value
 SCALARS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
@@ -73,7 +80,7 @@ def test_words_and_defaults_are_the_settings(widgets, node):
         if owner is None or (node, name) in OWN_WORDS:
             continue
         assert widget.tooltip == setting_help(owner, name), (node, name)
-        assert widget.default == getattr(kind, name), (node, name)
+        assert widget.default == OPTIONAL.get((node, name), getattr(kind, name)), (node, name)
         found += 1
     assert found > 5
 
@@ -89,7 +96,8 @@ def test_the_settings_take_the_widgets_values(pack, widgets, node):
         }
         if node == "DistillWidth":
             given["form"] = "paper"
-        from_mapping(kind, {**values(kind, given), "model": "m", "run": "r"}, node)
+        model = "path" if node == "Sparsify" else "model"
+        from_mapping(kind, {**values(kind, given), model: "m", "run": "r"}, node)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,10 @@ QUICK = {
     "KSampler": {"steps": 4},
     "PPCL_Detect": {"remove": 2, "longest": 2, "bootstrap": 4, "samples": 8},
     "PPCL_DistillDepth": {"rounds": 2, "updates": 4, "preview_seconds": 1},
+    "PPCL_Sparsify": {
+        "score": "wanda", "granularity": "row", "exchange": False, "compensate": False, "skip": "img_ txt_ add_",
+        "preview_seconds": 1,
+    },
     "PPCL_DistillWidth": {
         "choose": "by name", "sites": "ffn_text:22", "rounds": 1, "updates": 2, "polish_steps": 2, "preview_seconds": 0,
     },

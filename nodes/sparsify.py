@@ -1,0 +1,69 @@
+"""PPCL_Sparsify: weights of a model become zero with no training, as a job, by what its layers read in a run's calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comfy_api.v0_0_2 import io
+
+from ..ppcl_engine.bundle import BUNDLE_SUFFIX, is_bundle
+from ..ppcl_engine.config_files import SparsifyConfig
+from ..ppcl_engine.sparsity.patterns import checked_sparsity, pattern_named
+from . import gguf, results
+from .job import FileType, Job
+from .paths import EXPORTS, exported_name, model_files, model_path
+from .runs import folder_of, run_input
+from .settings import check_file_name, help_of, inputs
+
+OWN = "the run's own"
+SETTINGS = "pattern sparsity score granularity exchange compensate permute skip name store"
+
+
+class Sparsify(Job):
+    PICTURES = ("layer errors",)
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = [name for name in model_files() if not name.endswith(gguf.ENDING)]
+        return cls.schema(
+            "Sparsify", "Sparsify",
+            "Sets weights to zero with no training, a block at a time, by what the layers read in a calibration.",
+            [
+                run_input(tooltip="A calibration, recorded or from prompts, or any run behind one."),
+                io.Combo.Input(
+                    "file", options=[OWN, *files], default=OWN,
+                    tooltip=f"What to prune. {OWN}: the bundle that the run exported, else its full model. Of a bundle the base "
+                    "is the run's full model.",
+                ),
+                io.String.Input("variant", default="", tooltip=help_of(SparsifyConfig, "variant")),
+                *inputs(SparsifyConfig, SETTINGS, sparsity={"default": 0.5, "max": 1.0}),
+            ],
+            more=(FileType.Output(display_name="file", tooltip="For file of Load Pruned Model (PPCL)."),),
+            seed=False, previews=True, kind=SparsifyConfig,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, run, file, variant, **given) -> io.NodeOutput:
+        check_file_name(given["name"])
+        checked_sparsity(given["sparsity"], pattern_named(given["pattern"]))
+        model = cls.ready(run, given)
+        path = (bundle_of(run) or model) if file == OWN else model_path(file)
+        base = str(model) if is_bundle(path) else None
+        settings = {**given, "path": str(path), "base": base, "variant": variant.strip() or None}
+        return cls.output(cls.work("sparse", [(SparsifyConfig, "sparsify", settings)], run, given, model), _pruned)
+
+    @classmethod
+    def nothing(cls) -> list:
+        return [""]
+
+
+def bundle_of(run: str) -> Path | None:
+    """That the run exported."""
+    return next(iter(sorted((folder_of(run) / EXPORTS).glob(f"*{BUNDLE_SUFFIX}"))), None)
+
+
+def _pruned(folder: Path) -> list:
+    report = results.sparse_report(folder)
+    (file,) = (folder / EXPORTS).glob("*.safetensors")
+    text = f"{exported_name(file)}: {file.stat().st_size / 1e9:.4g} GB\n{results.sparse_text(report)}"
+    return [results.sparse_picture(report), text, exported_name(file)]
