@@ -39,3 +39,10 @@ def test_the_host_runs_it_on_its_own_fp8_layers(stored, load, velocity, caplog):
     assert not [line for line in caplog.messages if "missing" in line or "unexpected" in line]
     layer = model.model.diffusion_model.transformer_blocks[0].attn.to_q
     assert layer.weight.dtype == torch.float8_e4m3fn and float(layer.scale_weight) != 1
+
+
+def test_the_host_knows_no_int8():
+    """README and help say so; the day it does, there is a format to write."""
+    from comfy.quant_ops import QUANT_ALGOS
+
+    assert QUANT_ALGOS and {algorithm["storage_t"] for algorithm in QUANT_ALGOS.values()} == {torch.float8_e4m3fn}

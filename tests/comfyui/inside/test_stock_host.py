@@ -14,7 +14,12 @@ from ppcl_engine.checkpoint import expected_shapes
 from ppcl_engine.files import TensorFile
 from ppcl_engine.layout import layout_of
 from ppcl_engine.plan import PruningPlan, parse_intervals, parse_sites
-from ppcl_engine.standalone import GUARD_SHAPE, guard_name
+from ppcl_engine.quantization import FP8, FP8_MARK
+from ppcl_engine.sparsity.compressed import INDICES, VALUES, compressed_shapes
+from ppcl_engine.sparsity.files import SPARSITY_KEY
+from ppcl_engine.standalone import GUARD_SHAPE, Source, guard_name, write_sources
+
+from .conftest import relative_error
 
 QWEN = architecture_named("qwen_image")
 REAL = QWEN.model_configs["qwen_image"]
@@ -33,8 +38,13 @@ def without_the_pack():
         models[:] = ours + models
 
 
-def write_real(path, shapes: dict, small: dict | None = None, metadata: dict | None = None, random=False) -> None:
-    """A safetensors file of bf16 tensors: zeros that take no disk, or random numbers; and `small` tensors as they are."""
+def random_numbers() -> torch.Tensor:
+    return (0.02 * torch.randn(NUMBERS, generator=torch.Generator().manual_seed(0))).bfloat16()
+
+
+def write_real(path, shapes: dict, small: dict | None = None, metadata: dict | None = None, numbers=None) -> None:
+    """A safetensors file of bf16 tensors: zeros that take no disk, or `numbers` again and again; and `small` tensors as they
+    are."""
     header, offset = {"__metadata__": metadata or {}}, 0
     tensors = {name: (torch.bfloat16, shape) for name, shape in shapes.items()}
     tensors |= {name: (t.dtype, tuple(t.shape)) for name, t in (small or {}).items()}
@@ -43,14 +53,13 @@ def write_real(path, shapes: dict, small: dict | None = None, metadata: dict | N
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
-    numbers = (0.02 * torch.randn(NUMBERS, generator=torch.Generator().manual_seed(0))).bfloat16()
-    data = numbers.view(torch.uint8).numpy().data
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in (small or {}).items():
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
             file.write(tensor.numpy().data)
-        if random:
+        if numbers is not None:
+            data = numbers.view(torch.uint8).numpy().data
             file.seek(8 + len(text))
             for start in range(0, offset, len(data)):
                 file.write(data[: offset - start])
@@ -65,12 +74,22 @@ def removed(models):
         path.unlink()
 
 
-def test_a_native_standalone_loads(models, run_node, velocity, inputs, monkeypatch, removed):
-    """Two random blocks, renumbered: every tensor is the file's, and it runs."""
+@pytest.fixture
+def wide_text(inputs, monkeypatch):
     monkeypatch.setattr(inputs, "text", torch.randn(1, 7, 3584, generator=torch.Generator().manual_seed(6)))
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["native standalone", "unstructured sparse"])
+def test_files_in_its_own_layout_load(models, run_node, velocity, wide_text, removed, sparse):
+    """Two random blocks, renumbered, or a full model of two of which half the weights are zero: every tensor is the file's,
+    and it runs."""
     config, path = {**REAL, "num_layers": 2}, models.diffusion_models / "real_native.safetensors"
-    metadata = {MAP_KEY: "[0, 3]", "config": json.dumps(config)}
-    write_real(path, expected_shapes(QWEN, config), metadata=metadata, random=True)
+    metadata = {SPARSITY_KEY: "{}"} if sparse else {MAP_KEY: "[0, 3]"}
+    numbers = random_numbers()
+    numbers[::2] *= not sparse
+    write_real(
+        path, expected_shapes(QWEN, config), metadata={**metadata, "config": json.dumps(config)}, numbers=numbers
+    )
     with without_the_pack():
         (model,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
     file, found = TensorFile(path), model.model.diffusion_model.state_dict()
@@ -106,3 +125,42 @@ def test_other_files_are_refused(models, run_node, removed, blocks, intervals, c
         run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
     (model,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
     assert len(model.model.diffusion_model.transformer_blocks) == blocks
+
+
+def test_a_compressed_file_is_refused(models, run_node, removed):
+    """2:4: it would find no matrix at all and leave them as memory happened to be. The pack loads the same file."""
+    config, path = {**REAL, "num_layers": 1}, models.diffusion_models / "real_sparse.safetensors"
+    shapes = expected_shapes(QWEN, config)
+    matrices = [name for name, shape in shapes.items() if name.startswith("transformer_blocks.") and len(shape) == 2]
+    small = {min(matrices): torch.zeros(GUARD_SHAPE, dtype=torch.uint8)}
+    for name in matrices:
+        values, indices = compressed_shapes(shapes.pop(name))
+        shapes[name + VALUES] = values
+        small[name + INDICES] = torch.full(indices, 0b0100_0100, dtype=torch.uint8)  # the first two of every four
+    write_real(path, shapes, small, {SPARSITY_KEY: "{}", "config": json.dumps(config)})
+    with without_the_pack(), pytest.raises(RuntimeError, match="size mismatch"):
+        run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
+    (model,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
+    assert model.model.diffusion_model.transformer_blocks[0].attn.to_q.weight.shape == (3072, 3072)
+
+
+def test_an_export_in_fp8_loads(models, run_node, velocity, wide_text, removed, caplog):
+    """As `ppcl export --store float8` writes it: two random blocks run on the host's own fp8 layers."""
+    config, path = {**REAL, "num_layers": 2}, models.diffusion_models / "real_fp8.safetensors"
+    shapes, numbers = expected_shapes(QWEN, config), random_numbers()
+
+    def source(shape: tuple[int, ...]) -> Source:
+        count = torch.Size(shape).numel()
+        return Source(shape, lambda: numbers.repeat(-(-count // NUMBERS))[:count].reshape(shape))
+
+    extra = {FP8_MARK: torch.zeros(2, dtype=FP8)}
+    write_sources(path, {n: source(s) for n, s in shapes.items()}, torch.bfloat16, {"format": "pt"}, extra, scaled=True)
+    with without_the_pack():
+        (model,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
+    assert not [line for line in caplog.messages if "missing" in line or "unexpected" in line]
+    layer = model.model.diffusion_model.transformer_blocks[1].attn.to_q
+    assert layer.weight.dtype == FP8
+    row, scale = layer.weight[5].float(), float(layer.scale_weight)
+    assert relative_error(row * scale, numbers[5 * 3072 : 6 * 3072].float()) < 0.05
+    velocities = velocity(model)
+    assert velocities.isfinite().all() and velocities.std() > 0
