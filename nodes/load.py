@@ -12,8 +12,10 @@ from comfy_api.v0_0_2 import io
 from ..ppcl_engine.bundle import Bundle, is_bundle
 from ..ppcl_engine.config_files import ImportConfig
 from ..ppcl_engine.config_help import setting_help
+from ..ppcl_engine.files import TensorFile
 from ..ppcl_engine.layout import layout_of
 from ..ppcl_engine.plan import FULL
+from ..ppcl_engine.sparsity.files import sparsity_of
 from . import gguf
 from .clock import watch
 from .folding import make_fold
@@ -59,6 +61,7 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
     model.cached_patcher_init = (_patcher_alone, (request, weight_dtype))
     watch(model)
     follow_folded(model, content)
+    content.notes += note_sparsity(model, request.path)
     if plan and request.switchable and variant:
         prepare(model)
         model = with_variant(model, variant)
@@ -73,6 +76,16 @@ def follow_folded(model, content: Content) -> None:
     if parts is not None and parts.structure.folding is not None:
         parts.later = content.later
         follow(model)
+
+
+def note_sparsity(model, path: Path) -> tuple[str, ...]:
+    """What weights of a file are zero, in words; Compare Variants names its column by it."""
+    found = sparsity_of(TensorFile(path).metadata) if path.is_file() else None
+    if found is None:
+        return ()
+    share = f"{100 * found.dropped / found.weights:.3g} %"
+    model.model.ppcl_sparsity = f"{share} zero"
+    return (f"{share} of {found.weights:,} weights in its blocks are zero ({found.pattern})",)
 
 
 def _patcher_alone(request: Request, weight_dtype: str, disable_dynamic: bool = False):

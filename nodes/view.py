@@ -100,9 +100,10 @@ def compared(models: list, pictures: list[torch.Tensor]) -> torch.Tensor:
 
 
 def column_name(model) -> str:
-    """ "small, folded: table" """
-    folding = folding_in(model.model.diffusion_model)
-    return f"{name_of(model)}, folded: {folding.form}" if folding else name_of(model)
+    """ "small, folded: table", "full, 50 % zero" """
+    folding, sparsity = folding_in(model.model.diffusion_model), getattr(model.model, "ppcl_sparsity", None)
+    parts = [name_of(model), *([f"folded: {folding.form}"] if folding else []), *([sparsity] if sparsity else [])]
+    return ", ".join(parts)
 
 
 class Info(io.ComfyNode):

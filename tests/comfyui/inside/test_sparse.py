@@ -11,6 +11,11 @@ from ppcl_engine.stages.sparsify import sparsify
 
 from .conftest import relative_error
 
+PLAIN = {
+    "base": "none", "variant": "", "switchable": False, "weight_dtype": "fp32", "preset": "auto", "intervals": "",
+    "legacy_text": False,
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory, models, teacher, bundle, calibration_of, make_model, save_model):
@@ -41,12 +46,15 @@ def sparse(tmp_path_factory, models, teacher, bundle, calibration_of, make_model
 
 @pytest.mark.parametrize("variant", ["whole", "smallest"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_both_loaders_give_the_engines_model(sparse, load, run_node, velocity, engine_velocity, variant, pattern):
+def test_both_loaders_give_the_engines_model(sparse, run_node, pack, velocity, engine_velocity, variant, pattern):
     path = sparse(variant, pattern)
     expected = engine_velocity(path)
-    model = load(path.name, variant="", switchable=False)
+    model, said = run_node("PPCL_LoadModel", file=path.name, **PLAIN)
+    assert said.splitlines()[-1].startswith("50 % of ") and said.endswith(f"are zero ({pattern})")
     assert relative_error(velocity(model), expected) < 1e-5
     weight = model.model.diffusion_model.transformer_blocks[0].attn.to_q.weight
     assert int((weight == 0).sum()) == weight.numel() // 2
+    name = "full" if variant == "whole" else "pruned"
+    assert pack("view").column_name(model) == f"{name}, 50 % zero"
     (stock,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
     assert relative_error(velocity(stock), expected) < 1e-2 and torch.isfinite(velocity(stock)).all()
