@@ -93,7 +93,6 @@ class _Sparsifying:
         )
         write_json(path.with_suffix(".json"), {**json.loads(sparsity.to_json()), "layers": reports})
         shutil.rmtree(self.folder)
-        shutil.rmtree(self.states, ignore_errors=True)  # there is none where nothing is streamed
         share, size = sparsity.dropped / sparsity.weights, path.stat().st_size
         print(f"{sparsity.dropped:,} of {sparsity.weights:,} weights are zero ({100 * share:.2f} %), mean layer error "
               f"{sparsity.error:.4f}, {size:,} bytes")  # fmt: skip
@@ -121,6 +120,7 @@ class _Sparsifying:
             states.drop()
             del block
             return_freed_memory()
+        store.clear()
 
     def _tell(self, number: int, place: Place) -> None:
         for row in self._report(place):
