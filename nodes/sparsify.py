@@ -8,12 +8,16 @@ from comfy_api.v0_0_2 import io
 
 from ..ppcl_engine.bundle import BUNDLE_SUFFIX, is_bundle
 from ..ppcl_engine.config_files import SparsifyConfig
+from ..ppcl_engine.data import load_calibration
+from ..ppcl_engine.run import Run
 from ..ppcl_engine.sparsity.patterns import checked_sparsity, pattern_named
+from ..ppcl_engine.sparsity.source import open_source
 from . import gguf, results
 from .job import FileType, Job
 from .paths import EXPORTS, exported_name, model_files, model_path
 from .runs import folder_of, run_input
 from .settings import check_file_name, help_of, inputs
+from .waiting import in_words_of_widgets
 
 OWN = "the run's own"
 SETTINGS = "pattern sparsity score granularity exchange compensate permute skip name store"
@@ -48,13 +52,24 @@ class Sparsify(Job):
         checked_sparsity(given["sparsity"], pattern_named(given["pattern"]))
         model = cls.ready(run, given)
         path = (bundle_of(run) or model) if file == OWN else model_path(file)
-        base = str(model) if is_bundle(path) else None
-        settings = {**given, "path": str(path), "base": base, "variant": variant.strip() or None}
+        base, chosen = model if is_bundle(path) else None, variant.strip() or None
+        check(run, path, base, chosen)
+        settings = {**given, "path": str(path), "base": base and str(base), "variant": chosen}
         return cls.output(cls.work("sparse", [(SparsifyConfig, "sparsify", settings)], run, given, model), _pruned)
 
     @classmethod
     def nothing(cls) -> list:
         return [""]
+
+
+def check(run: str, path: Path, base: Path | None, variant: str | None) -> None:
+    """Before a process starts that would find it out. Raises ValueError, in the words of the widgets, for a file or variant
+    that cannot be pruned and for a calibration of another model; kilobytes of the file are read."""
+    try:
+        source = open_source(path, base, variant)
+        load_calibration(Run(folder_of(run)).calibration).check_model(source.architecture.name, source.fingerprint, run)
+    except ValueError as error:
+        raise ValueError(in_words_of_widgets(str(error))) from None
 
 
 def bundle_of(run: str) -> Path | None:

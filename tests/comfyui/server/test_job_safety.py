@@ -103,6 +103,7 @@ def test_forged_runs(server, known, kind, run, nothing_else_changes):
         ("Sparsify", {"pattern": "3:4"}, "pattern '3:4' is unknown"),
         ("Sparsify", {"score": "../x"}, "score '../x' is not a choice"),
         ("Sparsify", {"file": "../../../etc/passwd"}, "is in none of models/ppcl and models/diffusion_models"),
+        ("Sparsify", {"variant": "small"}, "has no variant 'small'; leave the variant out"),
         ("Sparsify", {"name": "../../evil"}, "name '../../evil': letters, digits"),
         ("PrepareRun", {}, "is done, not waiting to be started"),
         ("WatchJob", {"run_name": "../../x"}, "is no name of a run"),
