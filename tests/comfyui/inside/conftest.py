@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.report import machine, versions
+from ppcl_engine.architectures import REFERENCES
 from ppcl_engine.bundle import open_model
 from ppcl_engine.config_files import ExportConfig
 from ppcl_engine.files import write_json
@@ -28,6 +29,7 @@ from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True
 
+import comfy.latent_formats  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfyui_version  # noqa: E402
 import folder_paths  # noqa: E402
@@ -117,6 +119,10 @@ CASES = {
 }
 
 
+EDITS = {"text alone": (), "references": ((8, 12), (4, 8))}  # sizes of an edit model's reference latents
+edits = pytest.mark.parametrize("references", EDITS.values(), ids=EDITS, indirect=True)
+
+
 @pytest.fixture(scope="session")
 def host_case(architecture) -> Case:
     return CASES[architecture.name]
@@ -151,10 +157,16 @@ def bundle(models, exported, host_case) -> Path:
     return exported(models.ppcl, "bundle", "tiny" if host_case.frames else f"tiny_{host_case.file}")
 
 
-@pytest.fixture(scope="session")
-def inputs(host_case) -> SimpleNamespace:
+@pytest.fixture(scope="module")
+def references(request) -> tuple[tuple[int, int], ...]:
+    """None, or what a test names by `edits`."""
+    return getattr(request, "param", ())
+
+
+@pytest.fixture(scope="module")
+def inputs(host_case, architecture, references) -> SimpleNamespace:
     """One forward that host and engine compute alike: batch 1, unpadded text, even grid. more: what the host's
-    conditioning has beside the text; captions: the same for the engine."""
+    conditioning has beside the text; captions: the same for the engine; grid: of all pictures."""
     generator = torch.Generator().manual_seed(5)
     latents, text = torch.randn(1, 16, 1, 8, 12, generator=generator), torch.randn(1, 7, 24, generator=generator)
     more, captions = {}, {"encoder_hidden_states": text}
@@ -163,10 +175,15 @@ def inputs(host_case) -> SimpleNamespace:
     if host_case.guidance:
         more["guidance"], captions["guidance"] = host_case.guidance, torch.tensor([host_case.guidance])
     latents = latents if host_case.frames else latents[:, :, 0]
-    return SimpleNamespace(latents=latents, text=text, sigma=0.7, more=more, captions=captions)
+    pictures = [torch.randn(1, 16, 1, *size, generator=generator) for size in references]
+    if pictures:
+        more["reference_latents"] = [comfy.latent_formats.Wan21().process_out(picture) for picture in pictures]
+        captions[REFERENCES] = torch.cat([architecture.pack(flat(picture)) for picture in pictures], dim=1)
+    grid = torch.cat([architecture.grid(picture) for picture in (latents, *pictures)])
+    return SimpleNamespace(latents=latents, text=text, sigma=0.7, more=more, captions=captions, grid=grid)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def velocity(inputs):
     """One forward of a MODEL by the host's own way of sampling: loaded, patched, wrapped."""
 
@@ -189,7 +206,7 @@ def velocity(inputs):
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine_velocity(inputs, architecture):
     """The same forward by the engine."""
 
@@ -232,7 +249,7 @@ def drawn(run_node, inputs):
         empty = torch.zeros(samples, *inputs.latents.shape[1:])
         (found,) = run_node(
             "KSampler", model=model, seed=3, steps=steps, cfg=cfg, sampler_name=sampler, scheduler="simple",
-            positive=[[text, {}]], negative=[[negative, {}]], latent_image={"samples": empty}, denoise=1.0,
+            positive=[[text, inputs.more]], negative=[[negative, inputs.more]], latent_image={"samples": empty}, denoise=1.0,
         )  # fmt: skip
         return found["samples"]
 
@@ -261,12 +278,11 @@ def of_form(load, bundle, teacher, loose_bound):
 
 
 def engine_forward(architecture, model, inputs) -> torch.Tensor:
-    latents = flat(inputs.latents)
-    grid = architecture.grid(latents)
-    rows = {"hidden_states": architecture.pack(latents), "timestep": torch.tensor([inputs.sigma]), "grid": grid}
+    tokens = architecture.pack(flat(inputs.latents))
+    rows = {"hidden_states": tokens, "timestep": torch.tensor([inputs.sigma]), "grid": inputs.grid}
     with torch.no_grad():
         tokens = architecture.call(model, {**rows, **inputs.captions, "encoder_hidden_states": inputs.text})
-    return architecture.unpack(tokens, grid)
+    return architecture.unpack(tokens, inputs.grid)
 
 
 def flat(latents: torch.Tensor) -> torch.Tensor:
