@@ -85,6 +85,7 @@ class Probe(Job):
                 *inputs(ProbeConfig, "ridge train_steps learning_rate held_out", held_out={"min": 1}),
             ],
             seed=False,
+            states=True,
         )  # fmt: skip
 
     @classmethod
@@ -112,6 +113,7 @@ class Detect(Job):
                     longest={"min": 2, "max": 64}, samples={"min": 2}, tokens={"min": 1}, bootstrap={"max": 10_000},
                 ),
             ],
+            states=True,
         )  # fmt: skip
 
     @classmethod
@@ -140,6 +142,7 @@ class DistillDepth(Job):
                 ),
             ],
             previews=True,
+            states=True,
         )  # fmt: skip
 
     @classmethod
@@ -176,6 +179,7 @@ class DistillWidth(Job):
                 *(_polish_input(name) for name in POLISH),
             ],
             previews=True,
+            states=True,
         )  # fmt: skip
 
     @classmethod
@@ -199,7 +203,8 @@ def _polish_input(name: str) -> io.Input:
 
 def _width_stages(choose: str, given: dict) -> list[tuple[type, str, dict]]:
     names = ["rounds", "updates", "learning_rate", "give_back", "warm_up", "cache_gb"]
-    distill = {name: given[name] for name in names}
+    tokens = {name: given[name] for name in ("target_tokens_only",) if name in given}  # workflows of before have none
+    distill = {**tokens, **{name: given[name] for name in names}}
     if choose == NAMED:
         if not given["sites"].strip():
             raise ValueError(f"choose is {NAMED!r}, but sites names none; write them as 'ffn_image:2 text:51-59'")
@@ -209,7 +214,7 @@ def _width_stages(choose: str, given: dict) -> list[tuple[type, str, dict]]:
         return [(DistillWidthConfig, "distill-width", distill)]
     if choose != SHARE:
         raise ValueError(f"choose {choose!r} is not a choice; choose from {SHARE}, {NAMED}, {PLANNED}")
-    detect = {name: given[name] for name in ("share", "form", "longest", "cache_gb")}
+    detect = {**tokens, **{name: given[name] for name in ("share", "form", "longest", "cache_gb")}}
     return [(DetectWidthConfig, "detect-width", detect), (DistillWidthConfig, "distill-width", distill)]
 
 

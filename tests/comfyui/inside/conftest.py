@@ -78,8 +78,8 @@ def pack(models):
     """`pack("load")` is the module nodes/load.py of the pack as the host imported it."""
     path = str(ROOT)
     assert asyncio.run(host_nodes.load_custom_node(path, module_parent="custom_nodes"))
-    for extra in ("nodes_model_advanced", "nodes_model_merging", "nodes_slg", "nodes_custom_sampler"):
-        file = str(ROOT / ".comfyui" / "comfy_extras" / f"{extra}.py")
+    for extra in ("model_advanced", "model_merging", "slg", "custom_sampler", "edit_model", "flux"):
+        file = str(ROOT / ".comfyui" / "comfy_extras" / f"nodes_{extra}.py")
         assert asyncio.run(host_nodes.load_custom_node(file, module_parent="comfy_extras"))
     name = path.replace(".", "_x_")
     assert "PPCL_LoadModel" in host_nodes.NODE_CLASS_MAPPINGS
