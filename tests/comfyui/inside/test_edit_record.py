@@ -12,6 +12,7 @@ from ppcl_engine.checkpoint import Weights
 from ppcl_engine.data import load_calibration
 from ppcl_engine.files import TensorFile, write_tensors
 from ppcl_engine.jobs.order import configs, read_order
+from ppcl_engine.jobs.state import JobState, write_state
 from ppcl_engine.run import Run
 from ppcl_engine.streaming import Teacher
 
@@ -23,6 +24,14 @@ MARK = "__index_timestep_zero__"
 NODE = {"samples": 24, "each_picture": 4, "batch": 4, "empty_captions": 0.4, "seed": 3}
 JOB = {"device": "cpu", "dtype": "float32", "streamed": False, "wait": True, "start": False, "keep_running": False}
 PROBE = {"ridge": 1e-4, "train_steps": 0, "learning_rate": 1e-4, "held_out": 1}
+DETECT = {
+    "method": "budget", "remove": 2, "longest": 3, "protect": "", "samples": 8, "tokens": 3, "bootstrap": 2, "eps": 0.02,
+    "max_drop": 0.25, "seed": 0,
+}  # fmt: skip
+WIDTH = {
+    "share": 0.5, "form": "best", "longest": 8, "rounds": 1, "updates": 1, "learning_rate": 1e-5, "give_back": True,
+    "warm_up": 1, "cache_gb": 1.0,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -99,20 +108,50 @@ def test_each_picture_keeps_its_own(run_node, record, given, architecture):
     assert all(float(distance.min()) < 1e-6 for distance in near) and len({int(d.argmin()) for d in near}) > 1
 
 
-def test_jobs_run_on_a_recording(run_node, pack, load, teacher, given, tmp_path, monkeypatch):
-    """Its statistics count references, or not."""
+@pytest.fixture
+def recording(run_node, load, teacher, given, tmp_path, monkeypatch) -> str:
+    """Name of a run that the node recorded."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     recorded, run = run_node("PPCL_RecordCalibration", model=load(teacher.name), model_file=teacher.name, **NODE)
     draw(run_node, recorded, given)
+    return run
+
+
+@pytest.fixture
+def job(run_node, pack):
+    """The folder of a job that a node prepared, and its settings; done here where `do` says so."""
+
+    def make(node: str, run: str, do: bool = False, **widgets):
+        name, *_ = run_node(f"PPCL_{node}", run=run, **widgets, **JOB)
+        folder = pack("paths").runs().path(name)
+        order = read_order(folder)
+        for stage, config in configs(order, folder) if do else ():
+            run_stage(stage, config)
+            write_state(folder, JobState(status="done"))
+        return Run(folder), [settings for _, settings in order.stages]
+
+    return make
+
+
+def test_jobs_run_on_a_recording(job, recording):
+    """Its statistics count references, or not."""
     rows = []
     for only in (False, True):
-        name, *_ = run_node("PPCL_Probe", run=run, **PROBE, **JOB, target_tokens_only=only)
-        folder = pack("paths").runs().path(name)
-        for stage, config in configs(read_order(folder), folder):
-            run_stage(stage, config)
-        report = json.loads(TensorFile(Run(folder).probe(2)).metadata["report"])
+        run, _ = job("Probe", recording, do=True, **PROBE, target_tokens_only=only)
+        report = json.loads(TensorFile(run.probe(2)).metadata["report"])
         rows.append(report["image"]["rows"])
     assert rows[0] > rows[1] > 0
+    run, _ = job("Detect", run.folder.name, do=True, **DETECT, target_tokens_only=True)
+    assert sum(len(interval.blocks) - 1 for interval in run.load_plan().intervals) == 2
+
+
+def test_a_job_of_an_older_workflow_has_the_settings_default(job, recording):
+    assert all("target_tokens_only" not in settings for settings in job("Probe", recording, **PROBE)[1])
+
+
+def test_both_stages_of_width_have_it(pack):
+    width = pack("jobs")._width_stages("by share", {**WIDTH, "target_tokens_only": True})
+    assert [settings["target_tokens_only"] for _, _, settings in width] == [True, True]
 
 
 @pytest.mark.parametrize("method", ["offset", "uxo/uno"])
