@@ -70,10 +70,12 @@ class Job(io.ComfyNode):
         seed: bool = True,
         previews: bool = False,
         states: bool = False,
+        last: tuple[io.Input, ...] = (),
     ) -> io.Schema:
+        """last: settings that came after the first release, since saved workflows hold values by position."""
         return io.Schema(
             node_id=f"PPCL_{name}", display_name=f"{display_name} (PPCL)", category=CATEGORY, description=description,
-            inputs=[*settings, *common_inputs(seed, previews, states)], outputs=[*outputs(*cls.PICTURES), *more],
+            inputs=[*settings, *common_inputs(seed, previews, states), *last], outputs=[*outputs(*cls.PICTURES), *more],
             hidden=[io.Hidden.unique_id], is_output_node=True,
         )  # fmt: skip
 

@@ -26,8 +26,8 @@ from ..ppcl_engine.plan import parse_intervals
 from ..ppcl_engine.run import Run
 from . import results
 from .job import Job
-from .paths import exported_name, model_path, teacher_files
-from .prompts import Prompts
+from .paths import NO_FOLDER, exported_name, model_path, picture_folder, picture_folders, teacher_files
+from .prompts import EncodedPrompts, Prompts, References
 from .runs import folder_of, run_input
 from .settings import check_file_name, help_of, inputs
 from .view import picture_of
@@ -54,11 +54,16 @@ class CalibrateFromPrompts(Job):
                     samples={"min": 2}, batch={"min": 1}, empty_captions={"max": 1.0}, steps={"min": 1},
                 ),
             ],
+            last=(io.Combo.Input(
+                "references", options=[NO_FOLDER, *picture_folders()], default=NO_FOLDER, optional=True,
+                tooltip="Of an edit model: a folder in ComfyUI's input folder, of pictures with an instruction each in a "
+                ".txt of the same name. The full model changes them so.",
+            ),),
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model_file, prompts, clip=None, **given) -> io.NodeOutput:
-        source = Prompts(prompts) if clip is None else Prompts(prompts).encoded(clip)
+    def execute(cls, model_file, prompts, clip=None, references=NO_FOLDER, **given) -> io.NodeOutput:
+        source = source_of(prompts, clip, references)
         settings = {**given, source.setting: source.file}
         folder = cls.work(
             "calibrate",
@@ -69,6 +74,18 @@ class CalibrateFromPrompts(Job):
             bring=source.write,
         )
         return cls.output(folder, lambda f: [results.calibration_text(f)])
+
+
+def source_of(prompts: str, clip, references: str) -> Prompts | EncodedPrompts | References:
+    """Raises ValueError for more than one."""
+    if references == NO_FOLDER:
+        return Prompts(prompts) if clip is None else Prompts(prompts).encoded(clip)
+    if prompts.strip() or clip is not None:
+        raise ValueError(
+            "references bring their own instructions, and the model's own text encoder sees the pictures: leave prompts "
+            "empty and clip without a link"
+        )
+    return References(picture_folder(references))
 
 
 class Probe(Job):

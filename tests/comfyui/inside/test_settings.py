@@ -12,7 +12,8 @@ from ppcl_engine.config_help import setting_help
 COMMON = "device dtype streamed seed wait start keep_running"
 WIDGETS = {
     "RecordCalibration": "model_file samples each_picture batch empty_captions seed",
-    "CalibrateFromPrompts": f"model_file prompts samples batch empty_captions steps guidance height width {COMMON}",
+    "CalibrateFromPrompts": f"model_file prompts samples batch empty_captions steps guidance height width {COMMON} "
+    "references",
     "Probe": "ridge train_steps learning_rate held_out device dtype streamed wait start keep_running target_tokens_only",
     "Detect": f"method remove longest protect samples tokens bootstrap eps max_drop {COMMON} target_tokens_only",
     "EditPlan": "intervals sites form",
@@ -37,7 +38,7 @@ SETTINGS = {
     "Export": config_files.ExportConfig,
 }
 OTHER = {("DistillWidth", "form"): config.DetectWidthConfig}  # the search's, which has one choice more
-OWN_WORDS = {("DistillWidth", "sites"), ("CalibrateFromPrompts", "prompts")}
+OWN_WORDS = {("DistillWidth", "sites"), ("CalibrateFromPrompts", "prompts"), ("CalibrateFromPrompts", "references")}
 SCALARS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
