@@ -177,6 +177,7 @@ def test_a_model_of_references_at_t_0_on_a_host_without_it(run_node, pack, load,
     config = {"config": json.dumps({**Weights(teacher).config, "zero_cond_t": True})}
     write_tensors(file, {**TensorFile(teacher).read_all(), MARK: torch.empty(0)}, config)
     model, limits = load(file.name), pack("recording").Limits(**LIMITS)
+    assert model.model.diffusion_model.ppcl.structure.config["zero_cond_t"]
     recorder = pack("record").Recorder(Weights(file), tmp_path / "none.safetensors", limits)
     if hasattr(model.model.diffusion_model, "default_ref_method"):
         pytest.skip("this ComfyUI knows it")
