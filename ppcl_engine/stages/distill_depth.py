@@ -24,12 +24,13 @@ from ..losses import LOSSES
 from ..parallel import processes
 from ..plan import Interval, PruningPlan, parse_intervals
 from ..progress import Progress, saved
+from ..quantization import quantised_in_training
 from ..rounds import FreshStates, RoundSettings, unfinished
 from ..run import Run, open_calibration, open_plan, open_teacher
 from ..similarity import NormalEquations
 from ..streaming import Teacher
 from ..surgery import build_student, interval_streams
-from ..training import Stopped, Trainer, cosine_schedule, saved_step, stop_on_interrupt
+from ..training import Stopped, Trainer, cosine_schedule, recorded, saved_step, stop_on_interrupt
 
 RIDGE = 1e-4
 
@@ -91,8 +92,7 @@ def _settings(config: DistillDepthConfig, calibration: CalibrationSet) -> str:
         "seed",
         "dtype",
     )
-    values = {name: getattr(config, name) for name in names}
-    return json.dumps({**values, "calibration": calibration.hash[:16]})
+    return json.dumps({**recorded(config, names), "calibration": calibration.hash[:16]})
 
 
 @dataclass
@@ -143,11 +143,15 @@ class _Round:
     def _loss(self, interval: Interval, trainer: Trainer) -> tuple[torch.Tensor, float]:
         config, batch = self.config, trainer.step % len(self.states.batches)
         source, target = self._pair(interval, batch)
-        student = self.teacher.architecture.run_block(trainer.module, source)
+        student = self._run(trainer.module, source)
         streams = interval_streams(self.teacher.architecture, self.teacher.config, interval)
         total = config.rounds * config.updates
         rate = cosine_schedule(trainer.step, total, config.learning_rate, config.warm_up)
         return interval_loss(config.loss, student, target, streams), rate
+
+    def _run(self, student: nn.Module, source: BlockState) -> BlockState:
+        with quantised_in_training(student, self.config.quant_aware):
+            return self.teacher.architecture.run_block(student, source)
 
     def _pair(self, interval: Interval, batch: int) -> tuple[BlockState, BlockState]:
         return self.states.state(interval.first, batch), self.states.state(interval.last + 1, batch)
@@ -174,7 +178,7 @@ class _Round:
         equations = {s: NormalEquations(width, width, self.teacher.device) for s in correction.maps}
         for batch in self.states.batches:
             source, target = self._pair(interval, batch)
-            output = self.teacher.architecture.run_block(student, source)
+            output = self._run(student, source)
             for stream, sums in equations.items():
                 x = output.real_tokens(stream)
                 sums.add(x, target.real_tokens(stream) - x)

@@ -25,6 +25,7 @@ from ..layout import Layout, layout_of
 from ..live import MakeBlock, run_made
 from ..parallel import processes
 from ..plan import FULL, PruningPlan, Variant
+from ..quantization import NONE
 from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..streaming import Teacher
 from ..tuning import (
@@ -71,11 +72,18 @@ def finetune(config: FinetuneConfig) -> Path:
     return path
 
 
-def model_velocity(teacher: Teacher, model: nn.Module, layout: Layout, inputs: dict, checkpointing: bool = False):
+def model_velocity(
+    teacher: Teacher,
+    model: nn.Module,
+    layout: Layout,
+    inputs: dict,
+    checkpointing: bool = False,
+    quant_aware: str = NONE,
+) -> torch.Tensor:
     """Velocity [n, image_tokens, channels] of a pruned model, in the teacher's precision."""
     with mixed_precision(teacher):
         state = embed_with(teacher, model, inputs)
-        state = run_made(teacher.architecture, _blocks(teacher, model, layout), state, checkpointing)
+        state = run_made(teacher.architecture, _blocks(teacher, model, layout), state, checkpointing, quant_aware)
         return teacher.architecture.finish(model, state)
 
 
@@ -91,7 +99,7 @@ def _loss(
     data = calibration.data_velocity(*draw).to(teacher.device) if config.data else None
     with torch.no_grad():
         target = teacher_velocity(teacher, inputs)
-    velocity = model_velocity(teacher, model, layout, inputs, config.checkpointing)
+    velocity = model_velocity(teacher, model, layout, inputs, config.checkpointing, config.quant_aware)
     return tuning_loss(velocity, target, data, config.data)
 
 
