@@ -16,15 +16,14 @@ import torch
 from torch import nn
 
 from ppcl_engine.bundle import Bundle, open_variant
-from ppcl_engine.config import DistillDepthConfig, PolishConfig
+from ppcl_engine.config import DistillDepthConfig
 from ppcl_engine.data import save_calibration
-from ppcl_engine.demo.run import FULL_SIZE, LEARNING_RATE, TOGETHER
+from ppcl_engine.demo.run import FULL_SIZE, LEARNING_RATE, QUICK
 from ppcl_engine.files import read_json, write_json, write_text
 from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.quantization import NONE
 from ppcl_engine.run import Run, RunStudents
 from ppcl_engine.stages.distill_depth import distill_depth
-from ppcl_engine.stages.polish import polish
 
 from . import report
 from .quantization import quantised
@@ -34,32 +33,29 @@ from .teachers import describe
 
 SEEDS = (0, 1)
 QUICK_INTERVALS, QUICK_BLOCKS = "1-2 3-4", 6
-DISTILLED, POLISHED = "distilled", "distilled, polished"
 STUDENTS, WHOLE = "students", "whole model"
-TRAINED_FOR = {DISTILLED: ("int4", "int8"), POLISHED: ("int4",)}
+KINDS = ("int4", "int8")
 
 
 @dataclass(frozen=True)
 class Row:
     """trained: what --quant-aware was; bits: what weights are rounded to in the end, and where."""
 
-    stage: str
     trained: str
     bits: str
     where: str
 
     @property
     def name(self) -> str:
-        return "_".join(astuple(self)).replace(", ", "_").replace(" ", "_")
+        return "_".join(astuple(self)).replace(" ", "_")
 
 
 def rows() -> Iterator[Row]:
     """Of every training: as it is, and in the bits that it was for; of the plain one in all of them."""
-    for stage, kinds in TRAINED_FOR.items():
-        for trained in (NONE, *kinds):
-            yield Row(stage, trained, NONE, "")
-            for bits in kinds if trained == NONE else (trained,):
-                yield from (Row(stage, trained, bits, where) for where in (STUDENTS, WHOLE))
+    for trained in (NONE, *KINDS):
+        yield Row(trained, NONE, "")
+        for bits in KINDS if trained == NONE else (trained,):
+            yield from (Row(trained, bits, where) for where in (STUDENTS, WHOLE))
 
 
 def base_plan(context: Context, intervals: str) -> PruningPlan:
@@ -68,32 +64,30 @@ def base_plan(context: Context, intervals: str) -> PruningPlan:
                        fingerprint=weights.fingerprint, intervals=parse_intervals(intervals))  # fmt: skip
 
 
-def trained_run(context: Context, plan: PruningPlan, row: Row, seed: int, size: dict) -> Run:
-    """One folder a seed and setting; both stages go on from what is there."""
-    run = Run(context.folder / "quant_aware" / f"{row.trained}_{seed}")
-    common = {"model": context.path, "run": run.folder, "device": "cpu", "seed": seed, "quant_aware": row.trained}
+def trained_run(context: Context, plan: PruningPlan, kind: str, seed: int, rounds: int) -> Run:
+    """One folder a seed and setting; distilling goes on from what is there."""
+    run = Run(context.folder / "quant_aware" / f"{kind}_{seed}")
     if not run.plan.exists():
         save_calibration(run.calibration, context.calibration)
         write_text(run.plan, plan.to_json())
-    distill_depth(DistillDepthConfig(**common, rounds=size["rounds"], learning_rate=LEARNING_RATE))
-    if row.stage == POLISHED:
-        polish(PolishConfig(**common, steps=size["steps"], learning_rate=TOGETHER))
+    common = {"model": context.path, "run": run.folder, "device": "cpu", "seed": seed}
+    distill_depth(DistillDepthConfig(**common, rounds=rounds, learning_rate=LEARNING_RATE, quant_aware=kind))
     return run
 
 
 def opened(context: Context, run: Run, row: Row) -> nn.Module:
     teacher, plan = context.teacher, run.load_plan()
     architecture, config = teacher.architecture, teacher.config
-    students = RunStudents(run, config, architecture, polished=row.stage == POLISHED)
+    students = RunStudents(run, config, architecture)
     model = open_variant(teacher.weights, students, plan, plan.everything(), teacher.dtype, teacher.device)
     prefixes = [architecture.block_prefix(config, interval.first) for interval in plan.intervals]
     return quantised(model, row.bits, tuple(prefixes) if row.where == STUDENTS else ("",))
 
 
-def measure(context: Context, plan: PruningPlan, row: Row, seed: int, size: dict) -> dict:
+def measure(context: Context, plan: PruningPlan, row: Row, seed: int, rounds: int) -> dict:
     path = context.folder / f"quant_aware_{len(context.judge.texts)}" / f"{row.name}_{seed}.json"
     if not path.exists():
-        start, run = time.monotonic(), trained_run(context, plan, row, seed, size)
+        start, run = time.monotonic(), trained_run(context, plan, row.trained, seed, rounds)
         with torch.no_grad():
             values = judged(context, opened(context, run, row), row.name)
         write_json(path, {**values, "seconds": time.monotonic() - start})
@@ -106,7 +100,7 @@ def together(row: Row, found: list[dict], captions: int) -> dict:
     """One row of all its seeds."""
     read = sum(values["characters"]["value"] for values in found) / len(found)
     return {
-        "stage": row.stage, "trained": row.trained, "bits": row.bits, "where": row.where,
+        "trained": row.trained, "bits": row.bits, "where": row.where,
         "velocity_error": mean_with_interval(mean_rows(found)),
         "seeds": [values["velocity_error"]["value"] for values in found],
         "characters": share_with_interval(read, captions * len(found)),
@@ -121,15 +115,13 @@ def mean_rows(found: list[dict]) -> list[float]:
 def difference(row: Row, done: dict[Row, list[dict]]) -> dict:
     """Trained through rounded weights minus trained plainly, both in the same bits at the end, and what the bits themselves
     add to the plain one: `returned` is their ratio, of the means."""
-    ours, plain, untouched = (
-        done[key] for key in (row, Row(row.stage, NONE, row.bits, row.where), Row(row.stage, NONE, NONE, ""))
-    )
+    ours, plain, untouched = (done[key] for key in (row, Row(NONE, row.bits, row.where), Row(NONE, NONE, "")))
 
     def pairs(left: list[dict], right: list[dict]) -> list[float]:
         return [a - b for a, b in zip(mean_rows(left), mean_rows(right), strict=True)]
 
     change = mean_with_interval(pairs(ours, plain))
-    values = {"stage": row.stage, "trained": row.trained, "bits": row.bits, "where": row.where, "difference": change}
+    values = {"trained": row.trained, "bits": row.bits, "where": row.where, "difference": change}
     values["seeds"] = [a["velocity_error"]["value"] - b["velocity_error"]["value"]
                        for a, b in zip(ours, plain, strict=True)]  # fmt: skip
     if row.bits != NONE:
@@ -143,12 +135,12 @@ def run(chosen) -> dict:
     bundled = Bundle(DEMO).plan
     ours = context.teacher.weights.fingerprint == bundled.fingerprint
     intervals = chosen.intervals or (" ".join(i.name for i in bundled.intervals) if ours else QUICK_INTERVALS)
-    plan, size = base_plan(context, intervals), {"rounds": 1, "steps": 2} if chosen.quick else FULL_SIZE
+    plan, rounds = base_plan(context, intervals), (QUICK if chosen.quick else FULL_SIZE)["rounds"]
     seeds = SEEDS[:1] if chosen.quick else SEEDS
-    done = {row: [measure(context, plan, row, seed, size) for seed in seeds] for row in rows()}
+    done = {row: [measure(context, plan, row, seed, rounds) for seed in seeds] for row in rows()}
     found = [together(row, values, len(context.judge.texts)) for row, values in done.items()]
     return {"rows": found, "differences": [difference(row, done) for row in done if row.trained != NONE],
-            "intervals": intervals, "seeds": list(seeds), "rounds": size["rounds"], "polish_steps": size["steps"],
+            "intervals": intervals, "seeds": list(seeds), "rounds": rounds,
             "teacher": describe(context.path, context.teacher.weights)}  # fmt: skip
 
 
@@ -164,7 +156,7 @@ def show(values: dict) -> None:
 
 
 def _name(row: dict) -> str:
-    return f"{row['stage']} with {row['trained']}, {row['bits']} {row['where']}".rstrip()
+    return f"distilled with {row['trained']}, {row['bits']} {row['where']}".rstrip()
 
 
 def _cell(value: dict, sign: str) -> str:
