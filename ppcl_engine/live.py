@@ -107,14 +107,14 @@ def run_made(
     blocks: Iterable[MakeBlock],
     state: BlockState,
     checkpointing: bool,
-    quant_aware: str = NONE,
+    bits: str = NONE,
 ) -> BlockState:
-    """The state behind the last block. Checkpointed: a block is made and run again for its gradients. quant_aware: of the
-    blocks' parts that are trained."""
+    """The state behind the last block. Checkpointed: a block is made and run again for its gradients. bits: what weights
+    in training are rounded to."""
     for make in blocks:
 
         def run(state: BlockState, make: MakeBlock = make) -> BlockState:
-            with quantised_in_training(make(), quant_aware) as block:
+            with quantised_in_training(make(), bits) as block:
                 return architecture.run_block(block, state)
 
         state = checkpoint(run, state, use_reentrant=False) if checkpointing else run(state)

@@ -25,6 +25,7 @@ from .quantization import NONE
 
 BETAS = (0.9, 0.95)
 FINAL_SHARE = 1 / 30
+PLAIN_SHARE = 0.5
 
 
 class Diverged(ValueError):
@@ -41,6 +42,11 @@ def cosine_schedule(step: int, steps: int, peak: float, warm_up: int) -> float:
         return peak * (step + 1) / warm_up
     progress = (step - warm_up) / max(1, steps - warm_up)
     return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * min(1.0, progress))) / 2)
+
+
+def rounding(config: TrainingConfig, step: int, steps: int) -> str:
+    """What --quant-aware rounds to in this step: nothing in the first PLAIN_SHARE of them, where learning rates are high."""
+    return config.quant_aware if step >= PLAIN_SHARE * steps else NONE
 
 
 class Trainer:

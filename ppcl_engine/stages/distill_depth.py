@@ -30,7 +30,7 @@ from ..run import Run, open_calibration, open_plan, open_teacher
 from ..similarity import NormalEquations
 from ..streaming import Teacher
 from ..surgery import build_student, interval_streams
-from ..training import Stopped, Trainer, cosine_schedule, recorded, saved_step, stop_on_interrupt
+from ..training import Stopped, Trainer, cosine_schedule, recorded, rounding, saved_step, stop_on_interrupt
 
 RIDGE = 1e-4
 
@@ -143,15 +143,12 @@ class _Round:
     def _loss(self, interval: Interval, trainer: Trainer) -> tuple[torch.Tensor, float]:
         config, batch = self.config, trainer.step % len(self.states.batches)
         source, target = self._pair(interval, batch)
-        student = self._run(trainer.module, source)
-        streams = interval_streams(self.teacher.architecture, self.teacher.config, interval)
         total = config.rounds * config.updates
+        with quantised_in_training(trainer.module, rounding(config, trainer.step, total)):
+            student = self.teacher.architecture.run_block(trainer.module, source)
+        streams = interval_streams(self.teacher.architecture, self.teacher.config, interval)
         rate = cosine_schedule(trainer.step, total, config.learning_rate, config.warm_up)
         return interval_loss(config.loss, student, target, streams), rate
-
-    def _run(self, student: nn.Module, source: BlockState) -> BlockState:
-        with quantised_in_training(student, self.config.quant_aware):
-            return self.teacher.architecture.run_block(student, source)
 
     def _pair(self, interval: Interval, batch: int) -> tuple[BlockState, BlockState]:
         return self.states.state(interval.first, batch), self.states.state(interval.last + 1, batch)
@@ -178,7 +175,7 @@ class _Round:
         equations = {s: NormalEquations(width, width, self.teacher.device) for s in correction.maps}
         for batch in self.states.batches:
             source, target = self._pair(interval, batch)
-            output = self._run(student, source)
+            output = self.teacher.architecture.run_block(student, source)
             for stream, sums in equations.items():
                 x = output.real_tokens(stream)
                 sums.add(x, target.real_tokens(stream) - x)

@@ -31,7 +31,7 @@ from ..rounds import FreshStates, RoundSettings, unfinished
 from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..streaming import StateStore, Teacher
 from ..surgery import project, projection_modules
-from ..training import Stopped, Trainer, cosine_schedule, recorded, saved_step, stop_on_interrupt
+from ..training import Stopped, Trainer, cosine_schedule, recorded, rounding, saved_step, stop_on_interrupt
 from ..width import (
     Fit,
     as_state,
@@ -176,8 +176,10 @@ class _Round:
         trainer.restore(path)
         lesson = _Lesson(job, fit, self.states, trainer.module)
         while trainer.step < end:
-            rate = cosine_schedule(trainer.step, config.rounds * config.updates, config.learning_rate, config.warm_up)
-            trainer.update(lesson.loss(trainer.step % len(self.states.batches)), rate, fit.name)
+            total = config.rounds * config.updates
+            rate = cosine_schedule(trainer.step, total, config.learning_rate, config.warm_up)
+            bits = rounding(config, trainer.step, total)
+            trainer.update(lesson.loss(trainer.step % len(self.states.batches), bits), rate, fit.name)
             self.progress.update()
             self.progress.set_postfix_str(f"{fit.name} loss {trainer.losses[-1]:.4f}", refresh=False)
             if self.asked():
@@ -191,14 +193,14 @@ class _Lesson:
 
     def __init__(self, job: _Work, fit: Fit, states: FreshStates, maps: nn.ModuleDict):
         self.teacher, self.fit, self.states, self.maps = job.teacher, fit, states, maps
-        self.architecture, self.quant_aware = job.teacher.architecture, job.config.quant_aware
+        self.architecture = job.teacher.architecture
         self.used = job.teacher.used_streams(fit.place.last)
         self.plain = self._block(job, fit.place)
         self.source = self._block(job, fit.source) if fit.source else None
         self.pruned = self._projected(job)
         self.known: dict[int, tuple] = {}
 
-    def loss(self, batch: int) -> torch.Tensor:
+    def loss(self, batch: int, bits: str) -> torch.Tensor:
         """Aligned output of the block plus own output of each map, which stand in that block, relative squared errors."""
         if batch not in self.known:
             with torch.no_grad():
@@ -207,7 +209,7 @@ class _Lesson:
         state, target = self.states.state(self.fit.place.index, batch), self._target(batch)
         if source is not None:
             state = replace(state, text=source["text"], modulated_text=source["text_modulated"])
-        with quantised_in_training(self.pruned, self.quant_aware):
+        with quantised_in_training(self.pruned, bits):
             output = self.architecture.run_block(self.pruned, state)
             outputs = {part: self.maps[part](x) for part, (x, _) in pairs.items()}
         error = partial(relative_mse, whole=processes().sum)

@@ -24,7 +24,7 @@ from ..plan import PruningPlan, Variant
 from ..quantization import NONE
 from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..streaming import Teacher
-from ..training import file_mark
+from ..training import file_mark, rounding
 from ..tuning import (
     AveragedTrainer,
     forget_if_stale,
@@ -57,7 +57,8 @@ def polish(config: PolishConfig) -> Path:
     def loss_at(step: int) -> torch.Tensor:
         inputs = calibration.fresh(*step_draw(config, calibration, step))
         layout = layout_of(plan, subset(plan, variant, config, step))
-        return subset_loss(teacher, parts, layout, inputs, config.checkpointing, config.quant_aware)
+        bits = rounding(config, step, config.steps)
+        return subset_loss(teacher, parts, layout, inputs, config.checkpointing, bits)
 
     before = tune(trainer, loss_at, config, run.polish_state, settings, "polish")
     if processes().writes and (before < config.steps or any(run.best(path) == path for path in sources)):
@@ -83,7 +84,7 @@ def subset(plan: PruningPlan, variant: Variant, config: PolishConfig, step: int)
 
 
 def subset_loss(
-    teacher: Teacher, parts: nn.Module, layout: Layout, inputs: dict, checkpointing: bool, quant_aware: str = NONE
+    teacher: Teacher, parts: nn.Module, layout: Layout, inputs: dict, checkpointing: bool, bits: str = NONE
 ) -> torch.Tensor:
     """Relative error of the final velocity. The blocks in front of all that is changed run once, as the teacher's."""
     architecture, last = teacher.architecture, teacher.num_blocks - 1
@@ -93,7 +94,7 @@ def subset_loss(
         front = run_blocks(architecture, (b for _, b in teacher.walk(0, first - 1)), teacher.embed(inputs))
         target = run_chain(architecture, teacher.outer, (b for _, b in teacher.walk(first, last)), front)
     with mixed_precision(teacher):
-        state = run_made(architecture, parts.blocks(layout, teacher)[changed:], front, checkpointing, quant_aware)
+        state = run_made(architecture, parts.blocks(layout, teacher)[changed:], front, checkpointing, bits)
         return tuning_loss(architecture.finish(teacher.outer, state), target)
 
 
