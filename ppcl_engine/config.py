@@ -81,8 +81,8 @@ class TrainingConfig(SharedConfig):
     """Stages that train parts of the pruned model."""
 
     quant_aware: Literal["none", "fp8", "int8", "int4"] = "none"
-    """Train linear maps through weights that are rounded as these formats round them, for a model that will be stored in
-    one; gradients and files are those of the full weights."""
+    """In the last tenth of the steps, train linear maps through weights that are rounded as these formats round them, for a
+    model that will be stored in one; gradients and files are those of the full weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from .quantization import NONE
 
 BETAS = (0.9, 0.95)
 FINAL_SHARE = 1 / 30
-PLAIN_SHARE = 0.5
+PLAIN_SHARE = 0.9  # 0.75 left 20 % more error in int4 on a student of the demo's, 0 more than plain training
 
 
 class Diverged(ValueError):
@@ -45,7 +45,8 @@ def cosine_schedule(step: int, steps: int, peak: float, warm_up: int) -> float:
 
 
 def rounding(config: TrainingConfig, step: int, steps: int) -> str:
-    """What --quant-aware rounds to in this step: nothing in the first PLAIN_SHARE of them, where learning rates are high."""
+    """What --quant-aware rounds to in this step: nothing in the first PLAIN_SHARE of them. At higher rates weights jump from
+    one rounded value to the next."""
     return config.quant_aware if step >= PLAIN_SHARE * steps else NONE
 
 

@@ -111,7 +111,7 @@ def test_only_what_is_trained_and_only_meanwhile():
     assert cut.weight is view and before[0].grad.tolist() == [[1.0] * 8] * 4 + [[0.0] * 8] * 4
 
 
-def test_a_student_runs_on_rounded_weights_in_the_second_half_and_keeps_its_own(new_run, train, architecture, model):
+def test_a_student_runs_on_rounded_weights_in_the_end_and_keeps_its_own(new_run, train, architecture, model):
     """At rate 0 the copy of the first block stays; its loss is its own, then that of the rounded copy."""
     run = without(new_run(), "distill-depth")
     train("distill-depth", run, correction="none", quant_aware="int4", rounds=1, updates=2, learning_rate=0.0)
