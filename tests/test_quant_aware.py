@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from ppcl_engine import training
 from ppcl_engine.__main__ import USER_ERROR, main
 from ppcl_engine.bundle import open_variant
 from ppcl_engine.checkpoint import Weights
@@ -29,7 +30,7 @@ from ppcl_engine.stages.distill_width import distill_width
 from ppcl_engine.stages.finetune import finetune, model_velocity
 from ppcl_engine.stages.polish import polish, subset_loss
 from ppcl_engine.streaming import Teacher
-from ppcl_engine.training import Trainer, saved_weights
+from ppcl_engine.training import Trainer, rounding, saved_weights
 
 from .tuned import files_of, write_parts
 
@@ -39,6 +40,12 @@ STAGES = {
     "polish": (PolishConfig, polish, {"steps": 4, "save_every": 2}, "polished"),
     "finetune": (FinetuneConfig, finetune, {"steps": 4, "save_every": 2, "name": "tuned"}, "tuned"),
 }
+
+
+@pytest.fixture(autouse=True)
+def from_half_on(monkeypatch):
+    """The last tenth of so few steps is none."""
+    monkeypatch.setattr(training, "PLAIN_SHARE", 0.5)
 
 
 @pytest.fixture
@@ -225,6 +232,13 @@ def test_kinds_are_those_that_are_simulated(new_run, train, tmp_path, capsys):
     assert "quant_aware = 'int2'; choose from none, fp8, int8, int4" in line
     with pytest.raises(ValueError, match="quantisation 'int2' is unknown; known: fp8, int8, int4"):
         train("distill-depth", without(new_run(), "distill-depth"), quant_aware="int2")
+
+
+def test_weights_are_rounded_in_the_end_alone(monkeypatch):
+    monkeypatch.undo()
+    config = DistillDepthConfig(model="m", run="r", quant_aware="int8")
+    assert [rounding(config, step, 400) for step in (0, 359, 360, 399)] == [NONE, NONE, "int8", "int8"]
+    assert rounding(DistillDepthConfig(model="m", run="r"), 399, 400) == NONE
 
 
 @pytest.mark.parametrize("stage", STAGES)
