@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named
-from ppcl_engine.checkpoint import COMFYUI_PREFIX, Weights
+from ppcl_engine.checkpoint import COMFYUI_PREFIX
 from ppcl_engine.files import write_tensors
-from ppcl_engine.standalone import Source, comfyui_sources
 
 from .conftest import relative_error
 
@@ -18,14 +17,6 @@ pytestmark = pytest.mark.parametrize("architecture", ["flux1"], indirect=True)
 FLUX = architecture_named("flux1")
 TOLERANCE, FP8, LARGEST = 1e-4, torch.float8_e4m3fn, 448.0
 VARIANTS = ["full", "small", "smallest"]
-
-
-@pytest.fixture(scope="module")
-def host_tensors(teacher) -> dict[str, torch.Tensor]:
-    """The teacher by the host's names, as its single files are."""
-    weights = Weights(teacher)
-    sources = {k: Source(weights.shape(k), lambda k=k: weights.read(k)) for k in weights.keys()}
-    return {name: source.read() for name, source in comfyui_sources(FLUX, sources).items()}
 
 
 @pytest.fixture(scope="module")

@@ -96,6 +96,15 @@ def test_conditioning_of_another_model_is_one_line(run_node, pack, record, given
     assert not path.exists()
 
 
+def test_reference_pictures_are_refused(run_node, record, given):
+    """The host's FLUX reads them, ours has none."""
+    _, recorded, path = record
+    given["positive"][0][1]["reference_latents"] = [torch.zeros(1, 16, 8, 12)]
+    with pytest.raises(ValueError, match="^calibrations of flux1 hold no reference pictures; sample without them$"):
+        draw(run_node, recorded, given)
+    assert not path.exists()
+
+
 @pytest.fixture
 def clip():
     """The host's two text encoders of FLUX, with one small random layer each."""
