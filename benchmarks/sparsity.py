@@ -221,12 +221,12 @@ def _difference(table: str, ours: dict, theirs: dict) -> dict:
 
 def prepare(chosen, blocks: int = 1) -> Context:
     """`blocks`: of a quick run's random teacher."""
-    folder = Path(chosen.work)
     path = chosen.teacher or BUNDLED
     if chosen.quick and chosen.teacher is None:
-        path = folder / "teacher.safetensors"
+        path = Path(chosen.work) / "teacher.safetensors"
         random_teacher(path, {**NARROW, "num_layers": blocks}, seed=0, codec=fit_codec(0, samples=16))
     weights = Weights(path)
+    folder = Path(chosen.work) / weights.fingerprint[:8]
     teacher = Teacher(weights, torch.float32, "cpu", streamed=False)
     samples, captions, steps = (8, 4, 2) if chosen.quick else (SAMPLES, chosen.captions or CAPTIONS, STEPS)
     batch = min(BATCH, samples)
