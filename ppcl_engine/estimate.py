@@ -11,6 +11,7 @@ from .advice import STREAMED, last_advice, setting_advice
 from .config import CalibrateConfig, Common, TuningConfig
 from .config_files import SparsifyConfig
 from .cost import CostModel, largest_pair
+from .known_models import model_config
 from .machine import device_memory, flops_a_second, free_disk
 from .needs import (
     ACTIVATIONS_PER_TOKEN,
@@ -18,7 +19,6 @@ from .needs import (
     OPTIMISER_COPIES,
     TEXT_TOKENS,
     TUNING_COPIES,
-    model_config,
     needs,
 )
 from .plan import Interval

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from .architectures import ARCHITECTURES, Architecture, architecture_named
-from .bundle import is_bundle, standalone_structure
+from .architectures import Architecture
 from .codecs import TABLES, open_codec
 from .config import (
     CalibrateConfig,
@@ -28,9 +27,11 @@ from .config import (
 )
 from .config_files import EvaluateConfig, ExportConfig, SparsifyConfig
 from .cost import CostModel, Grid, largest_pair
-from .files import TensorFile, read_json
+from .files import TensorFile
+from .known_models import model_config
 from .machine import flops_a_second
 from .plan import Interval, PruningPlan
+from .quantization import NONE
 from .rounds import REUSE
 from .run import DTYPES, Run, resolve_device
 from .sparsity.needs import sparsify
@@ -67,35 +68,6 @@ class Samples:
     grid: Grid
     text_tokens: int
     references: tuple[Grid, ...] = ()
-
-
-def model_config(model: Path) -> tuple[str, Architecture, dict]:
-    """(name, architecture, configuration) of a known model's name, a folder with a config.json, or a model file."""
-    for architecture in ARCHITECTURES:
-        if str(model) in architecture.model_configs:
-            return str(model), architecture, architecture.model_configs[str(model)]
-    for folder in (model / "transformer", model):
-        if (folder / "config.json").exists():
-            return _from_config_file(model, read_json(folder / "config.json"))
-    if structure := standalone_structure(model):
-        return model.name, architecture_named(structure["architecture"]), structure["config"]
-    if is_bundle(model):
-        raise ValueError(f"{model} is a bundle: students only; give the base model it was made from as --base")
-    if model.is_file():
-        from .checkpoint import Weights
-
-        weights = Weights(model)
-        return model.name, weights.architecture, weights.config
-    known = ", ".join(name for a in ARCHITECTURES for name in a.model_configs)
-    raise ValueError(f"--model {model}: no such file, no folder with a config.json, and not one of {known}")
-
-
-def _from_config_file(model: Path, values: dict) -> tuple[str, Architecture, dict]:
-    for architecture in ARCHITECTURES:
-        if values.get("_class_name") == architecture.diffusers_class:
-            return model.name, architecture, {k: v for k, v in values.items() if not k.startswith("_")}
-    known = ", ".join(a.diffusers_class for a in ARCHITECTURES)
-    raise ValueError(f"{model}: class {values.get('_class_name')!r} is unknown; known: {known}")
 
 
 def needs(config: Common | SparsifyConfig, calibrate: CalibrateConfig | None = None) -> Needs:
@@ -191,6 +163,10 @@ class _Count:
         known = self.plan.intervals if self.plan is not None else ()
         return [self.sizes.student(i) for i in known] or [min(self.sizes.blocks) + self.sizes.correction]
 
+    def rounded(self, trained: int, size: int) -> int:
+        """Weights that training reads in the place of its own."""
+        return trained * size if self.config.quant_aware != NONE else 0
+
     def kept(self, samples: int) -> int:
         """States of so many samples at one boundary."""
         return min(samples, self.samples.count) * self.state
@@ -246,7 +222,8 @@ def _distill_depth(count: _Count, config: DistillDepthConfig):
     cache = 0 if config.streamed else count.cache(config.updates, config.cache_gb, boundaries)
     disk = SAVED_COPIES * sum(count.students) * count.size
     sure = count.teacher + OPTIMISER_COPIES * max(count.students) * count.size
-    return "distill-depth", sure, cache + count.backward, disk, count.rounds(config, len(count.intervals))
+    more = cache + count.backward + count.rounded(max(count.students), count.size)
+    return "distill-depth", sure, more, disk, count.rounds(config, len(count.intervals))
 
 
 def _detect_width(count: _Count, config: DetectWidthConfig):
@@ -264,7 +241,8 @@ def _distill_width(count: _Count, config: DistillWidthConfig):
     certain = sites if count.plan is not None else 1
     sure = count.teacher + (OPTIMISER_COPIES * count.width**2 + 2 * min(count.students)) * count.size
     disk = certain * SAVED_COPIES * count.width**2 * count.size
-    return "distill-width", sure, cache + count.backward, disk, count.rounds(config, sites)
+    more = cache + count.backward + count.rounded(count.width**2, count.size)
+    return "distill-width", sure, more, disk, count.rounds(config, sites)
 
 
 def _polish(count: _Count, config: PolishConfig):
@@ -277,7 +255,7 @@ def _finetune(count: _Count, config: FinetuneConfig):
 
 def _tuned(count: _Count, config: PolishConfig | FinetuneConfig, trained: int):
     """Master weights, gradients, moments and average are float32."""
-    kept = count.backward if config.checkpointing else count.blocks * count.backward
+    kept = (1 if config.checkpointing else count.blocks) * count.backward + count.rounded(trained, FP32)
     flops = 4 * config.steps * count.samples.batch * count.forward
     disk = 4 * FP32 * trained  # used and raw weights, two moments
     return count.teacher + TUNING_COPIES * FP32 * trained, kept, disk, flops

@@ -22,8 +22,9 @@ from ppcl_engine.config import (
 from ppcl_engine.config_files import ExportConfig, SparsifyConfig
 from ppcl_engine.estimate import estimate, needs, print_estimate, refusal
 from ppcl_engine.jobs.order import ALLOWED, Order, configs
+from ppcl_engine.known_models import model_config
 from ppcl_engine.machine import device_memory, free_disk
-from ppcl_engine.needs import _OF, _Count, model_config
+from ppcl_engine.needs import _OF, _Count
 from ppcl_engine.stages.export import export
 
 from .tuned import tuned_run
