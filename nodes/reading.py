@@ -234,12 +234,12 @@ def _variant_parts(host: Host, base: Places, bundle: Bundle, layout: Layout) -> 
     blocks = {name: where for name in base if (where := host.block_of(config, name))}
     for name, (index, part) in blocks.items():
         if index in places and not places[index].interval:
-            found |= _kept(host, places[index], name, part, base[name])
+            found |= _kept(host, config, places[index], name, part, base[name])
     for place in layout.places:
         prefix = host.prefix(config, place.index)
         if place.interval:
             for name, stored in _student(host, bundle, place.interval).items():
-                found |= _kept(host, place, name, name.removeprefix(prefix), stored)
+                found |= _kept(host, config, place, name, name.removeprefix(prefix), stored)
         for kind in place.projections:
             for part, stored in _under(bundle.file, projection_prefix(place.name, kind)).items():
                 name, leaf = part.split(".")
@@ -248,7 +248,7 @@ def _variant_parts(host: Host, base: Places, bundle: Bundle, layout: Layout) -> 
     return found
 
 
-def _kept(host: Host, place: Place, name: str, part: str, stored: Stored | Joined) -> Places:
+def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored: Stored | Joined) -> Places:
     """A block's tensor, if the place's projections leave it; a part of it where they leave a part."""
     gone = [prefix for kind in place.projections for prefix in host.replaced[kind]]
     if place.text_source is not None:
@@ -257,7 +257,7 @@ def _kept(host: Host, place: Place, name: str, part: str, stored: Stored | Joine
         return {}
     module, _, leaf = part.rpartition(".")
     for site in place.ffn:
-        cut = host.cuts.get((site.kind, site.form), {}).get(module)
+        cut = host.cuts_at(config, site).get(module)
         if cut and leaf in ("weight", "bias"):
             stored = stored.with_cut(cut)
     return {name: stored}

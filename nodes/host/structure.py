@@ -29,6 +29,7 @@ HINTS_TENSOR = "ppcl_hints"
 """What our loader node adds: {"switchable"} of a bundle with its base, {"indices", "legacy"} of other files."""
 MAX_BLOCKS = 256  # an order above any model: a hostile file must not make the host build a million
 AXES = "axes_dims_rope"
+STUDENT = "student."
 
 FileTensors = Mapping[str, torch.Tensor]
 
@@ -58,7 +59,7 @@ class Structure:
     def renamed(self, tensors: FileTensors) -> dict[str, torch.Tensor]:
         """The tensors by the names of the model that is built."""
         found = {}
-        for name, tensor in tensors.items():
+        for name, tensor in ((shown(name), tensor) for name, tensor in tensors.items()):
             new = self.names.get(name, name)
             if new is not None and not is_surrounding(name) and tuple(tensor.shape) != GUARD_SHAPE:
                 found[new] = _without_identity(tensor) if name in self.legacy else tensor
@@ -70,6 +71,23 @@ class Structure:
             return {}
         found = {name: tensors[f"{name}.weight"] for name in modulation_names(tensors, self.host.engine)}
         return {f"{name}.bias": table.new_zeros(len(table)) for name, table in found.items()}
+
+
+def hidden(tensors: FileTensors) -> dict[str, torch.Tensor]:
+    """For the host's loader: students by names outside of all blocks, since it reads numbers of blocks in names and knows
+    no other parts of a block than its own."""
+    return {
+        f"{STUDENT}{name.replace(f'.{STUDENT}', '.', 1)}" if f".{STUDENT}" in name else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def shown(name: str) -> str:
+    """In the model that is built, of a name that may be hidden."""
+    if not name.startswith(STUDENT):
+        return name
+    blocks, number, part = name.removeprefix(STUDENT).split(".", 2)
+    return f"{blocks}.{number}.{STUDENT}{part}"
 
 
 def is_surrounding(name: str) -> bool:
@@ -177,19 +195,12 @@ def _released_structure(host: Host, tensors: FileTensors, hints: dict) -> Struct
     if len(indices) != count or sorted(set(indices)) != indices or indices[-1] >= MAX_BLOCKS or indices[0] < 0:
         raise ValueError(f"the file has {count} blocks, the preset names {len(indices)}; choose the one of this model")
     blocks = max(hints.get("blocks", 0), indices[-1] + 1)
-    whole = config | _depths(host, config, indices, blocks)
+    whole = host.spread(config, indices, blocks)
     names = {name: _host_name(host, config, whole, name, layout.places, indices) for name in tensors
              if host.block_name.match(name)}  # fmt: skip
     places = tuple(_at(place, indices) for place in layout.places)
     legacy = {n for n in names if n.endswith(".txt_proj.weight")} if hints.get("legacy") else ()
     return Structure(host, Layout(num_blocks=blocks, places=places), whole, names=names, legacy=frozenset(legacy))
-
-
-def _depths(host: Host, config: dict, indices: list[int], blocks: int) -> dict[str, int]:
-    """Of the teacher, whose blocks `indices` the file has: a list's first block always stays."""
-    starts = [indices[r.start] if r.start < len(indices) else blocks for r in host.ranges(config).values()]
-    ends = [*starts[1:], blocks]
-    return {blocks.depth: end - start for blocks, start, end in zip(host.lists, [0, *starts[1:]], ends, strict=True)}
 
 
 def _released_layout(engine: Architecture, config: dict, tensors: FileTensors) -> Layout:

@@ -20,6 +20,7 @@ from ppcl_engine.run import Run
 from ppcl_engine.stages.export import export
 
 from ...flux_parts import FLUX_DEPTH, FLUX_PARTS
+from ...sd35_parts import SD35_PARTS, SD35_SIZES
 from ...tuned import Parts, write_parts
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -104,7 +105,7 @@ class Case:
     of the host; frames: whether a latent has a frame; parts: of its plan; pooled, guidance: of its conditioning."""
 
     file: str
-    channels: dict[str, int]
+    channels: dict[str, int | list[int]]
     frames: bool = False
     parts: Parts = field(default_factory=Parts)
     pooled: int | None = None
@@ -114,12 +115,17 @@ class Case:
 CASES = {
     "qwen_image": Case(file="teacher", channels={"in_channels": 64, "out_channels": 16}, frames=True),
     "flux1": Case(file="flux", channels={"in_channels": 64, **FLUX_DEPTH}, parts=FLUX_PARTS, pooled=20, guidance=3.5),
+    "sd35": Case(file="sd35", channels=SD35_SIZES, parts=SD35_PARTS, pooled=20),
+    "sd35_large": Case(
+        file="sd35_large", channels={**SD35_SIZES, "dual_attention_layers": []}, parts=SD35_PARTS, pooled=20
+    ),
 }
 
 
 @pytest.fixture(scope="session")
-def host_case(architecture) -> Case:
-    return CASES[architecture.name]
+def host_case(request, architecture) -> Case:
+    """Of the architecture, or the one that a test module names by parametrizing this fixture."""
+    return CASES[getattr(request, "param", architecture.name)]
 
 
 @pytest.fixture(scope="session")
