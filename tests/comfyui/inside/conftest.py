@@ -101,9 +101,10 @@ def run_node(pack):
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What the tests of an architecture run on. file: its teacher's name; channels: settings of its tiny model, for latents
+    """What the tests of an architecture run on. file: of its teacher; channels: settings of its tiny model, for latents
     of the host; frames: whether a latent has a frame; parts: of its plan; pooled, guidance: of its conditioning."""
 
+    architecture: str
     file: str
     channels: dict[str, int | list[int]]
     frames: bool = False
@@ -113,11 +114,24 @@ class Case:
 
 
 CASES = {
-    "qwen_image": Case(file="teacher", channels={"in_channels": 64, "out_channels": 16}, frames=True),
-    "flux1": Case(file="flux", channels={"in_channels": 64, **FLUX_DEPTH}, parts=FLUX_PARTS, pooled=20, guidance=3.5),
-    "sd35": Case(file="sd35", channels=SD35_SIZES, parts=SD35_PARTS, pooled=20),
+    "qwen_image": Case(
+        architecture="qwen_image", file="teacher", channels={"in_channels": 64, "out_channels": 16}, frames=True
+    ),
+    "flux1": Case(
+        architecture="flux1",
+        file="flux",
+        channels={"in_channels": 64, **FLUX_DEPTH},
+        parts=FLUX_PARTS,
+        pooled=20,
+        guidance=3.5,
+    ),
+    "sd35": Case(architecture="sd35", file="sd35", channels=SD35_SIZES, parts=SD35_PARTS, pooled=20),
     "sd35_large": Case(
-        file="sd35_large", channels={**SD35_SIZES, "dual_attention_layers": []}, parts=SD35_PARTS, pooled=20
+        architecture="sd35",
+        file="sd35_large",
+        channels=SD35_SIZES | {"dual_attention_layers": []},
+        parts=SD35_PARTS,
+        pooled=20,
     ),
 }
 

@@ -95,16 +95,6 @@ def test_another_base_is_one_line(load, bundle, host_tensors, models):
         load(bundle.name, base="flux_fewer.safetensors")
 
 
-@pytest.mark.parametrize("variant", ["small", "smallest"])
-def test_our_standalone_in_both_loaders(load, run_node, velocity, engine_velocity, exported, models, variant):
-    """The host's own UNETLoader reads it too, once the pack is there."""
-    path = exported(models.diffusion_models, "ppcl", f"flux_{variant}", variant)
-    expected = engine_velocity(path)
-    assert relative_error(velocity(load(path.name)), expected) < TOLERANCE
-    (model,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
-    assert relative_error(velocity(model), expected) < TOLERANCE
-
-
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers"])
 def test_a_depth_pruned_file_of_the_stock_layouts(
     load, velocity, engine_velocity, exported, models, bundle, teacher, layout
