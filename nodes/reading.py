@@ -19,7 +19,7 @@ from ..ppcl_engine.bundle import (
     student_prefix,
     tuned_prefix,
 )
-from ..ppcl_engine.checkpoint import IGNORED_SUFFIXES, fingerprint_of, open_layout, parts_in
+from ..ppcl_engine.checkpoint import HINTS_TENSOR, IGNORED_SUFFIXES, fingerprint_of, open_layout, parts_in
 from ..ppcl_engine.files import TensorFile
 from ..ppcl_engine.folding_files import modulation_names
 from ..ppcl_engine.layout import Layout, Place, layout_of
@@ -30,7 +30,7 @@ from ..ppcl_engine.standalone import structure_of
 from .float8 import FLOAT8, float8_of
 from .host import HOSTS, host_named, host_of
 from .host.base import Cut, Host
-from .host.structure import HINTS_TENSOR, as_tensor, checked_plan, count_blocks, is_surrounding, text_of
+from .host.structure import as_tensor, checked_plan, count_blocks, is_surrounding, text_of
 from .modulations import FOLDS, OFF, Fold, MakeFold, Modulations, split
 from .stored import Joined, Reader, Stored, in_host_names
 

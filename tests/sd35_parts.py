@@ -17,7 +17,7 @@ SD35_SIZES = {
 """Heads as wide as the host takes for granted, and not as many of them as blocks"""
 ALL = ("1-3", "4-5")
 SD35_PARTS = Parts(
-    depth=(Interval(first=1, last=3, correction="affine"), Interval(first=4, last=5, correction="3")),
+    depth=(Interval(first=1, last=3, correction="affine"), Interval(first=4, last=5, correction="none")),
     width=(
         WidthSite(block=0, kind="ffn_text"),
         WidthSite(block=1, kind="ffn_image", fitted=("1",)),

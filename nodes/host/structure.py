@@ -16,7 +16,7 @@ from torch import nn
 from ...ppcl_engine.architectures import Architecture
 from ...ppcl_engine.architectures.folded import Folding, folding_of
 from ...ppcl_engine.bundle import STRUCTURE_TENSOR
-from ...ppcl_engine.checkpoint import parts_in
+from ...ppcl_engine.checkpoint import HINTS_TENSOR, parts_in
 from ...ppcl_engine.folding_files import modulation_names
 from ...ppcl_engine.layout import Layout, Place, full_layout, layout_of
 from ...ppcl_engine.plan import PruningPlan, plan_from_json
@@ -25,8 +25,6 @@ from ...ppcl_engine.sparsity.compressed import is_compressed
 from ...ppcl_engine.standalone import GUARD_SHAPE
 from .base import Host
 
-HINTS_TENSOR = "ppcl_hints"
-"""What our loader node adds: {"switchable"} of a bundle with its base, {"indices", "legacy"} of other files."""
 MAX_BLOCKS = 256  # an order above any model: a hostile file must not make the host build a million
 AXES = "axes_dims_rope"
 STUDENT = "student."
@@ -151,7 +149,7 @@ def count_blocks(host: Host, names: Iterable[str]) -> int:
 
 def structure_of(host: Host, tensors: FileTensors) -> Structure:
     """Raises ValueError, in one line, for a plan or for lists that make no model."""
-    hints = _read_json(tensors, HINTS_TENSOR)
+    hints = _read_json(tensors, HINTS_TENSOR)  # our loader's: switchable, legacy; a file's too: indices, blocks, config
     if STRUCTURE_TENSOR in tensors:
         plan = checked_plan(host, plan_from_json(text_of(tensors[STRUCTURE_TENSOR]), "the file's plan"))
         config, folding = config_of(host, tensors, plan.config), folding_of(plan.config)

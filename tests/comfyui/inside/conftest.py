@@ -14,10 +14,12 @@ import torch
 
 from benchmarks.report import machine, versions
 from ppcl_engine.bundle import open_model
+from ppcl_engine.checkpoint import Weights
 from ppcl_engine.config_files import ExportConfig
 from ppcl_engine.files import write_json
 from ppcl_engine.run import Run
 from ppcl_engine.stages.export import export
+from ppcl_engine.standalone import Source, comfyui_sources
 
 from ...flux_parts import FLUX_DEPTH, FLUX_PARTS
 from ...sd35_parts import SD35_PARTS, SD35_SIZES
@@ -146,6 +148,14 @@ def host_case(request, architecture) -> Case:
 def teacher(models, make_model, save_model, host_case) -> Path:
     """The tiny random teacher, with latents of 16 channels as the host's."""
     return save_model(models.diffusion_models / f"{host_case.file}.safetensors", make_model(**host_case.channels))
+
+
+@pytest.fixture(scope="session")
+def host_tensors(teacher, architecture) -> dict[str, torch.Tensor]:
+    """The teacher by the host's names, as its single files are."""
+    weights = Weights(teacher)
+    sources = {k: Source(weights.shape(k), lambda k=k: weights.read(k)) for k in weights.keys()}
+    return {name: source.read() for name, source in comfyui_sources(architecture, sources).items()}
 
 
 @pytest.fixture(scope="session")
