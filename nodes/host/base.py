@@ -88,6 +88,7 @@ class Host:
     module, model   the host's module of the transformer, and the name of its class there
     presets         released models that count their blocks anew; those of the engine where it knows some
     lists           its lists of blocks, in the order in which they run: the teacher's blocks are counted through them
+    told            entries of a configuration that a plan knows and the tensors that are left may not say
     mark            a tensor outside of blocks that every file of it has, and nothing beside it in a checkpoint
     text_map        a block's first map of the modulated text: what enters it is what a text group reads
     viewed          sub-modules that `project_*` change inside, outer ones first (a switchable model's stay as they are)
@@ -100,6 +101,7 @@ class Host:
     module: ModuleType
     model: str
     lists: tuple[BlockList, ...]
+    told: tuple[str, ...] = ()
     mark: str
     text_map: str
     viewed: tuple[str, ...]

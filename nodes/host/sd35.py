@@ -58,6 +58,7 @@ class SD35Host(Host):
             gives=("text", "image"),
         ),
     )
+    told = ("dual_attention_layers",)
     mark = "final_layer.linear.weight"  # ControlNets, which are built from a part of the model, have none
     text_map = "context_block.attn.qkv"
     viewed = ("x_block", "context_block", "context_block.attn", "context_block.attn.qkv")
@@ -136,7 +137,8 @@ class SD35Host(Host):
 
 def _dual(config: Mapping) -> list[int]:
     """Blocks that attend twice to the image."""
-    return list(config.get("dual_attention_layers") or ())
+    found = config.get("dual_attention_layers")
+    return list(found) if isinstance(found, list | tuple) else []
 
 
 def modulated_text(block: nn.Module, fixed: FixedModulation, text: torch.Tensor) -> torch.Tensor:

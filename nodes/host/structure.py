@@ -113,10 +113,12 @@ def is_pruned(host: Host, tensors: FileTensors) -> bool:
 
 
 def config_of(host: Host, tensors: FileTensors, known: Mapping | None = None) -> dict:
-    """The engine's, from shapes; how many blocks there are, and how rotary axes are shared, from `known` where it says."""
+    """The engine's, from shapes; how many blocks there are, how rotary axes are shared, and what `host.told` names, from
+    `known` where it says."""
     shapes = engine_shapes(host.engine, tensors)
     found = host.engine.infer_config(shapes.__getitem__, shapes)
-    told = {key: known[key] for key in (*(b.depth for b in host.lists), AXES) if known and key in known}
+    names = (*(blocks.depth for blocks in host.lists), AXES, *host.told)
+    told = {name: known[name] for name in names if known and name in known}
     axes = told.get(AXES, found.get(AXES))
     if AXES in found and (not isinstance(axes, list) or sum(axes) != found["attention_head_dim"]):
         raise ValueError(

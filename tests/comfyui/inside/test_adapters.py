@@ -85,7 +85,7 @@ SD35 = Adapted(
     blocks=(8,),
     guided={"double_layers": "0, 6", "single_layers": ""},
     control=sd35_control,
-    unnamed="norm1_context",  # the host takes the last block from the width: `test_sd35_full_size.py`
+    unnamed="norm1_context",  # the host takes the last block from the width: `test_sd35_layout.py`
 )
 ADAPTED = {"flux1": FLUX, "sd35": SD35}
 pytestmark = pytest.mark.parametrize("architecture", [*ADAPTED], indirect=True)

@@ -25,7 +25,7 @@ NAMES = {torch.bfloat16: "BF16", torch.uint8: "U8"}
 @contextmanager
 def without_the_pack():
     models = comfy.supported_models.models
-    ours = [m for m in models if m.__name__ == "PPCLQwenImage"]
+    ours = [m for m in models if m.__name__.startswith("PPCL")]
     models[:] = [m for m in models if m not in ours]
     try:
         yield
