@@ -1,7 +1,9 @@
-"""Recording what a FLUX reads: pooled text and guidance too, and texts of one length in a batch, since it masks none."""
+"""Recording what FLUX and SD3.5 read: pooled text too, on FLUX guidance, and texts of one length in a batch, since they mask
+none."""
 
 import comfy.sd
 import comfy.text_encoders.flux as flux
+import comfy.text_encoders.sd3_clip as sd35
 import folder_paths
 import pytest
 import torch
@@ -17,18 +19,19 @@ from ppcl_engine.streaming import Teacher
 from .test_prompts import NODE, PROMPTS
 from .test_record import LIMITS, draw, engine_velocity
 
-pytestmark = pytest.mark.parametrize("architecture", ["flux1"], indirect=True)
+pytestmark = pytest.mark.parametrize("architecture", ["flux1", "sd35"], indirect=True)
 ROWS = 2
 SAMPLING = {"steps": 6, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
 
 
 @pytest.fixture
-def given():
-    """Two pictures of a prompt each; the negative prompt is shorter, and drawn with another guidance."""
+def given(host_case):
+    """Two pictures of a prompt each; the negative prompt is shorter, and drawn with another guidance where there is one."""
     generator = torch.Generator().manual_seed(8)
     text, pooled = torch.randn(ROWS, 7, 24, generator=generator), torch.randn(ROWS, 20, generator=generator)
-    positive = [[text, {"pooled_output": pooled, "guidance": 3.0}]]
-    negative = [[text[:1, :2], {"pooled_output": pooled[:1], "guidance": 2.0}]]
+    guidances = [{"guidance": value} if host_case.guidance else {} for value in (3.0, 2.0)]
+    positive = [[text, {"pooled_output": pooled, **guidances[0]}]]
+    negative = [[text[:1, :2], {"pooled_output": pooled[:1], **guidances[1]}]]
     return {
         "positive": positive,
         "negative": negative,
@@ -46,34 +49,35 @@ def record(pack, load, teacher, tmp_path):
     return model, pack("record").Recorder(Weights(teacher), path, limits).around(model), path
 
 
-def test_the_engine_computes_what_the_host_did(run_node, record, given, teacher):
+def test_the_engine_computes_what_the_host_did(run_node, record, given, teacher, host_case):
     model, recorded, path = record
     returned = []
 
-    def see(executor, x, t, context, *arguments, **named):
-        result = executor(x, t, context, *arguments, **named)
-        returned.append((x.clone(), t.clone(), context.clone(), result.clone()))
-        return result
+    def see(module, arguments, named, result):
+        returned.append((*(tensor.clone() for tensor in arguments), named["context"].clone(), result.clone()))
 
-    recorded.add_wrapper_with_key("diffusion_model", "test", see)
+    seen = model.model.diffusion_model.register_forward_hook(see, with_kwargs=True)
     assert torch.equal(draw(run_node, recorded, given), draw(run_node, model, given))
+    seen.remove()
     calibration, weights, lengths, compared = load_calibration(path), Weights(teacher), set(), 0
     engine, architecture = Teacher(weights, torch.float32, "cpu", False), weights.architecture
+    timestep = model.model.model_sampling.timestep  # of our t, as the model itself reads it
     assert calibration.samples == ROWS * LIMITS["each_picture"]
     for row in calibration.all_inputs():
         with torch.no_grad():
             velocity = engine_velocity(engine, row)
         lengths.add(row["encoder_hidden_states"].shape[1])
         assert row["pooled_projections"].shape[1] == 20
-        for i, guidance in enumerate(row["guidance"].tolist()):
+        assert ("guidance" in row) == bool(host_case.guidance)
+        for i in range(len(velocity)):
             x = architecture.unpack(row["hidden_states"][i : i + 1], row["grid"])[0]
             text = row["encoder_hidden_states"][i]
-            assert guidance == (3.0 if len(text) == 7 else 2.0)
+            assert not host_case.guidance or row["guidance"][i] == (3.0 if len(text) == 7 else 2.0)
             found = [
                 result[j]
                 for xs, t, c, result in returned
                 for j in range(len(xs))
-                if torch.equal(xs[j], x) and t[j] == row["timestep"][i] and torch.equal(c[j], text)
+                if torch.equal(xs[j], x) and t[j] == timestep(row["timestep"][i]) and torch.equal(c[j], text)
             ]
             expected = architecture.unpack(velocity[i : i + 1], row["grid"])[0]
             assert found and float((found[0] - expected).norm() / expected.norm()) < 1e-4
@@ -81,9 +85,15 @@ def test_the_engine_computes_what_the_host_did(run_node, record, given, teacher)
     assert compared == calibration.samples and lengths == {2, 7}
 
 
-def test_a_model_with_other_weights_is_refused(pack, load, bundle, teacher):
+CUT = {
+    "flux1": r"txt_mod.lin.weight is \(96, 32\), not \(192, 32\); record with",
+    "sd35": r"context_block.adaLN_modulation.1.weight is \(384, 128\), not \(768, 128\); record with",
+}
+
+
+def test_a_model_with_other_weights_is_refused(pack, load, bundle, teacher, architecture):
     model = load(bundle.name, base=teacher.name, switchable=False)
-    with pytest.raises(ValueError, match=r"txt_mod.lin.weight is \(96, 32\), not \(192, 32\); record with"):
+    with pytest.raises(ValueError, match=CUT[architecture.name]):
         pack("record").check_same_model(model, Weights(teacher))
 
 
@@ -96,21 +106,32 @@ def test_conditioning_of_another_model_is_one_line(run_node, pack, record, given
     assert not path.exists()
 
 
+def clip_sizes(width: int) -> dict[str, int]:
+    return {
+        "hidden_size": width, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3, "projection_dim": width
+    }  # fmt: skip
+
+
+T5 = {"d_model": 24, "d_ff": 32, "d_kv": 12, "num_heads": 2, "num_layers": 1}
+ENCODERS = {  # the host's class, its tokenizer, small sizes; what a teacher then reads: SD3.5's fill up to T5's real width
+    "flux1": (flux.flux_clip(), flux.FluxTokenizer, {"clip_l": clip_sizes(20), "t5xxl": T5}, {}),
+    "sd35": (
+        sd35.sd3_clip(t5=False), sd35.SD3Tokenizer, {"clip_l": clip_sizes(8), "clip_g": clip_sizes(12)}, {"joint_attention_dim": 4096},
+    ),
+}  # fmt: skip
+
+
 @pytest.fixture
-def clip():
-    """The host's two text encoders of FLUX, with one small random layer each."""
+def clip(architecture):
+    """The host's text encoders, with a few small random layers each."""
+    made, reads_tokens, sizes, _ = ENCODERS[architecture.name]
 
     class Target:
         params = {}
-        clip = flux.flux_clip()
-        tokenizer = flux.FluxTokenizer
+        clip = made
+        tokenizer = reads_tokens
 
-    small = {
-        "clip_l_model_config": {
-            "hidden_size": 20, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "projection_dim": 20
-        },
-        "t5xxl_model_config": {"d_model": 24, "d_ff": 32, "d_kv": 12, "num_heads": 2, "num_layers": 1},
-    }  # fmt: skip
+    small = {f"{name}_model_config": config for name, config in sizes.items()}
     found = comfy.sd.CLIP(Target, model_options={**small, "dtype": torch.float32})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -119,10 +140,18 @@ def clip():
     return found
 
 
-def test_the_hosts_text_encoders(run_node, pack, teacher, clip, tmp_path, monkeypatch):
+@pytest.fixture
+def reader(architecture, models, save_model, make_model, host_case):
+    """A teacher that reads what `clip` gives."""
+    changes = ENCODERS[architecture.name][-1]
+    model = make_model(**{**host_case.channels, **changes})
+    return save_model(models.diffusion_models / f"{host_case.file}_reader.safetensors", model)
+
+
+def test_the_hosts_text_encoders(run_node, pack, reader, clip, tmp_path, monkeypatch):
     """What they would give a sampler is what the teacher draws with, pooled text included."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    name, _ = run_node("PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts=PROMPTS, clip=clip, **NODE)
+    name, _ = run_node("PPCL_CalibrateFromPrompts", model_file=reader.name, prompts=PROMPTS, clip=clip, **NODE)
     folder = pack("paths").runs().path(name)
     ((_, settings),) = read_order(folder).stages
     stored = TensorFile(folder / settings["embeddings"]).read_all()
