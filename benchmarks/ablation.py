@@ -56,6 +56,7 @@ PARTS = {"depth": 0.35, "width": 0.1, "polish": 0.55}  # of the budget: students
 TUNED = {"depth": 0.25, "width": 0.05, "polish": 0.3, "finetune": 0.4}
 TINY = {**NARROW, "num_layers": 6}  # the teacher of a quick run
 SIZES = {"large": 0.684, "medium": 0.584, "small": 0.519}  # 13.97, 11.93 and 10.60 of 20.43 B
+TABLES = ("ladder", "equal_parameters", "sizes")
 HALF = -1.0  # stands for `half` of the teacher at hand
 OTHERS = ("tinyfusion", "hierarchical_prune", "cosine", "mse", "every_second", "random_contiguous")
 
@@ -173,14 +174,14 @@ def run(chosen) -> dict:
     builds = {row: row.build(context) for row in rows()}  # finds every row's intervals before anything is trained
     done = []
     for row, build in builds.items():
-        if chosen.only and row.folder not in chosen.only.split(","):
+        if row.table not in chosen.tables or chosen.only and row.folder not in chosen.only.split(","):
             continue
         done.append(measure(context, judge, row, build, folder))
         values = done[-1]
         print(f"\n{row.table} {row.name}: drop {values['drop_percent']:.2f} % ({values['low']:.2f}-{values['high']:.2f}), "
               f"velocity error {values['velocity_error']['value']:.4f}, {values['parameters'] / 1e6:.2f} M", flush=True)  # fmt: skip
-    done += one_training(context, judge, folder, SIZES)
-    tables = {name: [row for row in done if row["table"] == name] for name in ("ladder", "equal_parameters", "sizes")}
+    done += one_training(context, judge, folder, SIZES) if "sizes" in chosen.tables else []
+    tables = {name: [row for row in done if row["table"] == name] for name in TABLES if name in chosen.tables}
     about = {
         "budget": context.budget,
         "rates": context.rates,
@@ -191,7 +192,7 @@ def run(chosen) -> dict:
 
 def _half(chosen, context: Context, judge: Judge, folder: Path) -> dict | None:
     """The longer training at half of the parameters, and its score on many captions."""
-    if chosen.only and "half" not in chosen.only.split(","):
+    if "half" not in chosen.tables or chosen.only and "half" not in chosen.only.split(","):
         return None
     recipe = ours(context, half(context), TUNED)
     search = folder / "equal_parameters-ours_parts_only" / "search.json"
@@ -211,7 +212,7 @@ def _tiny(path: Path) -> Path:
 
 
 def show(values: dict) -> None:
-    for table in ("ladder", "equal_parameters", "sizes"):
+    for table in [name for name in TABLES if name in values]:
         lines = [
             [r["name"], f"{r['parameters'] / 1e6:.2f}", f"{r['drop_percent']:.2f} ({r['low']:.2f}-{r['high']:.2f})",
              f"{100 * r['character_accuracy']:.1f}", f"{r['image_distance']:.3f}", f"{r['velocity_error']['value']:.4f}",
@@ -228,6 +229,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--work", type=Path, help="folder of the trainings (runs/ablation); a second run goes on there")
     parser.add_argument("--budget", type=int, help=f"block passes of a row ({BUDGET})")
     parser.add_argument("--captions", type=int, help=f"pictures a row ({CAPTIONS})")
+    parser.add_argument("--tables", nargs="+", choices=(*TABLES, "half"), default=(*TABLES, "half"), help="which (all)")
     parser.add_argument("--only", help="folders of the rows to train now, comma-separated; no result file is written")
     chosen = report.parse(parser, arguments)
     suffix = f"_{chosen.teacher}" if chosen.teacher in TEACHERS and chosen.teacher != "qwen" else ""
@@ -241,7 +243,7 @@ def main(arguments: list[str] | None = None) -> Path:
     if chosen.only:
         return chosen.work
     show(values)
-    titled = {name.replace("_", " "): values[name] for name in ("ladder", "equal_parameters", "sizes")}
+    titled = {name.replace("_", " "): values[name] for name in TABLES if name in values}
     with replacing(chosen.output / f"ablation{suffix}.png") as temporary:
         temporary.write_bytes(charts.ablation_chart(titled))
     return report.write(f"ablation{suffix}", chosen, values)

@@ -40,7 +40,6 @@ from .schedule import timesteps_of
 
 KEY = "ppcl_fold"
 MOST_TIMESTEPS = 512  # in one model; older ones go, and come back from their file
-EMBEDDER = "diffusion_model.time_text_embed."
 LOW_RANK = {"lora": 4, "loha": 7, "lokr": 8}
 """adapters that add to a weight whatever it is -> where they keep a scale (DoRA) that depends on it"""
 
@@ -52,7 +51,7 @@ def follow(model) -> None:
 
 def _before_sampling(executor, noise, latent_image, sampler, sigmas, *arguments, **named):
     patcher = executor.class_obj.model_patcher
-    inputs = patcher.model.diffusion_model.time_text_embed.folding
+    inputs = folded.inputs_in(patcher.model.diffusion_model)
     check_patches(patcher, inputs)
     if isinstance(inputs, folded.Table):
         know(patcher, inputs, timesteps_of(patcher, sampler, sigmas), len(noise))
@@ -61,12 +60,13 @@ def _before_sampling(executor, noise, latent_image, sampler, sigmas, *arguments,
 
 def check_patches(patcher, inputs) -> None:
     """Raises ValueError, in one line, for changes that folded modulations can't follow."""
+    engine = patcher.model.diffusion_model.ppcl.structure.host.engine
     for patches in (patcher.patches, *patcher.hook_patches.values()):
         for key, found in patches.items():
-            if key.startswith(EMBEDDER):
+            if key.startswith(f"diffusion_model.{engine.time_embedder}."):
                 raise ValueError(f"a LoRA changes {key}, which folded modulations can't follow; set fold to off")
             module = key.rpartition(".")[0].removeprefix("diffusion_model.")
-            if module.endswith(folded.STREAM_MODULATIONS_LINEAR) and not all(_adds(p, inputs) for p in found):
+            if module.endswith(engine.timestep_modulations) and not all(_adds(p, inputs) for p in found):
                 raise ValueError(
                     f"a change of {key} depends on the weight itself (DoRA, a merge), which is folded away; set fold to off"
                 )
@@ -149,7 +149,7 @@ def _dtype(patcher) -> torch.dtype:
 def computed(patcher, inputs: folded.Table, later: Modulations, timesteps: list[float], rows: tuple) -> Table:
     """One pass over the stored modulations, with progress; the host's stop button ends it."""
     device, dtype = patcher.load_device, _dtype(patcher)
-    embedder = copy.deepcopy(patcher.model.diffusion_model.time_text_embed).to(device)
+    embedder = copy.deepcopy(inputs.embedder[0]).to(device)
     like = torch.empty(0, dtype=dtype, device=device)
     given = conditionings(lambda t: embedder.forward(t.to(device), like), timesteps, [(r, r) for r in rows])
     opened = _opened(inputs, later, _host_names(patcher, later), device)

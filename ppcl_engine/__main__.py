@@ -77,7 +77,7 @@ def _dispatch(stage: str, arguments: list[str]) -> None:
 
     parse = partial(tyro.cli, args=arguments, prog=f"ppcl {stage}", console_outputs=is_main())
     if stage == "run":
-        config = parse(config_files.RunConfig)
+        config = parse(config_files.RunConfig, config=(tyro.conf.PositionalRequiredArgs,))
         run_file(config.file, config.tiny)
         return
     if stage not in STAGES:

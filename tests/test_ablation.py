@@ -31,3 +31,5 @@ def test_ablation_trains_every_row_within_its_budget_and_goes_on(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("row.json")}
     run(ablation, tmp_path, *options)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("row.json")} == before
+    one = run(ablation, tmp_path, *options, "--tables", "equal_parameters")
+    assert one["equal_parameters"] == values["equal_parameters"] and not {"ladder", "sizes"} & set(one)

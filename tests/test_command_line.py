@@ -117,11 +117,11 @@ def test_a_loss_that_is_not_a_number_names_step_and_interval(failing, run_folder
 def test_a_run_file_is_checked_before_anything_starts(tmp_path, failing):
     path = tmp_path / "run.toml"
     path.write_text('[common]\nmodel = "m"\nrun = "r"\n[probe]\n[detect]\nlongestt = 3\n')
-    assert "[detect]: unknown setting 'longestt'" in failing("run", "--file", path)
+    assert "[detect]: unknown setting 'longestt'" in failing("run", path)
     path.write_text('[common]\nmodel = "m"\nrun = "r"\n[detect]\nkernel = "cubic"\n')
-    assert "kernel = 'cubic'; choose from linear, rbf" in failing("run", "--file", path)
+    assert "kernel = 'cubic'; choose from linear, rbf" in failing("run", path)
     path.write_text("[prune]\n")
-    assert "unknown stage [prune]" in failing("run", "--file", path)
+    assert "unknown stage [prune]" in failing("run", path)
     path.write_text('[common]\nmodel = "m"\nrun = "r"\nstreamed = true\n[distill-depth]\nlearning_rate = 1\n[probe]\n')
     assert [stage for stage, _ in read_run_file(path)] == ["distill-depth", "probe"]
 

@@ -69,7 +69,7 @@ def start(path: Path) -> int:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
-            os._exit(main(["run", "--file", str(path)]))
+            os._exit(main(["run", str(path)]))
     return child
 
 

@@ -87,7 +87,7 @@ def write_run_file(teacher_file, make_run):
 def alone(tmp_path_factory, write_run_file) -> Run:
     """The whole method in one process."""
     path = write_run_file(tmp_path_factory.mktemp("alone"))
-    assert main(["run", "--file", str(path)]) == 0
+    assert main(["run", str(path)]) == 0
     return Run(path.parent / "run")
 
 
@@ -143,7 +143,7 @@ def test_the_whole_method_under_accelerate_launch(tmp_path, write_run_file, alon
     """Rows shared by two processes; detect and detect-width are the main one's, while the other waits."""
     path = write_run_file(tmp_path)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--main_process_port", str(free_port()), "-m", "ppcl_engine", "run", "--file", str(path)]
+    launcher += ["--main_process_port", str(free_port()), "-m", "ppcl_engine", "run", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(launcher, cwd=Path(ppcl_engine.__file__).parents[1], env=environment, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -173,7 +173,7 @@ def test_intervals_of_their_own_are_the_same_bits(tmp_path, write_run_file, alon
     path, folders = write_run_file(tmp_path, "intervals"), ("probes", "depth", "width")
     text = path.read_text().split("[polish]")[0].replace('device = "cpu"', 'device = "cpu"\nstreamed = true')
     path.write_text(text)
-    assert command(tmp_path, 2, "run", "--file", path).codes() == [0] * 2
+    assert command(tmp_path, 2, "run", path).codes() == [0] * 2
     run = Run(tmp_path / "run")
     assert contents(run, *folders) == contents(alone, *folders)
     assert run.load_plan().sites == alone.load_plan().sites and not any(run.states.iterdir())

@@ -94,6 +94,7 @@ class Host:
     viewed          sub-modules that `project_*` change inside, outer ones first (a switchable model's stay as they are)
     replaced        site kind -> beginnings of the tensors that its projection leaves no place for
     cuts            (site kind, form) -> linear map -> what is left of it, where that is the same in all blocks (`cuts_at`)
+    final           where modulations can be folded: what reads their conditioning behind the blocks
     """
 
     engine: Architecture
@@ -107,6 +108,7 @@ class Host:
     viewed: tuple[str, ...]
     replaced: dict[str, tuple[str, ...]]
     cuts: dict[tuple[str, str], dict[str, Cut]] = {}
+    final: str
 
     @property
     def presets(self) -> dict[str, tuple[int, int, str]]:

@@ -74,7 +74,8 @@ def inputs_of(structure: Structure, tensors: FileTensors, dtype: torch.dtype):
 
 def finish(transformer: nn.Module, structure: Structure, texts: Texts, inputs) -> None:
     if inputs is not None:
-        folded.attach(transformer, inputs)
+        host = structure.host
+        folded.attach(transformer.get_submodule(host.engine.time_embedder), getattr(transformer, host.final), inputs)
     transformer.register_forward_pre_hook(forget_texts)
     structure.host.watch(transformer, texts)
     transformer.ppcl = Parts(structure, texts)
@@ -138,7 +139,8 @@ def _new_block(stock, structure: Structure, inputs) -> nn.Module:
     if structure.folding is None:
         return stock()
     inputs.new_linear = partial(stock.keywords["operations"].Linear, dtype=stock.keywords.get("dtype"))
-    return folded.fold_block(stock(), structure.folding, inputs, stock.keywords.get("device"))
+    names, device = structure.host.engine.timestep_modulations, stock.keywords.get("device")
+    return folded.fold_block(stock(), names, structure.folding, inputs, device)
 
 
 def _with_all_parts(

@@ -28,9 +28,6 @@ from ...ppcl_engine.architectures.folded import (
 )
 from .adapters import half_of, stored
 
-STREAM_MODULATIONS = ("img_mod", "txt_mod")
-STREAM_MODULATIONS_LINEAR = tuple(f"{name}.1" for name in STREAM_MODULATIONS)
-
 
 class Basis(BasisInputs):
     """The engine's; `projection` is P."""
@@ -62,10 +59,10 @@ class Table(TableInputs):
     def projection(self) -> torch.Tensor:
         """silu(conditioning) [width, columns] of every column of the table, in float32"""
         (embedder,) = self.embedder
-        weight = embedder.timestep_embedder.linear_1.weight
-        like = torch.empty(0, device=weight.device)
+        device = next(embedder.parameters()).device
+        like = torch.empty(0, device=device)
         with torch.no_grad():
-            rows = F.silu(embedder.forward(self.timesteps.to(weight.device, torch.float32), like))
+            rows = F.silu(embedder.forward(self.timesteps.to(device, torch.float32), like))
         return rows.T.repeat(1, len(self.batches))
 
 
@@ -129,13 +126,14 @@ def inputs_of(folding: Folding, width: int, dtype: torch.dtype) -> Basis | Table
     return inputs
 
 
-def fold_block(block: nn.Module, folding: Folding, inputs: Basis | Table, device) -> nn.Module:
-    """The host's block with small maps in its modulations."""
-    for name in STREAM_MODULATIONS:
-        linear = getattr(block, name)[1]
-        kept = {"dtype": inputs.maps_dtype, "device": device}
+def fold_block(
+    block: nn.Module, modulations: tuple[str, ...], folding: Folding, inputs: Basis | Table, device
+) -> nn.Module:
+    """The host's block with small maps in its modulations ("img_mod.1": behind an activation "img_mod.0")."""
+    for name in modulations:
+        linear, kept = block.get_submodule(name), {"dtype": inputs.maps_dtype, "device": device}
         new = folded_map(MAPS[folding.form], folding, linear.out_features, inputs, kept)
-        setattr(block, name, nn.Sequential(Carried(linear.in_features), new))
+        block.set_submodule(name.rpartition(".")[0], nn.Sequential(Carried(linear.in_features), new))
     return block
 
 
@@ -155,19 +153,23 @@ def cut(whole: FoldedMap, folding: Folding) -> FoldedMap:
     return folded_map(half_of(type(whole)), folding, whole.out_features // 2, whole.inputs[0], options)
 
 
-def attach(transformer: nn.Module, inputs: Basis | Table) -> None:
+def attach(embedder: nn.Module, final: nn.Module, inputs: Basis | Table) -> None:
     """The host's time embedder appends what the blocks need; its final layer does not see it."""
-    embedder = transformer.time_text_embed
     if isinstance(inputs, Table):
         inputs.embedder = (embedder,)
-    embedder.folding = inputs
+    setattr(embedder, FOLDING, inputs)
     embedder.register_forward_hook(append_carried)
-    transformer.norm_out.register_forward_pre_hook(partial(drop_carried, inputs.width))
+    final.register_forward_pre_hook(partial(drop_carried, inputs.width))
+
+
+def inputs_in(transformer: nn.Module) -> Basis | Table | None:
+    """None where nothing is folded."""
+    return next((module for module in transformer.modules() if isinstance(module, Basis | Table)), None)
 
 
 def folding_in(transformer: nn.Module) -> Folding | None:
     """As it is now: a table grows while it is used."""
-    inputs = getattr(getattr(transformer, "time_text_embed", None), FOLDING, None)  # others have no such embedder
+    inputs = inputs_in(transformer)
     if inputs is None:
         return None
     if isinstance(inputs, Basis):

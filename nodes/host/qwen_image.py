@@ -44,6 +44,7 @@ class QwenImageHost(Host):
     )
     mark = "txt_norm.weight"
     text_map = "attn.add_q_proj"
+    final = "norm_out"
     viewed = ("attn", "attn.add_q_proj")
     replaced = engine.replaced_names
     cuts = {("ffn_image", "paper"): {"img_mod.1": HALF}, ("ffn_text", "paper"): {"txt_mod.1": HALF}}

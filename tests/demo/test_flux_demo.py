@@ -73,7 +73,7 @@ def test_a_shipped_run_file_holds_settings_for_one_large_gpu(architecture, name)
 
 def test_a_shipped_run_file_runs_tiny(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["run", "--file", str(CONFIGS / "flux_dev_8b.toml"), "--tiny"]) == 0
+    assert main(["run", str(CONFIGS / "flux_dev_8b.toml"), "--tiny"]) == 0
     run = tmp_path / "runs" / "flux_dev_8b_tiny"
     assert (run / "report.html").exists() and (run / "exports" / "pruned.ppcl.safetensors").exists()
     assert sum(i.removed for i in Bundle(run / "exports" / "pruned.ppcl.safetensors").plan.intervals) == 4
@@ -81,5 +81,5 @@ def test_a_shipped_run_file_runs_tiny(teacher, tmp_path, monkeypatch):
 
 def test_tiny_needs_to_know_the_teacher(architecture, tmp_path, capsys):
     (tmp_path / "run.toml").write_text('[common]\nmodel = "m"\nrun = "r"\n[probe]\n[tiny]\nteacher = "sdxl"\n')
-    assert main(["run", "--file", str(tmp_path / "run.toml"), "--tiny"]) == 2
+    assert main(["run", str(tmp_path / "run.toml"), "--tiny"]) == 2
     assert "[tiny] in the run file with teacher = one of 'qwen', 'flux', and blocks" in capsys.readouterr().err
