@@ -1,6 +1,8 @@
 """Recording what FLUX and SD3.5 read: pooled text too, on FLUX guidance, and texts of one length in a batch, since they mask
 none."""
 
+import signal
+
 import comfy.sd
 import comfy.text_encoders.flux as flux
 import comfy.text_encoders.sd3_clip as sd35
@@ -13,9 +15,11 @@ from ppcl_engine.checkpoint import Weights
 from ppcl_engine.data import load_calibration
 from ppcl_engine.files import TensorFile
 from ppcl_engine.jobs.order import configs, read_order
+from ppcl_engine.jobs.work import main as work
 from ppcl_engine.run import Run
 from ppcl_engine.streaming import Teacher
 
+from .conftest import host_nodes, relative_error
 from .test_prompts import NODE, PROMPTS
 from .test_record import LIMITS, draw, engine_velocity
 
@@ -163,3 +167,45 @@ def test_the_hosts_text_encoders(run_node, pack, reader, clip, tmp_path, monkeyp
         run_stage(stage, config)
     calibration = load_calibration(Run(folder).calibration)
     assert calibration.samples == 6 and calibration.batches[0]["pooled_projections"].shape == (2, 20)
+
+
+JOBS = {
+    "Probe": {},
+    "Detect": {"remove": 1, "longest": 2, "bootstrap": 2, "samples": 8, "tokens": 2},
+    "DistillDepth": {"rounds": 1, "updates": 2, "warm_up": 1, "preview_seconds": 0},
+    "Export": {"store": "float32"},
+}
+
+
+@pytest.fixture
+def job(run_node, pack):
+    """A job's node at its defaults, its work done in this process; gives all that the node gives then."""
+
+    def run(kind: str, upstream: str, **settings):
+        schema = host_nodes.NODE_CLASS_MAPPINGS[f"PPCL_{kind}"].define_schema()
+        given = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}
+        given |= {"run": upstream, "device": "cpu", "start": False, **settings}
+        name, *_ = run_node(f"PPCL_{kind}", **given)
+        with torch.inference_mode(False):
+            assert work([str(pack("paths").runs().path(name))]) == 0
+        return run_node(f"PPCL_{kind}", **given)
+
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    yield run
+    for kind, handler in handlers.items():
+        signal.signal(kind, handler)
+
+
+def test_from_a_recording_to_a_bundle(
+    run_node, load, job, teacher, given, engine_velocity, velocity, tmp_path, monkeypatch
+):
+    """The nodes of the method, one behind the other."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    limits = {**LIMITS, "batch": 4}
+    recorded, run = run_node("PPCL_RecordCalibration", model=load(teacher.name), model_file=teacher.name, **limits)
+    draw(run_node, recorded, given)
+    for kind, settings in JOBS.items():
+        run, *found = job(kind, run, **settings)
+    file = found[-1]
+    path = tmp_path / "ppcl" / file.removeprefix("runs/").replace("/", "/exports/")
+    assert relative_error(velocity(load(file, base=teacher.name)), engine_velocity(path, None, teacher)) < 1e-4
