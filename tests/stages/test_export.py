@@ -10,7 +10,7 @@ from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file
 
 from ppcl_engine.bundle import open_model
-from ppcl_engine.checkpoint import COMFYUI_PREFIX, Weights
+from ppcl_engine.checkpoint import COMFYUI_PREFIX, HINTS_TENSOR, Weights
 from ppcl_engine.config_files import ExportConfig
 from ppcl_engine.files import TensorFile
 from ppcl_engine.stages.export import export
