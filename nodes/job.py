@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from comfy_api.v0_0_2 import io, ui
 
-from ..ppcl_engine.config import Common
+from ..ppcl_engine.config import Common, StatesConfig
 from ..ppcl_engine.jobs.state import current_state
 from . import results
 from .runs import RunType, model_of, progress_text
@@ -23,8 +23,9 @@ DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
 HOW = ("wait", "start", "keep_running", "preview_seconds")
 
 
-def common_inputs(seed: bool, previews: bool) -> list[io.Input]:
-    """The last widgets of every job. seed: where results hang on one. previews: where something is trained."""
+def common_inputs(seed: bool, previews: bool, states: bool) -> list[io.Input]:
+    """The last widgets of every job. seed: where results hang on one. previews: where something is trained. states: where
+    states between blocks are measured or learned from."""
     devices = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
     picture = io.Int.Input(
         "preview_seconds", default=30, min=0, max=3600,
@@ -40,6 +41,7 @@ def common_inputs(seed: bool, previews: bool) -> list[io.Input]:
         ),
         io.Boolean.Input("keep_running", default=False, tooltip="The job goes on when ComfyUI is closed."),
         *([picture] if previews else []),
+        *(inputs(StatesConfig, "target_tokens_only", target_tokens_only={"optional": True}) if states else []),
     ]  # fmt: skip
 
 
@@ -67,11 +69,14 @@ class Job(io.ComfyNode):
         more: tuple[io.Output, ...] = (),
         seed: bool = True,
         previews: bool = False,
+        states: bool = False,
+        last: tuple[io.Input, ...] = (),
     ) -> io.Schema:
+        """last: settings that came after the first release, since saved workflows hold values by position."""
         return io.Schema(
             node_id=f"PPCL_{name}", display_name=f"{display_name} (PPCL)", category=CATEGORY, description=description,
-            inputs=[*settings, *common_inputs(seed, previews)], outputs=[*outputs(*cls.PICTURES), *more], hidden=[io.Hidden.unique_id],
-            is_output_node=True,
+            inputs=[*settings, *common_inputs(seed, previews, states), *last], outputs=[*outputs(*cls.PICTURES), *more],
+            hidden=[io.Hidden.unique_id], is_output_node=True,
         )  # fmt: skip
 
     @classmethod

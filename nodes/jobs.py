@@ -26,8 +26,8 @@ from ..ppcl_engine.plan import parse_intervals
 from ..ppcl_engine.run import Run
 from . import results
 from .job import Job
-from .paths import exported_name, model_path, teacher_files
-from .prompts import Prompts
+from .paths import NO_FOLDER, exported_name, model_path, picture_folder, picture_folders, teacher_files
+from .prompts import EncodedPrompts, Prompts, References
 from .runs import folder_of, run_input
 from .settings import check_file_name, help_of, inputs
 from .view import picture_of
@@ -54,11 +54,16 @@ class CalibrateFromPrompts(Job):
                     samples={"min": 2}, batch={"min": 1}, empty_captions={"max": 1.0}, steps={"min": 1},
                 ),
             ],
+            last=(io.Combo.Input(
+                "references", options=[NO_FOLDER, *picture_folders()], default=NO_FOLDER, optional=True,
+                tooltip="Of an edit model: a folder in ComfyUI's input folder, of pictures with an instruction each in a "
+                ".txt of the same name. The full model changes them so.",
+            ),),
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model_file, prompts, clip=None, **given) -> io.NodeOutput:
-        source = Prompts(prompts) if clip is None else Prompts(prompts).encoded(clip)
+    def execute(cls, model_file, prompts, clip=None, references=NO_FOLDER, **given) -> io.NodeOutput:
+        source = source_of(prompts, clip, references)
         settings = {**given, source.setting: source.file}
         folder = cls.work(
             "calibrate",
@@ -69,6 +74,18 @@ class CalibrateFromPrompts(Job):
             bring=source.write,
         )
         return cls.output(folder, lambda f: [results.calibration_text(f)])
+
+
+def source_of(prompts: str, clip, references: str) -> Prompts | EncodedPrompts | References:
+    """Raises ValueError for more than one."""
+    if references == NO_FOLDER:
+        return Prompts(prompts) if clip is None else Prompts(prompts).encoded(clip)
+    if prompts.strip() or clip is not None:
+        raise ValueError(
+            "references bring their own instructions, and the model's own text encoder sees the pictures: leave prompts "
+            "empty and clip without a link"
+        )
+    return References(picture_folder(references))
 
 
 class Probe(Job):
@@ -85,6 +102,7 @@ class Probe(Job):
                 *inputs(ProbeConfig, "ridge train_steps learning_rate held_out", held_out={"min": 1}),
             ],
             seed=False,
+            states=True,
         )  # fmt: skip
 
     @classmethod
@@ -112,6 +130,7 @@ class Detect(Job):
                     longest={"min": 2, "max": 64}, samples={"min": 2}, tokens={"min": 1}, bootstrap={"max": 10_000},
                 ),
             ],
+            states=True,
         )  # fmt: skip
 
     @classmethod
@@ -140,6 +159,7 @@ class DistillDepth(Job):
                 ),
             ],
             previews=True,
+            states=True,
         )  # fmt: skip
 
     @classmethod
@@ -176,6 +196,7 @@ class DistillWidth(Job):
                 *(_polish_input(name) for name in POLISH),
             ],
             previews=True,
+            states=True,
         )  # fmt: skip
 
     @classmethod
@@ -199,7 +220,8 @@ def _polish_input(name: str) -> io.Input:
 
 def _width_stages(choose: str, given: dict) -> list[tuple[type, str, dict]]:
     names = ["rounds", "updates", "learning_rate", "give_back", "warm_up", "cache_gb"]
-    distill = {name: given[name] for name in names}
+    tokens = {name: given[name] for name in ("target_tokens_only",) if name in given}  # workflows of before have none
+    distill = {**tokens, **{name: given[name] for name in names}}
     if choose == NAMED:
         if not given["sites"].strip():
             raise ValueError(f"choose is {NAMED!r}, but sites names none; write them as 'ffn_image:2 text:51-59'")
@@ -209,7 +231,7 @@ def _width_stages(choose: str, given: dict) -> list[tuple[type, str, dict]]:
         return [(DistillWidthConfig, "distill-width", distill)]
     if choose != SHARE:
         raise ValueError(f"choose {choose!r} is not a choice; choose from {SHARE}, {NAMED}, {PLANNED}")
-    detect = {name: given[name] for name in ("share", "form", "longest", "cache_gb")}
+    detect = {**tokens, **{name: given[name] for name in ("share", "form", "longest", "cache_gb")}}
     return [(DetectWidthConfig, "detect-width", detect), (DistillWidthConfig, "distill-width", distill)]
 
 

@@ -16,6 +16,7 @@ TABLES = "tables"  # in models/ppcl: values of folded modulations, made when the
 DEMO = Path(__file__).parents[1] / "ppcl_engine" / "demo"
 RUNS = "ppcl"  # in the output folder
 EXPORTS = "exports"  # in a run
+NO_FOLDER = "none"
 DEMO_FILES = {"demo/demo.ppcl.safetensors": "demo.ppcl.safetensors", "demo/teacher.safetensors": "teacher.safetensors"}
 
 
@@ -95,6 +96,19 @@ def written_folder() -> Path:
 def tables_folder() -> Path:
     """Its files may be removed at any time; they are made again."""
     return written_folder() / TABLES
+
+
+def picture_folders() -> list[str]:
+    """Names of folders in the host's input folder; what a link leads out of it is left."""
+    root = Path(folder_paths.get_input_directory()).resolve()
+    return sorted(path.name for path in root.glob("*/") if path.is_dir() and path.resolve().is_relative_to(root))
+
+
+def picture_folder(name: str) -> Path:
+    """Raises ValueError for a name that is not in the list."""
+    if name not in picture_folders():
+        raise ValueError(f"{name!r} is no folder in ComfyUI's input folder; refresh, then choose again")
+    return Path(folder_paths.get_input_directory()) / name
 
 
 def demo_teacher() -> Path:

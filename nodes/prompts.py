@@ -1,14 +1,17 @@
-"""Prompts for a calibration, as a file in its run: the words, or what the host's text encoder makes of them."""
+"""Prompts for a calibration, as a file in its run: the words, or what the host's text encoder makes of them; or, for an
+edit model, pictures with an instruction each."""
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..ppcl_engine.files import write_tensors, write_text
+from ..ppcl_engine.data import picture_files
+from ..ppcl_engine.files import replacing, write_tensors, write_text
 from .settings import check_length
 
 MOST = 10_000
@@ -87,6 +90,38 @@ class EncodedPrompts:
     def write(self, folder: Path) -> None:
         if not (folder / self.file).exists():
             write_tensors(folder / self.file, self.tensors)
+
+
+@dataclass(frozen=True)
+class References:
+    """A folder of pictures, each with its .txt, copied into the run: its name holds a hash of what is in it."""
+
+    folder: Path
+
+    setting = "references"
+
+    def __post_init__(self):
+        if len(self.files) > 2 * MOST:
+            raise ValueError(f"{self.folder.name} holds {len(self.files) // 2:,} pictures; give at most {MOST:,}")
+
+    @property
+    def files(self) -> list[Path]:
+        """Raises ValueError for a folder without pictures, and naming one without an instruction."""
+        return [file for picture, _ in picture_files(self.folder) for file in (picture, picture.with_suffix(".txt"))]
+
+    @property
+    def file(self) -> str:
+        digest = hashlib.sha256()
+        for path in self.files:
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+        return f"references-{digest.hexdigest()[:8]}"
+
+    def write(self, folder: Path) -> None:
+        for path in self.files:
+            target = folder / self.file / path.name
+            if not target.exists():
+                with replacing(target) as temporary:
+                    shutil.copyfile(path, temporary)
 
 
 def _padded(rows: list[torch.Tensor]) -> torch.Tensor:

@@ -7,17 +7,19 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import comfy.ldm.common_dit
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.v0_0_2 import io
 
-from ..ppcl_engine.architectures import Inputs
+from ..ppcl_engine.architectures import REFERENCES, Inputs
 from ..ppcl_engine.checkpoint import Weights
 from ..ppcl_engine.config import CalibrateConfig, Common
 from ..ppcl_engine.files import write_json
 from ..ppcl_engine.run import Run
 from ..ppcl_engine.sampling import GUIDANCE
 from .branch import layout_in, name_of
+from .host import host_named
 from .job import CATEGORY
 from .paths import model_path, runs, teacher_files
 from .recording import MASK, Limits, Sampling, append, recorded
@@ -39,6 +41,7 @@ class Recorder:
 
     def __init__(self, weights: Weights, path: Path, limits: Limits, tell=lambda text: None):
         self.architecture, self.path, self.limits, self.tell = weights.architecture, path, limits, tell
+        self.config, self.host = weights.config, host_named(weights.architecture.name)
         self.reads = {name: CONDITIONS[name] for name in weights.architecture.caption_inputs}
         if weights.architecture.takes_guidance(weights.config):
             self.reads[GUIDANCE] = GUIDANCE
@@ -52,7 +55,7 @@ class Recorder:
 
     def around(self, model):
         """A clone of the host's patcher that is recorded."""
-        new = model.clone()
+        new, self.transformer = model.clone(), model.model.diffusion_model
         new.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self._sample)
         new.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self._apply)
         return new
@@ -80,8 +83,11 @@ class Recorder:
         """Before the host turns sigma, which is our t, into what the architecture calls a timestep."""
         options = transformer_options or {}
         if self.sampling is not None:
-            if named.get("ref_latents") or c_concat is not None:
-                raise ValueError("Record Calibration (PPCL) cannot store reference pictures; sample without them")
+            if c_concat is not None:
+                raise ValueError(
+                    "Record Calibration (PPCL) cannot store what a fill or inpainting model reads beside its latents; "
+                    "sample without it"
+                )
             self._see(flat(x), t, {**named, "c_crossattn": c_crossattn}, options)
         return executor(x, t, c_concat, c_crossattn, control, options, **named)
 
@@ -95,10 +101,12 @@ class Recorder:
         schedule, sigma = options["sample_sigmas"], float(options["sigmas"].flatten()[0])
         step, rows = int((schedule > sigma).sum()), self.sampling.rows
         captions = self._captions(given, len(latents))
+        tokens, sizes = self._references(given)
+        captions |= tokens
         for place, prompt in enumerate(options["cond_or_uncond"]):
             part = slice(place * rows, (place + 1) * rows)
             own = {name: tensor[part] for name, tensor in captions.items()}
-            self.sampling.see(step, prompt == 1, latents[part], t[part], own)
+            self.sampling.see(step, prompt == 1, latents[part], t[part], own, sizes)
 
     def _captions(self, given: dict, rows: int) -> Inputs:
         """By diffusers' names, a row each. The host gives no mask where all tokens are real."""
@@ -115,14 +123,32 @@ class Recorder:
             found[name] = tensor.expand(rows, *tensor.shape[1:])
         return found
 
+    def _references(self, given: dict) -> tuple[Inputs, tuple[tuple[int, ...], ...]]:
+        """Tokens of all reference pictures behind each other, a row each, and the pictures' sizes in tokens."""
+        if not (pictures := given.get("ref_latents")):
+            return {}, ()
+        self.host.check_references(self.transformer, self.config, given.get("ref_latents_method"), len(pictures))
+        whole = [whole_tokens(flat(picture)) for picture in pictures]
+        tokens = torch.cat([self.architecture.pack(picture) for picture in whole], dim=1)
+        return {REFERENCES: tokens}, tuple(tuple(self.architecture.grid(picture)[0].tolist()) for picture in whole)
+
     def _told(self, samples: int) -> None:
         full = "; full: change seed to record others" if samples >= self.limits.samples else ""
         self.tell(f"{samples} of {self.limits.samples} samples are recorded{full}")
 
 
 def flat(latents: torch.Tensor) -> torch.Tensor:
-    """Latents of pictures, without the frame that video models have."""
-    return latents[:, :, 0] if latents.ndim == 5 else latents
+    """Latents of pictures, without the frame that video models have. Raises ValueError for several frames."""
+    if latents.ndim == 4:
+        return latents
+    if latents.shape[2] > 1:
+        raise ValueError(f"latents of {latents.shape[2]} frames cannot be recorded; draw single pictures")
+    return latents[:, :, 0]
+
+
+def whole_tokens(latents: torch.Tensor) -> torch.Tensor:
+    """Filled up as the host does it."""
+    return comfy.ldm.common_dit.pad_to_patch_size(latents, (2, 2))
 
 
 def check_same_model(model, weights: Weights) -> None:

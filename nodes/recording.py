@@ -1,7 +1,8 @@
 """What a sampler feeds a model, kept as a calibration set. Knows tensors and files, not the host.
 
 Of every picture that is drawn a few states are kept, spread over the schedule, most of them with the prompt and some
-with the negative one; the picture itself, as latents, becomes the clean one of each.
+with the negative one; the picture itself, as latents, becomes the clean one of each. An edit model's references are kept
+with every state.
 """
 
 from __future__ import annotations
@@ -50,13 +51,15 @@ def _generator(limits: Limits, number: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class State:
-    """One row of a forward, on the CPU in float32: latents [1, c, h, w], t, captions: what the model reads of the prompt, by
-    diffusers' names (text [tokens, width], mask [tokens], pooled text [width], guidance [])."""
+    """One row of a forward, on the CPU in float32: latents [1, c, h, w], t, captions: what the model reads beside them, by
+    diffusers' names (text [tokens, width], mask [tokens], pooled text [width], guidance [], tokens of all references
+    [tokens, channels]), references: sizes of those (frames, rows, columns)."""
 
     latents: torch.Tensor
     t: float
     captions: Inputs
     negative: bool
+    references: tuple[tuple[int, ...], ...]
 
     @property
     def tokens(self) -> int:
@@ -71,8 +74,11 @@ class Sampling:
         self.wanted = wanted_states(limits, number, rows, steps)
         self.states: dict[tuple[int, int], State] = {}
 
-    def see(self, step: int, negative: bool, latents: torch.Tensor, t: torch.Tensor, captions: Inputs) -> None:
-        """A forward's rows of one prompt: latents [rows, c, h, w], t [rows], captions as a `State` has them, a row each.
+    def see(
+        self, step: int, negative: bool, latents: torch.Tensor, t: torch.Tensor, captions: Inputs, references=()
+    ) -> None:
+        """A forward's rows of one prompt: latents [rows, c, h, w], t [rows], captions as a `State` has them, a row each;
+        references as it has them.
 
         The first forward of a step counts; the other prompt's is kept where the wanted one never comes (guidance 1).
         """
@@ -82,11 +88,11 @@ class Sampling:
                 continue
             if kept is None or negative == self.wanted[row, step]:
                 own = {name: _copied(tensor[row]) for name, tensor in captions.items()}
-                self.states[row, step] = State(_copied(latents[row])[None], float(t[row]), own, negative)
+                self.states[row, step] = State(_copied(latents[row])[None], float(t[row]), own, negative, references)
 
     def batches(self, architecture: Architecture, clean: torch.Tensor, most: int) -> list[Inputs]:
-        """At most `most` of the samples, shuffled, texts of a batch of one length, or padded to it where a mask says so.
-        clean [rows, c, h, w]."""
+        """At most `most` of the samples, shuffled, texts of a batch of one length, or padded to it where a mask says so,
+        and references of the same sizes. clean [rows, c, h, w]."""
         keys = sorted(self.states)
         order = torch.randperm(len(keys), generator=_generator(self.limits, self.number))[:most]
         keys = [keys[place] for place in order.tolist()]
@@ -94,11 +100,12 @@ class Sampling:
         chunks, alike = [], {}
         for key in keys:
             length = 0 if MASK in architecture.caption_inputs else self.states[key].tokens
-            if len(chunk := alike.setdefault(length, [])) == 0:
+            shape = (length, self.states[key].references)
+            if len(chunk := alike.setdefault(shape, [])) == 0:
                 chunks.append(chunk)
             chunk.append(key)
             if len(chunk) == self.limits.batch:
-                del alike[length]
+                del alike[shape]
         return [self._batch(architecture, clean, chunk) for chunk in chunks]
 
     def _batch(self, architecture: Architecture, clean: torch.Tensor, keys: list[tuple[int, int]]) -> Inputs:
@@ -107,7 +114,8 @@ class Sampling:
         ends = architecture.pack(clean[[row for row, _ in keys]])
         t = torch.tensor([state.t for state in states])
         captions = {name: _stacked([state.captions[name] for state in states]) for name in states[0].captions}
-        return inputs_of(architecture.pack(latents), t, captions, architecture.grid(latents), ends)
+        grid = torch.cat([architecture.grid(latents), torch.tensor(states[0].references).reshape(-1, 3).long()])
+        return inputs_of(architecture.pack(latents), t, captions, grid, ends)
 
 
 def _stacked(rows: list[torch.Tensor]) -> torch.Tensor:

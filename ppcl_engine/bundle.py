@@ -20,7 +20,7 @@ from .architectures import Architecture, SharedText, architecture_named
 from .architectures.folded import FOLDING
 from .checkpoint import STRUCTURE_TENSOR, Weights
 from .comfyui_layout import read_part, variant_parts
-from .files import TensorEntry, TensorFile, write_tensor_stream
+from .files import TensorEntry, TensorFile, check_exists, write_tensor_stream
 from .layout import Layout, Place, checked, full_layout, layout_of
 from .plan import Interval, PruningPlan, Variant, plan_from_json
 from .released import Released, is_width_pruned, repeated_steps_warning
@@ -172,6 +172,7 @@ def open_model(
     legacy_txt_proj: the authors' older meaning of a text projection (see `released`). Raises ValueError in one line.
     """
     path = Path(path)
+    check_exists(path)
     if legacy_txt_proj and not is_width_pruned(path):
         raise ValueError(
             f"{path} is not one of the authors' width-pruned folders, so --legacy-txt-proj says nothing; leave it out"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .architectures import Architecture, Part, detect_architecture
-from .files import TensorFile, read_json
+from .files import TensorFile, check_exists, read_json
 from .pickled import PickledFile
 
 COMFYUI_PREFIX = "model.diffusion_model."
@@ -179,8 +179,7 @@ def full_parameters(architecture: Architecture, config: dict) -> int:
 
 def open_layout(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, str]], dict | None]:
     """(key -> (file, name in it), configuration or None). Strips the prefixes of checkpoints and of training."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give a model file or folder")
+    check_exists(path)
     if path.is_dir():
         return _open_folder(transformer_folder(path))
     file = TensorFile(path)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .architectures import Inputs
-from .files import TensorFile
+from .files import TensorFile, check_exists
 from .flow import euler_timesteps
 
 TABLES = ("text_encoder.token_embedding", "vae.mean", "vae.encode", "vae.decode")
@@ -144,6 +144,7 @@ def check_references(edits: bool, given: bool, where: object) -> None:
 def open_codec(path: Path, device: str = "cpu") -> Codec:
     """The codec of a model. Raises ValueError for a model that has none (a transformer's file alone)."""
     path = Path(path)
+    check_exists(path)
     if path.is_dir() and (path / "model_index.json").exists():
         from .pipelines import open_pipeline
 

@@ -88,6 +88,12 @@ def write_tensor_stream(path: Path, entries: list[TensorEntry], metadata: dict[s
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
+def check_exists(path: Path) -> None:
+    """Raises ValueError for a model that is neither a file nor a folder."""
+    if not Path(path).exists():
+        raise ValueError(f"{path} does not exist; give a model file or folder")
+
+
 class TensorFile:
     """A safetensors file, opened for reading single tensors without mapping it into memory. What is compressed as 2:4 in it
     is seen as the dense matrices.

@@ -235,6 +235,9 @@ def test_a_bundle_wants_its_own_base(tmp_path, bundle, teacher_file, make_model,
         open_model(path, base=other)
     with pytest.raises(ValueError, match="is not a bundle, so it has no variant 'small'"):
         open_model(teacher_file, "small")
+    for variant in (None, "small"):
+        with pytest.raises(ValueError, match="no.ppcl.safetensors does not exist; give a model file or folder$"):
+            open_model(tmp_path / "no.ppcl.safetensors", variant, teacher_file)
     with pytest.raises(ValueError, match="'huge' is not in the plan; it has: small, full"):
         open_model(path, "huge", teacher_file)
     with pytest.raises(ValueError, match="holds no pruning plan"):

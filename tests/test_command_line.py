@@ -69,7 +69,9 @@ def test_foreign_and_truncated_files(failing, tmp_path, teacher_file):
     assert "not a safetensors file" in failing("inspect", "--path", tmp_path / "text.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(teacher_file.read_bytes()[:-100])
     assert "truncated" in failing("inspect", "--path", tmp_path / "cut.safetensors")
-    assert "does not exist" in failing("inspect", "--path", tmp_path / "nothing")
+    for stage in (("inspect",), ("generate", "--prompt", "a"), ("generate", "--prompt", "a", "--variant", "small")):
+        line = failing(*stage, "--path", tmp_path / "nothing")
+        assert line == f"ppcl: {tmp_path / 'nothing'} does not exist; give a model file or folder"
 
 
 @pytest.mark.parametrize(

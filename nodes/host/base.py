@@ -172,5 +172,10 @@ class Host:
         """Where modulations can be folded: what makes their conditioning, of the host's classes."""
         raise NotImplementedError
 
+    def check_references(self, transformer: nn.Module, config: Mapping, method: str | None, pictures: int) -> None:
+        """Of an edit model: raises ValueError unless the host places this many reference pictures as the engine does.
+        method: how, where the conditioning says it."""
+        raise ValueError(f"calibrations of {self.engine.name} hold no reference pictures; sample without them")
+
     def watch(self, transformer: nn.Module, texts) -> None:
         """Where blocks read text and image as one sequence: keeps `texts.tokens`, the number of text tokens."""

@@ -51,12 +51,18 @@ class PrunedConfig:
         with exchanged_blocks(structure, sorted(named), texts, inputs):
             model = super().get_model(state_dict, prefix, device)
         finish(model.diffusion_model, structure, texts, inputs)
+        self.marks = marks_in(self.host, model.diffusion_model)
         if self.custom_operations is None:  # others make their tensors when they are loaded
-            check_tensors(model.diffusion_model, named)
+            check_tensors(model.diffusion_model, named | self.marks)
         return model
 
     def process_unet_state_dict(self, state_dict):
-        return self.structure.renamed(decompressed(state_dict))
+        return self.structure.renamed(decompressed(state_dict)) | self.marks
+
+
+def marks_in(host: Host, model: nn.Module) -> FileTensors:
+    """Empty tensors that the host's model holds for what no shape tells; not every file of ours has them."""
+    return {name: torch.empty(0) for name in host.engine.marks if hasattr(model, name)}
 
 
 def transformer_of(host: Host, state_dict: FileTensors) -> FileTensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 
 import comfy.ldm.qwen_image.model as host_module
@@ -17,6 +18,9 @@ from .building import PrunedConfig
 
 STOCK_WIDTH = 24 * 128  # what the host takes for granted
 STREAMS = {"ffn_image": "img", "ffn_text": "txt"}  # as the names of a block's parts begin
+INDEX, AT_ZERO = "index", "index_timestep_zero"  # references behind the picture; also modulated as if at t = 0
+METHOD = "default_ref_method"  # of the host's class, where it knows t = 0
+OFFSETS = ("offset", "uxo")  # a reference beside the one before it: the first stands as by index
 
 
 class PaddedModulation(nn.Sequential):
@@ -70,10 +74,27 @@ class QwenImageHost(Host):
         block.txt_mlp = maps("text", "step") if place.steps_text else projections.Nothing()
         block.attn.to_add_out = nn.Identity()
 
+    def check_references(self, transformer: nn.Module, config, method: str | None, pictures: int) -> None:
+        own = getattr(transformer, METHOD, None)
+        found, wanted = method or own or INDEX, AT_ZERO if config.get("zero_cond_t") else INDEX
+        if found in OFFSETS and pictures == 1:
+            found = INDEX
+        if found == wanted == AT_ZERO and own is None:
+            found = f"{AT_ZERO}, which it does not know"
+        if found != wanted:
+            raise ValueError(
+                f"ComfyUI reads the reference pictures by the method {found}, this model reads them by {wanted}; take out "
+                "the node that chooses the method, or update ComfyUI"
+            )
+
     def arguments(self, config) -> dict:
         names = ("patch_size", "in_channels", "out_channels", "num_layers", "attention_head_dim", "num_attention_heads",
                  "joint_attention_dim", "axes_dims_rope")  # fmt: skip
-        return {name: config[name] for name in names}
+        found = {name: config[name] for name in names}
+        known = inspect.signature(host_module.QwenImageTransformer2DModel).parameters
+        if config.get("zero_cond_t") and METHOD in known:
+            found[METHOD] = AT_ZERO
+        return found
 
     def time_embedder(self, width: int, **options) -> nn.Module:
         return host_module.QwenTimestepProjEmbeddings(width, 768, **options)

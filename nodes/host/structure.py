@@ -113,12 +113,12 @@ def is_pruned(host: Host, tensors: FileTensors) -> bool:
 
 
 def config_of(host: Host, tensors: FileTensors, known: Mapping | None = None) -> dict:
-    """The engine's, from shapes; how many blocks there are, how rotary axes are shared, and what `host.told` names, from
-    `known` where it says."""
-    shapes = engine_shapes(host.engine, tensors)
-    found = host.engine.infer_config(shapes.__getitem__, shapes)
-    names = (*(blocks.depth for blocks in host.lists), AXES, *host.told)
-    told = {name: known[name] for name in names if known and name in known}
+    """The engine's, from shapes and marks; how many blocks there are, how rotary axes are shared, and what else no shape
+    tells, from `known` where it says."""
+    shapes, marks = engine_shapes(host.engine, tensors), host.engine.marks
+    found = host.engine.infer_config(shapes.__getitem__, [*shapes, *(mark for mark in marks if mark in tensors)])
+    entries = (*(blocks.depth for blocks in host.lists), AXES, *marks.values(), *host.told)
+    told = {key: known[key] for key in entries if known and key in known}
     axes = told.get(AXES, found.get(AXES))
     if AXES in found and (not isinstance(axes, list) or sum(axes) != found["attention_head_dim"]):
         raise ValueError(
@@ -188,7 +188,7 @@ def _released_structure(host: Host, tensors: FileTensors, hints: dict) -> Struct
     if any(numbers != list(range(len(numbers))) for numbers in there.values()) or count > MAX_BLOCKS:
         raise ValueError("the file's blocks are not counted from 0 without gaps, and it carries no plan; is it whole?")
     known = hints.get("config") or _read_json(tensors, STRUCTURE_TENSOR).get("config") or {}
-    config = config_of(host, tensors, {AXES: known[AXES]} if AXES in known else {})
+    config = config_of(host, tensors, {key: known[key] for key in (AXES, *host.engine.marks.values()) if key in known})
     config |= {blocks.depth: len(there[blocks.name]) for blocks in host.lists}
     layout = _released_layout(host.engine, config, tensors)
     indices = hints.get("indices") or _published(host.engine, config) or list(range(count))

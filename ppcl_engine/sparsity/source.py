@@ -15,7 +15,7 @@ from ..architectures import Architecture, SharedText, architecture_named
 from ..architectures.folded import FOLDING
 from ..bundle import Bundle, is_bundle, placed_block, standalone_structure
 from ..checkpoint import Weights
-from ..files import TensorFile
+from ..files import TensorFile, check_exists
 from ..layout import Layout, Place, full_layout, layout_of
 from ..plan import PruningPlan, Variant, plan_from_json
 from ..surgery import empty_block
@@ -67,6 +67,7 @@ class SparsitySource:
 
 def open_source(path: Path, base: Path | None, variant: str | None) -> SparsitySource:
     """Raises ValueError for a folded model, and for a base or variant where there is none or too few."""
+    check_exists(path)
     if is_bundle(path):
         source = _of_bundle(path, base, variant)
     elif variant is not None:

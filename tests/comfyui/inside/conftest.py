@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.report import machine, versions
+from ppcl_engine.architectures import REFERENCES
 from ppcl_engine.bundle import open_model
 from ppcl_engine.checkpoint import Weights
 from ppcl_engine.config_files import ExportConfig
@@ -31,6 +32,7 @@ from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True
 
+import comfy.latent_formats  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfyui_version  # noqa: E402
 import folder_paths  # noqa: E402
@@ -79,8 +81,8 @@ def pack(models):
     """`pack("load")` is the module nodes/load.py of the pack as the host imported it."""
     path = str(ROOT)
     assert asyncio.run(host_nodes.load_custom_node(path, module_parent="custom_nodes"))
-    for extra in ("nodes_model_advanced", "nodes_model_merging", "nodes_slg", "nodes_custom_sampler"):
-        file = str(ROOT / ".comfyui" / "comfy_extras" / f"{extra}.py")
+    for extra in ("model_advanced", "model_merging", "slg", "custom_sampler", "edit_model", "flux"):
+        file = str(ROOT / ".comfyui" / "comfy_extras" / f"nodes_{extra}.py")
         assert asyncio.run(host_nodes.load_custom_node(file, module_parent="comfy_extras"))
     name = path.replace(".", "_x_")
     assert "PPCL_LoadModel" in host_nodes.NODE_CLASS_MAPPINGS
@@ -138,6 +140,10 @@ CASES = {
 }
 
 
+EDITS = {"text alone": (), "references": ((8, 12), (4, 8))}  # sizes of an edit model's reference latents
+edits = pytest.mark.parametrize("references", EDITS.values(), ids=EDITS, indirect=True)
+
+
 @pytest.fixture(scope="session")
 def host_case(request, architecture) -> Case:
     """Of the architecture, or the one that a test module names by parametrizing this fixture."""
@@ -151,11 +157,11 @@ def teacher(models, make_model, save_model, host_case) -> Path:
 
 
 @pytest.fixture(scope="session")
-def host_tensors(teacher, architecture) -> dict[str, torch.Tensor]:
+def host_tensors(teacher) -> dict[str, torch.Tensor]:
     """The teacher by the host's names, as its single files are."""
     weights = Weights(teacher)
     sources = {k: Source(weights.shape(k), lambda k=k: weights.read(k)) for k in weights.keys()}
-    return {name: source.read() for name, source in comfyui_sources(architecture, sources).items()}
+    return {name: source.read() for name, source in comfyui_sources(weights.architecture, sources).items()}
 
 
 @pytest.fixture(scope="session")
@@ -181,10 +187,16 @@ def bundle(models, exported, host_case) -> Path:
     return exported(models.ppcl, "bundle", "tiny" if host_case.frames else f"tiny_{host_case.file}")
 
 
-@pytest.fixture(scope="session")
-def inputs(host_case) -> SimpleNamespace:
+@pytest.fixture(scope="module")
+def references(request) -> tuple[tuple[int, int], ...]:
+    """None, or what a test names by `edits`."""
+    return getattr(request, "param", ())
+
+
+@pytest.fixture(scope="module")
+def inputs(host_case, architecture, references) -> SimpleNamespace:
     """One forward that host and engine compute alike: batch 1, unpadded text, even grid. more: what the host's
-    conditioning has beside the text; captions: the same for the engine."""
+    conditioning has beside the text; captions: the same for the engine; grid: of all pictures."""
     generator = torch.Generator().manual_seed(5)
     latents, text = torch.randn(1, 16, 1, 8, 12, generator=generator), torch.randn(1, 7, 24, generator=generator)
     more, captions = {}, {"encoder_hidden_states": text}
@@ -193,10 +205,15 @@ def inputs(host_case) -> SimpleNamespace:
     if host_case.guidance:
         more["guidance"], captions["guidance"] = host_case.guidance, torch.tensor([host_case.guidance])
     latents = latents if host_case.frames else latents[:, :, 0]
-    return SimpleNamespace(latents=latents, text=text, sigma=0.7, more=more, captions=captions)
+    pictures = [torch.randn(1, 16, 1, *size, generator=generator) for size in references]
+    if pictures:
+        more["reference_latents"] = [comfy.latent_formats.Wan21().process_out(picture) for picture in pictures]
+        captions[REFERENCES] = torch.cat([architecture.pack(flat(picture)) for picture in pictures], dim=1)
+    grid = torch.cat([architecture.grid(picture) for picture in (latents, *pictures)])
+    return SimpleNamespace(latents=latents, text=text, sigma=0.7, more=more, captions=captions, grid=grid)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def velocity(inputs):
     """One forward of a MODEL by the host's own way of sampling: loaded, patched, wrapped."""
 
@@ -219,7 +236,7 @@ def velocity(inputs):
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine_velocity(inputs, architecture):
     """The same forward by the engine."""
 
@@ -262,7 +279,7 @@ def drawn(run_node, inputs):
         empty = torch.zeros(samples, *inputs.latents.shape[1:])
         (found,) = run_node(
             "KSampler", model=model, seed=3, steps=steps, cfg=cfg, sampler_name=sampler, scheduler="simple",
-            positive=[[text, {}]], negative=[[negative, {}]], latent_image={"samples": empty}, denoise=1.0,
+            positive=[[text, inputs.more]], negative=[[negative, inputs.more]], latent_image={"samples": empty}, denoise=1.0,
         )  # fmt: skip
         return found["samples"]
 
@@ -291,12 +308,11 @@ def of_form(load, bundle, teacher, loose_bound):
 
 
 def engine_forward(architecture, model, inputs) -> torch.Tensor:
-    latents = flat(inputs.latents)
-    grid = architecture.grid(latents)
-    rows = {"hidden_states": architecture.pack(latents), "timestep": torch.tensor([inputs.sigma]), "grid": grid}
+    tokens = architecture.pack(flat(inputs.latents))
+    rows = {"hidden_states": tokens, "timestep": torch.tensor([inputs.sigma]), "grid": inputs.grid}
     with torch.no_grad():
         tokens = architecture.call(model, {**rows, **inputs.captions, "encoder_hidden_states": inputs.text})
-    return architecture.unpack(tokens, grid)
+    return architecture.unpack(tokens, inputs.grid)
 
 
 def flat(latents: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import comfy.utils
 import pytest
 import torch
 
-from .conftest import BOUND, relative_error
+from .conftest import BOUND, edits, relative_error
 from .test_parity import QWEN
 from .test_stored_fp8 import scaled  # noqa: F401 - a fixture
 
@@ -38,6 +38,7 @@ def test_a_table_draws_the_same_bits(plain, of_form, switched, drawn, load, bund
     assert torch.equal(drawn(alone), drawn(load(bundle.name, base=teacher.name, variant=variant, switchable=False)))
 
 
+@edits
 @pytest.mark.parametrize("variant", ["full", "small", "smallest", "1-2,text:3-4"])
 def test_a_basis_stays_near(plain, of_form, switched, drawn, load, bundle, teacher, variant):
     expected = drawn(switched(plain, variant=variant))
@@ -46,6 +47,7 @@ def test_a_basis_stays_near(plain, of_form, switched, drawn, load, bundle, teach
     assert 0 < relative_error(found, expected) < BOUND and 0 < relative_error(alone, expected) < BOUND
 
 
+@edits
 @pytest.mark.parametrize(("samples", "equal"), [(1, True), (1, False), (3, True), (3, False)])
 def test_every_number_of_samples(plain, of_form, drawn, samples, equal):
     """Prompts of equal length go through the model together, others one after the other: other kernels, other bits."""

@@ -17,6 +17,7 @@ from ppcl_engine.files import TensorFile
 
 from .conftest import relative_error
 
+pytestmark = pytest.mark.parametrize("architecture", ["qwen_image", "flux1"], indirect=True)
 STEP = 1 / 4096
 
 
@@ -77,11 +78,11 @@ def quantised(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture
-def gguf_file(models, teacher, monkeypatch) -> str:
-    """Name of the teacher in GGUF, with the other pack in the host."""
+def gguf_file(models, host_tensors, monkeypatch) -> str:
+    """Name of the teacher in GGUF, by the host's names, with the other pack in the host."""
     other = ModuleType("imitated_gguf_nodes")
     other.GGMLOps, other.GGUFModelPatcher = Ops, Patcher
-    other.gguf_sd_loader = lambda path: {n: quantised(t) for n, t in TensorFile(teacher).read_all().items()}
+    other.gguf_sd_loader = lambda path: {name: quantised(t) for name, t in host_tensors.items()}
     other.UnetLoaderGGUF = type("UnetLoaderGGUF", (), {"__module__": other.__name__})
     monkeypatch.setitem(sys.modules, other.__name__, other)
     monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, "UnetLoaderGGUF", other.UnetLoaderGGUF)
@@ -101,16 +102,13 @@ def test_variants_on_a_base_in_gguf(load, switched, velocity, engine_velocity, b
         assert relative_error(velocity(branch), engine_velocity(bundle, name, teacher)) < 0.02  # what int16 costs
 
 
-def test_sizes_of_a_base_in_gguf(run_node, load, bundle, gguf_file, pack):
+def test_sizes_of_a_base_in_gguf(load, bundle, teacher, gguf_file, pack):
     model = load(bundle.name, base=gguf_file, variant="full", weight_dtype="default")
     plan = pack("variant").switchable_plan(model)
     parts = pack("host.parts")
     layout = sys.modules[f"{type(plan).__module__.rpartition('.')[0]}.layout"].full_layout(plan.num_blocks)
     parameters, size = parts.size_of(model.model.diffusion_model, layout)
-    assert parameters == sum(
-        t.numel()
-        for t in TensorFile(bundle.parents[1] / "diffusion_models" / "teacher.safetensors").read_all().values()
-    )
+    assert parameters == sum(tensor.numel() for tensor in TensorFile(teacher).read_all().values())
     assert size < 0.6 * 4 * parameters
 
 

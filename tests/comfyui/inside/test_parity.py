@@ -1,10 +1,10 @@
 """What a variant computes in the host is what the engine computes, to 1e-4 of its size (fp32, one forward, with what else
-an architecture's conditioning has: pooled text, guidance)."""
+an architecture's conditioning has: pooled text, guidance, an edit model's references in the sequence)."""
 
 import pytest
 import torch
 
-from .conftest import CASES, relative_error
+from .conftest import CASES, EDITS, relative_error
 
 TOLERANCE = 1e-4
 QWEN = {
@@ -53,8 +53,10 @@ SD35 = {
     "all": "smallest",
 }
 VARIANTS = {"teacher": QWEN, "flux": FLUX, "sd35": SD35, "sd35_large": SD35}
+ROWS = {name: (case.architecture, name, ()) for name, case in CASES.items()}
+ROWS["qwen_image with references"] = ("qwen_image", "qwen_image", EDITS["references"])
 pytestmark = pytest.mark.parametrize(
-    ("architecture", "host_case"), [(c.architecture, name) for name, c in CASES.items()], ids=[*CASES], indirect=True
+    ("architecture", "host_case", "references"), ROWS.values(), ids=ROWS, indirect=True
 )
 
 
@@ -101,10 +103,13 @@ def test_our_standalone_in_both_loaders(
     assert relative_error(velocity(model), expected) < TOLERANCE
 
 
-def test_all_of_the_conditioning_is_read(whole, switched, velocity, inputs):
+def test_all_of_the_conditioning_is_read(whole, switched, velocity, inputs, references):
     model = switched(whole, variant="smallest")
     plain = velocity(model)
     others = {"guidance": 1.0, "pooled_output": torch.ones(1, 20)}
+    others["reference_latents"] = [-picture for picture in inputs.more.get("reference_latents", [])]
     for name in inputs.more:
         changed = {**inputs.more, name: others[name]}
         assert relative_error(velocity(model, positive=[[inputs.text, changed]]), plain) > 0.01
+    if references:
+        assert relative_error(velocity(model, positive=[[inputs.text, {}]]), plain) > 0.01

@@ -2,6 +2,7 @@
 none."""
 
 import signal
+from contextlib import nullcontext
 
 import comfy.sd
 import comfy.text_encoders.flux as flux
@@ -108,6 +109,17 @@ def test_conditioning_of_another_model_is_one_line(run_node, pack, record, given
     with pytest.raises((ValueError, KeyError), match="pooled"):
         draw(run_node, recorded, given)
     assert not path.exists()
+
+
+def test_reference_pictures_are_refused(run_node, record, given, architecture):
+    """The host's FLUX reads them, ours has none; its SD3.5 does not."""
+    _, recorded, path = record
+    given["positive"][0][1]["reference_latents"] = [torch.zeros(1, 16, 8, 12)]
+    read = architecture.name == "flux1"
+    message = "^calibrations of flux1 hold no reference pictures; sample without them$"
+    with pytest.raises(ValueError, match=message) if read else nullcontext():
+        draw(run_node, recorded, given)
+    assert path.exists() == (not read)
 
 
 def clip_sizes(width: int) -> dict[str, int]:

@@ -1,16 +1,23 @@
-"""Calibration from prompts: the words, or what the host's own text encoder makes of them, in a run that any machine can do."""
+"""Calibration from prompts: the words, what the host's own text encoder makes of them, or an edit model's pictures with
+their instructions, in a run that any machine can do."""
+
+import shutil
 
 import comfy.sd
 import comfy.text_encoders.qwen_image as qwen
 import folder_paths
 import pytest
 import torch
+from PIL import Image
 
 from ppcl_engine.__main__ import run_stage
+from ppcl_engine.architectures import REFERENCES
 from ppcl_engine.data import load_calibration
 from ppcl_engine.files import TensorFile
 from ppcl_engine.jobs.order import configs, read_order
 from ppcl_engine.run import Run
+
+from ...tiny_edit_pipeline import build_tiny_edit_pipeline
 
 PROMPTS = "a red fox\n\n  the same fox, at night, in the rain  \n"
 SMALL = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -100,3 +107,55 @@ def test_sizes_are_asked_for(run_node, output, teacher, clip, pack):
         for stage, config in configs(read_order(folder), folder):
             run_stage(stage, config)
     assert pack("waiting").in_words_of_widgets(str(caught.value)).endswith("give height and width")
+
+
+@pytest.fixture
+def edit_model(models):
+    """Name of a tiny edit model's diffusers folder."""
+    folder = build_tiny_edit_pipeline(models.diffusion_models / "tiny-edit")
+    yield f"{folder.name}/"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """A folder in the host's input folder: two pictures with their instructions."""
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "input"))
+    folder = tmp_path / "input" / "before"
+    folder.mkdir(parents=True)
+    for i, name in enumerate(("cat", "sea")):
+        Image.new("RGB", (48, 40), (90 * i, 20, 200)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"make the {name} red")
+    return folder
+
+
+def test_pictures_and_their_instructions(run_node, output, edit_model, pictures):
+    """Copied into the run; others are another run."""
+    small = {**NODE, "height": 32, "width": 48, "samples": 3}
+    given = {"model_file": edit_model, "prompts": " ", "references": "before", **small}
+    name, _ = run_node("PPCL_CalibrateFromPrompts", **given)
+    folder = output.path(name)
+    ((_, settings),) = read_order(folder).stages
+    assert sorted(p.name for p in (folder / settings["references"]).iterdir()) == [
+        "cat.png", "cat.txt", "sea.png", "sea.txt",
+    ]  # fmt: skip
+    (pictures / "cat.txt").write_text("make the cat blue")
+    assert run_node("PPCL_CalibrateFromPrompts", **given)[0] != name
+    for stage, config in configs(read_order(folder), folder):
+        run_stage(stage, config)
+    calibration = load_calibration(Run(folder).calibration)
+    assert calibration.samples == 3 and calibration.batches[0][REFERENCES].shape == (2, 24, 16)
+
+
+def test_references_that_cannot_be(run_node, output, teacher, pictures, tmp_path):
+    (tmp_path / "secret").mkdir()
+    (pictures.parent / "link").symlink_to(tmp_path / "secret")
+    given = {"model_file": teacher.name, "prompts": "", **NODE}
+    for name in ("../secret", "/etc", "link", "", "before/.."):
+        with pytest.raises(ValueError, match="is no folder in ComfyUI's input folder; refresh, then choose again"):
+            run_node("PPCL_CalibrateFromPrompts", references=name, **given)
+    with pytest.raises(ValueError, match="leave prompts empty and clip without a link"):
+        run_node("PPCL_CalibrateFromPrompts", references="before", **{**given, "prompts": "a fox"})
+    (pictures / "sea.txt").unlink()
+    with pytest.raises(ValueError, match="sea.png has no caption; write it into sea.txt"):
+        run_node("PPCL_CalibrateFromPrompts", references="before", **given)

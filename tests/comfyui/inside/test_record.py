@@ -188,13 +188,6 @@ def test_another_model_is_refused(pack, load, switched, model, teacher, models, 
             check(given, weights)
 
 
-def test_reference_pictures_are_refused(run_node, record, given):
-    recorded, _ = record()
-    positive = [[given["positive"][0][0], {"reference_latents": [torch.zeros(1, 16, 1, 8, 12)]}]]
-    with pytest.raises(ValueError, match="cannot store reference pictures"):
-        draw(run_node, recorded, given, positive=positive)
-
-
 def test_sides_that_are_no_whole_tokens(run_node, record, given):
     recorded, _ = record()
     with pytest.raises(ValueError, match="latents of 7 x 12 are no whole tokens"):

@@ -12,14 +12,15 @@ from ppcl_engine.config_help import setting_help
 COMMON = "device dtype streamed seed wait start keep_running"
 WIDGETS = {
     "RecordCalibration": "model_file samples each_picture batch empty_captions seed",
-    "CalibrateFromPrompts": f"model_file prompts samples batch empty_captions steps guidance height width {COMMON}",
-    "Probe": "ridge train_steps learning_rate held_out device dtype streamed wait start keep_running",
-    "Detect": f"method remove longest protect samples tokens bootstrap eps max_drop {COMMON}",
+    "CalibrateFromPrompts": f"model_file prompts samples batch empty_captions steps guidance height width {COMMON} "
+    "references",
+    "Probe": "ridge train_steps learning_rate held_out device dtype streamed wait start keep_running target_tokens_only",
+    "Detect": f"method remove longest protect samples tokens bootstrap eps max_drop {COMMON} target_tokens_only",
     "EditPlan": "intervals sites form",
     "DistillDepth": "rounds updates learning_rate intervals correction init loss warm_up weight_decay cache_gb "
-    f"{COMMON} preview_seconds",
+    f"{COMMON} preview_seconds target_tokens_only",
     "DistillWidth": "choose share sites form longest rounds updates learning_rate give_back warm_up cache_gb polish_steps "
-    f"polish_learning_rate {COMMON} preview_seconds",
+    f"polish_learning_rate {COMMON} preview_seconds target_tokens_only",
     "FineTune": "variant name steps learning_rate warm_up weight_decay ema data checkpointing save_every "
     f"{COMMON} preview_seconds",
     "Export": "layout name variant store report_pictures device dtype streamed wait start keep_running",
@@ -37,7 +38,7 @@ SETTINGS = {
     "Export": config_files.ExportConfig,
 }
 OTHER = {("DistillWidth", "form"): config.DetectWidthConfig}  # the search's, which has one choice more
-OWN_WORDS = {("DistillWidth", "sites"), ("CalibrateFromPrompts", "prompts")}
+OWN_WORDS = {("DistillWidth", "sites"), ("CalibrateFromPrompts", "prompts"), ("CalibrateFromPrompts", "references")}
 SCALARS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 

@@ -1,5 +1,5 @@
 """The host's own nodes on pruned models give what they give on the host's full-depth model with student weights at u
-and the blocks behind it skipped, or, where width is pruned, what the engine gives with the LoRA in its weights."""
+and the blocks behind it skipped, or, where width is pruned, what the engine gives with the LoRA in its weights; with an edit model's references too."""
 
 import comfy.controlnet
 import comfy.hooks
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ppcl_engine.bundle import Bundle, open_model
 from ppcl_engine.files import TensorFile, write_tensors
 
-from .conftest import engine_forward, relative_error
+from .conftest import edits, engine_forward, relative_error
 
 TOLERANCE = 1e-4
 WIDTH, BLOCKS, RANK = 32, 6, 3
@@ -102,7 +102,7 @@ def control(run_node, inputs):
     net = comfy.controlnet.ControlNet(
         network, compression_ratio=1, latent_format=comfy.latent_formats.Wan21(), load_device=torch.device("cpu")
     )
-    conditioning = [[inputs.text, {}]]
+    conditioning = [[inputs.text, inputs.more]]
     image = torch.rand(1, 64, 96, 3)
     return lambda: run_node(
         "ControlNetApplyAdvanced", positive=conditioning, negative=conditioning, control_net=net, image=image,
@@ -110,6 +110,7 @@ def control(run_node, inputs):
     )[0]  # fmt: skip
 
 
+@edits
 @pytest.mark.parametrize("variant", DEPTH)
 def test_lora_as_on_the_full_model(whole, switched, run_node, velocity, reference, lora, variant):
     (expected,) = run_node("LoraLoaderModelOnly", model=reference(variant), **BIG)
@@ -131,6 +132,7 @@ def test_lora_as_a_hook(whole, switched, run_node, velocity, lora, models, input
     assert torch.equal(velocity(model), plain)
 
 
+@edits
 @pytest.mark.parametrize("variant", EVERY)
 def test_lora_on_every_kind_of_variant(
     load, whole, switched, run_node, velocity, lora, bundle, teacher, architecture, inputs, variant
@@ -153,6 +155,7 @@ def _engine_with(lora, model, architecture, inputs) -> torch.Tensor:
     return engine_forward(architecture, model, inputs)
 
 
+@edits
 @pytest.mark.parametrize("variant", DEPTH)
 def test_controlnet_as_on_the_full_model(whole, switched, velocity, reference, control, variant):
     ours = switched(whole, variant=variant)
@@ -161,6 +164,7 @@ def test_controlnet_as_on_the_full_model(whole, switched, velocity, reference, c
     assert relative_error(found, velocity(ours)) > 0.05
 
 
+@edits
 @pytest.mark.parametrize("variant", DEPTH)
 def test_skip_layer_guidance_as_on_the_full_model(whole, switched, run_node, velocity, reference, variant):
     options = {"double_layers": "0, 5", "single_layers": "", "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0}
@@ -171,13 +175,14 @@ def test_skip_layer_guidance_as_on_the_full_model(whole, switched, run_node, vel
     assert relative_error(found, velocity(switched(whole, variant=variant))) > 0.05
 
 
+@edits
 @pytest.mark.parametrize("variant", DEPTH)
 def test_a_sampled_latent_as_on_the_full_model(whole, switched, run_node, reference, inputs, variant):
     def sampled(model):
         (model,) = run_node("ModelSamplingAuraFlow", model=model, shift=3.1)
         options = {"seed": 1, "steps": 3, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
         latent = {"samples": torch.zeros(1, 16, 1, 8, 12)}
-        conditioning = {"positive": [[inputs.text, {}]], "negative": [[inputs.text[:, ::2], {}]]}
+        conditioning = {"positive": [[inputs.text, inputs.more]], "negative": [[inputs.text[:, ::2], inputs.more]]}
         return run_node("KSampler", model=model, latent_image=latent, **conditioning, **options)[0]["samples"]
 
     ours = sampled(switched(whole, variant=variant))

@@ -24,7 +24,7 @@ from .graphs import quickly, shipped
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "tests" / "comfyui" / "launch.py"
-START_SECONDS, RUN_SECONDS = 120, 240
+START_SECONDS, RUN_SECONDS = 240, 600
 
 
 @dataclass

@@ -85,10 +85,10 @@ def test_a_model_is_made_in_the_page(server, made, page, tmp_path):
     width = {**QUICK["PPCL_DistillWidth"], "updates": 3, "polish_steps": 30, "preview_seconds": 1}
     page.evaluate(SET, {**QUICK, "PPCL_DistillWidth": width})
     press_run(page)
-    page.wait_for_function(ADVANCED, timeout=240 * SECONDS)
+    page.wait_for_function(ADVANCED, timeout=600 * SECONDS)
     page.get_by_text(re.compile(r"(distill-width|polish) \d+ of \d+")).first.wait_for(timeout=60 * SECONDS)
     page.screenshot(path=tmp_path / "training.png")
     names = "Compare Detect DistillDepth DistillWidth Export Probe"
     shown = " ".join(f"PPCL_{name}" for name in names.split())
-    page.wait_for_function(f"() => ({MADE})() == '{shown}'", timeout=240 * SECONDS)
+    page.wait_for_function(f"() => ({MADE})() == '{shown}'", timeout=600 * SECONDS)
     page.screenshot(path=tmp_path / "made.png")

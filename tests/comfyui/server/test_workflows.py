@@ -178,6 +178,36 @@ def test_a_large_model_s_graph_runs_with_a_small_one(server, small_files, workfl
     assert len(entry["outputs"][save]["images"]) == 1 and len(entry["outputs"][info]["images"]) == 1
 
 
+def test_the_edit_graph_runs_with_the_bundled_teacher(server):
+    """As shipped: loaded switchable, a variant chosen, a reference in every forward. Exchanged: files, instructions for
+    captions, pictures for latents, since the teacher has tables in place of a text encoder and a VAE."""
+    prompt = shipped("ppcl-qwen-image-edit")
+    gone = {"CLIPLoader", "VAELoader", "LoadImage", "FluxKontextImageScale", "VAEEncode"}
+    found = {number: node for number, node in prompt.items() if node["class_type"] not in gone}
+    instructions = [n for n, node in found.items() if node["class_type"] == "TextEncodeQwenImageEditPlus"]
+    for output, number in enumerate(instructions):
+        given = {"conditioning": ["words", output], "latent": ["picture", 0]}
+        found[number] = {"class_type": "ReferenceLatent", "inputs": given}
+    size = {"width": 64, "height": 64, "length": 1, "batch_size": 1}
+    found |= {
+        "words": {"class_type": "PPCL_DemoCaption", "inputs": {"captions": CAPTIONS.splitlines()[0]}},
+        "picture": {"class_type": "EmptyHunyuanLatentVideo", "inputs": size},
+    }
+    for number, node in list(found.items()):
+        inputs = node["inputs"]
+        match node["class_type"]:
+            case "PPCL_LoadModel":
+                inputs |= {"file": "demo/demo.ppcl.safetensors", "base": TEACHER}
+            case "KSampler":
+                inputs |= {"latent_image": ["words", 2], "steps": 4}
+            case "VAEDecode":
+                found[number] = {"class_type": "PPCL_DemoDecode", "inputs": {"latent": inputs["samples"], "enlarge": 4}}
+    entry = server.run(found)
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
+    save = next(number for number, node in found.items() if node["class_type"] == "SaveImage")
+    assert len(instructions) == 2 and len(entry["outputs"][save]["images"]) == 1
+
+
 def with_the_bundled_teacher(prompt: dict) -> dict:
     """The same graph for the small teacher. Exchanged, node for node: the model's file name in its combos; prompt nodes
     (CLIP Text Encode) and the empty latent for Demo Caption, VAE Decode for Demo Decode. Left out: the loaders of text
