@@ -17,14 +17,14 @@ from torch import nn
 
 from ppcl_engine.bundle import Bundle, open_model
 from ppcl_engine.files import read_json, write_json
-from ppcl_engine.quantization import BITS, simulated
+from ppcl_engine.quantization import BITS, NONE, simulated
 
 from . import report
 from .sparsity import BEST, CAPTIONS, DEMO, Context, Row, judged, prepare
 from .sparsity_layers import prune_model
 from .teachers import describe
 
-KINDS = ("none", *BITS)
+KINDS = (NONE, *BITS)
 
 
 def models(context: Context) -> dict[str, Callable[[], nn.Module]]:
@@ -42,10 +42,10 @@ def models(context: Context) -> dict[str, Callable[[], nn.Module]]:
     return {"full": lambda: open_model(context.path), **opened, "weights (50 %)": lambda: copy.deepcopy(sparse())}
 
 
-def quantised(model: nn.Module, kind: str) -> nn.Module:
-    """The model, with the linear maps of its blocks rounded."""
+def quantised(model: nn.Module, kind: str, blocks: tuple[str, ...] = ("",)) -> nn.Module:
+    """The model, with the linear maps of its blocks rounded; `blocks`: beginnings of their names."""
     for name, module in model.named_modules():
-        if kind != "none" and isinstance(module, nn.Linear) and "blocks." in name:
+        if kind != NONE and isinstance(module, nn.Linear) and "blocks." in name and name.startswith(blocks):
             module.weight.data = simulated(module.weight, kind)
     return model
 
@@ -69,7 +69,7 @@ def run(chosen) -> dict:
 
 
 def show(values: dict) -> None:
-    plain = {row["name"]: row["velocity_error"]["value"] for row in values["rows"] if row["kind"] == "none"}
+    plain = {row["name"]: row["velocity_error"]["value"] for row in values["rows"] if row["kind"] == NONE}
     lines = []
     for row in values["rows"]:
         error, characters = row["velocity_error"], row["characters"]

@@ -14,7 +14,7 @@ from ppcl_engine.demo.task import random_captions
 from ppcl_engine.files import TensorFile, write_tensors
 from ppcl_engine.quality import Reading
 from ppcl_engine.sampling import draw_prompts, encode_prompts
-from ppcl_engine.similarity import bootstrap_ratio
+from ppcl_engine.similarity import bootstrap_interval, bootstrap_ratio, wilson_interval
 
 READINGS = ("character", "shape", "colour")
 STEPS, GUIDANCE, BATCH, SEED = 20, 2.0, 50, 11
@@ -98,6 +98,18 @@ def ratio_with_interval(error: torch.Tensor, power: torch.Tensor) -> dict:
     """sum(error) / sum(power), both [samples], with a 95 % bootstrap interval."""
     low, high = bootstrap_ratio(error, power, SEED)
     return {"value": float(error.sum() / power.sum()), "low": low, "high": high}
+
+
+def mean_with_interval(values: list[float]) -> dict:
+    """With a 95 % bootstrap interval."""
+    low, high = bootstrap_interval(torch.tensor(values), SEED)
+    return {"value": sum(values) / len(values), "low": low, "high": high}
+
+
+def share_with_interval(share: float, count: int) -> dict:
+    """Of `count` that are right or wrong, with the 95 % interval of Wilson."""
+    low, high = wilson_interval(torch.arange(count) < round(count * share))
+    return {"value": share, "low": low, "high": high}
 
 
 def drop_percent(ours: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor]) -> dict:

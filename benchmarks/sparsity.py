@@ -27,7 +27,6 @@ from ppcl_engine.config_files import SparsifyConfig
 from ppcl_engine.data import CalibrationSet, save_calibration
 from ppcl_engine.demo.codec import fit_codec
 from ppcl_engine.files import read_json, write_json
-from ppcl_engine.similarity import bootstrap_interval, wilson_interval
 from ppcl_engine.sparsity.patterns import UNSTRUCTURED, pattern_named
 from ppcl_engine.sparsity.pruning import GRANULARITIES, RECONSTRUCTION, SCORES, Method
 from ppcl_engine.sparsity.statistics import EARLY, EVEN, Grams
@@ -36,7 +35,7 @@ from ppcl_engine.streaming import Teacher
 
 from . import report
 from .memory import NARROW
-from .scoring import SEED, Judge, ratio_with_interval
+from .scoring import Judge, mean_with_interval, ratio_with_interval, share_with_interval
 from .sparsity_layers import bytes_of, collect, prune_model
 from .sparsity_pictures import draw
 from .teachers import BUNDLED, describe, random_teacher, rendered
@@ -167,11 +166,9 @@ def judged(context: Context, model: nn.Module, name: str) -> dict:
     """Of the whole model: what is read in its pictures, and its velocity's error."""
     error, power = context.judge.velocity_rows(model)
     scored = context.judge.score(model, name)
-    right = torch.arange(scored["captions"]) < round(scored["captions"] * scored["character_accuracy"])
-    low, high = wilson_interval(right)
     return {
         "drop": {"value": scored["drop_percent"], "low": scored["low"], "high": scored["high"]},
-        "characters": {"value": scored["character_accuracy"], "low": low, "high": high},
+        "characters": share_with_interval(scored["character_accuracy"], scored["captions"]),
         "velocity_rows": (error / power.sum() * len(power)).tolist(),
         "velocity_error": ratio_with_interval(error, power),
         "image_distance": scored["image_distance"],
@@ -182,8 +179,8 @@ def _pruned(context: Context, row: Row) -> tuple[nn.Module, dict]:
     grams = context.grams
     found = prune_model(context.teacher, grams[row.timesteps], grams["unseen"], row.method, row.permute)
     errors = found.errors if found.unseen_errors is None else found.unseen_errors
-    return found.model, {"bytes": found.bytes, "layer_error": _mean(errors), "layer_rows": errors,
-                         "calibration_layer_error": _mean(found.errors)}  # fmt: skip
+    return found.model, {"bytes": found.bytes, "layer_error": mean_with_interval(errors), "layer_rows": errors,
+                         "calibration_layer_error": mean_with_interval(found.errors)}  # fmt: skip
 
 
 def _variant(context: Context, row: Row) -> tuple[nn.Module, dict]:
@@ -199,11 +196,6 @@ def _variant(context: Context, row: Row) -> tuple[nn.Module, dict]:
     ))  # fmt: skip
     model = open_model(path)
     return model, {"bytes": bytes_of(model, read_json(path.with_suffix(".json"))["layers"], row.pattern)}
-
-
-def _mean(values: list[float]) -> dict:
-    low, high = bootstrap_interval(torch.tensor(values), SEED)
-    return {"value": sum(values) / len(values), "low": low, "high": high}
 
 
 def comparisons(done: dict[tuple[str, str], dict]) -> list[dict]:
@@ -222,18 +214,19 @@ def _difference(table: str, ours: dict, theirs: dict) -> dict:
     values = {"table": table, "ours": ours["name"], "theirs": theirs["name"]}
     for measure_name in ("layer", "velocity"):
         pairs = zip(ours[f"{measure_name}_rows"], theirs[f"{measure_name}_rows"], strict=True)
-        values[measure_name] = _mean([a - b for a, b in pairs])
+        values[measure_name] = mean_with_interval([a - b for a, b in pairs])
     values["better"] = all(values[name]["high"] < 0 for name in ("layer", "velocity"))
     return values
 
 
-def prepare(chosen) -> Context:
-    folder = Path(chosen.work)
+def prepare(chosen, blocks: int = 1) -> Context:
+    """`blocks`: of a quick run's random teacher."""
     path = chosen.teacher or BUNDLED
     if chosen.quick and chosen.teacher is None:
-        path = folder / "teacher.safetensors"
-        random_teacher(path, {**NARROW, "num_layers": 1}, seed=0, codec=fit_codec(0, samples=16))
+        path = Path(chosen.work) / "teacher.safetensors"
+        random_teacher(path, {**NARROW, "num_layers": blocks}, seed=0, codec=fit_codec(0, samples=16))
     weights = Weights(path)
+    folder = Path(chosen.work) / weights.fingerprint[:8]
     teacher = Teacher(weights, torch.float32, "cpu", streamed=False)
     samples, captions, steps = (8, 4, 2) if chosen.quick else (SAMPLES, chosen.captions or CAPTIONS, STEPS)
     batch = min(BATCH, samples)

@@ -77,6 +77,15 @@ class StatesConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingConfig(SharedConfig):
+    """Stages that train parts of the pruned model."""
+
+    quant_aware: Literal["none", "fp8", "int8", "int4"] = "none"
+    """In the last tenth of the steps, train linear maps through weights that are rounded as these formats round them, for a
+    model that will be stored in one; gradients and files are those of the full weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProbeConfig(SharedConfig, StatesConfig):
     """Fit a linear map to every block and stream: T(x) ~ x + W x + b."""
 
@@ -123,7 +132,7 @@ class DetectConfig(StatesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillDepthConfig(SharedConfig, StatesConfig):
+class DistillDepthConfig(TrainingConfig, StatesConfig):
     """Train one student an interval on the teacher's own states, each interval by itself."""
 
     intervals: str = ""
@@ -173,7 +182,7 @@ class DetectWidthConfig(StatesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillWidthConfig(SharedConfig, StatesConfig):
+class DistillWidthConfig(TrainingConfig, StatesConfig):
     """Train the projections of the plan's width sites, each by itself, from the ridge solution on."""
 
     sites: str = ""
@@ -197,7 +206,7 @@ class DistillWidthConfig(SharedConfig, StatesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningConfig(SharedConfig):
+class TuningConfig(TrainingConfig):
     """What polish and finetune share; with bfloat16 the trained weights and the optimiser stay float32."""
 
     steps: int = 1000

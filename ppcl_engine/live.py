@@ -18,6 +18,7 @@ from .architectures import Architecture, BlockState, SharedText
 from .bundle import Students
 from .layout import Layout, Place, layout_of
 from .plan import PruningPlan, TextGroup, Variant
+from .quantization import NONE, quantised_in_training
 from .streaming import Teacher
 from .surgery import project, projection_modules
 
@@ -102,13 +103,19 @@ def share_cuts(block: nn.Module, origins: dict[str, nn.Parameter], live: set[nn.
 
 
 def run_made(
-    architecture: Architecture, blocks: Iterable[MakeBlock], state: BlockState, checkpointing: bool
+    architecture: Architecture,
+    blocks: Iterable[MakeBlock],
+    state: BlockState,
+    checkpointing: bool,
+    bits: str = NONE,
 ) -> BlockState:
-    """The state behind the last block. Checkpointed: a block is made and run again for its gradients."""
+    """The state behind the last block. Checkpointed: a block is made and run again for its gradients. bits: what weights
+    in training are rounded to."""
     for make in blocks:
 
         def run(state: BlockState, make: MakeBlock = make) -> BlockState:
-            return architecture.run_block(make(), state)
+            with quantised_in_training(make(), bits) as block:
+                return architecture.run_block(block, state)
 
         state = checkpoint(run, state, use_reentrant=False) if checkpointing else run(state)
     return state

@@ -30,6 +30,7 @@ from .cost import CostModel, Grid, largest_pair
 from .files import TensorFile, read_json
 from .machine import flops_a_second
 from .plan import Interval, PruningPlan
+from .quantization import NONE
 from .rounds import REUSE
 from .run import DTYPES, Run, resolve_device
 
@@ -185,6 +186,10 @@ class _Count:
         known = self.plan.intervals if self.plan is not None else ()
         return [self.sizes.student(i) for i in known] or [min(self.sizes.blocks) + self.sizes.correction]
 
+    def rounded(self, trained: int, size: int) -> int:
+        """Weights that training reads in the place of its own."""
+        return trained * size if self.config.quant_aware != NONE else 0
+
     def kept(self, samples: int) -> int:
         """States of so many samples at one boundary."""
         return min(samples, self.samples.count) * self.state
@@ -240,7 +245,8 @@ def _distill_depth(count: _Count, config: DistillDepthConfig):
     cache = 0 if config.streamed else count.cache(config.updates, config.cache_gb, boundaries)
     disk = SAVED_COPIES * sum(count.students) * count.size
     sure = count.teacher + OPTIMISER_COPIES * max(count.students) * count.size
-    return "distill-depth", sure, cache + count.backward, disk, count.rounds(config, len(count.intervals))
+    more = cache + count.backward + count.rounded(max(count.students), count.size)
+    return "distill-depth", sure, more, disk, count.rounds(config, len(count.intervals))
 
 
 def _detect_width(count: _Count, config: DetectWidthConfig):
@@ -258,7 +264,8 @@ def _distill_width(count: _Count, config: DistillWidthConfig):
     certain = sites if count.plan is not None else 1
     sure = count.teacher + (OPTIMISER_COPIES * count.width**2 + 2 * min(count.students)) * count.size
     disk = certain * SAVED_COPIES * count.width**2 * count.size
-    return "distill-width", sure, cache + count.backward, disk, count.rounds(config, sites)
+    more = cache + count.backward + count.rounded(count.width**2, count.size)
+    return "distill-width", sure, more, disk, count.rounds(config, sites)
 
 
 def _polish(count: _Count, config: PolishConfig):
@@ -271,7 +278,7 @@ def _finetune(count: _Count, config: FinetuneConfig):
 
 def _tuned(count: _Count, config: PolishConfig | FinetuneConfig, trained: int):
     """Master weights, gradients, moments and average are float32."""
-    kept = count.backward if config.checkpointing else count.blocks * count.backward
+    kept = (1 if config.checkpointing else count.blocks) * count.backward + count.rounded(trained, FP32)
     flops = 4 * config.steps * count.samples.batch * count.forward
     disk = 4 * FP32 * trained  # used and raw weights, two moments
     return count.teacher + TUNING_COPIES * FP32 * trained, kept, disk, flops

@@ -1,16 +1,21 @@
-"""Fewer bits a weight: ComfyUI's scaled fp8, and what int8, fp8 and int4 do to a weight. Weights alone, nothing is fitted."""
+"""Fewer bits a weight: ComfyUI's scaled fp8, what int8, fp8 and int4 do to a weight, and training that sees it. Weights alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import nn
+
+from .architectures.linear_maps import linear_maps
 
 FP8 = torch.float8_e4m3fn
 GROUP = 64  # neighbours of a row that share a scale in int4, as in its usual formats
 BITS = {"fp8": 8, "int8": 8, "int4": 4}
+NONE = "none"
 FP8_MARK, FP8_SCALE = "scaled_fp8", ".scale_weight"  # as ComfyUI names them
 LEAST = 1e-12
 
@@ -39,6 +44,36 @@ def simulated(weight: torch.Tensor, kind: str) -> torch.Tensor:
     if kind == "int4" and weight.shape[1] % GROUP == 0:
         return rounded(weight.reshape(len(weight), -1, GROUP), BITS[kind]).reshape(weight.shape)
     return rounded(weight, BITS[kind])
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`simulated` forward, the identity backward."""
+
+    @staticmethod
+    def forward(context, weight: torch.Tensor, kind: str) -> torch.Tensor:
+        return simulated(weight, kind)
+
+    @staticmethod
+    def backward(context, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+@contextmanager
+def quantised_in_training(module: nn.Module, kind: str) -> Iterator[nn.Module]:
+    """Meanwhile the module's linear maps, those that are trained, read what `kind` leaves of their weights; with NONE, the
+    weights. Gradients reach the weights as if they had been read themselves (straight-through estimator, arXiv 1308.3432).
+    Parameters, their names and their order stay, so nothing that is saved knows of it."""
+    maps = [m for m in linear_maps(module).values() if m.weight.requires_grad] if kind != NONE else []
+    views = [vars(m).get("weight") for m in maps]  # of a parameter, where a block was put together for one step
+    for linear in maps:
+        vars(linear)["weight"] = _StraightThrough.apply(linear.weight, kind)  # found before the parameter
+    try:
+        yield module
+    finally:
+        for linear, view in zip(maps, views, strict=True):
+            del vars(linear)["weight"]
+            if view is not None:
+                vars(linear)["weight"] = view
 
 
 @dataclass(eq=False)

@@ -20,7 +20,7 @@ from .files import TensorFile
 from .parallel import processes
 from .progress import Progress, saved
 from .streaming import Teacher
-from .training import Stopped, Trainer, cosine_schedule, file_mark, saved_step, stop_on_interrupt
+from .training import Stopped, Trainer, cosine_schedule, file_mark, recorded, saved_step, stop_on_interrupt
 
 SETTINGS = ("steps", "learning_rate", "warm_up", "weight_decay", "ema", "seed", "dtype")
 
@@ -107,9 +107,8 @@ def tune(
 
 def tuning_settings(config: TuningConfig, calibration: CalibrationSet, sources: Iterable[Path], **more) -> str:
     """What the bits of a training hang on. `sources`: the files of the parts that it starts from."""
-    values = {name: getattr(config, name) for name in SETTINGS}
     marks = {path.name: file_mark(path) for path in sources}
-    return json.dumps({**values, **more, "calibration": calibration.hash[:16], "sources": marks})
+    return json.dumps({**recorded(config, SETTINGS), **more, "calibration": calibration.hash[:16], "sources": marks})
 
 
 def forget_if_stale(path: Path, settings: str) -> None:

@@ -160,3 +160,19 @@ def test_quantization(tmp_path):
     errors = {(row["name"], row["kind"]): row["velocity_error"]["value"] for row in values["rows"]}
     assert errors.keys() == {(name, kind) for name in ("full", "weights (50 %)") for kind in quantization.KINDS}
     assert errors["full", "none"] < 1e-9 < errors["full", "int8"] < errors["full", "fp8"] < errors["full", "int4"]
+
+
+def test_quant_aware(tmp_path):
+    from benchmarks import quant_aware
+
+    values = run(quant_aware, tmp_path, "--work", tmp_path / "work")
+    rows = {tuple(row[key] for key in ("trained", "bits", "where")): row for row in values["rows"]}
+    assert len(rows) == len(values["rows"]) == len(list(quant_aware.rows()))
+    assert all(len(row["seeds"]) == 1 and row["velocity_error"]["value"] > 0 for row in rows.values())
+    (found,) = (d for d in values["differences"] if (d["bits"], d["where"]) == ("int4", "students"))
+    aware, plain, untouched = (
+        rows[trained, bits, where]["velocity_error"]["value"]
+        for trained, bits, where in (("int4", "int4", "students"), ("none", "int4", "students"), ("none", "none", ""))
+    )
+    assert found["difference"]["value"] == pytest.approx(aware - plain)
+    assert found["returned"] == pytest.approx((plain - aware) / (plain - untouched))

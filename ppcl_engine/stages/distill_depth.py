@@ -24,12 +24,13 @@ from ..losses import LOSSES
 from ..parallel import processes
 from ..plan import Interval, PruningPlan, parse_intervals
 from ..progress import Progress, saved
+from ..quantization import quantised_in_training
 from ..rounds import FreshStates, RoundSettings, unfinished
 from ..run import Run, open_calibration, open_plan, open_teacher
 from ..similarity import NormalEquations
 from ..streaming import Teacher
 from ..surgery import build_student, interval_streams
-from ..training import Stopped, Trainer, cosine_schedule, saved_step, stop_on_interrupt
+from ..training import Stopped, Trainer, cosine_schedule, recorded, rounding, saved_step, stop_on_interrupt
 
 RIDGE = 1e-4
 
@@ -91,8 +92,7 @@ def _settings(config: DistillDepthConfig, calibration: CalibrationSet) -> str:
         "seed",
         "dtype",
     )
-    values = {name: getattr(config, name) for name in names}
-    return json.dumps({**values, "calibration": calibration.hash[:16]})
+    return json.dumps({**recorded(config, names), "calibration": calibration.hash[:16]})
 
 
 @dataclass
@@ -143,9 +143,10 @@ class _Round:
     def _loss(self, interval: Interval, trainer: Trainer) -> tuple[torch.Tensor, float]:
         config, batch = self.config, trainer.step % len(self.states.batches)
         source, target = self._pair(interval, batch)
-        student = self.teacher.architecture.run_block(trainer.module, source)
-        streams = interval_streams(self.teacher.architecture, self.teacher.config, interval)
         total = config.rounds * config.updates
+        with quantised_in_training(trainer.module, rounding(config, trainer.step, total)):
+            student = self.teacher.architecture.run_block(trainer.module, source)
+        streams = interval_streams(self.teacher.architecture, self.teacher.config, interval)
         rate = cosine_schedule(trainer.step, total, config.learning_rate, config.warm_up)
         return interval_loss(config.loss, student, target, streams), rate
 

@@ -26,11 +26,12 @@ from ..losses import relative_mse
 from ..parallel import processes
 from ..plan import PruningPlan, WidthSite, parse_sites
 from ..progress import Progress, saved
+from ..quantization import quantised_in_training
 from ..rounds import FreshStates, RoundSettings, unfinished
 from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..streaming import StateStore, Teacher
 from ..surgery import project, projection_modules
-from ..training import Stopped, Trainer, cosine_schedule, saved_step, stop_on_interrupt
+from ..training import Stopped, Trainer, cosine_schedule, recorded, rounding, saved_step, stop_on_interrupt
 from ..width import (
     Fit,
     as_state,
@@ -74,9 +75,8 @@ def _with_fitted(site: WidthSite, given_back: list[Fit]) -> WidthSite:
 
 def _settings(config: DistillWidthConfig, calibration: CalibrationSet, fit: Fit, student: str) -> str:
     names = ("rounds", "updates", "learning_rate", "warm_up", "weight_decay", "cache_gb", "seed", "dtype")
-    values = {name: getattr(config, name) for name in names}
     what = {"form": fit.form, "source": fit.source and fit.source.name, "steps": fit.steps, "student": student}
-    return json.dumps({**values, **what, "calibration": calibration.hash[:16]})
+    return json.dumps({**recorded(config, names), **what, "calibration": calibration.hash[:16]})
 
 
 @dataclass
@@ -176,8 +176,10 @@ class _Round:
         trainer.restore(path)
         lesson = _Lesson(job, fit, self.states, trainer.module)
         while trainer.step < end:
-            rate = cosine_schedule(trainer.step, config.rounds * config.updates, config.learning_rate, config.warm_up)
-            trainer.update(lesson.loss(trainer.step % len(self.states.batches)), rate, fit.name)
+            total = config.rounds * config.updates
+            rate = cosine_schedule(trainer.step, total, config.learning_rate, config.warm_up)
+            bits = rounding(config, trainer.step, total)
+            trainer.update(lesson.loss(trainer.step % len(self.states.batches), bits), rate, fit.name)
             self.progress.update()
             self.progress.set_postfix_str(f"{fit.name} loss {trainer.losses[-1]:.4f}", refresh=False)
             if self.asked():
@@ -198,8 +200,8 @@ class _Lesson:
         self.pruned = self._projected(job)
         self.known: dict[int, tuple] = {}
 
-    def loss(self, batch: int) -> torch.Tensor:
-        """Aligned output of the block plus own output of each map, relative squared errors."""
+    def loss(self, batch: int, bits: str) -> torch.Tensor:
+        """Aligned output of the block plus own output of each map, which stand in that block, relative squared errors."""
         if batch not in self.known:
             with torch.no_grad():
                 self.known[batch] = self._targets(batch)
@@ -207,10 +209,12 @@ class _Lesson:
         state, target = self.states.state(self.fit.place.index, batch), self._target(batch)
         if source is not None:
             state = replace(state, text=source["text"], modulated_text=source["text_modulated"])
-        output = self.architecture.run_block(self.pruned, state)
+        with quantised_in_training(self.pruned, bits):
+            output = self.architecture.run_block(self.pruned, state)
+            outputs = {part: self.maps[part](x) for part, (x, _) in pairs.items()}
         error = partial(relative_mse, whole=processes().sum)
         aligned = [error(self._rows(output, s).float(), self._rows(target, s).float()) for s in self._streams()]
-        own = [error(self.maps[part](x).float(), y.float()) for part, (x, y) in pairs.items()]
+        own = [error(outputs[part].float(), y.float()) for part, (_, y) in pairs.items()]
         return sum(aligned) + sum(own)
 
     def _streams(self) -> tuple[str, ...]:

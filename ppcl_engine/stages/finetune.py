@@ -25,8 +25,10 @@ from ..layout import Layout, layout_of
 from ..live import MakeBlock, run_made
 from ..parallel import processes
 from ..plan import FULL, PruningPlan, Variant
+from ..quantization import NONE
 from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..streaming import Teacher
+from ..training import rounding
 from ..tuning import (
     AveragedTrainer,
     forget_if_stale,
@@ -59,7 +61,7 @@ def finetune(config: FinetuneConfig) -> Path:
     trainer = AveragedTrainer(model, config.weight_decay, config.ema)
 
     def loss_at(step: int) -> torch.Tensor:
-        return _loss(config, teacher, model, layout, calibration, step_draw(config, calibration, step))
+        return _loss(config, teacher, model, layout, calibration, step)
 
     before = tune(trainer, loss_at, config, path, settings, f"finetune {name}")
     if before < config.steps or name not in {v.name for v in plan.variants}:
@@ -71,11 +73,18 @@ def finetune(config: FinetuneConfig) -> Path:
     return path
 
 
-def model_velocity(teacher: Teacher, model: nn.Module, layout: Layout, inputs: dict, checkpointing: bool = False):
+def model_velocity(
+    teacher: Teacher,
+    model: nn.Module,
+    layout: Layout,
+    inputs: dict,
+    checkpointing: bool = False,
+    bits: str = NONE,
+) -> torch.Tensor:
     """Velocity [n, image_tokens, channels] of a pruned model, in the teacher's precision."""
     with mixed_precision(teacher):
         state = embed_with(teacher, model, inputs)
-        state = run_made(teacher.architecture, _blocks(teacher, model, layout), state, checkpointing)
+        state = run_made(teacher.architecture, _blocks(teacher, model, layout), state, checkpointing, bits)
         return teacher.architecture.finish(model, state)
 
 
@@ -85,13 +94,14 @@ def _loss(
     model: nn.Module,
     layout: Layout,
     calibration: CalibrationSet,
-    draw: tuple[int, int],
+    step: int,
 ) -> torch.Tensor:
+    draw, bits = step_draw(config, calibration, step), rounding(config, step, config.steps)
     inputs = calibration.fresh(*draw)
     data = calibration.data_velocity(*draw).to(teacher.device) if config.data else None
     with torch.no_grad():
         target = teacher_velocity(teacher, inputs)
-    velocity = model_velocity(teacher, model, layout, inputs, config.checkpointing)
+    velocity = model_velocity(teacher, model, layout, inputs, config.checkpointing, bits)
     return tuning_loss(velocity, target, data, config.data)
 
 

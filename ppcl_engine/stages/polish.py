@@ -21,9 +21,10 @@ from ..layout import Layout, layout_of
 from ..live import Parts, projections_of, run_made
 from ..parallel import processes
 from ..plan import PruningPlan, Variant
+from ..quantization import NONE
 from ..run import Run, RunStudents, open_calibration, open_plan, open_teacher
 from ..streaming import Teacher
-from ..training import file_mark
+from ..training import file_mark, rounding
 from ..tuning import (
     AveragedTrainer,
     forget_if_stale,
@@ -56,7 +57,8 @@ def polish(config: PolishConfig) -> Path:
     def loss_at(step: int) -> torch.Tensor:
         inputs = calibration.fresh(*step_draw(config, calibration, step))
         layout = layout_of(plan, subset(plan, variant, config, step))
-        return subset_loss(teacher, parts, layout, inputs, config.checkpointing)
+        bits = rounding(config, step, config.steps)
+        return subset_loss(teacher, parts, layout, inputs, config.checkpointing, bits)
 
     before = tune(trainer, loss_at, config, run.polish_state, settings, "polish")
     if processes().writes and (before < config.steps or any(run.best(path) == path for path in sources)):
@@ -81,7 +83,9 @@ def subset(plan: PruningPlan, variant: Variant, config: PolishConfig, step: int)
             return chosen
 
 
-def subset_loss(teacher: Teacher, parts: nn.Module, layout: Layout, inputs: dict, checkpointing: bool) -> torch.Tensor:
+def subset_loss(
+    teacher: Teacher, parts: nn.Module, layout: Layout, inputs: dict, checkpointing: bool, bits: str = NONE
+) -> torch.Tensor:
     """Relative error of the final velocity. The blocks in front of all that is changed run once, as the teacher's."""
     architecture, last = teacher.architecture, teacher.num_blocks - 1
     changed = next(n for n, place in enumerate(layout.places) if not place.is_teacher or place.publishes)
@@ -90,7 +94,7 @@ def subset_loss(teacher: Teacher, parts: nn.Module, layout: Layout, inputs: dict
         front = run_blocks(architecture, (b for _, b in teacher.walk(0, first - 1)), teacher.embed(inputs))
         target = run_chain(architecture, teacher.outer, (b for _, b in teacher.walk(first, last)), front)
     with mixed_precision(teacher):
-        state = run_made(architecture, parts.blocks(layout, teacher)[changed:], front, checkpointing)
+        state = run_made(architecture, parts.blocks(layout, teacher)[changed:], front, checkpointing, bits)
         return tuning_loss(architecture.finish(teacher.outer, state), target)
 
 
