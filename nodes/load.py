@@ -21,6 +21,7 @@ from .clock import watch
 from .folding import make_fold
 from .host.adapters import prepare
 from .host.parts import size_of, variant_of, with_variant
+from .host.structure import hidden
 from .modulations import FOLDS, OFF
 from .paths import model_files, model_path
 from .reading import AUTO, PRESETS, SMALLEST, Content, Request, content_of
@@ -54,6 +55,7 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
     content = content_of(request, gguf.open_base) if quantised else content_of(request, make_fold=make_fold)
     options = gguf.model_options() if quantised else dict(WEIGHT_DTYPES[weight_dtype])
     plan, variant = content.plan, content.variant
+    content.tensors = hidden(content.tensors)  # the host empties it while it loads
     model = comfy.sd.load_diffusion_model_state_dict(content.tensors, model_options=options)
     if model is None:
         raise ValueError(f"{request.path.name}: the host knows no model with these tensors; is the file whole?")

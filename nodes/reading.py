@@ -19,7 +19,7 @@ from ..ppcl_engine.bundle import (
     student_prefix,
     tuned_prefix,
 )
-from ..ppcl_engine.checkpoint import IGNORED_SUFFIXES, fingerprint_of, open_layout, parts_in
+from ..ppcl_engine.checkpoint import HINTS_TENSOR, IGNORED_SUFFIXES, fingerprint_of, open_layout, parts_in
 from ..ppcl_engine.files import TensorFile
 from ..ppcl_engine.folding_files import modulation_names
 from ..ppcl_engine.layout import Layout, Place, layout_of
@@ -30,7 +30,7 @@ from ..ppcl_engine.standalone import structure_of
 from .float8 import FLOAT8, float8_of
 from .host import HOSTS, host_named, host_of
 from .host.base import Cut, Host
-from .host.structure import HINTS_TENSOR, as_tensor, checked_plan, count_blocks, is_surrounding, text_of
+from .host.structure import as_tensor, checked_plan, count_blocks, is_surrounding, text_of
 from .modulations import FOLDS, OFF, Fold, MakeFold, Modulations, split
 from .stored import Joined, Reader, Stored, in_host_names
 
@@ -234,12 +234,12 @@ def _variant_parts(host: Host, base: Places, bundle: Bundle, layout: Layout) -> 
     blocks = {name: where for name in base if (where := host.block_of(config, name))}
     for name, (index, part) in blocks.items():
         if index in places and not places[index].interval:
-            found |= _kept(host, places[index], name, part, base[name])
+            found |= _kept(host, config, places[index], name, part, base[name])
     for place in layout.places:
         prefix = host.prefix(config, place.index)
         if place.interval:
             for name, stored in _student(host, bundle, place.interval).items():
-                found |= _kept(host, place, name, name.removeprefix(prefix), stored)
+                found |= _kept(host, config, place, name, name.removeprefix(prefix), stored)
         for kind in place.projections:
             for part, stored in _under(bundle.file, projection_prefix(place.name, kind)).items():
                 name, leaf = part.split(".")
@@ -248,7 +248,7 @@ def _variant_parts(host: Host, base: Places, bundle: Bundle, layout: Layout) -> 
     return found
 
 
-def _kept(host: Host, place: Place, name: str, part: str, stored: Stored | Joined) -> Places:
+def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored: Stored | Joined) -> Places:
     """A block's tensor, if the place's projections leave it; a part of it where they leave a part."""
     gone = [prefix for kind in place.projections for prefix in host.replaced[kind]]
     if place.text_source is not None:
@@ -257,7 +257,7 @@ def _kept(host: Host, place: Place, name: str, part: str, stored: Stored | Joine
         return {}
     module, _, leaf = part.rpartition(".")
     for site in place.ffn:
-        cut = host.cuts.get((site.kind, site.form), {}).get(module)
+        cut = host.cuts_at(config, site).get(module)
         if cut and leaf in ("weight", "bias"):
             stored = stored.with_cut(cut)
     return {name: stored}

@@ -20,6 +20,9 @@ from .pickled import PickledFile
 
 COMFYUI_PREFIX = "model.diffusion_model."
 STRUCTURE_TENSOR = "ppcl_structure"
+HINTS_TENSOR = (
+    "ppcl_hints"  # JSON: which of the teacher's blocks a file has that counts anew, where metadata does not reach
+)
 TRAINING_PREFIX = "module."  # what a wrapper of distributed training left before every name
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 IGNORED_SUFFIXES = (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
@@ -123,7 +126,7 @@ def _parts_of(
     architecture: Architecture, stored: dict[str, tuple[TensorFile | PickledFile, str]]
 ) -> dict[str, tuple[TensorFile | PickledFile, str, Part]]:
     """diffusers' name -> file, name in it, which of its rows."""
-    marks = ("scaled_fp8", STRUCTURE_TENSOR, *architecture.marks)
+    marks = ("scaled_fp8", STRUCTURE_TENSOR, HINTS_TENSOR, *architecture.marks)
     names = [name for name in stored if not name.endswith(IGNORED_SUFFIXES) and name not in marks]
     return {key: (*stored[part.name], part) for key, part in parts_in(architecture, names).items()}
 

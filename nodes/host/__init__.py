@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import comfy.supported_models
 
-from . import flux1, qwen_image
+from . import flux1, qwen_image, sd35
 from .base import Host
 
-HOSTS: tuple[Host, ...] = (qwen_image.HOST, flux1.HOST)
+HOSTS: tuple[Host, ...] = (qwen_image.HOST, flux1.HOST, sd35.HOST)
 
 
 def host_named(name: str) -> Host:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -18,6 +18,7 @@ from torch import nn
 
 from ...ppcl_engine.architectures import Architecture
 from ...ppcl_engine.layout import Place
+from ...ppcl_engine.plan import WidthSite
 
 Maps = Callable[[str, str], nn.Module]
 """(site kind, part of its projection) -> the linear map"""
@@ -34,7 +35,8 @@ class Cut:
     columns: Pieces = ALL
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(size // of * len(kept) for size, (kept, of) in zip(whole, (self.rows, self.columns), strict=False))
+        cut = zip(whole, (self.rows, self.columns), strict=False)
+        return (*(size // of * len(kept) for size, (kept, of) in cut), *whole[2:])
 
     def share(self, dims: int) -> float:
         """Of the numbers of a weight (2) or a bias (1)."""
@@ -78,7 +80,7 @@ class BlockList:
 class Host:
     """One architecture in the host: a subclass a file, whose one object is in the registry (`nodes/host/__init__.py`).
 
-    To write one, give these, and override the methods at the end; `qwen_image.py` and `flux1.py` are the examples:
+    To write one, give these, and override the methods at the end; the other files of this folder are the examples:
 
     engine          the same architecture of `ppcl_engine.architectures`, which reads files and configurations, and says in
                     `comfyui_projections` which sub-module of the host's block each projection is
@@ -86,11 +88,12 @@ class Host:
     module, model   the host's module of the transformer, and the name of its class there
     presets         released models that count their blocks anew; those of the engine where it knows some
     lists           its lists of blocks, in the order in which they run: the teacher's blocks are counted through them
+    told            entries of a configuration that a plan knows and the tensors that are left may not say
     mark            a tensor outside of blocks that every file of it has, and nothing beside it in a checkpoint
     text_map        a block's first map of the modulated text: what enters it is what a text group reads
     viewed          sub-modules that `project_*` change inside, outer ones first (a switchable model's stay as they are)
     replaced        site kind -> beginnings of the tensors that its projection leaves no place for
-    cuts            (site kind, form) -> linear map -> what is left of it
+    cuts            (site kind, form) -> linear map -> what is left of it, where that is the same in all blocks (`cuts_at`)
     final           where modulations can be folded: what reads their conditioning behind the blocks
     """
 
@@ -99,11 +102,12 @@ class Host:
     module: ModuleType
     model: str
     lists: tuple[BlockList, ...]
+    told: tuple[str, ...] = ()
     mark: str
     text_map: str
     viewed: tuple[str, ...]
     replaced: dict[str, tuple[str, ...]]
-    cuts: dict[tuple[str, str], dict[str, Cut]]
+    cuts: dict[tuple[str, str], dict[str, Cut]] = {}
     final: str
 
     @property
@@ -136,12 +140,24 @@ class Host:
         match = self.block_name.match(name)
         return (self.ranges(config)[match[1]].start + int(match[2]), match[3]) if match else None
 
+    def cuts_at(self, config: Mapping, site: WidthSite) -> dict[str, Cut]:
+        """Of the site's block: linear map -> what is left of it."""
+        return self.cuts.get((site.kind, site.form), {})
+
+    def spread(self, config: Mapping, indices: Sequence[int], blocks: int) -> dict:
+        """The configuration of a teacher of so many blocks, of which a model that counts anew has `indices`: a list's first
+        block always stays."""
+        starts = [indices[r.start] if r.start < len(indices) else blocks for r in self.ranges(config).values()]
+        ends = [*starts[1:], blocks]
+        depths = [end - start for start, end in zip([0, *starts[1:]], ends, strict=True)]
+        return {**config, **{blocks.depth: depth for blocks, depth in zip(self.lists, depths, strict=True)}}
+
     def is_stock(self, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Whether a full model with these shapes is one that the host loads by itself."""
         raise NotImplementedError
 
     def project_ffn(self, block: nn.Module, kind: str, form: str, projection: nn.Module) -> None:
-        """Puts the projection in its place; a map that `cuts` names may be whole (a switchable model's) or cut."""
+        """Puts the projection in its place; a map that `cuts_at` names may be whole (a switchable model's) or cut."""
         raise NotImplementedError
 
     def project_text(self, block: nn.Module, place: Place, maps: Maps, texts, source: nn.Module) -> None:

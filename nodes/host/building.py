@@ -185,7 +185,7 @@ def _correct(block: nn.Module, interval: Interval, structure: Structure, texts: 
 def _cut_maps(block: nn.Module, place: Place, structure: Structure, linear: Linear) -> None:
     """To what the place's projections leave of them."""
     for site in place.ffn:
-        for name, cut in structure.host.cuts.get((site.kind, site.form), {}).items():
+        for name, cut in structure.host.cuts_at(structure.config, site).items():
             parent, _, child = name.rpartition(".")
             owner, whole = block.get_submodule(parent), block.get_submodule(name)
             if structure.folding:

@@ -110,15 +110,15 @@ def size_of(transformer: nn.Module, layout: Layout | None) -> tuple[int, int]:
     """(parameters, bytes) of what a variant of a switchable model runs; of all there is without a layout."""
     if layout is None:
         return _total([_counted(p) for p in transformer.parameters()])
-    host = transformer.ppcl.structure.host
+    host, config = transformer.ppcl.structure.host, transformer.ppcl.structure.config
     found = [_counted(p) for name, p in transformer.named_parameters() if not host.block_name.match(name)]
     places = {place.index: place for place in layout.places}
     for place in layout.places:
         block = view_of_block(host, block_at(transformer, place, places.get(place.text_source)))
         found += [_counted(p) for p in block.parameters()]
         for site in place.ffn:
-            cuts = host.cuts.get((site.kind, site.form), {})
-            found += [_unused(_bare(transformer, place).get_submodule(name), cut) for name, cut in cuts.items()]
+            cuts = host.cuts_at(config, site).items()
+            found += [_unused(_bare(transformer, place).get_submodule(name), cut) for name, cut in cuts]
     return _total(found)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from ...ppcl_engine.architectures import Architecture
 from ...ppcl_engine.architectures.folded import Folding, folding_of
 from ...ppcl_engine.bundle import STRUCTURE_TENSOR
-from ...ppcl_engine.checkpoint import parts_in
+from ...ppcl_engine.checkpoint import HINTS_TENSOR, parts_in
 from ...ppcl_engine.folding_files import modulation_names
 from ...ppcl_engine.layout import Layout, Place, full_layout, layout_of
 from ...ppcl_engine.plan import PruningPlan, plan_from_json
@@ -25,10 +25,9 @@ from ...ppcl_engine.sparsity.compressed import is_compressed
 from ...ppcl_engine.standalone import GUARD_SHAPE
 from .base import Host
 
-HINTS_TENSOR = "ppcl_hints"
-"""What our loader node adds: {"switchable"} of a bundle with its base, {"indices", "legacy"} of other files."""
 MAX_BLOCKS = 256  # an order above any model: a hostile file must not make the host build a million
 AXES = "axes_dims_rope"
+STUDENT = "student."
 
 FileTensors = Mapping[str, torch.Tensor]
 
@@ -58,7 +57,7 @@ class Structure:
     def renamed(self, tensors: FileTensors) -> dict[str, torch.Tensor]:
         """The tensors by the names of the model that is built."""
         found = {}
-        for name, tensor in tensors.items():
+        for name, tensor in ((shown(name), tensor) for name, tensor in tensors.items()):
             new = self.names.get(name, name)
             if new is not None and not is_surrounding(name) and tuple(tensor.shape) != GUARD_SHAPE:
                 found[new] = _without_identity(tensor) if name in self.legacy else tensor
@@ -70,6 +69,23 @@ class Structure:
             return {}
         found = {name: tensors[f"{name}.weight"] for name in modulation_names(tensors, self.host.engine)}
         return {f"{name}.bias": table.new_zeros(len(table)) for name, table in found.items()}
+
+
+def hidden(tensors: FileTensors) -> dict[str, torch.Tensor]:
+    """For the host's loader: students by names outside of all blocks, since it reads numbers of blocks in names and knows
+    no other parts of a block than its own."""
+    return {
+        f"{STUDENT}{name.replace(f'.{STUDENT}', '.', 1)}" if f".{STUDENT}" in name else name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def shown(name: str) -> str:
+    """In the model that is built, of a name that may be hidden."""
+    if not name.startswith(STUDENT):
+        return name
+    blocks, number, part = name.removeprefix(STUDENT).split(".", 2)
+    return f"{blocks}.{number}.{STUDENT}{part}"
 
 
 def is_surrounding(name: str) -> bool:
@@ -101,7 +117,7 @@ def config_of(host: Host, tensors: FileTensors, known: Mapping | None = None) ->
     tells, from `known` where it says."""
     shapes, marks = engine_shapes(host.engine, tensors), host.engine.marks
     found = host.engine.infer_config(shapes.__getitem__, [*shapes, *(mark for mark in marks if mark in tensors)])
-    entries = (*(blocks.depth for blocks in host.lists), AXES, *marks.values())
+    entries = (*(blocks.depth for blocks in host.lists), AXES, *marks.values(), *host.told)
     told = {key: known[key] for key in entries if known and key in known}
     axes = told.get(AXES, found.get(AXES))
     if AXES in found and (not isinstance(axes, list) or sum(axes) != found["attention_head_dim"]):
@@ -135,7 +151,7 @@ def count_blocks(host: Host, names: Iterable[str]) -> int:
 
 def structure_of(host: Host, tensors: FileTensors) -> Structure:
     """Raises ValueError, in one line, for a plan or for lists that make no model."""
-    hints = _read_json(tensors, HINTS_TENSOR)
+    hints = _read_json(tensors, HINTS_TENSOR)  # our loader's: switchable, legacy; a file's too: indices, blocks, config
     if STRUCTURE_TENSOR in tensors:
         plan = checked_plan(host, plan_from_json(text_of(tensors[STRUCTURE_TENSOR]), "the file's plan"))
         config, folding = config_of(host, tensors, plan.config), folding_of(plan.config)
@@ -179,19 +195,12 @@ def _released_structure(host: Host, tensors: FileTensors, hints: dict) -> Struct
     if len(indices) != count or sorted(set(indices)) != indices or indices[-1] >= MAX_BLOCKS or indices[0] < 0:
         raise ValueError(f"the file has {count} blocks, the preset names {len(indices)}; choose the one of this model")
     blocks = max(hints.get("blocks", 0), indices[-1] + 1)
-    whole = config | _depths(host, config, indices, blocks)
+    whole = host.spread(config, indices, blocks)
     names = {name: _host_name(host, config, whole, name, layout.places, indices) for name in tensors
              if host.block_name.match(name)}  # fmt: skip
     places = tuple(_at(place, indices) for place in layout.places)
     legacy = {n for n in names if n.endswith(".txt_proj.weight")} if hints.get("legacy") else ()
     return Structure(host, Layout(num_blocks=blocks, places=places), whole, names=names, legacy=frozenset(legacy))
-
-
-def _depths(host: Host, config: dict, indices: list[int], blocks: int) -> dict[str, int]:
-    """Of the teacher, whose blocks `indices` the file has: a list's first block always stays."""
-    starts = [indices[r.start] if r.start < len(indices) else blocks for r in host.ranges(config).values()]
-    ends = [*starts[1:], blocks]
-    return {blocks.depth: end - start for blocks, start, end in zip(host.lists, [0, *starts[1:]], ends, strict=True)}
 
 
 def _released_layout(engine: Architecture, config: dict, tensors: FileTensors) -> Layout:

@@ -315,9 +315,9 @@ class SD35(PackedLatents):
         """The last block, which has no FFN for the text, stores the two parts of its text norm the other way round."""
         part = COMFYUI_NAMES.place(key)
         block, norm, _ = key.partition("norm1_context.linear.")
-        if norm and f"{block}ff_context.net.2.weight" not in keys:
-            return replace(part, pieces=(1, 0), of=2)
-        return part
+        others = (f"{block}ff_context.net.2.weight", f"{block}ff_context.weight")  # whole, projected
+        last = norm and not any(name in keys for name in others)
+        return replace(part, pieces=(1, 0), of=2) if last else part
 
     def from_comfyui(self, name: str) -> tuple[str, ...]:
         return COMFYUI_NAMES.contents(name)

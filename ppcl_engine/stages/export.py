@@ -21,7 +21,7 @@ from ..bundle import (
     tuned_prefix,
     write_bundle,
 )
-from ..checkpoint import Weights
+from ..checkpoint import HINTS_TENSOR, Weights
 from ..config_files import ExportConfig
 from ..files import TensorEntry, TensorFile, write_json
 from ..layout import Place, layout_of
@@ -62,7 +62,7 @@ def export(config: ExportConfig) -> Path:
     if config.layout == "comfyui":
         path = folder / f"{config.name}.safetensors"
         metadata["config"] = json.dumps(stock_config)
-        extra = marks_of(weights.architecture, stock_config)
+        extra = {**marks_of(weights.architecture, stock_config), HINTS_TENSOR: _hints(plan, block_map, stock_config)}
         extra |= {FP8_MARK: torch.zeros(2, dtype=FP8)} if scaled else {}  # of two: weights alone, products in more bits
         write_sources(path, comfyui_sources(weights.architecture, tensors), dtype, metadata, extra, scaled)
         return path
@@ -134,6 +134,12 @@ def _block_map(plan: PruningPlan, variant: Variant) -> list[int]:
     """Teacher indices of the blocks that are left."""
     gaps = {index for name in variant.intervals for index in plan.interval(name).blocks[1:]}
     return [index for index in range(plan.num_blocks) if index not in gaps]
+
+
+def _hints(plan: PruningPlan, block_map: list[int], stock_config: dict) -> torch.Tensor:
+    """For the nodes, where another loader than theirs reads the file: without metadata LoRAs would land on wrong blocks."""
+    hints = {"indices": block_map, "blocks": plan.num_blocks, "config": stock_config}
+    return torch.tensor(list(json.dumps(hints).encode()), dtype=torch.uint8)
 
 
 def _renumbered(

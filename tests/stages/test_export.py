@@ -10,7 +10,7 @@ from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file
 
 from ppcl_engine.bundle import open_model
-from ppcl_engine.checkpoint import COMFYUI_PREFIX, Weights
+from ppcl_engine.checkpoint import COMFYUI_PREFIX, HINTS_TENSOR, Weights
 from ppcl_engine.config_files import ExportConfig
 from ppcl_engine.files import TensorFile
 from ppcl_engine.stages.export import export
@@ -75,8 +75,10 @@ def test_our_own_layout_keeps_teacher_indices_and_corrections(
 def test_the_map_back_to_teacher_blocks(exported, distilled):
     plan = json.loads((distilled["none"] / "plan.json").read_text())
     gaps = {b for i in plan["intervals"] for b in range(i["first"] + 1, i["last"] + 1)}
-    block_map = json.loads(TensorFile(exported("none", "comfyui")).metadata["ppcl_block_map"])
-    assert block_map == [b for b in range(6) if b not in gaps]
+    file = TensorFile(exported("none", "comfyui"))
+    hints = json.loads(bytes(file.read(HINTS_TENSOR).tolist()))  # what hosts keep of a file
+    expected = [b for b in range(6) if b not in gaps]
+    assert json.loads(file.metadata["ppcl_block_map"]) == hints["indices"] == expected and hints["blocks"] == 6
 
 
 def test_full_is_the_teacher_and_variants_differ(engine_output, model, architecture, padded_inputs):

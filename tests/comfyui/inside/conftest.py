@@ -23,6 +23,7 @@ from ppcl_engine.stages.export import export
 from ppcl_engine.standalone import Source, comfyui_sources
 
 from ...flux_parts import FLUX_DEPTH, FLUX_PARTS
+from ...sd35_parts import SD35_PARTS, SD35_SIZES
 from ...tuned import Parts, write_parts
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -104,11 +105,12 @@ def run_node(pack):
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What the tests of an architecture run on. file: its teacher's name; channels: settings of its tiny model, for latents
+    """What the tests of an architecture run on. file: of its teacher; channels: settings of its tiny model, for latents
     of the host; frames: whether a latent has a frame; parts: of its plan; pooled, guidance: of its conditioning."""
 
+    architecture: str
     file: str
-    channels: dict[str, int]
+    channels: dict[str, int | list[int]]
     frames: bool = False
     parts: Parts = field(default_factory=Parts)
     pooled: int | None = None
@@ -116,8 +118,25 @@ class Case:
 
 
 CASES = {
-    "qwen_image": Case(file="teacher", channels={"in_channels": 64, "out_channels": 16}, frames=True),
-    "flux1": Case(file="flux", channels={"in_channels": 64, **FLUX_DEPTH}, parts=FLUX_PARTS, pooled=20, guidance=3.5),
+    "qwen_image": Case(
+        architecture="qwen_image", file="teacher", channels={"in_channels": 64, "out_channels": 16}, frames=True
+    ),
+    "flux1": Case(
+        architecture="flux1",
+        file="flux",
+        channels={"in_channels": 64, **FLUX_DEPTH},
+        parts=FLUX_PARTS,
+        pooled=20,
+        guidance=3.5,
+    ),
+    "sd35": Case(architecture="sd35", file="sd35", channels=SD35_SIZES, parts=SD35_PARTS, pooled=20),
+    "sd35_large": Case(
+        architecture="sd35",
+        file="sd35_large",
+        channels=SD35_SIZES | {"dual_attention_layers": []},
+        parts=SD35_PARTS,
+        pooled=20,
+    ),
 }
 
 
@@ -126,8 +145,9 @@ edits = pytest.mark.parametrize("references", EDITS.values(), ids=EDITS, indirec
 
 
 @pytest.fixture(scope="session")
-def host_case(architecture) -> Case:
-    return CASES[architecture.name]
+def host_case(request, architecture) -> Case:
+    """Of the architecture, or the one that a test module names by parametrizing this fixture."""
+    return CASES[getattr(request, "param", architecture.name)]
 
 
 @pytest.fixture(scope="session")

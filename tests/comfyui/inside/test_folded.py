@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from .conftest import BOUND, edits, relative_error
-from .test_parity import VARIANTS
+from .test_parity import QWEN
 from .test_stored_fp8 import scaled  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.usefixtures("loose_bound")
@@ -26,7 +26,7 @@ def demo() -> tuple[str, str]:
     return "demo/demo.ppcl.safetensors", "demo/teacher.safetensors"
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("variant", QWEN.values(), ids=QWEN)
 def test_a_table_draws_the_same_bits(plain, of_form, switched, drawn, load, bundle, teacher, variant):
     for model in (of_form("table"), plain):
         assert (type(model.model.diffusion_model.transformer_blocks[0].img_mod[1]).__name__ == "TableMap") == (

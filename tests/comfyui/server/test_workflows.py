@@ -6,7 +6,6 @@ import urllib.parse
 import urllib.request
 
 import pytest
-import torch
 
 from ppcl_engine.architectures import architecture_named
 from ppcl_engine.config_files import ExportConfig, ImportConfig
@@ -16,12 +15,21 @@ from ppcl_engine.run import Run
 from ppcl_engine.stages.export import export
 
 from ...flux_parts import FLUX_DEPTH, FLUX_PARTS
+from ...sd35_parts import SD35_PARTS, SD35_SIZES
+from ...tiny_models import tiny_model
 from ...tuned import write_parts
 from .conftest import ROOT
 from .graphs import CAPTIONS, TEACHER, quickly, shipped
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"), key=lambda path: path.stem)
-FLUX = architecture_named("flux1")
+FLUX, SD35 = architecture_named("flux1"), architecture_named("sd35")
+SMALL = {
+    "ppcl-flux-dev": (
+        FLUX, {**FLUX_DEPTH, "in_channels": 64}, FLUX_PARTS, "flux1-dev.safetensors", "flux1-dev.ppcl.safetensors",
+    ),
+    "ppcl-sd35-large": (SD35, SD35_SIZES, SD35_PARTS, "sd3.5_large.safetensors", "sd35-large.ppcl.safetensors"),
+}  # fmt: skip
+ENCODERS = ("DualCLIPLoader", "TripleCLIPLoader", "VAELoader")
 SCALARS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 PAGE_ONLY = {"MarkdownNote"}
 MUTED = 2
@@ -128,37 +136,33 @@ def test_tooltips_say_what_the_command_line_says(ours):
 
 
 @pytest.fixture(scope="module")
-def small_flux(server) -> dict[str, str]:
-    """Files of a random FLUX that reads the demo's captions, in place of the real ones: name there -> name here."""
-    from diffusers import FluxTransformer2DModel
+def small_files(server):
+    """Makes files of a random model that reads the demo's captions, in place of a workflow's: name there -> name here."""
 
-    torch.manual_seed(0)
-    config = {
-        **FLUX.tiny_config,
-        **FLUX_DEPTH,
-        "in_channels": 64,
-        "joint_attention_dim": 64,
-        "pooled_projection_dim": 64,
-    }
-    teacher = server.base / "models" / "diffusion_models" / "small_flux.safetensors"
-    write_tensors(teacher, FluxTransformer2DModel(**config).state_dict(), {"config": json.dumps(config)})
-    run = Run(server.base / "flux_parts")
-    run.folder.mkdir()
-    write_parts(run, teacher, parts=FLUX_PARTS)
-    bundle = export(ExportConfig(model=teacher, run=run.folder, layout="bundle", name="small_flux", store="bfloat16"))
-    bundle.replace(server.base / "models" / "ppcl" / bundle.name)
-    return {"flux1-dev.safetensors": teacher.name, "flux1-dev.ppcl.safetensors": bundle.name}
+    def make(workflow: str) -> dict[str, str]:
+        architecture, changes, parts, base, bundle = SMALL[workflow]
+        config = {**architecture.tiny_config, **changes, "joint_attention_dim": 64, "pooled_projection_dim": 64}
+        name = f"small_{architecture.name}"
+        teacher = server.base / "models" / "diffusion_models" / f"{name}.safetensors"
+        write_tensors(teacher, tiny_model(architecture, **config).state_dict(), {"config": json.dumps(config)})
+        run = Run(server.base / f"{name}_parts")
+        run.folder.mkdir()
+        write_parts(run, teacher, parts=parts)
+        made = export(ExportConfig(model=teacher, run=run.folder, layout="bundle", name=name, store="bfloat16"))
+        made.replace(server.base / "models" / "ppcl" / made.name)
+        return {base: teacher.name, bundle: made.name}
+
+    return make
 
 
-def test_the_flux_graph_runs_with_a_small_teacher(server, small_flux):
-    """As shipped: loaded switchable, a variant chosen, guided by the model itself. Exchanged: files, captions, pictures."""
-    prompt = shipped("ppcl-flux-dev")
-    found = {
-        number: node for number, node in prompt.items() if node["class_type"] not in ("DualCLIPLoader", "VAELoader")
-    }
+@pytest.mark.parametrize("workflow", SMALL)
+def test_a_large_model_s_graph_runs_with_a_small_one(server, small_files, workflow):
+    """As shipped: loaded switchable, a variant chosen, guided. Exchanged: files, captions, pictures."""
+    prompt, names = shipped(workflow), small_files(workflow)
+    found = {number: node for number, node in prompt.items() if node["class_type"] not in ENCODERS}
     for number, node in list(found.items()):
         inputs = node["inputs"]
-        inputs |= {name: small_flux[value] for name, value in inputs.items() if str(value) in small_flux}
+        inputs |= {name: names[value] for name, value in inputs.items() if str(value) in names}
         match node["class_type"]:
             case "CLIPTextEncode":
                 found[number] = {"class_type": "PPCL_DemoCaption", "inputs": {"captions": CAPTIONS.splitlines()[0]}}

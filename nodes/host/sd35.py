@@ -1,0 +1,158 @@
+"""SD3.5 in the host: joint blocks of two halves, whose maps of q, k, v are fused; the last gives no text, some attend twice
+to the image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import comfy.ldm.modules.diffusionmodules.mmdit as host_module
+import comfy.supported_models
+import torch
+from torch import nn
+
+from ...ppcl_engine.architectures import architecture_named
+from ...ppcl_engine.architectures.projections import Nothing, padded
+from ...ppcl_engine.layout import Place
+from ...ppcl_engine.plan import WidthSite
+from .base import HALF, BlockList, Cut, Host, Maps
+from .blocks import FixedModulation, ProjectedText, Texts
+from .building import PrunedConfig
+
+HALVES = {"ffn_image": "x_block", "ffn_text": "context_block"}
+MODULATION = "adaLN_modulation"
+HEAD = 64  # what the host takes for granted; and as many blocks as heads, where it is not told
+OUTER_THIRDS = Cut(rows=((0, 2), 3))
+"""What the paper's form of an FFN leaves of a modulation where a block attends twice: the FFN's third is in the middle"""
+
+
+class PaddedModulation(nn.Sequential):
+    """A modulation without its FFN, cut or not: what the block reads of the FFN's is shift 0, scale 0, gate 1."""
+
+    def __init__(self, width: int, dual: bool, *parts: nn.Module):
+        super().__init__(*parts)
+        self.width, self.dual = width, dual
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        found, third = super().forward(conditioning), 3 * self.width
+        first = padded(found[..., :third])
+        return torch.cat([first, found[..., -third:]], dim=-1) if self.dual else first
+
+
+class FixedShiftAndScale(FixedModulation):
+    """Of the last block, which modulates its text and does nothing else with it."""
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        return super().forward(conditioning)[..., : 2 * self.width]
+
+
+class SD35Host(Host):
+    engine = architecture_named("sd35")
+    module, model = host_module, "OpenAISignatureMMDITWrapper"
+    lists = (
+        BlockList(
+            name="joint_blocks",
+            kind="JointBlock",
+            depth="num_layers",
+            reads={"text": "context", "image": "x"},
+            gives=("text", "image"),
+        ),
+    )
+    told = ("dual_attention_layers",)
+    mark = "final_layer.linear.weight"  # ControlNets, which are built from a part of the model, have none
+    text_map = "context_block.attn.qkv"
+    viewed = ("x_block", "context_block", "context_block.attn", "context_block.attn.qkv")
+    replaced = {
+        "ffn_image": ("x_block.mlp.",),
+        "ffn_text": ("context_block.mlp.",),
+        "text": (f"context_block.{MODULATION}.", "context_block.mlp.", "context_block.attn.proj."),
+    }
+
+    def cuts_at(self, config: Mapping, site: WidthSite) -> dict[str, Cut]:
+        if site.form != "paper" or site.kind not in HALVES:
+            return {}
+        dual = site.kind == "ffn_image" and site.block in _dual(config)
+        return {f"{HALVES[site.kind]}.{MODULATION}.1": OUTER_THIRDS if dual else HALF}
+
+    def is_stock(self, tensors) -> bool:
+        """Raises ValueError for a file of fewer blocks that says nothing of them: where the host made its names of
+        diffusers', it took another block for the last, and the last one's modulation of the text is wrong."""
+        heads = tensors["x_embedder.proj.weight"].shape[0] // HEAD
+        numbers = {match[2] for match in map(self.block_name.match, tensors) if match}
+        if len(numbers) == heads or not self.engine.detect(tensors):
+            return True
+        raise ValueError(
+            f"the file has {len(numbers)} blocks, a whole model of its width {heads}; load it with Load Pruned Model (PPCL)"
+        )
+
+    def project_ffn(self, block: nn.Module, kind: str, form: str, projection: nn.Module) -> None:
+        half = getattr(block, HALVES[kind])
+        half.mlp = projection
+        if form == "paper":
+            width = half.attn.qkv.in_features
+            setattr(half, MODULATION, PaddedModulation(width, half.x_block_self_attn, *getattr(half, MODULATION)))
+            half.norm2 = nn.Identity()
+
+    def project_text(self, block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module) -> None:
+        """The q, k, v map of the text stays."""
+        half = block.context_block
+        kind = FixedShiftAndScale if half.pre_only else FixedModulation
+        fixed = kind(half.attn.qkv.in_features, place.steps_text)
+        setattr(half, MODULATION, fixed)
+        half.norm1 = ProjectedText(
+            maps("text", "map"), texts, place.text_source, partial(modulated_text, source, fixed)
+        )
+        if not half.pre_only:
+            half.norm2 = nn.Identity()
+            half.mlp = maps("text", "step") if place.steps_text else Nothing()
+            half.attn.proj = nn.Identity()
+
+    def spread(self, config: Mapping, indices: Sequence[int], blocks: int) -> dict:
+        dual = [indices[number] for number in _dual(config)]
+        return {**super().spread(config, indices, blocks), "dual_attention_layers": dual}
+
+    def arguments(self, config) -> dict:
+        if config["attention_head_dim"] != HEAD:
+            raise ValueError(
+                f"heads of {config['attention_head_dim']}: the host runs {self.engine.name} with {HEAD} alone"
+            )
+        width, positions = self.engine.width(config), config["pos_embed_max_size"]
+        context = {"in_features": config["joint_attention_dim"], "out_features": width}
+        return {
+            "input_size": None,
+            "patch_size": config["patch_size"],
+            "in_channels": config["in_channels"],
+            "out_channels": config["out_channels"],
+            "depth": width // HEAD,
+            "num_blocks": config["num_layers"],
+            "adm_in_channels": config["pooled_projection_dim"],
+            "context_embedder_config": {"target": "torch.nn.Linear", "params": context},
+            "num_patches": positions**2,
+            "pos_embed_max_size": positions,
+            "pos_embed_scaling_factor": None,
+            "qk_norm": "rms",
+            "x_block_self_attn_layers": _dual(config),
+        }
+
+
+def _dual(config: Mapping) -> list[int]:
+    """Blocks that attend twice to the image."""
+    found = config.get("dual_attention_layers")
+    return list(found) if isinstance(found, list | tuple) else []
+
+
+def modulated_text(block: nn.Module, fixed: FixedModulation, text: torch.Tensor) -> torch.Tensor:
+    """What a block's joint attention reads of the text; `fixed` knows the conditioning."""
+    half = block.context_block
+    shift, scale = getattr(half, MODULATION)(fixed.conditioning).split(text.shape[-1], dim=-1)[:2]
+    return host_module.modulate(half.norm1(text), shift, scale)
+
+
+HOST = SD35Host()
+
+
+class PPCLSD35(PrunedConfig, comfy.supported_models.SD3):
+    host = HOST
+
+
+HOST.configs = (PPCLSD35,)
