@@ -28,7 +28,7 @@ from ppcl_engine.stages.distill_depth import distill_depth
 from . import report
 from .quantization import quantised
 from .scoring import mean_with_interval, share_with_interval
-from .sparsity import CAPTIONS, DEMO, Context, judged, prepare
+from .sparsity import DEMO, Context, judged, options, parse, prepare
 from .teachers import describe
 
 SEEDS = (0, 1)
@@ -165,13 +165,9 @@ def _cell(value: dict, sign: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("quant_aware", __doc__)
-    parser.add_argument("--teacher", type=Path, help="default: the bundled one; of a quick run a tiny random one")
-    parser.add_argument("--work", type=Path, help="where rows that are done are kept (default runs/sparsity)")
-    parser.add_argument("--captions", type=int, default=0, help=f"captions drawn a row and seed (default {CAPTIONS})")
+    parser = options("quant_aware", __doc__)
     parser.add_argument("--intervals", default="", help="as '3-4 8-10' (default: the demo's)")
-    chosen = report.parse(parser, arguments)
-    chosen.work = chosen.work or Path("runs/sparsity_quick" if chosen.quick else "runs/sparsity")
+    chosen = parse(parser, arguments)
     values = run(chosen)
     show(values)
     return report.write("quant_aware", chosen, values)

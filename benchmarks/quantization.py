@@ -20,7 +20,7 @@ from ppcl_engine.files import read_json, write_json
 from ppcl_engine.quantization import BITS, NONE, simulated
 
 from . import report
-from .sparsity import BEST, CAPTIONS, DEMO, Context, Row, judged, prepare
+from .sparsity import BEST, DEMO, Context, Row, judged, options, parse, prepare
 from .sparsity_layers import prune_model
 from .teachers import describe
 
@@ -83,12 +83,7 @@ def show(values: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("quantization", __doc__)
-    parser.add_argument("--teacher", type=Path, help="default: the bundled one; of a quick run a tiny random one")
-    parser.add_argument("--work", type=Path, help="where rows that are done are kept (default runs/sparsity)")
-    parser.add_argument("--captions", type=int, default=0, help=f"captions drawn a row (default {CAPTIONS})")
-    chosen = report.parse(parser, arguments)
-    chosen.work = chosen.work or Path("runs/sparsity_quick" if chosen.quick else "runs/sparsity")
+    chosen = parse(options("quantization", __doc__), arguments)
     values = run(chosen)
     show(values)
     return report.write("quantization", chosen, values)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -278,15 +279,26 @@ def _cell(value: dict | None, scale: float, digits: int = 4) -> str:
     return f"{middle} ({low} - {high})"
 
 
-def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("sparsity", __doc__)
+def options(name: str, description: str) -> ArgumentParser:
+    """What the benchmarks that `prepare` alike have in common."""
+    parser = report.options(name, description)
     parser.add_argument("--teacher", type=Path, help="default: the bundled one; of a quick run a tiny random one")
     parser.add_argument("--work", type=Path, help="where rows that are done are kept (default runs/sparsity)")
-    parser.add_argument("--only", default="", help="tables, as '50 %%,2:4,variants'")
-    parser.add_argument("--rows", default="", help="rows of these, as 'wanda row;energy cluster'")
     parser.add_argument("--captions", type=int, default=0, help=f"captions drawn a row (default {CAPTIONS})")
+    return parser
+
+
+def parse(parser: ArgumentParser, arguments: list[str] | None) -> Namespace:
     chosen = report.parse(parser, arguments)
     chosen.work = chosen.work or Path("runs/sparsity_quick" if chosen.quick else "runs/sparsity")
+    return chosen
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = options("sparsity", __doc__)
+    parser.add_argument("--only", default="", help="tables, as '50 %%,2:4,variants'")
+    parser.add_argument("--rows", default="", help="rows of these, as 'wanda row;energy cluster'")
+    chosen = parse(parser, arguments)
     values = run(chosen)
     show(values)
     draw(values, chosen.output / "sparsity.png")

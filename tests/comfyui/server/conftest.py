@@ -164,6 +164,19 @@ def server(tmp_path_factory):
         stop(process)
 
 
+@pytest.fixture(scope="module")
+def known(server) -> dict:
+    """Every node's inputs, with the files that are there now."""
+    return server.get("/object_info")
+
+
+@pytest.fixture(scope="module")
+def runs(server):
+    """The folders of a kind of run, oldest first."""
+    root = server.base / "output" / "ppcl"
+    return lambda kind="": sorted(root.glob(f"{kind}*"), key=lambda path: path.stat().st_mtime_ns)
+
+
 def started(server: Server, process: subprocess.Popen) -> Server:
     end = time.monotonic() + START_SECONDS
     while time.monotonic() < end and process.poll() is None:

@@ -10,11 +10,6 @@ from PIL import Image
 from .graphs import CAPTIONS, TEACHER, Graph, quickly, shipped
 
 
-@pytest.fixture(scope="module")
-def known(server) -> dict:
-    return server.get("/object_info")
-
-
 def pixels(server, entry: dict, node: str) -> torch.Tensor:
     images = [server.bytes_of(image) for image in entry["outputs"][node]["images"]]
     return torch.stack([torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))) for data in images])

@@ -13,11 +13,6 @@ BEFORE = {"FineTune": "width", "Export": "width"}
 
 
 @pytest.fixture(scope="module")
-def known(server) -> dict:
-    return server.get("/object_info")
-
-
-@pytest.fixture(scope="module")
 def finished(server, made):
     """The name of the run of a kind."""
     return lambda kind: next((server.base / "output" / "ppcl").glob(f"{kind}-*")).name

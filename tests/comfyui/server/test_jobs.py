@@ -27,18 +27,6 @@ LONG = {"rounds": 16, "updates": 25, "learning_rate": 1e-3, "preview_seconds": 0
 
 
 @pytest.fixture(scope="module")
-def known(server) -> dict:
-    return server.get("/object_info")
-
-
-@pytest.fixture(scope="module")
-def runs(server):
-    """The folders of a kind of run, oldest first."""
-    root = server.base / "output" / "ppcl"
-    return lambda kind="": sorted(root.glob(f"{kind}*"), key=lambda path: path.stat().st_mtime)
-
-
-@pytest.fixture(scope="module")
 def planned(server, made, known, runs) -> str:
     """The name of a run whose plan is one short interval, at the beginning."""
     graph = Graph(known, 100)

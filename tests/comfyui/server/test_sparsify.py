@@ -25,18 +25,6 @@ FAST = {name: value for name, value in QUICK["PPCL_Sparsify"].items() if name !=
 
 
 @pytest.fixture(scope="module")
-def known(server) -> dict:
-    return server.get("/object_info")
-
-
-@pytest.fixture(scope="module")
-def runs(server):
-    """The folders of a kind of run, oldest first."""
-    root = server.base / "output" / "ppcl"
-    return lambda kind="": sorted(root.glob(f"{kind}*"), key=lambda path: path.stat().st_ctime_ns)
-
-
-@pytest.fixture(scope="module")
 def drawn(server) -> Made:
     """The shipped workflow, with settings for seconds."""
     prompt = quickly(shipped("ppcl-demo-sparsify"))

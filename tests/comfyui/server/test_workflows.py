@@ -37,11 +37,6 @@ SETTINGS = {("PPCL_LoadModel", "intervals"): "intervals", ("PPCL_LoadModel", "le
 
 
 @pytest.fixture(scope="module")
-def known(server) -> dict:
-    return server.get("/object_info")
-
-
-@pytest.fixture(scope="module")
 def ours(known) -> dict:
     return {name: node for name, node in known.items() if name.startswith("PPCL_")}
 
