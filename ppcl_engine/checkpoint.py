@@ -20,9 +20,7 @@ from .pickled import PickledFile
 
 COMFYUI_PREFIX = "model.diffusion_model."
 STRUCTURE_TENSOR = "ppcl_structure"
-HINTS_TENSOR = (
-    "ppcl_hints"  # JSON: which of the teacher's blocks a file has that counts anew, where metadata does not reach
-)
+HINTS_TENSOR = "ppcl_hints"  # JSON: which of the teacher's blocks a file has, where metadata does not reach
 TRAINING_PREFIX = "module."  # what a wrapper of distributed training left before every name
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 IGNORED_SUFFIXES = (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")

@@ -315,6 +315,19 @@ def engine_forward(architecture, model, inputs) -> torch.Tensor:
     return architecture.unpack(tokens, inputs.grid)
 
 
+def calls_of(model) -> list[tuple[torch.Tensor, ...]]:
+    """(latents, sigmas, text, velocity) of every forward from now on."""
+    heard = []
+
+    def hear(executor, x, t, context, *arguments, **named):
+        result = executor(x, t, context, *arguments, **named)
+        heard.append((flat(x).clone(), t.clone(), context.clone(), flat(result).clone()))
+        return result
+
+    model.add_wrapper_with_key("diffusion_model", "test", hear)
+    return heard
+
+
 def flat(latents: torch.Tensor) -> torch.Tensor:
     return latents[:, :, 0] if latents.ndim == 5 else latents
 

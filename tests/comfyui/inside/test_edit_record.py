@@ -16,6 +16,7 @@ from ppcl_engine.jobs.state import JobState, write_state
 from ppcl_engine.run import Run
 from ppcl_engine.streaming import Teacher
 
+from .conftest import calls_of
 from .test_record import LIMITS, ROWS, SAMPLING, draw, engine_velocity
 
 SIZES = {7: ((8, 12), (3, 7)), 2: ((3, 7),)}  # tokens of a prompt -> latents of its references, odd ones too
@@ -65,14 +66,7 @@ def placed_by(run_node, given, method: str, pictures: int = 2) -> dict:
 
 def test_the_engine_computes_what_the_host_did(run_node, record, given, teacher):
     model, recorded, path = record
-    returned = []
-
-    def see(executor, x, t, context, *arguments, **named):
-        result = executor(x, t, context, *arguments, **named)
-        returned.append((x[:, :, 0].clone(), t.clone(), context.clone(), result[:, :, 0].clone()))
-        return result
-
-    recorded.add_wrapper_with_key("diffusion_model", "test", see)
+    returned = calls_of(recorded)
     assert torch.equal(draw(run_node, recorded, given), draw(run_node, model, given))
     calibration, weights, compared = load_calibration(path), Weights(teacher), dict.fromkeys(SIZES, 0)
     engine, architecture = Teacher(weights, torch.float32, "cpu", False), weights.architecture

@@ -7,6 +7,8 @@ from ppcl_engine.checkpoint import Weights
 from ppcl_engine.data import load_calibration
 from ppcl_engine.streaming import Teacher
 
+from .conftest import calls_of
+
 SAMPLING = {"steps": 6, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
 LIMITS = {"samples": 24, "each_picture": 4, "batch": 5, "empty_captions": 0.4, "seed": 3}
 ROWS = 3
@@ -52,14 +54,7 @@ def test_pictures_do_not_change(run_node, model, record, given):
 def test_the_engine_computes_what_the_host_did(run_node, model, record, given, teacher, sampler):
     """Every recorded sample through the engine's teacher, and through the host's model in one forward."""
     recorded, path = record()
-    returned = []
-
-    def see(executor, x, t, context, *arguments, **named):
-        result = executor(x, t, context, *arguments, **named)
-        returned.append((x[:, :, 0].clone(), t.clone(), context.clone(), result[:, :, 0].clone()))
-        return result
-
-    recorded.add_wrapper_with_key("diffusion_model", "test", see)
+    returned = calls_of(recorded)
     draw(run_node, recorded, given, sampler_name=sampler)
     calibration, weights = load_calibration(path), Weights(teacher)
     engine, architecture, compared = Teacher(weights, torch.float32, "cpu", False), weights.architecture, 0
