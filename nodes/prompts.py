@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -104,12 +105,12 @@ class References:
         if len(self.files) > 2 * MOST:
             raise ValueError(f"{self.folder.name} holds {len(self.files) // 2:,} pictures; give at most {MOST:,}")
 
-    @property
+    @cached_property
     def files(self) -> list[Path]:
         """Raises ValueError for a folder without pictures, and naming one without an instruction."""
         return [file for picture, _ in picture_files(self.folder) for file in (picture, picture.with_suffix(".txt"))]
 
-    @property
+    @cached_property
     def file(self) -> str:
         digest = hashlib.sha256()
         for path in self.files:

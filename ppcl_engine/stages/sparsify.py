@@ -33,13 +33,8 @@ from ..sparsity.statistics import timestep_weights
 from ..standalone import Source, check_file_name
 from ..streaming import StateStore
 
-MACHINE_SETTINGS = (
-    "run",
-    "device",
-    "streamed",
-    "calibration",
-    "dry_run",
-)  # that change no bit, or are told by what they hold
+MACHINE_SETTINGS = ("run", "device", "streamed", "calibration", "dry_run")
+"""That change no bit, or are told by what they hold"""
 
 
 def sparsify(config: SparsifyConfig) -> Path:

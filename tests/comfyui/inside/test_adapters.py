@@ -21,6 +21,7 @@ from ppcl_engine.checkpoint import Weights, expected_shapes
 from ppcl_engine.files import TensorFile, write_tensors
 
 from .conftest import engine_forward, relative_error
+from .controlled import controlled
 
 TOLERANCE = 1e-4
 RANK, IMAGE_TOKENS = 3, 24
@@ -192,20 +193,7 @@ def control(run_node, inputs, adapted):
     for parameter in net.control_model.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
 
-    class VAE:
-        def spacial_compression_encode(self):
-            return 8
-
-        def encode(self, pixels):
-            generator = torch.Generator().manual_seed(4)
-            return torch.randn(1, 16, pixels.shape[1] // 8, pixels.shape[2] // 8, generator=generator)
-
-    conditioning = [[inputs.text, inputs.more]]
-    image = torch.rand(1, 64, 96, 3)
-    return lambda: run_node(
-        "ControlNetApplyAdvanced", positive=conditioning, negative=conditioning, control_net=net, image=image,
-        strength=1.0, start_percent=0.0, end_percent=1.0, vae=VAE(),
-    )[0]  # fmt: skip
+    return controlled(run_node, inputs, net)
 
 
 @pytest.mark.parametrize("names", NAMES)

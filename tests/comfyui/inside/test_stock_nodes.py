@@ -14,6 +14,7 @@ from ppcl_engine.bundle import Bundle, open_model
 from ppcl_engine.files import TensorFile, write_tensors
 
 from .conftest import edits, engine_forward, relative_error
+from .controlled import controlled
 
 TOLERANCE = 1e-4
 WIDTH, BLOCKS, RANK = 32, 6, 3
@@ -91,23 +92,10 @@ def control(run_node, inputs):
         torch.nn.init.normal_(parameter, std=0.15)
     network.main_model_double = BLOCKS
 
-    class VAE:
-        def spacial_compression_encode(self):
-            return 8
-
-        def encode(self, pixels):
-            generator = torch.Generator().manual_seed(4)
-            return torch.randn(1, 16, 1, pixels.shape[1] // 8, pixels.shape[2] // 8, generator=generator)
-
     net = comfy.controlnet.ControlNet(
         network, compression_ratio=1, latent_format=comfy.latent_formats.Wan21(), load_device=torch.device("cpu")
     )
-    conditioning = [[inputs.text, inputs.more]]
-    image = torch.rand(1, 64, 96, 3)
-    return lambda: run_node(
-        "ControlNetApplyAdvanced", positive=conditioning, negative=conditioning, control_net=net, image=image,
-        strength=1.0, start_percent=0.0, end_percent=1.0, vae=VAE(),
-    )[0]  # fmt: skip
+    return controlled(run_node, inputs, net)
 
 
 @edits
