@@ -1,19 +1,29 @@
-# Everything goes into .venv (the tests' ComfyUI: .venv-host and .comfyui) in this folder; a new machine needs python3 (3.10+), pip and make.
+# Everything goes into .venv (the tests' ComfyUI: .hosts) in this folder; a new machine needs python3 (3.10+), pip and make.
 PYTHON ?= python3
 BIN = .venv/bin
+# the oldest ComfyUI that is promised, and the newest that pip's index carries
+HOSTS = 0.3.75 0.30.0
+SUITES = inside server
 
-.PHONY: demo test test-inside test-server setup host clean
+.PHONY: demo test test-host ablation setup clean $(HOSTS:%=host-%)
 
 demo: .venv/ready
 	$(BIN)/ppcl demo
 
-test: .venv/ready host
+test: .venv/ready $(HOSTS:%=host-%)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
-	$(MAKE) --no-print-directory -j 2 --output-sync=target test-inside test-server
+	$(MAKE) --no-print-directory -j 2 --output-sync=target $(foreach suite,$(SUITES),$(HOSTS:%=test-$(suite)-%))
 
 # in ComfyUI's own process, and over HTTP against a server of ours: apart, so that they run side by side
-test-inside test-server: test-%:
-	OMP_NUM_THREADS=1 .venv-host/bin/python tests/comfyui/launch.py -m pytest tests/comfyui/$*
+IN_HOST = OMP_NUM_THREADS=1 COMFYUI=$(1) $(2) tests/comfyui/launch.py -m pytest tests/comfyui/$(3)
+test-inside-%:
+	$(call IN_HOST,.hosts/$*/ComfyUI,.hosts/$*/venv/bin/python,inside)
+test-server-%:
+	$(call IN_HOST,.hosts/$*/ComfyUI,.hosts/$*/venv/bin/python,server)
+
+# any other ComfyUI: make test-host COMFYUI=/path/to/ComfyUI PYTHON=/its/environment/bin/python
+test-host:
+	$(foreach suite,$(SUITES),$(call IN_HOST,$(COMFYUI),$(PYTHON),$(suite)) &&) true
 
 # PPCL against every baseline; goes on where it stopped
 ablation: .venv/ready
@@ -21,8 +31,8 @@ ablation: .venv/ready
 
 setup: .venv/ready
 
-host:
-	$(PYTHON) tests/comfyui/setup_host.py
+$(HOSTS:%=host-%): host-%:
+	$(PYTHON) tests/comfyui/setup_host.py $*
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -31,4 +41,4 @@ host:
 	touch $@
 
 clean:
-	rm -rf .venv .venv-host .comfyui runs
+	rm -rf .venv .hosts runs

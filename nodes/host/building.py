@@ -5,10 +5,13 @@ The host's own classes are built; only its block constructors are exchanged whil
 
 from __future__ import annotations
 
+import inspect
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,6 +28,7 @@ from .parts import Parts
 from .structure import FileTensors, Structure, is_pruned, is_surrounding, structure_of
 
 QUANTIZATION_SUFFIXES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+PATHS_IN_LOADERS = ("unet_path", "ckpt_path")  # what the host's loaders call the path of a model file
 _building = threading.Lock()
 
 
@@ -35,29 +39,69 @@ class PrunedConfig:
     host: Host
 
     @classmethod
-    def matches(cls, unet_config, state_dict=None) -> bool:
-        if not super().matches(unet_config) or state_dict is None:
+    def matches(cls, unet_config, state_dict=None, *arguments, **named) -> bool:
+        """The host asks this of every file that it loads: an error of ours is logged, and the next class is asked."""
+        if state_dict is None or not super().matches(unet_config, None, *arguments, **named):
             return False
-        tensors = transformer_of(cls.host, state_dict)
-        known = cls.host.mark in tensors and not any(name.startswith("controlnet_") for name in tensors)
-        return known and is_pruned(cls.host, tensors)
+        try:
+            return is_ours(cls.host, transformer_of(cls.host, state_dict))
+        except Exception as error:  # whatever the file holds: it is the host's to load, with or without us
+            log_once(f"{file_being_loaded()}: PPCL left this file to ComfyUI ({type(error).__name__}: {error})")
+            return False
 
-    def get_model(self, state_dict, prefix="", device=None):
+    def get_model(self, state_dict, *arguments, **named):
         tensors = decompressed(transformer_of(self.host, state_dict), shapes_only=True)
         structure = self.structure = structure_of(self.host, tensors)
         self.unet_config |= self.host.arguments(structure.config)
-        named, texts = structure.renamed(tensors), Texts()
-        inputs = inputs_of(structure, tensors, self.manual_cast_dtype or self.unet_config.get("dtype"))
-        with exchanged_blocks(structure, sorted(named), texts, inputs):
-            model = super().get_model(state_dict, prefix, device)
+        given, texts = self.host_names(structure.renamed(tensors)), Texts()
+        inputs = inputs_of(structure, self.manual_cast_dtype or self.unet_config.get("dtype"))
+        with exchanged_blocks(structure, sorted(given), texts, inputs):
+            model = super().get_model(state_dict, *arguments, **named)
         finish(model.diffusion_model, structure, texts, inputs)
         self.marks = marks_in(self.host, model.diffusion_model)
         if self.custom_operations is None:  # others make their tensors when they are loaded
-            check_tensors(model.diffusion_model, named | self.marks)
+            check_tensors(self._empty_model(sorted(given)), given | self.marks)
         return model
 
     def process_unet_state_dict(self, state_dict):
-        return self.structure.renamed(decompressed(state_dict)) | self.marks
+        return self.host_names(self.structure.renamed(decompressed(state_dict))) | self.marks
+
+    def host_names(self, tensors: FileTensors) -> dict[str, torch.Tensor]:
+        """By the names in this version of the host, which may rename some of a file's."""
+        return super().process_unet_state_dict(dict(tensors))
+
+    def _empty_model(self, names: list[str]) -> nn.Module:
+        """The host's transformer on the meta device, on torch's own layers: which tensors it has, and their shapes, in
+        whatever form this host keeps weights, and before it has any."""
+        structure, texts = self.structure, Texts()
+        inputs = inputs_of(structure, torch.float32)
+        options = {**self.unet_config, "dtype": torch.float32, "device": "meta", "operations": nn}
+        with exchanged_blocks(structure, names, texts, inputs):
+            model = getattr(self.host.module, self.host.model)(**options)
+        finish(model, structure, texts, inputs)
+        return model
+
+
+def is_ours(host: Host, tensors: FileTensors) -> bool:
+    """Whether it is a transformer, of this architecture, that the host can't load by itself."""
+    known = host.mark in tensors and not any(name.startswith("controlnet_") for name in tensors)
+    return known and is_pruned(host, tensors)
+
+
+@cache
+def log_once(text: str) -> None:
+    logging.warning(text)
+
+
+def file_being_loaded() -> str:
+    """Its name, out of the host's loader that called us: what it hands on is tensors alone."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        for name in PATHS_IN_LOADERS:
+            if isinstance(path := frame.f_locals.get(name), str):
+                return Path(path).name
+        frame = frame.f_back
+    return "a file"
 
 
 def marks_in(host: Host, model: nn.Module) -> FileTensors:
@@ -71,7 +115,7 @@ def transformer_of(host: Host, state_dict: FileTensors) -> FileTensors:
     return {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)} if prefix else state_dict
 
 
-def inputs_of(structure: Structure, tensors: FileTensors, dtype: torch.dtype):
+def inputs_of(structure: Structure, dtype: torch.dtype):
     """Of folded modulations; None where nothing is folded. dtype: that the model computes in."""
     if structure.folding is None:
         return None
@@ -200,7 +244,6 @@ def check_tensors(model: nn.Module, tensors: FileTensors) -> None:
     """Raises ValueError, in one line, for a tensor that is missing, has no home, or is of another shape."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(t.shape) for name, t in tensors.items() if not name.endswith(QUANTIZATION_SUFFIXES)}
-    expected = {name: shape for name, shape in expected.items() if not name.endswith(QUANTIZATION_SUFFIXES)}
     if missing := sorted(expected.keys() - given.keys()):
         raise ValueError(f"the file lacks {len(missing)} tensors, first {missing[0]}; copy or download it again")
     marks = model.ppcl.structure.host.engine.marks
@@ -209,14 +252,3 @@ def check_tensors(model: nn.Module, tensors: FileTensors) -> None:
     for name, shape in expected.items():
         if given[name] != shape:
             raise ValueError(f"the file's {name} is of shape {given[name]}, not {shape}; is it another model's?")
-
-
-def empty_host_model(host: Host, tensors: FileTensors, operations, dtype: torch.dtype) -> nn.Module:
-    """The host's transformer on the meta device, for counting (a file's tensors may be on it too)."""
-    structure, texts = structure_of(host, tensors), Texts()
-    inputs = inputs_of(structure, tensors, dtype)
-    with exchanged_blocks(structure, sorted(structure.renamed(tensors)), texts, inputs):
-        make = getattr(host.module, host.model)
-        model = make(**host.arguments(structure.config), dtype=dtype, device="meta", operations=operations)
-    finish(model, structure, texts, inputs)
-    return model

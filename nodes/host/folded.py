@@ -71,6 +71,11 @@ class FoldedMap(comfy.ops.manual_cast.Linear):
 
     inputs: tuple[Basis | Table, ...] = ()
 
+    def _load_from_state_dict(self, *arguments, **named):
+        """torch's own: hosts that leave a map without a weight until it is loaded do so only where theirs is not overridden.
+        These are small, and change their size while they are used."""
+        nn.Linear._load_from_state_dict(self, *arguments, **named)
+
     def projection(self, like: torch.Tensor) -> torch.Tensor:
         return self.inputs[0].projection().to(like.device, like.dtype)
 

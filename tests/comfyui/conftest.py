@@ -1,4 +1,4 @@
-"""The tests in `inside` and `server` run in ComfyUI's own environment: .venv-host/bin/python tests/comfyui/launch.py -m pytest tests/comfyui"""
+"""The tests in `inside` and `server` run in the environment of a ComfyUI, by `make test-host` or `make test-inside-0.30.0`."""
 
 from importlib.util import find_spec
 

@@ -129,7 +129,7 @@ def shipped_files() -> list[str]:
 def test_what_is_shipped():
     files = shipped_files()
     tops = {name.split("/")[0] for name in files}
-    assert not tops & {"tests", "benchmarks", "docs", "runs", ".ci", "Makefile", ".venv", ".venv-host", ".comfyui"}
+    assert not tops & {"tests", "benchmarks", "docs", "runs", ".ci", "Makefile", ".venv", ".hosts"}
     assert {"__init__.py", "nodes", "ppcl_engine", "web", "workflows", "pyproject.toml", "requirements.txt"} <= tops
     assert {n for n in files if (ROOT / n).stat().st_size > LARGE} <= DEMO_FILES
     assert not [n for n in files if n.endswith((".pt", ".pth", ".bin", ".pkl", ".exe", ".so", ".whl", ".zip"))]

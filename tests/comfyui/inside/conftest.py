@@ -33,6 +33,7 @@ from comfy.cli_args import args  # noqa: E402
 args.cpu = True
 
 import comfy.latent_formats  # noqa: E402
+import comfy.model_detection  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfyui_version  # noqa: E402
 import folder_paths  # noqa: E402
@@ -41,7 +42,7 @@ import nodes as host_nodes  # noqa: E402
 
 torch.set_num_threads(1)
 BOUND = 0.5  # of a folded random model of width 32, whose embedding has no low rank
-FIGURES = ".venv-host/bin/python tests/comfyui/launch.py -m pytest tests/comfyui/inside --figures {path}"
+FIGURES = "make host-0.3.75 && COMFYUI=.hosts/0.3.75/ComfyUI .hosts/0.3.75/venv/bin/python tests/comfyui/launch.py -m pytest tests/comfyui/inside --figures {path}"
 
 
 def pytest_addoption(parser):
@@ -82,7 +83,7 @@ def pack(models):
     path = str(ROOT)
     assert asyncio.run(host_nodes.load_custom_node(path, module_parent="custom_nodes"))
     for extra in ("model_advanced", "model_merging", "slg", "custom_sampler", "edit_model", "flux"):
-        file = str(ROOT / ".comfyui" / "comfy_extras" / f"nodes_{extra}.py")
+        file = str(Path(host_nodes.__file__).parent / "comfy_extras" / f"nodes_{extra}.py")
         assert asyncio.run(host_nodes.load_custom_node(file, module_parent="comfy_extras"))
     name = path.replace(".", "_x_")
     assert "PPCL_LoadModel" in host_nodes.NODE_CLASS_MAPPINGS
@@ -101,6 +102,21 @@ def run_node(pack):
             return getattr(node(), node.FUNCTION)(**inputs)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def empty_host_model(pack):
+    """Of a file's tensors, on the meta device too: the host's model without weights, where each of them has a home."""
+    pruned = pack("host.building").PrunedConfig
+
+    def make(host, tensors: dict):
+        found = comfy.model_detection.detect_unet_config(dict(tensors), "")
+        # what the host's own class says, whether or not it could load the file by itself
+        config = next(c for c in host.configs if super(pruned, c).matches(found))(found)
+        config.set_inference_dtype(torch.bfloat16, None)
+        return config.get_model(tensors, "", device=torch.device("meta")).diffusion_model
+
+    return make
 
 
 @dataclass(frozen=True, kw_only=True)

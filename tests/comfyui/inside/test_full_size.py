@@ -1,6 +1,5 @@
 """Qwen-Image's real names and shapes on the meta device: every tensor has a home, parameters are as published."""
 
-import comfy.ops
 import comfy.supported_models
 import pytest
 import torch
@@ -27,13 +26,11 @@ def meta(shapes: dict) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def host_model(pack):
+def host_model(pack, empty_host_model):
     """(parameters of the host's model, its blocks); every tensor was given a home."""
-    building, host = pack("host.building"), pack("host.qwen_image").HOST
 
     def make(tensors: dict):
-        model = building.empty_host_model(host, tensors, comfy.ops.disable_weight_init, torch.bfloat16)
-        building.check_tensors(model, pack("host.structure").structure_of(host, tensors).renamed(tensors))
+        model = empty_host_model(pack("host.qwen_image").HOST, tensors)
         return sum(p.numel() for p in model.parameters()), model.transformer_blocks
 
     return make

@@ -1,7 +1,6 @@
 """Real names and shapes on the meta device, of architectures whose maps the host fuses: every tensor has a home, parameters
 are as published."""
 
-import comfy.ops
 import comfy.supported_models
 import pytest
 import torch
@@ -40,11 +39,10 @@ def host_of(pack):
 
 
 @pytest.mark.parametrize(("size", "billions"), SIZES.items())
-def test_full_size(pack, host_of, size, billions):
-    building, host = pack("host.building"), host_of(size)
+def test_full_size(empty_host_model, host_of, size, billions):
+    host = host_of(size)
     tensors = meta(host.engine, expected_shapes(host.engine, host.engine.model_configs[size]))
-    model = building.empty_host_model(host, tensors, comfy.ops.disable_weight_init, torch.bfloat16)
-    building.check_tensors(model, pack("host.structure").structure_of(host, tensors).renamed(tensors))
+    model = empty_host_model(host, tensors)
     assert round(sum(p.numel() for p in model.parameters()) / 1e9, 3) == billions
 
 
@@ -63,9 +61,9 @@ def test_only_what_the_host_cannot_load_is_claimed(pack, size):
 
 
 @pytest.mark.parametrize("size", PRUNED)
-def test_a_pruned_model(pack, host_of, size):
+def test_a_pruned_model(pack, empty_host_model, host_of, size):
     """A standalone: depth, with and without a correction, text, and FFNs in every kind of block."""
-    building, host, reading = pack("host.building"), host_of(size), pack("stored")
+    host, reading = host_of(size), pack("stored")
     engine = host.engine
     config, (intervals, sites) = engine.model_configs[size], PRUNED[size]
     first, second = parse_intervals(intervals)
@@ -81,7 +79,6 @@ def test_a_pruned_model(pack, host_of, size):
     named = reading.in_host_names(host, config, {n: reading.Stored(file, n) for n in tensors}, layout.places)
     read = {name: reading.Reader().read(place) for name, place in named.items()}
     read[STRUCTURE_TENSOR] = torch.tensor(list(plan.to_json().encode()), dtype=torch.uint8)
-    empty = building.empty_host_model(host, read, comfy.ops.disable_weight_init, torch.bfloat16)
-    building.check_tensors(empty, pack("host.structure").structure_of(host, read).renamed(read))
+    empty = empty_host_model(host, read)
     assert sum(p.numel() for p in empty.parameters()) == sum(p.numel() for p in model.parameters())
     assert sum(len(getattr(empty, blocks.name)) for blocks in host.lists) == plan.num_blocks
