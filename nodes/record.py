@@ -21,6 +21,7 @@ from ..ppcl_engine.sampling import GUIDANCE
 from .branch import layout_in, name_of
 from .host import host_named
 from .job import CATEGORY
+from .node import Node
 from .paths import model_path, runs, teacher_files
 from .recording import MASK, Limits, Sampling, append, recorded
 from .runs import RECORDING, RunType
@@ -174,7 +175,9 @@ def recording(weights: Weights, limits: Limits) -> Path:
     return folder
 
 
-class RecordCalibration(io.ComfyNode):
+class RecordCalibration(Node):
+    FILES = {"model_file": model_path}
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -204,7 +207,7 @@ class RecordCalibration(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, model_file, **given) -> io.NodeOutput:
+    def perform(cls, model, model_file, **given) -> io.NodeOutput:
         weights, limits = (
             Weights(model_path(model_file)),
             Limits(**values(CalibrateConfig, given) | {"each_picture": given["each_picture"]}),
