@@ -13,6 +13,7 @@ from comfy_api.v0_0_2 import io
 
 MOST_CHARACTERS = 100_000  # of a text: thousands of prompts
 MOST_CHOICES = 12  # that an error names
+LONGEST_NAME = 1_000  # characters of a choice
 LONGEST = 60  # characters of a wrong value in an error
 
 LINKS: dict[str, Callable[[object], bool]] = {
@@ -61,11 +62,18 @@ def _number(row: io.Input, value: object, kind: type, name: str) -> str:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         return f"is {shown(value)}; give a text"
-    return f"has {len(value):,} characters; give at most {MOST_CHARACTERS:,}" if len(value) > MOST_CHARACTERS else ""
+    if len(value) > MOST_CHARACTERS:
+        return f"has {len(value):,} characters; give at most {MOST_CHARACTERS:,}"
+    return "" if is_unicode(value) else f"is {shown(value)}, which cannot be written to a file; type it again"
+
+
+def is_unicode(text: str) -> bool:
+    """JSON can hold halves of a character, which no file takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _choice(options: Collection[str], value: object, looked_up: bool) -> str:
-    if isinstance(value, str) and (looked_up or value in options):
+    if isinstance(value, str) and (value in options or (looked_up and len(value) <= LONGEST_NAME)):
         return ""
     names = list(options)[:MOST_CHOICES]
     more = f", ... ({len(options):,} in all)" if len(options) > MOST_CHOICES else ""

@@ -49,13 +49,14 @@ def _found(find: Callable[[str], Path | None], name: str) -> Path | None:
 
 
 def fingerprint(paths: Iterator[Path]) -> str:
-    """Of where these files, and those in these folders, are, of when each changed last, and of their sizes."""
+    """Of where these files, and those in these folders, really are, of when each changed last, and of their sizes."""
     rows = [(str(file), stat_of(file)) for path in paths for file in _files(path)]
     return hashlib.sha256(repr(rows).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _files(path: Path) -> list[Path]:
-    """A model's transformer may be a link, which nothing below a folder follows."""
+    """Where links lead; a model's transformer may be one, which a search below its folder does not follow."""
     if not path.is_dir():
-        return [path]
-    return guarded(path, None, lambda: sorted({*path.rglob("*"), *transformer_folder(path).glob("*")}), [])
+        return [path.resolve()]
+    found = {*path.rglob("*"), *transformer_folder(path).glob("*")}
+    return sorted({guarded(file, None, file.resolve, file) for file in found})
