@@ -84,7 +84,8 @@ class Host:
 
     engine          the same architecture of `ppcl_engine.architectures`, which reads files and configurations, and says in
                     `comfyui_projections` which sub-module of the host's block each projection is
-    configs         the host's config classes (`building.PrunedConfig` + its own): they claim the files that it can't load
+    stock           names of the host's config classes: `building.config_classes` derives ours, which claim the files that
+                    it can't load
     module, model   the host's module of the transformer, and the name of its class there
     presets         released models that count their blocks anew; those of the engine where it knows some
     lists           its lists of blocks, in the order in which they run: the teacher's blocks are counted through them
@@ -98,7 +99,7 @@ class Host:
     """
 
     engine: Architecture
-    configs: tuple[type, ...] = ()
+    stock: tuple[str, ...]
     module: ModuleType
     model: str
     lists: tuple[BlockList, ...]

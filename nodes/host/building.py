@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
+import comfy.supported_models
 import torch
 from torch import nn
 
@@ -80,6 +81,13 @@ class PrunedConfig:
             model = getattr(self.host.module, self.host.model)(**options)
         finish(model, structure, texts, inputs)
         return model
+
+
+@cache
+def config_classes(host: Host) -> tuple[type, ...]:
+    """Ours before each of the host's own: "PPCLFlux" of "Flux"."""
+    stock = [getattr(comfy.supported_models, name) for name in host.stock]
+    return tuple(type(f"PPCL{own.__name__}", (PrunedConfig, own), {"host": host}) for own in stock)
 
 
 def is_ours(host: Host, tensors: FileTensors) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import comfy.ldm.modules.diffusionmodules.mmdit as host_module
-import comfy.supported_models
 import torch
 from torch import nn
 
@@ -17,7 +16,6 @@ from ...ppcl_engine.layout import Place
 from ...ppcl_engine.plan import WidthSite
 from .base import HALF, BlockList, Cut, Host, Maps
 from .blocks import FixedModulation, ProjectedText, Texts
-from .building import PrunedConfig
 
 HALVES = {"ffn_image": "x_block", "ffn_text": "context_block"}
 MODULATION = "adaLN_modulation"
@@ -48,6 +46,7 @@ class FixedShiftAndScale(FixedModulation):
 
 class SD35Host(Host):
     engine = architecture_named("sd35")
+    stock = ("SD3",)
     module, model = host_module, "OpenAISignatureMMDITWrapper"
     lists = (
         BlockList(
@@ -149,10 +148,3 @@ def modulated_text(block: nn.Module, fixed: FixedModulation, text: torch.Tensor)
 
 
 HOST = SD35Host()
-
-
-class PPCLSD35(PrunedConfig, comfy.supported_models.SD3):
-    host = HOST
-
-
-HOST.configs = (PPCLSD35,)

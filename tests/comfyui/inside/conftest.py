@@ -107,12 +107,12 @@ def run_node(pack):
 @pytest.fixture(scope="session")
 def empty_host_model(pack):
     """Of a file's tensors, on the meta device too: the host's model without weights, where each of them has a home."""
-    pruned = pack("host.building").PrunedConfig
+    building = pack("host.building")
 
     def make(host, tensors: dict):
         found = comfy.model_detection.detect_unet_config(dict(tensors), "")
         # what the host's own class says, whether or not it could load the file by itself
-        config = next(c for c in host.configs if super(pruned, c).matches(found))(found)
+        config = next(c for c in building.config_classes(host) if super(building.PrunedConfig, c).matches(found))(found)
         config.set_inference_dtype(torch.bfloat16, None)
         return config.get_model(tensors, "", device=torch.device("meta")).diffusion_model
 
