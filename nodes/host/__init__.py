@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import comfy.supported_models
+import torch
 
 from . import checks, flux1, qwen_image, sd35
 from .base import Host
-from .building import config_classes
+from .building import PrunedConfig, config_classes
 
 HOSTS: tuple[Host, ...] = (qwen_image.HOST, flux1.HOST, sd35.HOST)
 
@@ -36,6 +37,13 @@ def host_of_model(model) -> Host:
     transformer = model.model.diffusion_model
     parts = getattr(transformer, "ppcl", None)
     return parts.structure.host if parts else host_of(transformer.state_dict(), "this MODEL")
+
+
+def names_in_model(model, names: Iterable[str]) -> dict[str, str]:
+    """A tensor's name in a file of the full model -> in a model that the host loaded: newer hosts rename some."""
+    config = model.model.model_config
+    rename = config.host_names if isinstance(config, PrunedConfig) else config.process_unet_state_dict
+    return {name: next(iter(rename({name: torch.empty(0)})), name) for name in names}
 
 
 def register() -> str | None:

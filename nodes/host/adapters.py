@@ -8,6 +8,7 @@ and a linear map that was cut takes its part of a change.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import comfy.float
 import torch
@@ -49,6 +50,50 @@ def _of_block(host: Host) -> re.Pattern:
     return re.compile(rf"(diffusion_model\.(?:{lists})\.\d+\.)(?!student\.|projections\.)(.+)")
 
 
+ON_THE_WAY = ("weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function")
+"""Where the host keeps changes that it makes while a weight is brought to the device, by their names on its modules."""
+
+
+class PatchedWhole:
+    """Part of a linear map's class that holds less than the full model's weight: patches see that weight.
+
+    Where the host patches a stored weight, it asks `convert_weight` and `set_weight`. Newer hosts don't ask when a weight
+    is patched on the way to the device; so such a change is wrapped when the host puts it there.
+    """
+
+    def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """The full model's "weight" or "bias", as far as it is known."""
+        return stored
+
+    def left(self, name: str, whole: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        """What to store of a changed one."""
+        return whole
+
+    def __setattr__(self, name, value):
+        if name in ON_THE_WAY and value is not None:
+            leaf = name.partition("_")[0]
+            value = [OnWhole(self, leaf, c) for c in value] if isinstance(value, list) else OnWhole(self, leaf, value)
+        super().__setattr__(name, value)
+
+
+class OnWhole:
+    """A change that the host makes on the way to the device, made on the full model's weight."""
+
+    def __init__(self, module: PatchedWhole, name: str, change: Callable[[torch.Tensor], torch.Tensor]):
+        for asked in ("convert_func", "set_func"):  # what this class does, an older host would do as well
+            if getattr(change, asked, None) is not None:
+                setattr(change, asked, None)
+        self.module, self.name, self.change = module, name, change
+
+    def __call__(self, stored: torch.Tensor) -> torch.Tensor:
+        whole = self.change(self.module.whole(self.name, stored))
+        return self.module.left(self.name, whole, stored)
+
+    def __getattr__(self, name: str):
+        """Memory, streams: whatever else the host wants to know of its change."""
+        return getattr(self.change, name)
+
+
 def half_of(linear: type[nn.Module]) -> type[nn.Module]:
     return part_of(linear, HALF)
 
@@ -57,7 +102,13 @@ def part_of(linear: type[nn.Module], cut: Cut) -> type[nn.Module]:
     """The host's linear map, cut. Patches see it whole, by the host's own way for weights that are stored in another form
     than patches know."""
 
-    class PartOf(linear):
+    class PartOf(*((linear,) if issubclass(linear, PatchedWhole) else (PatchedWhole, linear))):
+        def whole(self, name, stored):
+            return cut.whole(super().whole(name, stored))
+
+        def left(self, name, whole, stored):
+            return super().left(name, cut.of(whole), stored)
+
         def convert_weight(self, weight, inplace=False, **named):
             return cut.whole(getattr(super(), "convert_weight", _same)(weight, inplace=inplace, **named))
 

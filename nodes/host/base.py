@@ -157,6 +157,10 @@ class Host:
         """Whether a full model with these shapes is one that the host loads by itself."""
         raise NotImplementedError
 
+    def check_told(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Of a file that says neither by a plan nor by our loader which blocks it has: raises ValueError where a model
+        can't be built by its tensors alone."""
+
     def project_ffn(self, block: nn.Module, kind: str, form: str, projection: nn.Module) -> None:
         """Puts the projection in its place; a map that `cuts_at` names may be whole (a switchable model's) or cut."""
         raise NotImplementedError

@@ -26,7 +26,7 @@ from ...ppcl_engine.architectures.folded import (
     drop_carried,
     picked,
 )
-from .adapters import half_of, stored
+from .adapters import PatchedWhole, half_of, stored
 
 
 class Basis(BasisInputs):
@@ -66,7 +66,7 @@ class Table(TableInputs):
         return rows.T.repeat(1, len(self.batches))
 
 
-class FoldedMap(comfy.ops.manual_cast.Linear):
+class FoldedMap(PatchedWhole, comfy.ops.manual_cast.Linear):
     """What both forms share. `inputs` (in a tuple, since every map has the same): the model's `Basis` or `Table`."""
 
     inputs: tuple[Basis | Table, ...] = ()
@@ -75,6 +75,12 @@ class FoldedMap(comfy.ops.manual_cast.Linear):
         """torch's own: hosts that leave a map without a weight until it is loaded do so only where theirs is not overridden.
         These are small, and change their size while they are used."""
         nn.Linear._load_from_state_dict(self, *arguments, **named)
+
+    def convert_weight(self, weight: torch.Tensor, inplace=False, **_) -> torch.Tensor:
+        return self.whole("weight", weight)
+
+    def set_weight(self, weight: torch.Tensor, inplace_update=False, seed=None, return_weight=False, **_):
+        return stored(self, "weight", self.left("weight", weight, self.weight), inplace_update, seed, return_weight)
 
     def projection(self, like: torch.Tensor) -> torch.Tensor:
         return self.inputs[0].projection().to(like.device, like.dtype)
@@ -90,11 +96,11 @@ class BasisMap(FoldedMap):
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return found
 
-    def convert_weight(self, weight: torch.Tensor, inplace=False, **_) -> torch.Tensor:
-        return weight @ self.projection(weight).T
+    def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        return stored @ self.projection(stored).T if name == "weight" else stored
 
-    def set_weight(self, weight: torch.Tensor, inplace_update=False, seed=None, return_weight=False, **_):
-        return stored(self, "weight", weight @ self.projection(weight), inplace_update, seed, return_weight)
+    def left(self, name: str, whole: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        return whole @ self.projection(whole) if name == "weight" else whole
 
 
 class TableMap(FoldedMap):
@@ -109,12 +115,11 @@ class TableMap(FoldedMap):
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return found
 
-    def convert_weight(self, weight: torch.Tensor, inplace=False, **_) -> torch.Tensor:
-        return weight.new_zeros(weight.shape[0], self.inputs[0].width)
+    def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        return stored.new_zeros(stored.shape[0], self.inputs[0].width) if name == "weight" else stored
 
-    def set_weight(self, weight: torch.Tensor, inplace_update=False, seed=None, return_weight=False, **_):
-        changed = self.weight.to(weight.device, weight.dtype) + weight @ self.projection(weight)
-        return stored(self, "weight", changed, inplace_update, seed, return_weight)
+    def left(self, name: str, whole: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        return stored.to(whole.device, whole.dtype) + whole @ self.projection(whole) if name == "weight" else whole
 
 
 MAPS: dict[str, type[FoldedMap]] = {"basis": BasisMap, "table": TableMap}

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 from ...ppcl_engine.layout import Layout, Place, layout_of
@@ -88,10 +89,25 @@ def variant_of(model) -> Variant:
 
 def with_variant(model, variant: Variant):
     """A clone of the host's patcher that runs this variant. Nothing is read and nothing copied."""
-    transformer = model.model.diffusion_model
+    new = model.clone()
+    new.set_attachments(ATTACHMENT, variant)
+    if ATTACHMENT not in new.callbacks.get(CallbacksMP.ON_CLONE, {}):
+        new.add_callback_with_key(CallbacksMP.ON_CLONE, ATTACHMENT, _follow)
+    route(new, variant)
+    return new
+
+
+def _follow(model, clone) -> None:
+    """The host may clone onto a model of its own, loaded anew: for another GPU, or without dynamic memory."""
+    if clone.model is not model.model:
+        route(clone, variant_of(clone))
+
+
+def route(new, variant: Variant) -> None:
+    """Patches the blocks of the patcher's own model."""
+    transformer = new.model.diffusion_model
     structure = transformer.ppcl.structure
     layout = layout_of(structure.plan, variant)
-    new = model.clone()
     for key in [key for key, patch in new.object_patches.items() if isinstance(patch, Route | NoRoute)]:
         del new.object_patches[key]
     places = {place.index: place for place in layout.places}
@@ -102,8 +118,6 @@ def with_variant(model, variant: Variant):
             new.add_object_patch(key, NoRoute(structure.host.list_of(structure.config, index)))
         elif not place.is_teacher or place.publishes:
             new.add_object_patch(key, Route(transformer, place, places.get(place.text_source)))
-    new.set_attachments(ATTACHMENT, variant)
-    return new
 
 
 def size_of(transformer: nn.Module, layout: Layout | None) -> tuple[int, int]:

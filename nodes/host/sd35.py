@@ -74,15 +74,22 @@ class SD35Host(Host):
         return {f"{HALVES[site.kind]}.{MODULATION}.1": OUTER_THIRDS if dual else HALF}
 
     def is_stock(self, tensors) -> bool:
-        """Raises ValueError for a file of fewer blocks that says nothing of them: where the host made its names of
-        diffusers', it took another block for the last, and the last one's modulation of the text is wrong."""
-        heads = tensors["x_embedder.proj.weight"].shape[0] // HEAD
+        heads, blocks = self._counted(tensors)
+        return blocks == heads or not self.engine.detect(tensors)
+
+    def check_told(self, tensors) -> None:
+        """Where the host made its names of diffusers', it took another block for the last, and the last one's modulation of
+        the text is wrong."""
+        heads, blocks = self._counted(tensors)
+        if blocks != heads:
+            raise ValueError(
+                f"the file has {blocks} blocks, a whole model of its width {heads}; load it with Load Pruned Model (PPCL)"
+            )
+
+    def _counted(self, tensors) -> tuple[int, int]:
+        """(heads, and so the blocks of a whole model of this width; blocks that are there)"""
         numbers = {match[2] for match in map(self.block_name.match, tensors) if match}
-        if len(numbers) == heads or not self.engine.detect(tensors):
-            return True
-        raise ValueError(
-            f"the file has {len(numbers)} blocks, a whole model of its width {heads}; load it with Load Pruned Model (PPCL)"
-        )
+        return tensors["x_embedder.proj.weight"].shape[0] // HEAD, len(numbers)
 
     def project_ffn(self, block: nn.Module, kind: str, form: str, projection: nn.Module) -> None:
         half = getattr(block, HALVES[kind])

@@ -152,6 +152,8 @@ def count_blocks(host: Host, names: Iterable[str]) -> int:
 def structure_of(host: Host, tensors: FileTensors) -> Structure:
     """Raises ValueError, in one line, for a plan or for lists that make no model."""
     hints = _read_json(tensors, HINTS_TENSOR)  # our loader's: switchable, legacy; a file's too: indices, blocks, config
+    if STRUCTURE_TENSOR not in tensors and HINTS_TENSOR not in tensors:
+        host.check_told(tensors)
     if STRUCTURE_TENSOR in tensors:
         plan = checked_plan(host, plan_from_json(text_of(tensors[STRUCTURE_TENSOR]), "the file's plan"))
         config, folding = config_of(host, tensors, plan.config), folding_of(plan.config)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
+import inspect
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -321,6 +323,15 @@ def plain(load, bundle, teacher):
 def of_form(load, bundle, teacher, loose_bound):
     """The same, folded, loaded once."""
     return cache(lambda form: load(bundle.name, base=teacher.name, fold=form))
+
+
+def copy_of(model):
+    """A MODEL with weights of its own, as the host and packs for several GPUs make it."""
+    if "force_deepcopy" in inspect.signature(model.clone).parameters:
+        return model.clone(force_deepcopy=True)
+    new = model.clone()
+    new.model = copy.deepcopy(model.model)
+    return new
 
 
 def engine_forward(architecture, model, inputs) -> torch.Tensor:
