@@ -6,7 +6,7 @@ import logging
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-TESTED = ("0.3.75", "0.30.0")
+TESTED = ("0.3.75", "0.33.0")
 """the oldest and the newest ComfyUI that the tests ran on (docs/hosts.md)"""
 
 

@@ -44,7 +44,7 @@ import nodes as host_nodes  # noqa: E402
 
 torch.set_num_threads(1)
 BOUND = 0.5  # of a folded random model of width 32, whose embedding has no low rank
-FIGURES = "make host-0.3.75 && COMFYUI=.hosts/0.3.75/ComfyUI .hosts/0.3.75/venv/bin/python tests/comfyui/launch.py -m pytest tests/comfyui/inside --figures {path}"
+FIGURES = "COMFYUI=.hosts/0.3.75/ComfyUI .hosts/0.3.75/venv/bin/python tests/comfyui/launch.py -m pytest tests/comfyui/inside --figures {path}"
 
 
 def pytest_addoption(parser):
