@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 
 import comfy.sd
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..ppcl_engine.bundle import Bundle, is_bundle
 from ..ppcl_engine.config_files import ImportConfig
 from ..ppcl_engine.config_help import setting_help
 from ..ppcl_engine.files import TensorFile
 from ..ppcl_engine.layout import layout_of
-from ..ppcl_engine.plan import FULL
 from ..ppcl_engine.sparsity.files import sparsity_of
 from . import gguf
+from .bundles import variant_names
 from .clock import watch
 from .folding import make_fold
 from .host.adapters import prepare
 from .host.parts import size_of, variant_of, with_variant
 from .host.structure import hidden
 from .modulations import FOLDS, OFF
-from .paths import model_files, model_path
-from .reading import AUTO, PRESETS, SMALLEST, Content, Request, content_of
+from .node import Node
+from .paths import NO_BASE, base_path, model_files, model_path
+from .reading import AUTO, PRESETS, Content, Request, content_of
 from .tables import follow
 
-NO_BASE = "none"
 FOLD_HELP = (
     "A third less memory, same speed. table: the very same pictures; a schedule that is new costs one pass over the file, "
     "once. basis: any schedule and sampler at once, changed less than the eye sees."
@@ -110,25 +108,10 @@ def _counted(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
-def variant_names() -> list[str]:
-    """Of all bundles that the host can see; a node checks its own."""
-    found = [SMALLEST, FULL]
-    for path in model_files().values():
-        if path.is_file():
-            stat = path.stat()
-            found += [name for name in _variants_in(path, stat.st_mtime_ns, stat.st_size) if name not in found]
-    return found
+class LoadModel(Node):
+    FILES = {"file": model_path, "base": base_path}
+    LOOKED_UP = ("variant",)
 
-
-@lru_cache(maxsize=256)
-def _variants_in(path: Path, changed: int, size: int) -> tuple[str, ...]:
-    try:
-        return tuple(variant.name for variant in Bundle(path).plan.variants) if is_bundle(path) else ()
-    except (ValueError, OSError):  # a broken file says so when it is loaded
-        return ()
-
-
-class LoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         bases = list(model_files())
@@ -168,11 +151,11 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def perform(
         cls, file, base, variant, switchable, weight_dtype, preset, intervals, legacy_text, fold=OFF
     ) -> io.NodeOutput:
         request = Request(
-            path=model_path(file), base=None if base == NO_BASE else model_path(base), variant=variant, fold=fold,
+            path=model_path(file), base=base_path(base), variant=variant, fold=fold,
             switchable=switchable, preset=preset, intervals=intervals, legacy_text=legacy_text,
         )  # fmt: skip
         return io.NodeOutput(*load_patcher(request, weight_dtype))

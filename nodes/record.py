@@ -21,6 +21,7 @@ from ..ppcl_engine.sampling import GUIDANCE
 from .branch import layout_in, name_of
 from .host import host_named, names_in_model
 from .job import CATEGORY
+from .node import Node
 from .paths import model_path, runs, teacher_files
 from .recording import MASK, Limits, Sampling, append, recorded
 from .runs import RECORDING, RunType
@@ -176,7 +177,9 @@ def recording(weights: Weights, limits: Limits) -> Path:
     return folder
 
 
-class RecordCalibration(io.ComfyNode):
+class RecordCalibration(Node):
+    FILES = {"model_file": model_path}
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -206,7 +209,7 @@ class RecordCalibration(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, model_file, **given) -> io.NodeOutput:
+    def perform(cls, model, model_file, **given) -> io.NodeOutput:
         weights, limits = (
             Weights(model_path(model_file)),
             Limits(**values(CalibrateConfig, given) | {"each_picture": given["each_picture"]}),

@@ -184,8 +184,22 @@ def open_layout(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, s
     names = file.keys()
     if any(name.startswith(COMFYUI_PREFIX) for name in names):
         names = [name for name in names if name.startswith(COMFYUI_PREFIX)]
-    config = json.loads(file.metadata["config"]) if "config" in file.metadata else None
-    return {name.removeprefix(COMFYUI_PREFIX): (file, name) for name in names}, config
+    return {name.removeprefix(COMFYUI_PREFIX): (file, name) for name in names}, _own_config(file)
+
+
+def _own_config(file: TensorFile) -> dict | None:
+    """In a file's metadata, by diffusers' names. Other tools keep what they please under that name."""
+    try:
+        config = json.loads(file.metadata.get("config", "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.path}: the configuration in its metadata is not JSON ({error}); export it again") from None
+    return _checked_config(config, file.path) if config is not None else None
+
+
+def _checked_config(config: object, path: Path) -> dict:
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: a configuration is a JSON object; export or download it again")
+    return config
 
 
 def transformer_folder(path: Path) -> Path:
@@ -196,7 +210,8 @@ def transformer_folder(path: Path) -> Path:
 def _open_folder(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, str]], dict]:
     if not (path / "config.json").exists():
         raise ValueError(f"{path} has no config.json; give a diffusers transformer or pipeline folder")
-    config = {k: v for k, v in read_json(path / "config.json").items() if not k.startswith("_")}
+    values = _checked_config(read_json(path / "config.json"), path / "config.json")
+    config = {k: v for k, v in values.items() if not k.startswith("_")}
     files = [PickledFile(shard) if shard.suffix == ".bin" else TensorFile(shard) for shard in _shards(path)]
     return {name.removeprefix(TRAINING_PREFIX): (file, name) for file in files for name in file.keys()}, config
 
@@ -205,7 +220,7 @@ def _shards(path: Path) -> list[Path]:
     """The files that hold a folder's tensors; safetensors where there are both kinds."""
     for ending in (".safetensors", ".bin"):
         for index in sorted(path.glob(f"*{ending}.index.json")):
-            names = sorted(set(read_json(index)["weight_map"].values()))
+            names = _shard_names(index)
             absent = [name for name in names if not (path / name).exists()]
             if absent:
                 raise ValueError(f"{path} lacks the shard {absent[0]} that {index.name} lists; download it again")
@@ -213,6 +228,13 @@ def _shards(path: Path) -> list[Path]:
         if shards := sorted(path.glob(f"*{ending}")):
             return shards
     raise ValueError(f"{path} has no .safetensors or .bin file; download its weights")
+
+
+def _shard_names(index: Path) -> list[str]:
+    match read_json(index):
+        case {"weight_map": dict(places)} if all(isinstance(name, str) for name in places.values()):
+            return sorted(set(places.values()))
+    raise ValueError(f"{index} does not say which file holds which tensor; download it again")
 
 
 def parameter_count(module: nn.Module) -> int:

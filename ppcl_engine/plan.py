@@ -251,7 +251,7 @@ def plan_from_json(text: str, where: object = "plan") -> PruningPlan:
     """The inverse of `PruningPlan.to_json`. Raises ValueError naming the unknown or missing field."""
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number or a nesting without end too
         raise ValueError(f"{where}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{where}: a plan is a JSON object")
