@@ -16,6 +16,7 @@ from ...ppcl_engine.checkpoint import HINTS_TENSOR, STRUCTURE_TENSOR, bytes_of, 
 from ...ppcl_engine.folding_files import modulation_names
 from ...ppcl_engine.layout import Layout, Place, layout_of
 from ...ppcl_engine.plan import Interval, PruningPlan, WidthSite
+from ...ppcl_engine.quantization import FP8_MARK
 from ...ppcl_engine.standalone import GUARD_SHAPE, guard_name, hints_of, marks_of, structure_of
 from .base import Host
 from .blocks import OWN_PARTS
@@ -41,7 +42,7 @@ def file_of(parts: Parts, state: FileTensors) -> Tensors:
     if structure.folding and structure.folding.form == "table":
         tensors = _without_biases(host, tensors)
     tensors = {usual_name(host.engine, n): t for n, t in tensors.items() if n not in host.engine.marks}
-    tensors |= marks_of(host.engine, plan.config)
+    tensors |= marks_of(host.engine, plan.config) | _scales_alone(tensors)
     return _counted_anew(structure, plan, layout, tensors) if _is_plain(plan) else _with_plan(plan, layout, tensors)
 
 
@@ -179,6 +180,13 @@ def _without_biases(host: Host, tensors: Tensors) -> Tensors:
     return found
 
 
+def _scales_alone(tensors: Tensors) -> Tensors:
+    """The host's own mark of scaled fp8, empty, says of any file that it has scales for what comes in too."""
+    if FP8_MARK not in tensors or any(name.endswith(".scale_input") for name in tensors):
+        return {}
+    return {FP8_MARK: torch.zeros(2, dtype=tensors[FP8_MARK].dtype)}
+
+
 def _is_plain(plan: PruningPlan) -> bool:
     """Whether the host's own model, with as many blocks as are left, has a place for every tensor."""
     return not plan.sites and FOLDING not in plan.config and all(i.correction == "none" for i in plan.intervals)
@@ -187,7 +195,7 @@ def _is_plain(plan: PruningPlan) -> bool:
 def _counted_anew(structure: Structure, plan: PruningPlan, layout: Layout, tensors: Tensors) -> Tensors:
     host, indices = structure.host, [place.index for place in layout.places]
     prefixes = dict(zip(map(structure.prefix, indices), _prefixes_anew(structure, indices), strict=True))
-    found = {HINTS_TENSOR: hints_of(plan, indices, host.engine.with_blocks(structure.config, indices))}
+    found = {HINTS_TENSOR: hints_of(plan, indices, host.engine.with_blocks(plan.config, indices))}
     for name, tensor in tensors.items():
         match = host.block_name.match(name)
         found[f"{prefixes[f'{match[1]}.{match[2]}.']}{match[3]}" if match else name] = tensor
