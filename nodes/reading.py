@@ -19,7 +19,15 @@ from ..ppcl_engine.bundle import (
     student_prefix,
     tuned_prefix,
 )
-from ..ppcl_engine.checkpoint import HINTS_TENSOR, IGNORED_SUFFIXES, fingerprint_of, open_layout, parts_in
+from ..ppcl_engine.checkpoint import (
+    HINTS_TENSOR,
+    IGNORED_SUFFIXES,
+    bytes_of,
+    fingerprint_of,
+    hints_in,
+    open_layout,
+    parts_in,
+)
 from ..ppcl_engine.files import TensorFile
 from ..ppcl_engine.folding_files import modulation_names
 from ..ppcl_engine.layout import Layout, Place, layout_of
@@ -30,7 +38,7 @@ from ..ppcl_engine.standalone import structure_of
 from .float8 import FLOAT8, float8_of
 from .host import HOSTS, host_named, host_of
 from .host.base import Cut, Host
-from .host.structure import as_tensor, checked_plan, count_blocks, is_surrounding, text_of
+from .host.structure import checked_plan, count_blocks, is_surrounding, text_of
 from .modulations import FOLDS, OFF, Fold, MakeFold, Modulations, split
 from .stored import Joined, Reader, Stored, in_host_names
 
@@ -133,7 +141,7 @@ def _content(
     if FP8_MARK in tensors:
         folded = modulation_names(tensors, host.engine) if FOLDING in plan.config else ()
         tensors |= _with_scales(host, tensors, {f"{name}.weight" for name in folded})
-    marks = {STRUCTURE_TENSOR: as_tensor(plan.to_json()), HINTS_TENSOR: as_tensor(hints)}
+    marks = {STRUCTURE_TENSOR: bytes_of(plan.to_json()), HINTS_TENSOR: bytes_of(hints)}
     return _with_fold(Content({**tensors, **marks}, reader.bytes_read, plan, variant, tuple(notes)), fold)
 
 
@@ -250,10 +258,7 @@ def _variant_parts(host: Host, base: Places, bundle: Bundle, layout: Layout) -> 
 
 def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored: Stored | Joined) -> Places:
     """A block's tensor, if the place's projections leave it; a part of it where they leave a part."""
-    gone = [prefix for kind in place.projections for prefix in host.replaced[kind]]
-    if place.text_source is not None:
-        gone.append("correction.maps.text.")
-    if part.startswith(tuple(gone)):
+    if part.startswith(host.vacated(place)):
         return {}
     module, _, leaf = part.rpartition(".")
     for site in place.ffn:
@@ -284,10 +289,10 @@ def _file_content(request: Request, make_fold: MakeFold | None) -> Content:
     if plan is None or not (plan.intervals or plan.sites):
         hints = {"legacy": request.legacy_text, "config": config, **_indices(host, request, stored, wanted)}
         hints |= {FOLDING: fold.folding.to_config()} if fold else {}
-        tensors[HINTS_TENSOR] = as_tensor(hints)
+        tensors[HINTS_TENSOR] = bytes_of(hints)
     if fold and plan is not None:
         plan = plan.with_parts(config={**plan.config, FOLDING: fold.folding.to_config()})
-        tensors[STRUCTURE_TENSOR] = as_tensor(plan.to_json())
+        tensors[STRUCTURE_TENSOR] = bytes_of(plan.to_json())
     content = _with_fold(Content(tensors, reader.bytes_read), fold)
     content.later = content.later or later
     return content
@@ -333,6 +338,9 @@ def _indices(host: Host, request: Request, stored: dict, wanted: Places) -> dict
         return {"indices": teacher_indices(count, parse_intervals(intervals)), "blocks": blocks}
     if request.preset != AUTO:
         raise ValueError(f"preset {request.preset!r} is unknown; known: {', '.join(PRESETS)}")
+    hints = hints_in(stored)
+    if "indices" in hints:
+        return {name: hints[name] for name in ("indices", "blocks") if name in hints}
     file = next(iter(stored.values()))[0]
     own_map = getattr(file, "metadata", {}).get(MAP_KEY)
     return {"indices": json.loads(own_map)} if own_map else {}

@@ -7,12 +7,14 @@ and a linear map that was cut takes its part of a change.
 
 from __future__ import annotations
 
+import math
 import re
+import uuid
 from collections.abc import Callable
 
 import comfy.float
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import nn
 
 from .base import HALF, Cut, Host
@@ -21,8 +23,10 @@ WRAPPER = "ppcl"
 
 
 def prepare(model) -> None:
-    """Makes the host's patcher translate before its weights are loaded for sampling, and every clone of it too."""
+    """Makes the host's patcher translate before its weights are loaded for sampling, and every clone of it too. Whatever
+    else loads them (a node that saves the model) gets them once more, translated."""
     model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, WRAPPER, _before_sampling)
+    model.add_callback_with_key(CallbacksMP.ON_LOAD, WRAPPER, _after_load)
 
 
 def _before_sampling(executor, model, *arguments, **named):
@@ -30,19 +34,35 @@ def _before_sampling(executor, model, *arguments, **named):
     return executor(model, *arguments, **named)
 
 
-def translate_patches(model) -> None:
-    """Of weights, in place; again changes nothing. Depends on the patches alone, so branches with the same patches
-    stay alike for the host."""
-    transformer = model.model.diffusion_model
-    if not hasattr(transformer, "ppcl"):
+def _after_load(model, device, memory: float, force: bool, whole: bool) -> None:
+    """The arguments are the host's: of the load that has just ended."""
+    if not translate_patches(model) or _patches_late(model):
         return
+    used = model.model.model_loaded_weight_memory
+    model.model.current_weight_patches_uuid = uuid.uuid4()  # not of these patches: the host takes them out first
+    model.partially_load(device, math.inf if whole else memory - used, force_patch_weights=force)
+
+
+def _patches_late(model) -> bool:
+    """Whether the host patches a weight each time that it is used (dynamic VRAM)."""
+    return hasattr(model, "is_dynamic") and model.is_dynamic()
+
+
+def translate_patches(model) -> bool:
+    """Of weights, in place; again changes nothing. Depends on the patches alone, so branches with the same patches
+    stay alike for the host. Whether a weight has a patch that it had not."""
+    transformer, new = model.model.diffusion_model, False
+    if not hasattr(transformer, "ppcl"):
+        return new
     names = {f"diffusion_model.{name}" for name, _ in transformer.named_parameters()}
     of_block = _of_block(transformer.ppcl.structure.host)
     for found in (model.patches, *model.hook_patches.values()):  # hooks: LoRA on a part of the conditioning or schedule
         for key, patches in list(found.items()):
             match = of_block.match(key)
             if match and (mirrored := f"{match[1]}student.{match[2]}") in names:
+                new = new or found is model.patches and len(found.get(mirrored, ())) < len(patches)
                 found[mirrored] = list(patches)
+    return new
 
 
 def _of_block(host: Host) -> re.Pattern:

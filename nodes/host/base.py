@@ -145,6 +145,11 @@ class Host:
         """Of the site's block: linear map -> what is left of it."""
         return self.cuts.get((site.kind, site.form), {})
 
+    def vacated(self, place: Place) -> tuple[str, ...]:
+        """Beginnings of the names of a block's tensors that the place's projections leave no place for."""
+        gone = [prefix for kind in place.projections for prefix in self.replaced[kind]]
+        return (*gone, "correction.maps.text.") if place.text_source is not None else tuple(gone)
+
     def spread(self, config: Mapping, indices: Sequence[int], blocks: int) -> dict:
         """The configuration of a teacher of so many blocks, of which a model that counts anew has `indices`: a list's first
         block always stays."""

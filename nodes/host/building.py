@@ -26,6 +26,7 @@ from .adapters import part_of
 from .base import BlockList, Host
 from .blocks import Correction, Linear, Skip, Texts, add_correction, project
 from .parts import Parts
+from .saving import file_of
 from .structure import FileTensors, Structure, is_pruned, is_surrounding, structure_of
 
 QUANTIZATION_SUFFIXES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
@@ -59,6 +60,7 @@ class PrunedConfig:
         with exchanged_blocks(structure, sorted(given), texts, inputs):
             model = super().get_model(state_dict, *arguments, **named)
         finish(model.diffusion_model, structure, texts, inputs)
+        self.parts = model.diffusion_model.ppcl
         self.marks = marks_in(self.host, model.diffusion_model)
         if self.custom_operations is None:  # others make their tensors when they are loaded
             check_tensors(self._empty_model(sorted(given)), given | self.marks)
@@ -66,6 +68,13 @@ class PrunedConfig:
 
     def process_unet_state_dict(self, state_dict):
         return self.host_names(self.structure.renamed(decompressed(state_dict))) | self.marks
+
+    def process_unet_state_dict_for_saving(self, state_dict, *arguments, **named):
+        if self.custom_operations is not None:
+            raise ValueError(
+                "this MODEL keeps its weights in the form of another pack (GGUF), which cannot be saved; load it from .safetensors"
+            )
+        return super().process_unet_state_dict_for_saving(file_of(self.parts, state_dict), *arguments, **named)
 
     def host_names(self, tensors: FileTensors) -> dict[str, torch.Tensor]:
         """By the names in this version of the host, which may rename some of a file's."""
@@ -136,7 +145,7 @@ def finish(transformer: nn.Module, structure: Structure, texts: Texts, inputs) -
         folded.attach(transformer.get_submodule(host.engine.time_embedder), getattr(transformer, host.final), inputs)
     transformer.register_forward_pre_hook(forget_texts)
     structure.host.watch(transformer, texts)
-    transformer.ppcl = Parts(structure, texts)
+    transformer.ppcl = Parts(structure, texts, inputs)
 
 
 def forget_texts(model: nn.Module, arguments) -> None:

@@ -15,25 +15,31 @@ from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 from ...ppcl_engine.layout import Layout, Place, layout_of
-from ...ppcl_engine.plan import PruningPlan, Variant
+from ...ppcl_engine.plan import FULL, PruningPlan, Variant
 from .base import BlockList, Cut
 from .blocks import Skip, Texts, project, view_of_block
 from .structure import Structure
 
 if TYPE_CHECKING:
     from ..modulations import Modulations
+    from .folded import Basis, Table
 
 ATTACHMENT = "ppcl_variant"
+LOADED = "diffusion_model.ppcl.variant"  # where the host puts the variant of the branch that it loads
 
 
 @dataclass
 class Parts:
-    """On the host's transformer as `ppcl`; the modules themselves are the transformer's. later: the modulations that a
-    table is filled from."""
+    """On the host's transformer as `ppcl`; the modules themselves are the transformer's. folded: its inputs, where
+    modulations are folded; later: the modulations that a table is filled from. variant: of the branch that is loaded, while
+    it is; refused: why what is loaded cannot be saved."""
 
     structure: Structure
     texts: Texts
+    folded: Basis | Table | None = None
     later: Modulations | None = None
+    variant: Variant = Variant(name=FULL)
+    refused: str = ""
 
     @property
     def plan(self) -> PruningPlan | None:
@@ -84,7 +90,7 @@ def _bare(transformer: nn.Module, place: Place) -> nn.Module:
 
 def variant_of(model) -> Variant:
     """What a branch runs."""
-    return model.attachments.get(ATTACHMENT, Variant(name="full"))
+    return model.attachments.get(ATTACHMENT, Variant(name=FULL))
 
 
 def with_variant(model, variant: Variant):
@@ -118,6 +124,7 @@ def route(new, variant: Variant) -> None:
             new.add_object_patch(key, NoRoute(structure.host.list_of(structure.config, index)))
         elif not place.is_teacher or place.publishes:
             new.add_object_patch(key, Route(transformer, place, places.get(place.text_source)))
+    new.add_object_patch(LOADED, variant)
 
 
 def size_of(transformer: nn.Module, layout: Layout | None) -> tuple[int, int]:

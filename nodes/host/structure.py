@@ -16,7 +16,7 @@ from torch import nn
 from ...ppcl_engine.architectures import Architecture
 from ...ppcl_engine.architectures.folded import Folding, folding_of
 from ...ppcl_engine.bundle import STRUCTURE_TENSOR
-from ...ppcl_engine.checkpoint import HINTS_TENSOR, parts_in
+from ...ppcl_engine.checkpoint import HINTS_TENSOR, parts_in, usual_name
 from ...ppcl_engine.folding_files import modulation_names
 from ...ppcl_engine.layout import Layout, Place, full_layout, layout_of
 from ...ppcl_engine.plan import PruningPlan, plan_from_json
@@ -60,6 +60,7 @@ class Structure:
         for name, tensor in ((shown(name), tensor) for name, tensor in tensors.items()):
             new = self.names.get(name, name)
             if new is not None and not is_surrounding(name) and tuple(tensor.shape) != GUARD_SHAPE:
+                new = usual_name(self.host.engine, new)
                 found[new] = _without_identity(tensor) if name in self.legacy else tensor
         return found | self._zero_biases(found)
 
@@ -95,11 +96,6 @@ def is_surrounding(name: str) -> bool:
 
 def _without_identity(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.float() - torch.eye(len(tensor), device=tensor.device)).to(tensor.dtype)
-
-
-def as_tensor(value: dict | str) -> torch.Tensor:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def is_pruned(host: Host, tensors: FileTensors) -> bool:

@@ -265,6 +265,35 @@ def engine_velocity(inputs, architecture):
     return run
 
 
+@pytest.fixture
+def saved(models, run_node, monkeypatch):
+    """The file that a Save node of the host writes of a MODEL, among its models while the test lasts."""
+    folder = models.diffusion_models
+    monkeypatch.setattr(folder_paths, "output_directory", str(folder))
+    there = set(folder.iterdir())
+
+    def save(model, node: str = "ModelSave", **more) -> Path:
+        before = set(folder.iterdir())
+        run_node(node, model=model, filename_prefix="saved", **more)
+        (path,) = set(folder.iterdir()) - before
+        return path
+
+    yield save
+    for path in set(folder.iterdir()) - there:
+        path.unlink()
+
+
+@pytest.fixture
+def opened(load, run_node, engine_velocity, velocity):
+    """What a file gives, by whatever opens it."""
+
+    def run(path: Path) -> dict[str, torch.Tensor]:
+        (stock,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
+        return {"ours": velocity(load(path.name)), "host": velocity(stock), "engine": engine_velocity(path)}
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def load(run_node):
     """PPCL_LoadModel with its widgets' defaults; gives the MODEL alone."""
