@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,6 +33,7 @@ FOLD_HELP = (
     "A third less memory, same speed. table: the very same pictures; a schedule that is new costs one pass over the file, "
     "once. basis: any schedule and sampler at once, changed less than the eye sees."
 )
+TAKEN = inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters.keys()
 WEIGHT_DTYPES = {
     "default": {},
     "bf16": {"dtype": torch.bfloat16},
@@ -44,7 +46,7 @@ WEIGHT_DTYPES = {
 
 
 def load_patcher(request: Request, weight_dtype: str = "default", disable_dynamic: bool = False):
-    """(the host's patcher, what it holds in words). `disable_dynamic`: newer hosts ask for it; nothing here is."""
+    """(the host's patcher, what it holds in words). disable_dynamic: of hosts that move weights when they are used."""
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}")
     quantised = request.base is not None and request.base.suffix == gguf.ENDING
@@ -56,7 +58,9 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
     options = gguf.model_options() if quantised else dict(WEIGHT_DTYPES[weight_dtype])
     plan, variant = content.plan, content.variant
     content.tensors = hidden(content.tensors)  # the host empties it while it loads
-    model = comfy.sd.load_diffusion_model_state_dict(content.tensors, model_options=options)
+    named = {"metadata": content.metadata, "disable_dynamic": disable_dynamic}
+    taken = {name: value for name, value in named.items() if name in TAKEN}
+    model = comfy.sd.load_diffusion_model_state_dict(content.tensors, model_options=options, **taken)
     if model is None:
         raise ValueError(f"{request.path.name}: the host knows no model with these tensors; is the file whole?")
     model = gguf.patched(model) if quantised else model

@@ -20,6 +20,7 @@ from ..ppcl_engine.run import Run
 from ..ppcl_engine.sampling import GUIDANCE
 from .branch import layout_in, name_of
 from .host import host_named
+from .host.parts import tensors_in
 from .job import CATEGORY
 from .paths import model_path, runs, teacher_files
 from .recording import MASK, Limits, Sampling, append, recorded
@@ -33,7 +34,6 @@ CONDITIONS = {  # what a model reads of captions, by diffusers' names -> by the 
     "encoder_hidden_states_mask": "attention_mask",
     "pooled_projections": "y",
 }
-PREFIX = "diffusion_model."
 
 
 class Recorder:
@@ -153,7 +153,7 @@ def whole_tokens(latents: torch.Tensor) -> torch.Tensor:
 
 def check_same_model(model, weights: Weights) -> None:
     """Raises ValueError where a MODEL has other weights than its file, by names and shapes, or runs pruned."""
-    own = {name.removeprefix(PREFIX): tuple(t.shape) for name, t in model.model.state_dict().items()}
+    own = {name: tuple(t.shape) for name, t in tensors_in(model.model.diffusion_model).items()}
     advice = f"record with the full model of {weights.path.name}, or choose the file that the MODEL was loaded from"
     for key in (keys := weights.keys()):
         part, shape = weights.architecture.to_comfyui(key, keys), weights.shape(key)

@@ -8,9 +8,11 @@ and a linear map that was cut takes its part of a change.
 from __future__ import annotations
 
 import re
+from functools import cache, partial
 
 import comfy.float
 import torch
+from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import WrappersMP
 from torch import nn
 
@@ -49,27 +51,78 @@ def _of_block(host: Host) -> re.Pattern:
     return re.compile(rf"(diffusion_model\.(?:{lists})\.\d+\.)(?!student\.|projections\.)(.+)")
 
 
+class InAnotherForm:
+    """Before one of the host's linear maps: patches know its tensors in a form that is not the stored one."""
+
+    def shown(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What patches see of a stored tensor ("weight", "bias")."""
+        return tensor
+
+    def kept(self, name: str, tensor: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+        """What is stored in its place, of what they made of it."""
+        return changed
+
+    def forward(self, *arguments, **named):
+        see_in_form(self)
+        return super().forward(*arguments, **named)
+
+    def convert_weight(self, weight, inplace=False, **named):
+        return self.shown("weight", getattr(super(), "convert_weight", _same)(weight, inplace=inplace, **named))
+
+    def convert_bias(self, bias, inplace=False, **named):
+        return self.shown("bias", bias)
+
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **named):
+        store = getattr(super(), "set_weight", None) or partial(stored, self, "weight")
+        tensor = self.kept("weight", self.weight, weight)
+        return store(tensor, inplace_update=inplace_update, seed=seed, return_weight=return_weight)
+
+    def set_bias(self, bias, inplace_update=False, seed=None, return_weight=False, **named):
+        return stored(self, "bias", self.kept("bias", self.bias, bias), inplace_update, seed, return_weight)
+
+
+class PatchInForm(LowVramPatch):
+    """The host's change of a tensor on its way to the device. target: (a map in another form, "weight" or "bias")"""
+
+    target: tuple[InAnotherForm, str]
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        module, name = self.target
+        return module.kept(name, tensor, super().__call__(module.shown(name, tensor)))
+
+
+def see_in_form(module: InAnotherForm) -> None:
+    """Newer hosts ask a map for the form that patches know where they change it for good, and no longer where they change
+    it on its way to the device. The host has set these patches since the last forward, and holds on to them."""
+    if _asked_on_the_way():
+        return
+    for name in ("weight", "bias"):
+        lazy = getattr(module, f"{name}_lowvram_function", None)
+        for patch in (*getattr(module, f"{name}_function"), lazy):
+            if type(patch) is LowVramPatch:
+                patch.__class__, patch.target = PatchInForm, (module, name)
+
+
+@cache
+def _asked_on_the_way() -> bool:
+    asked = []
+    LowVramPatch("", {"": []}, lambda tensor, **_: asked.append(True) or tensor)(torch.zeros(1))
+    return bool(asked)
+
+
 def half_of(linear: type[nn.Module]) -> type[nn.Module]:
     return part_of(linear, HALF)
 
 
 def part_of(linear: type[nn.Module], cut: Cut) -> type[nn.Module]:
-    """The host's linear map, cut. Patches see it whole, by the host's own way for weights that are stored in another form
-    than patches know."""
+    """The host's linear map, cut. Patches see it whole."""
 
-    class PartOf(linear):
-        def convert_weight(self, weight, inplace=False, **named):
-            return cut.whole(getattr(super(), "convert_weight", _same)(weight, inplace=inplace, **named))
+    class PartOf(*((linear,) if issubclass(linear, InAnotherForm) else (InAnotherForm, linear))):
+        def shown(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+            return cut.whole(super().shown(name, tensor))
 
-        def convert_bias(self, bias, inplace=False, **named):
-            return cut.whole(bias)
-
-        def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **named):
-            store = getattr(super(), "set_weight", None) or (lambda *a, **n: stored(self, "weight", *a, **n))
-            return store(cut.of(weight), inplace_update=inplace_update, seed=seed, return_weight=return_weight)
-
-        def set_bias(self, bias, inplace_update=False, seed=None, return_weight=False, **named):
-            return stored(self, "bias", cut.of(bias), inplace_update, seed, return_weight)
+        def kept(self, name: str, tensor: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+            return super().kept(name, tensor, cut.of(changed))
 
     return PartOf
 

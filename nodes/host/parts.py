@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 from ...ppcl_engine.layout import Layout, Place, layout_of
@@ -103,7 +105,17 @@ def with_variant(model, variant: Variant):
         elif not place.is_teacher or place.publishes:
             new.add_object_patch(key, Route(transformer, place, places.get(place.text_source)))
     new.set_attachments(ATTACHMENT, variant)
+    new.remove_callbacks_with_key(CallbacksMP.ON_CLONE, ATTACHMENT)
+    new.add_callback_with_key(CallbacksMP.ON_CLONE, ATTACHMENT, _route_by_own_model)
     return new
+
+
+def _route_by_own_model(model, clone) -> None:
+    """Hosts may clone a patcher onto another copy of the model: without dynamic memory, for another device."""
+    transformer = clone.model.diffusion_model
+    for key, patch in clone.object_patches.items():
+        if isinstance(patch, Route):
+            clone.object_patches[key] = Route(transformer, patch.place, patch.source)
 
 
 def size_of(transformer: nn.Module, layout: Layout | None) -> tuple[int, int]:
@@ -122,13 +134,24 @@ def size_of(transformer: nn.Module, layout: Layout | None) -> tuple[int, int]:
     return _total(found)
 
 
+def tensors_in(transformer: nn.Module) -> dict[str, torch.Tensor]:
+    """By name, of a model that is loaded: in whatever form the host keeps them, each has the shape of the numbers that it
+    stands for."""
+    return dict(
+        (*transformer.named_parameters(remove_duplicate=False), *transformer.named_buffers(remove_duplicate=False))
+    )
+
+
 def _total(found: list[tuple[int, int]]) -> tuple[int, int]:
     return sum(count for count, _ in found), sum(size for _, size in found)
 
 
 def _counted(parameter: nn.Parameter) -> tuple[int, int]:
-    """(numbers, bytes); of a quantised tensor the shape says the numbers."""
-    return math.prod(parameter.shape), parameter.nbytes
+    """(numbers, bytes); of a quantised tensor the shape says the numbers, and its scales have bytes too."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return math.prod(parameter.shape), parameter.nbytes
+    inner, _ = parameter.__tensor_flatten__()
+    return math.prod(parameter.shape), sum(getattr(parameter, name).nbytes for name in inner)
 
 
 def _unused(linear: nn.Module, cut: Cut) -> tuple[int, int]:

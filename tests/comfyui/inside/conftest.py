@@ -133,6 +133,7 @@ class Case:
     guidance: float | None = None
 
 
+WIDE = {"attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}  # 64 in all: some formats want no less
 CASES = {
     "qwen_image": Case(
         architecture="qwen_image", file="teacher", channels={"in_channels": 64, "out_channels": 16}, frames=True
@@ -141,6 +142,17 @@ CASES = {
         architecture="flux1",
         file="flux",
         channels={"in_channels": 64, **FLUX_DEPTH},
+        parts=FLUX_PARTS,
+        pooled=20,
+        guidance=3.5,
+    ),
+    "qwen_image_wide": Case(
+        architecture="qwen_image", file="wide", channels={"in_channels": 64, "out_channels": 16, **WIDE}, frames=True
+    ),
+    "flux1_wide": Case(
+        architecture="flux1",
+        file="flux_wide",
+        channels={"in_channels": 64, **FLUX_DEPTH, **WIDE},
         parts=FLUX_PARTS,
         pooled=20,
         guidance=3.5,
@@ -200,7 +212,7 @@ def exported(teacher, run_folder):
 
 @pytest.fixture(scope="session")
 def bundle(models, exported, host_case) -> Path:
-    return exported(models.ppcl, "bundle", "tiny" if host_case.frames else f"tiny_{host_case.file}")
+    return exported(models.ppcl, "bundle", "tiny" if host_case.file == "teacher" else f"tiny_{host_case.file}")
 
 
 @pytest.fixture(scope="module")
