@@ -11,6 +11,7 @@ import math
 import re
 import uuid
 from collections.abc import Callable
+from functools import partial
 
 import comfy.float
 import torch
@@ -89,6 +90,20 @@ class PatchedWhole:
         """What to store of a changed one."""
         return whole
 
+    def convert_weight(self, weight, inplace=False, **named):
+        return self.whole("weight", getattr(super(), "convert_weight", _same)(weight, inplace=inplace, **named))
+
+    def convert_bias(self, bias, inplace=False, **named):
+        return self.whole("bias", bias)
+
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **named):
+        store = getattr(super(), "set_weight", None) or partial(stored, self, "weight")
+        tensor = self.left("weight", weight, self.weight)
+        return store(tensor, inplace_update=inplace_update, seed=seed, return_weight=return_weight)
+
+    def set_bias(self, bias, inplace_update=False, seed=None, return_weight=False, **named):
+        return stored(self, "bias", self.left("bias", bias, self.bias), inplace_update, seed, return_weight)
+
     def __setattr__(self, name, value):
         if name in ON_THE_WAY and value is not None:
             leaf = name.partition("_")[0]
@@ -119,28 +134,14 @@ def half_of(linear: type[nn.Module]) -> type[nn.Module]:
 
 
 def part_of(linear: type[nn.Module], cut: Cut) -> type[nn.Module]:
-    """The host's linear map, cut. Patches see it whole, by the host's own way for weights that are stored in another form
-    than patches know."""
+    """The host's linear map, cut. Patches see it whole."""
 
     class PartOf(*((linear,) if issubclass(linear, PatchedWhole) else (PatchedWhole, linear))):
-        def whole(self, name, stored):
+        def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
             return cut.whole(super().whole(name, stored))
 
-        def left(self, name, whole, stored):
+        def left(self, name: str, whole: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
             return super().left(name, cut.of(whole), stored)
-
-        def convert_weight(self, weight, inplace=False, **named):
-            return cut.whole(getattr(super(), "convert_weight", _same)(weight, inplace=inplace, **named))
-
-        def convert_bias(self, bias, inplace=False, **named):
-            return cut.whole(bias)
-
-        def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **named):
-            store = getattr(super(), "set_weight", None) or (lambda *a, **n: stored(self, "weight", *a, **n))
-            return store(cut.of(weight), inplace_update=inplace_update, seed=seed, return_weight=return_weight)
-
-        def set_bias(self, bias, inplace_update=False, seed=None, return_weight=False, **named):
-            return stored(self, "bias", cut.of(bias), inplace_update, seed, return_weight)
 
     return PartOf
 

@@ -26,7 +26,7 @@ from ...ppcl_engine.architectures.folded import (
     drop_carried,
     picked,
 )
-from .adapters import PatchedWhole, half_of, stored
+from .adapters import PatchedWhole, half_of
 
 
 class Basis(BasisInputs):
@@ -75,12 +75,6 @@ class FoldedMap(PatchedWhole, comfy.ops.manual_cast.Linear):
         """torch's own: hosts that leave a map without a weight until it is loaded do so only where theirs is not overridden.
         These are small, and change their size while they are used."""
         nn.Linear._load_from_state_dict(self, *arguments, **named)
-
-    def convert_weight(self, weight: torch.Tensor, inplace=False, **_) -> torch.Tensor:
-        return self.whole("weight", weight)
-
-    def set_weight(self, weight: torch.Tensor, inplace_update=False, seed=None, return_weight=False, **_):
-        return stored(self, "weight", self.left("weight", weight, self.weight), inplace_update, seed, return_weight)
 
     def projection(self, like: torch.Tensor) -> torch.Tensor:
         return self.inputs[0].projection().to(like.device, like.dtype)
@@ -155,6 +149,16 @@ def folded_map(
     if folding.form == "table":
         new.batches = folding.batches
     return new.requires_grad_(False)
+
+
+def renewed(transformer: nn.Module) -> None:
+    """Maps that changed their size in place of which new ones stand: hosts keep memory of a map's first size with it."""
+    for name, module in [(n, m) for n, m in transformer.named_modules() if isinstance(m, FoldedMap)]:
+        new = type(module)(module.in_features, module.out_features, device="meta")
+        new.weight, new.bias, new.inputs = module.weight, module.bias, module.inputs
+        if isinstance(module, TableMap):
+            new.batches = module.batches
+        transformer.set_submodule(name, new.train(module.training))
 
 
 def cut(whole: FoldedMap, folding: Folding) -> FoldedMap:

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
@@ -143,13 +144,24 @@ def size_of(transformer: nn.Module, layout: Layout | None) -> tuple[int, int]:
     return _total(found)
 
 
+def tensors_in(transformer: nn.Module) -> dict[str, torch.Tensor]:
+    """By name, of a model that is loaded: in whatever form the host keeps them, each has the shape of the numbers that it
+    stands for."""
+    return dict(
+        (*transformer.named_parameters(remove_duplicate=False), *transformer.named_buffers(remove_duplicate=False))
+    )
+
+
 def _total(found: list[tuple[int, int]]) -> tuple[int, int]:
     return sum(count for count, _ in found), sum(size for _, size in found)
 
 
 def _counted(parameter: nn.Parameter) -> tuple[int, int]:
-    """(numbers, bytes); of a quantised tensor the shape says the numbers."""
-    return math.prod(parameter.shape), parameter.nbytes
+    """(numbers, bytes); of a quantised tensor the shape says the numbers, and its scales have bytes too."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return math.prod(parameter.shape), parameter.nbytes
+    inner, _ = parameter.__tensor_flatten__()
+    return math.prod(parameter.shape), sum(getattr(parameter, name).nbytes for name in inner)
 
 
 def _unused(linear: nn.Module, cut: Cut) -> tuple[int, int]:

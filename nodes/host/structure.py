@@ -95,6 +95,8 @@ def is_surrounding(name: str) -> bool:
 
 
 def _without_identity(tensor: torch.Tensor) -> torch.Tensor:
+    if hasattr(tensor, "changed"):  # a matrix of few bits
+        return tensor.changed(_without_identity)
     return (tensor.float() - torch.eye(len(tensor), device=tensor.device)).to(tensor.dtype)
 
 

@@ -57,7 +57,9 @@ def test_the_teacher_draws_what_is_asked(load, sampled, run_node, captions):
     assert tuple(pictures.shape) == (8, 48, 48, 3)
     scores = score(read(load_reader(), pictures.movedim(-1, 1)), [parse_caption(c) for c in captions])
     assert all(right.all() for right in scores.values())
-    assert (pictures.movedim(-1, 1) - drawn_by_the_engine(open_model(TEACHER), captions)).abs().max() < BETWEEN_HOSTS / 2
+    assert (
+        pictures.movedim(-1, 1) - drawn_by_the_engine(open_model(TEACHER), captions)
+    ).abs().max() < BETWEEN_HOSTS / 2
 
 
 @pytest.mark.parametrize("variant", ["medium", "small"])
