@@ -12,7 +12,7 @@ from ..ppcl_engine.side_by_side import counted, size_text
 from .host import host_of_model
 from .host.base import Host
 from .host.folded import folding_in
-from .host.parts import size_of, variant_of
+from .host.parts import size_of, tensors_in, variant_of
 from .host.structure import config_of
 
 PREFIX = "diffusion_model."
@@ -38,7 +38,7 @@ def known(model) -> tuple[Host, dict]:
     if parts := _parts(model):
         return parts.structure.host, parts.structure.config
     host = host_of_model(model)
-    return host, config_of(host, model.model.diffusion_model.state_dict())
+    return host, config_of(host, tensors_in(model.model.diffusion_model))
 
 
 def _switchable(model) -> bool:

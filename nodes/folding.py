@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ..ppcl_engine.architectures.folded import FOLDING, Folding
 from ..ppcl_engine.config_files import FoldConfig
 from ..ppcl_engine.files import TensorFile, write_tensors
-from ..ppcl_engine.folding import GRID, OTHER_GRID, Curve, directions, errors_by_rank, project, useful_ranks
+from ..ppcl_engine.folding import GRID, MARKED, OTHER_GRID, Curve, directions, errors_by_rank, project, useful_ranks
 from .host import host_named
 from .modulations import Fold, Modulations
 from .paths import tables_folder
@@ -36,8 +36,8 @@ def _empty_table(modulations: Modulations) -> Fold:
     """Which timesteps are needed is known when sampling starts."""
     folding = Folding(form="table", inputs=0, mark=modulations.mark)
     tensors = {_name(modulations, TIMESTEPS): torch.zeros(0)}
-    for name, leaves in modulations.stored.items():
-        tensors[f"{name}.weight"] = torch.zeros(leaves["weight"].shape[0], 0)
+    for name in modulations.stored:
+        tensors[f"{name}.weight"] = torch.zeros(modulations.shape(name)[0], 0)
     return Fold(folding, tensors, later=modulations)
 
 
@@ -92,5 +92,7 @@ def inputs_at(modulations: Modulations, width: int, timesteps: torch.Tensor, dty
     host = host_named(modulations.architecture.name)
     embedder = host.time_embedder(width, dtype=dtype, device=device, operations=operations)
     prefix = f"{modulations.architecture.time_embedder}."
-    embedder.load_state_dict({n: modulations.read_embedder(prefix + n, dtype) for n in embedder.state_dict()})
+    names = [name for name in modulations.embedder if name.endswith(MARKED)]  # its maps may have no weights before
+    embedder.load_state_dict({n.removeprefix(prefix): modulations.read_embedder(n, dtype) for n in names})
+    embedder.to(device)
     return F.silu(embedder.forward(timesteps.to(device), torch.empty(0, dtype=dtype, device=device))).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import comfy.sd
@@ -42,7 +43,7 @@ WEIGHT_DTYPES = {
 
 
 def load_patcher(request: Request, weight_dtype: str = "default", disable_dynamic: bool = False):
-    """(the host's patcher, what it holds in words). `disable_dynamic`: newer hosts ask for it; nothing here is."""
+    """(the host's patcher, what it holds in words). disable_dynamic: of hosts that move weights when they are used."""
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}")
     quantised = request.base is not None and request.base.suffix == gguf.ENDING
@@ -54,7 +55,10 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
     options = gguf.model_options() if quantised else dict(WEIGHT_DTYPES[weight_dtype])
     plan, variant = content.plan, content.variant
     content.tensors = hidden(content.tensors)  # the host empties it while it loads
-    model = comfy.sd.load_diffusion_model_state_dict(content.tensors, model_options=options)
+    host_loads = comfy.sd.load_diffusion_model_state_dict
+    newer = {"metadata": content.metadata, "disable_dynamic": disable_dynamic}
+    known = {name: newer[name] for name in newer.keys() & inspect.signature(host_loads).parameters.keys()}
+    model = host_loads(content.tensors, model_options=options, **known)
     if model is None:
         raise ValueError(f"{request.path.name}: the host knows no model with these tensors; is the file whole?")
     model = gguf.patched(model) if quantised else model

@@ -10,11 +10,11 @@ import torch
 
 from ..ppcl_engine.architectures import Architecture
 from ..ppcl_engine.architectures.folded import FORMS, Folding
-from ..ppcl_engine.checkpoint import SCALE_SUFFIXES
 from ..ppcl_engine.folding import MARKED, mark_of
 from ..ppcl_engine.folding_files import modulation_names
-from ..ppcl_engine.quantization import FP8_MARK, FP8_SCALE, scaled_fp8
-from .float8 import float8_of
+from ..ppcl_engine.quantization import FP8_MARK
+from .host.formats import float8_of
+from .host.quantised import Quantised, in_fp8
 
 OFF = "off"
 FOLDS = (OFF, *FORMS)
@@ -22,7 +22,7 @@ FOLDS = (OFF, *FORMS)
 
 @dataclass(frozen=True, eq=False)
 class Modulations:
-    """stored: a module's name in the file -> its tensors' names in it ("weight", "bias", a scale) -> where each is;
+    """stored: a module's name in the file -> its tensors' names in it ("weight", "bias") -> where each is;
     embedder: the time embedder's, by their whole names; architecture: that they are of. float8: what a scaled base keeps
     matrices in, and the unfolded model those of its students too."""
 
@@ -34,32 +34,24 @@ class Modulations:
     @property
     def shapes(self) -> list[tuple]:
         """Which modulations there are, and which are cut to their first half."""
-        return sorted((name, tuple(leaves["weight"].shape)) for name, leaves in self.stored.items())
+        return sorted((name, tuple(self.shape(name))) for name in self.stored)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        return self.stored[name]["weight"].shape
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
         """As the unfolded model has them."""
-        tensors, scale = self._as_stored(name), FP8_SCALE.removeprefix(".")
-        if self.float8 is not None and scale not in tensors:
-            tensors["weight"], tensors[scale] = scaled_fp8(tensors["weight"], self.float8)
-        return tensors
-
-    def _as_stored(self, name: str) -> dict[str, torch.Tensor]:
-        return {leaf: place.read() for leaf, place in self.stored[name].items()}
+        weight, bias = self.stored[name]["weight"], {"bias": self.stored[name]["bias"].read()}
+        if isinstance(weight, Quantised):
+            return weight.tensors() | bias
+        return (in_fp8(weight.read(), self.float8) if self.float8 else {"weight": weight.read()}) | bias
 
     def values(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias, a scale applied."""
-        tensors = self._as_stored(name)
-        weight = tensors["weight"]
-        for suffix in SCALE_SUFFIXES:
-            if (scale := tensors.get(suffix.removeprefix("."))) is not None:
-                weight = weight.float() * scale.float()
-        return weight, tensors["bias"]
+        return _values(self.stored[name]["weight"]), self.stored[name]["bias"].read()
 
     def read_embedder(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        tensor = self.embedder[name].read()
-        for suffix in SCALE_SUFFIXES:
-            if (scale := self.embedder.get(name.removesuffix(".weight") + suffix)) is not None:
-                tensor = tensor.float() * scale.read().float()
+        tensor = _values(self.embedder[name])
         return tensor if dtype is None else tensor.to(dtype)
 
     @cached_property
@@ -68,6 +60,10 @@ class Modulations:
         places = {name + leaf: leaves[leaf[1:]] for name, leaves in self.stored.items() for leaf in MARKED}
         places |= {name: place for name, place in self.embedder.items() if name.endswith(MARKED)}
         return mark_of(places, lambda name, rows: places[name].first_rows(rows) if rows else places[name].read())
+
+
+def _values(place) -> torch.Tensor:
+    return place.values(torch.float32) if isinstance(place, Quantised) else place.read()
 
 
 @dataclass(frozen=True)

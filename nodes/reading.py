@@ -19,26 +19,27 @@ from ..ppcl_engine.bundle import (
     student_prefix,
     tuned_prefix,
 )
-from ..ppcl_engine.checkpoint import HINTS_TENSOR, IGNORED_SUFFIXES, fingerprint_of, open_layout, parts_in
+from ..ppcl_engine.checkpoint import HINTS_TENSOR, bytes_of, fingerprint_of, hints_in, open_layout, parts_in
 from ..ppcl_engine.files import TensorFile
 from ..ppcl_engine.folding_files import modulation_names
 from ..ppcl_engine.layout import Layout, Place, layout_of
 from ..ppcl_engine.plan import Interval, PruningPlan, Variant, parse_intervals, plan_from_json
-from ..ppcl_engine.quantization import FP8_MARK, FP8_SCALE, scaled_fp8
+from ..ppcl_engine.quantization import FP8_MARK, FP8_SCALE
 from ..ppcl_engine.released import teacher_indices
 from ..ppcl_engine.standalone import structure_of
-from .float8 import FLOAT8, float8_of
 from .host import HOSTS, host_named, host_of
 from .host.base import Cut, Host
-from .host.structure import as_tensor, checked_plan, count_blocks, is_surrounding, text_of
+from .host.formats import float8_of
+from .host.quantised import FLOAT8, SCALE, Quantised, in_fp8
+from .host.structure import checked_plan, count_blocks, is_surrounding, text_of
 from .modulations import FOLDS, OFF, Fold, MakeFold, Modulations, split
-from .stored import Joined, Reader, Stored, in_host_names
+from .stored import Joined, Reader, Stored, in_host_names, metadata_in, places_in
 
 SMALLEST, AUTO, AS_NUMBERED, BY_INTERVALS = "smallest", "auto", "as numbered", "by intervals"
 RELEASES = {name: known for host in HOSTS for name, known in host.presets.items()}
 PRESETS = (AUTO, AS_NUMBERED, *RELEASES, BY_INTERVALS)
 
-Places = dict[str, Stored | Joined]
+Places = dict[str, Stored | Joined | Quantised]
 """the host's name of a tensor -> where it is"""
 OpenBase = Callable[[Path], dict[str, tuple[object, str]]]
 """path -> name of each tensor -> (open file, name in it), as `open_layout` gives them"""
@@ -60,10 +61,12 @@ class Request:
 
 @dataclass
 class Content:
-    """tensors: for the host's loader, marks included. bytes_read: of tensors. variant, plan: of a bundle. later: what a
-    table of modulations is filled from when a schedule is known."""
+    """tensors: for the host's loader, marks included. metadata: of the file that most of them are from, for it too, but
+    what the tensors say by now. bytes_read: of tensors. variant, plan: of a bundle. later: what a table of modulations is
+    filled from when a schedule is known."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
     bytes_read: int = 0
     plan: PruningPlan | None = None
     variant: Variant | None = None
@@ -99,21 +102,23 @@ def _bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold |
         raise ValueError(f"variant {variant.name!r} is fine-tuned, with weights of its own; set switchable to off")
     if request.base is None:
         raise ValueError(f"{request.path.name} is a bundle: students only; choose as base the model it was made from")
-    stored = base_tensors(host, request.base, open_base)
+    opened = open_base(request.base)
+    stored = base_tensors(host, request.base, opened)
     check_folded_alike(host, plan, stored, request)
     base = in_host_names(host, plan.config, stored)
     if (count := count_blocks(host, base)) != plan.num_blocks:
         raise ValueError(
             f"{request.base.name} has {count} blocks, the bundle's teacher {plan.num_blocks}; choose its own base"
         )
-    notes = check_base(host, reader, stored, plan, request.base)
+    notes, hints, structure = check_base(host, reader, stored, plan, request.base), {"switchable": True}, plan
     if request.switchable:
         wanted = {**base, **_all_parts(host, bundle)}
-        return _content(host, reader, wanted, plan, {"switchable": True}, variant, notes, request, make_fold)
-    layout = layout_of(plan, variant)
-    wanted = _variant_parts(host, base, bundle, layout)
-    notes = (*notes, *layout.notes)
-    return _content(host, reader, wanted, structure_of(plan, variant), {}, variant, notes, request, make_fold)
+    else:
+        layout, hints, structure = layout_of(plan, variant), {}, structure_of(plan, variant)
+        wanted, notes = _variant_parts(host, base, bundle, layout), (*notes, *layout.notes)
+    content = _content(host, reader, wanted, structure, hints, variant, notes, request, make_fold)
+    content.metadata = metadata_in(opened)
+    return content
 
 
 def _has(plan: PruningPlan, name: str) -> bool:
@@ -129,12 +134,15 @@ def _content(
         wanted, modulations = split(host.engine, wanted)
         fold = make_fold(request.fold, modulations)
         plan = plan.with_parts(config={**plan.config, FOLDING: fold.folding.to_config()})
-    tensors = {name: reader.read(stored) for name, stored in wanted.items()}
-    if FP8_MARK in tensors:
+    tensors = reader.read_all(wanted)
+    if FP8_MARK in wanted:
         folded = modulation_names(tensors, host.engine) if FOLDING in plan.config else ()
-        tensors |= _with_scales(host, tensors, {f"{name}.weight" for name in folded})
-    marks = {STRUCTURE_TENSOR: as_tensor(plan.to_json()), HINTS_TENSOR: as_tensor(hints)}
-    return _with_fold(Content({**tensors, **marks}, reader.bytes_read, plan, variant, tuple(notes)), fold)
+        tensors |= _with_scales(
+            host, tensors, float8_of(wanted[FP8_MARK].read()), {f"{name}.weight" for name in folded}
+        )
+    tensors |= {STRUCTURE_TENSOR: bytes_of(plan.to_json()), HINTS_TENSOR: bytes_of(hints)}
+    content = Content(tensors, bytes_read=reader.bytes_read, plan=plan, variant=variant, notes=tuple(notes))
+    return _with_fold(content, fold)
 
 
 def _with_fold(content: Content, fold: Fold | None) -> Content:
@@ -150,7 +158,7 @@ def check_not_folded(folding: Folding | None, request: Request) -> None:
         raise ValueError(f"{request.path.name} is folded already ({folding.form}); set fold to off")
 
 
-def check_folded_alike(host: Host, plan: PruningPlan, base: dict[str, Stored], request: Request) -> None:
+def check_folded_alike(host: Host, plan: PruningPlan, base: Places, request: Request) -> None:
     """A folded bundle has students for its own folded base alone."""
     folded_base = any(name.startswith(f"{host.engine.time_embedder}.{FOLDING}.") for name in base)
     if (FOLDING in plan.config) != folded_base:
@@ -161,37 +169,37 @@ def check_folded_alike(host: Host, plan: PruningPlan, base: dict[str, Stored], r
         )
 
 
-def _with_scales(host: Host, tensors: dict[str, torch.Tensor], exact: set[str]) -> dict[str, torch.Tensor]:
+def _with_scales(
+    host: Host, tensors: dict[str, torch.Tensor], dtype: torch.dtype, exact: set[str]
+) -> dict[str, torch.Tensor]:
     """Matrices of blocks without a scale (students, projections), as the base keeps its own: fp8 and a scale each.
     `exact`: folded maps, which stay as they are."""
-    dtype = float8_of(tensors[FP8_MARK])
     found = {}
     for name, tensor in tensors.items():
-        scale_name = name.removesuffix(".weight") + FP8_SCALE
         plain = host.block_name.match(name) and name.endswith(".weight") and tensor.ndim == 2 and name not in exact
-        if plain and scale_name not in tensors:
-            found[name], found[scale_name] = scaled_fp8(tensor, dtype)
+        module = name.removesuffix("weight")
+        if plain and not tensors.keys() & {module + SCALE, module + FP8_SCALE.removeprefix(".")}:
+            found |= {module + leaf: part for leaf, part in in_fp8(tensor, dtype).items()}
     return found
 
 
-def base_tensors(host: Host, path: Path, open_base: OpenBase) -> dict[str, Stored]:
+def base_tensors(host: Host, path: Path, stored: dict[str, tuple[object, str]]) -> Places:
     """Of a full model, by its file's names; tables and encoders beside the transformer are left."""
-    stored = open_base(path)
     if not host.engine.detect(stored):
         raise ValueError(
             f"{path.name} is not a {host.engine.name} model; choose the model that the bundle was made from"
         )
-    return {name: Stored(file, key) for name, (file, key) in stored.items() if not is_surrounding(name)}
+    return places_in({name: place for name, place in stored.items() if not is_surrounding(name)}, path.name)
 
 
-def check_base(host: Host, reader: Reader, base: dict[str, Stored], plan: PruningPlan, path: Path) -> tuple[str, ...]:
+def check_base(host: Host, reader: Reader, base: Places, plan: PruningPlan, path: Path) -> tuple[str, ...]:
     """Whether this is the plan's teacher. Quantised values differ, so only names and shapes can be compared, by the
     host when it loads them: then a note says so."""
     marks = (FP8_MARK, *host.engine.marks)
-    parts = parts_in(host.engine, (n for n in base if not n.endswith(IGNORED_SUFFIXES) and n not in marks))
+    parts = parts_in(host.engine, (n for n in base if n not in marks))
     shapes = {key: Cut(rows=(part.pieces, part.of)).shape(base[part.name].shape) for key, part in parts.items()}
     vectors = {base[part.name] for key, part in parts.items() if len(shapes[key]) == 1}
-    if path.suffix == ".gguf" or any(stored.file.dtype(stored.name) in FLOAT8 for stored in vectors):
+    if path.suffix == ".gguf" or any(stored.dtype in FLOAT8 for stored in vectors):
         return (f"{path.name} is quantised: whether it is the very teacher of this bundle cannot be seen",)
 
     def read(key: str) -> torch.Tensor:
@@ -202,9 +210,10 @@ def check_base(host: Host, reader: Reader, base: dict[str, Stored], plan: Prunin
     return ()
 
 
-def _under(file: TensorFile, prefix: str, name: str = "") -> dict[str, Stored]:
+def _under(file: TensorFile, prefix: str, name: str = "") -> Places:
     """The file's tensors under a prefix, by names that begin with `name` instead."""
-    return {name + key.removeprefix(prefix): Stored(file, key) for key in file.keys() if key.startswith(prefix)}
+    found = places_in({key: (file, key) for key in file.keys() if key.startswith(prefix)}, file.path.name)
+    return {name + key.removeprefix(prefix): place for key, place in found.items()}
 
 
 def _student(host: Host, bundle: Bundle, interval: Interval) -> Places:
@@ -248,12 +257,9 @@ def _variant_parts(host: Host, base: Places, bundle: Bundle, layout: Layout) -> 
     return found
 
 
-def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored: Stored | Joined) -> Places:
+def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored) -> Places:
     """A block's tensor, if the place's projections leave it; a part of it where they leave a part."""
-    gone = [prefix for kind in place.projections for prefix in host.replaced[kind]]
-    if place.text_source is not None:
-        gone.append("correction.maps.text.")
-    if part.startswith(tuple(gone)):
+    if part.startswith(host.vacated(place)):
         return {}
     module, _, leaf = part.rpartition(".")
     for site in place.ffn:
@@ -267,7 +273,7 @@ def _file_content(request: Request, make_fold: MakeFold | None) -> Content:
     """A standalone of ours, a released file or folder, or a plain model, folded or not."""
     stored, config = open_layout(request.path)
     host = host_of(stored, request.path.name)
-    wanted: Places = {name: Stored(file, key) for name, (file, key) in stored.items() if _needed(name)}
+    wanted = places_in({name: place for name, place in stored.items() if _needed(name)}, request.path.name)
     plan = None
     if STRUCTURE_TENSOR in wanted:
         plan = plan_from_json(text_of(wanted[STRUCTURE_TENSOR].read()), request.path.name)
@@ -280,15 +286,15 @@ def _file_content(request: Request, make_fold: MakeFold | None) -> Content:
         fold = make_fold(request.fold, modulations)
     later = _later(host, request, folding)
     reader = Reader()
-    tensors = {name: reader.read(place) for name, place in wanted.items()}
+    tensors = reader.read_all(wanted)
     if plan is None or not (plan.intervals or plan.sites):
         hints = {"legacy": request.legacy_text, "config": config, **_indices(host, request, stored, wanted)}
         hints |= {FOLDING: fold.folding.to_config()} if fold else {}
-        tensors[HINTS_TENSOR] = as_tensor(hints)
+        tensors[HINTS_TENSOR] = bytes_of(hints)
     if fold and plan is not None:
         plan = plan.with_parts(config={**plan.config, FOLDING: fold.folding.to_config()})
-        tensors[STRUCTURE_TENSOR] = as_tensor(plan.to_json())
-    content = _with_fold(Content(tensors, reader.bytes_read), fold)
+        tensors[STRUCTURE_TENSOR] = bytes_of(plan.to_json())
+    content = _with_fold(Content(tensors, metadata_in(stored), reader.bytes_read), fold)
     content.later = content.later or later
     return content
 
@@ -300,7 +306,7 @@ def _later(host: Host, request: Request, folding: Folding | None) -> Modulations
     if folding is None or folding.form != "table":
         raise ValueError(f"{request.path.name} is no bundle, so it takes no base model; set base to none")
     stored, _ = open_layout(request.base)
-    _, modulations = split(host.engine, {name: Stored(file, key) for name, (file, key) in stored.items()})
+    _, modulations = split(host.engine, places_in(stored, request.base.name))
     if modulations.mark != folding.mark:
         raise ValueError(
             f"{request.base.name} is another model than {request.path.name} was folded from; choose the very file, or none"
@@ -333,6 +339,9 @@ def _indices(host: Host, request: Request, stored: dict, wanted: Places) -> dict
         return {"indices": teacher_indices(count, parse_intervals(intervals)), "blocks": blocks}
     if request.preset != AUTO:
         raise ValueError(f"preset {request.preset!r} is unknown; known: {', '.join(PRESETS)}")
+    hints = hints_in(stored)
+    if "indices" in hints:
+        return {name: hints[name] for name in ("indices", "blocks") if name in hints}
     file = next(iter(stored.values()))[0]
     own_map = getattr(file, "metadata", {}).get(MAP_KEY)
     return {"indices": json.loads(own_map)} if own_map else {}

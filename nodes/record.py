@@ -19,7 +19,8 @@ from ..ppcl_engine.files import write_json
 from ..ppcl_engine.run import Run
 from ..ppcl_engine.sampling import GUIDANCE
 from .branch import layout_in, name_of
-from .host import host_named
+from .host import host_named, names_in_model
+from .host.parts import tensors_in
 from .job import CATEGORY
 from .node import Node
 from .paths import model_path, runs, teacher_files
@@ -34,7 +35,6 @@ CONDITIONS = {  # what a model reads of captions, by diffusers' names -> by the 
     "encoder_hidden_states_mask": "attention_mask",
     "pooled_projections": "y",
 }
-PREFIX = "diffusion_model."
 
 
 class Recorder:
@@ -154,14 +154,16 @@ def whole_tokens(latents: torch.Tensor) -> torch.Tensor:
 
 def check_same_model(model, weights: Weights) -> None:
     """Raises ValueError where a MODEL has other weights than its file, by names and shapes, or runs pruned."""
-    own = {name.removeprefix(PREFIX): tuple(t.shape) for name, t in model.model.state_dict().items()}
+    own = {name: tuple(t.shape) for name, t in tensors_in(model.model.diffusion_model).items()}
     advice = f"record with the full model of {weights.path.name}, or choose the file that the MODEL was loaded from"
-    for key in (keys := weights.keys()):
-        part, shape = weights.architecture.to_comfyui(key, keys), weights.shape(key)
+    parts = {key: weights.architecture.to_comfyui(key, weights.keys()) for key in weights.keys()}
+    names = names_in_model(model, [part.name for part in parts.values()])
+    for key, part in parts.items():
+        shape, found = weights.shape(key), own.get(names[part.name])
         whole = (shape[0] // len(part.pieces) * part.of, *shape[1:]) if part.of > 1 else shape
-        if own.get(part.name) != whole:
-            found = f"is {own[part.name]}, not {whole}" if part.name in own else "is not there"
-            raise ValueError(f"the MODEL's {part.name} {found}; {advice}")
+        if found != whole:
+            text = f"is {found}, not {whole}" if found else "is not there"
+            raise ValueError(f"the MODEL's {names[part.name]} {text}; {advice}")
     if not all(place.is_teacher for place in layout_in(model).places):
         raise ValueError(f"the MODEL runs as the variant {name_of(model)!r}; {advice}")
 

@@ -10,7 +10,11 @@ import torch
 from ..ppcl_engine.architectures import Part
 from ..ppcl_engine.files import TensorFile
 from ..ppcl_engine.layout import Place
+from ..ppcl_engine.pickled import PickledFile
+from ..ppcl_engine.quantization import FP8_MARK
 from .host.base import ALL, Cut, Host
+from .host.formats import METADATA, grouped, layers_in
+from .host.quantised import IN_FILE, Quantised, plain_tensors
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,10 @@ class Stored:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.cut.shape(self.file.shape(self.name))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.file.dtype(self.name)
 
     def read(self) -> torch.Tensor:
         kept, of = self.cut.rows
@@ -49,7 +57,7 @@ class Stored:
 class Joined:
     """One of the host's tensors whose rows are stored as several: pieces of one size, one below the other."""
 
-    pieces: tuple[Stored, ...]
+    pieces: tuple[Stored | Quantised, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,12 +69,36 @@ class Joined:
         assert of == len(self.pieces) and cut.columns == ALL, "a tensor is cut where its pieces meet"
         return Joined(tuple(self.pieces[piece] for piece in kept))
 
+    @property
+    def quantised(self) -> list[Quantised]:
+        return [piece for piece in self.pieces if isinstance(piece, Quantised)]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Of pieces of few bits, which have scales of their own: in 16 bits."""
+        return plain_tensors(torch.cat([piece.read() for piece in self.pieces]), self.quantised[0].old)
+
 
 class Reader:
     """Reads each tensor once and counts bytes; vectors stay, since a fingerprint needs them before the model does."""
 
     def __init__(self):
         self.bytes_read, self._vectors = 0, {}
+
+    def tensors(self, name: str, stored: Stored | Joined | Quantised) -> dict[str, torch.Tensor]:
+        """By their names; a matrix of few bits is several."""
+        if isinstance(stored, Stored) or isinstance(stored, Joined) and not stored.quantised:
+            return {name: self.read(stored)}
+        found = {name.removesuffix("weight") + leaf: tensor for leaf, tensor in stored.tensors().items()}
+        self.bytes_read += sum(tensor.nbytes for tensor in found.values())
+        return found
+
+    def read_all(self, wanted: Mapping[str, Stored | Joined | Quantised]) -> dict[str, torch.Tensor]:
+        """For the host. Where each matrix says its format, the mark of scaled fp8 has no use."""
+        found: dict[str, torch.Tensor] = {}
+        for name, place in wanted.items():
+            if name != FP8_MARK or not IN_FILE:
+                found |= self.tensors(name, place)
+        return found
 
     def read(self, stored: Stored | Joined) -> torch.Tensor:
         if isinstance(stored, Joined):
@@ -80,9 +112,30 @@ class Reader:
         return self._vectors[stored]
 
 
+def places_in(stored: Mapping[str, tuple[object, str]], where: str) -> dict[str, Stored | Quantised]:
+    """Of files as `open_layout` gives them, every matrix of few bits as one. What another pack reads is as it gives it."""
+    places = {name: Stored(file, key) for name, (file, key) in stored.items()}
+    if not all(isinstance(place.file, TensorFile | PickledFile) for place in places.values()):
+        return places
+    layers = {}
+    for metadata in _metadata(stored):
+        layers |= layers_in(metadata, where)
+    return grouped(places, where, layers)
+
+
+def metadata_in(stored: Mapping[str, tuple[object, str]]) -> dict[str, str]:
+    """Of these files, but what `places_in` has read of it."""
+    return {key: text for found in _metadata(stored) for key, text in found.items() if key != METADATA}
+
+
+def _metadata(stored: Mapping[str, tuple[object, str]]) -> list[dict[str, str]]:
+    files = {id(file): file for file, _ in stored.values()}
+    return [getattr(file, "metadata", {}) for file in files.values()]
+
+
 def in_host_names(
-    host: Host, config: Mapping, stored: Mapping[str, Stored], places: Iterable[Place] = ()
-) -> dict[str, Stored | Joined]:
+    host: Host, config: Mapping, stored: Mapping[str, Stored | Quantised], places: Iterable[Place] = ()
+) -> dict[str, Stored | Joined | Quantised]:
     """Tensors by diffusers' names or by the host's -> by the host's. `places`: of a file whose blocks are projected. What
     is no tensor of the full model keeps its name."""
     found, pieces = {}, {}
@@ -96,8 +149,8 @@ def in_host_names(
             found[_correction(host, config, name)] = place
         else:
             for position, piece in enumerate(part.pieces):
-                cut = Cut(rows=((position,), len(part.pieces))) if part.of > 1 else Cut()
-                pieces.setdefault(part.name, {})[piece] = replace(place, cut=cut)
+                cut = Cut(rows=((position,), len(part.pieces)))
+                pieces.setdefault(part.name, {})[piece] = place.with_cut(cut) if part.of > 1 else place
     for name, parts in pieces.items():
         ordered = tuple(parts[piece] for piece in sorted(parts))
         found[name] = ordered[0] if len(ordered) == 1 else Joined(ordered)

@@ -8,15 +8,15 @@ model would run, on the same device.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.weight_adapter import WeightAdapterBase
 from torch import nn
 
@@ -34,6 +34,7 @@ from ..ppcl_engine.folding_tables import (
     write_table,
 )
 from .host import folded
+from .host.quantised import filled_linear
 from .modulations import Modulations
 from .paths import tables_folder
 from .schedule import timesteps_of
@@ -47,6 +48,17 @@ LOW_RANK = {"lora": 4, "loha": 7, "lokr": 8}
 def follow(model) -> None:
     """Of this folded MODEL and every clone of it: checks what is about to be sampled, fills its table."""
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _before_sampling)
+    model.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, _after_load)
+
+
+def _after_load(patcher, *_) -> None:
+    """Nothing but sampling fails on such changes: a node that saves the model asks `Parts.refused`."""
+    transformer = patcher.model.diffusion_model
+    try:
+        check_patches(patcher, folded.inputs_in(transformer))
+        transformer.ppcl.refused = ""
+    except ValueError as error:
+        transformer.ppcl.refused = str(error)
 
 
 def _before_sampling(executor, noise, latent_image, sampler, sigmas, *arguments, **named):
@@ -108,6 +120,7 @@ def know(patcher, inputs: folded.Table, timesteps: list[float], samples: int) ->
     keeps = len(set(known) | set(missing)) <= MOST_TIMESTEPS
     put_table(maps, inputs, new.joined(table_in(maps, inputs)) if keeps else new)
     inputs.batches = next(iter(maps.values())).batches
+    folded.renewed(patcher.model.diffusion_model)
     inputs.stored = inputs.stored if keeps else frozenset()
     inputs.asked = {(t, r) for t, r in inputs.asked if keeps and t not in missing} | {(t, rows) for t in missing}
     patcher.size = 0  # counted anew
@@ -149,11 +162,25 @@ def _dtype(patcher) -> torch.dtype:
 def computed(patcher, inputs: folded.Table, later: Modulations, timesteps: list[float], rows: tuple) -> Table:
     """One pass over the stored modulations, with progress; the host's stop button ends it."""
     device, dtype = patcher.load_device, _dtype(patcher)
-    embedder = copy.deepcopy(inputs.embedder[0]).to(device)
     like = torch.empty(0, dtype=dtype, device=device)
-    given = conditionings(lambda t: embedder.forward(t.to(device), like), timesteps, [(r, r) for r in rows])
+    with cast_when_used(inputs.embedder[0]) as embedder:
+        given = conditionings(lambda t: embedder.forward(t.to(device), like), timesteps, [(r, r) for r in rows])
     opened = _opened(inputs, later, _host_names(patcher, later), device)
     return make_table(((name, open_one, given) for name, open_one in opened), timesteps)
+
+
+@contextmanager
+def cast_when_used(module: nn.Module) -> Iterator[nn.Module]:
+    """Runs on its inputs' device, wherever its weights are: the host moves them, in whatever form it keeps them."""
+    parts = [part for part in module.modules() if hasattr(part, "comfy_cast_weights")]
+    old = [part.comfy_cast_weights for part in parts]
+    try:
+        for part in parts:
+            part.comfy_cast_weights = True
+        yield module
+    finally:
+        for part, value in zip(parts, old, strict=True):
+            part.comfy_cast_weights = value
 
 
 def _host_names(patcher, later: Modulations) -> dict[str, str]:
@@ -166,13 +193,11 @@ def _opened(inputs: folded.Table, later: Modulations, names: dict[str, str], dev
     bar = comfy.utils.ProgressBar(len(names))
     for host_name, name in names.items():
         comfy.model_management.throw_exception_if_processing_interrupted()
-        yield host_name, lambda name=name: _modulation(inputs, later.read(name), device)
+        yield host_name, lambda name=name: _modulation(inputs, later, name, device)
         bar.update(1)
 
 
-def _modulation(inputs: folded.Table, tensors: dict[str, torch.Tensor], device: torch.device) -> nn.Module:
+def _modulation(inputs: folded.Table, later: Modulations, name: str, device: torch.device) -> nn.Module:
     """As the host builds it in an unfolded block."""
-    outputs, width = tensors["weight"].shape
-    linear = inputs.new_linear(width, outputs, device="cpu")
-    linear.load_state_dict(tensors, strict=False)
+    linear = filled_linear(inputs.new_linear, later.shape(name), later.read(name))
     return nn.Sequential(nn.SiLU(), linear).to(device).requires_grad_(False)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -132,7 +133,16 @@ def _parts_of(
 def parts_in(architecture: Architecture, names: Iterable[str]) -> dict[str, Part]:
     """diffusers' name -> where it lies in tensors of these names, which are diffusers' or ComfyUI's."""
     keys = {key: name for name in names for key in architecture.from_comfyui(name)}
-    return {key: Part(name) if key == name else architecture.to_comfyui(key, keys) for key, name in keys.items()}
+    return {
+        key: Part(name) if key == name else replace(architecture.to_comfyui(key, keys), name=name)
+        for key, name in keys.items()
+    }
+
+
+def usual_name(architecture: Architecture, name: str) -> str:
+    """As ComfyUI's files have it, of a tensor's name that may be spelled otherwise (FLUX' norms by newer hosts)."""
+    key = architecture.from_comfyui(name)[0]
+    return name if key == name else architecture.to_comfyui(key, (key,)).name
 
 
 def _read_part(file: TensorFile | PickledFile, name: str, part: Part) -> torch.Tensor:
@@ -184,7 +194,8 @@ def open_layout(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, s
     names = file.keys()
     if any(name.startswith(COMFYUI_PREFIX) for name in names):
         names = [name for name in names if name.startswith(COMFYUI_PREFIX)]
-    return {name.removeprefix(COMFYUI_PREFIX): (file, name) for name in names}, _own_config(file)
+    stored = {name.removeprefix(COMFYUI_PREFIX): (file, name) for name in names}
+    return stored, _own_config(file) or hints_in(stored).get("config")
 
 
 def _own_config(file: TensorFile) -> dict | None:
@@ -200,6 +211,31 @@ def _checked_config(config: object, path: Path) -> dict:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a configuration is a JSON object; export or download it again")
     return config
+
+
+def hints_in(stored: Mapping[str, tuple[TensorFile | PickledFile, str]]) -> dict:
+    """What a file says of itself in a tensor: config, indices (of the teacher's blocks that it has), blocks (of the
+    teacher). Empty where it says nothing."""
+    if HINTS_TENSOR not in stored:
+        return {}
+    file, name = stored[HINTS_TENSOR]
+    return object_in(file.read(name), file.path)
+
+
+def object_in(tensor: torch.Tensor, where: object) -> dict:
+    """A JSON object that is stored as bytes. Raises ValueError, in one line, for a tensor that holds none."""
+    try:
+        found = json.loads(bytes(tensor.tolist())) if tensor.dtype == torch.uint8 and tensor.ndim == 1 else None
+    except (ValueError, RecursionError):  # neither text nor JSON, or nested too deep
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: what it says of its own blocks is not readable; export or save it again")
+    return found
+
+
+def bytes_of(value: dict | str) -> torch.Tensor:
+    """A JSON object, or its text, as a tensor: what hosts keep of a file where they drop metadata."""
+    return torch.tensor(list((value if isinstance(value, str) else json.dumps(value)).encode()), dtype=torch.uint8)
 
 
 def transformer_folder(path: Path) -> Path:

@@ -13,21 +13,25 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
+import comfy.supported_models
 import torch
 from torch import nn
 
 from ...ppcl_engine.layout import Place
 from ...ppcl_engine.plan import Interval
+from ...ppcl_engine.quantization import FP8_MARK
 from ...ppcl_engine.sparsity.compressed import decompressed
 from ...ppcl_engine.surgery import interval_streams
 from . import folded
 from .adapters import part_of
 from .base import BlockList, Host
 from .blocks import Correction, Linear, Skip, Texts, add_correction, project
+from .formats import grouped, passed_on
 from .parts import Parts
+from .quantised import FORMAT, IN_FILE, Held, Quantised, expanded, refuse_unused_scales
+from .saving import file_of
 from .structure import FileTensors, Structure, is_pruned, is_surrounding, structure_of
 
-QUANTIZATION_SUFFIXES = (".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 PATHS_IN_LOADERS = ("unet_path", "ckpt_path")  # what the host's loaders call the path of a model file
 _building = threading.Lock()
 
@@ -50,21 +54,50 @@ class PrunedConfig:
             return False
 
     def get_model(self, state_dict, *arguments, **named):
-        tensors = decompressed(transformer_of(self.host, state_dict), shapes_only=True)
+        grouped = self._grouped(decompressed(transformer_of(self.host, state_dict), shapes_only=True))
+        tensors = {
+            n: torch.empty(t.shape, device="meta") if isinstance(t, Quantised) else t for n, t in grouped.items()
+        }
         structure = self.structure = structure_of(self.host, tensors)
         self.unet_config |= self.host.arguments(structure.config)
+        self._name_formats(self.host_names(structure.renamed(grouped)))
         given, texts = self.host_names(structure.renamed(tensors)), Texts()
         inputs = inputs_of(structure, self.manual_cast_dtype or self.unet_config.get("dtype"))
         with exchanged_blocks(structure, sorted(given), texts, inputs):
             model = super().get_model(state_dict, *arguments, **named)
         finish(model.diffusion_model, structure, texts, inputs)
+        self.parts = model.diffusion_model.ppcl
         self.marks = marks_in(self.host, model.diffusion_model)
         if self.custom_operations is None:  # others make their tensors when they are loaded
             check_tensors(self._empty_model(sorted(given)), given | self.marks)
         return model
 
     def process_unet_state_dict(self, state_dict):
-        return self.host_names(self.structure.renamed(decompressed(state_dict))) | self.marks
+        named = self.host_names(self.structure.renamed(self._grouped(decompressed(state_dict)))) | self.marks
+        return {name: t for name, t in expanded(named) if IN_FILE or not name.endswith(f".{FORMAT}")}
+
+    def _grouped(self, tensors: FileTensors) -> dict:
+        """Matrices of few bits as one with their scales. Raises ValueError for those that this host does not read."""
+        held = {name: Held(tensor) for name, tensor in tensors.items()}
+        if self.custom_operations is not None:
+            found = passed_on(held)
+        else:
+            found = grouped(held, file_being_loaded(), *told_of_formats(self))
+        return {name: place.tensor if isinstance(place, Held) else place for name, place in found.items()}
+
+    def _name_formats(self, named: dict) -> None:
+        """A host that knows formats by the names of layers gets them by those of the model that is built."""
+        layers = {name.removesuffix(".weight"): t.settings for name, t in named.items() if in_a_named_format(t)}
+        if layers and not IN_FILE:
+            self.layer_quant_config = layers
+            self.manual_cast_dtype = self.manual_cast_dtype or self.unet_config["dtype"]
+
+    def process_unet_state_dict_for_saving(self, state_dict, *arguments, **named):
+        if self.custom_operations is not None:
+            raise ValueError(
+                "this MODEL keeps its weights in the form of another pack (GGUF), which cannot be saved; load it from .safetensors"
+            )
+        return super().process_unet_state_dict_for_saving(file_of(self.parts, state_dict), *arguments, **named)
 
     def host_names(self, tensors: FileTensors) -> dict[str, torch.Tensor]:
         """By the names in this version of the host, which may rename some of a file's."""
@@ -80,6 +113,22 @@ class PrunedConfig:
             model = getattr(self.host.module, self.host.model)(**options)
         finish(model, structure, texts, inputs)
         return model
+
+
+@cache
+def config_classes(host: Host) -> tuple[type, ...]:
+    """Ours before each of the host's own: "PPCLFlux" of "Flux"."""
+    stock = [getattr(comfy.supported_models, name) for name in host.stock]
+    return tuple(type(f"PPCL{own.__name__}", (PrunedConfig, own), {"host": host}) for own in stock)
+
+
+def told_of_formats(config) -> tuple[dict | None, torch.dtype | None]:
+    """(layer -> settings, what a scaled fp8 file keeps matrices in), where the host took them out of the file."""
+    return (None, None) if IN_FILE else (config.layer_quant_config, config.scaled_fp8)
+
+
+def in_a_named_format(tensor) -> bool:
+    return isinstance(tensor, Quantised) and tensor.settings is not None and tensor.old is None
 
 
 def is_ours(host: Host, tensors: FileTensors) -> bool:
@@ -127,8 +176,9 @@ def finish(transformer: nn.Module, structure: Structure, texts: Texts, inputs) -
         host = structure.host
         folded.attach(transformer.get_submodule(host.engine.time_embedder), getattr(transformer, host.final), inputs)
     transformer.register_forward_pre_hook(forget_texts)
+    transformer.register_load_state_dict_post_hook(refuse_unused_scales)
     structure.host.watch(transformer, texts)
-    transformer.ppcl = Parts(structure, texts)
+    transformer.ppcl = Parts(structure, texts, inputs)
 
 
 def forget_texts(model: nn.Module, arguments) -> None:
@@ -237,13 +287,18 @@ def _cut_maps(block: nn.Module, place: Place, structure: Structure, linear: Line
                 continue
             width_out, width_in = cut.shape((whole.out_features, whole.in_features))
             new = partial(part_of(linear.func, cut), **linear.keywords)
-            setattr(owner, child, new(width_in, width_out, bias=whole.bias is not None))
+            setattr(owner, child, new(width_in, width_out, bias=has_bias(whole)))
+
+
+def has_bias(linear: nn.Module) -> bool:
+    """Hosts that move weights when they are used build a map without tensors, and note what it is to get."""
+    return linear.bias is not None or getattr(linear, "comfy_need_lazy_init_bias", False)
 
 
 def check_tensors(model: nn.Module, tensors: FileTensors) -> None:
     """Raises ValueError, in one line, for a tensor that is missing, has no home, or is of another shape."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(t.shape) for name, t in tensors.items() if not name.endswith(QUANTIZATION_SUFFIXES)}
+    given = {name: tuple(t.shape) for name, t in tensors.items() if name != FP8_MARK}
     if missing := sorted(expected.keys() - given.keys()):
         raise ValueError(f"the file lacks {len(missing)} tensors, first {missing[0]}; copy or download it again")
     marks = model.ppcl.structure.host.engine.marks

@@ -26,7 +26,7 @@ from ...ppcl_engine.architectures.folded import (
     drop_carried,
     picked,
 )
-from .adapters import half_of, stored
+from .adapters import PatchedWhole, half_of
 
 
 class Basis(BasisInputs):
@@ -66,7 +66,7 @@ class Table(TableInputs):
         return rows.T.repeat(1, len(self.batches))
 
 
-class FoldedMap(comfy.ops.manual_cast.Linear):
+class FoldedMap(PatchedWhole, comfy.ops.manual_cast.Linear):
     """What both forms share. `inputs` (in a tuple, since every map has the same): the model's `Basis` or `Table`."""
 
     inputs: tuple[Basis | Table, ...] = ()
@@ -90,11 +90,11 @@ class BasisMap(FoldedMap):
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return found
 
-    def convert_weight(self, weight: torch.Tensor, inplace=False, **_) -> torch.Tensor:
-        return weight @ self.projection(weight).T
+    def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        return stored @ self.projection(stored).T if name == "weight" else stored
 
-    def set_weight(self, weight: torch.Tensor, inplace_update=False, seed=None, return_weight=False, **_):
-        return stored(self, "weight", weight @ self.projection(weight), inplace_update, seed, return_weight)
+    def left(self, name: str, whole: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        return whole @ self.projection(whole) if name == "weight" else whole
 
 
 class TableMap(FoldedMap):
@@ -109,12 +109,11 @@ class TableMap(FoldedMap):
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return found
 
-    def convert_weight(self, weight: torch.Tensor, inplace=False, **_) -> torch.Tensor:
-        return weight.new_zeros(weight.shape[0], self.inputs[0].width)
+    def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        return stored.new_zeros(stored.shape[0], self.inputs[0].width) if name == "weight" else stored
 
-    def set_weight(self, weight: torch.Tensor, inplace_update=False, seed=None, return_weight=False, **_):
-        changed = self.weight.to(weight.device, weight.dtype) + weight @ self.projection(weight)
-        return stored(self, "weight", changed, inplace_update, seed, return_weight)
+    def left(self, name: str, whole: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        return stored.to(whole.device, whole.dtype) + whole @ self.projection(whole) if name == "weight" else whole
 
 
 MAPS: dict[str, type[FoldedMap]] = {"basis": BasisMap, "table": TableMap}
@@ -150,6 +149,16 @@ def folded_map(
     if folding.form == "table":
         new.batches = folding.batches
     return new.requires_grad_(False)
+
+
+def renewed(transformer: nn.Module) -> None:
+    """Maps that changed their size in place of which new ones stand: hosts keep memory of a map's first size with it."""
+    for name, module in [(n, m) for n, m in transformer.named_modules() if isinstance(m, FoldedMap)]:
+        new = type(module)(module.in_features, module.out_features, device="meta")
+        new.weight, new.bias, new.inputs = module.weight, module.bias, module.inputs
+        if isinstance(module, TableMap):
+            new.batches = module.batches
+        transformer.set_submodule(name, new.train(module.training))
 
 
 def cut(whole: FoldedMap, folding: Folding) -> FoldedMap:

@@ -16,7 +16,7 @@ from torch import nn
 from ...ppcl_engine.architectures import Architecture
 from ...ppcl_engine.architectures.folded import Folding, folding_of
 from ...ppcl_engine.bundle import STRUCTURE_TENSOR
-from ...ppcl_engine.checkpoint import HINTS_TENSOR, parts_in
+from ...ppcl_engine.checkpoint import HINTS_TENSOR, parts_in, usual_name
 from ...ppcl_engine.folding_files import modulation_names
 from ...ppcl_engine.layout import Layout, Place, full_layout, layout_of
 from ...ppcl_engine.plan import PruningPlan, plan_from_json
@@ -60,6 +60,7 @@ class Structure:
         for name, tensor in ((shown(name), tensor) for name, tensor in tensors.items()):
             new = self.names.get(name, name)
             if new is not None and not is_surrounding(name) and tuple(tensor.shape) != GUARD_SHAPE:
+                new = usual_name(self.host.engine, new)
                 found[new] = _without_identity(tensor) if name in self.legacy else tensor
         return found | self._zero_biases(found)
 
@@ -94,12 +95,9 @@ def is_surrounding(name: str) -> bool:
 
 
 def _without_identity(tensor: torch.Tensor) -> torch.Tensor:
+    if hasattr(tensor, "changed"):  # a matrix of few bits
+        return tensor.changed(_without_identity)
     return (tensor.float() - torch.eye(len(tensor), device=tensor.device)).to(tensor.dtype)
-
-
-def as_tensor(value: dict | str) -> torch.Tensor:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def is_pruned(host: Host, tensors: FileTensors) -> bool:
@@ -152,6 +150,8 @@ def count_blocks(host: Host, names: Iterable[str]) -> int:
 def structure_of(host: Host, tensors: FileTensors) -> Structure:
     """Raises ValueError, in one line, for a plan or for lists that make no model."""
     hints = _read_json(tensors, HINTS_TENSOR)  # our loader's: switchable, legacy; a file's too: indices, blocks, config
+    if STRUCTURE_TENSOR not in tensors and HINTS_TENSOR not in tensors:
+        host.check_told(tensors)
     if STRUCTURE_TENSOR in tensors:
         plan = checked_plan(host, plan_from_json(text_of(tensors[STRUCTURE_TENSOR]), "the file's plan"))
         config, folding = config_of(host, tensors, plan.config), folding_of(plan.config)

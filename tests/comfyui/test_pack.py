@@ -139,3 +139,11 @@ def test_what_is_shipped():
 
 def test_tests_are_not_shipped():
     assert {"tests/", "benchmarks/", "runs/"} <= set((ROOT / ".comfyignore").read_text().split())
+
+
+def test_one_range_of_hosts_everywhere():
+    """What the nodes say on an unknown host, README, the registry and the page of tested hosts."""
+    body = ast.parse((ROOT / "nodes" / "__init__.py").read_text(encoding="utf-8")).body
+    (tested,) = (ast.literal_eval(n.value) for n in body if isinstance(n, ast.Assign) and n.targets[0].id == "TESTED")
+    for name in ("README.md", "pyproject.toml", "docs/hosts.md"):
+        assert all(version in (ROOT / name).read_text(encoding="utf-8") for version in tested), name

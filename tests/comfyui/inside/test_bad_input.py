@@ -54,7 +54,10 @@ WRONG = {
     "a base where none belongs": ({"file": "shallow.safetensors"}, "takes no base model"),
     "unknown variant": ({"variant": "huge"}, "variant 'huge' is not in the plan"),
     "unknown dtype": ({"weight_dtype": "int1"}, "weight_dtype 'int1' is not a choice; choose from default, bf16"),
-    "unknown preset": ({"file": "shallow.safetensors", "base": "none", "preset": "x"}, "preset 'x' is not a choice; choose from auto"),
+    "unknown preset": (
+        {"file": "shallow.safetensors", "base": "none", "preset": "x"},
+        "preset 'x' is not a choice; choose from auto",
+    ),
     "preset of another depth": (
         {"file": "shallow.safetensors", "base": "none", "preset": "Qwen-Image-12B"},
         "the preset names",
