@@ -60,10 +60,32 @@ def translate_patches(model) -> bool:
     for found in (model.patches, *model.hook_patches.values()):  # hooks: LoRA on a part of the conditioning or schedule
         for key, patches in list(found.items()):
             match = of_block.match(key)
-            if match and (mirrored := f"{match[1]}student.{match[2]}") in names:
-                new = new or found is model.patches and len(found.get(mirrored, ())) < len(patches)
-                found[mirrored] = list(patches)
+            if match and (student := f"{match[1]}student.{match[2]}") in names:
+                own = found.get(student, [])
+                found[student] = _of_student(patches, own)
+                new |= found is model.patches and not _alike(found[student], own)
     return new
+
+
+def _of_student(patches: list[tuple], own: list[tuple]) -> list[tuple]:
+    """Of the patches of a teacher's weight those of its student's. A merge brings another model's weight, and what changes
+    that one, as a list: each has its own weight there, and the teacher's changes."""
+    merges = iter([patch for patch in own if isinstance(patch[1], list)])
+    found = []
+    for patch in patches:
+        if not isinstance(patch[1], list):
+            found.append(patch)
+        elif merge := next(merges, None):
+            found.append((patch[0], [merge[1][0], *patch[1][1:]], *patch[2:]))
+    return found
+
+
+def _alike(patches: list[tuple], others: list[tuple]) -> bool:
+    """Down to what merges bring: tuples of the host are never changed."""
+    if len(patches) != len(others):
+        return False
+    pairs = zip(patches, others, strict=True)
+    return all(a is b or (isinstance(a[1], list) and isinstance(b[1], list) and _alike(a[1], b[1])) for a, b in pairs)
 
 
 def _of_block(host: Host) -> re.Pattern:

@@ -118,3 +118,11 @@ def test_without_that_pack_or_with_other_settings(load, bundle, gguf_file, monke
     monkeypatch.delitem(host_nodes.NODE_CLASS_MAPPINGS, "UnetLoaderGGUF")
     with pytest.raises(ValueError, match="needs ComfyUI-GGUF"):
         load(bundle.name, base=gguf_file, weight_dtype="default")
+
+
+def test_it_cannot_be_saved(saved, load, bundle, gguf_file, models):
+    """The host's node would write what no loader reads."""
+    model, there = load(bundle.name, base=gguf_file, weight_dtype="default"), set(models.diffusion_models.iterdir())
+    with pytest.raises(ValueError, match=r"in the form of another pack \(GGUF\), which cannot be saved") as error:
+        saved(model)
+    assert "\n" not in str(error.value) and set(models.diffusion_models.iterdir()) == there
