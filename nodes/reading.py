@@ -22,7 +22,7 @@ from ..ppcl_engine.bundle import (
 from ..ppcl_engine.checkpoint import (
     HINTS_TENSOR,
     IGNORED_SUFFIXES,
-    bytes_of,
+    as_tensor,
     fingerprint_of,
     hints_in,
     open_layout,
@@ -141,7 +141,7 @@ def _content(
     if FP8_MARK in tensors:
         folded = modulation_names(tensors, host.engine) if FOLDING in plan.config else ()
         tensors |= _with_scales(host, tensors, {f"{name}.weight" for name in folded})
-    marks = {STRUCTURE_TENSOR: bytes_of(plan.to_json()), HINTS_TENSOR: bytes_of(hints)}
+    marks = {STRUCTURE_TENSOR: as_tensor(plan.to_json()), HINTS_TENSOR: as_tensor(hints)}
     return _with_fold(Content({**tensors, **marks}, reader.bytes_read, plan, variant, tuple(notes)), fold)
 
 
@@ -289,10 +289,10 @@ def _file_content(request: Request, make_fold: MakeFold | None) -> Content:
     if plan is None or not (plan.intervals or plan.sites):
         hints = {"legacy": request.legacy_text, "config": config, **_indices(host, request, stored, wanted)}
         hints |= {FOLDING: fold.folding.to_config()} if fold else {}
-        tensors[HINTS_TENSOR] = bytes_of(hints)
+        tensors[HINTS_TENSOR] = as_tensor(hints)
     if fold and plan is not None:
         plan = plan.with_parts(config={**plan.config, FOLDING: fold.folding.to_config()})
-        tensors[STRUCTURE_TENSOR] = bytes_of(plan.to_json())
+        tensors[STRUCTURE_TENSOR] = as_tensor(plan.to_json())
     content = _with_fold(Content(tensors, reader.bytes_read), fold)
     content.later = content.later or later
     return content
