@@ -233,7 +233,7 @@ def object_in(tensor: torch.Tensor, where: object) -> dict:
     return found
 
 
-def bytes_of(value: dict | str) -> torch.Tensor:
+def as_tensor(value: dict | str) -> torch.Tensor:
     """A JSON object, or its text, as a tensor: what hosts keep of a file where they drop metadata."""
     return torch.tensor(list((value if isinstance(value, str) else json.dumps(value)).encode()), dtype=torch.uint8)
 

@@ -18,7 +18,7 @@ import comfyui_version
 import torch
 from torch import nn
 
-from ...ppcl_engine.checkpoint import bytes_of
+from ...ppcl_engine.checkpoint import as_tensor
 from ...ppcl_engine.quantization import scaled_fp8
 from .base import ALL, Cut
 
@@ -136,7 +136,7 @@ def spelled(parts: dict[str, torch.Tensor], settings: dict | None, old: torch.dt
         return parts
     if old is None or IN_FILE:
         used = {leaf: t for leaf, t in parts.items() if old is None or leaf != "input_scale" or float(t) != 1}
-        return {**used, FORMAT: bytes_of(settings)}
+        return {**used, FORMAT: as_tensor(settings)}
     return {OLD_NAMES.get(leaf, leaf): tensor for leaf, tensor in parts.items()}
 
 
@@ -183,7 +183,7 @@ def _linear_kind(settings: dict, dtype: torch.dtype, **options) -> type[nn.Modul
 
 def _filled(kind: type[nn.Module], shape: tuple[int, int], parts: dict, settings: dict) -> nn.Module:
     linear = kind(shape[1], shape[0], bias="bias" in parts, device="cpu")
-    linear.load_state_dict({**parts, FORMAT: bytes_of(settings)} if IN_FILE else parts)
+    linear.load_state_dict({**parts, FORMAT: as_tensor(settings)} if IN_FILE else parts)
     return linear
 
 

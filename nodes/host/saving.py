@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from ...ppcl_engine.architectures.folded import FOLDING, Folding
-from ...ppcl_engine.checkpoint import HINTS_TENSOR, STRUCTURE_TENSOR, bytes_of, usual_name
+from ...ppcl_engine.checkpoint import HINTS_TENSOR, STRUCTURE_TENSOR, as_tensor, usual_name
 from ...ppcl_engine.folding_files import modulation_names
 from ...ppcl_engine.layout import Layout, Place, layout_of
 from ...ppcl_engine.plan import Interval, PruningPlan, WidthSite
@@ -210,7 +210,7 @@ def _prefixes_anew(structure: Structure, indices: Iterable[int]) -> list[str]:
 
 
 def _with_plan(plan: PruningPlan, layout: Layout, tensors: Tensors) -> Tensors:
-    found = {**tensors, STRUCTURE_TENSOR: bytes_of(plan.to_json())}
+    found = {**tensors, STRUCTURE_TENSOR: as_tensor(plan.to_json())}
     if guard := guard_name(plan, layout):
         found[guard] = torch.zeros(GUARD_SHAPE, dtype=torch.uint8)
     return found
