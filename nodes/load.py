@@ -46,11 +46,7 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
     """(the host's patcher, what it holds in words). disable_dynamic: of hosts that move weights when they are used."""
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}")
-    quantised = request.base is not None and request.base.suffix == gguf.ENDING
-    if quantised and not (request.switchable and weight_dtype == "default"):
-        raise ValueError(f"{request.base.name} is GGUF: set switchable to on and weight_dtype to default")
-    if quantised and request.fold != OFF:
-        raise ValueError(f"{request.base.name} is GGUF, whose modulations can't be folded; set fold to off")
+    quantised = gguf.is_needed(request, weight_dtype)
     content = content_of(request, gguf.open_base) if quantised else content_of(request, make_fold=make_fold)
     options = gguf.model_options() if quantised else dict(WEIGHT_DTYPES[weight_dtype])
     plan, variant = content.plan, content.variant
@@ -84,7 +80,7 @@ def follow_folded(model, content: Content) -> None:
 
 def note_sparsity(model, path: Path) -> tuple[str, ...]:
     """What weights of a file are zero, in words; Compare Variants names its column by it."""
-    found = sparsity_of(TensorFile(path).metadata) if path.is_file() else None
+    found = sparsity_of(TensorFile(path).metadata) if path.is_file() and path.suffix != gguf.ENDING else None
     if found is None:
         return ()
     share = f"{100 * found.dropped / found.weights:.3g} %"
@@ -119,7 +115,7 @@ class LoadModel(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         bases = list(model_files())
-        files = [name for name in bases if not name.endswith(gguf.ENDING)]
+        files = gguf.files_last(bases)
         return io.Schema(
             node_id="PPCL_LoadModel",
             display_name="Load Pruned Model (PPCL)",

@@ -22,6 +22,7 @@ from .pickled import PickledFile
 COMFYUI_PREFIX = "model.diffusion_model."
 STRUCTURE_TENSOR = "ppcl_structure"
 HINTS_TENSOR = "ppcl_hints"  # JSON: which of the teacher's blocks a file has, where metadata does not reach
+LONGEST_TEXT = 10_000_000  # bytes of a plan in a tensor; that of 60 blocks has some ten thousand
 TRAINING_PREFIX = "module."  # what a wrapper of distributed training left before every name
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 IGNORED_SUFFIXES = (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
@@ -203,7 +204,9 @@ def _own_config(file: TensorFile) -> dict | None:
     try:
         config = json.loads(file.metadata.get("config", "null"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.path}: the configuration in its metadata is not JSON ({error}); export it again") from None
+        raise ValueError(
+            f"{file.path}: the configuration in its metadata is not JSON ({error}); export it again"
+        ) from None
     return _checked_config(config, file.path) if config is not None else None
 
 
@@ -222,10 +225,22 @@ def hints_in(stored: Mapping[str, tuple[TensorFile | PickledFile, str]]) -> dict
     return object_in(file.read(name), file.path)
 
 
+def text_in(tensor: torch.Tensor) -> str:
+    """A byte a value. GGUF has no bytes: tools that make it of our files keep them as numbers of half precision, exactly.
+    Raises ValueError for a tensor that holds no text."""
+    kept = tensor.dtype in (torch.uint8, torch.float16, torch.float32)
+    if not kept or len(tensor.shape) != 1 or tensor.shape[0] > LONGEST_TEXT:
+        raise ValueError(f"a text is stored as bytes in a row, at most {LONGEST_TEXT:,}")
+    try:
+        return bytes(map(int, tensor.tolist())).decode()
+    except OverflowError:  # an infinite number
+        raise ValueError("a text is stored as bytes") from None
+
+
 def object_in(tensor: torch.Tensor, where: object) -> dict:
     """A JSON object that is stored as bytes. Raises ValueError, in one line, for a tensor that holds none."""
     try:
-        found = json.loads(bytes(tensor.tolist())) if tensor.dtype == torch.uint8 and tensor.ndim == 1 else None
+        found = json.loads(text_in(tensor))
     except (ValueError, RecursionError):  # neither text nor JSON, or nested too deep
         found = None
     if not isinstance(found, dict):

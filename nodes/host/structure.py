@@ -16,7 +16,7 @@ from torch import nn
 from ...ppcl_engine.architectures import Architecture
 from ...ppcl_engine.architectures.folded import Folding, folding_of
 from ...ppcl_engine.bundle import STRUCTURE_TENSOR
-from ...ppcl_engine.checkpoint import HINTS_TENSOR, parts_in, usual_name
+from ...ppcl_engine.checkpoint import HINTS_TENSOR, object_in, parts_in, text_in, usual_name
 from ...ppcl_engine.folding_files import modulation_names
 from ...ppcl_engine.layout import Layout, Place, full_layout, layout_of
 from ...ppcl_engine.plan import PruningPlan, plan_from_json
@@ -191,16 +191,35 @@ def _released_structure(host: Host, tensors: FileTensors, hints: dict) -> Struct
     config = config_of(host, tensors, {key: known[key] for key in (AXES, *host.engine.marks.values()) if key in known})
     config |= {blocks.depth: len(there[blocks.name]) for blocks in host.lists}
     layout = _released_layout(host.engine, config, tensors)
-    indices = hints.get("indices") or _published(host.engine, config) or list(range(count))
+    indices, blocks = _told_blocks(hints)
+    indices = indices or _published(host.engine, config) or list(range(count))
     if len(indices) != count or sorted(set(indices)) != indices or indices[-1] >= MAX_BLOCKS or indices[0] < 0:
         raise ValueError(f"the file has {count} blocks, the preset names {len(indices)}; choose the one of this model")
-    blocks = max(hints.get("blocks", 0), indices[-1] + 1)
+    blocks = max(blocks, indices[-1] + 1)
     whole = host.spread(config, indices, blocks)
     names = {name: _host_name(host, config, whole, name, layout.places, indices) for name in tensors
              if host.block_name.match(name)}  # fmt: skip
     places = tuple(_at(place, indices) for place in layout.places)
     legacy = {n for n in names if n.endswith(".txt_proj.weight")} if hints.get("legacy") else ()
     return Structure(host, Layout(num_blocks=blocks, places=places), whole, names=names, legacy=frozenset(legacy))
+
+
+def _told_blocks(hints: Mapping) -> tuple[list[int], int]:
+    """The teacher's indices of a file's blocks and how many the teacher has; nothing and 0 where hints do not say it."""
+    indices, blocks = hints.get("indices") or [], hints.get("blocks", 0)
+    whole = isinstance(indices, list) and all(type(number) is int for number in [*indices, blocks])
+    if not whole or blocks > MAX_BLOCKS:
+        raise ValueError("the file's list of its blocks is not readable; export it again, or choose a preset")
+    return indices, blocks
+
+
+def blocks_in_text(text: str) -> list[int]:
+    """The same, out of a file's metadata."""
+    try:
+        numbers = json.loads(text)
+    except (ValueError, RecursionError):
+        numbers = text
+    return _told_blocks({"indices": numbers})[0]
 
 
 def _released_layout(engine: Architecture, config: dict, tensors: FileTensors) -> Layout:
@@ -251,13 +270,11 @@ def _at(place: Place, indices: list[int]) -> Place:
 
 
 def _read_json(tensors: FileTensors, name: str) -> dict:
-    return json.loads(text_of(tensors[name])) if name in tensors else {}
+    return object_in(tensors[name], "the file") if name in tensors else {}
 
 
 def text_of(tensor: torch.Tensor) -> str:
-    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
-        raise ValueError("the file's plan is not readable; export it again")
     try:
-        return bytes(tensor.tolist()).decode()
-    except UnicodeDecodeError:
+        return text_in(tensor)
+    except ValueError:
         raise ValueError("the file's plan is not readable; export it again") from None
