@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,8 +34,13 @@ class Modulations:
 
     @property
     def shapes(self) -> list[tuple]:
-        """Which modulations there are, and which are cut to their first half."""
-        return sorted((name, tuple(self.shape(name))) for name in self.stored)
+        """Which modulations there are, which are cut to their first half, and the formats of those of few bits."""
+        return sorted((name, tuple(self.shape(name)), *self._format(name)) for name in self.stored)
+
+    def _format(self, name: str) -> tuple[str, ...]:
+        weight = self.stored[name]["weight"]
+        named = isinstance(weight, Quantised) and weight.old is None
+        return (json.dumps(weight.settings, sort_keys=True),) if named else ()
 
     def shape(self, name: str) -> tuple[int, int]:
         return self.stored[name]["weight"].shape

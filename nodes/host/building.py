@@ -54,6 +54,7 @@ class PrunedConfig:
             return False
 
     def get_model(self, state_dict, *arguments, **named):
+        self.told = told_of_formats(self)
         grouped = self._grouped(decompressed(transformer_of(self.host, state_dict), shapes_only=True))
         tensors = {
             n: torch.empty(t.shape, device="meta") if isinstance(t, Quantised) else t for n, t in grouped.items()
@@ -82,7 +83,7 @@ class PrunedConfig:
         if self.custom_operations is not None:
             found = passed_on(held)
         else:
-            found = grouped(held, file_being_loaded(), *told_of_formats(self))
+            found = grouped(held, file_being_loaded(), *self.told)
         return {name: place.tensor if isinstance(place, Held) else place for name, place in found.items()}
 
     def _name_formats(self, named: dict) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import importlib
 import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,7 @@ args.cpu = True
 
 import comfy.latent_formats  # noqa: E402
 import comfy.model_detection  # noqa: E402
+import comfy.model_management  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfyui_version  # noqa: E402
 import folder_paths  # noqa: E402
@@ -264,6 +266,19 @@ def velocity(inputs):
         return flat(found[0]).clone()
 
     return run
+
+
+@pytest.fixture
+def as_loaded(monkeypatch):
+    """Meanwhile sampling loads nothing more: weights stay off the device, and are cast and patched when they are used."""
+
+    @contextmanager
+    def stay():
+        with monkeypatch.context() as patch:
+            patch.setattr(comfy.model_management, "load_models_gpu", lambda *arguments, **named: None)
+            yield
+
+    return stay
 
 
 @pytest.fixture(scope="module")

@@ -1,179 +1,213 @@
-"""Models in the formats of few bits that people have: what this host reads is read right, as a bundle's base, whole pruned
-files and standalones, in our loader and in the host's; what it does not read is one line that names the format. What is
-right: the same model with the numbers that such a file stands for."""
+"""Models in formats of few bits are read right, as far as this host reads them: a bundle's base, whole pruned files and
+standalones, in our loader and in the host's. What is right: the same model with the numbers that such a file stands for."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import comfy.quant_ops
-import comfy.utils
+import comfy.model_management
 import pytest
 import torch
 
+from ppcl_engine.checkpoint import COMFYUI_PREFIX, Weights
 from ppcl_engine.files import TensorFile, write_tensors
 
-from .conftest import relative_error
-
-EXACT, NEAR, ROUNDED = 1e-5, 1e-2, 0.1  # the same numbers; some of them in 16 bits; students in fp8 too
-INPUTS = {"int8_tensorwise": 0.05, "convrot_w4a4": 0.5}  # what a model changes where the host rounds inputs too
-LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
-KNOWN = comfy.quant_ops.QUANT_ALGOS
-EVERY = 64  # what both sizes of a matrix are multiples of, in all these formats
-FULL = {"full_precision_matrix_mult": True}
-Parts = dict[str, torch.Tensor]
-
-
-def in_float8(weight: torch.Tensor, dtype=torch.float8_e4m3fn) -> tuple[Parts, torch.Tensor]:
-    scale = weight.abs().max() / LARGEST[dtype]
-    values = (weight / scale).to(dtype)
-    return {"weight": values, "weight_scale": scale}, values.float() * scale
-
-
-def in_int8(weight: torch.Tensor, by_row: bool) -> tuple[Parts, torch.Tensor]:
-    scale = (weight.abs().amax(1, keepdim=True) if by_row else weight.abs().max()) / 127
-    values = (weight / scale).round().to(torch.int8)
-    return {"weight": values, "weight_scale": scale}, values.float() * scale
-
-
-def by_the_host(weight: torch.Tensor, name: str, **options) -> tuple[Parts, torch.Tensor]:
-    layout = KNOWN[name]["comfy_tensor_layout"]
-    found = comfy.quant_ops.QuantizedTensor.from_float(weight, layout, **options)
-    return found.state_dict("weight"), found.dequantize()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """name: the host's; make: weight -> (its parts in a file, the numbers that they stand for); said: the rest of what the
-    file says of it. old: scaled fp8, all of it. in_metadata: where the file says it."""
-
-    name: str
-    make: Callable[[torch.Tensor], tuple[Parts, torch.Tensor]]
-    said: dict | None = None
-    old: torch.dtype | None = None
-    in_metadata: bool = False
-
-    @property
-    def is_read(self) -> bool:
-        return self.old is not None or self.name in KNOWN
-
-    def far(self, least: float) -> float:
-        """How far a model may be from its numbers in full precision. ComfyUI 0.3.75 keeps scaled fp8 models' biases in fp8."""
-        return max(
-            least,
-            INPUTS.get(self.name, 0),
-            ROUNDED if self.old and not hasattr(comfy.utils, "convert_old_quants") else 0,
-        )
-
-
-FP8, FP8_WIDE = torch.float8_e4m3fn, torch.float8_e5m2
-ROTATED = {"convrot": True, "convrot_groupsize": EVERY}
-KINDS = {
-    "scaled fp8": Kind(name="float8_e4m3fn", make=in_float8, old=FP8),
-    "scaled fp8, e5m2": Kind(name="float8_e5m2", make=lambda w: in_float8(w, FP8_WIDE), old=FP8_WIDE),
-    "float8_e4m3fn": Kind(name="float8_e4m3fn", make=in_float8),
-    "float8_e4m3fn in metadata": Kind(name="float8_e4m3fn", make=in_float8, in_metadata=True),
-    "float8_e5m2": Kind(name="float8_e5m2", make=lambda w: in_float8(w, FP8_WIDE)),
-    "int8": Kind(name="int8_tensorwise", make=lambda w: in_int8(w, False)),
-    "int8 by row": Kind(name="int8_tensorwise", make=lambda w: in_int8(w, True)),
-    "int8 convrot": Kind(
-        name="int8_tensorwise",
-        make=lambda w: by_the_host(w, "int8_tensorwise", per_channel=True, **ROTATED),
-        said=ROTATED,
-    ),
-    "mxfp8": Kind(name="mxfp8", make=lambda w: by_the_host(w, "mxfp8")),
-    "nvfp4": Kind(name="nvfp4", make=lambda w: by_the_host(w, "nvfp4")),
-    "convrot_w4a4": Kind(
-        name="convrot_w4a4",
-        make=lambda w: by_the_host(w, "convrot_w4a4", convrot_groupsize=EVERY),
-        said={"convrot_groupsize": EVERY},
-    ),
-}
-READ = [name for name, kind in KINDS.items() if kind.is_read]
-REFUSED = {name: kind for name, kind in KINDS.items() if not kind.is_read}
-
-
-def as_json(value: dict) -> torch.Tensor:
-    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
-
-
-def stored(tensors: Parts, kind: Kind, said: dict = FULL) -> tuple[Parts, Parts, dict[str, str]]:
-    """(a file's tensors, the same with the numbers that they stand for, the file's metadata)"""
-    found = {"scaled_fp8": torch.zeros(2, dtype=kind.old)} if kind.old else {}
-    exact, layers = {}, {}
-    for name, tensor in tensors.items():
-        sizes = () if tensor.ndim != 2 or not name.endswith(".weight") or "pos_embed" in name else tensor.shape
-        if not sizes or kind.old is None and any(size % EVERY for size in sizes):
-            found[name] = exact[name] = tensor
-            continue
-        module, settings = name.removesuffix("weight"), {"format": kind.name, **(kind.said or {}), **said}
-        parts, exact[name] = kind.make(tensor)
-        if kind.old:
-            parts["scale_weight"] = parts.pop("weight_scale")
-        elif kind.in_metadata:
-            layers[module.rstrip(".")] = settings
-        else:
-            parts["comfy_quant"] = as_json(settings)
-        found |= {module + leaf: part for leaf, part in parts.items()}
-    text = json.dumps({"format_version": "1.0", "layers": layers})
-    return found, exact, {"_quantization_metadata": text} if layers else {}
-
+from ...released_models import KEPT, LISTS, TEACHER_BLOCKS, released_state
+from .conftest import BOUND, relative_error
+from .quantised import EXACT, KINDS, NEAR, NEWER, READ, ROUNDED, Kind, numbers, stored
 
 CASES = {"qwen_image": "qwen_image_wide", "flux1": "flux1_wide", "sd35": "sd35"}
+SOME = ("scaled fp8", "float8_e4m3fn in metadata", "int8 convrot", "nvfp4")  # where all would take long
 PLAIN = {"qwen_image": "3-4", "flux1": "9-10", "sd35": "4-5"}  # an interval without a correction
-everywhere = pytest.mark.parametrize(("architecture", "host_case"), CASES.items(), ids=CASES, indirect=True)
-on_flux = pytest.mark.parametrize(
-    ("architecture", "host_case"), [("flux1", "flux1_wide")], ids=["flux1"], indirect=True
-)
+
+
+def on(*names: str):
+    cases = [(name, CASES[name]) for name in names]
+    return pytest.mark.parametrize(("architecture", "host_case"), cases, ids=names, indirect=True)
+
+
+def kinds(*names: str):
+    return pytest.mark.parametrize("name", [name for name in names if name in READ])
 
 
 @pytest.fixture(scope="module")
-def files(host_tensors, models, teacher, host_case):
-    """(a base in this format, the same in full precision), each written once"""
+def written(models):
+    """Tensors in this format, and their numbers in full precision: names of two files, each written once."""
 
-    def make(name: str, said: dict = FULL, prefix: str = "") -> tuple[str, str]:
-        paths = [models.diffusion_models / f"{host_case.file} {name}{ending}.safetensors" for ending in ("", " exact")]
-        *contents, metadata = stored(host_tensors, KINDS[name], said)
-        for path, content in zip(paths, contents, strict=True):
-            about = TensorFile(teacher).metadata | (metadata if path is paths[0] else {})
-            write_tensors(path, {prefix + name: tensor for name, tensor in content.items()}, about)
+    def write(tensors: dict, name: str, file: str, about: dict | None = None, prefix: str = "") -> tuple[str, str]:
+        paths = [models.diffusion_models / f"{file} {name}{ending}.safetensors" for ending in ("", " exact")]
+        if not paths[0].exists():
+            found, exact, metadata = stored(tensors, KINDS[name])
+            write_tensors(paths[0], {prefix + n: t for n, t in found.items()}, {**(about or {}), **metadata})
+            write_tensors(paths[1], {prefix + n: t for n, t in exact.items()}, about)
         return paths[0].name, paths[1].name
 
-    return make
+    return write
 
 
-@torch.inference_mode()
-def numbers(model) -> dict[str, torch.Tensor]:
-    """What each map of a loaded model multiplies with."""
-    found = {}
-    for name, module in model.model.diffusion_model.named_modules():
-        weight, scale = module._parameters.get("weight"), getattr(module, "scale_weight", None)
-        if isinstance(weight, comfy.quant_ops.QuantizedTensor):
-            found[name] = weight.dequantize()
-        elif weight is not None:
-            found[name] = weight.float() * (1 if scale is None else scale)
-    return found
+@pytest.fixture(scope="module")
+def base_of(written, host_tensors, teacher, host_case):
+    return lambda name, **more: written(host_tensors, name, host_case.file, TensorFile(teacher).metadata, **more)
 
 
-def farthest(model, exact) -> float:
-    theirs = numbers(exact)
-    assert (ours := numbers(model)).keys() == theirs.keys()
-    return max(relative_error(tensor, theirs[name]) for name, tensor in ours.items())
+def check(model, expected, velocity, kind: Kind, numbers_near: float, near: float) -> None:
+    theirs, ours = numbers(expected), numbers(model)
+    assert ours.keys() == theirs.keys()
+    assert max(relative_error(tensor, theirs[name]) for name, tensor in ours.items()) < numbers_near
+    assert relative_error(velocity(model), velocity(expected)) < kind.far(near)
 
 
 @pytest.mark.parametrize("name", READ)
-@on_flux
-def test_a_base(load, switched, velocity, bundle, files, name, caplog):
+@on("flux1")
+def test_a_base(load, velocity, bundle, base_of, name, caplog):
     """Of a switchable model, and of one that holds a variant alone, whose maps are cut."""
-    (base, exact), kind = files(name), KINDS[name]
-    for variant, switchable in (("full", True), ("smallest", True), ("smallest", False)):
+    (base, exact), kind = base_of(name), KINDS[name]
+    for variant, switchable in (("full", True), ("smallest", False), *[("smallest", True)] * (name in SOME)):
         expected = load(bundle.name, base=exact, variant=variant, switchable=switchable)
         caplog.clear()
         model = load(bundle.name, base=base, variant=variant, switchable=switchable, weight_dtype="default")
         assert not [line for line in caplog.messages if "missing" in line or "unexpected" in line]
         near = ROUNDED if kind.old else NEAR
-        assert farthest(model, expected) < (near if not switchable or kind.old else EXACT)
-        bound = EXACT if variant == "full" else near
-        assert relative_error(velocity(model), velocity(expected)) < kind.far(bound)
+        numbers_near = near if kind.old or not switchable else EXACT
+        check(model, expected, velocity, kind, numbers_near, EXACT if variant == "full" else near)
+
+
+@kinds(*SOME)
+@on("qwen_image", "sd35")
+def test_a_base_of_other_architectures(load, velocity, bundle, base_of, name):
+    (base, exact), kind = base_of(name), KINDS[name]
+    expected = load(bundle.name, base=exact, variant="smallest", switchable=False)
+    model = load(bundle.name, base=base, variant="smallest", switchable=False, weight_dtype="default")
+    near = ROUNDED if kind.old else NEAR
+    check(model, expected, velocity, kind, near, near)
+
+
+@kinds("float8_e4m3fn", "float8_e4m3fn in metadata", "nvfp4")
+@on("flux1")
+def test_a_base_by_diffusers_names(load, velocity, bundle, written, teacher, name):
+    """Whose pieces of one map have scales of their own."""
+    base, exact = written(TensorFile(teacher).read_all(), name, "flux by diffusers")
+    expected = load(bundle.name, base=exact, variant="smallest", switchable=False)
+    model = load(bundle.name, base=base, variant="smallest", switchable=False, weight_dtype="default")
+    check(model, expected, velocity, KINDS[name], NEAR, NEAR)
+
+
+@kinds("float8_e4m3fn", "float8_e4m3fn in metadata", "int8")
+@on("sd35")
+def test_a_checkpoint_as_base(load, velocity, bundle, base_of, written, host_tensors, teacher, name):
+    base, _ = written(host_tensors, name, "sd35 checkpoint", TensorFile(teacher).metadata, prefix=COMFYUI_PREFIX)
+    expected = load(bundle.name, base=base_of(name)[1], variant="small")
+    model = load(bundle.name, base=base, variant="small", weight_dtype="default")
+    check(model, expected, velocity, KINDS[name], EXACT, NEAR)
+
+
+@pytest.fixture(scope="module")
+def pruned(exported, tmp_path_factory, architecture):
+    """Whole pruned files: of depth alone, counted anew; of depth and width, as our loader has them."""
+    folder = tmp_path_factory.mktemp("pruned")
+    files = {
+        "comfyui": exported(folder, "comfyui", "depth", PLAIN[architecture.name]),
+        "ppcl": exported(folder, "ppcl", "width", "smallest"),
+    }
+    return {layout: (TensorFile(path).read_all(), TensorFile(path).metadata) for layout, path in files.items()}
+
+
+@pytest.mark.parametrize("name", READ)
+@on("flux1")
+def test_a_pruned_file(load, run_node, velocity, pruned, written, name):
+    """In our loader and in the host's own."""
+    for layout in pruned if name in SOME else ("ppcl",):
+        file, exact = written(pruned[layout][0], name, f"flux {layout}", pruned[layout][1])
+        (stock,), expected = run_node("UNETLoader", unet_name=file, weight_dtype="default"), load(exact)
+        for model in (load(file, weight_dtype="default"), stock):
+            check(model, expected, velocity, KINDS[name], EXACT, EXACT)
+
+
+@kinds(*SOME)
+@on("qwen_image")
+def test_a_released_model_with_old_text_projections(load, run_node, velocity, make_model, host_case, written, name):
+    state = released_state(make_model(num_layers=TEACHER_BLOCKS, **host_case.channels), KEPT, LISTS)
+    file, exact = written(state, name, "released")
+    for legacy in (False, True):
+        model, expected = (load(f, legacy_text=legacy, weight_dtype="default") for f in (file, exact))
+        near = ROUNDED if KINDS[name].old and legacy else NEAR
+        check(model, expected, velocity, KINDS[name], near, near)
+    (model,) = run_node("UNETLoader", unet_name=file, weight_dtype="default")
+    check(model, load(exact), velocity, KINDS[name], EXACT, EXACT)
+
+
+@pytest.fixture(scope="module")
+def lora(models, host_case, host_tensors):
+    """On every matrix of the blocks."""
+    tensors, generator = {}, torch.Generator().manual_seed(1)
+    for name, tensor in host_tensors.items():
+        if name.endswith(".weight") and tensor.ndim == 2 and "blocks." in name:
+            module, (rows, columns) = f"diffusion_model.{name.removesuffix('.weight')}", tensor.shape
+            tensors[f"{module}.lora_A.weight"] = torch.randn(2, columns, generator=generator) / columns**0.5
+            tensors[f"{module}.lora_B.weight"] = 0.2 * torch.randn(rows, 2, generator=generator)
+    write_tensors(models.loras / f"{host_case.file}_all.safetensors", tensors)
+    return f"{host_case.file}_all.safetensors"
+
+
+@kinds("scaled fp8", "float8_e4m3fn in metadata", "int8 convrot", "mxfp8")
+@on("flux1")
+def test_a_lora_on_top(load, run_node, velocity, bundle, base_of, lora, name, as_loaded):
+    """Put into the weights, which are then rounded again, and added on their way to the device."""
+    (base, exact), kind = base_of(name), KINDS[name]
+    for switchable in (False, True) if name == "int8 convrot" else (False,):
+        options = {"variant": "smallest", "switchable": switchable}
+        bare = load(bundle.name, base=exact, **options)
+        patched, model = (
+            run_node("LoraLoaderModelOnly", model=found, lora_name=lora, strength_model=1.0)[0]
+            for found in (bare, load(bundle.name, base=base, **options, weight_dtype="default"))
+        )
+        expected = velocity(patched)
+        changed = relative_error(velocity(bare), expected)
+        assert relative_error(velocity(model), expected) < min(0.2, changed / 2)
+        comfy.model_management.unload_all_models()
+        model.patch_model(device_to=torch.device("cpu"), lowvram_model_memory=1)
+        with as_loaded():
+            found = velocity(model)
+        model.unpatch_model(torch.device("cpu"))
+        assert relative_error(found, expected) < kind.far(NEAR if NEWER and not kind.old else ROUNDED)
+
+
+@kinds(*SOME)
+@on("qwen_image")
+def test_folded(load, bundle, base_of, drawn, loose_bound, name):
+    """A table has the bits of the unfolded model, on the host's own quantised maps."""
+    options = {"base": base_of(name)[0], "variant": "smallest", "switchable": False, "weight_dtype": "default"}
+    expected = drawn(load(bundle.name, **options))
+    assert torch.equal(drawn(load(bundle.name, **options, fold="table")), expected)
+    assert relative_error(drawn(load(bundle.name, **options, fold="basis")), expected) < BOUND
+
+
+@kinds("float8_e4m3fn", "nvfp4")
+@on("sd35")
+def test_what_nodes_say_of_it(load, bundle, base_of, pack, name):
+    """Sizes are of numbers, not of what is packed; bytes are those that are there, scales too."""
+    base, exact = base_of(name)
+    model, expected = load(bundle.name, base=base, weight_dtype="default"), load(bundle.name, base=exact)
+    sizes = pack("branch").sizes
+    assert sizes(model)[0] == sizes(expected)[0] and sizes(model)[1] < 0.65 * sizes(expected)[1]
+    whole = load(base, weight_dtype="default")
+    shapes = {n: tuple(t.shape) for n, t in pack("host.parts").tensors_in(whole.model.diffusion_model).items()}
+    full = pack("host.parts").tensors_in(load(exact).model.diffusion_model)
+    assert shapes == {n: tuple(t.shape) for n, t in full.items()}
+    weights = Weights(pack("paths").model_path(exact))
+    pack("record").check_same_model(whole, weights)
+
+
+@kinds("nvfp4", "float8_e4m3fn")
+@on("sd35")
+def test_a_model_of_the_hosts_own(run_node, make_model, host_case, written, pack, name):
+    """Which this pack did not build."""
+    from ...tiny_models import comfyui_state
+
+    architecture = pack("host.sd35").HOST.engine
+    model = make_model(**{**host_case.channels, "num_layers": 2, "num_attention_heads": 2})
+    file, exact = written(comfyui_state(architecture, model), name, "sd35 whole")
+    configs = []
+    for found in (file, exact):
+        (loaded,) = run_node("UNETLoader", unet_name=found, weight_dtype="default")
+        assert not hasattr(loaded.model.diffusion_model, "ppcl")
+        configs.append(pack("branch").known(loaded)[1])
+    assert configs[0] == configs[1]
