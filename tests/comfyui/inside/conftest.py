@@ -6,6 +6,7 @@ import asyncio
 import copy
 import importlib
 import inspect
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -82,10 +83,11 @@ def models(tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def pack(models):
+def pack(models, figures):
     """`pack("load")` is the module nodes/load.py of the pack as the host imported it."""
-    path = str(ROOT)
+    path, start = str(ROOT), time.perf_counter()
     assert asyncio.run(host_nodes.load_custom_node(path, module_parent="custom_nodes"))
+    figures("start_seconds", time.perf_counter() - start)
     for extra in ("model_advanced", "model_merging", "slg", "custom_sampler", "edit_model", "flux"):
         file = str(Path(host_nodes.__file__).parent / "comfy_extras" / f"nodes_{extra}.py")
         assert asyncio.run(host_nodes.load_custom_node(file, module_parent="comfy_extras"))
