@@ -7,7 +7,7 @@ import torch
 
 from ppcl_engine import open_model
 from ppcl_engine.bundle import Bundle, is_bundle, write_bundle
-from ppcl_engine.checkpoint import Weights, bytes_of, object_in, open_layout, parameter_count
+from ppcl_engine.checkpoint import Weights, as_tensor, object_in, open_layout, parameter_count
 from ppcl_engine.files import TensorEntry, write_tensors
 from ppcl_engine.plan import Interval, PruningPlan, Variant
 from ppcl_engine.surgery import PassThrough, build_student
@@ -66,7 +66,7 @@ def test_a_configuration_in_the_metadata_that_is_none(tmp_path, config):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32])
 def test_a_text_in_a_tensor(dtype):
     """Tools that make GGUF of our files keep bytes as numbers."""
-    assert object_in(bytes_of({"blocks": 60}).to(dtype), "a file") == {"blocks": 60}
+    assert object_in(as_tensor({"blocks": 60}).to(dtype), "a file") == {"blocks": 60}
     for wrong in (
         torch.tensor([float("nan")]),
         torch.tensor([float("inf")]),
