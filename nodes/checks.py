@@ -12,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
 MOST_CHARACTERS = 100_000  # of a text: thousands of prompts
+MOST_LISTED = 160  # characters of choices in a message
 MOST_CHOICES = 12  # that an error names
 LONGEST_NAME = 1_000  # characters of a choice
 LONGEST = 60  # characters of a wrong value in an error
@@ -77,7 +78,9 @@ def _choice(options: Collection[str], value: object, looked_up: bool) -> str:
         return ""
     names = list(options)[:MOST_CHOICES]
     more = f", ... ({len(options):,} in all)" if len(options) > MOST_CHOICES else ""
-    return f"{shown(value)} is not a choice; choose from {', '.join(names)}{more}"
+    known = ", ".join(names)
+    known = known if len(known) <= MOST_LISTED else f"{known[:MOST_LISTED]} ..."
+    return f"{shown(value)} is not a choice; choose from {known}{more}"
 
 
 def shown(value: object) -> str:

@@ -15,6 +15,7 @@ from functools import partial
 
 import comfy.float
 import torch
+from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import nn
 
@@ -111,6 +112,12 @@ class PatchedWhole:
     def left(self, name: str, whole: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
         """What to store of a changed one."""
         return whole
+
+    def forward(self, *arguments, **named):
+        for name in ("weight", "bias"):  # what the host appended to its lists since
+            changes = getattr(self, f"{name}_function")
+            changes[:] = [OnWhole(self, name, c) if isinstance(c, LowVramPatch) else c for c in changes]
+        return super().forward(*arguments, **named)
 
     def convert_weight(self, weight, inplace=False, **named):
         return self.whole("weight", getattr(super(), "convert_weight", _same)(weight, inplace=inplace, **named))
