@@ -12,7 +12,7 @@ from ppcl_engine.__main__ import main
 from ppcl_engine.architectures import REFERENCES
 from ppcl_engine.bundle import open_model
 from ppcl_engine.chain import teacher_velocity
-from ppcl_engine.checkpoint import COMFYUI_PREFIX, Weights
+from ppcl_engine.checkpoint import COMFYUI_PREFIX, HINTS_TENSOR, Weights
 from ppcl_engine.config import DetectWidthConfig, DistillWidthConfig, FinetuneConfig, PolishConfig, ProbeConfig
 from ppcl_engine.cost import CostModel
 from ppcl_engine.data import load_calibration
@@ -120,7 +120,8 @@ def test_a_comfyui_file_says_by_its_mark_that_references_are_as_at_t_0(run, tmp_
     """No shape tells, and files that others made bring no configuration."""
     exported = TensorFile(run / "exports" / "comfyui.safetensors")
     for marked in (True, False):
-        tensors = {f"{COMFYUI_PREFIX}{n}": t for n, t in exported.read_all().items() if marked or n != MARK}
+        left_out = {HINTS_TENSOR} if marked else {HINTS_TENSOR, MARK}
+        tensors = {f"{COMFYUI_PREFIX}{n}": t for n, t in exported.read_all().items() if n not in left_out}
         write_tensors(tmp_path / "other.safetensors", tensors)
         weights = Weights(tmp_path / "other.safetensors")
         assert weights.num_blocks == 4 and weights.config.get("zero_cond_t", False) == marked
