@@ -309,7 +309,8 @@ def _later(host: Host, request: Request, folding: Folding | None) -> Modulations
     if folding is None or folding.form != "table":
         raise ValueError(f"{request.path.name} is no bundle, so it takes no base model; set base to none")
     stored, _ = open_layout(request.base)
-    _, modulations = split(host.engine, places_in(stored, request.base.name))
+    places = places_in({name: place for name, place in stored.items() if not is_surrounding(name)}, request.base.name)
+    _, modulations = split(host.engine, places)
     if modulations.mark != folding.mark:
         raise ValueError(
             f"{request.base.name} is another model than {request.path.name} was folded from; choose the very file, or none"

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ...ppcl_engine.checkpoint import COMFYUI_PREFIX
 from ...ppcl_engine.layout import Place
 from ...ppcl_engine.plan import Interval
 from ...ppcl_engine.quantization import FP8_MARK
@@ -108,7 +109,10 @@ class PrunedConfig:
 
 def told_of_formats(config) -> tuple[dict | None, torch.dtype | None]:
     """(layer -> settings, what a scaled fp8 file keeps matrices in), where the host took them out of the file."""
-    return (None, None) if IN_FILE else (config.layer_quant_config, config.scaled_fp8)
+    if IN_FILE:
+        return None, None
+    layers = (config.layer_quant_config or {}).items()
+    return {name.removeprefix(COMFYUI_PREFIX): said for name, said in layers}, config.scaled_fp8
 
 
 def in_a_named_format(tensor) -> bool:

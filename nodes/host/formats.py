@@ -11,7 +11,7 @@ import torch
 
 from ...ppcl_engine.checkpoint import COMFYUI_PREFIX
 from ...ppcl_engine.quantization import FP8_MARK
-from .quantised import FLOAT8, FORMAT, HOST, IN_FILE, OLD_NAMES, ONE_SCALE, SCALE, SCALES, Quantised, read_settings
+from .quantised import FLOAT8, FORMAT, HOST, IN_FILE, INPUT_SCALE, OLD_NAMES, ONE_SCALE, SCALE, SCALES, Quantised, read_settings
 
 METADATA = "_quantization_metadata"
 NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
@@ -101,7 +101,7 @@ def check_matrix(weight, parts: Mapping, said: dict | None, old: torch.dtype | N
             f"{where} has a scale, and nothing in the file says its format (no {FORMAT}, no {FP8_MARK}); {ELSEWHERE}"
         )
     if old is not None and not IN_FILE:
-        known = {"storage_t": old, "parameters": {SCALE, "input_scale"}}
+        known = {"storage_t": old, "parameters": {SCALE}}
     else:
         check_format(said["format"], where)
         known = comfy.quant_ops.QUANT_ALGOS[said["format"]]
@@ -112,7 +112,7 @@ def check_matrix(weight, parts: Mapping, said: dict | None, old: torch.dtype | N
         raise ValueError(f"{stored} and holds {kind} of shape {tuple(weight.shape)}; {ELSEWHERE}")
     if missing := [leaf for leaf in NEEDED if leaf in known["parameters"] and leaf not in parts]:
         raise ValueError(f"{stored} and lacks its {missing[0]}; copy or download the file again")
-    if unused := sorted(parts.keys() - known["parameters"]):
+    if unused := sorted(parts.keys() - known["parameters"] - {INPUT_SCALE}):
         raise ValueError(f"{stored}, which does not use its {unused[0]}; {ELSEWHERE}")
     if said["format"] in FLOAT8.values() and tuple(parts[SCALE].shape) not in ONE_SCALE:
         raise ValueError(

@@ -22,9 +22,9 @@ from ...ppcl_engine.quantization import scaled_fp8
 from .base import ALL, Cut
 from .structure import as_tensor
 
-FORMAT, SCALE = "comfy_quant", "weight_scale"
-OLD_NAMES = {SCALE: "scale_weight", "input_scale": "scale_input"}
-SCALES = (SCALE, "weight_scale_2", "input_scale", "pre_quant_scale")
+FORMAT, SCALE, INPUT_SCALE = "comfy_quant", "weight_scale", "input_scale"  # the last: of inputs, where they are rounded too
+OLD_NAMES = {SCALE: "scale_weight", INPUT_SCALE: "scale_input"}
+SCALES = (SCALE, "weight_scale_2", INPUT_SCALE, "pre_quant_scale")
 ONE_SCALE = ((), (1,), (1, 1))  # shapes
 FLOAT8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 IN_FILE = hasattr(comfy.utils, "convert_old_quants")  # the host looks for a matrix's format in the file itself
@@ -135,7 +135,7 @@ def spelled(parts: dict[str, torch.Tensor], settings: dict | None, old: torch.dt
     if settings is None:
         return parts
     if old is None or IN_FILE:
-        used = {leaf: t for leaf, t in parts.items() if old is None or leaf != "input_scale" or float(t) != 1}
+        used = {leaf: t for leaf, t in parts.items() if old is None or leaf != INPUT_SCALE or float(t) != 1}
         return {**used, FORMAT: as_tensor(settings)}
     return {OLD_NAMES.get(leaf, leaf): tensor for leaf, tensor in parts.items()}
 
@@ -205,7 +205,8 @@ def read_settings(tensor: torch.Tensor) -> dict:
 
 def refuse_unused_scales(module: nn.Module, found) -> None:
     """After a model was filled: a scale that nobody took means weights that are read wrong."""
-    unused = [name for name in found.unexpected_keys if name.rpartition(".")[2] in (*SCALES, *OLD_NAMES.values())]
+    kinds = {*SCALES, OLD_NAMES[SCALE]} - {INPUT_SCALE}
+    unused = [name for name in found.unexpected_keys if name.rpartition(".")[2] in kinds]
     if unused:
         raise ValueError(
             f"{HOST} does not use {len(unused)} of the file's scales, first {unused[0]}: its weights would be wrong; take "

@@ -47,6 +47,13 @@ def by_the_host(weight: torch.Tensor, name: str, **options) -> tuple[Parts, torc
     return found.state_dict("weight"), found.dequantize()
 
 
+def for_other_inputs(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+    """nvfp4 as ModelOpt writes it after smoothing: inputs are multiplied first."""
+    first = torch.linspace(0.5, 2, weight.shape[1])
+    parts, found = by_the_host(weight / first, "nvfp4")
+    return {**parts, "pre_quant_scale": first}, found * first
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """name: the host's; make: weight -> (its parts in a file, the numbers that they stand for); said: the rest of what the
@@ -84,6 +91,7 @@ KINDS = {
     ),
     "mxfp8": Kind(name="mxfp8", make=lambda w: by_the_host(w, "mxfp8")),
     "nvfp4": Kind(name="nvfp4", make=lambda w: by_the_host(w, "nvfp4")),
+    "nvfp4 smoothed": Kind(name="nvfp4", make=for_other_inputs),
     "convrot_w4a4": Kind(
         name="convrot_w4a4",
         make=lambda w: by_the_host(w, "convrot_w4a4", convrot_groupsize=EVERY),
@@ -128,7 +136,15 @@ def numbers(model) -> dict[str, torch.Tensor]:
     for name, module in model.model.diffusion_model.named_modules():
         weight, scale = module._parameters.get("weight"), getattr(module, "scale_weight", None)
         if isinstance(weight, comfy.quant_ops.QuantizedTensor):
-            found[name] = weight.dequantize()
+            first = getattr(module, "pre_quant_scale", None)
+            found[name] = weight.dequantize() * (1 if first is None else first)
         elif weight is not None:
             found[name] = weight.float() * (1 if scale is None else scale)
     return found
+
+
+def in_few_bits(layer) -> tuple[torch.Tensor, float]:
+    """(what a map of the host keeps, its one scale)"""
+    if isinstance(layer.weight, comfy.quant_ops.QuantizedTensor):
+        return layer.weight._qdata, float(layer.weight._params.scale)
+    return layer.weight, float(layer.scale_weight)

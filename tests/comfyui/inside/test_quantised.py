@@ -4,6 +4,7 @@ standalones, in our loader and in the host's. What is right: the same model with
 from __future__ import annotations
 
 import comfy.model_management
+import comfy.sd
 import pytest
 import torch
 
@@ -97,6 +98,33 @@ def test_a_checkpoint_as_base(load, velocity, bundle, base_of, written, host_ten
     expected = load(bundle.name, base=base_of(name)[1], variant="small")
     model = load(bundle.name, base=base, variant="small", weight_dtype="default")
     check(model, expected, velocity, KINDS[name], EXACT, NEAR)
+
+
+@kinds("scaled fp8", "float8_e4m3fn", "nvfp4")
+@on("flux1")
+def test_a_checkpoint_in_the_hosts_loader(load, velocity, pruned, written, models, name):
+    file, exact = written(pruned["ppcl"][0], name, "flux checkpoint", prefix=COMFYUI_PREFIX)
+    tensors = TensorFile(models.diffusion_models / file).read_all()
+    with torch.inference_mode():  # as in a node
+        model, *_ = comfy.sd.load_state_dict_guess_config(tensors, output_vae=False, output_clip=False)
+    check(model, load(exact), velocity, KINDS[name], EXACT, EXACT)
+
+
+@kinds("scaled fp8", "float8_e4m3fn")
+@on("flux1")
+def test_scales_of_inputs(load, velocity, bundle, host_tensors, teacher, models, name):
+    """Which matter where products are in few bits too."""
+    found, _, _ = stored(host_tensors, KINDS[name])
+    leaf = "scale_input" if KINDS[name].old else "input_scale"
+    matrices = [n for n, t in found.items() if n.endswith(".weight") and t.dtype.itemsize == 1]
+    scales = {n.removesuffix("weight") + leaf: torch.tensor(0.5) for n in matrices}
+    velocities = []
+    for file, tensors in (("plain", found), ("with inputs", found | scales)):
+        path = models.diffusion_models / f"flux {name} {file}.safetensors"
+        write_tensors(path, tensors, TensorFile(teacher).metadata)
+        model = load(bundle.name, base=path.name, variant="smallest", switchable=False, weight_dtype="default")
+        velocities.append(velocity(model))
+    assert torch.equal(*velocities)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from ppcl_engine.sparsity.files import SPARSITY_KEY
 from ppcl_engine.standalone import GUARD_SHAPE, Source, guard_name, write_sources
 
 from .conftest import relative_error
+from .quantised import in_few_bits
 
 QWEN = architecture_named("qwen_image")
 REAL = QWEN.model_configs["qwen_image"]
@@ -157,9 +158,8 @@ def test_an_export_in_fp8_loads(models, run_node, velocity, wide_text, removed, 
     with without_the_pack():
         (model,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
     assert not [line for line in caplog.messages if "missing" in line or "unexpected" in line]
-    layer = model.model.diffusion_model.transformer_blocks[1].attn.to_q
-    assert layer.weight.dtype == FP8
-    row, scale = layer.weight[5].float(), float(layer.scale_weight)
-    assert relative_error(row * scale, numbers[5 * 3072 : 6 * 3072].float()) < 0.05
+    values, scale = in_few_bits(model.model.diffusion_model.transformer_blocks[1].attn.to_q)
+    assert values.dtype == FP8
+    assert relative_error(values[5].float() * scale, numbers[5 * 3072 : 6 * 3072].float()) < 0.05
     velocities = velocity(model)
     assert velocities.isfinite().all() and velocities.std() > 0
