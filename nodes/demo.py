@@ -12,6 +12,7 @@ from comfy.latent_formats import Wan21
 from comfy_api.v0_0_2 import io
 
 from ..ppcl_engine.codecs import TableCodec, open_codec
+from .node import Node
 from .paths import demo_teacher
 
 CAPTIONS = "a white K on a blue circle, yellow background\na red 7 on a white hexagon, green background"
@@ -60,7 +61,7 @@ def decode(samples: torch.Tensor, enlarge: int) -> torch.Tensor:
     return pictures.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
 
 
-class DemoCaption(io.ComfyNode):
+class DemoCaption(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -85,11 +86,11 @@ class DemoCaption(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, captions) -> io.NodeOutput:
+    def perform(cls, captions) -> io.NodeOutput:
         return io.NodeOutput(*encode(captions))
 
 
-class DemoDecode(io.ComfyNode):
+class DemoDecode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -107,5 +108,5 @@ class DemoDecode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, latent, enlarge) -> io.NodeOutput:
+    def perform(cls, latent, enlarge) -> io.NodeOutput:
         return io.NodeOutput(decode(latent["samples"], enlarge))

@@ -14,6 +14,7 @@ from ..ppcl_engine.plan import Interval, PruningPlan, WidthSite, parse_intervals
 from ..ppcl_engine.run import Run
 from . import results
 from .job import CATEGORY, outputs
+from .node import Node
 from .paths import runs
 from .runs import folder_of, run_input
 from .settings import help_of, inputs, values
@@ -64,7 +65,13 @@ def measured_sites(folder: Path) -> dict[str, float]:
     return {row["name"]: row["score"] for row in rows}
 
 
-class EditPlan(io.ComfyNode):
+def plan_file(run: str) -> Path:
+    return Run(folder_of(run)).plan
+
+
+class EditPlan(Node):
+    FILES = {"run": plan_file}
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -90,7 +97,7 @@ class EditPlan(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, run, intervals, sites, form) -> io.NodeOutput:
+    def perform(cls, run, intervals, sites, form) -> io.NodeOutput:
         given = values(DistillWidthConfig, {"sites": sites, "form": form}) | values(
             DistillDepthConfig, {"intervals": intervals}
         )

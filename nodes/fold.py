@@ -20,9 +20,9 @@ from ..ppcl_engine.side_by_side import size_text
 from ..ppcl_engine.stages.fold import fold
 from ..ppcl_engine.standalone import check_file_name
 from . import gguf
-from .paths import model_files, model_path, written_folder
+from .node import Node
+from .paths import NO_BASE, base_path, model_files, model_path, written_folder
 
-NO_BASE = "none"
 PRECISIONS = ("bfloat16", "float32")
 NAME = "folded"
 
@@ -50,8 +50,6 @@ def write(
     file: Path, base: Path | None, form: str, name: str, bound: float, sigmas, precision: str, samples: str
 ) -> str:
     """What is in models/ppcl now, in words. Raises ValueError, in one line, for what cannot be folded and for a name that is taken."""
-    if form not in FORMS or precision not in PRECISIONS:
-        raise ValueError(f"form {form!r}, precision {precision!r}: known are {', '.join((*FORMS, *PRECISIONS))}")
     check_file_name(name)
     if form == "table" and sigmas is None:
         raise ValueError("a table needs the sigmas it is made for; connect the scheduler that you sample with")
@@ -84,7 +82,9 @@ def described(written: list[Path], report: dict) -> str:
     return "\n".join(lines)
 
 
-class FoldModel(io.ComfyNode):
+class FoldModel(Node):
+    FILES = {"file": model_path, "base": base_path}
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         files = [name for name in model_files() if not name.endswith(gguf.ENDING)]
@@ -115,9 +115,9 @@ class FoldModel(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, file, base, form, name, bound, precision, samples, sigmas=None) -> io.NodeOutput:
-        path, base_path = model_path(file), None if base == NO_BASE else model_path(base)
-        if base_path is not None and not is_bundle(path):
+    def perform(cls, file, base, form, name, bound, precision, samples, sigmas=None) -> io.NodeOutput:
+        path, full = model_path(file), base_path(base)
+        if full is not None and not is_bundle(path):
             raise ValueError(f"{path.name} is no bundle, so it takes no base model; set base to none")
         with torch.inference_mode(False):
-            return io.NodeOutput(write(path, base_path, form, name, bound, sigmas, precision, samples))
+            return io.NodeOutput(write(path, full, form, name, bound, sigmas, precision, samples))

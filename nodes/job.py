@@ -13,6 +13,7 @@ from comfy_api.v0_0_2 import io, ui
 from ..ppcl_engine.config import Common, StatesConfig
 from ..ppcl_engine.jobs.state import current_state
 from . import results
+from .node import Node
 from .runs import RunType, model_of, progress_text
 from .settings import WHOLE_SEED, help_of, inputs, values
 from .waiting import Start, finish_upstream, run_job, screen_of
@@ -55,10 +56,12 @@ def outputs(*names: str) -> list[io.Output]:
     ]
 
 
-class Job(io.ComfyNode):
+class Job(Node):
     """What the nodes share; `schema` gives theirs. PICTURES: names of its outputs between the run and the text."""
 
     PICTURES = ("preview",)
+    FILES = {"run": model_of}
+    LOOKED_UP = ("device",)
 
     @classmethod
     def schema(
@@ -82,9 +85,10 @@ class Job(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, wait=True, start=True, **given):
+    def fingerprint_inputs(cls, **given):
         """A run that is not waited for is looked at again every time."""
-        return "" if wait and start else time.time()
+        waited_for = given.get("wait", True) and given.get("start", True)
+        return super().fingerprint_inputs(**given) if waited_for else time.time()
 
     @classmethod
     def work(

@@ -26,7 +26,7 @@ from ..ppcl_engine.plan import parse_intervals
 from ..ppcl_engine.run import Run
 from . import results
 from .job import FileType, Job
-from .paths import NO_FOLDER, exported_name, model_path, picture_folder, picture_folders, teacher_files
+from .paths import NO_FOLDER, exported_name, model_path, picture_folders, references_folder, teacher_files
 from .prompts import EncodedPrompts, Prompts, References
 from .runs import folder_of, run_input
 from .settings import check_file_name, help_of, inputs
@@ -38,6 +38,7 @@ POLISH = {"polish_steps": "steps", "polish_learning_rate": "learning_rate"}
 
 class CalibrateFromPrompts(Job):
     PICTURES = ()
+    FILES = {"model_file": model_path, "references": references_folder}
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -61,7 +62,7 @@ class CalibrateFromPrompts(Job):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model_file, prompts, clip=None, references=NO_FOLDER, **given) -> io.NodeOutput:
+    def perform(cls, model_file, prompts, clip=None, references=NO_FOLDER, **given) -> io.NodeOutput:
         source = source_of(prompts, clip, references)
         settings = {**given, source.setting: source.file}
         folder = cls.work(
@@ -77,14 +78,15 @@ class CalibrateFromPrompts(Job):
 
 def source_of(prompts: str, clip, references: str) -> Prompts | EncodedPrompts | References:
     """Raises ValueError for more than one."""
-    if references == NO_FOLDER:
+    folder = references_folder(references)
+    if folder is None:
         return Prompts(prompts) if clip is None else Prompts(prompts).encoded(clip)
     if prompts.strip() or clip is not None:
         raise ValueError(
             "references bring their own instructions, and the model's own text encoder sees the pictures: leave prompts "
             "empty and clip without a link"
         )
-    return References(picture_folder(references))
+    return References(folder)
 
 
 class Probe(Job):
@@ -105,7 +107,7 @@ class Probe(Job):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, run, after=None, **given) -> io.NodeOutput:
+    def perform(cls, run, after=None, **given) -> io.NodeOutput:
         folder = cls.work("probe", [(ProbeConfig, "probe", given)], run, given, cls.ready(run, given))
         return cls.output(folder, _probed)
 
@@ -133,7 +135,7 @@ class Detect(Job):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, run, **given) -> io.NodeOutput:
+    def perform(cls, run, **given) -> io.NodeOutput:
         folder = cls.work("detect", [(DetectConfig, "detect", given)], run, given, cls.ready(run, given))
         return cls.output(folder, _detected)
 
@@ -162,7 +164,7 @@ class DistillDepth(Job):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, run, **given) -> io.NodeOutput:
+    def perform(cls, run, **given) -> io.NodeOutput:
         model = cls.ready(run, given)
         plan = Run(folder_of(run)).load_plan()
         for interval in parse_intervals(given["intervals"]):
@@ -199,7 +201,7 @@ class DistillWidth(Job):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, run, choose, polish_steps, polish_learning_rate, **given) -> io.NodeOutput:
+    def perform(cls, run, choose, polish_steps, polish_learning_rate, **given) -> io.NodeOutput:
         model = cls.ready(run, given)
         stages = [*_width_stages(choose, given)]
         if polish_steps:
@@ -256,7 +258,7 @@ class FineTune(Job):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, run, **given) -> io.NodeOutput:
+    def perform(cls, run, **given) -> io.NodeOutput:
         check_file_name(given["name"] or "unnamed")
         model = cls.ready(run, given)
         stages = [*measured(run), (FinetuneConfig, "finetune", given)]
@@ -295,7 +297,7 @@ class Export(Job):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, run, report_pictures, **given) -> io.NodeOutput:
+    def perform(cls, run, report_pictures, **given) -> io.NodeOutput:
         check_file_name(given["name"])
         model = cls.ready(run, given)
         stages = [*measured(run), (ExportConfig, "export", given)]

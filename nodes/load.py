@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 from pathlib import Path
 
 import comfy.sd
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..ppcl_engine.bundle import Bundle, is_bundle
 from ..ppcl_engine.config_files import ImportConfig
 from ..ppcl_engine.config_help import setting_help
 from ..ppcl_engine.files import TensorFile
 from ..ppcl_engine.layout import layout_of
-from ..ppcl_engine.plan import FULL
 from ..ppcl_engine.sparsity.files import sparsity_of
 from . import gguf
+from .bundles import variant_names
 from .clock import watch
 from .folding import make_fold
 from .host.adapters import prepare
 from .host.parts import size_of, variant_of, with_variant
 from .host.structure import hidden
 from .modulations import FOLDS, OFF
-from .paths import model_files, model_path
-from .reading import AUTO, PRESETS, SMALLEST, Content, Request, content_of
+from .node import Node
+from .paths import NO_BASE, base_path, model_files, model_path
+from .reading import AUTO, PRESETS, Content, Request, content_of
 from .tables import follow
 
-NO_BASE = "none"
 FOLD_HELP = (
     "A third less memory, same speed. table: the very same pictures; a schedule that is new costs one pass over the file, "
     "once. basis: any schedule and sampler at once, changed less than the eye sees."
 )
-TAKEN = inspect.signature(comfy.sd.load_diffusion_model_state_dict).parameters.keys()
 WEIGHT_DTYPES = {
     "default": {},
     "bf16": {"dtype": torch.bfloat16},
@@ -49,18 +46,15 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
     """(the host's patcher, what it holds in words). disable_dynamic: of hosts that move weights when they are used."""
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}")
-    quantised = request.base is not None and request.base.suffix == gguf.ENDING
-    if quantised and not (request.switchable and weight_dtype == "default"):
-        raise ValueError(f"{request.base.name} is GGUF: set switchable to on and weight_dtype to default")
-    if quantised and request.fold != OFF:
-        raise ValueError(f"{request.base.name} is GGUF, whose modulations can't be folded; set fold to off")
+    quantised = gguf.is_needed(request, weight_dtype)
     content = content_of(request, gguf.open_base) if quantised else content_of(request, make_fold=make_fold)
     options = gguf.model_options() if quantised else dict(WEIGHT_DTYPES[weight_dtype])
     plan, variant = content.plan, content.variant
     content.tensors = hidden(content.tensors)  # the host empties it while it loads
-    named = {"metadata": content.metadata, "disable_dynamic": disable_dynamic}
-    taken = {name: value for name, value in named.items() if name in TAKEN}
-    model = comfy.sd.load_diffusion_model_state_dict(content.tensors, model_options=options, **taken)
+    host_loads = comfy.sd.load_diffusion_model_state_dict
+    newer = {"metadata": content.metadata, "disable_dynamic": disable_dynamic}
+    known = {name: newer[name] for name in newer.keys() & inspect.signature(host_loads).parameters.keys()}
+    model = host_loads(content.tensors, model_options=options, **known)
     if model is None:
         raise ValueError(f"{request.path.name}: the host knows no model with these tensors; is the file whole?")
     model = gguf.patched(model) if quantised else model
@@ -86,7 +80,7 @@ def follow_folded(model, content: Content) -> None:
 
 def note_sparsity(model, path: Path) -> tuple[str, ...]:
     """What weights of a file are zero, in words; Compare Variants names its column by it."""
-    found = sparsity_of(TensorFile(path).metadata) if path.is_file() else None
+    found = sparsity_of(TensorFile(path).metadata) if path.is_file() and path.suffix != gguf.ENDING else None
     if found is None:
         return ()
     share = f"{100 * found.dropped / found.weights:.3g} %"
@@ -114,29 +108,14 @@ def _counted(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
-def variant_names() -> list[str]:
-    """Of all bundles that the host can see; a node checks its own."""
-    found = [SMALLEST, FULL]
-    for path in model_files().values():
-        if path.is_file():
-            stat = path.stat()
-            found += [name for name in _variants_in(path, stat.st_mtime_ns, stat.st_size) if name not in found]
-    return found
+class LoadModel(Node):
+    FILES = {"file": model_path, "base": base_path}
+    LOOKED_UP = ("variant",)
 
-
-@lru_cache(maxsize=256)
-def _variants_in(path: Path, changed: int, size: int) -> tuple[str, ...]:
-    try:
-        return tuple(variant.name for variant in Bundle(path).plan.variants) if is_bundle(path) else ()
-    except (ValueError, OSError):  # a broken file says so when it is loaded
-        return ()
-
-
-class LoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         bases = list(model_files())
-        files = [name for name in bases if not name.endswith(gguf.ENDING)]
+        files = gguf.files_last(bases)
         return io.Schema(
             node_id="PPCL_LoadModel",
             display_name="Load Pruned Model (PPCL)",
@@ -172,11 +151,11 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def perform(
         cls, file, base, variant, switchable, weight_dtype, preset, intervals, legacy_text, fold=OFF
     ) -> io.NodeOutput:
         request = Request(
-            path=model_path(file), base=None if base == NO_BASE else model_path(base), variant=variant, fold=fold,
+            path=model_path(file), base=base_path(base), variant=variant, fold=fold,
             switchable=switchable, preset=preset, intervals=intervals, legacy_text=legacy_text,
         )  # fmt: skip
         return io.NodeOutput(*load_patcher(request, weight_dtype))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import folder_paths
 
 from ..ppcl_engine.bundle import BUNDLE_SUFFIX
 from ..ppcl_engine.jobs.store import RunStore
+from .listing import Found, changed_at, found_in, guarded, remembered
 
 CATEGORY = "ppcl"
 CATEGORIES = (CATEGORY, "diffusion_models", "unet_gguf")  # the last is ComfyUI-GGUF's, where that pack is
+LORAS = "loras"
 ENDINGS = (".safetensors", ".gguf")
 TABLES = "tables"  # in models/ppcl: values of folded modulations, made when they are first needed
 DEMO = Path(__file__).parents[1] / "ppcl_engine" / "demo"
 RUNS = "ppcl"  # in the output folder
 EXPORTS = "exports"  # in a run
-NO_FOLDER = "none"
+NO_FOLDER = NO_BASE = "none"
 DEMO_FILES = {"demo/demo.ppcl.safetensors": "demo.ppcl.safetensors", "demo/teacher.safetensors": "teacher.safetensors"}
 
 
@@ -25,41 +29,90 @@ def register() -> None:
     folder_paths.add_model_folder_path(CATEGORY, str(Path(folder_paths.models_dir) / CATEGORY))
 
 
+def found_under(category: str, endings: tuple[str, ...]) -> Found:
+    """In all folders of a category of the host's, by name; of one name that is there twice, the first. `endings`: where
+    the category itself does not say which."""
+    roots, known = folder_paths.folder_names_and_paths.get(category, ((), ()))
+    wanted = tuple(sorted(known)) or endings
+    return _joined(tuple(found_in(Path(root), wanted) for root in roots))
+
+
+@lru_cache(maxsize=16)
+def _joined(parts: tuple[Found, ...]) -> Found:
+    files, models, shards = {}, {}, set()
+    for part in parts:
+        shards |= part.shards - files.keys()
+        files, models = {**part.files, **files}, {**part.models, **models}
+    return Found(dict(sorted(files.items())), dict(sorted(models.items())), frozenset(shards))
+
+
 def model_files() -> dict[str, Path]:
     """Name in a combo -> path: files of models/ppcl and models/diffusion_models, diffusers folders in either, the demo's
     own files (one of the same name in models/ppcl/demo goes before), what done jobs exported."""
+    return {**_named(tuple(found_under(category, ENDINGS) for category in CATEGORIES)), **exported_files()}
+
+
+@lru_cache(maxsize=4)
+def _named(parts: tuple[Found, ...]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for category in CATEGORIES:
-        if category not in folder_paths.folder_names_and_paths:
-            continue
-        for name in folder_paths.get_filename_list(category):
-            path = folder_paths.get_full_path(category, name)
-            if Path(name).parts[0] == TABLES:
-                continue
-            if path and name.endswith(ENDINGS) and not _inside_model_folder(Path(path)):
-                found.setdefault(name, Path(path))
-        for root in map(Path, folder_paths.get_folder_paths(category)):
-            for config in sorted(root.glob("*/config.json")) + sorted(root.glob("*/model_index.json")):
-                found.setdefault(f"{config.parent.name}/", config.parent)
-    for name, file in DEMO_FILES.items():
-        if (DEMO / file).exists():
-            found.setdefault(name, DEMO / file)
-    return {**found, **exported_files()}
+    for part in parts:
+        files = (n for n in part.files if n.endswith(ENDINGS) and n not in part.shards and Path(n).parts[0] != TABLES)
+        found = {**found, **{name: part.files[name] for name in files if name not in found}}
+        found = {**found, **{name: path for name, path in part.models.items() if name not in found}}
+    demo = {name: DEMO / file for name, file in DEMO_FILES.items() if name not in found and (DEMO / file).exists()}
+    return {**found, **demo}
 
 
 def runs() -> RunStore:
     return RunStore(Path(folder_paths.get_output_directory()) / RUNS)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Of an entry of the folder of runs. made: when, in nanoseconds; None: it is not a run of ours. files: exported."""
+
+    made: int | None = None
+    files: tuple[Path, ...] = ()
+
+
+_seen: dict[Path, tuple] = {}
+
+
+def _runs_seen() -> dict[Path, Seen]:
+    """Newest first; what cannot be looked into is not among them."""
+    root = runs().root
+    there = guarded(root, None, root.is_dir, False)
+    entries = guarded(root, changed_at(root), lambda: list(root.iterdir()), []) if there else []
+    found = {}
+    for entry in entries:
+        times = (changed_at(entry), changed_at(entry / EXPORTS))
+        look = partial(guarded, entry, times, partial(_look_at_run, entry), Seen())
+        found[entry] = remembered(_seen, entry, times, look)
+    for entry in _seen.keys() - found.keys():
+        del _seen[entry]
+    return dict(sorted(((e, s) for e, s in found.items() if s.made), key=lambda row: row[1].made, reverse=True))
+
+
+def _look_at_run(folder: Path) -> Seen:
+    store = runs()
+    made = store.made_at(folder)
+    files = store.exports_of(folder) if made else []
+    return Seen(made, tuple(file for file in files if _is_inside(file, store.root)))
+
+
+def run_names() -> list[str]:
+    """Of jobs, newest first."""
+    return [folder.name for folder in _runs_seen()]
+
+
 def exported_files() -> dict[str, Path]:
     """ "runs/<run>/<file>" -> path; what a link leads out of the folder of runs is left."""
-    store = runs()
-    files = [file for file in store.exports() if file.resolve().is_relative_to(store.root)]
-    return {exported_name(file): file for file in files}
+    root = runs().root
+    return {exported_name(file, root): file for seen in _runs_seen().values() for file in seen.files}
 
 
-def exported_name(file: Path) -> str:
-    run, _, *rest = file.relative_to(runs().root).parts
+def exported_name(file: Path, root: Path | None = None) -> str:
+    run, _, *rest = file.relative_to(root or runs().root).parts
     return "/".join(("runs", run, *rest))
 
 
@@ -88,6 +141,11 @@ def model_path(name: str) -> Path:
     return files[name]
 
 
+def base_path(name: str) -> Path | None:
+    """None where no base model is wanted. Raises ValueError for a name that is not in the list."""
+    return None if name == NO_BASE else model_path(name)
+
+
 def written_folder() -> Path:
     """models/ppcl: where folded files go."""
     return Path(folder_paths.get_folder_paths(CATEGORY)[0])
@@ -100,15 +158,25 @@ def tables_folder() -> Path:
 
 def picture_folders() -> list[str]:
     """Names of folders in the host's input folder; what a link leads out of it is left."""
-    root = Path(folder_paths.get_input_directory()).resolve()
-    return sorted(path.name for path in root.glob("*/") if path.is_dir() and path.resolve().is_relative_to(root))
+    root = Path(folder_paths.get_input_directory())
+    entries = guarded(root, changed_at(root), lambda: sorted(root.iterdir()), []) if root.is_dir() else []
+    return [e.name for e in entries if guarded(e, None, lambda e=e: e.is_dir() and _is_inside(e, root), False)]
+
+
+def _is_inside(path: Path, root: Path) -> bool:
+    return path.resolve().is_relative_to(root.resolve())
 
 
 def picture_folder(name: str) -> Path:
     """Raises ValueError for a name that is not in the list."""
     if name not in picture_folders():
-        raise ValueError(f"{name!r} is no folder in ComfyUI's input folder; refresh, then choose again")
+        raise ValueError(f"{name!r} is not a folder in ComfyUI's input folder; refresh, then choose again")
     return Path(folder_paths.get_input_directory()) / name
+
+
+def references_folder(name: str) -> Path | None:
+    """None where no pictures are wanted. Raises ValueError for a name that is not in the list."""
+    return None if name == NO_FOLDER else picture_folder(name)
 
 
 def demo_teacher() -> Path:
@@ -116,17 +184,12 @@ def demo_teacher() -> Path:
 
 
 def lora_files() -> list[str]:
-    return folder_paths.get_filename_list("loras")
+    return list(found_under(LORAS, ("",)).files)
 
 
 def lora_path(name: str) -> Path:
     """Raises ValueError for a name that is not in the list."""
-    path = folder_paths.get_full_path("loras", name) if name in lora_files() else None
+    path = found_under(LORAS, ("",)).files.get(name)
     if path is None:
         raise ValueError(f"{name!r} is not in models/loras; refresh, then choose again")
-    return Path(path)
-
-
-def _inside_model_folder(path: Path) -> bool:
-    """A shard: its folder is the model."""
-    return any((path.parent / name).exists() for name in ("config.json", "model_index.json"))
+    return path

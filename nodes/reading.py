@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from ..ppcl_engine.bundle import (
     student_prefix,
     tuned_prefix,
 )
-from ..ppcl_engine.checkpoint import HINTS_TENSOR, fingerprint_of, open_layout, parts_in
+from ..ppcl_engine.checkpoint import HINTS_TENSOR, as_tensor, fingerprint_of, hints_in, open_layout, parts_in
 from ..ppcl_engine.files import TensorFile
 from ..ppcl_engine.folding_files import modulation_names
 from ..ppcl_engine.layout import Layout, Place, layout_of
@@ -31,10 +30,11 @@ from .host import HOSTS, host_named, host_of
 from .host.base import Cut, Host
 from .host.formats import float8_of
 from .host.quantised import FLOAT8, SCALE, Quantised, in_fp8
-from .host.structure import as_tensor, checked_plan, count_blocks, is_surrounding, text_of
+from .host.structure import blocks_in_text, checked_plan, count_blocks, is_surrounding, text_of
 from .modulations import FOLDS, OFF, Fold, MakeFold, Modulations, split
 from .stored import Joined, Reader, Stored, in_host_names, metadata_in, places_in
 
+GGUF = ".gguf"
 SMALLEST, AUTO, AS_NUMBERED, BY_INTERVALS = "smallest", "auto", "as numbered", "by intervals"
 RELEASES = {name: known for host in HOSTS for name, known in host.presets.items()}
 PRESETS = (AUTO, AS_NUMBERED, *RELEASES, BY_INTERVALS)
@@ -79,13 +79,15 @@ def open_file(path: Path) -> dict[str, tuple[object, str]]:
 
 
 def content_of(request: Request, open_base: OpenBase = open_file, make_fold: MakeFold | None = None) -> Content:
-    """`open_base` opens the base model's file; `make_fold` gives what stands for modulations that are folded away. Raises
-    ValueError, in one line, for files that do not belong together or are not what they should be."""
+    """`open_base` opens the base model's file, and any in GGUF; `make_fold` gives what stands for modulations that are folded
+    away. Raises ValueError, in one line, for files that do not belong together or are not what they should be."""
     if request.fold not in FOLDS:
         raise ValueError(f"fold {request.fold!r} is unknown; known: {', '.join(FOLDS)}")
+    if request.path.suffix == GGUF:
+        return _file_content(request, make_fold, (open_base(request.path), None))
     if is_bundle(request.path):
         return _bundle_content(request, open_base, make_fold)
-    return _file_content(request, make_fold)
+    return _file_content(request, make_fold, open_layout(request.path))
 
 
 def _bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold | None) -> Content:
@@ -199,7 +201,7 @@ def check_base(host: Host, reader: Reader, base: Places, plan: PruningPlan, path
     parts = parts_in(host.engine, (n for n in base if n not in marks))
     shapes = {key: Cut(rows=(part.pieces, part.of)).shape(base[part.name].shape) for key, part in parts.items()}
     vectors = {base[part.name] for key, part in parts.items() if len(shapes[key]) == 1}
-    if path.suffix == ".gguf" or any(stored.dtype in FLOAT8 for stored in vectors):
+    if path.suffix == GGUF or any(stored.dtype in FLOAT8 for stored in vectors):
         return (f"{path.name} is quantised: whether it is the very teacher of this bundle cannot be seen",)
 
     def read(key: str) -> torch.Tensor:
@@ -259,10 +261,7 @@ def _variant_parts(host: Host, base: Places, bundle: Bundle, layout: Layout) -> 
 
 def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored) -> Places:
     """A block's tensor, if the place's projections leave it; a part of it where they leave a part."""
-    gone = [prefix for kind in place.projections for prefix in host.replaced[kind]]
-    if place.text_source is not None:
-        gone.append("correction.maps.text.")
-    if part.startswith(tuple(gone)):
+    if part.startswith(host.vacated(place)):
         return {}
     module, _, leaf = part.rpartition(".")
     for site in place.ffn:
@@ -272,9 +271,9 @@ def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored) 
     return {name: stored}
 
 
-def _file_content(request: Request, make_fold: MakeFold | None) -> Content:
-    """A standalone of ours, a released file or folder, or a plain model, folded or not."""
-    stored, config = open_layout(request.path)
+def _file_content(request: Request, make_fold: MakeFold | None, opened: tuple[dict, dict | None]) -> Content:
+    """A standalone of ours, a released file or folder, or a plain model, folded or not. opened: as `open_layout` gives it."""
+    stored, config = opened[0], opened[1] or hints_in(opened[0]).get("config")
     host = host_of(stored, request.path.name)
     wanted = places_in({name: place for name, place in stored.items() if _needed(name)}, request.path.name)
     plan = None
@@ -343,6 +342,8 @@ def _indices(host: Host, request: Request, stored: dict, wanted: Places) -> dict
         return {"indices": teacher_indices(count, parse_intervals(intervals)), "blocks": blocks}
     if request.preset != AUTO:
         raise ValueError(f"preset {request.preset!r} is unknown; known: {', '.join(PRESETS)}")
-    file = next(iter(stored.values()))[0]
-    own_map = getattr(file, "metadata", {}).get(MAP_KEY)
-    return {"indices": json.loads(own_map)} if own_map else {}
+    hints = hints_in(stored)
+    if "indices" in hints:
+        return {name: hints[name] for name in ("indices", "blocks") if name in hints}
+    own_map = metadata_in(stored).get(MAP_KEY)
+    return {"indices": blocks_in_text(own_map)} if own_map else {}

@@ -19,9 +19,10 @@ from ..ppcl_engine.files import write_json
 from ..ppcl_engine.run import Run
 from ..ppcl_engine.sampling import GUIDANCE
 from .branch import layout_in, name_of
-from .host import host_named
+from .host import host_named, names_in_model
 from .host.parts import tensors_in
 from .job import CATEGORY
+from .node import Node
 from .paths import model_path, runs, teacher_files
 from .recording import MASK, Limits, Sampling, append, recorded
 from .runs import RECORDING, RunType
@@ -155,12 +156,14 @@ def check_same_model(model, weights: Weights) -> None:
     """Raises ValueError where a MODEL has other weights than its file, by names and shapes, or runs pruned."""
     own = {name: tuple(t.shape) for name, t in tensors_in(model.model.diffusion_model).items()}
     advice = f"record with the full model of {weights.path.name}, or choose the file that the MODEL was loaded from"
-    for key in (keys := weights.keys()):
-        part, shape = weights.architecture.to_comfyui(key, keys), weights.shape(key)
+    parts = {key: weights.architecture.to_comfyui(key, weights.keys()) for key in weights.keys()}
+    names = names_in_model(model, [part.name for part in parts.values()])
+    for key, part in parts.items():
+        shape, found = weights.shape(key), own.get(names[part.name])
         whole = (shape[0] // len(part.pieces) * part.of, *shape[1:]) if part.of > 1 else shape
-        if own.get(part.name) != whole:
-            found = f"is {own[part.name]}, not {whole}" if part.name in own else "is not there"
-            raise ValueError(f"the MODEL's {part.name} {found}; {advice}")
+        if found != whole:
+            text = f"is {found}, not {whole}" if found else "is not there"
+            raise ValueError(f"the MODEL's {names[part.name]} {text}; {advice}")
     if not all(place.is_teacher for place in layout_in(model).places):
         raise ValueError(f"the MODEL runs as the variant {name_of(model)!r}; {advice}")
 
@@ -174,7 +177,9 @@ def recording(weights: Weights, limits: Limits) -> Path:
     return folder
 
 
-class RecordCalibration(io.ComfyNode):
+class RecordCalibration(Node):
+    FILES = {"model_file": model_path}
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -204,7 +209,7 @@ class RecordCalibration(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, model_file, **given) -> io.NodeOutput:
+    def perform(cls, model, model_file, **given) -> io.NodeOutput:
         weights, limits = (
             Weights(model_path(model_file)),
             Limits(**values(CalibrateConfig, given) | {"each_picture": given["each_picture"]}),

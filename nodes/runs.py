@@ -33,18 +33,25 @@ def folder_of(name: str) -> Path:
 def model_of(name: str) -> Path:
     """The full model that a run is about: its own order's, its recording's, or that of the run before it. Raises
     ValueError where nothing says it, or the file is not the host's any more."""
-    seen: list[str] = []
-    while name and name not in seen:
-        seen.append(name)
+    first, seen = name, set()
+    while name not in seen:
+        seen.add(name)
         folder = folder_of(name)
         if (folder / RECORDING).is_file():
-            return known_model(Path(str(read_json(folder / RECORDING).get("model"))), name)
+            return known_model(_recorded_model(folder / RECORDING), name)
         order = read_order(folder)
         named = [settings["model"] for _, settings in order.stages if "model" in settings]
         if named:
             return known_model(Path(str(named[-1])), name)
-        name = order.upstream
-    raise ValueError(f"run {seen[0]} does not say of which model it is; make it again")
+        name = order.upstream or name
+    raise ValueError(f"run {first} does not say of which model it is; make it again")
+
+
+def _recorded_model(recording: Path) -> Path:
+    match read_json(recording):
+        case {"model": str(model)}:
+            return Path(model)
+    raise ValueError(f"{recording} does not say which model was recorded; remove the folder, and record again")
 
 
 def check_recorded(name: str) -> None:

@@ -6,10 +6,11 @@ import math
 import re
 from dataclasses import fields
 from types import NoneType, UnionType
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, get_args, get_origin
 
 from comfy_api.v0_0_2 import io
 
+from ..ppcl_engine.config import hints_of
 from ..ppcl_engine.config_help import setting_help
 
 MOST_CHARACTERS = 100_000  # of a text: thousands of prompts
@@ -26,7 +27,7 @@ def inputs(kind: type, names: str, **changes: dict) -> list[io.Input]:
 
 
 def _input(kind: type, name: str, **changes) -> io.Input:
-    hint = _plain(get_type_hints(kind)[name])
+    hint = _plain(hints_of(kind)[name])
     words = {} if "tooltip" in changes else {"tooltip": help_of(kind, name)}
     given = {"default": defaults(kind)[name], **words, **changes}
     if get_origin(hint) is Literal:
@@ -64,7 +65,7 @@ def defaults(kind: type) -> dict:
 def values(kind: type, given: dict) -> dict:
     """What of a node's widgets are settings of this class. Raises ValueError for a value that no widget gives: the
     server checks neither choices nor whether a number is one."""
-    hints = get_type_hints(kind)
+    hints = hints_of(kind)
     return {name: _checked(hints[name], name, value) for name, value in given.items() if name in hints}
 
 

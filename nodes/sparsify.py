@@ -23,8 +23,14 @@ OWN = "the run's own"
 SETTINGS = "pattern sparsity score granularity exchange compensate permute skip name store"
 
 
+def named_file(name: str) -> Path | None:
+    """None for the run's own. Raises ValueError for a name that is not in the list."""
+    return None if name == OWN else model_path(name)
+
+
 class Sparsify(Job):
     PICTURES = ("layer errors",)
+    FILES = {**Job.FILES, "file": named_file}
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -47,11 +53,11 @@ class Sparsify(Job):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, run, file, variant, **given) -> io.NodeOutput:
+    def perform(cls, run, file, variant, **given) -> io.NodeOutput:
         check_file_name(given["name"])
         checked_sparsity(given["sparsity"], pattern_named(given["pattern"]))
         model = cls.ready(run, given)
-        path = (bundle_of(run) or model) if file == OWN else model_path(file)
+        path = named_file(file) or bundle_of(run) or model
         base, chosen = model if is_bundle(path) else None, variant.strip() or None
         check(run, path, base, chosen)
         settings = {**given, "path": str(path), "base": base and str(base), "variant": chosen}

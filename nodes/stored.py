@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..ppcl_engine.architectures import Part
+from ..ppcl_engine.checkpoint import usual_name
 from ..ppcl_engine.files import TensorFile
 from ..ppcl_engine.layout import Place
 from ..ppcl_engine.pickled import PickledFile
@@ -146,7 +147,7 @@ def in_host_names(
         if module in own:
             found[f"{own[module]}.{leaf}"] = place
         elif part is None:
-            found[_correction(host, config, name)] = place
+            found[_correction(host, config, usual_name(host.engine, name))] = place
         else:
             for position, piece in enumerate(part.pieces):
                 cut = Cut(rows=((position,), len(part.pieces)))

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.weight_adapter import WeightAdapterBase
 from torch import nn
 
@@ -48,6 +48,17 @@ LOW_RANK = {"lora": 4, "loha": 7, "lokr": 8}
 def follow(model) -> None:
     """Of this folded MODEL and every clone of it: checks what is about to be sampled, fills its table."""
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _before_sampling)
+    model.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, _after_load)
+
+
+def _after_load(patcher, *_) -> None:
+    """Nothing but sampling fails on such changes: a node that saves the model asks `Parts.refused`."""
+    transformer = patcher.model.diffusion_model
+    try:
+        check_patches(patcher, folded.inputs_in(transformer))
+        transformer.ppcl.refused = ""
+    except ValueError as error:
+        transformer.ppcl.refused = str(error)
 
 
 def _before_sampling(executor, noise, latent_image, sampler, sigmas, *arguments, **named):

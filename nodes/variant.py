@@ -8,8 +8,10 @@ from comfy_api.v0_0_2 import io
 
 from ..ppcl_engine.layout import layout_of
 from ..ppcl_engine.plan import PruningPlan, Variant
+from .bundles import variant_names
 from .host.parts import size_of, variant_of, with_variant
-from .load import described, variant_names
+from .load import described
+from .node import Node
 from .reading import SMALLEST
 
 KEEP, BY_SIZE = "as it is", "by size"
@@ -73,7 +75,9 @@ def _of(names: list[str]) -> Variant:
     return Variant(name=",".join(names) or "full", intervals=intervals, sites=sites)
 
 
-class ChooseVariant(io.ComfyNode):
+class ChooseVariant(Node):
+    LOOKED_UP = ("variant",)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -102,5 +106,5 @@ class ChooseVariant(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, variant, size, on, off) -> io.NodeOutput:
+    def perform(cls, model, variant, size, on, off) -> io.NodeOutput:
         return io.NodeOutput(*choose(model, variant, size, on, off))

@@ -24,6 +24,7 @@ from .branch import PREFIX, about, full_parameters, known, layout_in, name_of, p
 from .clock import seconds_a_step
 from .host.folded import folding_in
 from .host.parts import size_of
+from .node import Node
 from .paths import lora_files, lora_path
 
 MOST_COLUMNS = 6
@@ -106,7 +107,7 @@ def column_name(model) -> str:
     return ", ".join(parts)
 
 
-class Info(io.ComfyNode):
+class Info(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -120,12 +121,14 @@ class Info(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model) -> io.NodeOutput:
+    def perform(cls, model) -> io.NodeOutput:
         picture = map_of(model)
         return io.NodeOutput(picture, about(model), ui=ui.PreviewImage(picture, cls=cls))
 
 
-class LoraReport(io.ComfyNode):
+class LoraReport(Node):
+    FILES = {"lora": lora_path}
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -135,18 +138,18 @@ class LoraReport(io.ComfyNode):
             description="What of a LoRA reaches a pruned model, and what belongs to blocks or parts that are gone.",
             inputs=[
                 io.Model.Input("model", tooltip="The pruned model, before or behind its LoRA loader."),
-                io.Combo.Input("lora", options=list(lora_files()), tooltip="A file of models/loras."),
+                io.Combo.Input("lora", options=lora_files(), tooltip="A file of models/loras."),
             ],
             outputs=[io.String.Output(display_name="text")],
         )
 
     @classmethod
-    def execute(cls, model, lora) -> io.NodeOutput:
+    def perform(cls, model, lora) -> io.NodeOutput:
         tensors = comfy.utils.load_torch_file(str(lora_path(lora)), safe_load=True)
         return io.NodeOutput(f"{lora} on {name_of(model)}: {lora_report(model, tensors).text()}")
 
 
-class Compare(io.ComfyNode):
+class Compare(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         inputs = []
@@ -167,7 +170,7 @@ class Compare(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, **given) -> io.NodeOutput:
+    def perform(cls, **given) -> io.NodeOutput:
         models, pictures = [], []
         for number in range(1, MOST_COLUMNS + 1):
             model, picture = given.get(f"model_{number}"), given.get(f"image_{number}")

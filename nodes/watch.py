@@ -13,18 +13,14 @@ from ..ppcl_engine.jobs.order import Order, read_order, write_order
 from ..ppcl_engine.jobs.state import ask_to_cancel, current_state
 from . import results
 from .job import CATEGORY, outputs
-from .paths import runs
+from .node import Node
+from .paths import run_names, runs
 from .runs import RunType, folder_of, model_of, progress_text, run_input
 from .settings import inputs
 from .waiting import failure_text, follow, leave_memory, screen_of
 
 NEWEST = "newest"
 MOST_PROCESSES = 64
-
-
-def run_names() -> list[str]:
-    """For a combo: newest first."""
-    return [NEWEST, *(name for name, _ in runs().names())]
 
 
 def chosen(run_name: str, run: str | None) -> str:
@@ -42,14 +38,16 @@ def chosen(run_name: str, run: str | None) -> str:
 def choice() -> list[io.Input]:
     return [
         io.Combo.Input(
-            "run_name", options=run_names(),
+            "run_name", options=[NEWEST, *run_names()],
             tooltip="A run in output/ppcl. newest: the one at work, else the last. Press R for those made since.",
         ),
         run_input(optional=True, tooltip="A run of another PPCL node, in the place of the name."),
     ]  # fmt: skip
 
 
-class WatchJob(io.ComfyNode):
+class WatchJob(Node):
+    LOOKED_UP = ("run_name",)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -74,7 +72,7 @@ class WatchJob(io.ComfyNode):
         return time.time()
 
     @classmethod
-    def execute(cls, run_name, wait, run=None) -> io.NodeOutput:
+    def perform(cls, run_name, wait, run=None) -> io.NodeOutput:
         folder, screen = folder_of(chosen(run_name, run)), screen_of(cls)
         state = current_state(folder)
         if wait and not state.is_final and state.pid is not None:
@@ -86,7 +84,9 @@ class WatchJob(io.ComfyNode):
         return io.NodeOutput(folder.name, picture, text, ui=ui.PreviewImage(picture, cls=cls))
 
 
-class CancelJob(io.ComfyNode):
+class CancelJob(Node):
+    LOOKED_UP = ("run_name",)
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -105,7 +105,7 @@ class CancelJob(io.ComfyNode):
         return time.time()
 
     @classmethod
-    def execute(cls, run_name, run=None) -> io.NodeOutput:
+    def perform(cls, run_name, run=None) -> io.NodeOutput:
         folder = folder_of(chosen(run_name, run))
         before = current_state(folder)
         ask_to_cancel(folder)
@@ -114,7 +114,7 @@ class CancelJob(io.ComfyNode):
         return io.NodeOutput(text)
 
 
-class PrepareRun(io.ComfyNode):
+class PrepareRun(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -140,7 +140,7 @@ class PrepareRun(io.ComfyNode):
         return time.time()
 
     @classmethod
-    def execute(cls, run, processes, parallel) -> io.NodeOutput:
+    def perform(cls, run, processes, parallel) -> io.NodeOutput:
         text = how_to_start(run, processes, parallel)
         screen_of(cls).say(text)
         return io.NodeOutput(run, text)

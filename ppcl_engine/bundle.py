@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +18,7 @@ from torch import nn
 
 from .architectures import Architecture, SharedText, architecture_named
 from .architectures.folded import FOLDING
-from .checkpoint import STRUCTURE_TENSOR, Weights
+from .checkpoint import COMFYUI_PREFIX, STRUCTURE_TENSOR, Weights, object_in, open_layout, usual_name
 from .comfyui_layout import read_part, variant_parts
 from .files import TensorEntry, TensorFile, check_exists, write_tensor_stream
 from .layout import Layout, Place, checked, full_layout, layout_of
@@ -225,21 +225,32 @@ def architecture_of(path: Path) -> Architecture:
 
 
 def standalone_structure(path: Path) -> dict | None:
-    """The structure tensor's content when `path` is a standalone in our own (non-stock) layout."""
+    """The structure tensor's content when `path` is a standalone in our own (non-stock) layout, also as a part of a
+    checkpoint that ComfyUI saved."""
     if not path.is_file():
         return None
     file = TensorFile(path)
-    if STRUCTURE_TENSOR not in file.entries or "config" in file.metadata:  # a full model that was folded has both
+    name = next((n for n in (STRUCTURE_TENSOR, COMFYUI_PREFIX + STRUCTURE_TENSOR) if n in file.entries), None)
+    if name is None or "config" in file.metadata:  # a full model that was folded has both
         return None
-    return json.loads(bytes(file.read(STRUCTURE_TENSOR).tolist()))
+    return object_in(file.read(name), path)
 
 
 def _open_standalone(path: Path, structure: dict, dtype: torch.dtype, device: str) -> nn.Module:
-    file, plan = TensorFile(path), plan_from_json(json.dumps(structure), path)
+    plan = plan_from_json(json.dumps(structure), path)
+    model = empty_model(architecture_named(plan.architecture), plan.config, layout_of(plan, plan.everything()))
+    return _filled(model, standalone_reader(path, plan, model.state_dict()), dtype, device)
+
+
+def standalone_reader(path: Path, plan: PruningPlan, keys: Iterable[str]) -> Callable[[str], torch.Tensor]:
+    """Gives a standalone's tensors by diffusers' names with teacher indices, `keys` being all of them. Raises ValueError
+    where some are not there."""
     architecture, layout = architecture_named(plan.architecture), layout_of(plan, plan.everything())
-    model = empty_model(architecture, plan.config, layout)
-    parts = variant_parts(architecture, plan.config, layout, model.state_dict())
-    return _filled(model, partial(read_part, file, parts), dtype, device)
+    parts = variant_parts(architecture, plan.config, layout, keys)
+    stored = {usual_name(architecture, name): place for name, place in open_layout(path)[0].items()}
+    if missing := sorted({part.name for part in parts.values()} - stored.keys()):
+        raise ValueError(f"{path} lacks {len(missing)} tensors, first {missing[0]}; copy, export or save it again")
+    return partial(read_part, stored, parts)
 
 
 def _open_released(released: Released, dtype: torch.dtype, device: str) -> nn.Module:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from .pickled import PickledFile
 COMFYUI_PREFIX = "model.diffusion_model."
 STRUCTURE_TENSOR = "ppcl_structure"
 HINTS_TENSOR = "ppcl_hints"  # JSON: which of the teacher's blocks a file has, where metadata does not reach
+LONGEST_TEXT = 10_000_000  # bytes of a plan in a tensor; that of 60 blocks has some ten thousand
 TRAINING_PREFIX = "module."  # what a wrapper of distributed training left before every name
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 IGNORED_SUFFIXES = (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
@@ -132,7 +134,16 @@ def _parts_of(
 def parts_in(architecture: Architecture, names: Iterable[str]) -> dict[str, Part]:
     """diffusers' name -> where it lies in tensors of these names, which are diffusers' or ComfyUI's."""
     keys = {key: name for name in names for key in architecture.from_comfyui(name)}
-    return {key: Part(name) if key == name else architecture.to_comfyui(key, keys) for key, name in keys.items()}
+    return {
+        key: Part(name) if key == name else replace(architecture.to_comfyui(key, keys), name=name)
+        for key, name in keys.items()
+    }
+
+
+def usual_name(architecture: Architecture, name: str) -> str:
+    """As ComfyUI's files have it, of a tensor's name that may be spelled otherwise (FLUX' norms by newer hosts)."""
+    key = architecture.from_comfyui(name)[0]
+    return name if key == name else architecture.to_comfyui(key, (key,)).name
 
 
 def _read_part(file: TensorFile | PickledFile, name: str, part: Part) -> torch.Tensor:
@@ -184,8 +195,62 @@ def open_layout(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, s
     names = file.keys()
     if any(name.startswith(COMFYUI_PREFIX) for name in names):
         names = [name for name in names if name.startswith(COMFYUI_PREFIX)]
-    config = json.loads(file.metadata["config"]) if "config" in file.metadata else None
-    return {name.removeprefix(COMFYUI_PREFIX): (file, name) for name in names}, config
+    stored = {name.removeprefix(COMFYUI_PREFIX): (file, name) for name in names}
+    return stored, _own_config(file) or hints_in(stored).get("config")
+
+
+def _own_config(file: TensorFile) -> dict | None:
+    """In a file's metadata, by diffusers' names. Other tools keep what they please under that name."""
+    try:
+        config = json.loads(file.metadata.get("config", "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file.path}: the configuration in its metadata is not JSON ({error}); export it again"
+        ) from None
+    return _checked_config(config, file.path) if config is not None else None
+
+
+def _checked_config(config: object, path: Path) -> dict:
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: a configuration is a JSON object; export or download it again")
+    return config
+
+
+def hints_in(stored: Mapping[str, tuple[TensorFile | PickledFile, str]]) -> dict:
+    """What a file says of itself in a tensor: config, indices (of the teacher's blocks that it has), blocks (of the
+    teacher). Empty where it says nothing."""
+    if HINTS_TENSOR not in stored:
+        return {}
+    file, name = stored[HINTS_TENSOR]
+    return object_in(file.read(name), file.path)
+
+
+def text_in(tensor: torch.Tensor) -> str:
+    """A byte a value. GGUF has no bytes: tools that make it of our files keep them as numbers of half precision, exactly.
+    Raises ValueError for a tensor that holds no text."""
+    kept = tensor.dtype in (torch.uint8, torch.float16, torch.float32)
+    if not kept or len(tensor.shape) != 1 or tensor.shape[0] > LONGEST_TEXT:
+        raise ValueError(f"a text is stored as bytes in a row, at most {LONGEST_TEXT:,}")
+    try:
+        return bytes(map(int, tensor.tolist())).decode()
+    except OverflowError:  # an infinite number
+        raise ValueError("a text is stored as bytes") from None
+
+
+def object_in(tensor: torch.Tensor, where: object) -> dict:
+    """A JSON object that is stored as bytes. Raises ValueError, in one line, for a tensor that holds none."""
+    try:
+        found = json.loads(text_in(tensor))
+    except (ValueError, RecursionError):  # neither text nor JSON, or nested too deep
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: what it says of its own blocks is not readable; export or save it again")
+    return found
+
+
+def as_tensor(value: dict | str) -> torch.Tensor:
+    """A JSON object, or its text, as a tensor: what hosts keep of a file where they drop metadata."""
+    return torch.tensor(list((value if isinstance(value, str) else json.dumps(value)).encode()), dtype=torch.uint8)
 
 
 def transformer_folder(path: Path) -> Path:
@@ -196,7 +261,8 @@ def transformer_folder(path: Path) -> Path:
 def _open_folder(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, str]], dict]:
     if not (path / "config.json").exists():
         raise ValueError(f"{path} has no config.json; give a diffusers transformer or pipeline folder")
-    config = {k: v for k, v in read_json(path / "config.json").items() if not k.startswith("_")}
+    values = _checked_config(read_json(path / "config.json"), path / "config.json")
+    config = {k: v for k, v in values.items() if not k.startswith("_")}
     files = [PickledFile(shard) if shard.suffix == ".bin" else TensorFile(shard) for shard in _shards(path)]
     return {name.removeprefix(TRAINING_PREFIX): (file, name) for file in files for name in file.keys()}, config
 
@@ -205,7 +271,7 @@ def _shards(path: Path) -> list[Path]:
     """The files that hold a folder's tensors; safetensors where there are both kinds."""
     for ending in (".safetensors", ".bin"):
         for index in sorted(path.glob(f"*{ending}.index.json")):
-            names = sorted(set(read_json(index)["weight_map"].values()))
+            names = _shard_names(index)
             absent = [name for name in names if not (path / name).exists()]
             if absent:
                 raise ValueError(f"{path} lacks the shard {absent[0]} that {index.name} lists; download it again")
@@ -213,6 +279,13 @@ def _shards(path: Path) -> list[Path]:
         if shards := sorted(path.glob(f"*{ending}")):
             return shards
     raise ValueError(f"{path} has no .safetensors or .bin file; download its weights")
+
+
+def _shard_names(index: Path) -> list[str]:
+    match read_json(index):
+        case {"weight_map": dict(places)} if all(isinstance(name, str) for name in places.values()):
+            return sorted(set(places.values()))
+    raise ValueError(f"{index} does not say which file holds which tensor; download it again")
 
 
 def parameter_count(module: nn.Module) -> int:

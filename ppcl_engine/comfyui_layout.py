@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from .architectures import Architecture, Part
-from .checkpoint import expected_shapes
+from .checkpoint import SCALE_SUFFIXES, expected_shapes
 from .files import TensorFile
 from .layout import Layout
 
@@ -34,13 +34,20 @@ def variant_parts(architecture: Architecture, config: dict, layout: Layout, keys
     return found
 
 
-def read_part(file: TensorFile, parts: Mapping[str, Part], key: str) -> torch.Tensor:
+def read_part(stored: Mapping[str, tuple[TensorFile, str]], parts: Mapping[str, Part], key: str) -> torch.Tensor:
+    """stored: ComfyUI's name -> (open file, name in it). Of a matrix with a scale its values, in float32."""
     part = parts[key]
+    file, name = stored[part.name]
     if part.of == 1:
-        return file.read(part.name)
-    there = sorted(piece for other in parts.values() if other.name == part.name for piece in other.pieces)
-    rows = file.shape(part.name)[0] // len(there)
-    return torch.cat([file.read(part.name, rows, there.index(piece) * rows) for piece in part.pieces])
+        tensor = file.read(name)
+    else:
+        there = sorted(piece for other in parts.values() if other.name == part.name for piece in other.pieces)
+        rows = file.shape(name)[0] // len(there)
+        tensor = torch.cat([file.read(name, rows, there.index(piece) * rows) for piece in part.pieces])
+    for suffix in SCALE_SUFFIXES:
+        if scale := stored.get(part.name.removesuffix(".weight") + suffix):
+            tensor = tensor.float() * scale[0].read(scale[1]).float()
+    return tensor
 
 
 def _projections(architecture: Architecture, config: dict, layout: Layout, whole: Iterable[str]) -> dict[str, str]:

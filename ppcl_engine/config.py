@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -270,9 +271,15 @@ class FinetuneConfig(TuningConfig):
     """Weight of the error against the data (noise - clean), where the calibration knows the clean pictures."""
 
 
+@cache
+def hints_of(kind: type) -> dict:
+    """The type of each field; a list of jobs or of widgets asks for them hundreds of times."""
+    return get_type_hints(kind)
+
+
 def from_mapping(kind: type, values: dict, where: str):
     """A config from plain values (TOML, JSON). Raises ValueError naming the field that is unknown, missing or wrong."""
-    hints = get_type_hints(kind)
+    hints = hints_of(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{where}: unknown setting {unknown[0]!r}; known: {', '.join(sorted(hints))}")

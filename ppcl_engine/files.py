@@ -106,6 +106,8 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = Path(path)
         size = self.path.stat().st_size
+        if not self.path.is_file():  # a pipe would be waited for
+            raise ValueError(f"{path} is not a file; pass a .safetensors file")
         with open(self.path, "rb") as file:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else HEADER_LIMIT + 1
@@ -113,10 +115,10 @@ class TensorFile:
                 raise ValueError(f"{path} is not a safetensors file (no header); pass a .safetensors file")
             try:
                 header = json.loads(file.read(length))
-            except (json.JSONDecodeError, UnicodeDecodeError):
+            except (ValueError, RecursionError):  # not JSON, not UTF-8, a number or a nesting without end
                 raise ValueError(f"{path} is not a safetensors file (bad header); pass a .safetensors file") from None
         metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
-        if not isinstance(header, dict) or not all(map(_is_entry, header.values())):
+        if not isinstance(header, dict) or not (_is_metadata(metadata) and all(map(_is_entry, header.values()))):
             raise ValueError(f"{path} is not a safetensors file (bad header); pass a .safetensors file")
         self.metadata: dict[str, str] = metadata
         self._start = 8 + length
@@ -166,6 +168,11 @@ class TensorFile:
 
     def read_all(self) -> dict[str, torch.Tensor]:
         return {name: self.read(name) for name in self.entries}
+
+
+def _is_metadata(value: object) -> bool:
+    """The format has text by names there, and nothing else."""
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def _is_entry(value: object) -> bool:

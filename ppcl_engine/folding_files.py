@@ -104,15 +104,16 @@ def open_original(path: Path) -> Original:
         bundle = Bundle(path)
         stored = {name: (bundle.file, name) for name in bundle.file.keys()}
         return Original(path, bundle.architecture, bundle.plan.config, stored, bundle.file.metadata, plan=bundle.plan)
-    if structure := standalone_structure(path):
-        file, plan = TensorFile(path), plan_from_json(json.dumps(structure), path)
-        stored = {name: (file, name) for name in file.keys() if name != STRUCTURE_TENSOR}
-        return Original(path, architecture_named(plan.architecture), plan.config, stored, file.metadata, plan=plan)
-    weights, file = Weights(path), TensorFile(path) if path.is_file() else None
+    file = TensorFile(path) if path.is_file() else None
     stored = open_layout(path)[0] if file is None else {name: (file, name) for name in file.keys()}
     prefix = COMFYUI_PREFIX if any(name.startswith(COMFYUI_PREFIX) for name in stored) else ""
     stored = {name: place for name, place in stored.items() if name != prefix + STRUCTURE_TENSOR}
     metadata = {} if file is None else file.metadata
+    if structure := standalone_structure(path):
+        plan = plan_from_json(json.dumps(structure), path)
+        architecture = architecture_named(plan.architecture)
+        return Original(path, architecture, plan.config, stored, metadata, prefix, plan=plan)
+    weights = Weights(path)
     return Original(path, weights.architecture, weights.config, stored, metadata, prefix, weights=weights)
 
 
@@ -235,10 +236,10 @@ def write_unfolded(path: Path, folded: Original, original: Original) -> Path:
         )
     entries = [_copied(folded if name in kept else original, name) for name in original.stored]
     if original.plan is not None and not original.is_bundle:
-        file = TensorFile(original.path)
-        entries.append(_held(STRUCTURE_TENSOR, file.read(STRUCTURE_TENSOR)))
-    metadata = original.metadata or {"config": json.dumps(original.config), "format": "pt"}
-    _write(path, entries, metadata)
+        name = original.prefix + STRUCTURE_TENSOR
+        entries.append(_held(name, TensorFile(original.path).read(name)))
+    described = {} if original.plan is not None else {"config": json.dumps(original.config)}
+    _write(path, entries, original.metadata or {**described, "format": "pt"})
     return path
 
 

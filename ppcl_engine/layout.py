@@ -66,6 +66,8 @@ def checked(plan: PruningPlan) -> PruningPlan:
         sections = architecture.sections(plan.config)
     except KeyError as missing:
         raise ValueError(f"the plan's configuration of its model lacks {missing}; it is incomplete") from None
+    except TypeError as error:
+        raise ValueError(f"the plan's configuration of its model is not readable ({error}); export it again") from None
     for interval in plan.intervals:
         if len({next((n for n, s in enumerate(sections) if i in s), None) for i in interval.blocks}) > 1:
             runs = ", ".join(f"{s.start}-{s.stop - 1}" for s in sections)

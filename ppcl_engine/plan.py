@@ -9,6 +9,10 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
+from types import UnionType
+from typing import get_args, get_origin
+
+from .config import hints_of
 
 FORMAT_VERSION = 1
 FORMS = ("paper", "gated")
@@ -251,7 +255,7 @@ def plan_from_json(text: str, where: object = "plan") -> PruningPlan:
     """The inverse of `PruningPlan.to_json`. Raises ValueError naming the unknown or missing field."""
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number or a nesting without end too
         raise ValueError(f"{where}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{where}: a plan is a JSON object")
@@ -276,10 +280,19 @@ def _build(kind, values, where: str):
     values = {
         k: tuple(v) if k in ("intervals", "sites", "fitted") and isinstance(v, list) else v for k, v in values.items()
     }
+    for name, hint in hints_of(kind).items():
+        if name in values and not _fits(values[name], hint):
+            raise ValueError(f"{where}: {name} cannot be {str(values[name])[:60]!r}; export it again")
     try:
         return kind(**values)
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _fits(value: object, hint) -> bool:
+    """Of a field's type; what a tuple holds is looked at where it is read."""
+    kinds = {get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))}
+    return type(value) in kinds | ({int} if float in kinds else set())
 
 
 def parse_intervals(text: str) -> tuple[Interval, ...]:

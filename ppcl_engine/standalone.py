@@ -12,6 +12,7 @@ import torch
 
 from .architectures import Architecture, Part, architecture_named
 from .bundle import STRUCTURE_TENSOR
+from .checkpoint import as_tensor
 from .comfyui_layout import variant_parts
 from .files import TensorEntry, write_tensor_stream
 from .layout import Layout, layout_of
@@ -45,7 +46,7 @@ def write_standalone(
     host would build what this file has not, and leave out what it has, without a word."""
     structure = structure_of(plan, variant).to_json()
     architecture, layout = architecture_named(plan.architecture), layout_of(plan, variant)
-    extra = {STRUCTURE_TENSOR: torch.tensor(list(structure.encode()), dtype=torch.uint8)}
+    extra = {STRUCTURE_TENSOR: as_tensor(structure)}
     if guard := guard_name(plan, layout):
         extra[guard] = torch.zeros(GUARD_SHAPE, dtype=torch.uint8)
     named = joined_sources(sources, variant_parts(architecture, plan.config, layout, sources))
@@ -77,6 +78,12 @@ def structure_of(plan: PruningPlan, variant: Variant) -> PruningPlan:
 def marks_of(architecture: Architecture, config: dict) -> dict[str, torch.Tensor]:
     """Empty tensors by which ComfyUI knows models of this configuration that shapes do not tell apart."""
     return {mark: torch.empty(0) for mark, entry in architecture.marks.items() if config.get(entry)}
+
+
+def hints_of(plan: PruningPlan, indices: list[int], config: dict) -> torch.Tensor:
+    """Of a file that counts its blocks anew: which of the teacher's they are. For loaders that drop metadata, where LoRAs
+    would land on wrong blocks."""
+    return as_tensor({"indices": indices, "blocks": plan.num_blocks, "config": config})
 
 
 def comfyui_sources(architecture: Architecture, sources: dict[str, Source]) -> dict[str, Source]:

@@ -7,7 +7,7 @@ import torch
 
 from ppcl_engine import open_model
 from ppcl_engine.bundle import Bundle, is_bundle, write_bundle
-from ppcl_engine.checkpoint import Weights, parameter_count
+from ppcl_engine.checkpoint import Weights, as_tensor, object_in, open_layout, parameter_count
 from ppcl_engine.files import TensorEntry, write_tensors
 from ppcl_engine.plan import Interval, PruningPlan, Variant
 from ppcl_engine.surgery import PassThrough, build_student
@@ -55,12 +55,45 @@ def test_a_sharded_folder(tmp_path, architecture, model, padded_inputs):
         Weights(tmp_path)
 
 
+@pytest.mark.parametrize("config", ["{", "[" * 20_000, "[]", "5"])
+def test_a_configuration_in_the_metadata_that_is_none(tmp_path, config):
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)}, {"config": config})
+    with pytest.raises(ValueError, match=r"a.safetensors: .*configuration") as error:
+        open_layout(tmp_path / "a.safetensors")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32])
+def test_a_text_in_a_tensor(dtype):
+    """Tools that make GGUF of our files keep bytes as numbers."""
+    assert object_in(as_tensor({"blocks": 60}).to(dtype), "a file") == {"blocks": 60}
+    for wrong in (
+        torch.tensor([float("nan")]),
+        torch.tensor([float("inf")]),
+        torch.tensor([300.0]),
+        torch.zeros(2, 2),
+        torch.zeros(1),
+    ):
+        with pytest.raises(ValueError, match="a file: what it says"):
+            object_in(wrong, "a file")
+
+
 def test_folders_without_weights_or_configuration(tmp_path):
     with pytest.raises(ValueError, match="no config.json"):
         Weights(tmp_path)
+    for config in ("[]", "7", '"a"', "null"):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ValueError, match="config.json: a configuration is a JSON object"):
+            Weights(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="no .safetensors or .bin file"):
         Weights(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    for content in ("[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": 5}}'):
+        index.write_text(content)
+        with pytest.raises(ValueError, match="does not say which file holds which tensor"):
+            Weights(tmp_path)
+    index.unlink()
     (tmp_path / "model.bin").write_bytes(b"pickle")
     with pytest.raises(ValueError, match="model.bin is truncated or no PyTorch file"):
         Weights(tmp_path)

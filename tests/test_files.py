@@ -92,6 +92,10 @@ BAD = {
     "an entry that is a word": (container({"a": "F32"}), "bad header"),
     "offsets that do not fit the shape": (container({"a": {**ENTRY, "shape": [3]}}), "bad header"),
     "offsets backwards": (container({"a": {**ENTRY, "data_offsets": [8, 0]}}), "bad header"),
+    "metadata that is a number": (container({"__metadata__": 5, "a": ENTRY}), "bad header"),
+    "metadata that holds numbers": (container({"__metadata__": {"a": 5}, "a": ENTRY}), "bad header"),
+    "nested without end": (container(b"[" * 20_000), "bad header"),
+    "a number without end": (container(b'{"a": ' + b"9" * 10_000 + b"}"), "bad header"),
     "truncated": (container({"a": ENTRY}, b"\0" * 7), "truncated"),
 }
 
@@ -103,6 +107,12 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, content, reason):
     with pytest.raises(ValueError, match=reason) as caught:
         TensorFile(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(ValueError, match="pipe.safetensors is not a file"):
+        TensorFile(tmp_path / "pipe.safetensors")
 
 
 def test_a_dtype_we_do_not_know_hurts_only_when_it_is_read(tmp_path):

@@ -1,6 +1,7 @@
 """PruningPlan: JSON both ways, and what cannot be applied is refused by name."""
 
 import json
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
@@ -94,6 +95,25 @@ BAD_JSON = {
 def test_bad_json_names_the_part(text, message):
     with pytest.raises(ValueError, match=message):
         plan_from_json(text, "file")
+
+
+@pytest.mark.parametrize("wrong", [5, 1.5, "x", None, True, [], [5], {}, {"a": 1}])
+def test_fields_of_any_type_are_taken_or_refused(wrong):
+    """Whatever a file says: what is taken can be laid out, the rest is a line."""
+    values = json.loads(PLAN.to_json())
+    rows = [(part, name) for part in ("intervals", "sites", "variants") for name in values[part][0]]
+    for part, name in [(None, name) for name in values] + rows:
+        new = json.loads(PLAN.to_json())
+        (new if part is None else new[part][0])[name] = wrong
+        with suppress(ValueError):
+            plan = plan_from_json(json.dumps(new), "file")
+            assert plan.variant(None).name and plan.everything() and plan.text_groups is not None
+
+
+def test_a_plan_nested_without_end():
+    for text in ("[" * 20_000, '{"a": ' * 20_000, "9" * 10_000):
+        with pytest.raises(ValueError, match="file: not JSON"):
+            plan_from_json(text, "file")
 
 
 def test_a_missing_field_of_the_plan_is_named():

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import comfy.supported_models
+import torch
 
-from . import flux1, qwen_image, sd35
+from . import checks, flux1, qwen_image, sd35
 from .base import Host
+from .building import PrunedConfig, config_classes
 
 HOSTS: tuple[Host, ...] = (qwen_image.HOST, flux1.HOST, sd35.HOST)
 
@@ -37,8 +39,19 @@ def host_of_model(model) -> Host:
     return parts.structure.host if parts else host_of(transformer.state_dict(), "this MODEL")
 
 
-def register() -> None:
-    """First in the host's list of models; by name, so that loading this pack again does not double them."""
-    ours = [config for host in HOSTS for config in host.configs]
+def names_in_model(model, names: Iterable[str]) -> dict[str, str]:
+    """A tensor's name in a file of the full model -> in a model that the host loaded: newer hosts rename some."""
+    config = model.model.model_config
+    rename = config.host_names if isinstance(config, PrunedConfig) else config.process_unet_state_dict
+    return {name: next(iter(rename({name: torch.empty(0)})), name) for name in names}
+
+
+def register() -> str | None:
+    """First in the host's list of models; by name, so that loading this pack again does not double them. Where this host
+    is not as known nothing of it is touched, and the answer is what is different."""
+    if difference := next(checks.differences(HOSTS), None):
+        return difference
+    ours = [config for host in HOSTS for config in config_classes(host)]
     models = comfy.supported_models.models
     models[:] = [*ours, *(m for m in models if m.__name__ not in {config.__name__ for config in ours})]
+    return None

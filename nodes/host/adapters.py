@@ -7,13 +7,16 @@ and a linear map that was cut takes its part of a change.
 
 from __future__ import annotations
 
+import math
 import re
-from functools import cache, partial
+import uuid
+from collections.abc import Callable
+from functools import partial
 
 import comfy.float
 import torch
 from comfy.model_patcher import LowVramPatch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import nn
 
 from .base import HALF, Cut, Host
@@ -22,8 +25,10 @@ WRAPPER = "ppcl"
 
 
 def prepare(model) -> None:
-    """Makes the host's patcher translate before its weights are loaded for sampling, and every clone of it too."""
+    """Makes the host's patcher translate before its weights are loaded for sampling, and every clone of it too. Whatever
+    else loads them (a node that saves the model) gets them once more, translated."""
     model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, WRAPPER, _before_sampling)
+    model.add_callback_with_key(CallbacksMP.ON_LOAD, WRAPPER, _after_load)
 
 
 def _before_sampling(executor, model, *arguments, **named):
@@ -31,19 +36,57 @@ def _before_sampling(executor, model, *arguments, **named):
     return executor(model, *arguments, **named)
 
 
-def translate_patches(model) -> None:
-    """Of weights, in place; again changes nothing. Depends on the patches alone, so branches with the same patches
-    stay alike for the host."""
-    transformer = model.model.diffusion_model
-    if not hasattr(transformer, "ppcl"):
+def _after_load(model, device, memory: float, force: bool, whole: bool) -> None:
+    """The arguments are the host's: of the load that has just ended."""
+    if not translate_patches(model) or _patches_late(model):
         return
+    used = model.model.model_loaded_weight_memory
+    model.model.current_weight_patches_uuid = uuid.uuid4()  # not of these patches: the host takes them out first
+    model.partially_load(device, math.inf if whole else memory - used, force_patch_weights=force)
+
+
+def _patches_late(model) -> bool:
+    """Whether the host patches a weight each time that it is used (dynamic VRAM)."""
+    return hasattr(model, "is_dynamic") and model.is_dynamic()
+
+
+def translate_patches(model) -> bool:
+    """Of weights, in place; again changes nothing. Depends on the patches alone, so branches with the same patches
+    stay alike for the host. Whether a weight has a patch that it had not."""
+    transformer, new = model.model.diffusion_model, False
+    if not hasattr(transformer, "ppcl"):
+        return new
     names = {f"diffusion_model.{name}" for name, _ in transformer.named_parameters()}
     of_block = _of_block(transformer.ppcl.structure.host)
     for found in (model.patches, *model.hook_patches.values()):  # hooks: LoRA on a part of the conditioning or schedule
         for key, patches in list(found.items()):
             match = of_block.match(key)
-            if match and (mirrored := f"{match[1]}student.{match[2]}") in names:
-                found[mirrored] = list(patches)
+            if match and (student := f"{match[1]}student.{match[2]}") in names:
+                own = found.get(student, [])
+                found[student] = _of_student(patches, own)
+                new |= found is model.patches and not _alike(found[student], own)
+    return new
+
+
+def _of_student(patches: list[tuple], own: list[tuple]) -> list[tuple]:
+    """Of the patches of a teacher's weight those of its student's. A merge brings another model's weight, and what changes
+    that one, as a list: each has its own weight there, and the teacher's changes."""
+    merges = iter([patch for patch in own if isinstance(patch[1], list)])
+    found = []
+    for patch in patches:
+        if not isinstance(patch[1], list):
+            found.append(patch)
+        elif merge := next(merges, None):
+            found.append((patch[0], [merge[1][0], *patch[1][1:]], *patch[2:]))
+    return found
+
+
+def _alike(patches: list[tuple], others: list[tuple]) -> bool:
+    """Down to what merges bring: tuples of the host are never changed."""
+    if len(patches) != len(others):
+        return False
+    pairs = zip(patches, others, strict=True)
+    return all(a is b or (isinstance(a[1], list) and isinstance(b[1], list) and _alike(a[1], b[1])) for a, b in pairs)
 
 
 def _of_block(host: Host) -> re.Pattern:
@@ -51,63 +94,68 @@ def _of_block(host: Host) -> re.Pattern:
     return re.compile(rf"(diffusion_model\.(?:{lists})\.\d+\.)(?!student\.|projections\.)(.+)")
 
 
-class InAnotherForm:
-    """Before one of the host's linear maps: patches know its tensors in a form that is not the stored one."""
+ON_THE_WAY = ("weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function")
+"""Where the host keeps changes that it makes while a weight is brought to the device, by their names on its modules."""
 
-    def shown(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """What patches see of a stored tensor ("weight", "bias")."""
-        return tensor
 
-    def kept(self, name: str, tensor: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
-        """What is stored in its place, of what they made of it."""
-        return changed
+class PatchedWhole:
+    """Part of a linear map's class that holds less than the full model's weight: patches see that weight.
+
+    Where the host patches a stored weight, it asks `convert_weight` and `set_weight`. Newer hosts don't ask when a weight
+    is patched on the way to the device; so such a change is wrapped when the host puts it there.
+    """
+
+    def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        """The full model's "weight" or "bias", as far as it is known."""
+        return stored
+
+    def left(self, name: str, whole: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        """What to store of a changed one."""
+        return whole
 
     def forward(self, *arguments, **named):
-        see_in_form(self)
+        for name in ("weight", "bias"):  # what the host appended to its lists since
+            changes = getattr(self, f"{name}_function")
+            changes[:] = [OnWhole(self, name, c) if isinstance(c, LowVramPatch) else c for c in changes]
         return super().forward(*arguments, **named)
 
     def convert_weight(self, weight, inplace=False, **named):
-        return self.shown("weight", getattr(super(), "convert_weight", _same)(weight, inplace=inplace, **named))
+        return self.whole("weight", getattr(super(), "convert_weight", _same)(weight, inplace=inplace, **named))
 
     def convert_bias(self, bias, inplace=False, **named):
-        return self.shown("bias", bias)
+        return self.whole("bias", bias)
 
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **named):
         store = getattr(super(), "set_weight", None) or partial(stored, self, "weight")
-        tensor = self.kept("weight", self.weight, weight)
+        tensor = self.left("weight", weight, self.weight)
         return store(tensor, inplace_update=inplace_update, seed=seed, return_weight=return_weight)
 
     def set_bias(self, bias, inplace_update=False, seed=None, return_weight=False, **named):
-        return stored(self, "bias", self.kept("bias", self.bias, bias), inplace_update, seed, return_weight)
+        return stored(self, "bias", self.left("bias", bias, self.bias), inplace_update, seed, return_weight)
+
+    def __setattr__(self, name, value):
+        if name in ON_THE_WAY and value is not None:
+            leaf = name.partition("_")[0]
+            value = [OnWhole(self, leaf, c) for c in value] if isinstance(value, list) else OnWhole(self, leaf, value)
+        super().__setattr__(name, value)
 
 
-class PatchInForm(LowVramPatch):
-    """The host's change of a tensor on its way to the device. target: (a map in another form, "weight" or "bias")"""
+class OnWhole:
+    """A change that the host makes on the way to the device, made on the full model's weight."""
 
-    target: tuple[InAnotherForm, str]
+    def __init__(self, module: PatchedWhole, name: str, change: Callable[[torch.Tensor], torch.Tensor]):
+        for asked in ("convert_func", "set_func"):  # what this class does, an older host would do as well
+            if getattr(change, asked, None) is not None:
+                setattr(change, asked, None)
+        self.module, self.name, self.change = module, name, change
 
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        module, name = self.target
-        return module.kept(name, tensor, super().__call__(module.shown(name, tensor)))
+    def __call__(self, stored: torch.Tensor) -> torch.Tensor:
+        whole = self.change(self.module.whole(self.name, stored))
+        return self.module.left(self.name, whole, stored)
 
-
-def see_in_form(module: InAnotherForm) -> None:
-    """Newer hosts ask a map for the form that patches know where they change it for good, and no longer where they change
-    it on its way to the device. The host has set these patches since the last forward, and holds on to them."""
-    if _asked_on_the_way():
-        return
-    for name in ("weight", "bias"):
-        lazy = getattr(module, f"{name}_lowvram_function", None)
-        for patch in (*getattr(module, f"{name}_function"), lazy):
-            if type(patch) is LowVramPatch:
-                patch.__class__, patch.target = PatchInForm, (module, name)
-
-
-@cache
-def _asked_on_the_way() -> bool:
-    asked = []
-    LowVramPatch("", {"": []}, lambda tensor, **_: asked.append(True) or tensor)(torch.zeros(1))
-    return bool(asked)
+    def __getattr__(self, name: str):
+        """Memory, streams: whatever else the host wants to know of its change."""
+        return getattr(self.change, name)
 
 
 def half_of(linear: type[nn.Module]) -> type[nn.Module]:
@@ -117,12 +165,12 @@ def half_of(linear: type[nn.Module]) -> type[nn.Module]:
 def part_of(linear: type[nn.Module], cut: Cut) -> type[nn.Module]:
     """The host's linear map, cut. Patches see it whole."""
 
-    class PartOf(*((linear,) if issubclass(linear, InAnotherForm) else (InAnotherForm, linear))):
-        def shown(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-            return cut.whole(super().shown(name, tensor))
+    class PartOf(*((linear,) if issubclass(linear, PatchedWhole) else (PatchedWhole, linear))):
+        def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+            return cut.whole(super().whole(name, stored))
 
-        def kept(self, name: str, tensor: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
-            return super().kept(name, tensor, cut.of(changed))
+        def left(self, name: str, whole: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+            return super().left(name, cut.of(whole), stored)
 
     return PartOf
 

@@ -84,7 +84,8 @@ class Host:
 
     engine          the same architecture of `ppcl_engine.architectures`, which reads files and configurations, and says in
                     `comfyui_projections` which sub-module of the host's block each projection is
-    configs         the host's config classes (`building.PrunedConfig` + its own): they claim the files that it can't load
+    stock           names of the host's config classes: `building.config_classes` derives ours, which claim the files that
+                    it can't load
     module, model   the host's module of the transformer, and the name of its class there
     presets         released models that count their blocks anew; those of the engine where it knows some
     lists           its lists of blocks, in the order in which they run: the teacher's blocks are counted through them
@@ -98,7 +99,7 @@ class Host:
     """
 
     engine: Architecture
-    configs: tuple[type, ...] = ()
+    stock: tuple[str, ...]
     module: ModuleType
     model: str
     lists: tuple[BlockList, ...]
@@ -144,6 +145,11 @@ class Host:
         """Of the site's block: linear map -> what is left of it."""
         return self.cuts.get((site.kind, site.form), {})
 
+    def vacated(self, place: Place) -> tuple[str, ...]:
+        """Beginnings of the names of a block's tensors that the place's projections leave no place for."""
+        gone = [prefix for kind in place.projections for prefix in self.replaced[kind]]
+        return (*gone, "correction.maps.text.") if place.text_source is not None else tuple(gone)
+
     def spread(self, config: Mapping, indices: Sequence[int], blocks: int) -> dict:
         """The configuration of a teacher of so many blocks, of which a model that counts anew has `indices`: a list's first
         block always stays."""
@@ -155,6 +161,10 @@ class Host:
     def is_stock(self, tensors: Mapping[str, torch.Tensor]) -> bool:
         """Whether a full model with these shapes is one that the host loads by itself."""
         raise NotImplementedError
+
+    def check_told(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Of a file that says neither by a plan nor by our loader which blocks it has: raises ValueError where a model
+        can't be built by its tensors alone."""
 
     def project_ffn(self, block: nn.Module, kind: str, form: str, projection: nn.Module) -> None:
         """Puts the projection in its place; a map that `cuts_at` names may be whole (a switchable model's) or cut."""

@@ -20,7 +20,7 @@ from ...ppcl_engine.architectures import projections
 from ...ppcl_engine.layout import Place
 from ...ppcl_engine.surgery import Correction as EngineCorrection
 from ...ppcl_engine.surgery import PassThrough
-from .adapters import InAnotherForm
+from .adapters import PatchedWhole
 from .base import BlockList, Host, Maps
 
 OWN_PARTS = ("student", "projections")  # what a block of a switchable model holds besides the host's
@@ -157,7 +157,7 @@ def run_part(linear: nn.Module, x: torch.Tensor, width_out: int, width_in: int) 
     """The first outputs of a linear map on its first inputs [..., width_in]. Where the map's weight is stored in a form of
     its own (scaled, quantised, of another pack), all of it runs and the rest is cut off."""
     own = comfy.ops.disable_weight_init.Linear.forward_comfy_cast_weights
-    if type(linear).forward_comfy_cast_weights is own and not isinstance(linear, InAnotherForm):
+    if type(linear).forward_comfy_cast_weights is own and not isinstance(linear, PatchedWhole):
         weight, bias, stream = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
         found = F.linear(x, weight[:width_out, :width_in], None if bias is None else bias[:width_out])
         comfy.ops.uncast_bias_weight(linear, weight, bias, stream)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 
+import comfy.supported_models
 import torch
 from torch import nn
 
@@ -29,6 +30,7 @@ from .blocks import Correction, Linear, Skip, Texts, add_correction, project
 from .formats import grouped, passed_on
 from .parts import Parts
 from .quantised import FORMAT, IN_FILE, Held, Quantised, expanded, refuse_unused_scales
+from .saving import file_of
 from .structure import FileTensors, Structure, is_pruned, is_surrounding, structure_of
 
 PATHS_IN_LOADERS = ("unet_path", "ckpt_path")  # what the host's loaders call the path of a model file
@@ -66,6 +68,7 @@ class PrunedConfig:
         with exchanged_blocks(structure, sorted(given), texts, inputs):
             model = super().get_model(state_dict, *arguments, **named)
         finish(model.diffusion_model, structure, texts, inputs)
+        self.parts = model.diffusion_model.ppcl
         self.marks = marks_in(self.host, model.diffusion_model)
         if self.custom_operations is None:  # others make their tensors when they are loaded
             check_tensors(self._empty_model(sorted(given)), given | self.marks)
@@ -91,6 +94,13 @@ class PrunedConfig:
             self.layer_quant_config = layers
             self.manual_cast_dtype = self.manual_cast_dtype or self.unet_config["dtype"]
 
+    def process_unet_state_dict_for_saving(self, state_dict, *arguments, **named):
+        if self.custom_operations is not None:
+            raise ValueError(
+                "this MODEL keeps its weights in the form of another pack (GGUF), which cannot be saved; load it from .safetensors"
+            )
+        return super().process_unet_state_dict_for_saving(file_of(self.parts, state_dict), *arguments, **named)
+
     def host_names(self, tensors: FileTensors) -> dict[str, torch.Tensor]:
         """By the names in this version of the host, which may rename some of a file's."""
         return super().process_unet_state_dict(dict(tensors))
@@ -105,6 +115,13 @@ class PrunedConfig:
             model = getattr(self.host.module, self.host.model)(**options)
         finish(model, structure, texts, inputs)
         return model
+
+
+@cache
+def config_classes(host: Host) -> tuple[type, ...]:
+    """Ours before each of the host's own: "PPCLFlux" of "Flux"."""
+    stock = [getattr(comfy.supported_models, name) for name in host.stock]
+    return tuple(type(f"PPCL{own.__name__}", (PrunedConfig, own), {"host": host}) for own in stock)
 
 
 def told_of_formats(config) -> tuple[dict | None, torch.dtype | None]:
@@ -166,7 +183,7 @@ def finish(transformer: nn.Module, structure: Structure, texts: Texts, inputs) -
     transformer.register_forward_pre_hook(forget_texts)
     transformer.register_load_state_dict_post_hook(refuse_unused_scales)
     structure.host.watch(transformer, texts)
-    transformer.ppcl = Parts(structure, texts)
+    transformer.ppcl = Parts(structure, texts, inputs)
 
 
 def forget_texts(model: nn.Module, arguments) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from functools import partial
 
 import comfy.ldm.flux.model as host_module
-import comfy.supported_models
 import torch
 from torch import nn
 
@@ -15,7 +14,6 @@ from ...ppcl_engine.architectures.projections import Nothing, padded
 from ...ppcl_engine.layout import Place
 from .base import HALF, BlockList, Cut, Host, Maps
 from .blocks import FixedModulation, ProjectedText, Texts, run_part
-from .building import PrunedConfig
 
 STREAMS = {"ffn_image": "img", "ffn_text": "txt"}  # as the names of a double block's parts begin
 STOCK_WIDTH = 24 * 128  # what the host takes for granted
@@ -24,6 +22,7 @@ PATCH = 2
 
 class Flux1Host(Host):
     engine = architecture_named("flux1")
+    stock = ("FluxInpaint", "Flux", "FluxSchnell")
     module, model = host_module, "Flux"
     lists = (
         BlockList(
@@ -142,18 +141,3 @@ def _attention_and_added(linear: nn.Module, width: int, joined: torch.Tensor) ->
 
 
 HOST = Flux1Host()
-
-
-class PPCLFlux(PrunedConfig, comfy.supported_models.Flux):
-    host = HOST
-
-
-class PPCLFluxInpaint(PrunedConfig, comfy.supported_models.FluxInpaint):
-    host = HOST
-
-
-class PPCLFluxSchnell(PrunedConfig, comfy.supported_models.FluxSchnell):
-    host = HOST
-
-
-HOST.configs = (PPCLFluxInpaint, PPCLFlux, PPCLFluxSchnell)

@@ -26,7 +26,7 @@ from ...ppcl_engine.architectures.folded import (
     drop_carried,
     picked,
 )
-from .adapters import InAnotherForm, half_of
+from .adapters import PatchedWhole, half_of
 
 
 class Basis(BasisInputs):
@@ -66,7 +66,7 @@ class Table(TableInputs):
         return rows.T.repeat(1, len(self.batches))
 
 
-class FoldedMap(InAnotherForm, comfy.ops.manual_cast.Linear):
+class FoldedMap(PatchedWhole, comfy.ops.manual_cast.Linear):
     """What both forms share. `inputs` (in a tuple, since every map has the same): the model's `Basis` or `Table`."""
 
     inputs: tuple[Basis | Table, ...] = ()
@@ -90,11 +90,11 @@ class BasisMap(FoldedMap):
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return found
 
-    def shown(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor @ self.projection(tensor).T if name == "weight" else tensor
+    def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        return stored @ self.projection(stored).T if name == "weight" else stored
 
-    def kept(self, name: str, tensor: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
-        return changed @ self.projection(changed) if name == "weight" else changed
+    def left(self, name: str, whole: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        return whole @ self.projection(whole) if name == "weight" else whole
 
 
 class TableMap(FoldedMap):
@@ -109,13 +109,11 @@ class TableMap(FoldedMap):
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return found
 
-    def shown(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.new_zeros(tensor.shape[0], self.inputs[0].width) if name == "weight" else tensor
+    def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
+        return stored.new_zeros(stored.shape[0], self.inputs[0].width) if name == "weight" else stored
 
-    def kept(self, name: str, tensor: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
-        if name != "weight":
-            return changed
-        return tensor.to(changed.device, changed.dtype) + changed @ self.projection(changed)
+    def left(self, name: str, whole: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        return stored.to(whole.device, whole.dtype) + whole @ self.projection(whole) if name == "weight" else whole
 
 
 MAPS: dict[str, type[FoldedMap]] = {"basis": BasisMap, "table": TableMap}

@@ -11,7 +11,19 @@ import torch
 
 from ...ppcl_engine.checkpoint import COMFYUI_PREFIX
 from ...ppcl_engine.quantization import FP8_MARK
-from .quantised import FLOAT8, FORMAT, HOST, IN_FILE, INPUT_SCALE, OLD_NAMES, ONE_SCALE, SCALE, SCALES, Quantised, read_settings
+from .quantised import (
+    FLOAT8,
+    FORMAT,
+    HOST,
+    IN_FILE,
+    INPUT_SCALE,
+    OLD_NAMES,
+    ONE_SCALE,
+    SCALE,
+    SCALES,
+    Quantised,
+    read_settings,
+)
 
 METADATA = "_quantization_metadata"
 NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}

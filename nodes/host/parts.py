@@ -16,25 +16,31 @@ from comfy.patcher_extension import CallbacksMP
 from torch import nn
 
 from ...ppcl_engine.layout import Layout, Place, layout_of
-from ...ppcl_engine.plan import PruningPlan, Variant
+from ...ppcl_engine.plan import FULL, PruningPlan, Variant
 from .base import BlockList, Cut
 from .blocks import Skip, Texts, project, view_of_block
 from .structure import Structure
 
 if TYPE_CHECKING:
     from ..modulations import Modulations
+    from .folded import Basis, Table
 
 ATTACHMENT = "ppcl_variant"
+LOADED = "diffusion_model.ppcl.variant"  # where the host puts the variant of the branch that it loads
 
 
 @dataclass
 class Parts:
-    """On the host's transformer as `ppcl`; the modules themselves are the transformer's. later: the modulations that a
-    table is filled from."""
+    """On the host's transformer as `ppcl`; the modules themselves are the transformer's. folded: its inputs, where
+    modulations are folded; later: the modulations that a table is filled from. variant: of the branch that is loaded, while
+    it is; refused: why what is loaded cannot be saved."""
 
     structure: Structure
     texts: Texts
+    folded: Basis | Table | None = None
     later: Modulations | None = None
+    variant: Variant = Variant(name=FULL)
+    refused: str = ""
 
     @property
     def plan(self) -> PruningPlan | None:
@@ -85,15 +91,30 @@ def _bare(transformer: nn.Module, place: Place) -> nn.Module:
 
 def variant_of(model) -> Variant:
     """What a branch runs."""
-    return model.attachments.get(ATTACHMENT, Variant(name="full"))
+    return model.attachments.get(ATTACHMENT, Variant(name=FULL))
 
 
 def with_variant(model, variant: Variant):
     """A clone of the host's patcher that runs this variant. Nothing is read and nothing copied."""
-    transformer = model.model.diffusion_model
+    new = model.clone()
+    new.set_attachments(ATTACHMENT, variant)
+    if ATTACHMENT not in new.callbacks.get(CallbacksMP.ON_CLONE, {}):
+        new.add_callback_with_key(CallbacksMP.ON_CLONE, ATTACHMENT, _follow)
+    route(new, variant)
+    return new
+
+
+def _follow(model, clone) -> None:
+    """The host may clone onto a model of its own, loaded anew: for another GPU, or without dynamic memory."""
+    if clone.model is not model.model:
+        route(clone, variant_of(clone))
+
+
+def route(new, variant: Variant) -> None:
+    """Patches the blocks of the patcher's own model."""
+    transformer = new.model.diffusion_model
     structure = transformer.ppcl.structure
     layout = layout_of(structure.plan, variant)
-    new = model.clone()
     for key in [key for key, patch in new.object_patches.items() if isinstance(patch, Route | NoRoute)]:
         del new.object_patches[key]
     places = {place.index: place for place in layout.places}
@@ -104,18 +125,7 @@ def with_variant(model, variant: Variant):
             new.add_object_patch(key, NoRoute(structure.host.list_of(structure.config, index)))
         elif not place.is_teacher or place.publishes:
             new.add_object_patch(key, Route(transformer, place, places.get(place.text_source)))
-    new.set_attachments(ATTACHMENT, variant)
-    new.remove_callbacks_with_key(CallbacksMP.ON_CLONE, ATTACHMENT)
-    new.add_callback_with_key(CallbacksMP.ON_CLONE, ATTACHMENT, _route_by_own_model)
-    return new
-
-
-def _route_by_own_model(model, clone) -> None:
-    """Hosts may clone a patcher onto another copy of the model: without dynamic memory, for another device."""
-    transformer = clone.model.diffusion_model
-    for key, patch in clone.object_patches.items():
-        if isinstance(patch, Route):
-            clone.object_patches[key] = Route(transformer, patch.place, patch.source)
+    new.add_object_patch(LOADED, variant)
 
 
 def size_of(transformer: nn.Module, layout: Layout | None) -> tuple[int, int]:

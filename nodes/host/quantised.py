@@ -18,11 +18,15 @@ import comfyui_version
 import torch
 from torch import nn
 
+from ...ppcl_engine.checkpoint import as_tensor
 from ...ppcl_engine.quantization import scaled_fp8
 from .base import ALL, Cut
-from .structure import as_tensor
 
-FORMAT, SCALE, INPUT_SCALE = "comfy_quant", "weight_scale", "input_scale"  # the last: of inputs, where they are rounded too
+FORMAT, SCALE, INPUT_SCALE = (
+    "comfy_quant",
+    "weight_scale",
+    "input_scale",
+)  # the last: of inputs, where they are rounded too
 OLD_NAMES = {SCALE: "scale_weight", INPUT_SCALE: "scale_input"}
 SCALES = (SCALE, "weight_scale_2", INPUT_SCALE, "pre_quant_scale")
 ONE_SCALE = ((), (1,), (1, 1))  # shapes

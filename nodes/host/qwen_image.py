@@ -6,7 +6,6 @@ import inspect
 from functools import partial
 
 import comfy.ldm.qwen_image.model as host_module
-import comfy.supported_models
 import torch
 from torch import nn
 
@@ -14,7 +13,6 @@ from ...ppcl_engine.architectures import architecture_named, projections
 from ...ppcl_engine.layout import Place
 from .base import HALF, BlockList, Host, Maps
 from .blocks import FixedModulation, ProjectedText, Texts
-from .building import PrunedConfig
 
 STOCK_WIDTH = 24 * 128  # what the host takes for granted
 STREAMS = {"ffn_image": "img", "ffn_text": "txt"}  # as the names of a block's parts begin
@@ -36,6 +34,7 @@ class PaddedModulation(nn.Sequential):
 
 class QwenImageHost(Host):
     engine = architecture_named("qwen_image")
+    stock = ("QwenImage",)
     module, model = host_module, "QwenImageTransformer2DModel"
     lists = (
         BlockList(
@@ -107,10 +106,3 @@ def modulated_text(block: nn.Module, fixed: FixedModulation, text: torch.Tensor)
 
 
 HOST = QwenImageHost()
-
-
-class PPCLQwenImage(PrunedConfig, comfy.supported_models.QwenImage):
-    host = HOST
-
-
-HOST.configs = (PPCLQwenImage,)

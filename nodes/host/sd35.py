@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import comfy.ldm.modules.diffusionmodules.mmdit as host_module
-import comfy.supported_models
 import torch
 from torch import nn
 
@@ -17,7 +16,6 @@ from ...ppcl_engine.layout import Place
 from ...ppcl_engine.plan import WidthSite
 from .base import HALF, BlockList, Cut, Host, Maps
 from .blocks import FixedModulation, ProjectedText, Texts
-from .building import PrunedConfig
 
 HALVES = {"ffn_image": "x_block", "ffn_text": "context_block"}
 MODULATION = "adaLN_modulation"
@@ -48,6 +46,7 @@ class FixedShiftAndScale(FixedModulation):
 
 class SD35Host(Host):
     engine = architecture_named("sd35")
+    stock = ("SD3",)
     module, model = host_module, "OpenAISignatureMMDITWrapper"
     lists = (
         BlockList(
@@ -75,15 +74,22 @@ class SD35Host(Host):
         return {f"{HALVES[site.kind]}.{MODULATION}.1": OUTER_THIRDS if dual else HALF}
 
     def is_stock(self, tensors) -> bool:
-        """Raises ValueError for a file of fewer blocks that says nothing of them: where the host made its names of
-        diffusers', it took another block for the last, and the last one's modulation of the text is wrong."""
-        heads = tensors["x_embedder.proj.weight"].shape[0] // HEAD
+        heads, blocks = self._counted(tensors)
+        return blocks == heads or not self.engine.detect(tensors)
+
+    def check_told(self, tensors) -> None:
+        """Where the host made its names of diffusers', it took another block for the last, and the last one's modulation of
+        the text is wrong."""
+        heads, blocks = self._counted(tensors)
+        if blocks != heads:
+            raise ValueError(
+                f"the file has {blocks} blocks, a whole model of its width {heads}; load it with Load Pruned Model (PPCL)"
+            )
+
+    def _counted(self, tensors) -> tuple[int, int]:
+        """(heads, and so the blocks of a whole model of this width; blocks that are there)"""
         numbers = {match[2] for match in map(self.block_name.match, tensors) if match}
-        if len(numbers) == heads or not self.engine.detect(tensors):
-            return True
-        raise ValueError(
-            f"the file has {len(numbers)} blocks, a whole model of its width {heads}; load it with Load Pruned Model (PPCL)"
-        )
+        return tensors["x_embedder.proj.weight"].shape[0] // HEAD, len(numbers)
 
     def project_ffn(self, block: nn.Module, kind: str, form: str, projection: nn.Module) -> None:
         half = getattr(block, HALVES[kind])
@@ -149,10 +155,3 @@ def modulated_text(block: nn.Module, fixed: FixedModulation, text: torch.Tensor)
 
 
 HOST = SD35Host()
-
-
-class PPCLSD35(PrunedConfig, comfy.supported_models.SD3):
-    host = HOST
-
-
-HOST.configs = (PPCLSD35,)

@@ -16,7 +16,7 @@ from torch import nn
 from ...ppcl_engine.architectures import Architecture
 from ...ppcl_engine.architectures.folded import Folding, folding_of
 from ...ppcl_engine.bundle import STRUCTURE_TENSOR
-from ...ppcl_engine.checkpoint import HINTS_TENSOR, parts_in
+from ...ppcl_engine.checkpoint import HINTS_TENSOR, object_in, parts_in, text_in, usual_name
 from ...ppcl_engine.folding_files import modulation_names
 from ...ppcl_engine.layout import Layout, Place, full_layout, layout_of
 from ...ppcl_engine.plan import PruningPlan, plan_from_json
@@ -60,6 +60,7 @@ class Structure:
         for name, tensor in ((shown(name), tensor) for name, tensor in tensors.items()):
             new = self.names.get(name, name)
             if new is not None and not is_surrounding(name) and tuple(tensor.shape) != GUARD_SHAPE:
+                new = usual_name(self.host.engine, new)
                 found[new] = _without_identity(tensor) if name in self.legacy else tensor
         return found | self._zero_biases(found)
 
@@ -97,11 +98,6 @@ def _without_identity(tensor: torch.Tensor) -> torch.Tensor:
     if hasattr(tensor, "changed"):  # a matrix of few bits
         return tensor.changed(_without_identity)
     return (tensor.float() - torch.eye(len(tensor), device=tensor.device)).to(tensor.dtype)
-
-
-def as_tensor(value: dict | str) -> torch.Tensor:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def is_pruned(host: Host, tensors: FileTensors) -> bool:
@@ -154,6 +150,8 @@ def count_blocks(host: Host, names: Iterable[str]) -> int:
 def structure_of(host: Host, tensors: FileTensors) -> Structure:
     """Raises ValueError, in one line, for a plan or for lists that make no model."""
     hints = _read_json(tensors, HINTS_TENSOR)  # our loader's: switchable, legacy; a file's too: indices, blocks, config
+    if STRUCTURE_TENSOR not in tensors and HINTS_TENSOR not in tensors:
+        host.check_told(tensors)
     if STRUCTURE_TENSOR in tensors:
         plan = checked_plan(host, plan_from_json(text_of(tensors[STRUCTURE_TENSOR]), "the file's plan"))
         config, folding = config_of(host, tensors, plan.config), folding_of(plan.config)
@@ -193,16 +191,35 @@ def _released_structure(host: Host, tensors: FileTensors, hints: dict) -> Struct
     config = config_of(host, tensors, {key: known[key] for key in (AXES, *host.engine.marks.values()) if key in known})
     config |= {blocks.depth: len(there[blocks.name]) for blocks in host.lists}
     layout = _released_layout(host.engine, config, tensors)
-    indices = hints.get("indices") or _published(host.engine, config) or list(range(count))
+    indices, blocks = _told_blocks(hints)
+    indices = indices or _published(host.engine, config) or list(range(count))
     if len(indices) != count or sorted(set(indices)) != indices or indices[-1] >= MAX_BLOCKS or indices[0] < 0:
         raise ValueError(f"the file has {count} blocks, the preset names {len(indices)}; choose the one of this model")
-    blocks = max(hints.get("blocks", 0), indices[-1] + 1)
+    blocks = max(blocks, indices[-1] + 1)
     whole = host.spread(config, indices, blocks)
     names = {name: _host_name(host, config, whole, name, layout.places, indices) for name in tensors
              if host.block_name.match(name)}  # fmt: skip
     places = tuple(_at(place, indices) for place in layout.places)
     legacy = {n for n in names if n.endswith(".txt_proj.weight")} if hints.get("legacy") else ()
     return Structure(host, Layout(num_blocks=blocks, places=places), whole, names=names, legacy=frozenset(legacy))
+
+
+def _told_blocks(hints: Mapping) -> tuple[list[int], int]:
+    """The teacher's indices of a file's blocks and how many the teacher has; nothing and 0 where hints do not say it."""
+    indices, blocks = hints.get("indices") or [], hints.get("blocks", 0)
+    whole = isinstance(indices, list) and all(type(number) is int for number in [*indices, blocks])
+    if not whole or blocks > MAX_BLOCKS:
+        raise ValueError("the file's list of its blocks is not readable; export it again, or choose a preset")
+    return indices, blocks
+
+
+def blocks_in_text(text: str) -> list[int]:
+    """The same, out of a file's metadata."""
+    try:
+        numbers = json.loads(text)
+    except (ValueError, RecursionError):
+        numbers = text
+    return _told_blocks({"indices": numbers})[0]
 
 
 def _released_layout(engine: Architecture, config: dict, tensors: FileTensors) -> Layout:
@@ -253,13 +270,11 @@ def _at(place: Place, indices: list[int]) -> Place:
 
 
 def _read_json(tensors: FileTensors, name: str) -> dict:
-    return json.loads(text_of(tensors[name])) if name in tensors else {}
+    return object_in(tensors[name], "the file") if name in tensors else {}
 
 
 def text_of(tensor: torch.Tensor) -> str:
-    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
-        raise ValueError("the file's plan is not readable; export it again")
     try:
-        return bytes(tensor.tolist()).decode()
-    except UnicodeDecodeError:
+        return text_in(tensor)
+    except ValueError:
         raise ValueError("the file's plan is not readable; export it again") from None

@@ -209,7 +209,8 @@ class Architecture(Protocol):
         ...
 
     def from_comfyui(self, name: str) -> tuple[str, ...]:
-        """diffusers' names of what lies in a tensor of ComfyUI's layout; any other name comes back as it is."""
+        """diffusers' names of what lies in a tensor of ComfyUI's layout, however it is spelled; any other name comes back as
+        it is."""
         ...
 
     def random_inputs(self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str) -> Inputs: ...

@@ -70,6 +70,7 @@ COMFYUI_NAMES = NameTable(
     tensors_of(DOUBLE_NORMS, f"{DOUBLE}{{}}.", "double_blocks.{}.", {"weight": "scale"}),
     tensors_of(SINGLE_NAMES, f"{SINGLE}{{}}.", "single_blocks.{}."),
     tensors_of(SINGLE_NORMS, f"{SINGLE}{{}}.", "single_blocks.{}.", {"weight": "scale"}),
+    spellings={"weight": "scale"},  # ComfyUI from 0.14 on saves norms so
 )
 
 

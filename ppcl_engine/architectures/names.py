@@ -26,13 +26,17 @@ def tensors_of(modules: Modules, ours: str = "", theirs: str = "", leaves: Mappi
 
 
 class NameTable:
-    """The rows of several `tensors_of`."""
+    """The rows of several `tensors_of`. spellings: leaves of ComfyUI's names that some programs write -> as the rows have
+    them; a name that is in no row is looked up under the other."""
 
-    def __init__(self, *tables: Mapping[str, Part]):
+    def __init__(self, *tables: Mapping[str, Part], spellings: Mapping[str, str] | None = None):
         self._parts = {key: part for table in tables for key, part in table.items()}
         self._contents: dict[str, list[str]] = {}
         for key, part in self._parts.items():
             self._contents.setdefault(part.name, []).append(key)
+        for other, own in (spellings or {}).items():
+            for name in [name for name in self._contents if name.endswith(f".{own}")]:
+                self._contents.setdefault(f"{name.removesuffix(own)}{other}", self._contents[name])
 
     def place(self, key: str) -> Part:
         """Of diffusers' tensor in ComfyUI's layout. Raises KeyError for a name that is in no row."""

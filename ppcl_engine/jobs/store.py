@@ -66,15 +66,20 @@ class RunStore:
 
     def names(self) -> list[tuple[str, JobState]]:
         """Newest first. A run whose state is rubbish is there as failed, with the line that says so."""
-        folders = [path for path in self._folders() if (path / ORDER).is_file() and (path / STATE).is_file()]
-        folders.sort(key=lambda path: (path / ORDER).stat().st_mtime_ns, reverse=True)
-        return [(path.name, _state_to_show(path)) for path in folders]
+        made = {path: at for path in self._entries() if (at := self.made_at(path)) is not None}
+        return [(path.name, _state_to_show(path)) for path in sorted(made, key=made.get, reverse=True)]
 
-    def exports(self) -> list[Path]:
-        """Model files that done runs wrote, newest run first."""
-        done = [self.root / name for name, state in self.names() if state.status == "done"]
-        exporting = [path for path in done if (order := _order_of(path)) and EXPORTING & dict(order.stages).keys()]
-        return [file for path in exporting for file in sorted((path / "exports").rglob("*.safetensors"))]
+    def made_at(self, path: Path) -> int | None:
+        """When an entry of the root was made, in nanoseconds; None: it is not the folder of a job."""
+        if path.name.startswith(".") or path.is_symlink() or not (path / STATE).is_file():
+            return None
+        return (path / ORDER).stat().st_mtime_ns if (path / ORDER).is_file() else None
+
+    def exports_of(self, path: Path) -> list[Path]:
+        """Model files that a run wrote; none before it is done."""
+        order = _order_of(path) if _state_to_show(path).status == "done" else None
+        exporting = order is not None and EXPORTING & dict(order.stages).keys()
+        return sorted((path / "exports").rglob("*.safetensors")) if exporting else []
 
     def prepare(self, kind: str, stages, upstream: str = "", **options) -> Prepared:
         """The run that does these (stage, settings) pairs on the files of `upstream`; options: an Order's.
@@ -165,10 +170,8 @@ class RunStore:
                 found[int(match[1] or 1)] = path
         return dict(sorted(found.items()))
 
-    def _folders(self) -> list[Path]:
-        if not self.root.is_dir():
-            return []
-        return [p for p in self.root.iterdir() if not p.name.startswith(".") and p.is_dir() and not p.is_symlink()]
+    def _entries(self) -> list[Path]:
+        return list(self.root.iterdir()) if self.root.is_dir() else []
 
     def _finished(self, name: str) -> Path:
         path = self.path(name)

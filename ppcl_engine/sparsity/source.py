@@ -13,9 +13,9 @@ from torch import nn
 
 from ..architectures import Architecture, SharedText, architecture_named
 from ..architectures.folded import FOLDING
-from ..bundle import Bundle, is_bundle, placed_block, standalone_structure
+from ..bundle import Bundle, empty_model, is_bundle, placed_block, standalone_reader, standalone_structure
 from ..checkpoint import Weights
-from ..files import TensorFile, check_exists
+from ..files import check_exists
 from ..layout import Layout, Place, full_layout, layout_of
 from ..plan import PruningPlan, Variant, plan_from_json
 from ..surgery import empty_block
@@ -88,7 +88,9 @@ def open_source(path: Path, base: Path | None, variant: str | None) -> SparsityS
 def _of_standalone(path: Path, plan: PruningPlan) -> SparsitySource:
     everything, architecture = plan.everything(), architecture_named(plan.architecture)
     layout = layout_of(plan, everything)
-    read = TensorFile(path).read
+    with torch.device("meta"):
+        names = empty_model(architecture, plan.config, layout).state_dict()
+    read = standalone_reader(path, plan, names)
     return SparsitySource(path, architecture, plan.config, layout, plan.fingerprint, read, plan, everything)
 
 

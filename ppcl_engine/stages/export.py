@@ -28,7 +28,15 @@ from ..layout import Place, layout_of
 from ..plan import PruningPlan, Variant
 from ..quantization import FP8, FP8_MARK
 from ..run import DTYPES, Run, RunStudents, open_plan
-from ..standalone import Source, check_file_name, comfyui_sources, marks_of, write_sources, write_standalone
+from ..standalone import (
+    Source,
+    check_file_name,
+    comfyui_sources,
+    hints_of,
+    marks_of,
+    write_sources,
+    write_standalone,
+)
 from ..surgery import empty_block
 
 SOURCE_PLAN_KEY = "ppcl_source_plan"
@@ -62,7 +70,7 @@ def export(config: ExportConfig) -> Path:
     if config.layout == "comfyui":
         path = folder / f"{config.name}.safetensors"
         metadata["config"] = json.dumps(stock_config)
-        extra = {**marks_of(weights.architecture, stock_config), HINTS_TENSOR: _hints(plan, block_map, stock_config)}
+        extra = {**marks_of(weights.architecture, stock_config), HINTS_TENSOR: hints_of(plan, block_map, stock_config)}
         extra |= {FP8_MARK: torch.zeros(2, dtype=FP8)} if scaled else {}  # of two: weights alone, products in more bits
         write_sources(path, comfyui_sources(weights.architecture, tensors), dtype, metadata, extra, scaled)
         return path
@@ -134,12 +142,6 @@ def _block_map(plan: PruningPlan, variant: Variant) -> list[int]:
     """Teacher indices of the blocks that are left."""
     gaps = {index for name in variant.intervals for index in plan.interval(name).blocks[1:]}
     return [index for index in range(plan.num_blocks) if index not in gaps]
-
-
-def _hints(plan: PruningPlan, block_map: list[int], stock_config: dict) -> torch.Tensor:
-    """For the nodes, where another loader than theirs reads the file: without metadata LoRAs would land on wrong blocks."""
-    hints = {"indices": block_map, "blocks": plan.num_blocks, "config": stock_config}
-    return torch.tensor(list(json.dumps(hints).encode()), dtype=torch.uint8)
 
 
 def _renumbered(

@@ -25,9 +25,21 @@ ROOT = Path(__file__).resolve().parents[2]
 HOSTS = ROOT / ".hosts"
 OPERATORS = Path(__file__).with_name("operators.py")
 TORCH = "torch==2.13.0"
+# what every ComfyUI asks for
 LIBRARIES = (
-    "numpy scipy einops transformers aiohttp yarl pyyaml pillow tqdm psutil av requests"  # what every ComfyUI asks for
-).split()
+    "numpy",
+    "scipy",
+    "einops",
+    "transformers",
+    "aiohttp",
+    "yarl",
+    "pyyaml",
+    "pillow",
+    "tqdm",
+    "psutil",
+    "av",
+    "requests",
+)
 TEST_LIBRARIES = ("pytest", "playwright")  # it drives a Chromium of the machine, and brings none
 
 

@@ -27,6 +27,15 @@ LARGE = 2_000_000  # bytes
 DEMO_FILES = {f"ppcl_engine/demo/{name}.safetensors" for name in ("teacher", "teacher_flux", "demo.ppcl")}
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "execution", "server"}
 NEVER = {"subprocess", "socket", "requests", "urllib", "os", "pickle", "importlib"}
+HEAVY = {
+    "diffusers",
+    "matplotlib",
+    "transformers",
+    "accelerate",
+    "scipy",
+    "torchvision",
+    "rapidocr",
+}  # seconds of a start
 NEVER_CALLED = {"eval", "exec", "compile", "__import__"}
 
 
@@ -45,6 +54,32 @@ def test_the_entry_imports_nothing_when_it_is_imported():
     """pytest collects it, and ComfyUI imports it before its own parts are ready."""
     body = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8")).body
     assert not [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def imported_at_once(path: Path) -> tuple[set[str], set[Path]]:
+    """(other packages, files of ours) that importing a file imports; not what its functions import when they are called."""
+    others, ours = set(), set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            others.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            names = [folder, *(folder / alias.name for alias in node.names)]
+            ours |= {f for n in names for f in (n.with_suffix(".py"), n / "__init__.py") if f.is_file()}
+    return others, ours
+
+
+def test_a_start_of_the_host_imports_nothing_heavy():
+    waiting, seen = [ROOT / "nodes" / "catalogue.py", ROOT / "nodes" / "host" / "__init__.py"], set()
+    while waiting:
+        path = waiting.pop()
+        others, ours = imported_at_once(path)
+        assert not others & HEAVY, (path, others & HEAVY)
+        seen.add(path)
+        waiting += ours - seen
+    assert {ROOT / "nodes" / "load.py", ROOT / "ppcl_engine" / "bundle.py"} <= seen
 
 
 def test_the_pack_imports_itself_relatively():
@@ -139,3 +174,11 @@ def test_what_is_shipped():
 
 def test_tests_are_not_shipped():
     assert {"tests/", "benchmarks/", "runs/"} <= set((ROOT / ".comfyignore").read_text().split())
+
+
+def test_one_range_of_hosts_everywhere():
+    """What the nodes say on an unknown host, README, the registry and the page of tested hosts."""
+    body = ast.parse((ROOT / "nodes" / "__init__.py").read_text(encoding="utf-8")).body
+    (tested,) = (ast.literal_eval(n.value) for n in body if isinstance(n, ast.Assign) and n.targets[0].id == "TESTED")
+    for name in ("README.md", "pyproject.toml", "docs/hosts.md"):
+        assert all(version in (ROOT / name).read_text(encoding="utf-8") for version in tested), name

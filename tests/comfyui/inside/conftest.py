@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib
+import inspect
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -44,7 +47,7 @@ import nodes as host_nodes  # noqa: E402
 
 torch.set_num_threads(1)
 BOUND = 0.5  # of a folded random model of width 32, whose embedding has no low rank
-FIGURES = "make host-0.3.75 && COMFYUI=.hosts/0.3.75/ComfyUI .hosts/0.3.75/venv/bin/python tests/comfyui/launch.py -m pytest tests/comfyui/inside --figures {path}"
+FIGURES = "COMFYUI=.hosts/0.3.75/ComfyUI .hosts/0.3.75/venv/bin/python tests/comfyui/launch.py -m pytest tests/comfyui/inside --figures {path}"
 
 
 def pytest_addoption(parser):
@@ -80,10 +83,11 @@ def models(tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def pack(models):
+def pack(models, figures):
     """`pack("load")` is the module nodes/load.py of the pack as the host imported it."""
-    path = str(ROOT)
+    path, start = str(ROOT), time.perf_counter()
     assert asyncio.run(host_nodes.load_custom_node(path, module_parent="custom_nodes"))
+    figures("start_seconds", time.perf_counter() - start)
     for extra in ("model_advanced", "model_merging", "slg", "custom_sampler", "edit_model", "flux"):
         file = str(Path(host_nodes.__file__).parent / "comfy_extras" / f"nodes_{extra}.py")
         assert asyncio.run(host_nodes.load_custom_node(file, module_parent="comfy_extras"))
@@ -109,12 +113,12 @@ def run_node(pack):
 @pytest.fixture(scope="session")
 def empty_host_model(pack):
     """Of a file's tensors, on the meta device too: the host's model without weights, where each of them has a home."""
-    pruned = pack("host.building").PrunedConfig
+    building = pack("host.building")
 
     def make(host, tensors: dict):
         found = comfy.model_detection.detect_unet_config(dict(tensors), "")
         # what the host's own class says, whether or not it could load the file by itself
-        config = next(c for c in host.configs if super(pruned, c).matches(found))(found)
+        config = next(c for c in building.config_classes(host) if super(building.PrunedConfig, c).matches(found))(found)
         config.set_inference_dtype(torch.bfloat16, None)
         return config.get_model(tensors, "", device=torch.device("meta")).diffusion_model
 
@@ -290,6 +294,35 @@ def engine_velocity(inputs, architecture):
     return run
 
 
+@pytest.fixture
+def saved(models, run_node, monkeypatch):
+    """The file that a Save node of the host writes of a MODEL, among its models while the test lasts."""
+    folder = models.diffusion_models
+    monkeypatch.setattr(folder_paths, "output_directory", str(folder))
+    there = set(folder.iterdir())
+
+    def save(model, node: str = "ModelSave", **more) -> Path:
+        before = set(folder.iterdir())
+        run_node(node, model=model, filename_prefix="saved", **more)
+        (path,) = set(folder.iterdir()) - before
+        return path
+
+    yield save
+    for path in set(folder.iterdir()) - there:
+        path.unlink()
+
+
+@pytest.fixture
+def opened(load, run_node, engine_velocity, velocity):
+    """What a file gives, by whatever opens it."""
+
+    def run(path: Path) -> dict[str, torch.Tensor]:
+        (stock,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
+        return {"ours": velocity(load(path.name)), "host": velocity(stock), "engine": engine_velocity(path)}
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def load(run_node):
     """PPCL_LoadModel with its widgets' defaults; gives the MODEL alone."""
@@ -348,6 +381,23 @@ def plain(load, bundle, teacher):
 def of_form(load, bundle, teacher, loose_bound):
     """The same, folded, loaded once."""
     return cache(lambda form: load(bundle.name, base=teacher.name, fold=form))
+
+
+def fp8_in(layer) -> tuple[torch.Tensor, float]:
+    """(what is stored, its scale) of a scaled fp8 layer: beside the weight in older hosts, in it in newer ones."""
+    if hasattr(layer, "scale_weight"):
+        return layer.weight, float(layer.scale_weight)
+    stored, scale = (getattr(layer.weight, name) for name in layer.weight.__tensor_flatten__()[0])
+    return stored, float(scale)
+
+
+def copy_of(model):
+    """A MODEL with weights of its own, as the host and packs for several GPUs make it."""
+    if "force_deepcopy" in inspect.signature(model.clone).parameters:
+        return model.clone(force_deepcopy=True)
+    new = model.clone()
+    new.model = copy.deepcopy(model.model)
+    return new
 
 
 def engine_forward(architecture, model, inputs) -> torch.Tensor:

@@ -4,6 +4,7 @@ whose maps the host fuses; Qwen-Image's own are in `test_stock_nodes.py`."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,7 @@ import pytest
 import torch
 from comfy.cldm.dit_embedder import ControlNetEmbedder
 from comfy.ldm.flux.controlnet import ControlNetFlux
+from comfy.ldm.flux.model import FluxParams
 
 from ppcl_engine.bundle import Bundle, open_model
 from ppcl_engine.checkpoint import Weights, expected_shapes
@@ -49,6 +51,8 @@ class Adapted:
 
 def flux_control() -> comfy.controlnet.ControlNet:
     sizes = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 20, "context_in_dim": 24, "hidden_size": 32}
+    if "txt_ids_dims" in inspect.signature(FluxParams).parameters:
+        sizes["txt_ids_dims"] = []
     network = ControlNetFlux(
         **sizes, latent_input=True, mlp_ratio=4.0, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=[2, 6, 8],
         theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, control_latent_channels=16, dtype=torch.float32,

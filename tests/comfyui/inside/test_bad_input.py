@@ -53,8 +53,11 @@ WRONG = {
     "base of another depth": ({"base": "shallow.safetensors"}, "has 3 blocks, the bundle's teacher 6"),
     "a base where none belongs": ({"file": "shallow.safetensors"}, "takes no base model"),
     "unknown variant": ({"variant": "huge"}, "variant 'huge' is not in the plan"),
-    "unknown dtype": ({"weight_dtype": "int1"}, "weight dtype 'int1' is unknown"),
-    "unknown preset": ({"file": "shallow.safetensors", "base": "none", "preset": "x"}, "preset 'x' is unknown"),
+    "unknown dtype": ({"weight_dtype": "int1"}, "weight_dtype 'int1' is not a choice; choose from default, bf16"),
+    "unknown preset": (
+        {"file": "shallow.safetensors", "base": "none", "preset": "x"},
+        "preset 'x' is not a choice; choose from auto",
+    ),
     "preset of another depth": (
         {"file": "shallow.safetensors", "base": "none", "preset": "Qwen-Image-12B"},
         "the preset names",

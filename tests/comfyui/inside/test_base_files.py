@@ -1,7 +1,6 @@
 """The layouts and precisions that a bundle's base, a standalone and the host's own files come in, of architectures whose maps
 the host fuses."""
 
-import copy
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -11,7 +10,7 @@ import torch
 from ppcl_engine.checkpoint import COMFYUI_PREFIX
 from ppcl_engine.files import TensorFile, write_tensors
 
-from .conftest import relative_error
+from .conftest import copy_of, relative_error
 
 TOLERANCE, FP8, LARGEST = 1e-4, torch.float8_e4m3fn, 448.0
 VARIANTS = ["full", "small", "smallest"]
@@ -197,8 +196,7 @@ def test_weights_that_stay_off_the_device(
 def test_a_copy_of_the_model_stands_alone(load, velocity, bundle, teacher):
     model = load(bundle.name, base=teacher.name, variant="smallest", switchable=False)
     expected = velocity(model)
-    copied = model.clone()
-    copied.model = copy.deepcopy(model.model)
+    copied = copy_of(model)
     for parameter in model.model.parameters():
         parameter.data.zero_()
     model.model.diffusion_model.ppcl.texts.tokens = -1

@@ -13,6 +13,7 @@ from ppcl_engine.sampling import draw, encode_prompts
 
 STEPS, SEED, CFG = 20, 3, 2.0
 SAMPLING = {"seed": SEED, "cfg": CFG, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+BETWEEN_HOSTS = 1e-3  # two versions of ComfyUI draw the same: each is within half of that of the engine
 BASE, BUNDLE = "demo/teacher.safetensors", "demo/demo.ppcl.safetensors"
 
 
@@ -56,14 +57,17 @@ def test_the_teacher_draws_what_is_asked(load, sampled, run_node, captions):
     assert tuple(pictures.shape) == (8, 48, 48, 3)
     scores = score(read(load_reader(), pictures.movedim(-1, 1)), [parse_caption(c) for c in captions])
     assert all(right.all() for right in scores.values())
-    assert (pictures.movedim(-1, 1) - drawn_by_the_engine(open_model(TEACHER), captions)).abs().max() < 1e-3
+    assert (
+        pictures.movedim(-1, 1) - drawn_by_the_engine(open_model(TEACHER), captions)
+    ).abs().max() < BETWEEN_HOSTS / 2
 
 
-def test_a_variant_draws_what_the_engine_draws(load, switched, bundle, sampled, run_node, captions):
-    model = switched(load(BUNDLE, base=BASE), variant="small")
+@pytest.mark.parametrize("variant", ["medium", "small"])
+def test_a_variant_draws_what_the_engine_draws(load, switched, bundle, sampled, run_node, captions, variant):
+    model = switched(load(BUNDLE, base=BASE), variant=variant)
     (pictures,) = run_node("PPCL_DemoDecode", latent=sampled(model), enlarge=1)
-    expected = drawn_by_the_engine(open_model(bundle, "small", TEACHER), captions)
-    assert (pictures.movedim(-1, 1) - expected).abs().max() < 1e-3
+    expected = drawn_by_the_engine(open_model(bundle, variant, TEACHER), captions)
+    assert (pictures.movedim(-1, 1) - expected).abs().max() < BETWEEN_HOSTS / 2
 
 
 def test_pictures_are_enlarged(run_node):

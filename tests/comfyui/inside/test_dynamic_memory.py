@@ -97,19 +97,18 @@ def test_a_change_on_the_way_to_the_device(load, bundle, teacher, pack, host_cas
     it with the stored weight."""
     form = "basis" if host_case.architecture == "qwen_image" else "off"
     model = load(bundle.name, base=teacher.name, variant="smallest", switchable=False, fold=form)
-    kind, found = pack("host.adapters").InAnotherForm, 0
+    kind, found = pack("host.adapters").PatchedWhole, 0
     for name, module in model.model.diffusion_model.named_modules():
         if not isinstance(module, kind):
             continue
-        key, whole = f"diffusion_model.{name}.weight", module.shown("weight", module.weight)
+        key, whole = f"diffusion_model.{name}.weight", module.whole("weight", module.weight)
         change = torch.randn(whole.shape, generator=torch.Generator().manual_seed(found))
         patch = comfy.model_patcher.LowVramPatch(key, {key: [(1.0, ("diff", (change,)), 1.0, None, None)]})
         module.weight_lowvram_function, found = patch, found + 1
         with torch.inference_mode():
             type(module).forward(module, torch.zeros(1, module.in_features * (2 if form == "basis" else 1)))
-            expected = module.kept("weight", module.weight, whole + change)
-            assert module.weight_lowvram_function is patch
-            assert relative_error(patch(module.weight), expected) < 1e-6
+            expected = module.left("weight", whole + change, module.weight)
+            assert relative_error(module.weight_lowvram_function(module.weight), expected) < 1e-6
     assert found
 
 

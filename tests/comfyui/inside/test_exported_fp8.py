@@ -1,15 +1,16 @@
 """A model that was exported in scaled fp8, on the host's own layers."""
 
+import comfyui_version
 import pytest
 import torch
+from comfy.quant_ops import QUANT_ALGOS
 
 from ppcl_engine.config_files import ExportConfig
 from ppcl_engine.plan import Variant
 from ppcl_engine.run import Run
 from ppcl_engine.stages.export import export
 
-from .conftest import relative_error
-from .quantised import KNOWN, NEWER, in_few_bits
+from .conftest import fp8_in, relative_error
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,13 @@ def test_the_host_runs_it_on_its_own_fp8_layers(stored, load, velocity, caplog):
     model = load(stored["float8"].name, variant="", switchable=False, weight_dtype="default")
     assert 0 < relative_error(velocity(model), exact) < 0.1
     assert not [line for line in caplog.messages if "missing" in line or "unexpected" in line]
-    values, scale = in_few_bits(model.model.diffusion_model.transformer_blocks[0].attn.to_q)
-    assert values.dtype == torch.float8_e4m3fn and scale != 1
+    layer = model.model.diffusion_model.transformer_blocks[0].attn.to_q
+    stored_weight, scale = fp8_in(layer)
+    assert stored_weight.dtype == torch.float8_e4m3fn and scale != 1
 
 
-@pytest.mark.skipif(NEWER, reason="newer hosts do")
 def test_the_oldest_host_knows_no_int8():
     """README and help say so."""
-    assert KNOWN and {algorithm["storage_t"] for algorithm in KNOWN.values()} == {torch.float8_e4m3fn}
+    stored_as = {algorithm["storage_t"] for algorithm in QUANT_ALGOS.values()}
+    assert torch.float8_e4m3fn in stored_as
+    assert (torch.int8 in stored_as) == (comfyui_version.__version__ != "0.3.75")

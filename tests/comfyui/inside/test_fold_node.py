@@ -86,10 +86,10 @@ def test_a_renumbered_file_keeps_its_map(fold_model, load, exported, models, sig
 @pytest.mark.parametrize(
     ("widgets", "message"),
     [
-        ({"form": "cosine"}, "form 'cosine', precision 'float32': known are table, basis"),
+        ({"form": "cosine"}, "form 'cosine' is not a choice; choose from table, basis"),
         ({}, "a table needs the sigmas it is made for; connect the scheduler"),
         ({"form": "basis", "name": "../up"}, "letters, digits"),
-        ({"form": "basis", "bound": 1e-6}, "no useful rank keeps the error within 1e-06"),
+        ({"form": "basis", "bound": 0.001}, "no useful rank keeps the error within 0.001"),
         (
             {"form": "basis", "base": "tiny.ppcl.safetensors"},
             "is no bundle, so it takes no base model; set base to none",

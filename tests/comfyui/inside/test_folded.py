@@ -3,6 +3,7 @@ with the host's own samplers, guidance on; a new schedule costs one pass, a know
 
 import json
 import sys
+from collections import Counter
 
 import comfy.samplers
 import comfy.utils
@@ -72,8 +73,11 @@ def test_a_sampler_that_decides_on_the_way(of_form, drawn):
 def test_a_new_schedule_costs_one_pass_and_a_known_one_nothing(
     load, bundle, teacher, drawn, plain, models, monkeypatch
 ):
-    totals = []
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: totals.append(total))
+    steps_of = Counter()  # by total: what the host's progress bars were told
+    told = comfy.utils.ProgressBar.update
+    monkeypatch.setattr(
+        comfy.utils.ProgressBar, "update", lambda bar, step: (steps_of.update({bar.total: step}), told(bar, step))
+    )
 
     def files(steps: int, model) -> list[str]:
         start = len(opened)
@@ -83,7 +87,7 @@ def test_a_new_schedule_costs_one_pass_and_a_known_one_nothing(
 
     model = load(bundle.name, base=teacher.name, fold="table")
     first, modulations = files(6, model), len(model.model.diffusion_model.ppcl.later.stored)
-    assert totals.count(modulations) == modulations  # a step of the host's progress bar each
+    assert steps_of[modulations] == modulations  # a step each
     assert sum(name.endswith(teacher.name) for name in first) == 2 * 2 * 6  # weight and bias of each, once
     assert files(6, model) == []
     assert files(5, model) and files(6, model) == [] and files(5, model) == []

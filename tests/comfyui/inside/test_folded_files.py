@@ -52,7 +52,7 @@ def test_the_engines_own_table_has_the_hosts_bits(folded_file, load, drawn, teac
 @pytest.mark.parametrize(
     ("widgets", "message"),
     [
-        ({"fold": "cosine"}, "fold 'cosine' is unknown; known: off, table, basis"),
+        ({"fold": "cosine"}, "fold 'cosine' is not a choice; choose from off, table, basis"),
         (
             {"file": "folded_basis.safetensors", "base": "none", "fold": "table"},
             r"is folded already \(basis\); set fold to off",

@@ -86,7 +86,8 @@ def test_our_own_ten_billion(host_model, correction):
 
 def test_only_what_the_host_cannot_load_is_claimed(pack):
     """Not the full model, not a native standalone, not a ControlNet, pruned or not."""
-    matches = pack("host.qwen_image").PPCLQwenImage.matches
+    (config,) = pack("host.building").config_classes(pack("host.qwen_image").HOST)
+    matches = config.matches
     found = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}
     full, ten = meta(expected_shapes(QWEN, REAL)), meta(released_shapes(TEN))
     control = {"controlnet_blocks.0.weight": torch.empty(0), "controlnet_x_embedder.weight": torch.empty(0)}

@@ -152,7 +152,7 @@ def test_references_that_cannot_be(run_node, output, teacher, pictures, tmp_path
     (pictures.parent / "link").symlink_to(tmp_path / "secret")
     given = {"model_file": teacher.name, "prompts": "", **NODE}
     for name in ("../secret", "/etc", "link", "", "before/.."):
-        with pytest.raises(ValueError, match="is no folder in ComfyUI's input folder; refresh, then choose again"):
+        with pytest.raises(ValueError, match="is not a folder in ComfyUI's input folder; refresh, then choose again"):
             run_node("PPCL_CalibrateFromPrompts", references=name, **given)
     with pytest.raises(ValueError, match="leave prompts empty and clip without a link"):
         run_node("PPCL_CalibrateFromPrompts", references="before", **{**given, "prompts": "a fox"})

@@ -13,7 +13,7 @@ from ppcl_engine.plan import PruningPlan, parse_intervals, parse_sites
 SIZES = {"flux1_dev": 11.901, "flux1_lite": 8.163, "sd35_large": 8.057, "sd35_medium": 2.243}  # billions
 DETECTED = {
     "flux1": ("PPCLFlux", {"image_model": "flux", "guidance_embed": True, "in_channels": 16}, "guidance_embed"),
-    "sd35": ("PPCLSD35", {"in_channels": 16, "pos_embed_scaling_factor": None}, "pos_embed_scaling_factor"),
+    "sd35": ("PPCLSD3", {"in_channels": 16, "pos_embed_scaling_factor": None}, "pos_embed_scaling_factor"),
 }
 PRUNED = {
     "flux1_dev": ("3-6 30-37", "text:15-18 ffn_image:1 ffn_joint:40 ffn_joint:50"),
@@ -52,7 +52,8 @@ def test_only_what_the_host_cannot_load_is_claimed(pack, size):
     module = pack(f"host.{size.split('_')[0]}")
     engine = module.HOST.engine
     name, found, entry = DETECTED[engine.name]
-    ours, full = getattr(module, name), meta(engine, expected_shapes(engine, engine.model_configs[size]))
+    (ours,) = (c for c in pack("host.building").config_classes(module.HOST) if c.__name__ == name)
+    full = meta(engine, expected_shapes(engine, engine.model_configs[size]))
     pruned = {**full, STRUCTURE_TENSOR: torch.zeros(1, dtype=torch.uint8)}
     assert not ours.matches(found, full) and ours.matches(found, pruned)
     assert not ours.matches(found, {**pruned, "controlnet_blocks.0.weight": torch.empty(0)})

@@ -1,14 +1,13 @@
 """What the host and other nodes do to a model: skipped sources, partial loading, fp8, unloading, copies."""
 
-import copy
-
 import comfy.model_management
 import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ppcl_engine.files import TensorFile, write_tensors
 
-from .conftest import relative_error
+from .conftest import copy_of, relative_error
 
 TEXT = "1-2,3-4,text:3-4"
 
@@ -114,11 +113,18 @@ def test_weights_of_other_precision(load, switched, velocity, bundle, teacher, v
 
 @pytest.mark.parametrize("variant", ["small", "smallest"])
 def test_a_copy_of_the_model_stands_alone(load, velocity, bundle, teacher, variant):
-    """As packs for several GPUs make it."""
     model = load(bundle.name, base=teacher.name, variant=variant, switchable=False)
-    expected = velocity(model)
-    copied = model.clone()
-    copied.model = copy.deepcopy(model.model)
+    check_copy(model, velocity)
+
+
+def test_a_copy_of_a_switchable_model_runs_its_own_blocks(load, switched, velocity, bundle, teacher):
+    if not hasattr(ModelPatcher, "deepclone_multigpu"):
+        pytest.skip("this ComfyUI loads no second copy of a model")
+    check_copy(switched(load(bundle.name, base=teacher.name), variant="small"), velocity)
+
+
+def check_copy(model, velocity) -> None:
+    expected, copied = velocity(model), copy_of(model)
     for parameter in model.model.parameters():
         parameter.data.zero_()
     assert torch.equal(velocity(copied), expected)

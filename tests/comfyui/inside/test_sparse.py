@@ -58,3 +58,14 @@ def test_both_loaders_give_the_engines_model(sparse, run_node, pack, velocity, e
     assert pack("view").column_name(model) == f"{name}, 50 % zero"
     (stock,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
     assert relative_error(velocity(stock), expected) < 1e-2 and torch.isfinite(velocity(stock)).all()
+
+
+@pytest.mark.parametrize("variant", ["whole", "smallest"])
+def test_saved_by_the_host_it_is_dense(sparse, saved, load, opened, velocity, variant):
+    """With its zeros, in all loaders."""
+    model = load(sparse(variant, "2:4").name)
+    path, expected = saved(model), velocity(model)
+    for name, found in opened(path).items():
+        assert relative_error(found, expected) < 1e-5, name
+    weight = load(path.name).model.diffusion_model.transformer_blocks[0].attn.to_q.weight
+    assert int((weight == 0).sum()) == weight.numel() // 2

@@ -19,8 +19,7 @@ from ppcl_engine.sparsity.compressed import INDICES, VALUES, compressed_shapes
 from ppcl_engine.sparsity.files import SPARSITY_KEY
 from ppcl_engine.standalone import GUARD_SHAPE, Source, guard_name, write_sources
 
-from .conftest import relative_error
-from .quantised import in_few_bits
+from .conftest import fp8_in, relative_error
 
 QWEN = architecture_named("qwen_image")
 REAL = QWEN.model_configs["qwen_image"]
@@ -158,8 +157,9 @@ def test_an_export_in_fp8_loads(models, run_node, velocity, wide_text, removed, 
     with without_the_pack():
         (model,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
     assert not [line for line in caplog.messages if "missing" in line or "unexpected" in line]
-    values, scale = in_few_bits(model.model.diffusion_model.transformer_blocks[1].attn.to_q)
-    assert values.dtype == FP8
-    assert relative_error(values[5].float() * scale, numbers[5 * 3072 : 6 * 3072].float()) < 0.05
+    layer = model.model.diffusion_model.transformer_blocks[1].attn.to_q
+    stored, scale = fp8_in(layer)
+    assert stored.dtype == FP8
+    assert relative_error(stored[5].float() * scale, numbers[5 * 3072 : 6 * 3072].float()) < 0.05
     velocities = velocity(model)
     assert velocities.isfinite().all() and velocities.std() > 0

@@ -49,3 +49,10 @@ def test_in_a_switchable_model_it_names_the_setting(load, switched, tuned_bundle
     whole = load(tuned_bundle.name, base=teacher.name, variant="smallest")
     with pytest.raises(ValueError, match="'better' is fine-tuned, .* load it with switchable set to off"):
         switched(whole, variant="better")
+
+
+def test_saved_by_the_host_it_keeps_its_weights(saved, opened, load, velocity, tuned_bundle, teacher):
+    model = load(tuned_bundle.name, base=teacher.name, variant="better", switchable=False)
+    path, expected = saved(model), velocity(model)
+    for name, found in opened(path).items():
+        assert relative_error(found, expected) < TOLERANCE, name

@@ -4,6 +4,7 @@ import json
 import re
 import urllib.parse
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,9 @@ SMALL = {
 ENCODERS = ("DualCLIPLoader", "TripleCLIPLoader", "VAELoader")
 SCALARS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 PAGE_ONLY = {"MarkdownNote"}
+CONTROL = "control_after_generate"
+CHOSEN_BY_THE_PAGE = ("COMBO", {"options": ["fixed", "increment", "decrement", "randomize", "image"]})
+FILES = (".safetensors", ".png")
 MUTED = 2
 SETTINGS = {("PPCL_LoadModel", "intervals"): "intervals", ("PPCL_LoadModel", "legacy_text"): "legacy_txt_proj"}
 
@@ -42,9 +46,13 @@ def ours(known) -> dict:
 
 
 def inputs_of(node: dict) -> dict[str, tuple[str, dict]]:
-    """name -> (type, options)"""
+    """name -> (type, options). A list of choices, in either of the two forms that hosts give it, is in `options`."""
     rows = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
-    return {n: (r[0] if isinstance(r[0], str) else "COMBO", r[1] if len(r) > 1 else {}) for n, r in rows.items()}
+    found = {}
+    for name, (kind, *more) in rows.items():
+        options = more[0] if more else {}
+        found[name] = (kind, options) if isinstance(kind, str) else ("COMBO", {**options, "options": kind})
+    return found
 
 
 def widgets_of(node: dict) -> list[str]:
@@ -53,9 +61,20 @@ def widgets_of(node: dict) -> list[str]:
     for name, (kind, options) in inputs_of(node).items():
         if kind in SCALARS:
             names.append(name)
-            names += ["control_after_generate"] if options.get("control_after_generate") else []
+            names += [CONTROL] if options.get(CONTROL) else []
             names += ["upload"] if options.get("image_upload") else []
     return names
+
+
+def is_allowed(value: object, kind: str, options: dict) -> bool:
+    """Whether the server takes it. A file of the user's is not on the list of a server that has none."""
+    match kind:
+        case "COMBO":
+            return value in options["options"] or Path(str(value)).suffix in FILES
+        case "INT" | "FLOAT":
+            number = isinstance(value, int if kind == "INT" else (int, float)) and not isinstance(value, bool)
+            return number and options.get("min", value) <= value <= options.get("max", value)
+    return isinstance(value, bool if kind == "BOOLEAN" else str)
 
 
 def test_the_template_list_has_them(server):
@@ -76,15 +95,21 @@ def test_a_workflow_fits_the_nodes(known, path):
         if node["type"] in PAGE_ONLY:
             continue
         info = known[node["type"]]
-        assert len(node["widgets_values"]) == len(widgets_of(info)), node["type"]
-        assert [o["type"] for o in node["outputs"]] == info["output"]
+        inputs, values, outputs = inputs_of(info), node["widgets_values"], [o["type"] for o in node["outputs"]]
+        names, more = widgets_of(info)[: len(values)], widgets_of(info)[len(values) :]
+        assert len(names) == len(values) and outputs == info["output"][: len(outputs)], node["type"]
+        if node["type"].startswith("PPCL_"):
+            assert not more and len(outputs) == len(info["output"]), node["type"]
+        assert set(more) <= set(info["input"].get("optional", {})), node["type"]  # what a newer host has added
+        for name, value in zip(names, values, strict=True):
+            assert is_allowed(value, *inputs.get(name, CHOSEN_BY_THE_PAGE)), (node["type"], name, value)
         for slot, given in enumerate(node["inputs"]):
-            assert inputs_of(info)[given["name"]][0] == given["type"]
+            assert inputs[given["name"]][0] == given["type"]
             if given["link"] is not None:
                 _, source, out, target, place, kind = links[given["link"]]
                 assert (target, place) == (node["id"], slot)
                 assert nodes[source]["outputs"][out]["type"] == kind and given["type"] in (kind, "*")
-        required = {n for n, r in info["input"]["required"].items() if inputs_of(info)[n][0] not in SCALARS}
+        required = {name for name in info["input"]["required"] if inputs[name][0] not in SCALARS}
         assert required <= {i["name"] for i in node["inputs"] if i["link"] is not None}
 
 
@@ -98,9 +123,11 @@ def test_the_api_form_is_the_same_workflow(known, path):
         nodes
     )
     for node in nodes:
-        values = dict(zip(widgets_of(known[node["type"]]), node["widgets_values"], strict=True))
+        values = dict(
+            zip(widgets_of(known[node["type"]]), node["widgets_values"], strict=False)
+        )  # a newer host has more
         values |= {i["name"]: links[i["link"]] for i in node["inputs"] if i["link"] is not None}
-        ignored = ("control_after_generate", "upload")
+        ignored = (CONTROL, "upload")
         given = {k: v for k, v in prompt[str(node["id"])]["inputs"].items() if k != "preview"}
         assert given == {k: v for k, v in values.items() if k not in ignored}
 

@@ -1,0 +1,66 @@
+"""Whether this ComfyUI has what this pack builds on; asked before anything of it is touched."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import comfy.model_patcher
+import comfy.ops
+import comfy.patcher_extension
+import comfy.sd
+import comfy.supported_models
+import comfy.supported_models_base
+
+from .base import Host
+
+_BASE, _PATCHER = comfy.supported_models_base.BASE, comfy.model_patcher.ModelPatcher
+USED = (  # what is called or overridden -> parameters that are given or taken by name
+    (comfy.sd, "load_diffusion_model_state_dict", ("sd", "model_options")),
+    (_BASE, "matches", ("unet_config", "state_dict")),
+    (_BASE, "get_model", ("state_dict", "prefix", "device")),
+    (_BASE, "process_unet_state_dict", ("state_dict",)),
+    (_BASE, "process_unet_state_dict_for_saving", ("state_dict",)),
+    (_BASE, "set_inference_dtype", ("dtype", "manual_cast_dtype")),
+    (_PATCHER, "clone", ()),
+    (_PATCHER, "add_object_patch", ("name", "obj")),
+    (_PATCHER, "add_wrapper_with_key", ("wrapper_type", "key", "wrapper")),
+    (_PATCHER, "set_attachments", ("key", "attachment")),
+    (_PATCHER, "get_model_object", ("name",)),
+    (comfy.ops, "cast_bias_weight", ("input", "offloadable")),
+    (comfy.ops, "uncast_bias_weight", ("weight", "bias", "offload_stream")),
+)
+WRAPPERS = ("PREPARE_SAMPLING", "OUTER_SAMPLE", "SAMPLER_SAMPLE", "APPLY_MODEL")
+BUILT_WITH = ("dtype", "device", "operations")  # how the host's models and blocks are constructed
+
+
+def differences(hosts: tuple[Host, ...]) -> Iterator[str]:
+    """What is not as this pack expects it, in words."""
+    if not isinstance(getattr(comfy.supported_models, "models", None), list):
+        yield "comfy.supported_models has no list of models"
+    for owner, name, parameters in USED:
+        yield from _different(owner, name, parameters)
+    for wrapper in WRAPPERS:
+        yield from _different(comfy.patcher_extension.WrappersMP, wrapper)
+    for host in hosts:
+        for name in host.stock:
+            yield from _different(comfy.supported_models, name)
+        for name in (host.model, *(blocks.kind for blocks in host.lists)):
+            yield from _different(host.module, name, BUILT_WITH)
+
+
+def _different(owner, name: str, parameters: tuple[str, ...] = ()) -> Iterator[str]:
+    where = (
+        f"{getattr(owner, '__module__', '')}.{owner.__name__}".lstrip(".") if inspect.isclass(owner) else owner.__name__
+    )
+    found = getattr(owner, name, None)
+    if found is None:
+        yield f"{where} has no {name}"
+        return
+    if not parameters:
+        return
+    known = inspect.signature(found).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known)
+    lacking = [name for name in parameters if name not in {parameter.name for parameter in known}]
+    if lacking and not takes_any:
+        yield f"{where}.{name} takes no {lacking[0]}"
