@@ -18,6 +18,7 @@ SETTINGS = {  # a page that does not open its own list at the first start, and s
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # the words of a large graph are drawn, too
     # the view stays where a test puts it: frontend 1.32 misplaces modern nodes when it moves while they are measured
     "Comfy.EnableWorkflowViewRestore": False,
 }
@@ -99,6 +100,7 @@ def show(page, workflow: dict) -> None:
     boxes = [(*node["pos"], *node["size"]) for node in workflow["nodes"]]
     left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
     right, bottom = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
+    page.mouse.move(SIZE["width"] / 2, SIZE["height"] - 5)  # away from what explains itself under the mouse
     page.evaluate(SHOW, [left, top, right - left, bottom - top])
 
 
