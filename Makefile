@@ -11,7 +11,7 @@ demo: .venv/ready
 	$(BIN)/ppcl demo
 
 test: .venv/ready $(HOSTS:%=host-%)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --hypothesis-profile=ci --durations=20
 	$(MAKE) --no-print-directory -j 2 --output-sync=target $(foreach suite,$(SUITES),$(HOSTS:%=test-$(suite)-%))
 
 # in ComfyUI's own process, and over HTTP against a server of ours: apart, so that they run side by side
