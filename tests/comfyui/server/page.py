@@ -10,7 +10,7 @@ from .conftest import Server
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SIZE = {"width": 1920, "height": 1080}
-PATIENCE = 600_000
+PATIENCE = 120_000
 """Milliseconds until a page is given up: beside other work on two cores it takes long to load, and a job longer."""
 DESIGNS = {"canvas": False, "modern": True}
 """Nodes are drawn on a canvas, or are elements of the page ("Nodes 2.0"), and then taller."""
@@ -18,6 +18,7 @@ SETTINGS = {  # a page that does not open its own list at the first start, and s
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # the words of a large graph are drawn, too
     # the view stays where a test puts it: frontend 1.32 misplaces modern nodes when it moves while they are measured
     "Comfy.EnableWorkflowViewRestore": False,
@@ -69,11 +70,16 @@ def new_page(server: Server, browser, design: str):
     server.post("/settings", {**SETTINGS, "Comfy.VueNodes.Enabled": DESIGNS[design]})
     page = browser.new_page(viewport=SIZE)
     page.set_default_timeout(PATIENCE)
+    open_page(page, server)
+    return page
+
+
+def open_page(page, server: Server) -> None:
+    """Anew, if it is open: lists and boxes that it showed are gone."""
     page.goto(server.url)
     page.wait_for_function(READY)
     if (banner := page.locator(BANNER)).count():
         banner.click()
-    return page
 
 
 def open_list(page) -> None:

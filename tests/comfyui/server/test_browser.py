@@ -23,6 +23,7 @@ from .page import (
     load_template,
     new_page,
     open_list,
+    open_page,
     press_run,
 )
 
@@ -69,11 +70,11 @@ def page(server, browser, design):
     page.close()
 
 
-def test_every_template_is_listed_and_has_room(page, design, tmp_path):
+def test_every_template_is_listed_and_has_room(server, page, design, tmp_path):
     open_list(page)
     for name in WORKFLOWS:
         page.get_by_test_id(f"template-workflow-{name}").wait_for()
-    page.keyboard.press("Escape")
+    open_page(page, server)
     faults = {}
     for name, workflow in WORKFLOWS.items():
         load_template(page, name, workflow)
@@ -92,10 +93,17 @@ def test_template_run_picture(server, page, design, tmp_path):
     page.screenshot(path=tmp_path / "comfyui.png")
 
 
-def test_a_mistake_is_shown_in_the_error_box(page):
+def test_a_mistake_is_shown_in_the_error_box(server, page, tmp_path):
     page.evaluate(MISTAKE)
     press_run(page)
-    page.get_by_text("this model does not know the word 'lion'").first.wait_for()
+    message = page.get_by_text("this model does not know the word 'lion'")
+    details = page.get_by_role("button", name="View details")  # newer pages show the message behind it
+    message.or_(details).first.wait_for()
+    if details.is_visible():
+        details.click()
+    message.first.wait_for()
+    page.screenshot(path=tmp_path / "mistake.png")
+    open_page(page, server)
 
 
 def test_a_model_is_made_in_the_page(server, made, page, design, tmp_path):
