@@ -10,7 +10,9 @@ SUITES = inside server
 demo: .venv/ready
 	$(BIN)/ppcl demo
 
-test: .venv/ready $(HOSTS:%=host-%)
+# environments first, side by side; then the engine on all cores; then the hosts, side by side
+test:
+	$(MAKE) --no-print-directory -j 3 .venv/ready $(HOSTS:%=host-%)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --hypothesis-profile=ci --durations=20
 	$(MAKE) --no-print-directory -j 2 --output-sync=target $(foreach suite,$(SUITES),$(HOSTS:%=test-$(suite)-%))
 

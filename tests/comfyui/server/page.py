@@ -10,7 +10,7 @@ from .conftest import Server
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SIZE = {"width": 1920, "height": 1080}
-PATIENCE = 120_000
+PATIENCE = 300_000
 """Milliseconds until a page is given up: beside other work on two cores it takes long to load, and a job longer."""
 DESIGNS = {"canvas": False, "modern": True}
 """Nodes are drawn on a canvas, or are elements of the page ("Nodes 2.0"), and then taller."""

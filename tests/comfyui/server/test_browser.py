@@ -107,10 +107,10 @@ def test_a_mistake_is_shown_in_the_error_box(server, page, tmp_path):
 
 
 def test_a_model_is_made_in_the_page(server, made, page, design, tmp_path):
-    """Calibration to depth are there already (`made`); width is trained while the page looks."""
-    name = "ppcl-demo-make-your-own"
+    """Calibration to depth are there already (`made`); width is trained while the page looks, in each design anew."""
+    name, steps = "ppcl-demo-make-your-own", 30 + DESIGNS[design]
     load_template(page, name, WORKFLOWS[name])
-    width = {**QUICK["PPCL_DistillWidth"], "updates": 3, "polish_steps": 30, "preview_seconds": 1}
+    width = {**QUICK["PPCL_DistillWidth"], "updates": 3, "polish_steps": steps, "preview_seconds": 1}
     page.evaluate(SET, {**QUICK, "PPCL_DistillWidth": width})
     press_run(page)
     page.wait_for_function(ADVANCED)
