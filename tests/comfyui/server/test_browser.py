@@ -120,3 +120,4 @@ def test_a_model_is_made_in_the_page(server, made, page, design, tmp_path):
     shown = " ".join(f"PPCL_{name}" for name in names.split())
     page.wait_for_function(f"() => ({MADE})() == '{shown}'")
     page.screenshot(path=tmp_path / "made.png")
+    assert faults_of_the_layout(page, design) == []  # nodes grow with what they show
