@@ -28,7 +28,7 @@ from ..ppcl_engine.released import teacher_indices
 from ..ppcl_engine.standalone import structure_of
 from .host import HOSTS, host_named, host_of
 from .host.base import Cut, Host
-from .host.formats import float8_of
+from .host.formats import float8_of, refuse_foreign
 from .host.quantised import FLOAT8, SCALE, Quantised, in_fp8
 from .host.structure import blocks_in_text, checked_plan, count_blocks, is_surrounding, text_of
 from .modulations import FOLDS, OFF, Fold, MakeFold, Modulations, split
@@ -96,9 +96,8 @@ def _bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold |
     plan = checked_plan(host, bundle.plan)
     variant = plan.variant(request.variant if request.variant != SMALLEST or _has(plan, SMALLEST) else None)
     if variant.tuned and not request.switchable:
-        wanted = in_host_names(
-            host, plan.config, _under(bundle.file, tuned_prefix(variant.name)), layout_of(plan, variant).places
-        )
+        places = _under(bundle.file, tuned_prefix(variant.name))
+        wanted = in_host_names(host, plan.config, places, layout_of(plan, variant).places)
         return _content(host, reader, wanted, structure_of(plan, variant), {}, variant, (), request, make_fold)
     if variant.tuned:
         raise ValueError(f"variant {variant.name!r} is fine-tuned, with weights of its own; set switchable to off")
@@ -139,9 +138,8 @@ def _content(
     tensors = reader.read_all(wanted)
     if FP8_MARK in wanted:
         folded = modulation_names(tensors, host.engine) if FOLDING in plan.config else ()
-        tensors |= _with_scales(
-            host, tensors, float8_of(wanted[FP8_MARK].read()), {f"{name}.weight" for name in folded}
-        )
+        exact = {f"{name}.weight" for name in folded}
+        tensors |= _with_scales(host, tensors, float8_of(wanted[FP8_MARK].read()), exact)
     tensors |= {STRUCTURE_TENSOR: as_tensor(plan.to_json()), HINTS_TENSOR: as_tensor(hints)}
     content = Content(tensors, bytes_read=reader.bytes_read, plan=plan, variant=variant, notes=tuple(notes))
     return _with_fold(content, fold)
@@ -187,6 +185,7 @@ def _with_scales(
 
 def base_tensors(host: Host, path: Path, stored: dict[str, tuple[object, str]]) -> Places:
     """Of a full model, by its file's names; tables and encoders beside the transformer are left."""
+    refuse_foreign(stored, path.name)
     if not host.engine.detect(stored):
         raise ValueError(
             f"{path.name} is not a {host.engine.name} model; choose the model that the bundle was made from"
@@ -274,6 +273,7 @@ def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored) 
 def _file_content(request: Request, make_fold: MakeFold | None, opened: tuple[dict, dict | None]) -> Content:
     """A standalone of ours, a released file or folder, or a plain model, folded or not. opened: as `open_layout` gives it."""
     stored, config = opened[0], opened[1] or hints_in(opened[0]).get("config")
+    refuse_foreign(stored, request.path.name)
     host = host_of(stored, request.path.name)
     wanted = places_in({name: place for name, place in stored.items() if _needed(name)}, request.path.name)
     plan = None
