@@ -12,18 +12,19 @@ from pathlib import Path
 
 import torch
 
-from ppcl_engine.config import DetectConfig, DistillDepthConfig, ProbeConfig
-from ppcl_engine.damage import Damage
-from ppcl_engine.data import save_calibration
-from ppcl_engine.layout import layout_of
+from ppcl_engine.algorithms.detection.damage import Damage
+from ppcl_engine.algorithms.resampling import bootstrap_ratio
+from ppcl_engine.data.calibration import save_calibration
+from ppcl_engine.models.layout import layout_of
 from ppcl_engine.plan import Variant
-from ppcl_engine.run import Run, RunStudents, open_plan, open_teacher
-from ppcl_engine.similarity import bootstrap_ratio
-from ppcl_engine.stages.detect import detect
-from ppcl_engine.stages.distill_depth import distill_depth
-from ppcl_engine.stages.probe import probe
+from ppcl_engine.run import Run
+from ppcl_engine.settings.prune_settings import DetectConfig, DistillDepthConfig, ProbeConfig
+from ppcl_engine.stages.inputs import RunStudents, open_plan, open_teacher
+from ppcl_engine.stages.prune.detect import detect
+from ppcl_engine.stages.prune.distill_depth import distill_depth
+from ppcl_engine.stages.prune.probe import probe
 
-from . import report, teachers
+from .shared import output, teachers
 
 PAPER = {"init": "first", "correction": "none", "loss": "direction"}
 ROWS = {
@@ -99,9 +100,9 @@ def _with_interval(error: torch.Tensor, power: torch.Tensor) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("choices", __doc__)
+    parser = output.options("choices", __doc__)
     parser.add_argument("--teacher", type=Path, default=teachers.BUNDLED)
-    chosen = report.parse(parser, arguments)
+    chosen = output.parse(parser, arguments)
     values = measure(chosen)
     for title, rows in (
         ("No training", values["untrained"]),
@@ -116,8 +117,8 @@ def main(arguments: list[str] | None = None) -> Path:
             )
             for r in rows
         ]
-        report.print_table(title, ("setting", "rate", "joint damage", "singles"), lines)
-    return report.write("choices", chosen, values)
+        output.print_table(title, ("setting", "rate", "joint damage", "singles"), lines)
+    return output.write("choices", chosen, values)
 
 
 if __name__ == "__main__":

@@ -24,20 +24,22 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ppcl_engine.algorithms.distillation.losses import interval_loss
+from ppcl_engine.algorithms.distillation.trainer import Trainer, cosine_schedule
 from ppcl_engine.architectures import BlockState, Inputs
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.config import DistillDepthConfig
-from ppcl_engine.data import CalibrationSet, load_calibration, save_calibration
-from ppcl_engine.files import write_text
+from ppcl_engine.data.calibration import CalibrationSet, load_calibration, save_calibration
+from ppcl_engine.models.streaming import Teacher
+from ppcl_engine.models.surgery import interval_streams
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import Interval, PruningPlan, parse_intervals
-from ppcl_engine.run import Run, RunStudents
-from ppcl_engine.stages import distill_depth as stage
-from ppcl_engine.streaming import Teacher
-from ppcl_engine.surgery import interval_streams
-from ppcl_engine.training import Trainer, cosine_schedule
+from ppcl_engine.run import Run
+from ppcl_engine.settings.prune_settings import DistillDepthConfig
+from ppcl_engine.stages.inputs import RunStudents
+from ppcl_engine.stages.prune import distill_depth
+from ppcl_engine.system.atomic import write_text
 
-from . import report
-from .teachers import BUNDLED, describe, rendered
+from .shared.output import options, parse, print_table, write
+from .shared.teachers import BUNDLED, describe, rendered
 
 INTERVALS = "2-4 6-8 10-12 14-16 18-20"
 LOSS = "direction"
@@ -112,7 +114,7 @@ class HeldOut:
         streams = interval_streams(architecture, self.teacher.config, interval)
         pairs = [(states[interval.first], states[interval.last + 1]) for states in self.states]
         outputs = [(architecture.run_block(student, source), target) for source, target in pairs]
-        return sum(float(stage.interval_loss(LOSS, output, target, streams)) for output, target in outputs)
+        return sum(float(interval_loss(LOSS, output, target, streams)) for output, target in outputs)
 
 
 Recipe = Callable[[int, float, int], Trained]
@@ -159,7 +161,7 @@ def plain_loss(teacher: Teacher, students: nn.ModuleDict, intervals, inputs: Inp
                 chain = state if chain is before else run_block(block, chain)
         if index in ends:
             streams = interval_streams(teacher.architecture, teacher.config, ends[index])
-            losses += [stage.interval_loss(LOSS, output, state, streams) for output in outputs]
+            losses += [interval_loss(LOSS, output, state, streams) for output in outputs]
             chain = outputs[-1].with_streams(outputs[-1].image.detach(), outputs[-1].text.detach())
     with torch.no_grad():
         teacher.architecture.finish(teacher.outer, state)
@@ -176,7 +178,7 @@ def ours(task: Task, held_out: HeldOut, horizon: int, learning_rate: float, seed
             weight_decay=WEIGHT_DECAY,
         )  # fmt: skip
         students = RunStudents(run, held_out.teacher.config, held_out.teacher.architecture)
-        clock, curve, work = Clock(), [], stage._Round.work
+        clock, curve, work = Clock(), [], distill_depth._Round.work
 
         def watched(round_) -> None:
             work(round_)
@@ -184,8 +186,8 @@ def ours(task: Task, held_out: HeldOut, horizon: int, learning_rate: float, seed
                 loss = held_out.loss(lambda interval: students.student(interval, torch.float32, "cpu"))
                 curve.append(((round_.number + 1) * task.updates, clock.seconds, loss))
 
-        with mock.patch.object(stage._Round, "work", watched):
-            stage.distill_depth(config)
+        with mock.patch.object(distill_depth._Round, "work", watched):
+            distill_depth.distill_depth(config)
         with clock.paused():
             curve[-1] = (curve[-1][0], clock.seconds, curve[-1][2])  # the plan is written after the last round
     return Trained(horizon=horizon, learning_rate=learning_rate, curve=curve)
@@ -289,7 +291,7 @@ def show(values: dict) -> None:
         found = ["never", "-"] if seconds is None else [f"{seconds:.1f} s", f"{updates:g}"]
         rows.append([name, *found, cost, f"{values['learning_rates'][name]:g}", times])
     header = ["recipe", "seconds", "updates", "an update", "rate", "to ours"]
-    report.print_table("to the same held-out loss (medians)", header, rows)
+    print_table("to the same held-out loss (medians)", header, rows)
 
 
 def build_task(chosen, folder: Path) -> tuple[Task, HeldOut, dict]:
@@ -317,7 +319,7 @@ def settings_of(chosen) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("distill_speed", __doc__)
+    parser = options("distill_speed", __doc__)
     parser.add_argument("--teacher", type=Path, default=BUNDLED)
     parser.add_argument("--intervals", default=INTERVALS)
     parser.add_argument("--steps", type=int, help="steps of the plain recipe that set the target (300)")
@@ -326,7 +328,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--samples", type=int, help="training pictures, with fresh noise every step (1024)")
     parser.add_argument("--repeats", type=int, help="seeds, all recipes in turn (3)")
     parser.add_argument("--learning-rates", type=float, nargs="+", help="each recipe takes its best (5e-4 1e-3 2e-3)")
-    chosen = report.parse(parser, arguments)
+    chosen = parse(parser, arguments)
     full = {"steps": 300, "updates": 40, "samples": 1024, "repeats": 3, "learning_rates": [5e-4, 1e-3, 2e-3]}
     quick = {"steps": 6, "updates": 4, "samples": 32, "repeats": 1, "learning_rates": [1e-3]}
     for name, value in (quick if chosen.quick else full).items():
@@ -343,7 +345,7 @@ def main(arguments: list[str] | None = None) -> Path:
         rows = race(task, recipes, rates, chosen.repeats)
     values = {**summary(rows, rates), "teacher": teacher, "settings": settings_of(chosen)}
     show(values)
-    return report.write("distill_speed", chosen, values)
+    return write("distill_speed", chosen, values)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ from pathlib import Path
 
 import psutil
 
-from ppcl_engine.demo.run import TEACHER, render_pictures
+from ppcl_engine.demo.bundled import TEACHER, render_pictures
 from ppcl_engine.jobs.launch import WORKER
 from ppcl_engine.jobs.state import ask_to_cancel, current_state, read_events, read_state
 from ppcl_engine.jobs.store import RunStore
 
-from . import report
+from .shared import output
 
 SEED = 0
 KIND = "bench"
@@ -233,7 +233,7 @@ def show(values: dict) -> None:
     rows = [
         [r["stage"], f"{r['step']} of {r['steps']}", r["said"], r["identical"]] for r in values["kill_resume"]["rows"]
     ]
-    report.print_table("kill -9, then another attempt", ["killed in", "step", "state says", "same bits"], rows)
+    output.print_table("kill -9, then another attempt", ["killed in", "step", "state says", "same bits"], rows)
     rows = [
         [
             r["stage"],
@@ -243,19 +243,19 @@ def show(values: dict) -> None:
         ]
         for r in values["cancels"]
     ]
-    report.print_table("cancelled", ["in", "s to the process's end", "s a step", "machine's load"], rows)
+    output.print_table("cancelled", ["in", "s to the process's end", "s a step", "machine's load"], rows)
     parent = values["parent_killed"]
     print(f"\nparent killed: worker gone after {parent['seconds']:.2f} s; processes left: {values['processes_left']}")
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("jobs", __doc__)
+    parser = output.options("jobs", __doc__)
     parser.add_argument("--kills", type=int, help="kill -9 this often (10)")
-    chosen = report.parse(parser, arguments)
+    chosen = output.parse(parser, arguments)
     with tempfile.TemporaryDirectory() as folder:
         values = measure(Path(folder), chosen)
     show(values)
-    return report.write("jobs", chosen, values)
+    return output.write("jobs", chosen, values)
 
 
 if __name__ == "__main__":

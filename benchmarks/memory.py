@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -21,30 +20,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ppcl_engine.architectures.qwen_image import QwenImage
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.config import DistillDepthConfig, ProbeConfig
-from ppcl_engine.data import CalibrationSet, save_calibration
-from ppcl_engine.files import write_text
-from ppcl_engine.plan import Interval, PruningPlan
+from ppcl_engine.data.calibration import CalibrationSet, save_calibration
+from ppcl_engine.models.weights import Weights
+from ppcl_engine.plan import PruningPlan
 from ppcl_engine.run import Run
+from ppcl_engine.settings.prune_settings import DistillDepthConfig, ProbeConfig
+from ppcl_engine.system.atomic import write_text
 
-from . import report
-from .teachers import origin, random_teacher
+from .shared import output
+from .shared.teachers import (
+    BATCHES,
+    GRID,
+    NARROW,
+    SAMPLES,
+    TEXT_TOKENS,
+    WIDE,
+    intervals,
+    origin,
+    peak_bytes,
+    random_teacher,
+)
 
 STAGES = ("probe", "distill_depth")
 IMPORTS = "imports"  # a process that loads the libraries and stops: the floor under every figure
-WIDE = {
-    "patch_size": 2,
-    "in_channels": 64,
-    "out_channels": 16,
-    "attention_head_dim": 128,
-    "num_attention_heads": 4,
-    "joint_attention_dim": 64,
-    "axes_dims_rope": [16, 56, 56],
-}
-NARROW = {**WIDE, "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": [2, 6, 8]}
-INTERVAL, EVERY = 3, 5  # one interval of 3 blocks in every 5, so their number grows with depth
-BATCHES, SAMPLES, GRID, TEXT_TOKENS = 3, 4, (1, 6, 6), 8
 REPEATS = 3  # of streamed runs; resident ones are ruled by the weights
 FLAT, GROWS = 1.05, 2.0  # the goals
 
@@ -61,19 +59,6 @@ class Scale:
 
 FULL = Scale(WIDE, (15, 60), rounds=2, updates=4, fresh=True, repeats=REPEATS)
 QUICK = Scale(NARROW, (5, 10), rounds=1, updates=2, fresh=False, repeats=1)
-
-
-def peak_bytes() -> int:
-    """Of this process since it began. ru_maxrss would carry over the parent's peak where the child was forked."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-def intervals(depth: int) -> tuple[Interval, ...]:
-    starts = range(1, depth - INTERVAL, EVERY)
-    return tuple(Interval(first=first, last=first + INTERVAL - 1) for first in starts)
 
 
 def prepare(folder: Path, scale: Scale, depth: int) -> Path:
@@ -102,8 +87,8 @@ def prepare(folder: Path, scale: Scale, depth: int) -> Path:
 
 def run_stage(stage: str, model: Path, run: Path, streamed: bool, rounds: int, updates: int) -> dict:
     """Runs a stage in this process: {"peak": bytes, "seconds"}."""
-    from ppcl_engine.stages.distill_depth import distill_depth
-    from ppcl_engine.stages.probe import probe
+    from ppcl_engine.stages.prune.distill_depth import distill_depth
+    from ppcl_engine.stages.prune.probe import probe
 
     common = {"model": model, "run": run, "streamed": streamed, "device": "cpu"}
     start = time.perf_counter()
@@ -197,16 +182,16 @@ def show(values: dict, depths: tuple[int, int]) -> None:
             ratio, same = values["ratios"][mode][stage], values["identical_stages"][stage]
             rows.append([f"{stage} {mode}", *sizes, f"{ratio:.3f}", same])
     header = ["stage", *(f"{depth} blocks" for depth in depths), "ratio", "same files"]
-    report.print_table(f"peak memory (libraries alone: {values['imports'] / 1e6:.0f} MB)", header, rows)
+    output.print_table(f"peak memory (libraries alone: {values['imports'] / 1e6:.0f} MB)", header, rows)
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("memory", __doc__)
+    parser = output.options("memory", __doc__)
     parser.add_argument(
         "--folder", type=Path, help="where temporary files go (7 GB pass through; on a disk, not in memory)"
     )
     parser.add_argument("--depths", type=int, nargs=2, help="other depths than 15 and 60")
-    chosen: Namespace = report.parse(parser, arguments)
+    chosen: Namespace = output.parse(parser, arguments)
     scale = QUICK if chosen.quick else FULL
     if chosen.depths:
         scale = replace(scale, depths=tuple(chosen.depths))
@@ -215,7 +200,7 @@ def main(arguments: list[str] | None = None) -> Path:
         values = {**summary(measured(Path(name), scale)), "imports": imports}
     values |= {"teacher": scale.config, "intervals": {str(d): len(intervals(d)) for d in scale.depths}}
     show(values, scale.depths)
-    return report.write("memory", chosen, values)
+    return output.write("memory", chosen, values)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.data import save_calibration
-from ppcl_engine.files import TensorFile, write_text
+from ppcl_engine.data.calibration import save_calibration
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.run import Run
+from ppcl_engine.system.atomic import write_text
+from ppcl_engine.system.tensor_files import TensorFile
 
-from . import report
-from .teachers import BUNDLED, describe, rendered
+from .shared import output
+from .shared.teachers import BUNDLED, describe, rendered
 
 INTERVALS = "2-4 6-8 10-12 14-16 18-20"
 ROOT = Path(__file__).parents[1]
@@ -98,11 +99,11 @@ def show(rows: list[dict]) -> None:
         [f"{r['processes']}, {r['mode']}" if r["processes"] > 1 else "1", f"{r['seconds']:.1f}", f"{r['ratio']:.2f}",
          f"{r['largest_difference']:.1e}", f"{r['start_seconds']:.1f}"] for r in rows
     ]  # fmt: skip
-    report.print_table("distill-depth", ["processes", "seconds", "ratio", "difference", "start, s"], lines)
+    output.print_table("distill-depth", ["processes", "seconds", "ratio", "difference", "start, s"], lines)
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("parallel", __doc__)
+    parser = output.options("parallel", __doc__)
     parser.add_argument("--teacher", type=Path, default=BUNDLED)
     parser.add_argument("--intervals", default=INTERVALS)
     parser.add_argument("--batch", type=int, default=48)
@@ -110,7 +111,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--updates", type=int, help="updates of an interval in a round (40)")
     parser.add_argument("--processes", type=int, nargs="*", help="besides one (2 4)")
     parser.add_argument("--repeats", type=int, help="all cases in turn (3)")
-    chosen = report.parse(parser, arguments)
+    chosen = output.parse(parser, arguments)
     full = {"rounds": 3, "updates": 40, "processes": [2, 4], "repeats": 3}
     quick = {"rounds": 1, "updates": 4, "processes": [2], "repeats": 1}
     for name, value in (quick if chosen.quick else full).items():
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> Path:
     names = ("intervals", "batch", "rounds", "updates", "repeats")
     about = {name: getattr(chosen, name) for name in names} | {"threads_a_process": 1}
     values = {"rows": rows, "teacher": describe(chosen.teacher, Weights(chosen.teacher)), "settings": about}
-    return report.write("parallel", chosen, values)
+    return output.write("parallel", chosen, values)
 
 
 if __name__ == "__main__":

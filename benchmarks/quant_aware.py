@@ -15,21 +15,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ppcl_engine.bundle import Bundle, open_variant
-from ppcl_engine.config import DistillDepthConfig
-from ppcl_engine.data import save_calibration
+from ppcl_engine.algorithms.distillation.quantization import NONE
+from ppcl_engine.data.calibration import save_calibration
 from ppcl_engine.demo.run import FULL_SIZE, LEARNING_RATE, QUICK
-from ppcl_engine.files import read_json, write_json, write_text
+from ppcl_engine.models.assembly import open_variant
+from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.plan import PruningPlan, parse_intervals
-from ppcl_engine.quantization import NONE
-from ppcl_engine.run import Run, RunStudents
-from ppcl_engine.stages.distill_depth import distill_depth
+from ppcl_engine.run import Run
+from ppcl_engine.settings.prune_settings import DistillDepthConfig
+from ppcl_engine.stages.inputs import RunStudents
+from ppcl_engine.stages.prune.distill_depth import distill_depth
+from ppcl_engine.system.atomic import read_json, write_json, write_text
 
-from . import report
-from .quantization import quantised
-from .scoring import mean_with_interval, share_with_interval
-from .sparsity import DEMO, Context, judged, options, parse, prepare
-from .teachers import describe
+from .shared import output
+from .shared.pruned_demo import DEMO, Context, judged, options, parse, prepare, quantised
+from .shared.scoring import mean_with_interval, share_with_interval
+from .shared.teachers import describe
 
 SEEDS = (0, 1)
 QUICK_INTERVALS, QUICK_BLOCKS = "1-2 3-4", 6
@@ -149,10 +150,10 @@ def show(values: dict) -> None:
     for row in values["rows"]:
         shares = [f"{100 * row['characters'][key]:.1f}" for key in ("value", "low", "high")]
         lines.append((_name(row), _cell(row["velocity_error"], ""), f"{shares[0]} ({shares[1]} - {shares[2]})"))
-    report.print_table("distilled, then rounded", ("model", "velocity error", "characters %"), lines)
+    output.print_table("distilled, then rounded", ("model", "velocity error", "characters %"), lines)
     lines = [(_name(d), _cell(d["difference"], "+"), f"{100 * d['returned']:.0f} %" if "returned" in d else "-")
              for d in values["differences"]]  # fmt: skip
-    report.print_table("quant-aware - plain", ("model", "velocity error", "of what the bits add"), lines)
+    output.print_table("quant-aware - plain", ("model", "velocity error", "of what the bits add"), lines)
 
 
 def _name(row: dict) -> str:
@@ -170,7 +171,7 @@ def main(arguments: list[str] | None = None) -> Path:
     chosen = parse(parser, arguments)
     values = run(chosen)
     show(values)
-    return report.write("quant_aware", chosen, values)
+    return output.write("quant_aware", chosen, values)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ppcl_engine.bundle import Bundle, open_model
-from ppcl_engine.files import read_json, write_json
-from ppcl_engine.quantization import BITS, NONE, simulated
+from ppcl_engine.algorithms.distillation.quantization import BITS, NONE
+from ppcl_engine.models.bundle import Bundle
+from ppcl_engine.models.opening import open_model
+from ppcl_engine.system.atomic import read_json, write_json
 
-from . import report
-from .sparsity import BEST, DEMO, Context, Row, judged, options, parse, prepare
-from .sparsity_layers import prune_model
-from .teachers import describe
+from .shared import output
+from .shared.pruned_demo import DEMO, Context, judged, options, parse, prepare, quantised
+from .shared.pruned_layers import prune_model
+from .shared.teachers import describe
+from .sparsity.__main__ import BEST, Row
 
 KINDS = (NONE, *BITS)
 
@@ -40,14 +42,6 @@ def models(context: Context) -> dict[str, Callable[[], nn.Module]]:
         return prune_model(context.teacher, grams["even"], grams["unseen"], Row(**BEST).method).model
 
     return {"full": lambda: open_model(context.path), **opened, "weights (50 %)": lambda: copy.deepcopy(sparse())}
-
-
-def quantised(model: nn.Module, kind: str, blocks: tuple[str, ...] = ("",)) -> nn.Module:
-    """The model, with the linear maps of its blocks rounded; `blocks`: beginnings of their names."""
-    for name, module in model.named_modules():
-        if kind != NONE and isinstance(module, nn.Linear) and "blocks." in name and name.startswith(blocks):
-            module.weight.data = simulated(module.weight, kind)
-    return model
 
 
 @torch.no_grad()
@@ -79,14 +73,14 @@ def show(values: dict) -> None:
         ]
         shares = [f"{100 * characters[key]:.1f}" for key in ("value", "low", "high")]
         lines.append((f"{row['name']}, {row['kind']}", *cells, f"{shares[0]} ({shares[1]} - {shares[2]})"))
-    report.print_table("quantisation", ("model", "velocity error", "more than without", "characters %"), lines)
+    output.print_table("quantisation", ("model", "velocity error", "more than without", "characters %"), lines)
 
 
 def main(arguments: list[str] | None = None) -> Path:
     chosen = parse(options("quantization", __doc__), arguments)
     values = run(chosen)
     show(values)
-    return report.write("quantization", chosen, values)
+    return output.write("quantization", chosen, values)
 
 
 if __name__ == "__main__":

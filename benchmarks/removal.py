@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 
+from ppcl_engine.algorithms.resampling import bootstrap_ratio
 from ppcl_engine.architectures import BlockState
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.files import replacing
-from ppcl_engine.similarity import bootstrap_ratio
-from ppcl_engine.streaming import Teacher
+from ppcl_engine.models.streaming import Teacher
+from ppcl_engine.models.weights import Weights
+from ppcl_engine.system.atomic import replacing
 
-from . import report
-from .teachers import BUNDLED, describe, rendered
+from .shared import output
+from .shared.teachers import BUNDLED, describe, rendered
 
 CONTIGUOUS, APART = "contiguous", "apart"
 SIZES = (1, 2, 3)
@@ -145,16 +145,16 @@ def summary(measured: Measured, groups: dict[tuple[int, str], list[Placement]], 
 def show(values: dict) -> None:
     interval = "{low:.4f} .. {high:.4f}".format_map
     singles = [[row["blocks"], f"{row['error']:.4f}", interval(row)] for row in values["single"]]
-    report.print_table("one block removed: relative velocity error", ["block", "error", "95 % interval"], singles)
+    output.print_table("one block removed: relative velocity error", ["block", "error", "95 % interval"], singles)
     rows = []
     for m in values["means"]:
         counts = [f"{m['removed']} {m['kind']}", f"{m['placements']} of {m['possible']}"]
         rows.append([*counts, f"{m['error']:.4f}", interval(m), f"{m['of_singles']:.2f}"])
     header = ["removed", "placements", "mean error", "95 % interval", "x sum of singles"]
-    report.print_table("neighbours against blocks apart", header, rows)
+    output.print_table("neighbours against blocks apart", header, rows)
     rows = [[str(d["removed"]), f"{d['contiguous_minus_apart']:+.4f}", interval(d)] for d in values["differences"]]
     header = ["removed", "difference", "95 % interval"]
-    report.print_table("contiguous minus apart (below 0: contiguous is better)", header, rows)
+    output.print_table("contiguous minus apart (below 0: contiguous is better)", header, rows)
 
 
 def draw(path: Path, values: dict) -> None:
@@ -188,11 +188,11 @@ def _whiskers(rows: list[dict]) -> list[list[float]]:
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("removal", __doc__)
+    parser = output.options("removal", __doc__)
     parser.add_argument("--teacher", type=Path, default=BUNDLED)
     parser.add_argument("--samples", type=int, help="pictures in the batch, each at its own timestep (64)")
     parser.add_argument("--most", type=int, help="placements of 3 blocks apart that are drawn at random (300)")
-    chosen = report.parse(parser, arguments)
+    chosen = output.parse(parser, arguments)
     samples = chosen.samples or (8 if chosen.quick else 64)
     most = chosen.most or (5 if chosen.quick else 300)
     start, weights = time.perf_counter(), Weights(chosen.teacher)
@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> Path:
     values |= {"teacher": describe(chosen.teacher, weights), "samples": samples, "seconds": time.perf_counter() - start}
     show(values)
     draw(chosen.output / "removal.png", values)
-    return report.write("removal", chosen, values)
+    return output.write("removal", chosen, values)
 
 
 if __name__ == "__main__":

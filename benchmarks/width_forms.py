@@ -12,19 +12,20 @@ from pathlib import Path
 
 import torch
 
-from ppcl_engine.config import DetectConfig, DetectWidthConfig, DistillWidthConfig
-from ppcl_engine.damage import Damage
-from ppcl_engine.data import save_calibration
-from ppcl_engine.files import read_json, write_text
-from ppcl_engine.layout import layout_of
+from ppcl_engine.algorithms.detection.damage import Damage
+from ppcl_engine.algorithms.resampling import bootstrap_ratio
+from ppcl_engine.data.calibration import save_calibration
+from ppcl_engine.models.layout import layout_of
+from ppcl_engine.models.streaming import Teacher
 from ppcl_engine.plan import PruningPlan
-from ppcl_engine.run import Run, RunStudents, open_plan, open_teacher
-from ppcl_engine.similarity import bootstrap_ratio
-from ppcl_engine.stages.detect_width import detect_width
-from ppcl_engine.stages.distill_width import distill_width
-from ppcl_engine.streaming import Teacher
+from ppcl_engine.run import Run
+from ppcl_engine.settings.prune_settings import DetectConfig, DetectWidthConfig, DistillWidthConfig
+from ppcl_engine.stages.inputs import RunStudents, open_plan, open_teacher
+from ppcl_engine.stages.prune.detect_width import detect_width
+from ppcl_engine.stages.prune.distill_width import distill_width
+from ppcl_engine.system.atomic import read_json, write_text
 
-from . import report, teachers
+from .shared import output, teachers
 
 FORMS = {"paper": "paper", "gated": "gated", "cheaper of both at each site": "best"}
 SHARES = (0.9, 0.8, 0.7)
@@ -84,9 +85,9 @@ def _damage(common: dict, run: Run, teacher: Teacher, unseen: list) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("width_forms", __doc__)
+    parser = output.options("width_forms", __doc__)
     parser.add_argument("--teacher", type=Path, default=teachers.BUNDLED)
-    chosen = report.parse(parser, arguments)
+    chosen = output.parse(parser, arguments)
     values = measure(chosen)
     text = "{value:.4f} ({low:.4f}-{high:.4f})".format_map
     lines = [
@@ -94,8 +95,8 @@ def main(arguments: list[str] | None = None) -> Path:
          text(r["closed"]), text(r["trained"])] for r in values["rows"]
     ]  # fmt: skip
     header = ["form", "sites", "saved, M", "variance explained", "damage, closed form", "damage, trained"]
-    report.print_table("FFN projections at equal parameters", header, lines)
-    return report.write("width_forms", chosen, values)
+    output.print_table("FFN projections at equal parameters", header, lines)
+    return output.write("width_forms", chosen, values)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ def extension() -> PPCLExtension:
     and each says in one line why it does not run. Raises ImportError, in the same line, where even that cannot be had.
     """
     try:
-        from . import host, paths  # here, not above: what these import may be missing in a ComfyUI that is not known
+        from . import (
+            host,
+            paths,  # here, not above: what these import may be missing in a ComfyUI that is not known
+        )
         from .catalogue import LOADING, MAKING
     except (ImportError, AttributeError) as error:
         raise ImportError(refused(str(error))) from error

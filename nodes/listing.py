@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..ppcl_engine.atomic import read_json
+from ..ppcl_engine.system.atomic import read_json
 
 DEEPEST = 12  # folders below a root; a hub cache in a folder of its own has 6
 MOST_FOLDERS = 10_000  # below a root

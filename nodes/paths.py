@@ -8,8 +8,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ..ppcl_engine.bundle import BUNDLE_SUFFIX
 from ..ppcl_engine.jobs.store import RunStore
+from ..ppcl_engine.models.bundle import BUNDLE_SUFFIX
 from .listing import Found, changed_at, found_in, guarded, remembered
 
 CATEGORY = "ppcl"

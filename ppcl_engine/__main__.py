@@ -1,39 +1,17 @@
-"""The command line: `ppcl STAGE --settings`. One dict from stage to its settings and function."""
+"""The command line: `ppcl STAGE --settings`, `ppcl run FILE`."""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from . import config as settings
-from . import config_files
+from .settings import assess_settings, base_settings
+from .stages import STAGES, run_stage
 
-STAGES: dict[str, tuple[type, str]] = {
-    "calibrate": (settings.CalibrateConfig, "stages.calibrate"),
-    "probe": (settings.ProbeConfig, "stages.probe"),
-    "detect": (settings.DetectConfig, "stages.detect"),
-    "distill-depth": (settings.DistillDepthConfig, "stages.distill_depth"),
-    "detect-width": (settings.DetectWidthConfig, "stages.detect_width"),
-    "distill-width": (settings.DistillWidthConfig, "stages.distill_width"),
-    "polish": (settings.PolishConfig, "stages.polish"),
-    "variants": (settings.VariantsConfig, "stages.variants"),
-    "finetune": (settings.FinetuneConfig, "stages.finetune"),
-    "export": (config_files.ExportConfig, "stages.export"),
-    "fold": (config_files.FoldConfig, "stages.fold"),
-    "sparsify": (config_files.SparsifyConfig, "stages.sparsify"),
-    "import": (config_files.ImportConfig, "stages.import_released"),
-    "evaluate": (config_files.EvaluateConfig, "stages.evaluate"),
-    "generate": (config_files.GenerateConfig, "stages.generate"),
-    "inspect": (config_files.InspectConfig, "stages.inspect"),
-    "bench": (config_files.BenchConfig, "stages.bench"),
-    "demo": (config_files.DemoConfig, "demo.run"),
-}
 TINY = "tiny"  # a table of a run file: what --tiny puts in the place of the real model
-FUNCTIONS = {"import": "import_released"}  # of stages whose own name is a word of Python
 USER_ERROR, INTERRUPTED = 2, 130
 _ADVICE = "nothing half-written was left; free space, or choose a folder that can be written"
 
@@ -43,15 +21,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0
-    from .parallel import leave
+    from .system.distributed import leave
 
     return leave(_code(arguments))
 
 
 def _code(arguments: list[str]) -> int:
     """The exit code. What went wrong is said in one line."""
-    from .parallel import tell
-    from .training import Stopped
+    from .system.distributed import tell
+    from .system.interruption import Stopped
 
     try:
         _dispatch(arguments[0], arguments[1:])
@@ -73,31 +51,17 @@ def _code(arguments: list[str]) -> int:
 def _dispatch(stage: str, arguments: list[str]) -> None:
     import tyro
 
-    from .parallel import is_main
+    from .system.distributed import is_main
 
     parse = partial(tyro.cli, args=arguments, prog=f"ppcl {stage}", console_outputs=is_main())
     if stage == "run":
-        config = parse(config_files.RunConfig, config=(tyro.conf.PositionalRequiredArgs,))
+        config = parse(assess_settings.RunConfig, config=(tyro.conf.PositionalRequiredArgs,))
         run_file(config.file, config.tiny)
         return
     if stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; known: {', '.join([*STAGES, 'run'])}")
     kind, _ = STAGES[stage]
     run_stage(stage, parse(kind))
-
-
-def run_stage(stage: str, config) -> None:
-    """By one process, or by those of a launch together."""
-    from .parallel import together
-
-    if getattr(config, "dry_run", False):
-        from .estimate import print_estimate
-
-        together(print_estimate, config)
-        return
-    result = together(_function(stage), config, getattr(config, "parallel", ""))
-    if result is not None:
-        print(f"{stage}: {result}")
 
 
 def run_file(path: Path, tiny: bool = False) -> None:
@@ -119,7 +83,7 @@ def read_run_file(path: Path) -> list[tuple[str, object]]:
     if unknown:
         raise ValueError(f"{path}: unknown stage [{unknown[0]}]; known: {', '.join(STAGES)}")
     return [
-        (stage, settings.from_mapping(STAGES[stage][0], {**common, **table}, f"{path} [{stage}]"))
+        (stage, base_settings.from_mapping(STAGES[stage][0], {**common, **table}, f"{path} [{stage}]"))
         for stage, table in tables.items()
     ]
 
@@ -134,15 +98,9 @@ def _tables(path: Path) -> dict[str, dict]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _function(stage: str) -> Callable:
-    """The stage's function has the stage's name; its module is imported only now."""
-    module = importlib.import_module(f".{STAGES[stage][1]}", __package__)
-    return getattr(module, FUNCTIONS.get(stage, stage.replace("-", "_")))
-
-
 def _usage() -> str:
     lines = [f"  {name:14} {kind.__doc__.splitlines()[0]}" for name, (kind, _) in STAGES.items()]
-    lines.append(f"  {'run':14} {config_files.RunConfig.__doc__}")
+    lines.append(f"  {'run':14} {assess_settings.RunConfig.__doc__}")
     return "usage: ppcl STAGE [settings]; ppcl STAGE --help lists them\n\n" + "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import get_args, get_origin
 
-from .config import hints_of
+from .settings.base_settings import hints_of
 
 FORMAT_VERSION = 1
 FORMS = ("paper", "gated")

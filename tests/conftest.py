@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from functools import partial
 from pathlib import Path
@@ -10,23 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppcl_engine import config
 from ppcl_engine.architectures import REFERENCES, architecture_named
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.data import CLEAN, CalibrationSet, save_calibration
-from ppcl_engine.files import write_tensors
-from ppcl_engine.flow import noised
+from ppcl_engine.data.calibration import CLEAN, CalibrationSet, save_calibration
+from ppcl_engine.data.flow import noised
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.run import Run
+from ppcl_engine.settings import prune_settings
+from ppcl_engine.stages import function_of
+from ppcl_engine.system.tensor_files import write_tensors
 
-from .tiny_models import tiny_model
+from .tiny.models import tiny_model
 
 torch.set_num_threads(1)
 
 CONFIGS = {
-    "probe": (config.ProbeConfig, {"train_steps": 0}),
-    "detect": (config.DetectConfig, {"remove": 2, "longest": 4, "bootstrap": 8, "tokens": 3}),
-    "distill_depth": (config.DistillDepthConfig, {"rounds": 2, "updates": 6, "warm_up": 2, "learning_rate": 1e-3}),
-    "variants": (config.VariantsConfig, {"samples": 12}),
+    "probe": (prune_settings.ProbeConfig, {"train_steps": 0}),
+    "detect": (prune_settings.DetectConfig, {"remove": 2, "longest": 4, "bootstrap": 8, "tokens": 3}),
+    "distill_depth": (
+        prune_settings.DistillDepthConfig,
+        {"rounds": 2, "updates": 6, "warm_up": 2, "learning_rate": 1e-3},
+    ),
+    "variants": (prune_settings.VariantsConfig, {"samples": 12}),
 }
 
 
@@ -125,7 +128,7 @@ def run_stages():
         for name in names:
             kind, tiny = CONFIGS[name]
             chosen = {k: v for k, v in settings.items() if k in kind.__dataclass_fields__}
-            stage = getattr(importlib.import_module(f"ppcl_engine.stages.{name}"), name)
+            stage = function_of(name.replace("_", "-"))
             stage(kind(**{"model": teacher, "run": folder, "device": "cpu", **tiny, **chosen}))
         return Run(folder)
 

@@ -7,10 +7,11 @@ import json
 
 import pytest
 
-from ppcl_engine import atomic
-from ppcl_engine.__main__ import STAGES, USER_ERROR, main, read_run_file
-from ppcl_engine.files import write_tensors
+from ppcl_engine.__main__ import USER_ERROR, main, read_run_file
 from ppcl_engine.plan import PruningPlan
+from ppcl_engine.stages import STAGES
+from ppcl_engine.system import atomic
+from ppcl_engine.system.tensor_files import write_tensors
 
 EVERY_STAGE = list(STAGES)
 
@@ -34,7 +35,7 @@ def run_folder(tmp_path, teacher_file, make_run):
 
 
 def plan_file(run_folder, teacher_file, **changes):
-    from ppcl_engine.checkpoint import Weights
+    from ppcl_engine.models.weights import Weights
 
     weights = Weights(teacher_file)
     values = {"architecture": weights.architecture.name, "config": weights.config, "num_blocks": 6}

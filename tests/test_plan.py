@@ -6,16 +6,9 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 
-from ppcl_engine.plan import (
-    FULL,
-    Interval,
-    Variant,
-    WidthSite,
-    parse_intervals,
-    plan_from_json,
-)
+from ppcl_engine.plan import FULL, Interval, Variant, WidthSite, parse_intervals, plan_from_json
 
-from .plans import plan_of, plans
+from .tiny.plans import plan_of, plans
 
 PLAN = plan_of(
     intervals=(Interval(first=1, last=3), Interval(first=5, last=6, correction="affine")),

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ...ppcl_engine.architectures import Architecture
-from ...ppcl_engine.layout import Place
+from ...ppcl_engine.models.layout import Place
 from ...ppcl_engine.plan import WidthSite
 
 Maps = Callable[[str, str], nn.Module]

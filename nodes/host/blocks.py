@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...ppcl_engine.architectures import projections
-from ...ppcl_engine.layout import Place
-from ...ppcl_engine.surgery import Correction as EngineCorrection
-from ...ppcl_engine.surgery import PassThrough
+from ...ppcl_engine.models.layout import Place
+from ...ppcl_engine.models.surgery import Correction as EngineCorrection
+from ...ppcl_engine.models.surgery import PassThrough
 from .adapters import PatchedWhole
 from .base import BlockList, Host, Maps
 

@@ -17,21 +17,21 @@ import comfy.supported_models
 import torch
 from torch import nn
 
-from ...ppcl_engine.checkpoint import COMFYUI_PREFIX
-from ...ppcl_engine.layout import Place
+from ...ppcl_engine.models.layout import Place
+from ...ppcl_engine.models.surgery import interval_streams
+from ...ppcl_engine.models.weights import COMFYUI_PREFIX
 from ...ppcl_engine.plan import Interval
-from ...ppcl_engine.quantization import FP8_MARK
-from ...ppcl_engine.sparsity.compressed import decompressed
-from ...ppcl_engine.surgery import interval_streams
+from ...ppcl_engine.system.float8 import FP8_MARK
+from ...ppcl_engine.system.two_of_four import decompressed
 from . import folded
 from .adapters import part_of
 from .base import BlockList, Host
 from .blocks import Correction, Linear, Skip, Texts, add_correction, project
 from .formats import grouped, passed_on
-from .parts import Parts
 from .quantised import FORMAT, IN_FILE, Held, Quantised, expanded, refuse_unused_scales
 from .saving import file_of
 from .structure import FileTensors, Structure, is_pruned, is_surrounding, structure_of
+from .switching import Parts
 
 PATHS_IN_LOADERS = ("unet_path", "ckpt_path")  # what the host's loaders call the path of a model file
 _building = threading.Lock()

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import comfy.quant_ops
 import torch
 
-from ...ppcl_engine.checkpoint import COMFYUI_PREFIX
-from ...ppcl_engine.quantization import FP8_MARK
+from ...ppcl_engine.models.weights import COMFYUI_PREFIX
+from ...ppcl_engine.system.float8 import FP8_MARK
 from .quantised import (
     FLOAT8,
     FORMAT,

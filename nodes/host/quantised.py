@@ -18,8 +18,8 @@ import comfyui_version
 import torch
 from torch import nn
 
-from ...ppcl_engine.checkpoint import as_tensor
-from ...ppcl_engine.quantization import scaled_fp8
+from ...ppcl_engine.models.weights import as_tensor
+from ...ppcl_engine.system.float8 import scaled_fp8
 from .base import ALL, Cut
 
 FORMAT, SCALE, INPUT_SCALE = (

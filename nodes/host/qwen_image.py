@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...ppcl_engine.architectures import architecture_named, projections
-from ...ppcl_engine.layout import Place
+from ...ppcl_engine.models.layout import Place
 from .base import HALF, BlockList, Host, Maps
 from .blocks import FixedModulation, ProjectedText, Texts
 

@@ -11,17 +11,18 @@ from dataclasses import replace
 
 import torch
 
+from ...ppcl_engine.architectures.base import modulation_names
 from ...ppcl_engine.architectures.folded import FOLDING, Folding
-from ...ppcl_engine.checkpoint import HINTS_TENSOR, STRUCTURE_TENSOR, as_tensor, usual_name
-from ...ppcl_engine.folding_files import modulation_names
-from ...ppcl_engine.layout import Layout, Place, layout_of
+from ...ppcl_engine.models.comfyui_names import marks_of
+from ...ppcl_engine.models.layout import Layout, Place, layout_of
+from ...ppcl_engine.models.standalone import GUARD_SHAPE, guard_name, hints_of, structure_of
+from ...ppcl_engine.models.weights import HINTS_TENSOR, STRUCTURE_TENSOR, as_tensor, usual_name
 from ...ppcl_engine.plan import Interval, PruningPlan, WidthSite
-from ...ppcl_engine.quantization import FP8_MARK
-from ...ppcl_engine.standalone import GUARD_SHAPE, guard_name, hints_of, marks_of, structure_of
+from ...ppcl_engine.system.float8 import FP8_MARK
 from .base import Host
 from .blocks import OWN_PARTS
-from .parts import Parts
 from .structure import FileTensors, Structure
+from .switching import Parts
 
 MIXED = "_quantization_metadata"  # what the host puts between tensors for a model of mixed precision, and cannot write
 WHOLE_SCALE = ("float8_e4m3fn", "float8_e5m2")  # quantised matrices that can be cut: one scale for all of it

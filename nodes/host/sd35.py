@@ -12,7 +12,7 @@ from torch import nn
 
 from ...ppcl_engine.architectures import architecture_named
 from ...ppcl_engine.architectures.projections import Nothing, padded
-from ...ppcl_engine.layout import Place
+from ...ppcl_engine.models.layout import Place
 from ...ppcl_engine.plan import WidthSite
 from .base import HALF, BlockList, Cut, Host, Maps
 from .blocks import FixedModulation, ProjectedText, Texts

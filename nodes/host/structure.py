@@ -14,15 +14,14 @@ import torch
 from torch import nn
 
 from ...ppcl_engine.architectures import Architecture
+from ...ppcl_engine.architectures.base import modulation_names
 from ...ppcl_engine.architectures.folded import Folding, folding_of
-from ...ppcl_engine.bundle import STRUCTURE_TENSOR
-from ...ppcl_engine.checkpoint import HINTS_TENSOR, object_in, parts_in, text_in, usual_name
-from ...ppcl_engine.folding_files import modulation_names
-from ...ppcl_engine.layout import Layout, Place, full_layout, layout_of
+from ...ppcl_engine.models.layout import Layout, Place, full_layout, layout_of
+from ...ppcl_engine.models.released import published_intervals, released_layout, teacher_indices
+from ...ppcl_engine.models.standalone import GUARD_SHAPE
+from ...ppcl_engine.models.weights import HINTS_TENSOR, STRUCTURE_TENSOR, object_in, parts_in, text_in, usual_name
 from ...ppcl_engine.plan import PruningPlan, plan_from_json
-from ...ppcl_engine.released import published_intervals, released_layout, teacher_indices
-from ...ppcl_engine.sparsity.compressed import is_compressed
-from ...ppcl_engine.standalone import GUARD_SHAPE
+from ...ppcl_engine.system.two_of_four import is_compressed
 from .base import Host
 
 MAX_BLOCKS = 256  # an order above any model: a hostile file must not make the host build a million

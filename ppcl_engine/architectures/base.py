@@ -214,3 +214,8 @@ class Architecture(Protocol):
         ...
 
     def random_inputs(self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str) -> Inputs: ...
+
+
+def modulation_names(names: Iterable[str], architecture: Architecture) -> list[str]:
+    endings = tuple(f".{name}.weight" for name in architecture.timestep_modulations)
+    return [name.removesuffix(".weight") for name in names if name.endswith(endings)]

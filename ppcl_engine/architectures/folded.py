@@ -9,7 +9,7 @@ its own timesteps.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -29,7 +29,7 @@ SHOWN = 6
 class Folding:
     """What a configuration says of a folded model. inputs: timesteps of the table, or columns of the basis. batches: of a
     table, for how many rows at once its values are bit for bit; it has `inputs` columns for each. precision: of a table,
-    in which its model is given timesteps. mark: of the original modulations (`folding.mark_of`)."""
+    in which its model is given timesteps. mark: of the original modulations (`models.folding.basis.mark_of`)."""
 
     form: str
     inputs: int
@@ -216,3 +216,23 @@ def first_half(linear: nn.Linear) -> nn.Linear:
         for name, p in linear._parameters.items()
     }
     return half
+
+
+def known_timesteps(model: nn.Module, timesteps: Iterable[float]) -> None:
+    """Before sampling: a table model that lacks some of these gets them from its base file, in one pass (not told before,
+    it takes a pass for each). Nothing to do for others. Raises ValueError, in one line, where there is no base file."""
+    inputs = table_inputs(model)
+    if inputs is None:
+        return
+    wanted = torch.tensor(list(timesteps)).to(inputs.precision).float().tolist()
+    known = inputs.timesteps.float().tolist()
+    if missing := [t for t in dict.fromkeys(wanted) if t not in known]:
+        inputs.ask(missing)
+
+
+def table_inputs(model: nn.Module) -> TableInputs | None:
+    return next((module for module in model.modules() if isinstance(module, TableInputs)), None)
+
+
+def table_maps(model: nn.Module, kind: type = TableMap) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}

@@ -13,14 +13,23 @@ from pathlib import Path
 
 import torch
 
-from ..bundle import open_model
-from ..checkpoint import Weights
-from ..codecs import open_codec
-from ..files import replacing, write_json
-from ..sampling import draw_prompts, encode_prompts
-from ..similarity import wilson_interval
-from .reader import load_reader, read, score
-from .task import CHARACTERS, COLOUR_NAMES, FIELDS, SHAPES, SIZE, Caption, caption_table, random_captions
+from ..algorithms.resampling import wilson_interval
+from ..data.codecs import open_codec
+from ..data.draw import draw_prompts, encode_prompts
+from ..data.rendered.captions import (
+    CHARACTERS,
+    COLOUR_NAMES,
+    FIELDS,
+    SHAPES,
+    SIZE,
+    Caption,
+    caption_table,
+    random_captions,
+)
+from ..data.rendered.reader import load_reader, read, score
+from ..models.opening import open_model
+from ..models.weights import Weights
+from ..system.atomic import replacing, write_json
 
 CHUNK = 50  # captions drawn together
 GRID_SAMPLES, GRID_COLUMNS, GRID_SCALE = 48, 12, 2

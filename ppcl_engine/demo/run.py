@@ -6,9 +6,10 @@ import shutil
 import time
 from pathlib import Path
 
-import torch
-
-from ..config import (
+from ..run import Run
+from ..settings.assess_settings import DemoConfig, EvaluateConfig
+from ..settings.convert_settings import ExportConfig
+from ..settings.prune_settings import (
     CalibrateConfig,
     DetectConfig,
     DetectWidthConfig,
@@ -18,23 +19,19 @@ from ..config import (
     ProbeConfig,
     VariantsConfig,
 )
-from ..config_files import DemoConfig, EvaluateConfig, ExportConfig
-from ..files import write_text
-from ..run import Run
-from ..stages.calibrate import calibrate
-from ..stages.detect import detect
-from ..stages.detect_width import detect_width
-from ..stages.distill_depth import distill_depth
-from ..stages.distill_width import distill_width
-from ..stages.evaluate import evaluate_with
-from ..stages.export import export
-from ..stages.polish import polish
-from ..stages.probe import probe
-from ..stages.variants import variants
-from .task import random_captions, render
+from ..stages.assess.evaluate import evaluate_with
+from ..stages.convert.export import export
+from ..stages.prune.calibrate import calibrate
+from ..stages.prune.detect import detect
+from ..stages.prune.detect_width import detect_width
+from ..stages.prune.distill_depth import distill_depth
+from ..stages.prune.distill_width import distill_width
+from ..stages.prune.polish import polish
+from ..stages.prune.probe import probe
+from ..stages.prune.variants import variants
+from ..system.atomic import write_text
+from .bundled import bundled, render_pictures
 
-TEACHER = Path(__file__).with_name("teacher.safetensors")
-TEACHERS = {"qwen": TEACHER, "flux": TEACHER.with_name("teacher_flux.safetensors")}
 FOLDERS = {"qwen": Path("runs/demo"), "flux": Path("runs/demo_flux")}
 FULL_SIZE = {"pictures": 480, "batch": 48, "bootstrap": 200, "longest": 8, "rounds": 10, "weighed": 48, "updates": 20,
              "steps": 120, "drawn": 20}  # fmt: skip
@@ -73,15 +70,6 @@ def demo(config: DemoConfig) -> Path:
     return evaluate_with(judged, lambda: time.monotonic() - start)
 
 
-def bundled(name: str) -> Path:
-    """A small teacher's file. Raises ValueError where it is not there."""
-    if not TEACHERS[name].exists():
-        raise ValueError(
-            f"{TEACHERS[name]} does not exist; make it with `python -m ppcl_engine.demo.train --teacher {name}`"
-        )
-    return TEACHERS[name]
-
-
 def _stock(common: dict, rounds: int) -> None:
     """Students without corrections, for hosts that know nothing of us."""
     run = common["run"] / "stock"
@@ -95,17 +83,3 @@ def _stock(common: dict, rounds: int) -> None:
     variants(VariantsConfig(**stock))
     for layout in ("comfyui", "diffusers"):
         export(ExportConfig(**stock, layout=layout, variant="small", name=f"small-{layout}"))
-
-
-def render_pictures(folder: Path, count: int, seed: int) -> Path:
-    """`count` pictures with captions beside them, as an artist would bring them."""
-    from PIL import Image
-
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    captions = random_captions(count, generator)
-    for index, (caption, picture) in enumerate(zip(captions, render(captions, generator), strict=True)):
-        pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(folder / f"{index:04d}.png")
-        (folder / f"{index:04d}.txt").write_text(caption.text() + "\n", encoding="utf-8")
-    return folder

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from pathlib import Path
 
-from ..checkpoint import Weights
-from .run import TEACHERS, bundled, render_pictures
+from ..models.weights import Weights
+from .bundled import TEACHERS, bundled, render_pictures
 
 MOST = {
     "samples": 16, "batch": 8, "train_steps": 2, "bootstrap": 5, "longest": 3, "rounds": 1, "updates": 2, "warm_up": 1,

@@ -17,13 +17,14 @@ from pathlib import Path
 import torch
 
 from ..architectures import Architecture, Inputs, architecture_named, placed
-from ..checkpoint import COMFYUI_PREFIX
-from ..codecs import TableCodec
-from ..files import write_json, write_tensors
-from ..sampling import inputs_of
-from ..standalone import Source, comfyui_sources
-from .codec import TEXT_WIDTH, fit_codec
-from .task import random_captions, render
+from ..data.codecs.table import TableCodec
+from ..data.draw import inputs_of
+from ..data.rendered.captions import random_captions, render
+from ..data.rendered.tables import TEXT_WIDTH, fit_codec
+from ..models.tensor_sources import Source, comfyui_sources
+from ..models.weights import COMFYUI_PREFIX
+from ..system.atomic import write_json
+from ..system.tensor_files import write_tensors
 
 
 @dataclass(frozen=True, kw_only=True)

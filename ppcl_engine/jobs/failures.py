@@ -6,8 +6,8 @@ import errno
 import os
 import sys
 
-from ..advice import memory_advice
-from ..config import Common
+from ..estimate.advice import memory_advice
+from ..settings.base_settings import Common
 
 DONE, UNEXPECTED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 NO_MEMORY = (

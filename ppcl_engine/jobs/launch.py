@@ -15,17 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .state import (
-    CANCEL,
-    LOG,
-    JobState,
-    ask_to_cancel,
-    claimed,
-    is_abandoned,
-    process_of,
-    read_state,
-    write_state,
-)
+from .state import CANCEL, LOG, JobState, ask_to_cancel, claimed, is_abandoned, process_of, read_state, write_state
 
 NAME = re.compile(r"[a-z0-9-]+")
 LONGEST_NAME = 100

@@ -15,21 +15,26 @@ import torch
 from torch import nn
 
 from ..architectures import Architecture, Inputs
-from ..atomic import replacing
-from ..bundle import Students, assemble, open_variant
-from ..checkpoint import Weights
-from ..codecs import TABLES, Codec, open_codec
-from ..config import Common, DistillDepthConfig, DistillWidthConfig, FinetuneConfig, PolishConfig
-from ..config_files import SparsifyConfig
-from ..data import load_calibration
-from ..files import TensorFile
-from ..layout import full_layout
+from ..data.calibration import load_calibration
+from ..data.codecs import open_codec
+from ..data.codecs.base import Codec
+from ..data.codecs.table import TABLES
+from ..data.draw import Prompts, draw
+from ..models.assembly import Students, assemble, open_variant
+from ..models.layout import full_layout
+from ..models.surgery import filled_student
+from ..models.weights import Weights
 from ..plan import Interval, PruningPlan, Variant, parse_sites
-from ..progress import listening
-from ..run import DTYPES, Run, RunStudents, resolve_device
-from ..sampling import Prompts, draw
-from ..surgery import filled_student
-from .sheet import LAYER_ERRORS, LOSSES, Row, sheet
+from ..report.drawings.preview_sheet import LAYER_ERRORS, LOSSES, Row, sheet
+from ..run import Run
+from ..settings.base_settings import Common
+from ..settings.convert_settings import SparsifyConfig
+from ..settings.prune_settings import DistillDepthConfig, DistillWidthConfig, FinetuneConfig, PolishConfig
+from ..stages.inputs import RunStudents
+from ..system.atomic import replacing
+from ..system.machine import DTYPES, resolve_device
+from ..system.progress import listening
+from ..system.tensor_files import TensorFile
 from .state import METRICS, PREVIEW
 
 PICTURES, STEPS = 4, 12

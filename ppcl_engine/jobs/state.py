@@ -1,6 +1,6 @@
 """A job's state: which file of its run folder says what, who writes it, and when. This is the contract.
 
-run.json       what to do (`order.py`). Written once, before the folder gets its name.
+run.json       what to do (`spec.py`). Written once, before the folder gets its name.
 state.json     a `JobState`, always replaced whole. Written by whoever holds `worker.lock`: the launcher (queued, with
                the process it started), then the worker: at once, at every change of stage, while it works at most
                every 0.3 s and at least every 5 s, and at its end.
@@ -38,8 +38,8 @@ from typing import Literal, get_args
 import psutil
 from filelock import FileLock, Timeout
 
-from ..atomic import read_json, write_json
-from ..config import from_mapping
+from ..settings.base_settings import from_mapping
+from ..system.atomic import read_json, write_json
 
 Status = Literal["queued", "running", "stopping", "done", "failed", "cancelled"]
 STATUSES: tuple[str, ...] = get_args(Status)

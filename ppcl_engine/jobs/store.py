@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ..atomic import read_json
+from ..system.atomic import read_json
 from .launch import Process, check_name, launch
-from .order import ORDER, Order, configs, read_order, write_order
-from .seeding import CALIBRATION, clear_scratch, seed_attempt, seed_from_sibling, seed_from_upstream, sha256_of
+from .reuse import CALIBRATION, clear_scratch, seed_attempt, seed_from_sibling, seed_from_upstream, sha256_of
+from .spec import ORDER, Order, configs, read_order, write_order
 from .state import (
     STATE,
     JobState,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    from .work import main
+    from .attempt import main
 
     return main(sys.argv[1:])
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named, detect_architecture
-from ppcl_engine.checkpoint import expected_shapes
-from ppcl_engine.standalone import Source, comfyui_sources
+from ppcl_engine.models.tensor_sources import Source, comfyui_sources
+from ppcl_engine.models.weights import expected_shapes
 
-from ..tiny_models import check_comfyui_file, comfyui_state, tiny_inputs, tiny_model
+from ..tiny.models import check_comfyui_file, comfyui_state, tiny_inputs, tiny_model
 
 FLUX = architecture_named("flux1")
 SIZES = {"flux1_dev": (11_901_408_320, 19), "flux1_lite": (8_163_264_064, 8)}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ppcl_engine.live import share_cuts, twin
+from ppcl_engine.algorithms.distillation.trainable import share_cuts, twin
+from ppcl_engine.models.surgery import projection_modules
 from ppcl_engine.plan import parse_intervals, parse_sites
-from ppcl_engine.surgery import projection_modules
 
 from .width_formulas import (
     WIDTH,

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from ppcl_engine.architectures.folded import Folding, TableMap, first_half, folding_of, unfolded_config
-from ppcl_engine.cost import CostModel
-from ppcl_engine.folding import directions, project
-from ppcl_engine.folding_tables import batches_of, conditionings, make_table, rows_of
+from ppcl_engine.models.cost import CostModel
+from ppcl_engine.models.folding.basis import directions, project
+from ppcl_engine.models.folding.tables import batches_of, conditionings, make_table, rows_of
 
 TIMESTEPS = (1.0, 0.75, 0.25)
 

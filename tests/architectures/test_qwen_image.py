@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ppcl_engine.architectures import ARCHITECTURES, REFERENCES, architecture_named, detect_architecture
-from ppcl_engine.checkpoint import expected_shapes
+from ppcl_engine.models.weights import expected_shapes
 
 BLOCK_PARAMETERS = 339_831_296
 OUTER_PARAMETERS = 40_523_328

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named, detect_architecture
-from ppcl_engine.checkpoint import expected_shapes
-from ppcl_engine.stages.inspect import known_models
+from ppcl_engine.models.weights import expected_shapes
+from ppcl_engine.stages.assess.inspect import known_models
 
-from ..tiny_models import check_comfyui_file, comfyui_state, tiny_inputs, tiny_model
+from ..tiny.models import check_comfyui_file, comfyui_state, tiny_inputs, tiny_model
 
 SD35 = architecture_named("sd35")
 TINY = SD35.tiny_config

@@ -6,18 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from ppcl_engine.layout import layout_of
-from ppcl_engine.live import share_cuts, twin
+from ppcl_engine.algorithms.distillation.trainable import share_cuts, twin
+from ppcl_engine.models.layout import layout_of
 from ppcl_engine.plan import PruningPlan, parse_intervals, parse_sites
 
-from .width_formulas import (
-    WIDTH,
-    check_own_forward,
-    check_seen,
-    modulated,
-    projected_ffn,
-    projected_text,
-)
+from .width_formulas import WIDTH, check_own_forward, check_seen, modulated, projected_ffn, projected_text
 
 pytestmark = pytest.mark.parametrize("architecture", ["sd35"], indirect=True)
 DUAL, SINGLE, LAST = 1, 3, 5  # blocks of the tiny model

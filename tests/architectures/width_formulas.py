@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ppcl_engine.architectures import Architecture, BlockState, SharedText
-from ppcl_engine.bundle import empty_model
-from ppcl_engine.layout import layout_of
+from ppcl_engine.models.assembly import empty_model
+from ppcl_engine.models.layout import layout_of
+from ppcl_engine.models.surgery import projection_modules
 from ppcl_engine.plan import PruningPlan
-from ppcl_engine.surgery import projection_modules
 
 WIDTH = 32  # of the tiny models
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named
-from ppcl_engine.bundle import open_model
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.codecs import open_codec
+from ppcl_engine.data.codecs import open_codec
+from ppcl_engine.data.rendered.tables import fit_codec
 from ppcl_engine.demo import train as trainer
-from ppcl_engine.demo.codec import fit_codec
 from ppcl_engine.demo.train import KINDS, Kind, Recipe, blocks_of, new_teacher, save_teacher, train, training_batch
-from ppcl_engine.files import TensorFile
+from ppcl_engine.models.opening import open_model
+from ppcl_engine.models.weights import Weights
+from ppcl_engine.system.tensor_files import TensorFile
 
 CAPTIONS = ["a red K on a blue circle, yellow background", "a blue K on a red circle, yellow background", ""]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from ppcl_engine.data import save_calibration
-from ppcl_engine.jobs import work
-from ppcl_engine.jobs.order import Order, configs
+from ppcl_engine.data.calibration import save_calibration
+from ppcl_engine.estimate.needs import needs
+from ppcl_engine.jobs import attempt
+from ppcl_engine.jobs.spec import Order, configs
 from ppcl_engine.jobs.state import JobState, current_state, end
 from ppcl_engine.jobs.store import RunStore
-from ppcl_engine.needs import needs
 
 LONGEST = 60.0  # seconds that anything here may take
 QUICK = {
@@ -49,7 +49,7 @@ def fork(*arguments: object, before: Callable[[], None] = lambda: None) -> int:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
             sys.stderr = sys.stdout = nowhere  # pytest's own write to the parent's files
-            code = work.main([str(argument) for argument in arguments])
+            code = attempt.main([str(argument) for argument in arguments])
     finally:
         os._exit(code)
 

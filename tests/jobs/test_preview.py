@@ -10,21 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.memory import NARROW
-from benchmarks.teachers import random_teacher, rendered
-from ppcl_engine import progress
-from ppcl_engine.__main__ import run_stage
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.data import CalibrationSet, save_calibration
-from ppcl_engine.demo.codec import fit_codec
-from ppcl_engine.files import write_text
-from ppcl_engine.jobs.order import Order, configs
+from benchmarks.shared.teachers import NARROW, random_teacher, rendered
+from ppcl_engine.data.calibration import CalibrationSet, save_calibration
+from ppcl_engine.data.rendered.tables import fit_codec
 from ppcl_engine.jobs.preview import SHARE, Painter, Preview, can_paint, loss_curves, next_drawing, present
-from ppcl_engine.jobs.sheet import Row, sheet, smoothed
+from ppcl_engine.jobs.spec import Order, configs
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan, parse_intervals
+from ppcl_engine.report.drawings.preview_sheet import Row, sheet, smoothed
 from ppcl_engine.run import Run
+from ppcl_engine.stages import run_stage
+from ppcl_engine.system import progress
+from ppcl_engine.system.atomic import write_text
 
-from ..tiny_pipeline import build_tiny_pipeline
+from ..tiny.qwen_image_folder import build_tiny_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from ppcl_engine.config_files import SparsifyConfig
-from ppcl_engine.jobs.order import Order, configs
+from ppcl_engine.estimate.needs import needs
 from ppcl_engine.jobs.preview import loss_curves
+from ppcl_engine.jobs.spec import Order, configs
 from ppcl_engine.jobs.state import ask_to_cancel, read_events, read_state
-from ppcl_engine.needs import needs
 from ppcl_engine.run import Run
-from ppcl_engine.stages import sparsify as stage
-from ppcl_engine.stages.sparsify import sparsify
+from ppcl_engine.settings.convert_settings import SparsifyConfig
+from ppcl_engine.stages.convert import sparsify as stage
+from ppcl_engine.stages.convert.sparsify import sparsify
 
 from .conftest import exit_code, fork, recording
 

@@ -11,9 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from ppcl_engine.files import TensorFile
 from ppcl_engine.jobs.launch import launch, prepared_command
-from ppcl_engine.jobs.order import Order, read_order, write_order
+from ppcl_engine.jobs.spec import Order, read_order, write_order
 from ppcl_engine.jobs.state import (
     JobState,
     append_event,
@@ -24,6 +23,7 @@ from ppcl_engine.jobs.state import (
     write_state,
 )
 from ppcl_engine.jobs.store import RunStore
+from ppcl_engine.system.tensor_files import TensorFile
 
 from .conftest import files_of, finish, recording
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ppcl_engine.config_files import FoldConfig
-from ppcl_engine.stages.fold import fold
+from ppcl_engine.settings.convert_settings import FoldConfig
+from ppcl_engine.stages.convert.fold import fold
 
 STEPS = 4
 

@@ -16,19 +16,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.report import machine, versions
+from benchmarks.shared.output import machine, versions
 from ppcl_engine.architectures import REFERENCES
-from ppcl_engine.bundle import open_model
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.config_files import ExportConfig
-from ppcl_engine.files import write_json
+from ppcl_engine.models.opening import open_model
+from ppcl_engine.models.tensor_sources import Source, comfyui_sources
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.run import Run
-from ppcl_engine.stages.export import export
-from ppcl_engine.standalone import Source, comfyui_sources
+from ppcl_engine.settings.convert_settings import ExportConfig
+from ppcl_engine.stages.convert.export import export
+from ppcl_engine.system.atomic import write_json
 
-from ...flux_parts import FLUX_DEPTH, FLUX_PARTS
-from ...sd35_parts import SD35_PARTS, SD35_SIZES
-from ...tuned import Parts, write_parts
+from ...tiny.flux1_parts import FLUX_DEPTH, FLUX_PARTS
+from ...tiny.sd35_parts import SD35_PARTS, SD35_SIZES
+from ...tiny.trained_run import Parts, write_parts
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -84,7 +84,7 @@ def models(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def pack(models, figures):
-    """`pack("load")` is the module nodes/load.py of the pack as the host imported it."""
+    """`pack("use.load_model")` is the module nodes/use/load_model.py of the pack as the host imported it."""
     path, start = str(ROOT), time.perf_counter()
     assert asyncio.run(host_nodes.load_custom_node(path, module_parent="custom_nodes"))
     figures("start_seconds", time.perf_counter() - start)
@@ -365,7 +365,7 @@ def drawn(run_node, inputs):
 @pytest.fixture(scope="module")
 def loose_bound(pack):
     """A random model keeps no useful bound."""
-    module = pack("folding")
+    module = pack("loading.fold_on_load")
     old, module.BOUND = module.BOUND, BOUND
     yield
     module.BOUND = old

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from ppcl_engine.bundle import PLAN_KEY, STRUCTURE_TENSOR
-from ppcl_engine.files import TensorFile, write_tensors
+from ppcl_engine.models.bundle import PLAN_KEY
+from ppcl_engine.models.weights import STRUCTURE_TENSOR
+from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def test_switches_that_make_no_sense(load, switched, files):
 
 def test_parts_on_and_off_by_size_and_stacked(load, switched, files, pack):
     model = load(files[0], base=files[1], variant="full")
-    variant_of = pack("host.parts").variant_of
+    variant_of = pack("host.switching").variant_of
     one = switched(model, on="1-2")
     assert variant_of(one).intervals == ("1-2",)
     two = switched(one, on="3-4, ffn_image:1")

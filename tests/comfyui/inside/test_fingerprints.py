@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nodes as host_nodes
-from ppcl_engine.files import write_tensors
+from ppcl_engine.system.tensor_files import write_tensors
 
 SECOND = 10**9
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import nodes as host_nodes
-from ppcl_engine.bundle import PLAN_KEY
-from ppcl_engine.files import TensorFile, write_tensors
+from ppcl_engine.models.bundle import PLAN_KEY
+from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 MANY = 500
 OURS = [

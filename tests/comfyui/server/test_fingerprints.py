@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppcl_engine.bundle import PLAN_KEY
-from ppcl_engine.files import TensorFile, write_tensors
+from ppcl_engine.models.bundle import PLAN_KEY
+from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from .graphs import Graph
 

@@ -13,12 +13,12 @@ import psutil
 import pytest
 import torch
 
-from ppcl_engine.__main__ import run_stage
-from ppcl_engine.data import load_calibration
-from ppcl_engine.files import TensorFile
-from ppcl_engine.jobs.order import configs, read_order
+from ppcl_engine.data.calibration import load_calibration
+from ppcl_engine.jobs.spec import configs, read_order
 from ppcl_engine.jobs.state import current_state, read_events, read_state
 from ppcl_engine.run import Run
+from ppcl_engine.stages import run_stage
+from ppcl_engine.system.tensor_files import TensorFile
 
 from .conftest import eventually, listening
 from .graphs import Graph, shipped

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from ppcl_engine.jobs.order import read_order
+from ppcl_engine.jobs.spec import read_order
 from ppcl_engine.jobs.state import current_state, is_alive, read_events, read_state
 
 from .conftest import begin, eventually, new_base

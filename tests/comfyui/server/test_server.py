@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ppcl_engine.demo.reader import load_reader, read, score
-from ppcl_engine.demo.task import parse_caption
+from ppcl_engine.data.rendered.captions import parse_caption
+from ppcl_engine.data.rendered.reader import load_reader, read, score
 
 from .conftest import NOT_IN_LIST
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from diffusers import QwenImageTransformer2DModel
 
+from ppcl_engine.algorithms.sparsity.files import sparsity_of
 from ppcl_engine.architectures.qwen_image import QwenImage
-from ppcl_engine.bundle import open_model
-from ppcl_engine.config_files import SparsifyConfig
-from ppcl_engine.files import TensorFile, write_tensors
 from ppcl_engine.jobs.state import current_state, read_events
+from ppcl_engine.models.opening import open_model
 from ppcl_engine.run import Run
-from ppcl_engine.sparsity.files import sparsity_of
-from ppcl_engine.stages.sparsify import sparsify
+from ppcl_engine.settings.convert_settings import SparsifyConfig
+from ppcl_engine.stages.convert.sparsify import sparsify
+from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from .conftest import ROOT, Made, eventually, listening
 from .graphs import QUICK, Graph, quickly, shipped

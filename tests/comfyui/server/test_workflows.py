@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from ppcl_engine.architectures import architecture_named
-from ppcl_engine.config_files import ExportConfig, ImportConfig
-from ppcl_engine.config_help import setting_help
-from ppcl_engine.files import write_tensors
 from ppcl_engine.run import Run
-from ppcl_engine.stages.export import export
+from ppcl_engine.settings.convert_settings import ExportConfig, ImportConfig
+from ppcl_engine.settings.help_texts import setting_help
+from ppcl_engine.stages.convert.export import export
+from ppcl_engine.system.tensor_files import write_tensors
 
-from ...flux_parts import FLUX_DEPTH, FLUX_PARTS
-from ...sd35_parts import SD35_PARTS, SD35_SIZES
-from ...tiny_models import tiny_model
-from ...tuned import write_parts
+from ...tiny.flux1_parts import FLUX_DEPTH, FLUX_PARTS
+from ...tiny.models import tiny_model
+from ...tiny.sd35_parts import SD35_PARTS, SD35_SIZES
+from ...tiny.trained_run import write_parts
 from .conftest import ROOT
 from .graphs import CAPTIONS, TEACHER, quickly, shipped
 

@@ -1,0 +1,87 @@
+"""A model in GGUF, the base of a bundle or a pruned one by itself: read and run by ComfyUI-GGUF where that pack is installed."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import nodes as host_nodes
+
+from ..host.modulations import OFF
+from .request import GGUF as ENDING
+from .request import Request
+
+LOADER = "UnetLoaderGGUF"
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedFile:
+    """Tensors that another pack holds, read as those of a file are."""
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+
+def is_installed() -> bool:
+    return LOADER in host_nodes.NODE_CLASS_MAPPINGS
+
+
+def files_last(names: list[str]) -> list[str]:
+    """What a loader offers, of these files: those in GGUF behind all others, where they can be read."""
+    others, ours = ([n for n in names if n.endswith(ENDING) == of_gguf] for of_gguf in (False, True))
+    return [*others, *ours] if is_installed() else others
+
+
+def is_needed(request: Request, weight_dtype: str) -> bool:
+    """Raises ValueError for settings that a file in GGUF does not go with."""
+    file = next((path for path in (request.path, request.base) if path is not None and path.suffix == ENDING), None)
+    if file is None:
+        return False
+    if weight_dtype != "default" or (file == request.base and not request.switchable):
+        raise ValueError(f"{file.name} is GGUF: set switchable to on and weight_dtype to default")
+    if request.fold != OFF:
+        raise ValueError(f"{file.name} is GGUF, whose modulations can't be folded; set fold to off")
+    return True
+
+
+def pack():
+    """The module of ComfyUI-GGUF with its loader, operations and patcher. Raises ValueError where it is not installed."""
+    if not is_installed():
+        raise ValueError("a model in GGUF needs ComfyUI-GGUF; install that node pack, or choose a .safetensors file")
+    return sys.modules[host_nodes.NODE_CLASS_MAPPINGS[LOADER].__module__]
+
+
+def open_base(path: Path) -> dict[str, tuple[LoadedFile, str]]:
+    """As `open_layout` gives a file. Raises ValueError, in one line, for a file that is damaged or holds something else."""
+    read = pack().gguf_sd_loader
+    try:
+        found = read(str(path))
+    except Exception as error:  # another pack's reader: a file that is cut off ends it in many ways
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"ComfyUI-GGUF cannot read {path.name} ({said}): it is cut off, or not a diffusion model; copy or download it again"
+        ) from error
+    tensors = found[0] if isinstance(found, tuple) else found  # newer ones give more beside it
+    file = LoadedFile(path, tensors)
+    return {name: (file, name) for name in tensors}
+
+
+def model_options() -> dict:
+    return {"custom_operations": pack().GGMLOps()}
+
+
+def patched(model):
+    """The host's patcher as that pack needs it."""
+    return pack().GGUFModelPatcher.clone(model)

@@ -1,0 +1,187 @@
+"""Where a loader's tensors are in files, and by which names the host knows them. Knows files, not the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...ppcl_engine.architectures import Part
+from ...ppcl_engine.models.layout import Place
+from ...ppcl_engine.models.weights import usual_name
+from ...ppcl_engine.system.float8 import FP8_MARK
+from ...ppcl_engine.system.pickled_files import PickledFile
+from ...ppcl_engine.system.tensor_files import TensorFile
+from ..host.base import ALL, Cut, Host
+from ..host.formats import METADATA, grouped, layers_in
+from ..host.quantised import IN_FILE, Quantised, plain_tensors
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is; what is read of it."""
+
+    file: object
+    name: str
+    cut: Cut = Cut()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.cut.shape(self.file.shape(self.name))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.file.dtype(self.name)
+
+    def read(self) -> torch.Tensor:
+        kept, of = self.cut.rows
+        if self.cut.columns == ALL and kept == tuple(range(len(kept))):
+            return (
+                self.first_rows(self.file.shape(self.name)[0] // of * len(kept))
+                if of > 1
+                else self.file.read(self.name)
+            )
+        return self.cut.of(self.file.read(self.name))
+
+    def first_rows(self, rows: int) -> torch.Tensor:
+        if isinstance(self.file, TensorFile):
+            return self.file.read(self.name, rows)
+        return self.file.read(self.name)[:rows]
+
+    def with_cut(self, cut: Cut) -> Stored:
+        assert self.cut == Cut(), "a tensor is cut once"
+        return replace(self, cut=Cut(cut.rows, cut.columns if len(self.file.shape(self.name)) > 1 else ALL))
+
+
+@dataclass(frozen=True)
+class Joined:
+    """One of the host's tensors whose rows are stored as several: pieces of one size, one below the other."""
+
+    pieces: tuple[Stored | Quantised, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.pieces[0].shape
+        return (first[0] * len(self.pieces), *first[1:])
+
+    def with_cut(self, cut: Cut) -> Joined:
+        kept, of = cut.rows
+        assert of == len(self.pieces) and cut.columns == ALL, "a tensor is cut where its pieces meet"
+        return Joined(tuple(self.pieces[piece] for piece in kept))
+
+    @property
+    def quantised(self) -> list[Quantised]:
+        return [piece for piece in self.pieces if isinstance(piece, Quantised)]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Of pieces of few bits, which have scales of their own: in 16 bits."""
+        return plain_tensors(torch.cat([piece.read() for piece in self.pieces]), self.quantised[0].old)
+
+
+class Reader:
+    """Reads each tensor once and counts bytes; vectors stay, since a fingerprint needs them before the model does."""
+
+    def __init__(self):
+        self.bytes_read, self._vectors = 0, {}
+
+    def tensors(self, name: str, stored: Stored | Joined | Quantised) -> dict[str, torch.Tensor]:
+        """By their names; a matrix of few bits is several."""
+        if isinstance(stored, Stored) or isinstance(stored, Joined) and not stored.quantised:
+            return {name: self.read(stored)}
+        found = {name.removesuffix("weight") + leaf: tensor for leaf, tensor in stored.tensors().items()}
+        self.bytes_read += sum(tensor.nbytes for tensor in found.values())
+        return found
+
+    def read_all(self, wanted: Mapping[str, Stored | Joined | Quantised]) -> dict[str, torch.Tensor]:
+        """For the host. Where each matrix says its format, the mark of scaled fp8 has no use."""
+        found: dict[str, torch.Tensor] = {}
+        for name, place in wanted.items():
+            if name != FP8_MARK or not IN_FILE:
+                found |= self.tensors(name, place)
+        return found
+
+    def read(self, stored: Stored | Joined) -> torch.Tensor:
+        if isinstance(stored, Joined):
+            return torch.cat([self.read(piece) for piece in stored.pieces])
+        if stored not in self._vectors:
+            tensor = stored.read()
+            self.bytes_read += tensor.nbytes
+            if tensor.ndim != 1:
+                return tensor
+            self._vectors[stored] = tensor
+        return self._vectors[stored]
+
+
+def places_in(stored: Mapping[str, tuple[object, str]], where: str) -> dict[str, Stored | Quantised]:
+    """Of files as `open_layout` gives them, every matrix of few bits as one. What another pack reads is as it gives it."""
+    places = {name: Stored(file, key) for name, (file, key) in stored.items()}
+    if not all(isinstance(place.file, TensorFile | PickledFile) for place in places.values()):
+        return places
+    layers = {}
+    for metadata in _metadata(stored):
+        layers |= layers_in(metadata, where)
+    return grouped(places, where, layers)
+
+
+def metadata_in(stored: Mapping[str, tuple[object, str]]) -> dict[str, str]:
+    """Of these files, but what `places_in` has read of it."""
+    return {key: text for found in _metadata(stored) for key, text in found.items() if key != METADATA}
+
+
+def _metadata(stored: Mapping[str, tuple[object, str]]) -> list[dict[str, str]]:
+    files = {id(file): file for file, _ in stored.values()}
+    return [getattr(file, "metadata", {}) for file in files.values()]
+
+
+def in_host_names(
+    host: Host, config: Mapping, stored: Mapping[str, Stored | Quantised], places: Iterable[Place] = ()
+) -> dict[str, Stored | Joined | Quantised]:
+    """Tensors by diffusers' names or by the host's -> by the host's. `places`: of a file whose blocks are projected. What
+    is no tensor of the full model keeps its name."""
+    found, pieces = {}, {}
+    own = _own_modules(host, config, places)
+    for name, place in stored.items():
+        module, _, leaf = name.rpartition(".")
+        part = None if module in own else _part(host, name, stored)
+        if module in own:
+            found[f"{own[module]}.{leaf}"] = place
+        elif part is None:
+            found[_correction(host, config, usual_name(host.engine, name))] = place
+        else:
+            for position, piece in enumerate(part.pieces):
+                cut = Cut(rows=((position,), len(part.pieces)))
+                pieces.setdefault(part.name, {})[piece] = place.with_cut(cut) if part.of > 1 else place
+    for name, parts in pieces.items():
+        ordered = tuple(parts[piece] for piece in sorted(parts))
+        found[name] = ordered[0] if len(ordered) == 1 else Joined(ordered)
+    return found
+
+
+def _part(host: Host, name: str, names: Iterable[str]) -> Part | None:
+    """None: not one of diffusers' names for the full model."""
+    try:
+        return host.engine.to_comfyui(name, names)
+    except KeyError:
+        return None
+
+
+def _own_modules(host: Host, config: Mapping, places: Iterable[Place]) -> dict[str, str]:
+    """A projection's linear map, by diffusers' name of where it stands -> by the host's."""
+    found = {}
+    for place in places:
+        ours, theirs = host.engine.block_prefix(config, place.index), host.prefix(config, place.index)
+        for kind in place.projections:
+            parts = host.engine.projection_names[kind].items()
+            found |= {ours + name: theirs + host.engine.comfyui_projections[kind][part] for part, name in parts}
+    return found
+
+
+def _correction(host: Host, config: Mapping, name: str) -> str:
+    """A correction's tensors are named alike, behind their block's name."""
+    prefix, mark, rest = name.partition("correction.")
+    if not mark:
+        return name
+    indices = range(host.engine.num_blocks(config))
+    index = next((i for i in indices if host.engine.block_prefix(config, i) == prefix), None)
+    return name if index is None else host.prefix(config, index) + mark + rest

@@ -1,0 +1,136 @@
+"""What the nodes that do stages share: widgets at the end, the run that they prepare and wait for, their outputs."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from comfy_api.v0_0_2 import io, ui
+
+from ...ppcl_engine.jobs.state import current_state
+from ...ppcl_engine.settings.base_settings import Common, StatesConfig
+from ..node import Node
+from ..widgets import WHOLE_SEED, help_of, inputs, values
+from . import results
+from .runs import RunType, model_of, progress_text
+from .waiting import Start, finish_upstream, run_job, screen_of
+
+FileType = io.Custom("COMBO")  # io.Combo's own output has the type of its choices, which no combo input takes
+CATEGORY = "PPCL/make"
+COMMON = ("device", "dtype", "streamed", "seed")
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
+HOW = ("wait", "start", "keep_running", "preview_seconds")
+
+
+def common_inputs(seed: bool, previews: bool, states: bool, kind: type) -> list[io.Input]:
+    """The last widgets of every job. seed: where results hang on one. previews: where something is trained. states: where
+    states between blocks are measured or learned from. kind: of settings, whose words they have."""
+    devices = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    picture = io.Int.Input(
+        "preview_seconds", default=30, min=0, max=3600,
+        tooltip="Seconds between pictures of how far it is (losses or errors; student and teacher); 0 draws none.",
+    )  # fmt: skip
+    return [
+        io.Combo.Input("device", options=devices, default="auto", tooltip=help_of(kind, "device")),
+        *inputs(kind, "dtype streamed seed" if seed else "dtype streamed", seed=WHOLE_SEED),
+        io.Boolean.Input("wait", default=True, tooltip="On: wait for the job and show it. Off: give the run at once."),
+        io.Boolean.Input(
+            "start", default=True,
+            tooltip="Off: only write the run's folder; Prepare Run (PPCL) shows the command that does it elsewhere.",
+        ),
+        io.Boolean.Input("keep_running", default=False, tooltip="The job goes on when ComfyUI is closed."),
+        *([picture] if previews else []),
+        *(inputs(StatesConfig, "target_tokens_only", target_tokens_only={"optional": True}) if states else []),
+    ]  # fmt: skip
+
+
+def outputs(*names: str) -> list[io.Output]:
+    """The run, pictures, a text."""
+    return [
+        RunType.Output(display_name="run"),
+        *(io.Image.Output(display_name=name) for name in names),
+        io.String.Output(display_name="text"),
+    ]
+
+
+class Job(Node):
+    """What the nodes share; `schema` gives theirs. PICTURES: names of its outputs between the run and the text."""
+
+    PICTURES = ("preview",)
+    FILES = {"run": model_of}
+    LOOKED_UP = ("device",)
+
+    @classmethod
+    def schema(
+        cls,
+        name: str,
+        display_name: str,
+        description: str,
+        settings: list[io.Input],
+        more: tuple[io.Output, ...] = (),
+        seed: bool = True,
+        previews: bool = False,
+        states: bool = False,
+        last: tuple[io.Input, ...] = (),
+        kind: type = Common,
+    ) -> io.Schema:
+        """last: settings that came after the first release, since saved workflows hold values by position."""
+        return io.Schema(
+            node_id=f"PPCL_{name}", display_name=f"{display_name} (PPCL)", category=CATEGORY, description=description,
+            inputs=[*settings, *common_inputs(seed, previews, states, kind), *last], outputs=[*outputs(*cls.PICTURES), *more],
+            hidden=[io.Hidden.unique_id], is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, **given):
+        """A run that is not waited for is looked at again every time."""
+        waited_for = given.get("wait", True) and given.get("start", True)
+        return super().fingerprint_inputs(**given) if waited_for else time.time()
+
+    @classmethod
+    def work(
+        cls, kind: str, stages: list[tuple[type, str, dict]], upstream: str, given: dict, model: Path, **bring
+    ) -> Path:
+        """stages: (settings class, name, settings beyond those that all share)."""
+        check_device(given["device"])
+        shared = {name: given[name] for name in COMMON if name in given} | {"model": str(model)}
+        ready = [(name, values(kind_of, {**shared, **own})) for kind_of, name, own in stages]
+        return run_job(kind, ready, upstream, how_of(given), screen_of(cls), **bring)
+
+    @classmethod
+    def ready(cls, run: str, given: dict) -> Path:
+        """Waits for the run before, if it may. Returns the full model that it is about."""
+        finish_upstream(run, how_of(given).wait, screen_of(cls))
+        return model_of(run)
+
+    @classmethod
+    def output(cls, folder: Path, show: Callable[[Path], list]) -> io.NodeOutput:
+        """`show(folder)`: what a done run gives behind its name, a picture first. One that is not done says how it
+        stands in every picture."""
+        state = current_state(folder)
+        if state.status == "done":
+            found = show(folder)
+        else:
+            card = results.state_picture(folder, state)
+            found = [*[card] * len(cls.PICTURES), progress_text(folder, state), *cls.nothing()]
+        screen_of(cls).say(next(value for value in found if isinstance(value, str)))
+        shown = next((ui.PreviewImage(value, cls=cls) for value in found if isinstance(value, torch.Tensor)), None)
+        return io.NodeOutput(folder.name, *found, ui=shown)
+
+    @classmethod
+    def nothing(cls) -> list:
+        """In the place of outputs behind the text."""
+        return []
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError for what is no device's name."""
+    if not DEVICE.fullmatch(name):
+        raise ValueError(f"device {name[:50]!r} is none; choose auto, cpu, cuda or cuda:1")
+
+
+def how_of(given: dict) -> Start:
+    return Start(**{name: given[name] for name in HOW if name in given})

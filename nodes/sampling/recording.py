@@ -1,0 +1,144 @@
+"""What a sampler feeds a model, kept as a calibration set. Knows tensors and files, not the host.
+
+Of every picture that is drawn a few states are kept, spread over the schedule, most of them with the prompt and some
+with the negative one; the picture itself, as latents, becomes the clean one of each. An edit model's references are kept
+with every state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...ppcl_engine.architectures import Architecture, Inputs
+from ...ppcl_engine.data.calibration import CalibrationSet, load_calibration, save_calibration
+from ...ppcl_engine.data.draw import inputs_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """samples: of the whole set. each_picture: of one picture. batch: samples that go through a block at once."""
+
+    samples: int
+    each_picture: int
+    batch: int
+    empty_captions: float
+    seed: int
+
+
+TEXT, MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
+Wanted = dict[tuple[int, int], bool]
+"""(row, step) -> whether the negative prompt's state is wanted"""
+
+
+def wanted_states(limits: Limits, number: int, rows: int, steps: int) -> Wanted:
+    """Of each row one state in each of `each_picture` equal parts of the schedule. The same for the same seed and
+    `number` of the sampling."""
+    generator, found = _generator(limits, number), {}
+    kept = min(limits.each_picture, steps)
+    for row in range(rows):
+        places = (torch.arange(kept) + torch.rand(kept, generator=generator)) / kept * steps
+        negative = torch.rand(kept, generator=generator) < limits.empty_captions
+        found |= {(row, step): empty for step, empty in zip(places.int().tolist(), negative.tolist(), strict=True)}
+    return found
+
+
+def _generator(limits: Limits, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(limits.seed * 1_000_003 + number)
+
+
+@dataclass(frozen=True)
+class State:
+    """One row of a forward, on the CPU in float32: latents [1, c, h, w], t, captions: what the model reads beside them, by
+    diffusers' names (text [tokens, width], mask [tokens], pooled text [width], guidance [], tokens of all references
+    [tokens, channels]), references: sizes of those (frames, rows, columns)."""
+
+    latents: torch.Tensor
+    t: float
+    captions: Inputs
+    negative: bool
+    references: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.captions[TEXT])
+
+
+class Sampling:
+    """The states kept of one sampling, while it runs."""
+
+    def __init__(self, limits: Limits, number: int, rows: int, steps: int):
+        self.limits, self.number, self.rows, self.steps = limits, number, rows, steps
+        self.wanted = wanted_states(limits, number, rows, steps)
+        self.states: dict[tuple[int, int], State] = {}
+
+    def see(
+        self, step: int, negative: bool, latents: torch.Tensor, t: torch.Tensor, captions: Inputs, references=()
+    ) -> None:
+        """A forward's rows of one prompt: latents [rows, c, h, w], t [rows], captions as a `State` has them, a row each;
+        references as it has them.
+
+        The first forward of a step counts; the other prompt's is kept where the wanted one never comes (guidance 1).
+        """
+        for row in range(self.rows):
+            kept = self.states.get((row, step))
+            if (row, step) not in self.wanted or (kept and kept.negative == self.wanted[row, step]):
+                continue
+            if kept is None or negative == self.wanted[row, step]:
+                own = {name: _copied(tensor[row]) for name, tensor in captions.items()}
+                self.states[row, step] = State(_copied(latents[row])[None], float(t[row]), own, negative, references)
+
+    def batches(self, architecture: Architecture, clean: torch.Tensor, most: int) -> list[Inputs]:
+        """At most `most` of the samples, shuffled, texts of a batch of one length, or padded to it where a mask says so,
+        and references of the same sizes. clean [rows, c, h, w]."""
+        keys = sorted(self.states)
+        order = torch.randperm(len(keys), generator=_generator(self.limits, self.number))[:most]
+        keys = [keys[place] for place in order.tolist()]
+        clean = clean.float().cpu()
+        chunks, alike = [], {}
+        for key in keys:
+            length = 0 if MASK in architecture.caption_inputs else self.states[key].tokens
+            shape = (length, self.states[key].references)
+            if len(chunk := alike.setdefault(shape, [])) == 0:
+                chunks.append(chunk)
+            chunk.append(key)
+            if len(chunk) == self.limits.batch:
+                del alike[shape]
+        return [self._batch(architecture, clean, chunk) for chunk in chunks]
+
+    def _batch(self, architecture: Architecture, clean: torch.Tensor, keys: list[tuple[int, int]]) -> Inputs:
+        states = [self.states[key] for key in keys]
+        latents = torch.cat([state.latents for state in states])
+        ends = architecture.pack(clean[[row for row, _ in keys]])
+        t = torch.tensor([state.t for state in states])
+        captions = {name: _stacked([state.captions[name] for state in states]) for name in states[0].captions}
+        grid = torch.cat([architecture.grid(latents), torch.tensor(states[0].references).reshape(-1, 3).long()])
+        return inputs_of(architecture.pack(latents), t, captions, grid, ends)
+
+
+def _stacked(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Padded with zeros where the first dimension differs."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.bool if tensor.dtype == torch.bool else torch.float32, copy=True)
+
+
+def recorded(path: Path, origin: dict) -> CalibrationSet:
+    """What is there so far. Raises ValueError where the file is another recording's."""
+    if not path.exists():
+        return CalibrationSet([], origin)
+    found = load_calibration(path)
+    if found.origin != origin:
+        raise ValueError(f"{path} was recorded with other settings; remove its folder, or change seed")
+    return found
+
+
+def append(path: Path, origin: dict, batches: list[Inputs]) -> CalibrationSet:
+    """Writes the set with these batches behind those that are there; the file appears whole."""
+    grown = CalibrationSet([*recorded(path, origin).batches, *batches], origin)
+    save_calibration(path, grown)
+    return grown
