@@ -1,7 +1,8 @@
 """Seconds until the held-out loss that the plain recipe reaches after 300 steps.
 
-plain: as the authors' script works. Every step runs the whole teacher without gradients, calls the students on its
-states and, chained, a second time; one optimiser, checkpointing. plain_light: without checkpoints and second pass.
+plain: as the authors' script works. Every step runs the whole teacher without gradients, calls the
+students on its states and, chained, a second time; one optimiser, checkpointing. plain_light:
+without checkpoints and second pass.
 ours: the stage distill-depth, several updates from one sweep of the teacher, files and all.
 Same teacher, samples, initialisation (copy of the first block), loss (direction), batch, optimiser
 and schedule family; each recipe's own best learning rate. Time spent evaluating does not count.
@@ -50,7 +51,8 @@ TUNING_SEED = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What all recipes are given. `updates`: of one round of ours, and the grain of all horizons."""
+    """What all recipes are given. `updates`: of one round of ours, and the grain of all
+    horizons."""
 
     model: Path
     calibration: Path
@@ -94,7 +96,9 @@ class Trained:
 class HeldOut:
     """Sum over intervals and streams of the loss on teacher states that no recipe trains on."""
 
-    def __init__(self, teacher: Teacher, calibration: CalibrationSet, intervals: tuple[Interval, ...]):
+    def __init__(
+        self, teacher: Teacher, calibration: CalibrationSet, intervals: tuple[Interval, ...]
+    ):
         self.teacher, self.intervals = teacher, intervals
         with torch.no_grad():
             self.states = [self._boundaries(inputs) for inputs in calibration.all_inputs()]
@@ -107,25 +111,33 @@ class HeldOut:
 
     def loss(self, student: Callable[[Interval], nn.Module]) -> float:
         with torch.no_grad():
-            return sum(self._of(interval, student(interval)) for interval in self.intervals) / len(self.states)
+            return sum(self._of(interval, student(interval)) for interval in self.intervals) / len(
+                self.states
+            )
 
     def _of(self, interval: Interval, student: nn.Module) -> float:
         architecture = self.teacher.architecture
         streams = interval_streams(architecture, self.teacher.config, interval)
         pairs = [(states[interval.first], states[interval.last + 1]) for states in self.states]
         outputs = [(architecture.run_block(student, source), target) for source, target in pairs]
-        return sum(float(interval_loss(LOSS, output, target, streams)) for output, target in outputs)
+        return sum(
+            float(interval_loss(LOSS, output, target, streams)) for output, target in outputs
+        )
 
 
 Recipe = Callable[[int, float, int], Trained]
 """(horizon in updates, peak learning rate, seed) -> one training"""
 
 
-def plain(task: Task, held_out: HeldOut, authors: bool, horizon: int, learning_rate: float, seed: int) -> Trained:
+def plain(
+    task: Task, held_out: HeldOut, authors: bool, horizon: int, learning_rate: float, seed: int
+) -> Trained:
     """`authors`: with checkpoints and the chained second pass."""
     clock, curve = Clock(), []
     teacher, calibration = open_both(task)
-    students = nn.ModuleDict({i.name: copy.deepcopy(teacher.block(i.first)) for i in task.intervals}).train()
+    students = nn.ModuleDict(
+        {i.name: copy.deepcopy(teacher.block(i.first)) for i in task.intervals}
+    ).train()
     trainer = Trainer(students, WEIGHT_DECAY)
     for step in range(horizon):
         inputs = calibration.fresh(step % len(calibration), seed * 1_000_003 + step)
@@ -133,12 +145,17 @@ def plain(task: Task, held_out: HeldOut, authors: bool, horizon: int, learning_r
         trainer.update(loss, cosine_schedule(step, horizon, learning_rate, WARM_UP), "plain")
         if trainer.step % task.updates == 0 or trainer.step == horizon:
             with clock.paused():
-                curve.append((trainer.step, clock.seconds, held_out.loss(lambda i: students[i.name])))
+                curve.append(
+                    (trainer.step, clock.seconds, held_out.loss(lambda i: students[i.name]))
+                )
     return Trained(horizon=horizon, learning_rate=learning_rate, curve=curve)
 
 
-def plain_loss(teacher: Teacher, students: nn.ModuleDict, intervals, inputs: Inputs, authors: bool) -> torch.Tensor:
-    """The whole teacher's forward with the students inside; `chain` is the same state after the students so far.
+def plain_loss(
+    teacher: Teacher, students: nn.ModuleDict, intervals, inputs: Inputs, authors: bool
+) -> torch.Tensor:
+    """The whole teacher's forward with the students inside; `chain` is the same state after the
+    students so far.
 
     The chain goes through the teacher's blocks between intervals without gradients, which is the
     cheaper reading of the authors' script.
@@ -169,27 +186,40 @@ def plain_loss(teacher: Teacher, students: nn.ModuleDict, intervals, inputs: Inp
 
 
 def ours(task: Task, held_out: HeldOut, horizon: int, learning_rate: float, seed: int) -> Trained:
-    """The stage itself from its files to its files; students are looked at between rounds, off the clock."""
+    """The stage itself from its files to its files; students are looked at between rounds, off the
+    clock."""
     with tempfile.TemporaryDirectory(dir=task.folder) as name:
         run = prepared_run(Path(name), task, held_out.teacher)
         config = DistillDepthConfig(
-            model=task.model, run=run.folder, device="cpu", seed=seed, init="first", correction="none", loss=LOSS,
-            rounds=horizon // task.updates, updates=task.updates, learning_rate=learning_rate, warm_up=WARM_UP,
+            model=task.model,
+            run=run.folder,
+            device="cpu",
+            seed=seed,
+            init="first",
+            correction="none",
+            loss=LOSS,
+            rounds=horizon // task.updates,
+            updates=task.updates,
+            learning_rate=learning_rate,
+            warm_up=WARM_UP,
             weight_decay=WEIGHT_DECAY,
-        )  # fmt: skip
+        )
         students = RunStudents(run, held_out.teacher.config, held_out.teacher.architecture)
         clock, curve, work = Clock(), [], distill_depth._Round.work
 
         def watched(round_) -> None:
             work(round_)
             with clock.paused():
-                loss = held_out.loss(lambda interval: students.student(interval, torch.float32, "cpu"))
+                loss = held_out.loss(
+                    lambda interval: students.student(interval, torch.float32, "cpu")
+                )
                 curve.append(((round_.number + 1) * task.updates, clock.seconds, loss))
 
         with mock.patch.object(distill_depth._Round, "work", watched):
             distill_depth.distill_depth(config)
         with clock.paused():
-            curve[-1] = (curve[-1][0], clock.seconds, curve[-1][2])  # the plan is written after the last round
+            # the plan is written after the last round
+            curve[-1] = (curve[-1][0], clock.seconds, curve[-1][2])
     return Trained(horizon=horizon, learning_rate=learning_rate, curve=curve)
 
 
@@ -208,7 +238,9 @@ def prepared_run(folder: Path, task: Task, teacher: Teacher) -> Run:
 
 
 def open_both(task: Task) -> tuple[Teacher, CalibrationSet]:
-    return Teacher(Weights(task.model), torch.float32, "cpu", streamed=False), load_calibration(task.calibration)
+    return Teacher(Weights(task.model), torch.float32, "cpu", streamed=False), load_calibration(
+        task.calibration
+    )
 
 
 def tuned(recipe: Recipe, rates: list[float], horizon: int) -> float:
@@ -223,9 +255,11 @@ def tuned(recipe: Recipe, rates: list[float], horizon: int) -> float:
 def shortest(
     recipe: Recipe, rate: float, seed: int, target: float, start: int, grain: int, longest: int
 ) -> list[Trained]:
-    """Trainings of growing or shrinking length around the shortest whose end is at or below `target`.
+    """Trainings of growing or shrinking length around the shortest whose end is at or below
+    `target`.
 
-    Each has its own full schedule, so the shortest one that reaches the target is what a user would run.
+    Each has its own full schedule, so the shortest one that reaches the target is what a user would
+    run.
     """
     tried = [recipe(start, rate, seed)]
     direction = -grain if tried[0].loss <= target else grain
@@ -236,21 +270,29 @@ def shortest(
     return tried
 
 
-def race(task: Task, recipes: dict[str, Recipe], rates: dict[str, float], repeats: int) -> list[dict]:
-    """One row a repeat, recipes in turn: plain sets the target, the others look for their shortest way to it."""
+def race(
+    task: Task, recipes: dict[str, Recipe], rates: dict[str, float], repeats: int
+) -> list[dict]:
+    """One row a repeat, recipes in turn: plain sets the target, the others look for their shortest
+    way to it."""
     rows, starts = [], {name: near(task.steps, task.updates) for name in recipes}
     for repeat in range(repeats):
         first = recipes["plain"](task.steps, rates["plain"], repeat)
         row = {"target": first.loss, "plain": first, "trials": {"plain": [first]}}
         for name in ("plain_light", "ours"):
             recipe, longest = recipes[name], LONGEST * task.steps
-            tried = shortest(recipe, rates[name], repeat, first.loss, starts[name], task.updates, longest)
+            tried = shortest(
+                recipe, rates[name], repeat, first.loss, starts[name], task.updates, longest
+            )
             reached = [trained for trained in tried if trained.loss <= first.loss]
             row[name] = min(reached, key=lambda trained: trained.horizon) if reached else None
             row["trials"][name] = tried
             starts[name] = row[name].horizon if reached else starts[name]
         rows.append(row)
-        parts = [f"{n} {row[n].seconds:.1f} s ({row[n].horizon})" if row[n] else f"{n} never" for n in recipes]
+        parts = [
+            f"{n} {row[n].seconds:.1f} s ({row[n].horizon})" if row[n] else f"{n} never"
+            for n in recipes
+        ]
         print(f"repeat {repeat}: target {first.loss:.5f}   " + "   ".join(parts), flush=True)
     return rows
 
@@ -272,10 +314,14 @@ def summary(rows: list[dict], rates: dict[str, float]) -> dict:
     return {
         **seconds,
         "ratio": seconds["ours"] and seconds["plain"] / seconds["ours"],
-        "ratio_light": seconds["ours"] and seconds["plain_light"] and seconds["plain_light"] / seconds["ours"],
+        "ratio_light": seconds["ours"]
+        and seconds["plain_light"]
+        and seconds["plain_light"] / seconds["ours"],
         "ratio_range": [min(ratios), max(ratios)] if ratios else None,
         "updates": {name: median_of(rows, name, "horizon") for name in rates},
-        "seconds_per_update": {n: statistics.median(t.seconds / t.horizon for t in trials[n]) for n in rates},
+        "seconds_per_update": {
+            n: statistics.median(t.seconds / t.horizon for t in trials[n]) for n in rates
+        },
         "target": [row["target"] for row in rows],
         "learning_rates": rates,
         "curves": {name: [trained.curve for trained in trials[name]] for name in rates},
@@ -315,21 +361,42 @@ def build_task(chosen, folder: Path) -> tuple[Task, HeldOut, dict]:
 
 def settings_of(chosen) -> dict:
     names = ("intervals", "batch", "samples", "steps", "updates", "repeats")
-    return {**{name: getattr(chosen, name) for name in names}, "loss": LOSS, "tuned_over": chosen.learning_rates}
+    return {
+        **{name: getattr(chosen, name) for name in names},
+        "loss": LOSS,
+        "tuned_over": chosen.learning_rates,
+    }
 
 
 def main(arguments: list[str] | None = None) -> Path:
     parser = options("distill_speed", __doc__)
     parser.add_argument("--teacher", type=Path, default=BUNDLED)
     parser.add_argument("--intervals", default=INTERVALS)
-    parser.add_argument("--steps", type=int, help="steps of the plain recipe that set the target (300)")
-    parser.add_argument("--updates", type=int, help="updates of a round of ours, and the grain of the search (40)")
+    parser.add_argument(
+        "--steps", type=int, help="steps of the plain recipe that set the target (300)"
+    )
+    parser.add_argument(
+        "--updates", type=int, help="updates of a round of ours, and the grain of the search (40)"
+    )
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--samples", type=int, help="training pictures, with fresh noise every step (1024)")
+    parser.add_argument(
+        "--samples", type=int, help="training pictures, with fresh noise every step (1024)"
+    )
     parser.add_argument("--repeats", type=int, help="seeds, all recipes in turn (3)")
-    parser.add_argument("--learning-rates", type=float, nargs="+", help="each recipe takes its best (5e-4 1e-3 2e-3)")
+    parser.add_argument(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        help="each recipe takes its best (5e-4 1e-3 2e-3)",
+    )
     chosen = parse(parser, arguments)
-    full = {"steps": 300, "updates": 40, "samples": 1024, "repeats": 3, "learning_rates": [5e-4, 1e-3, 2e-3]}
+    full = {
+        "steps": 300,
+        "updates": 40,
+        "samples": 1024,
+        "repeats": 3,
+        "learning_rates": [5e-4, 1e-3, 2e-3],
+    }
     quick = {"steps": 6, "updates": 4, "samples": 32, "repeats": 1, "learning_rates": [1e-3]}
     for name, value in (quick if chosen.quick else full).items():
         setattr(chosen, name, value if getattr(chosen, name) is None else getattr(chosen, name))
@@ -341,7 +408,9 @@ def main(arguments: list[str] | None = None) -> Path:
             "ours": partial(ours, task, held_out),
         }
         horizon = near(chosen.steps // 2, chosen.updates)
-        rates = {name: tuned(recipe, chosen.learning_rates, horizon) for name, recipe in recipes.items()}
+        rates = {
+            name: tuned(recipe, chosen.learning_rates, horizon) for name, recipe in recipes.items()
+        }
         rows = race(task, recipes, rates, chosen.repeats)
     values = {**summary(rows, rates), "teacher": teacher, "settings": settings_of(chosen)}
     show(values)

@@ -2,8 +2,8 @@
 
 Every measurement is a fresh process; its peak is the operating system's own (VmHWM: resident and
 mapped pages together). Where a freed buffer goes back to the system depends on when the reading
-thread ran, which moves single streamed peaks by a few percent: the highest of `REPEATS` runs counts.
-`identical`: streamed and resident runs wrote the same files, byte for byte.
+thread ran, which moves single streamed peaks by a few percent: the highest of `REPEATS` runs
+counts. `identical`: streamed and resident runs wrote the same files, byte for byte.
 """
 
 from __future__ import annotations
@@ -62,14 +62,18 @@ QUICK = Scale(NARROW, (5, 10), rounds=1, updates=2, fresh=False, repeats=1)
 
 
 def prepare(folder: Path, scale: Scale, depth: int) -> Path:
-    """The random teacher of this depth and a run folder with calibration and plan; returns the teacher's file."""
+    """The random teacher of this depth and a run folder with calibration and plan; returns the
+    teacher's file."""
     import torch
 
     model = folder / f"teacher_{depth}.safetensors"
     random_teacher(model, {**scale.config, "num_layers": depth}, seed=depth)
     weights = Weights(model)
     torch.manual_seed(0)
-    batches = [QwenImage().random_inputs(weights.config, SAMPLES, GRID, TEXT_TOKENS, "cpu") for _ in range(BATCHES)]
+    batches = [
+        QwenImage().random_inputs(weights.config, SAMPLES, GRID, TEXT_TOKENS, "cpu")
+        for _ in range(BATCHES)
+    ]
     for batch in batches:
         batch["clean"] = torch.randn_like(batch["hidden_states"])
     run = Run(folder / f"prepared_{depth}")
@@ -85,7 +89,9 @@ def prepare(folder: Path, scale: Scale, depth: int) -> Path:
     return model
 
 
-def run_stage(stage: str, model: Path, run: Path, streamed: bool, rounds: int, updates: int) -> dict:
+def run_stage(
+    stage: str, model: Path, run: Path, streamed: bool, rounds: int, updates: int
+) -> dict:
     """Runs a stage in this process: {"peak": bytes, "seconds"}."""
     from ppcl_engine.stages.prune.distill_depth import distill_depth
     from ppcl_engine.stages.prune.probe import probe
@@ -132,10 +138,21 @@ def measured(folder: Path, scale: Scale) -> list[dict]:
                 run = folder / "run"
                 shutil.copytree(folder / f"prepared_{depth}", run)
                 row = measure(stage, model, run, streamed, scale)
-                rows.append({"depth": depth, "stage": stage, "streamed": streamed, **row, "digest": digest(run)})
+                rows.append(
+                    {
+                        "depth": depth,
+                        "stage": stage,
+                        "streamed": streamed,
+                        **row,
+                        "digest": digest(run),
+                    }
+                )
                 shutil.rmtree(run)
                 mode = "streamed" if streamed else "resident"
-                print(f"{stage} {mode} {depth} blocks: {row['peak'] / 1e6:.0f} MB, {row['seconds']} s", flush=True)
+                print(
+                    f"{stage} {mode} {depth} blocks: {row['peak'] / 1e6:.0f} MB, {row['seconds']} s",
+                    flush=True,
+                )
         model.unlink()
     return rows
 
@@ -157,7 +174,10 @@ def summary(rows: list[dict]) -> dict:
 
     def same_files(stage: str) -> bool:
         resident = by_depth(stage, False, "digest")
-        return all(set(found) == set(resident[depth]) for depth, found in by_depth(stage, True, "digest").items())
+        return all(
+            set(found) == set(resident[depth])
+            for depth, found in by_depth(stage, True, "digest").items()
+        )
 
     modes = {"streamed": True, "resident": False}
     same = {stage: same_files(stage) for stage in STAGES}
@@ -168,8 +188,12 @@ def summary(rows: list[dict]) -> dict:
         "ratios": ratios,
         "identical": all(same.values()),
         "identical_stages": same,
-        "goal_met": max(ratios["streamed"].values()) <= FLAT and min(ratios["resident"].values()) >= GROWS,
-        "runs": [{name: row[name] for name in ("stage", "depth", "streamed", "peak", "seconds")} for row in rows],
+        "goal_met": max(ratios["streamed"].values()) <= FLAT
+        and min(ratios["resident"].values()) >= GROWS,
+        "runs": [
+            {name: row[name] for name in ("stage", "depth", "streamed", "peak", "seconds")}
+            for row in rows
+        ],
     }
 
 
@@ -182,13 +206,17 @@ def show(values: dict, depths: tuple[int, int]) -> None:
             ratio, same = values["ratios"][mode][stage], values["identical_stages"][stage]
             rows.append([f"{stage} {mode}", *sizes, f"{ratio:.3f}", same])
     header = ["stage", *(f"{depth} blocks" for depth in depths), "ratio", "same files"]
-    output.print_table(f"peak memory (libraries alone: {values['imports'] / 1e6:.0f} MB)", header, rows)
+    output.print_table(
+        f"peak memory (libraries alone: {values['imports'] / 1e6:.0f} MB)", header, rows
+    )
 
 
 def main(arguments: list[str] | None = None) -> Path:
     parser = output.options("memory", __doc__)
     parser.add_argument(
-        "--folder", type=Path, help="where temporary files go (7 GB pass through; on a disk, not in memory)"
+        "--folder",
+        type=Path,
+        help="where temporary files go (7 GB pass through; on a disk, not in memory)",
     )
     parser.add_argument("--depths", type=int, nargs=2, help="other depths than 15 and 60")
     chosen: Namespace = output.parse(parser, arguments)
@@ -198,7 +226,10 @@ def main(arguments: list[str] | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=chosen.folder, prefix="ppcl_memory_") as name:
         imports = measure(IMPORTS, Path(name), Path(name), True, scale)["peak"]
         values = {**summary(measured(Path(name), scale)), "imports": imports}
-    values |= {"teacher": scale.config, "intervals": {str(d): len(intervals(d)) for d in scale.depths}}
+    values |= {
+        "teacher": scale.config,
+        "intervals": {str(d): len(intervals(d)) for d in scale.depths},
+    }
     show(values, scale.depths)
     return output.write("memory", chosen, values)
 

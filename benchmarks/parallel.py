@@ -1,8 +1,10 @@
-"""distill-depth in 1, 2 and 4 processes on one machine: seconds, and how far the students are from one process's.
+"""distill-depth in 1, 2 and 4 processes on one machine: seconds, and how far the students are from
+one process's.
 
-data: the processes share the rows of every batch. intervals: each has intervals of its own. Each process computes with one
-thread; several are started by `accelerate launch` and meet through gloo. The time of a command that finds everything done
-(imports, the launcher, opening the teacher) is measured and taken off.
+data: the processes share the rows of every batch. intervals: each has intervals of its own. Each
+process computes with one thread; several are started by `accelerate launch` and meet through gloo.
+The time of a command that finds everything done (imports, the launcher, opening the teacher) is
+measured and taken off.
 """
 
 from __future__ import annotations
@@ -33,21 +35,54 @@ MODES = ("data", "intervals")
 def new_run(folder: Path, chosen) -> Run:
     """Calibrated and planned."""
     run, weights = Run(folder), Weights(chosen.teacher)
-    save_calibration(run.calibration, rendered(chosen.teacher, weights, 4 * chosen.batch, chosen.batch, seed=0))
-    plan = PruningPlan(architecture=weights.architecture.name, config=weights.config, num_blocks=weights.num_blocks,
-                       fingerprint=weights.fingerprint, intervals=parse_intervals(chosen.intervals))  # fmt: skip
+    save_calibration(
+        run.calibration, rendered(chosen.teacher, weights, 4 * chosen.batch, chosen.batch, seed=0)
+    )
+    plan = PruningPlan(
+        architecture=weights.architecture.name,
+        config=weights.config,
+        num_blocks=weights.num_blocks,
+        fingerprint=weights.fingerprint,
+        intervals=parse_intervals(chosen.intervals),
+    )
     write_text(run.plan, plan.to_json())
     return run
 
 
 def command(chosen, run: Run, count: int, mode: str) -> list[str]:
-    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count), "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()),
-                "-m"]  # fmt: skip
-    settings = {"model": chosen.teacher, "run": run.folder, "parallel": mode, "rounds": chosen.rounds,
-                "updates": chosen.updates, "learning-rate": 1e-3, "device": "cpu"}  # fmt: skip
+    launcher = [
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        str(count),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        str(free_port()),
+        "-m",
+    ]
+    settings = {
+        "model": chosen.teacher,
+        "run": run.folder,
+        "parallel": mode,
+        "rounds": chosen.rounds,
+        "updates": chosen.updates,
+        "learning-rate": 1e-3,
+        "device": "cpu",
+    }
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, "-m", *(launcher if count > 1 else []), "ppcl_engine", "distill-depth", *options]
+    return [
+        sys.executable,
+        "-m",
+        *(launcher if count > 1 else []),
+        "ppcl_engine",
+        "distill-depth",
+        *options,
+    ]
 
 
 def free_port() -> int:
@@ -57,7 +92,13 @@ def free_port() -> int:
 
 def seconds(arguments: list[str]) -> float:
     begun = time.perf_counter()
-    subprocess.run(arguments, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    subprocess.run(
+        arguments,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
     return time.perf_counter() - begun
 
 
@@ -80,7 +121,8 @@ def farthest(run: Run, alone: Run) -> float:
 
 
 def measure(chosen, folder: Path) -> list[dict]:
-    """Modes and numbers in turn, `repeats` times; the fastest of each counts, as only other work makes one slower."""
+    """Modes and numbers in turn, `repeats` times; the fastest of each counts, as only other work
+    makes one slower."""
     cases = [(1, "data")] + [(count, mode) for count in chosen.processes for mode in MODES]
     rows: dict[tuple[int, str], dict] = {}
     for repeat in range(chosen.repeats):
@@ -96,10 +138,18 @@ def measure(chosen, folder: Path) -> list[dict]:
 
 def show(rows: list[dict]) -> None:
     lines = [
-        [f"{r['processes']}, {r['mode']}" if r["processes"] > 1 else "1", f"{r['seconds']:.1f}", f"{r['ratio']:.2f}",
-         f"{r['largest_difference']:.1e}", f"{r['start_seconds']:.1f}"] for r in rows
-    ]  # fmt: skip
-    output.print_table("distill-depth", ["processes", "seconds", "ratio", "difference", "start, s"], lines)
+        [
+            f"{r['processes']}, {r['mode']}" if r["processes"] > 1 else "1",
+            f"{r['seconds']:.1f}",
+            f"{r['ratio']:.2f}",
+            f"{r['largest_difference']:.1e}",
+            f"{r['start_seconds']:.1f}",
+        ]
+        for r in rows
+    ]
+    output.print_table(
+        "distill-depth", ["processes", "seconds", "ratio", "difference", "start, s"], lines
+    )
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -121,7 +171,11 @@ def main(arguments: list[str] | None = None) -> Path:
     show(rows)
     names = ("intervals", "batch", "rounds", "updates", "repeats")
     about = {name: getattr(chosen, name) for name in names} | {"threads_a_process": 1}
-    values = {"rows": rows, "teacher": describe(chosen.teacher, Weights(chosen.teacher)), "settings": about}
+    values = {
+        "rows": rows,
+        "teacher": describe(chosen.teacher, Weights(chosen.teacher)),
+        "settings": about,
+    }
     return output.write("parallel", chosen, values)
 
 

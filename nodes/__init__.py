@@ -21,13 +21,15 @@ class PPCLExtension(ComfyExtension):
 def extension() -> PPCLExtension:
     """Registers the folder models/ppcl and the pruned architectures with the host.
 
-    Where the host is not as known nothing of it is touched. The nodes are there, so that workflows keep their settings,
-    and each says in one line why it does not run. Raises ImportError, in the same line, where even that cannot be had.
+    Where the host is not as known nothing of it is touched. The nodes are there, so that workflows
+    keep their settings, and each says in one line why it does not run. Raises ImportError, in the
+    same line, where even that cannot be had.
     """
     try:
         from . import (
             host,
-            paths,  # here, not above: what these import may be missing in a ComfyUI that is not known
+            # here, not above: what these import may be missing in a ComfyUI that is not known
+            paths,
         )
         from .catalogue import LOADING, MAKING
     except (ImportError, AttributeError) as error:

@@ -1,5 +1,6 @@
-"""What may come into a node, by its own schema. The host's page sends what its widgets give; a program sends anything, and a
-link from a node of any type brings anything. The host itself checks some of it, and more in newer versions.
+"""What may come into a node, by its own schema. The host's page sends what its widgets give; a
+program sends anything, and a link from a node of any type brings anything. The host itself checks
+some of it, and more in newer versions.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ LONGEST = 60  # characters of a wrong value in an error
 
 LINKS: dict[str, Callable[[object], bool]] = {
     "MODEL": lambda value: isinstance(value, ModelPatcher),
-    "CLIP": lambda value: hasattr(value, "tokenize") and hasattr(value, "encode_from_tokens_scheduled"),
+    "CLIP": lambda value: (
+        hasattr(value, "tokenize") and hasattr(value, "encode_from_tokens_scheduled")
+    ),
     "LATENT": lambda value: isinstance(value, Mapping) and "samples" in value,
     "IMAGE": lambda value: isinstance(value, torch.Tensor) and value.ndim == 4,
     "SIGMAS": lambda value: isinstance(value, torch.Tensor) and value.ndim == 1,
@@ -28,9 +31,12 @@ LINKS: dict[str, Callable[[object], bool]] = {
 """what an input of a type takes"""
 
 
-def check_inputs(schema: io.Schema, given: Mapping[str, object], looked_up: Collection[str] = ()) -> None:
-    """Raises ValueError, in one line, for a value that its input does not take. looked_up: choices of which only the type
-    is checked, since the node looks them up and says more about them than the list."""
+def check_inputs(
+    schema: io.Schema, given: Mapping[str, object], looked_up: Collection[str] = ()
+) -> None:
+    """Raises ValueError, in one line, for a value that its input does not take. looked_up: choices
+    of which only the type is checked, since the node looks them up and says more about them than
+    the list."""
     for row in schema.inputs:
         value = given.get(row.id)
         left_out = row.id not in given or (value is None and row.optional)
@@ -57,7 +63,9 @@ def problem_of(row: io.Input, value: object, looked_up: bool = False) -> str:
 
 def _number(row: io.Input, value: object, kind: type, name: str) -> str:
     fits = isinstance(value, kind) and not isinstance(value, bool) and row.min <= value <= row.max
-    return "" if fits else f"is {shown(value)}; give a {name} from {row.min:,.10g} to {row.max:,.10g}"
+    return (
+        "" if fits else f"is {shown(value)}; give a {name} from {row.min:,.10g} to {row.max:,.10g}"
+    )
 
 
 def _text(value: object) -> str:
@@ -65,7 +73,11 @@ def _text(value: object) -> str:
         return f"is {shown(value)}; give a text"
     if len(value) > MOST_CHARACTERS:
         return f"has {len(value):,} characters; give at most {MOST_CHARACTERS:,}"
-    return "" if is_unicode(value) else f"is {shown(value)}, which cannot be written to a file; type it again"
+    return (
+        ""
+        if is_unicode(value)
+        else f"is {shown(value)}, which cannot be written to a file; type it again"
+    )
 
 
 def is_unicode(text: str) -> bool:

@@ -1,6 +1,8 @@
-"""What lies in folders of models: files, and folders that are a model each. Knows folders, not the host.
+"""What lies in folders of models: files, and folders that are a model each. Knows folders, not the
+host.
 
-Whatever lies there, a list is made: what cannot be looked into is left out, and the log says so once.
+Whatever lies there, a list is made: what cannot be looked into is left out, and the log says so
+once.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ DEEPEST = 12  # folders below a root; a hub cache in a folder of its own has 6
 MOST_FOLDERS = 10_000  # below a root
 MOST_WAYS = 4  # to a real folder, by links: a few that lead to each other make a tree without end
 LARGEST_CONFIG = 1_000_000  # bytes; those of transformers have less than two thousand
-SETTLED = 2 * 10**9  # nanoseconds: of two changes within less, a file system may give both the same time
+# nanoseconds: of two changes within less, a file system may give both the same time
+SETTLED = 2 * 10**9
 CONFIG, PIPELINE, TRANSFORMER = "config.json", "model_index.json", "transformer"
 
 Stat = tuple[int, int]
@@ -27,7 +30,8 @@ Stat = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """files: "folder/name.safetensors", with the system's separators, -> path; models: "folder/" -> a diffusers folder;
+    """files: "folder/name.safetensors", with the system's separators, -> path; models: "folder/" ->
+    a diffusers folder;
     shards: which of the files lie beside the configuration of a model."""
 
     files: dict[str, Path] = field(default_factory=dict)
@@ -37,7 +41,8 @@ class Found:
 
 @dataclass(frozen=True)
 class Listing:
-    """made: when, in nanoseconds; changed: every folder that was walked -> when its entries had changed last."""
+    """made: when, in nanoseconds; changed: every folder that was walked -> when its entries had
+    changed last."""
 
     found: Found
     made: int
@@ -45,14 +50,16 @@ class Listing:
 
     @property
     def is_current(self) -> bool:
-        """Entries come and go with the time of their folder; a folder that had just changed may have changed again."""
+        """Entries come and go with the time of their folder; a folder that had just changed may
+        have changed again."""
         settled = max(self.changed.values(), default=0) < self.made - SETTLED
         return settled and all(changed_at(folder) == at for folder, at in self.changed.items())
 
 
 @dataclass(frozen=True)
 class Folder:
-    """above: the real folders that it is in, itself last. in_pipeline: a part of a diffusers pipeline."""
+    """above: the real folders that it is in, itself last. in_pipeline: a part of a diffusers
+    pipeline."""
 
     path: Path
     above: tuple[Path, ...]
@@ -75,20 +82,21 @@ def tell_once(about: object, state: object, text: str) -> None:
         logging.warning("ComfyUI-PPCL: %s", " ".join(text.split())[:500])
 
 
-def guarded(of: Path, state: object, look: Callable, otherwise, what: str = "is left out of the lists"):
+def guarded(
+    of: Path, state: object, look: Callable, otherwise, what: str = "is left out of the lists"
+):
     """What `look` gives; where it fails, `otherwise`, and the log says why."""
     try:
         return look()
-    except (
-        Exception
-    ) as error:  # a foreign file may hold anything, and one that ends a list takes our nodes from the host
+    except Exception as error:  # a foreign file may hold anything, and one that ends a list takes our nodes from the host
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         tell_once((of, what), state, f"{of} {what}: {said}")
         return otherwise
 
 
 def remembered(memory: dict, key: object, times: tuple[int, ...], make: Callable):
-    """What `make` gives, made anew when one of these times of change is another, or so late that more may be changing."""
+    """What `make` gives, made anew when one of these times of change is another, or so late that
+    more may be changing."""
     known = memory.get(key)
     if known is None or known[0] != times or max(times) >= known[1] - SETTLED:
         known = memory[key] = (times, time.time_ns(), make())
@@ -110,7 +118,8 @@ def changed_at(folder: Path) -> int:
 
 
 def found_in(root: Path, endings: tuple[str, ...]) -> Found:
-    """Files with these endings and models below a root, which is walked again when one of its folders has changed."""
+    """Files with these endings and models below a root, which is walked again when one of its
+    folders has changed."""
     key = (root, endings)
     if key not in _listings or not _listings[key].is_current:
         made, changed = time.time_ns(), {}
@@ -134,8 +143,9 @@ def _walked(root: Path, endings: tuple[str, ...], changed: dict[Path, int]) -> F
 
 
 def _is_model(folder: Folder, names: set[str]) -> bool:
-    """A pipeline, or a transformer alone. Directly below a root whatever has a configuration counts: somebody has put it
-    there as a model. Further below lie text encoders and other models too."""
+    """A pipeline, or a transformer alone. Directly below a root whatever has a configuration
+    counts: somebody has put it there as a model. Further below lie text encoders and other models
+    too."""
     if not folder.depth or folder.in_pipeline or not names & {CONFIG, PIPELINE}:
         return False
     if folder.depth == 1 or PIPELINE in names:
@@ -148,23 +158,32 @@ def _is_of_transformer(config: Path) -> bool:
     if not config.is_file():
         raise ValueError("it is not a regular file")
     if config.stat().st_size > LARGEST_CONFIG:
-        raise ValueError(f"{config.stat().st_size:,} bytes are too many for the configuration of a model")
+        raise ValueError(
+            f"{config.stat().st_size:,} bytes are too many for the configuration of a model"
+        )
     values = read_json(config)
     return isinstance(values, dict) and TRANSFORMER in str(values.get("_class_name")).lower()
 
 
 def _folders(root: Path, changed: dict[Path, int]) -> Iterator[tuple[Folder, list[Path]]]:
-    """The root and every folder below it, each with what is in it. Links are followed, but not in circles."""
+    """The root and every folder below it, each with what is in it. Links are followed, but not in
+    circles."""
     if not root.is_dir():
         return
     waiting, ways = deque([Folder(root, (root.resolve(),))]), Counter()
     while waiting:
         folder = waiting.popleft()
         if len(changed) == MOST_FOLDERS:
-            tell_once(root, None, f"{root} has more than {MOST_FOLDERS:,} folders; those beyond are not listed")
+            tell_once(
+                root,
+                None,
+                f"{root} has more than {MOST_FOLDERS:,} folders; those beyond are not listed",
+            )
             return
         changed[folder.path] = changed_at(folder.path)
-        entries = guarded(folder.path, changed[folder.path], lambda path=folder.path: sorted(path.iterdir()), [])
+        entries = guarded(
+            folder.path, changed[folder.path], lambda path=folder.path: sorted(path.iterdir()), []
+        )
         yield folder, entries
         if folder.depth < DEEPEST:
             for below in _below(folder, entries):
@@ -175,7 +194,9 @@ def _folders(root: Path, changed: dict[Path, int]) -> Iterator[tuple[Folder, lis
 
 def _below(folder: Folder, entries: list[Path]) -> list[Folder]:
     in_pipeline = folder.depth > 0 and any(entry.name == PIPELINE for entry in entries)
-    found = [guarded(entry, None, lambda entry=entry: _real(folder, entry), None) for entry in entries]
+    found = [
+        guarded(entry, None, lambda entry=entry: _real(folder, entry), None) for entry in entries
+    ]
     return [
         Folder(entry, (*folder.above, real), in_pipeline)
         for entry, real in zip(entries, found, strict=True)
@@ -184,7 +205,8 @@ def _below(folder: Folder, entries: list[Path]) -> list[Folder]:
 
 
 def _real(folder: Folder, entry: Path) -> Path | None:
-    """Where a folder really is; None for what is no folder, and for one that is not to be seen (.git, .cache)."""
+    """Where a folder really is; None for what is no folder, and for one that is not to be seen
+    (.git, .cache)."""
     if entry.name.startswith(".") or not entry.is_dir():
         return None
     return entry.resolve() if entry.is_symlink() else folder.above[-1] / entry.name

@@ -1,4 +1,5 @@
-"""Where model files are: the only code that asks the host for folders. A widget's text is looked up, never joined."""
+"""Where model files are: the only code that asks the host for folders. A widget's text is looked
+up, never joined."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from ..ppcl_engine.models.bundle import BUNDLE_SUFFIX
 from .listing import Found, changed_at, found_in, guarded, remembered
 
 CATEGORY = "ppcl"
-CATEGORIES = (CATEGORY, "diffusion_models", "unet_gguf")  # the last is ComfyUI-GGUF's, where that pack is
+# the last is ComfyUI-GGUF's, where that pack is
+CATEGORIES = (CATEGORY, "diffusion_models", "unet_gguf")
 LORAS = "loras"
 ENDINGS = (".safetensors", ".gguf")
 TABLES = "tables"  # in models/ppcl: values of folded modulations, made when they are first needed
@@ -21,7 +23,10 @@ DEMO = Path(__file__).parents[1] / "ppcl_engine" / "demo"
 RUNS = "ppcl"  # in the output folder
 EXPORTS = "exports"  # in a run
 NO_FOLDER = NO_BASE = "none"
-DEMO_FILES = {"demo/demo.ppcl.safetensors": "demo.ppcl.safetensors", "demo/teacher.safetensors": "teacher.safetensors"}
+DEMO_FILES = {
+    "demo/demo.ppcl.safetensors": "demo.ppcl.safetensors",
+    "demo/teacher.safetensors": "teacher.safetensors",
+}
 
 
 def register() -> None:
@@ -30,8 +35,8 @@ def register() -> None:
 
 
 def found_under(category: str, endings: tuple[str, ...]) -> Found:
-    """In all folders of a category of the host's, by name; of one name that is there twice, the first. `endings`: where
-    the category itself does not say which."""
+    """In all folders of a category of the host's, by name; of one name that is there twice, the
+    first. `endings`: where the category itself does not say which."""
     roots, known = folder_paths.folder_names_and_paths.get(category, ((), ()))
     wanted = tuple(sorted(known)) or endings
     return _joined(tuple(found_in(Path(root), wanted) for root in roots))
@@ -47,19 +52,31 @@ def _joined(parts: tuple[Found, ...]) -> Found:
 
 
 def model_files() -> dict[str, Path]:
-    """Name in a combo -> path: files of models/ppcl and models/diffusion_models, diffusers folders in either, the demo's
-    own files (one of the same name in models/ppcl/demo goes before), what done jobs exported."""
-    return {**_named(tuple(found_under(category, ENDINGS) for category in CATEGORIES)), **exported_files()}
+    """Name in a combo -> path: files of models/ppcl and models/diffusion_models, diffusers folders
+    in either, the demo's own files (one of the same name in models/ppcl/demo goes before), what
+    done jobs exported."""
+    return {
+        **_named(tuple(found_under(category, ENDINGS) for category in CATEGORIES)),
+        **exported_files(),
+    }
 
 
 @lru_cache(maxsize=4)
 def _named(parts: tuple[Found, ...]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for part in parts:
-        files = (n for n in part.files if n.endswith(ENDINGS) and n not in part.shards and Path(n).parts[0] != TABLES)
+        files = (
+            n
+            for n in part.files
+            if n.endswith(ENDINGS) and n not in part.shards and Path(n).parts[0] != TABLES
+        )
         found = {**found, **{name: part.files[name] for name in files if name not in found}}
         found = {**found, **{name: path for name, path in part.models.items() if name not in found}}
-    demo = {name: DEMO / file for name, file in DEMO_FILES.items() if name not in found and (DEMO / file).exists()}
+    demo = {
+        name: DEMO / file
+        for name, file in DEMO_FILES.items()
+        if name not in found and (DEMO / file).exists()
+    }
     return {**found, **demo}
 
 
@@ -69,7 +86,8 @@ def runs() -> RunStore:
 
 @dataclass(frozen=True)
 class Seen:
-    """Of an entry of the folder of runs. made: when, in nanoseconds; None: it is not a run of ours. files: exported."""
+    """Of an entry of the folder of runs. made: when, in nanoseconds; None: it is not a run of ours.
+    files: exported."""
 
     made: int | None = None
     files: tuple[Path, ...] = ()
@@ -90,7 +108,11 @@ def _runs_seen() -> dict[Path, Seen]:
         found[entry] = remembered(_seen, entry, times, look)
     for entry in _seen.keys() - found.keys():
         del _seen[entry]
-    return dict(sorted(((e, s) for e, s in found.items() if s.made), key=lambda row: row[1].made, reverse=True))
+    return dict(
+        sorted(
+            ((e, s) for e, s in found.items() if s.made), key=lambda row: row[1].made, reverse=True
+        )
+    )
 
 
 def _look_at_run(folder: Path) -> Seen:
@@ -108,7 +130,9 @@ def run_names() -> list[str]:
 def exported_files() -> dict[str, Path]:
     """ "runs/<run>/<file>" -> path; what a link leads out of the folder of runs is left."""
     root = runs().root
-    return {exported_name(file, root): file for seen in _runs_seen().values() for file in seen.files}
+    return {
+        exported_name(file, root): file for seen in _runs_seen().values() for file in seen.files
+    }
 
 
 def exported_name(file: Path, root: Path | None = None) -> str:
@@ -117,17 +141,28 @@ def exported_name(file: Path, root: Path | None = None) -> str:
 
 
 def teacher_files() -> list[str]:
-    """Names of models that may be full ones, the demo's first; the job that reads one says whether it is."""
-    names = [name for name in model_files() if name.endswith((".safetensors", "/")) and not name.startswith("runs/")]
-    return sorted((n for n in names if not n.endswith(BUNDLE_SUFFIX)), key=lambda name: name not in DEMO_FILES)
+    """Names of models that may be full ones, the demo's first; the job that reads one says whether
+    it is."""
+    names = [
+        name
+        for name in model_files()
+        if name.endswith((".safetensors", "/")) and not name.startswith("runs/")
+    ]
+    return sorted(
+        (n for n in names if not n.endswith(BUNDLE_SUFFIX)), key=lambda name: name not in DEMO_FILES
+    )
 
 
 def known_model(path: Path, run: str) -> Path:
-    """A path that a run's files name, as a combo would give it; a link may lead there another way. Raises ValueError
-    for one that no combo gives."""
-    found = next((file for file in model_files().values() if file.resolve() == path.resolve()), None)
+    """A path that a run's files name, as a combo would give it; a link may lead there another way.
+    Raises ValueError for one that no combo gives."""
+    found = next(
+        (file for file in model_files().values() if file.resolve() == path.resolve()), None
+    )
     if found is None:
-        raise ValueError(f"{path.name}, the model of run {run}, is in none of models/ppcl and models/diffusion_models")
+        raise ValueError(
+            f"{path.name}, the model of run {run}, is in none of models/ppcl and models/diffusion_models"
+        )
     return found
 
 
@@ -159,8 +194,14 @@ def tables_folder() -> Path:
 def picture_folders() -> list[str]:
     """Names of folders in the host's input folder; what a link leads out of it is left."""
     root = Path(folder_paths.get_input_directory())
-    entries = guarded(root, changed_at(root), lambda: sorted(root.iterdir()), []) if root.is_dir() else []
-    return [e.name for e in entries if guarded(e, None, lambda e=e: e.is_dir() and _is_inside(e, root), False)]
+    entries = (
+        guarded(root, changed_at(root), lambda: sorted(root.iterdir()), []) if root.is_dir() else []
+    )
+    return [
+        e.name
+        for e in entries
+        if guarded(e, None, lambda e=e: e.is_dir() and _is_inside(e, root), False)
+    ]
 
 
 def _is_inside(path: Path, root: Path) -> bool:
@@ -170,7 +211,9 @@ def _is_inside(path: Path, root: Path) -> bool:
 def picture_folder(name: str) -> Path:
     """Raises ValueError for a name that is not in the list."""
     if name not in picture_folders():
-        raise ValueError(f"{name!r} is not a folder in ComfyUI's input folder; refresh, then choose again")
+        raise ValueError(
+            f"{name!r} is not a folder in ComfyUI's input folder; refresh, then choose again"
+        )
     return Path(folder_paths.get_input_directory()) / name
 
 

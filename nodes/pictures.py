@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..ppcl_engine.report.drawings.canvas import INK
 
-CARD, LINE, MOST_LINES = 900, 26, 4  # pixels across, and of a line; lines of the card above a preview
+# pixels across, and of a line; lines of the card above a preview
+CARD, LINE, MOST_LINES = 900, 26, 4
 
 
 def tensor_of(picture: Image.Image) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Widgets made from the fields of a settings class: type, default and words are the command line's."""
+"""Widgets made from the fields of a settings class: type, default and words are the command
+line's."""
 
 from __future__ import annotations
 
@@ -17,11 +18,13 @@ MOST_CHARACTERS = 100_000  # of a text: thousands of prompts
 FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 LARGEST = {int: 1_000_000, float: 1e6}
 WHOLE_SEED = {"max": 2**31 - 1, "control_after_generate": False}
-"""Times a million, a seed still has to be one of torch's; the page would give one that says nothing new values."""
+"""Times a million, a seed still has to be one of torch's; the page would give one that says nothing
+new values."""
 
 
 def inputs(kind: type, names: str, **changes: dict) -> list[io.Input]:
-    """A widget each for these fields of a settings class, in this order. `changes`: name -> what differs from the
+    """A widget each for these fields of a settings class, in this order. `changes`: name -> what
+    differs from the
     settings: default, min, max, step, multiline."""
     return [_input(kind, name, **changes.get(name, {})) for name in names.split()]
 
@@ -33,13 +36,20 @@ def _input(kind: type, name: str, **changes) -> io.Input:
     if get_origin(hint) is Literal:
         return io.Combo.Input(name, options=list(get_args(hint)), **given)
     if hint in LARGEST:
-        return _NUMBERS[hint](name, **{"min": hint(0), "max": LARGEST[hint], **_step(hint, given["default"]), **given})
+        return _NUMBERS[hint](
+            name, **{"min": hint(0), "max": LARGEST[hint], **_step(hint, given["default"]), **given}
+        )
     return {bool: io.Boolean, str: io.String}[hint].Input(name, **given)
 
 
 def _plain(hint):
-    """Of a setting that may be left out what it is when it is not; its widget needs a default among `changes`."""
-    return next(of for of in get_args(hint) if of is not NoneType) if isinstance(hint, UnionType) else hint
+    """Of a setting that may be left out what it is when it is not; its widget needs a default among
+    `changes`."""
+    return (
+        next(of for of in get_args(hint) if of is not NoneType)
+        if isinstance(hint, UnionType)
+        else hint
+    )
 
 
 def help_of(kind: type, name: str) -> str:
@@ -52,7 +62,8 @@ _NUMBERS = {int: io.Int.Input, float: io.Float.Input}
 
 
 def _step(hint: type, default: float) -> dict:
-    """A tenth of the default's own size, so that a learning rate of 0.00001 is shown and changed as such."""
+    """A tenth of the default's own size, so that a learning rate of 0.00001 is shown and changed as
+    such."""
     if hint is int or not default:
         return {} if hint is int else {"step": 0.01}
     return {"step": 10.0 ** (math.floor(math.log10(default)) - 1)}
@@ -63,15 +74,19 @@ def defaults(kind: type) -> dict:
 
 
 def values(kind: type, given: dict) -> dict:
-    """What of a node's widgets are settings of this class. Raises ValueError for a value that no widget gives: the
-    server checks neither choices nor whether a number is one."""
+    """What of a node's widgets are settings of this class. Raises ValueError for a value that no
+    widget gives: the server checks neither choices nor whether a number is one."""
     hints = hints_of(kind)
-    return {name: _checked(hints[name], name, value) for name, value in given.items() if name in hints}
+    return {
+        name: _checked(hints[name], name, value) for name, value in given.items() if name in hints
+    }
 
 
 def _checked(hint, name: str, value):
     if get_origin(hint) is Literal and value not in get_args(hint):
-        raise ValueError(f"{name} {value!r} is not a choice; choose from {', '.join(get_args(hint))}")
+        raise ValueError(
+            f"{name} {value!r} is not a choice; choose from {', '.join(get_args(hint))}"
+        )
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}; give a number")
     if isinstance(value, str):
@@ -87,4 +102,6 @@ def check_length(name: str, text: str) -> None:
 def check_file_name(name: str) -> None:
     """Before a job starts that would find it out. Raises ValueError for what could be a path."""
     if not FILE_NAME.fullmatch(name):
-        raise ValueError(f"name {name[:40]!r}: letters, digits, '-' and '_' only, at most 80 of them")
+        raise ValueError(
+            f"name {name[:40]!r}: letters, digits, '-' and '_' only, at most 80 of them"
+        )

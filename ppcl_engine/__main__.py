@@ -83,7 +83,10 @@ def read_run_file(path: Path) -> list[tuple[str, object]]:
     if unknown:
         raise ValueError(f"{path}: unknown stage [{unknown[0]}]; known: {', '.join(STAGES)}")
     return [
-        (stage, base_settings.from_mapping(STAGES[stage][0], {**common, **table}, f"{path} [{stage}]"))
+        (
+            stage,
+            base_settings.from_mapping(STAGES[stage][0], {**common, **table}, f"{path} [{stage}]"),
+        )
         for stage, table in tables.items()
     ]
 

@@ -50,11 +50,14 @@ class Run:
         return self.polished_parts / trained.relative_to(self.folder)
 
     def best(self, trained: Path) -> Path:
-        """The polished form of a student or projection; itself where there is none, or only one of an earlier training."""
+        """The polished form of a student or projection; itself where there is none, or only one of
+        an earlier training."""
         polished = self.polished(trained)
         if not (polished.exists() and trained.exists()):
             return trained
-        return polished if TensorFile(polished).metadata["source"] == file_mark(trained) else trained
+        return (
+            polished if TensorFile(polished).metadata["source"] == file_mark(trained) else trained
+        )
 
     def tuned_variant(self, name: str) -> Path:
         return self.tuned / f"{name}.safetensors"
@@ -63,4 +66,6 @@ class Run:
 def check_file_name(name: str) -> None:
     """Raises ValueError for a name that is a path: files go where the run folder says."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(f"--name {name!r}: letters, digits, '-' and '_' only; --run says where it goes")
+        raise ValueError(
+            f"--name {name!r}: letters, digits, '-' and '_' only; --run says where it goes"
+        )

@@ -24,7 +24,10 @@ torch.set_num_threads(1)
 
 CONFIGS = {
     "probe": (prune_settings.ProbeConfig, {"train_steps": 0}),
-    "detect": (prune_settings.DetectConfig, {"remove": 2, "longest": 4, "bootstrap": 8, "tokens": 3}),
+    "detect": (
+        prune_settings.DetectConfig,
+        {"remove": 2, "longest": 4, "bootstrap": 8, "tokens": 3},
+    ),
     "distill_depth": (
         prune_settings.DistillDepthConfig,
         {"rounds": 2, "updates": 6, "warm_up": 2, "learning_rate": 1e-3},
@@ -48,7 +51,9 @@ def make_model(architecture):
 @pytest.fixture(scope="session")
 def model_config(architecture):
     """The configuration of a model, as our files carry it."""
-    return lambda model: {k: v for k, v in model.config.items() if k in architecture.tiny_config or k == "zero_cond_t"}
+    return lambda model: {
+        k: v for k, v in model.config.items() if k in architecture.tiny_config or k == "zero_cond_t"
+    }
 
 
 @pytest.fixture(scope="session")
@@ -72,13 +77,17 @@ def teacher_file(tmp_path_factory, model, save_model) -> Path:
 
 @pytest.fixture(scope="session")
 def padded_inputs(architecture):
-    """Inputs of the tiny model whose captions have different lengths where it masks them; padding holds noise, not
-    zeros. references: the sizes of an edit model's."""
+    """Inputs of the tiny model whose captions have different lengths where it masks them; padding
+    holds noise, not zeros. references: the sizes of an edit model's."""
 
-    def make(seed: int = 0, samples: int = 6, grid=(1, 2, 3), text_tokens: int = 5, references=()) -> dict:
+    def make(
+        seed: int = 0, samples: int = 6, grid=(1, 2, 3), text_tokens: int = 5, references=()
+    ) -> dict:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            inputs = architecture.random_inputs(architecture.tiny_config, samples, grid, text_tokens, "cpu")
+            inputs = architecture.random_inputs(
+                architecture.tiny_config, samples, grid, text_tokens, "cpu"
+            )
             lengths = torch.randint(2, text_tokens + 1, (samples, 1))
             if references:
                 inputs["grid"] = torch.tensor([grid, *references])
@@ -100,7 +109,9 @@ def calibration_of(architecture, padded_inputs):
         rows = []
         for seed in range(batches):
             inputs = padded_inputs(seed=seed, **options)
-            clean = torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(100 + seed))
+            clean = torch.randn(
+                inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(100 + seed)
+            )
             inputs["hidden_states"] = noised(clean, inputs["hidden_states"], inputs["timestep"])
             rows.append({**inputs, CLEAN: clean})
         origin = {"architecture": architecture.name, "fingerprint": Weights(teacher).fingerprint}

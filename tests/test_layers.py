@@ -1,4 +1,5 @@
-"""Who may import whom, read from the source, imports inside functions included; and importing costs nothing."""
+"""Who may import whom, read from the source, imports inside functions included; and importing costs
+nothing."""
 
 import ast
 import subprocess
@@ -39,12 +40,23 @@ NODES = (  # under nodes/, the same way; all of them may import the engine
     ("checks", "listing"),
 )
 UPWARD = {
-    "nodes.host.switching -> nodes.loading.modulations",  # the type of what a table is filled from later
+    # the type of what a table is filled from later
+    "nodes.host.switching -> nodes.loading.modulations",
 }
 CIRCLES = {
-    frozenset({"ppcl_engine.models.teacher_hashes", "ppcl_engine.models.weights"}),  # each reads tensors by the other
+    # each reads tensors by the other
+    frozenset({"ppcl_engine.models.teacher_hashes", "ppcl_engine.models.weights"}),
 }
-HEAVY = {"torch", "diffusers", "transformers", "numpy", "matplotlib", "PIL", "safetensors", "accelerate"}
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "matplotlib",
+    "PIL",
+    "safetensors",
+    "accelerate",
+}
 
 
 def module_of(path: Path) -> tuple[str, ...]:
@@ -53,7 +65,8 @@ def module_of(path: Path) -> tuple[str, ...]:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Absolute names of everything a file imports, `from . import x` and names inside functions included."""
+    """Absolute names of everything a file imports, `from . import x` and names inside functions
+    included."""
     package = path.relative_to(PACK).parent.parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -74,7 +87,8 @@ FILES = {
 
 
 def modules_of(name: str) -> set[str]:
-    """The files of ours that a file imports. A name of a room's __init__ is an import of that __init__."""
+    """The files of ours that a file imports. A name of a room's __init__ is an import of that
+    __init__."""
     names = FILES[name]
     found = {n for n in names if n in FILES}
     for module in names - found:
@@ -99,14 +113,18 @@ def floor_of(name: str, floors: tuple[tuple[str, ...], ...]) -> int:
     return next(number for number, rooms in enumerate(floors) if room_of(name) in rooms)
 
 
-@pytest.mark.parametrize(("top", "floors"), [("ppcl_engine", ENGINE), ("nodes", NODES)], ids=["engine", "nodes"])
+@pytest.mark.parametrize(
+    ("top", "floors"), [("ppcl_engine", ENGINE), ("nodes", NODES)], ids=["engine", "nodes"]
+)
 def test_every_import_points_down(top, floors):
     files = {name for name in FILES if name.split(".")[0] == top}
     assert {room_of(name) for name in files} <= {room for rooms in floors for room in rooms}
     upward = set()
     for name in files:
         for other in GRAPH[name] & files:
-            if room_of(other) != room_of(name) and floor_of(other, floors) <= floor_of(name, floors):
+            if room_of(other) != room_of(name) and floor_of(other, floors) <= floor_of(
+                name, floors
+            ):
                 upward.add(f"{name} -> {other}")
     assert upward == set()
 
@@ -132,14 +150,19 @@ def test_no_file_reaches_itself():
 
 
 def test_the_reader_sees_imports():
-    assert "ppcl_engine.algorithms.least_squares.NormalEquations" in FILES["ppcl_engine.stages.prune.probe"]
+    assert (
+        "ppcl_engine.algorithms.least_squares.NormalEquations"
+        in FILES["ppcl_engine.stages.prune.probe"]
+    )
     assert "torch" in FILES["ppcl_engine.system.tensor_files"]
     assert "ppcl_engine.data.flow" in GRAPH["ppcl_engine.data.calibration"]
     assert "ppcl_engine.estimate.needs" in GRAPH["ppcl_engine.jobs.attempt"]  # in a function
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == {frozenset("bc")}
 
 
-STAGE_FILES = sorted(name for name in FILES if name.startswith("ppcl_engine.stages.") and name.count(".") == 3)
+STAGE_FILES = sorted(
+    name for name in FILES if name.startswith("ppcl_engine.stages.") and name.count(".") == 3
+)
 
 
 @pytest.mark.parametrize("stage", STAGE_FILES)
@@ -149,7 +172,11 @@ def test_stages_never_import_a_stage(stage):
 
 
 def test_stages_are_files_of_the_stages_rooms():
-    outside = {name for name, (_, module) in STAGES.items() if f"ppcl_engine.stages.{module}" not in STAGE_FILES}
+    outside = {
+        name
+        for name, (_, module) in STAGES.items()
+        if f"ppcl_engine.stages.{module}" not in STAGE_FILES
+    }
     assert outside == {"demo"}  # which runs all others, and stands above them
 
 
@@ -157,7 +184,9 @@ def test_nothing_of_the_engine_imports_comfy():
     """The engine serves a command line too; ComfyUI's packages are the nodes' business."""
     hosts = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes", "execution"}
     engine = {file: names for file, names in FILES.items() if file.startswith("ppcl_engine")}
-    assert {file: names for file, names in engine.items() if {n.split(".")[0] for n in names} & hosts} == {}
+    assert {
+        file: names for file, names in engine.items() if {n.split(".")[0] for n in names} & hosts
+    } == {}
 
 
 def test_architectures_know_only_themselves():
@@ -166,20 +195,27 @@ def test_architectures_know_only_themselves():
 
 
 def test_settings_and_plan_come_without_torch():
-    """The command line's help and a plan's reader need no more than these, and what they import in turn."""
-    rooms = {name for name in FILES if name == "ppcl_engine.plan" or name.startswith("ppcl_engine.settings")}
+    """The command line's help and a plan's reader need no more than these, and what they import in
+    turn."""
+    rooms = {
+        name
+        for name in FILES
+        if name == "ppcl_engine.plan" or name.startswith("ppcl_engine.settings")
+    }
     light = rooms.union(*(reached(GRAPH, name) for name in rooms))
     assert {n.split(".")[0] for name in light for n in FILES[name]} & HEAVY == set()
 
 
 def test_accelerate_is_imported_when_several_processes_were_launched():
     """By one function; one process does without."""
-    assert [file for file, names in FILES.items() if any(n.split(".")[0] == "accelerate" for n in names)] == [
-        "ppcl_engine.system.distributed"
-    ]
+    assert [
+        file for file, names in FILES.items() if any(n.split(".")[0] == "accelerate" for n in names)
+    ] == ["ppcl_engine.system.distributed"]
     tree = ast.parse((ROOT / "system" / "distributed.py").read_text(encoding="utf-8"))
     assert not any(
-        "accelerate" in ast.dump(node) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
+        "accelerate" in ast.dump(node)
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
     )
 
 
@@ -202,7 +238,9 @@ def test_looking_at_jobs_does_not_import_torch():
 
 def test_one_file_starts_processes():
     starting = {
-        file for file, names in FILES.items() if {n.split(".")[0] for n in names} & {"subprocess", "multiprocessing"}
+        file
+        for file, names in FILES.items()
+        if {n.split(".")[0] for n in names} & {"subprocess", "multiprocessing"}
     }
     assert starting == {"ppcl_engine.jobs.launch"}
 

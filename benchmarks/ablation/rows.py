@@ -1,4 +1,5 @@
-"""How every row of the ablation is trained: PPCL by recipe, baselines by name, all within a budget of block passes."""
+"""How every row of the ablation is trained: PPCL by recipe, baselines by name, all within a budget
+of block passes."""
 
 from __future__ import annotations
 
@@ -65,8 +66,8 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """PPCL's stages and the share of the budget that each gets. width: settings of detect-width; finetune_rate: of the
-    row's learning rate."""
+    """PPCL's stages and the share of the budget that each gets. width: settings of detect-width;
+    finetune_rate: of the row's learning rate."""
 
     intervals: str
     depth: dict = field(default_factory=lambda: OURS)
@@ -90,8 +91,15 @@ def recipe_row(recipe: Recipe) -> Build:
         plan = run.load_plan()
         if spent.get("polish"):
             steps = max(1, spent["polish"] // _chain_cost(plan))
-            polish(PolishConfig(**context.common, run=run.folder, steps=steps, ema=0.0,
-                                learning_rate=rate * RATE_OF["polish"]))  # fmt: skip
+            polish(
+                PolishConfig(
+                    **context.common,
+                    run=run.folder,
+                    steps=steps,
+                    ema=0.0,
+                    learning_rate=rate * RATE_OF["polish"],
+                )
+            )
         if spent.get("finetune"):
             return _finetuned(context, run, spent["finetune"], rate * recipe.finetune_rate)
         return opened(context, run)
@@ -115,15 +123,24 @@ def opened(context: Context, run: Run) -> nn.Module:
     """The run's model with everything on."""
     teacher, plan = context.teacher, run.load_plan()
     students = RunStudents(run, teacher.config, teacher.architecture)
-    return open_variant(teacher.weights, students, plan, plan.everything(), teacher.dtype, teacher.device)
+    return open_variant(
+        teacher.weights, students, plan, plan.everything(), teacher.dtype, teacher.device
+    )
 
 
 def _depth(context: Context, recipe: Recipe, run: Run, passes: int, rate: float) -> None:
     plan = run.load_plan()
     last = max(i.last for i in plan.intervals) + 1
     cost = 3 * UPDATES * len(plan.intervals) + math.ceil(UPDATES / REUSE) * last
-    settings = {**context.common, "run": run.folder, "rounds": max(1, passes // cost), "updates": UPDATES}
-    distill_depth(DistillDepthConfig(**settings, **recipe.depth, learning_rate=rate * RATE_OF["depth"]))
+    settings = {
+        **context.common,
+        "run": run.folder,
+        "rounds": max(1, passes // cost),
+        "updates": UPDATES,
+    }
+    distill_depth(
+        DistillDepthConfig(**settings, **recipe.depth, learning_rate=rate * RATE_OF["depth"])
+    )
 
 
 def _find_sites(context: Context, recipe: Recipe, run: Run) -> None:
@@ -141,8 +158,15 @@ def _width(context: Context, run: Run, passes: int, rate: float) -> None:
     sites, blocks = run.load_plan().sites, context.teacher.num_blocks
     start = (blocks + len(sites)) * len(context.calibration)
     cost = 4 * UPDATES * len(sites) + math.ceil(UPDATES / REUSE) * blocks
-    settings = {**context.common, "run": run.folder, "rounds": max(0, (passes - start) // cost), "updates": UPDATES}
-    distill_width(DistillWidthConfig(**settings, give_back=False, learning_rate=rate * RATE_OF["width"]))
+    settings = {
+        **context.common,
+        "run": run.folder,
+        "rounds": max(0, (passes - start) // cost),
+        "updates": UPDATES,
+    }
+    distill_width(
+        DistillWidthConfig(**settings, give_back=False, learning_rate=rate * RATE_OF["width"])
+    )
 
 
 def _chain_cost(plan: PruningPlan) -> int:
@@ -154,21 +178,35 @@ def _finetuned(context: Context, run: Run, passes: int, rate: float) -> nn.Modul
     plan, teacher = run.load_plan(), context.teacher
     everything = ",".join([*plan.everything().intervals, *plan.everything().sites])
     steps = max(1, passes // _chain_cost(plan))
-    finetune(FinetuneConfig(**context.common, run=run.folder, variant=everything, name="tuned", steps=steps, ema=0.0,
-                            learning_rate=rate))  # fmt: skip
+    finetune(
+        FinetuneConfig(
+            **context.common,
+            run=run.folder,
+            variant=everything,
+            name="tuned",
+            steps=steps,
+            ema=0.0,
+            learning_rate=rate,
+        )
+    )
     plan, students = run.load_plan(), RunStudents(run, teacher.config, teacher.architecture)
-    return open_variant(teacher.weights, students, plan, plan.variant("tuned"), teacher.dtype, teacher.device)
+    return open_variant(
+        teacher.weights, students, plan, plan.variant("tuned"), teacher.dtype, teacher.device
+    )
 
 
 def baseline_row(name: str, remove: int) -> Build:
-    """Its selection is made once and kept; TinyFusion's is training, so the final training pays for it."""
+    """Its selection is made once and kept; TinyFusion's is training, so the final training pays for
+    it."""
 
     def build(context: Context, passes: int, rate: float, folder: Path) -> nn.Module:
         task = _task(context, remove, rate)
         removed, spent = selected(context, name, remove)
         pays = name == "tinyfusion" and passes > context.budget // 4
         pruned = BASELINES[name](task, Budget(passes - spent if pays else passes), removed)
-        return model_of(context.teacher.architecture, context.teacher.config, pruned, context.teacher.num_blocks)
+        return model_of(
+            context.teacher.architecture, context.teacher.config, pruned, context.teacher.num_blocks
+        )
 
     return build
 
@@ -180,14 +218,20 @@ def sequential_row(intervals: str) -> Build:
         pairs = [(i.first, i.last) for i in parse_intervals(intervals)]
         removed = sum(v - u for u, v in pairs)
         pruned = train_sequential(_task(context, removed, rate), Budget(passes), pairs)
-        return model_of(context.teacher.architecture, context.teacher.config, pruned, context.teacher.num_blocks)
+        return model_of(
+            context.teacher.architecture, context.teacher.config, pruned, context.teacher.num_blocks
+        )
 
     return build
 
 
 def _task(context: Context, remove: int, rate: float) -> Task:
     return Task(
-        teacher=context.teacher, calibration=context.calibration, remove=remove, learning_rate=rate, seed=context.seed
+        teacher=context.teacher,
+        calibration=context.calibration,
+        remove=remove,
+        learning_rate=rate,
+        seed=context.seed,
     )
 
 
@@ -208,7 +252,8 @@ def selected(context: Context, name: str, remove: int) -> tuple[tuple[int, ...],
 
 
 def intervals(context: Context, method: str, remove: int) -> str:
-    """Of the paper's greedy rule ("ppcl"), or the dynamic programme ("budget"); found once and kept in `intervals.json`."""
+    """Of the paper's greedy rule ("ppcl"), or the dynamic programme ("budget"); found once and kept
+    in `intervals.json`."""
     path, key = context.base / "intervals.json", f"{method} {remove}"
     known = read_json(path) if path.exists() else {}
     if key not in known:
@@ -218,19 +263,25 @@ def intervals(context: Context, method: str, remove: int) -> str:
 
 
 def _greedy(context: Context, remove: int) -> str:
-    """The paper's rule with the thresholds at which it removes just `remove` blocks, or a few more and the ends with
-    the largest damage given back."""
+    """The paper's rule with the thresholds at which it removes just `remove` blocks, or a few more
+    and the ends with the largest damage given back."""
     best: tuple[Interval, ...] | None = None
     for max_drop in (0.25, 0.5, 1.0, 0.15):
         for eps in (0.02, 0.0, 0.05, 0.1, 0.2, 0.4):
-            settings = {**context.common, "run": context.base, **read_json(context.base / "detect_settings.json")}
+            settings = {
+                **context.common,
+                "run": context.base,
+                **read_json(context.base / "detect_settings.json"),
+            }
             detect(DetectConfig(**settings, method="ppcl", eps=eps, max_drop=max_drop))
             found = Run(context.base).load_plan().intervals
             removed = sum(i.removed for i in found)
             if removed >= remove and (best is None or removed < sum(i.removed for i in best)):
                 best = found
     if best is None:
-        raise ValueError(f"the greedy rule finds no {remove} blocks at any threshold; lower the share")
+        raise ValueError(
+            f"the greedy rule finds no {remove} blocks at any threshold; lower the share"
+        )
     return _trimmed(list(best), sum(i.removed for i in best) - remove)
 
 
@@ -246,7 +297,11 @@ def _trimmed(intervals: list[Interval], surplus: int) -> str:
 
 def _budget(context: Context, remove: int) -> str:
     """The dynamic programme on measured end damage."""
-    settings = {**context.common, "run": context.base, **read_json(context.base / "detect_settings.json")}
+    settings = {
+        **context.common,
+        "run": context.base,
+        **read_json(context.base / "detect_settings.json"),
+    }
     detect(DetectConfig(**settings, method="budget", remove=remove))
     return " ".join(i.name for i in Run(context.base).load_plan().intervals)
 
@@ -254,7 +309,8 @@ def _budget(context: Context, remove: int) -> str:
 def trained(
     context: Context, build: Build, folder: Path, error: Callable[[nn.Module], float]
 ) -> tuple[nn.Module, dict]:
-    """Half the budget on the learning-rate search, in equal parts, half on the training with the best of them.
+    """Half the budget on the learning-rate search, in equal parts, half on the training with the
+    best of them.
 
     Every finished rate is kept in `search.json`, so an interrupted row goes on.
     """

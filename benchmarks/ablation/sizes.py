@@ -1,4 +1,5 @@
-"""What switching costs: subsets of a row's intervals, and the smaller sizes of one training without retraining."""
+"""What switching costs: subsets of a row's intervals, and the smaller sizes of one training without
+retraining."""
 
 from __future__ import annotations
 
@@ -31,8 +32,15 @@ def subsets(context: Context, judge: Judge, name: str, model: nn.Module, run: Pa
     """Mean velocity error over single parts and random subsets; {} for rows that do not switch."""
     if name not in SWITCHED:
         return {}
-    errors = _of_plan(context, judge, Run(run)) if name.startswith("ours") else _of_intervals(context, judge, model)
-    return {"mean_of_singles": _mean(errors["singles"]), "mean_of_subsets": _mean(errors["subsets"])}
+    errors = (
+        _of_plan(context, judge, Run(run))
+        if name.startswith("ours")
+        else _of_intervals(context, judge, model)
+    )
+    return {
+        "mean_of_singles": _mean(errors["singles"]),
+        "mean_of_subsets": _mean(errors["subsets"]),
+    }
 
 
 def _mean(values: list[float]) -> float:
@@ -49,7 +57,10 @@ def drawn_subsets(parts: list, seed: int) -> list[tuple]:
 def _of_intervals(context: Context, judge: Judge, model: nn.Module) -> dict[str, list[float]]:
     """Of a model whose kept blocks are the teacher's, or students before a gap."""
     teacher = context.teacher
-    prefixes = (teacher.architecture.block_prefix(teacher.config, index) for index in range(teacher.num_blocks))
+    prefixes = (
+        teacher.architecture.block_prefix(teacher.config, index)
+        for index in range(teacher.num_blocks)
+    )
     blocks = [model.get_submodule(prefix.rstrip(".")) for prefix in prefixes]
     gaps = [index for index, block in enumerate(blocks) if isinstance(block, PassThrough)]
     starts = {index: next(u for u in range(index, -1, -1) if u not in gaps) for index in gaps}
@@ -58,13 +69,22 @@ def _of_intervals(context: Context, judge: Judge, model: nn.Module) -> dict[str,
     def error(on: tuple[int, ...]) -> float:
         inside = {g: u for g, u in starts.items() if u in on}
         chain = [
-            blocks[i] if i in on else teacher.block(i) for i in range(teacher.num_blocks) if i not in inside
-        ]  # fmt: skip
+            blocks[i] if i in on else teacher.block(i)
+            for i in range(teacher.num_blocks)
+            if i not in inside
+        ]
         above = below = 0.0
         with torch.no_grad():
-            for inputs, target in zip(judge.unseen.all_inputs(), judge.target_batches(), strict=True):
-                ours = run_chain(teacher.architecture, teacher.outer, chain, teacher.embed(inputs)).double()
-                above, below = above + float((ours - target).square().sum()), below + float(target.square().sum())
+            for inputs, target in zip(
+                judge.unseen.all_inputs(), judge.target_batches(), strict=True
+            ):
+                ours = run_chain(
+                    teacher.architecture, teacher.outer, chain, teacher.embed(inputs)
+                ).double()
+                above, below = (
+                    above + float((ours - target).square().sum()),
+                    below + float(target.square().sum()),
+                )
         return above / below
 
     return {
@@ -99,7 +119,9 @@ def _damage(context: Context, judge: Judge, run: Run, plan: PruningPlan) -> Dama
     return Damage(context.teacher, students, plan, judge.unseen.all_inputs()[:2])
 
 
-def one_training(context: Context, judge: Judge, folder: Path, sizes: dict[str, float]) -> list[dict]:
+def one_training(
+    context: Context, judge: Judge, folder: Path, sizes: dict[str, float]
+) -> list[dict]:
     """The sizes above the smallest, as subsets of its parts: nothing is trained."""
     run = Run(folder / ONE_TRAINING / "run")
     if not run.plan.exists():
@@ -111,24 +133,34 @@ def one_training(context: Context, judge: Judge, folder: Path, sizes: dict[str, 
             variant = within(context, judge, run, share, name)
             plan, teacher = run.load_plan(), context.teacher
             students = RunStudents(run, teacher.config, teacher.architecture)
-            model = open_variant(teacher.weights, students, plan, variant, teacher.dtype, teacher.device)
-            write_json(path, {"name": name, "table": "sizes", **judge.score(model, name), "passes": 0})
+            model = open_variant(
+                teacher.weights, students, plan, variant, teacher.dtype, teacher.device
+            )
+            write_json(
+                path, {"name": name, "table": "sizes", **judge.score(model, name), "passes": 0}
+            )
         rows.append(read_json(path))
     return rows
 
 
 def within(context: Context, judge: Judge, run: Run, share: float, name: str) -> Variant:
-    """The subset of at most this share of the parameters whose parts do the least damage one by one."""
+    """The subset of at most this share of the parameters whose parts do the least damage one by
+    one."""
     plan = run.load_plan()
     inputs = context.calibration.inputs(0)
     grid = tuple(inputs["grid"][0].tolist())
-    cost = CostModel(context.teacher.architecture, plan.config, grid, inputs["encoder_hidden_states"].shape[1])
+    cost = CostModel(
+        context.teacher.architecture, plan.config, grid, inputs["encoder_hidden_states"].shape[1]
+    )
     everything = plan.everything()
     names = [*everything.intervals, *everything.sites]
     full, least = (cost.variant(plan, v).parameters for v in (Variant(name="full"), everything))
     damage = _damage(context, judge, run, plan)
     with torch.no_grad():
-        items = [(full - cost.variant(plan, _variant((n,))).parameters, damage.of(_variant((n,)))) for n in names]
+        items = [
+            (full - cost.variant(plan, _variant((n,))).parameters, damage.of(_variant((n,))))
+            for n in names
+        ]
     wanted = full * (1 - share)
     while True:
         chosen = least_damage([(float(s), d) for s, d in items], wanted)

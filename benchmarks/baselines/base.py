@@ -1,4 +1,5 @@
-"""What every baseline gets and returns, the passes that selections share, and plain training on the velocity."""
+"""What every baseline gets and returns, the passes that selections share, and plain training on the
+velocity."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from .chain import FORWARD, Budget, ExtraLoss, distil_velocity, step_cost
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """`remove`: blocks to remove; `selection_batches`: calibration batches that a selection may look at."""
+    """`remove`: blocks to remove; `selection_batches`: calibration batches that a selection may
+    look at."""
 
     teacher: Teacher
     calibration: CalibrationSet
@@ -31,18 +33,25 @@ class Task:
 
     def __post_init__(self):
         if not 0 < self.remove < self.teacher.num_blocks:
-            raise ValueError(f"{self.remove} of {self.teacher.num_blocks} blocks cannot be removed; take fewer")
+            raise ValueError(
+                f"{self.remove} of {self.teacher.num_blocks} blocks cannot be removed; take fewer"
+            )
         if not 0 < self.selection_batches <= len(self.calibration):
-            raise ValueError(f"selection needs {self.selection_batches} batches of {len(self.calibration)}")
+            raise ValueError(
+                f"selection needs {self.selection_batches} batches of {len(self.calibration)}"
+            )
 
     @property
     def quotas(self) -> tuple[tuple[range, int], ...]:
-        """(blocks of one kind, how many of them to remove): the same share of each kind, so that every method removes
-        the same parameters; the only block of its kind stays."""
+        """(blocks of one kind, how many of them to remove): the same share of each kind, so that
+        every method removes the same parameters; the only block of its kind stays."""
         sections = self.teacher.architecture.sections(self.teacher.config)
         ends = list(accumulate((len(s) if len(s) > 1 else 0 for s in sections), initial=0))
         removed = [(2 * self.remove * end + ends[-1]) // (2 * ends[-1]) for end in ends]
-        return tuple((s, after - before) for s, before, after in zip(sections, removed, removed[1:], strict=False))
+        return tuple(
+            (s, after - before)
+            for s, before, after in zip(sections, removed, removed[1:], strict=False)
+        )
 
     def selection_inputs(self) -> list[Inputs]:
         return [self.calibration.inputs(batch) for batch in range(self.selection_batches)]
@@ -50,7 +59,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Pruned:
-    """blocks: teacher index -> the block that stays, its own copy, ascending; outer: a copy if it was trained;
+    """blocks: teacher index -> the block that stays, its own copy, ascending; outer: a copy if it
+    was trained;
     removed: the other indices, ascending; losses: of every step."""
 
     blocks: dict[int, nn.Module]
@@ -59,7 +69,9 @@ class Pruned:
     losses: list[float] = field(default_factory=list)
 
 
-def model_of(architecture: Architecture, config: dict, pruned: Pruned, num_blocks: int) -> nn.Module:
+def model_of(
+    architecture: Architecture, config: dict, pruned: Pruned, num_blocks: int
+) -> nn.Module:
     """diffusers' model of the teacher's depth, pass-through blocks in removed places."""
     gap = PassThrough(architecture.block_arguments, architecture.block_returns)
     blocks = [pruned.blocks.get(index, gap) for index in range(num_blocks)]
@@ -67,22 +79,29 @@ def model_of(architecture: Architecture, config: dict, pruned: Pruned, num_block
 
 
 def lowest(scores: dict[int, float], count: int) -> tuple[int, ...]:
-    """The `count` blocks with the lowest scores, ascending. Raises ValueError when there are not so many."""
+    """The `count` blocks with the lowest scores, ascending. Raises ValueError when there are not so
+    many."""
     if count > len(scores):
-        raise ValueError(f"{count} blocks cannot be removed, only {len(scores)} are eligible; remove fewer")
+        raise ValueError(
+            f"{count} blocks cannot be removed, only {len(scores)} are eligible; remove fewer"
+        )
     return tuple(sorted(sorted(scores, key=lambda index: (scores[index], index))[:count]))
 
 
 def lowest_of(task: Task, scores: dict[int, float]) -> tuple[int, ...]:
     """`lowest` among the blocks of each kind."""
-    chosen = [lowest({i: scores[i] for i in blocks if i in scores}, count) for blocks, count in task.quotas]
+    chosen = [
+        lowest({i: scores[i] for i in blocks if i in scores}, count)
+        for blocks, count in task.quotas
+    ]
     return tuple(index for part in chosen for index in part)
 
 
 def change_scores(
     task: Task, budget: Budget, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 ) -> dict[int, float]:
-    """Mean over batches and used streams of change(input, output), both [real tokens, d], for every block.
+    """Mean over batches and used streams of change(input, output), both [real tokens, d], for every
+    block.
 
     One pass through the teacher.
     """
@@ -105,7 +124,8 @@ def change_scores(
 def without_each(
     task: Task, budget: Budget, inputs: Inputs, eligible: Sequence[int]
 ) -> tuple[BlockState, dict[int, BlockState]]:
-    """Final states of the model and of the model without block i, for every eligible i, in one walk.
+    """Final states of the model and of the model without block i, for every eligible i, in one
+    walk.
 
     A chain branches off at every eligible block; chain i runs the blocks behind i only.
     """
@@ -115,7 +135,9 @@ def without_each(
     with torch.no_grad():
         state = teacher.embed(inputs)
         for index, block in teacher.walk(0, last):
-            chains = {i: teacher.architecture.run_block(block, chain) for i, chain in chains.items()}
+            chains = {
+                i: teacher.architecture.run_block(block, chain) for i, chain in chains.items()
+            }
             if index in eligible:
                 chains[index] = state
             state = teacher.architecture.run_block(block, state)

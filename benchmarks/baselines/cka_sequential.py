@@ -1,7 +1,8 @@
 """CKA sensitivity and sequential distillation: the first row of the paper's ablation ladder.
 
-Blocks are ranked by what the model's final state loses without them. Each run of removed blocks becomes one student
-with the kept block before it; the students learn end to end, each from what the pruned model itself feeds it.
+Blocks are ranked by what the model's final state loses without them. Each run of removed blocks
+becomes one student with the kept block before it; the students learn end to end, each from what the
+pruned model itself feeds it.
 """
 
 from __future__ import annotations
@@ -35,23 +36,29 @@ def select(task: Task, budget: Budget) -> tuple[int, ...]:
         for i, state in without.items():
             rows[i].append(_few_tokens(task, state))
     full_gram = linear_gram(torch.cat(full_rows))
-    return lowest_of(task, {i: 1 - float(cka(linear_gram(torch.cat(r)), full_gram)) for i, r in rows.items()})
+    return lowest_of(
+        task, {i: 1 - float(cka(linear_gram(torch.cat(r)), full_gram)) for i, r in rows.items()}
+    )
 
 
 def prune(task: Task, budget: Budget, removed: tuple[int, ...] | None = None) -> Pruned:
     removed, intervals, places = removed or select(task, budget), [], {}
     for blocks, _ in task.quotas:  # a student is of the kind of what it replaces
-        runs, moved = runs_with_students([blocks.index(i) for i in removed if i in blocks], len(blocks))
+        runs, moved = runs_with_students(
+            [blocks.index(i) for i in removed if i in blocks], len(blocks)
+        )
         intervals += [(blocks[u], blocks[v]) for u, v in runs]
         places |= {blocks[u]: blocks[place] for u, place in moved.items()}
     return train_sequential(task, budget, intervals, places)
 
 
-def runs_with_students(removed: Sequence[int], num_blocks: int) -> tuple[list[tuple[int, int]], dict[int, int]]:
+def runs_with_students(
+    removed: Sequence[int], num_blocks: int
+) -> tuple[list[tuple[int, int]], dict[int, int]]:
     """(intervals [u, v] that one student each replaces, places that differ from u).
 
-    A run goes with the kept block before it, so that block is u; a run at the very start with the kept block after
-    it, whose index is then the student's place.
+    A run goes with the kept block before it, so that block is u; a run at the very start with the
+    kept block after it, whose index is then the student's place.
     """
     kept = [index for index in range(num_blocks) if index not in removed]
     starts = [0, *kept[1:]]
@@ -68,10 +75,11 @@ def train_sequential(
     students: dict[int, nn.Module] | None = None,
     loss: Loss = direction,
 ) -> Pruned:
-    """One student for each interval [u, v], trained in the chain; everything else stays the teacher's.
+    """One student for each interval [u, v], trained in the chain; everything else stays the
+    teacher's.
 
-    `places`: u -> the block whose index the student takes, u itself by default. `students`: u -> what to start from (it
-    is copied), by default the teacher's block at the place.
+    `places`: u -> the block whose index the student takes, u itself by default. `students`: u ->
+    what to start from (it is copied), by default the teacher's block at the place.
     """
     intervals = sorted(intervals)
     place = {u: (places or {}).get(u, u) for u, _ in intervals}
@@ -85,13 +93,18 @@ def train_sequential(
     budget.spend(steps * cost)
     for step in range(steps):
         value = sequential_loss(task, chain, step_inputs(task.calibration, task.seed, step), loss)
-        trainer.update(value, cosine_schedule(step, steps, task.learning_rate, WARM_UP), "sequential distillation")
+        trainer.update(
+            value,
+            cosine_schedule(step, steps, task.learning_rate, WARM_UP),
+            "sequential distillation",
+        )
     trainer.module.requires_grad_(False)
     return Pruned(pruned.blocks, task.teacher.outer, pruned.removed, trainer.losses)
 
 
 def sequential_cost(intervals: Sequence[tuple[int, int]]) -> int:
-    """Block passes of a step: the teacher up to the last interval's end, the chain from the first student on."""
+    """Block passes of a step: the teacher up to the last interval's end, the chain from the first
+    student on."""
     first, end = intervals[0][0], intervals[-1][1] + 1
     chain = end - first - sum(v - u for u, v in intervals)
     return FORWARD * end + FORWARD_BACKWARD * chain
@@ -100,10 +113,11 @@ def sequential_cost(intervals: Sequence[tuple[int, int]]) -> int:
 def sequential_loss(
     task: Task, chain: dict[int, tuple[int, nn.Module]], inputs: Inputs, loss: Loss = direction
 ) -> torch.Tensor:
-    """Sum over intervals and used streams of the loss between the chain's and the teacher's state behind v.
+    """Sum over intervals and used streams of the loss between the chain's and the teacher's state
+    behind v.
 
-    `chain`: u -> (v, student). Up to the first interval the chain is the teacher, so it starts there; kept blocks
-    between students run too, and gradients flow back through them.
+    `chain`: u -> (v, student). Up to the first interval the chain is the teacher, so it starts
+    there; kept blocks between students run too, and gradients flow back through them.
     """
     architecture, terms = task.teacher.architecture, []
     first, last = min(chain), max(v for v, _ in chain.values())

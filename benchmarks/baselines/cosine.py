@@ -1,4 +1,5 @@
-"""Block influence: remove the blocks that turn their input least (ShortGPT, Men et al. 2024, equation 1)."""
+"""Block influence: remove the blocks that turn their input least (ShortGPT, Men et al. 2024,
+equation 1)."""
 
 from __future__ import annotations
 

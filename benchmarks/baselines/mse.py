@@ -1,4 +1,5 @@
-"""Remove the blocks whose output differs least from their input in squares (FLUX.1 Lite's ranking)."""
+"""Remove the blocks whose output differs least from their input in squares (FLUX.1 Lite's
+ranking)."""
 
 from __future__ import annotations
 

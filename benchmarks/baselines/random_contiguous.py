@@ -1,4 +1,5 @@
-"""Remove random runs of two to four neighbours, a kept block between any two; never the first or last block.
+"""Remove random runs of two to four neighbours, a kept block between any two; never the first or
+last block.
 
 What contiguity is worth without choosing where.
 """
@@ -14,16 +15,20 @@ SHORTEST, LONGEST = 2, 4
 
 
 def random_runs(num_blocks: int, remove: int, seed: int) -> tuple[int, ...]:
-    """Removed blocks, ascending; a single block is a run of its own. Raises ValueError when they do not fit."""
+    """Removed blocks, ascending; a single block is a run of its own. Raises ValueError when they do
+    not fit."""
     generator = torch.Generator().manual_seed(seed)
     fewest = -(-remove // LONGEST)
     spare = num_blocks - 2 - remove  # kept blocks between the first and the last
     most = min(max(1, remove // SHORTEST), spare + 1)
     if spare < 0 or fewest > most:
-        raise ValueError(f"runs of {LONGEST} cannot remove {remove} of {num_blocks} blocks; remove fewer")
+        raise ValueError(
+            f"runs of {LONGEST} cannot remove {remove} of {num_blocks} blocks; remove fewer"
+        )
     count = int(torch.randint(fewest, most + 1, (), generator=generator))
     lengths = _lengths(remove, count, generator)
-    slots = torch.randperm(spare + 1, generator=generator)[:count].sort().values.tolist()  # kept blocks in front
+    # kept blocks in front
+    slots = torch.randperm(spare + 1, generator=generator)[:count].sort().values.tolist()
     removed, before = [], 0
     for length, slot in zip(lengths, slots, strict=True):
         start = 1 + slot + before
@@ -33,7 +38,8 @@ def random_runs(num_blocks: int, remove: int, seed: int) -> tuple[int, ...]:
 
 
 def _lengths(remove: int, count: int, generator: torch.Generator) -> list[int]:
-    """`count` lengths within bounds that sum to `remove`, the surplus over the shortest dealt at random."""
+    """`count` lengths within bounds that sum to `remove`, the surplus over the shortest dealt at
+    random."""
     lengths = [min(SHORTEST, remove)] * count
     while sum(lengths) < remove:
         open_runs = [i for i, length in enumerate(lengths) if length < LONGEST]
@@ -43,7 +49,10 @@ def _lengths(remove: int, count: int, generator: torch.Generator) -> list[int]:
 
 def select(task: Task, budget: Budget) -> tuple[int, ...]:
     return tuple(
-        blocks[i] for blocks, count in task.quotas if count for i in random_runs(len(blocks), count, task.seed)
+        blocks[i]
+        for blocks, count in task.quotas
+        if count
+        for i in random_runs(len(blocks), count, task.seed)
     )
 
 

@@ -1,8 +1,10 @@
-"""TinyFusion: learn which blocks to remove by how well the rest can recover, then distil with masked features.
+"""TinyFusion: learn which blocks to remove by how well the rest can recover, then distil with
+masked features.
 
-From the paper's description (Fang et al. 2024, "Learned shallow diffusion transformers"). Blocks form local groups; in
-each, a hard Gumbel-softmax gate draws one pattern of removed blocks, while low-rank updates stand for the training
-that will follow. A third of the budget learns gates, the rest trains what stays.
+From the paper's description (Fang et al. 2024, "Learned shallow diffusion transformers"). Blocks
+form local groups; in each, a hard Gumbel-softmax gate draws one pattern of removed blocks, while
+low-rank updates stand for the training that will follow. A third of the budget learns gates, the
+rest trains what stays.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ SIGMAS = 2.0
 
 
 def groups_of(num_blocks: int, remove: int) -> list[tuple[range, int]]:
-    """(blocks, how many of them to remove): groups of nearly equal size and share, that sum to `remove`."""
+    """(blocks, how many of them to remove): groups of nearly equal size and share, that sum to
+    `remove`."""
     count = -(-num_blocks // GROUP)
     ends = [num_blocks * j // count for j in range(count + 1)]
-    removed = [(2 * remove * end + num_blocks) // (2 * num_blocks) for end in ends]  # the nearest whole number
+    # the nearest whole number
+    removed = [(2 * remove * end + num_blocks) // (2 * num_blocks) for end in ends]
     return [(range(ends[j], ends[j + 1]), removed[j + 1] - removed[j]) for j in range(count)]
 
 
@@ -68,11 +72,14 @@ class Gates(nn.Module):
         super().__init__()
         self.groups = [blocks for blocks, _ in groups]
         self.patterns = [patterns_of(len(blocks), count) for blocks, count in groups]
-        self.logits = nn.ParameterList(nn.Parameter(torch.zeros(len(patterns))) for patterns in self.patterns)
+        self.logits = nn.ParameterList(
+            nn.Parameter(torch.zeros(len(patterns))) for patterns in self.patterns
+        )
         self.average = [torch.zeros(len(patterns)) for patterns in self.patterns]
 
     def sample(self, tau: float, generator: torch.Generator) -> torch.Tensor:
-        """[blocks] of ones and zeros with the gradient of the soft choice (Jang et al. 2017, straight-through)."""
+        """[blocks] of ones and zeros with the gradient of the soft choice (Jang et al. 2017,
+        straight-through)."""
         rows = []
         for logits, patterns in zip(self.logits, self.patterns, strict=True):
             noise = torch.empty(len(patterns)).exponential_(generator=generator).log().neg()
@@ -94,19 +101,23 @@ class Gates(nn.Module):
 
 
 def add_low_rank(block: nn.Module, rank: int, generator: torch.Generator) -> list[nn.Parameter]:
-    """y = W x + B A x on every linear map of the block, B zero at first (Hu et al. 2021). Returns all A and B."""
+    """y = W x + B A x on every linear map of the block, B zero at first (Hu et al. 2021). Returns
+    all A and B."""
     added = []
     for linear in [module for module in block.modules() if isinstance(module, nn.Linear)]:
         down = torch.randn(rank, linear.in_features, generator=generator) / linear.in_features**0.5
         a = nn.Parameter(down.to(linear.weight))
         b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
-        linear.register_forward_hook(lambda _, inputs, output, a=a, b=b: output + inputs[0] @ a.T @ b.T)
+        linear.register_forward_hook(
+            lambda _, inputs, output, a=a, b=b: output + inputs[0] @ a.T @ b.T
+        )
         added += [a, b]
     return added
 
 
 def select(task: Task, budget: Budget, share: float = GATE_SHARE) -> tuple[int, ...]:
-    """Trains gates and low-rank updates on the velocity with `share` of what the budget has left."""
+    """Trains gates and low-rank updates on the velocity with `share` of what the budget has
+    left."""
     teacher, gates = task.teacher, Gates(task_groups(task))
     cost = step_cost(teacher.num_blocks, teacher.num_blocks)
     steps = Budget(int(share * budget.left)).steps_for(cost)
@@ -119,7 +130,10 @@ def select(task: Task, budget: Budget, share: float = GATE_SHARE) -> tuple[int, 
     blocks = [copy.deepcopy(teacher.block(index)) for index in range(teacher.num_blocks)]
     updates = [parameter for block in blocks for parameter in add_low_rank(block, RANK, generator)]
     optimizer = torch.optim.AdamW(
-        [{"params": updates, "rate": 1.0}, {"params": gates.parameters(), "rate": GATE_RATE, "weight_decay": 0.0}],
+        [
+            {"params": updates, "rate": 1.0},
+            {"params": gates.parameters(), "rate": GATE_RATE, "weight_decay": 0.0},
+        ],
         lr=0.0,
         betas=BETAS,
         weight_decay=WEIGHT_DECAY,
@@ -132,7 +146,9 @@ def select(task: Task, budget: Budget, share: float = GATE_SHARE) -> tuple[int, 
     return gates.removed()
 
 
-def gated_loss(task: Task, blocks: Sequence[nn.Module], gates: torch.Tensor, step: int) -> torch.Tensor:
+def gated_loss(
+    task: Task, blocks: Sequence[nn.Module], gates: torch.Tensor, step: int
+) -> torch.Tensor:
     """Velocity error of the model whose block i adds gates[i] times what it would add."""
     architecture, inputs = task.teacher.architecture, step_inputs(task.calibration, task.seed, step)
     with torch.no_grad():
@@ -144,11 +160,14 @@ def gated_loss(task: Task, blocks: Sequence[nn.Module], gates: torch.Tensor, ste
 
 
 def _between(before: BlockState, after: BlockState, gate: torch.Tensor) -> BlockState:
-    return after.with_streams(torch.lerp(before.image, after.image, gate), torch.lerp(before.text, after.text, gate))
+    return after.with_streams(
+        torch.lerp(before.image, after.image, gate), torch.lerp(before.text, after.text, gate)
+    )
 
 
 def _update(optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float) -> None:
-    """One step, every group at its own multiple of the learning rate and with its gradients clipped to a norm of 1.
+    """One step, every group at its own multiple of the learning rate and with its gradients clipped
+    to a norm of 1.
 
     Raises Diverged, before the weights are touched, when the loss is not finite.
     """
@@ -168,24 +187,36 @@ def prune(task: Task, budget: Budget, removed: tuple[int, ...] | None = None) ->
 
 
 def masked_features(task: Task, pruned: Pruned) -> ExtraLoss:
-    """0.1 times the mean masked error of both streams behind every group but the last, which the velocity covers."""
-    ends = [blocks.stop for blocks, _ in task_groups(replace(task, remove=len(pruned.removed)))][:-1]
+    """0.1 times the mean masked error of both streams behind every group but the last, which the
+    velocity covers."""
+    ends = [blocks.stop for blocks, _ in task_groups(replace(task, remove=len(pruned.removed)))][
+        :-1
+    ]
     sites = [(sum(index < end for index in pruned.blocks), end) for end in ends]
 
     def loss(student: list[BlockState], teacher: list[BlockState]) -> torch.Tensor:
         errors = [
-            masked_mse(student[position].real_tokens(stream).float(), teacher[end].real_tokens(stream).float())
+            masked_mse(
+                student[position].real_tokens(stream).float(),
+                teacher[end].real_tokens(stream).float(),
+            )
             for position, end in sites
             for stream in task.teacher.used_streams(end - 1)
         ]
-        return FEATURE_WEIGHT * sum(errors, start=student[-1].image.new_zeros(())) / max(1, len(errors))
+        return (
+            FEATURE_WEIGHT
+            * sum(errors, start=student[-1].image.new_zeros(()))
+            / max(1, len(errors))
+        )
 
     return loss
 
 
-def masked_mse(student: torch.Tensor, teacher: torch.Tensor, sigmas: float = SIGMAS) -> torch.Tensor:
-    """relative_mse over entries of [tokens, d] within `sigmas` deviations of the mean in both: massive activations
-    would rule the loss and are left out."""
+def masked_mse(
+    student: torch.Tensor, teacher: torch.Tensor, sigmas: float = SIGMAS
+) -> torch.Tensor:
+    """relative_mse over entries of [tokens, d] within `sigmas` deviations of the mean in both:
+    massive activations would rule the loss and are left out."""
     with torch.no_grad():
         kept = torch.ones_like(teacher, dtype=torch.bool)
         for x in (student, teacher):

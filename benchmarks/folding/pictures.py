@@ -1,4 +1,5 @@
-"""The demo's variants drawn with the same noise: as they are, with a table, with a basis; figures and one picture."""
+"""The demo's variants drawn with the same noise: as they are, with a table, with a basis; figures
+and one picture."""
 
 from __future__ import annotations
 
@@ -29,8 +30,19 @@ def pictures(folder: Path, output: Path, captions: int, steps: int) -> dict:
     """Writes folding.png beside the results. psnr: of the basis' pictures, at worst."""
     files, reports = {"off": (BUNDLE, TEACHER)}, {}
     for form in FORMS[1:]:
-        path = fold(FoldConfig(path=BUNDLE, base=TEACHER, form=form, run=folder, name=f"demo_{form}", steps=str(steps),
-                               dtype="float32", samples=str(captions), device="cpu"))  # fmt: skip
+        path = fold(
+            FoldConfig(
+                path=BUNDLE,
+                base=TEACHER,
+                form=form,
+                run=folder,
+                name=f"demo_{form}",
+                steps=str(steps),
+                dtype="float32",
+                samples=str(captions),
+                device="cpu",
+            )
+        )
         files[form] = path, path.with_name(f"demo_{form}_base.safetensors")
         reports[form] = read_json(folder / f"demo_{form}.json")
     reading = reader_of(EvaluateConfig(model=TEACHER, run=folder, device="cpu"), TEACHER)
@@ -41,7 +53,9 @@ def pictures(folder: Path, output: Path, captions: int, steps: int) -> dict:
         drawn, parameters = {}, {}
         for form, (path, base) in files.items():
             model = open_model(path, variant, base)
-            latents = draw_prompts(QwenImage(), model, prompts, 0, steps, 2.0, captions, f"{variant} {form}")
+            latents = draw_prompts(
+                QwenImage(), model, prompts, 0, steps, 2.0, captions, f"{variant} {form}"
+            )
             drawn[form], parameters[form] = reading.codec.pictures(latents), parameter_count(model)
             if variant in SHOWN_VARIANTS:
                 shown = drawn[form][:SHOWN].movedim(1, -1)
@@ -53,14 +67,30 @@ def pictures(folder: Path, output: Path, captions: int, steps: int) -> dict:
                         bytes=2 * parameters[form],
                     )
                 )
-        right = {form: float(reading.score(p, texts)["character"].float().mean()) for form, p in drawn.items()}
-        rows.append({"name": variant, "parameters": parameters, "identical": torch.equal(drawn["table"], drawn["off"]),
-                     "psnr": _psnr(drawn["basis"], drawn["off"]), "characters": right})  # fmt: skip
+        right = {
+            form: float(reading.score(p, texts)["character"].float().mean())
+            for form, p in drawn.items()
+        }
+        rows.append(
+            {
+                "name": variant,
+                "parameters": parameters,
+                "identical": torch.equal(drawn["table"], drawn["off"]),
+                "psnr": _psnr(drawn["basis"], drawn["off"]),
+                "characters": right,
+            }
+        )
     _save(output / "folding.png", side_by_side(columns))
     basis = {key: reports["basis"][key] for key in ("rank", "bound", "curve")}
     sizes = {form: found["sizes"] for form, found in reports.items()}
-    return {"captions": captions, "steps": steps, "variants": rows, "basis": basis, "files": sizes,
-            "table_bytes": reports["table"]["table_bytes"]}  # fmt: skip
+    return {
+        "captions": captions,
+        "steps": steps,
+        "variants": rows,
+        "basis": basis,
+        "files": sizes,
+        "table_bytes": reports["table"]["table_bytes"],
+    }
 
 
 def _psnr(ours: torch.Tensor, theirs: torch.Tensor) -> float:

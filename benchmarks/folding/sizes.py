@@ -1,4 +1,5 @@
-"""Parameters and bytes of the released Qwen-Image models, folded and not, counted on the meta device."""
+"""Parameters and bytes of the released Qwen-Image models, folded and not, counted on the meta
+device."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ TEN_BILLION = {  # as released, by the numbers after removal (method: distil wid
     "ehs_proj_index": [19, 23, 34],
     "ffn_proj_index": [2, 33, 34],
 }
-MODELS = {"Qwen-Image, 60 blocks": (60, {}), "35 blocks (12B)": (35, {}), "35 blocks, width (10B)": (35, TEN_BILLION)}
+MODELS = {
+    "Qwen-Image, 60 blocks": (60, {}),
+    "35 blocks (12B)": (35, {}),
+    "35 blocks, width (10B)": (35, TEN_BILLION),
+}
 FOLDINGS = {
     "off": None,
     **{f"table_{steps}": Folding(form="table", inputs=steps) for steps in (8, 20, 50)},
@@ -29,8 +34,8 @@ FOLDINGS = {
 
 
 def model_sizes() -> dict:
-    """model -> folding -> {"parameters", "bytes", "maps"}; a basis' maps are float32, all else bf16. maps: bytes of what
-    stands for the modulations, a table's for one number of rows."""
+    """model -> folding -> {"parameters", "bytes", "maps"}; a basis' maps are float32, all else
+    bf16. maps: bytes of what stands for the modulations, a table's for one number of rows."""
     return {
         name: {key: _size(count, lists, folding) for key, folding in FOLDINGS.items()}
         for name, (count, lists) in MODELS.items()
@@ -38,8 +43,11 @@ def model_sizes() -> dict:
 
 
 def _size(count: int, lists: dict, folding: Folding | None) -> dict:
-    """A text-pruned block's unused attn.to_add_out is counted in the published 10.60 B, so here too."""
-    config = QWEN.with_blocks(REAL, range(count)) | ({"folding": folding.to_config()} if folding else {})
+    """A text-pruned block's unused attn.to_add_out is counted in the published 10.60 B, so here
+    too."""
+    config = QWEN.with_blocks(REAL, range(count)) | (
+        {"folding": folding.to_config()} if folding else {}
+    )
     places = released_layout(QWEN, {**config, **lists}, "the release").places
     kinds, one_of = Counter(map(_kind, places)), {_kind(place): place for place in places}
     with torch.device("meta"):
@@ -56,7 +64,12 @@ def _size(count: int, lists: dict, folding: Folding | None) -> dict:
 
 def _kind(place: Place) -> tuple:
     """Blocks of one kind have as many parameters."""
-    return place.text_source is None, place.steps_text, place.publishes, *(site.kind for site in place.ffn)
+    return (
+        place.text_source is None,
+        place.steps_text,
+        place.publishes,
+        *(site.kind for site in place.ffn),
+    )
 
 
 def _maps(block) -> int:

@@ -14,17 +14,24 @@ import torch
 from ppcl_engine.system.atomic import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
-QUICK_RESULTS = Path("runs/benchmarks_quick")  # a quick run proves that the script works, nothing else
+# a quick run proves that the script works, nothing else
+QUICK_RESULTS = Path("runs/benchmarks_quick")
 PACKAGES = ("torch", "diffusers", "safetensors", "numpy")
 
 
 def options(name: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="smallest sizes, to see that it runs; figures mean nothing"
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=description.splitlines()[0]
     )
     parser.add_argument(
-        "--output", type=Path, help=f"folder of {name}.json (default {RESULTS.parent.name}/{RESULTS.name})"
+        "--quick",
+        action="store_true",
+        help="smallest sizes, to see that it runs; figures mean nothing",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"folder of {name}.json (default {RESULTS.parent.name}/{RESULTS.name})",
     )
     return parser
 
@@ -44,7 +51,12 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
 def write(name: str, chosen: argparse.Namespace, values: dict) -> Path:
     """`<output>/<name>.json`: the values, then the machine, versions and command they come from."""
     path = chosen.output / f"{name}.json"
-    about = {"quick": chosen.quick, "command": chosen.command, "machine": machine(), "versions": versions()}
+    about = {
+        "quick": chosen.quick,
+        "command": chosen.command,
+        "machine": machine(),
+        "versions": versions(),
+    }
     write_json(path, {**values, **about})
     print(f"\nwrote {path}")
     return path
@@ -53,7 +65,9 @@ def write(name: str, chosen: argparse.Namespace, values: dict) -> Path:
 def machine() -> dict:
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
@@ -71,7 +85,14 @@ def print_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]
     lines.insert(1, ["-" * width for width in widths])
     print(f"\n{title}")
     for first, *others in lines:
-        print("  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True))]))
+        print(
+            "  ".join(
+                [
+                    first.ljust(widths[0]),
+                    *(c.rjust(w) for c, w in zip(others, widths[1:], strict=True)),
+                ]
+            )
+        )
 
 
 def _processor() -> str:

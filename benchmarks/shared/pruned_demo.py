@@ -39,7 +39,9 @@ class Context:
 
     @cached_property
     def grams(self) -> dict[str, list[Grams]]:
-        found = {scheme: collect(self.teacher, self.calibration, scheme) for scheme in (EVEN, EARLY)}
+        found = {
+            scheme: collect(self.teacher, self.calibration, scheme) for scheme in (EVEN, EARLY)
+        }
         return {**found, "unseen": collect(self.teacher, self.unseen, EVEN)}
 
 
@@ -61,24 +63,44 @@ def prepare(chosen, blocks: int = 1) -> Context:
     path = chosen.teacher or BUNDLED
     if chosen.quick and chosen.teacher is None:
         path = Path(chosen.work) / "teacher.safetensors"
-        random_teacher(path, {**NARROW, "num_layers": blocks}, seed=0, codec=fit_codec(0, samples=16))
+        random_teacher(
+            path, {**NARROW, "num_layers": blocks}, seed=0, codec=fit_codec(0, samples=16)
+        )
     weights = Weights(path)
     folder = Path(chosen.work) / weights.fingerprint[:8]
     teacher = Teacher(weights, torch.float32, "cpu", streamed=False)
-    samples, captions, steps = (8, 4, 2) if chosen.quick else (SAMPLES, chosen.captions or CAPTIONS, STEPS)
+    samples, captions, steps = (
+        (8, 4, 2) if chosen.quick else (SAMPLES, chosen.captions or CAPTIONS, STEPS)
+    )
     batch = min(BATCH, samples)
-    calibration, unseen, others = (rendered(path, weights, samples, batch, seed=seed) for seed in (0, 1, 2))
+    calibration, unseen, others = (
+        rendered(path, weights, samples, batch, seed=seed) for seed in (0, 1, 2)
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    judge = Judge(path, open_model(path), replace(unseen, batches=unseen.batches[:1]), others, captions, folder, steps)
+    judge = Judge(
+        path,
+        open_model(path),
+        replace(unseen, batches=unseen.batches[:1]),
+        others,
+        captions,
+        folder,
+        steps,
+    )
     return Context(path, teacher, calibration, unseen, folder, judge)
 
 
 def options(name: str, description: str) -> ArgumentParser:
     """What the benchmarks that `prepare` alike have in common."""
     parser = output.options(name, description)
-    parser.add_argument("--teacher", type=Path, help="default: the bundled one; of a quick run a tiny random one")
-    parser.add_argument("--work", type=Path, help="where rows that are done are kept (default runs/sparsity)")
-    parser.add_argument("--captions", type=int, default=0, help=f"captions drawn a row (default {CAPTIONS})")
+    parser.add_argument(
+        "--teacher", type=Path, help="default: the bundled one; of a quick run a tiny random one"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="where rows that are done are kept (default runs/sparsity)"
+    )
+    parser.add_argument(
+        "--captions", type=int, default=0, help=f"captions drawn a row (default {CAPTIONS})"
+    )
     return parser
 
 
@@ -89,8 +111,14 @@ def parse(parser: ArgumentParser, arguments: list[str] | None) -> Namespace:
 
 
 def quantised(model: nn.Module, kind: str, blocks: tuple[str, ...] = ("",)) -> nn.Module:
-    """The model, with the linear maps of its blocks rounded; `blocks`: beginnings of their names."""
+    """The model, with the linear maps of its blocks rounded; `blocks`: beginnings of their
+    names."""
     for name, module in model.named_modules():
-        if kind != NONE and isinstance(module, nn.Linear) and "blocks." in name and name.startswith(blocks):
+        if (
+            kind != NONE
+            and isinstance(module, nn.Linear)
+            and "blocks." in name
+            and name.startswith(blocks)
+        ):
             module.weight.data = simulated(module.weight, kind)
     return model

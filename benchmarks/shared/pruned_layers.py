@@ -1,4 +1,5 @@
-"""A whole model pruned from statistics that are collected once: every row of the benchmark has the very same."""
+"""A whole model pruned from statistics that are collected once: every row of the benchmark has the
+very same."""
 
 from __future__ import annotations
 
@@ -34,8 +35,9 @@ def collect(teacher: Teacher, calibration: CalibrationSet, scheme: str) -> list[
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """errors: by block and layer, relative and squared, on the calibration inputs and on unseen ones; None where channels
-    stand in another order. bytes: in 16 bits, zeros as the pattern stores them."""
+    """errors: by block and layer, relative and squared, on the calibration inputs and on unseen
+    ones; None where channels stand in another order. bytes: in 16 bits, zeros as the pattern stores
+    them."""
 
     model: nn.Module
     errors: list[float]
@@ -45,20 +47,28 @@ class PrunedModel:
 
 @torch.no_grad()
 def prune_model(
-    teacher: Teacher, grams: Sequence[Grams], unseen: Sequence[Grams], method: Method, permute: bool = False
+    teacher: Teacher,
+    grams: Sequence[Grams],
+    unseen: Sequence[Grams],
+    method: Method,
+    permute: bool = False,
 ) -> PrunedModel:
     blocks, reports, unseen_errors = [], [], []
     for index in range(teacher.num_blocks):
         dense, block = teacher.block(index), copy.deepcopy(teacher.block(index))
         own = replace(grams[index], layers=pruned_maps(block, ()))
-        reports += prune_block(teacher.architecture.name, block, own, method, permute, f"block {index}")
+        reports += prune_block(
+            teacher.architecture.name, block, own, method, permute, f"block {index}"
+        )
         unseen_errors += _errors(dense, block, unseen[index])
         blocks.append(block)
     outer = teacher.weights.outer(teacher.dtype, teacher.device)
     model = teacher.architecture.assemble(outer, teacher.config, blocks)
     moved = any(report.permuted for report in reports)
     size = bytes_of(model, reports, method.pattern.name)
-    return PrunedModel(model, [report.error for report in reports], None if moved else unseen_errors, size)
+    return PrunedModel(
+        model, [report.error for report in reports], None if moved else unseen_errors, size
+    )
 
 
 def _errors(dense: nn.Module, block: nn.Module, grams: Grams) -> list[float]:
@@ -70,10 +80,12 @@ def _errors(dense: nn.Module, block: nn.Module, grams: Grams) -> list[float]:
 
 
 def bytes_of(model: nn.Module, reports: Sequence[LayerReport | dict], pattern: str) -> int:
-    """16 bits a number; of a pruned layer those that stay, and two bits for each of them (2:4), or one for every place."""
+    """16 bits a number; of a pruned layer those that stay, and two bits for each of them (2:4), or
+    one for every place."""
     rows = [report if isinstance(report, dict) else report.to_json() for report in reports]
     weights, dropped = (
-        sum(f(row) for row in rows) for f in (lambda r: r["rows"] * r["columns"], lambda r: r["dropped"])
+        sum(f(row) for row in rows)
+        for f in (lambda r: r["rows"] * r["columns"], lambda r: r["dropped"])
     )
     places = (weights - dropped) * 2 if pattern == "2:4" else weights
     return 2 * (sum(p.numel() for p in model.parameters()) - dropped) + places // 8

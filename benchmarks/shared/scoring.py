@@ -1,4 +1,5 @@
-"""What a pruned model of the demo's task is worth: what a reader reads, pictures and velocity against the teacher's."""
+"""What a pruned model of the demo's task is worth: what a reader reads, pictures and velocity
+against the teacher's."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ RESAMPLES = 2000
 
 
 class Judge:
-    """Draws the same captions from the same noise with every model; what the teacher drew is kept in `folder`."""
+    """Draws the same captions from the same noise with every model; what the teacher drew is kept
+    in `folder`."""
 
     def __init__(
         self,
@@ -41,13 +43,20 @@ class Judge:
         self.texts = [caption.text() for caption in random_captions(captions, generator)]
         self.prompts = encode_prompts(self.reading.codec, self.texts)
         path = folder / (
-            f"teacher_{captions}.safetensors" if steps == STEPS else f"teacher_{captions}_{steps}.safetensors"
+            f"teacher_{captions}.safetensors"
+            if steps == STEPS
+            else f"teacher_{captions}_{steps}.safetensors"
         )
         if not path.exists():
-            write_tensors(path, {name: t.float() for name, t in self._draw(teacher, "teacher").items()})
+            write_tensors(
+                path, {name: t.float() for name, t in self._draw(teacher, "teacher").items()}
+            )
         self.teacher = TensorFile(path).read_all()
         self.validation, self.unseen = validation, unseen
-        self.target, self.validation_target = self._velocities(teacher, unseen), self._velocities(teacher, validation)
+        self.target, self.validation_target = (
+            self._velocities(teacher, unseen),
+            self._velocities(teacher, validation),
+        )
 
     def velocity_error(self, model: nn.Module) -> dict:
         """Relative squared error on samples that nothing was trained on."""
@@ -56,10 +65,13 @@ class Judge:
     def velocity_rows(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared error and its own square of every unseen sample, each [samples]."""
         ours = self._velocities(model, self.unseen)
-        return (ours - self.target).square().flatten(1).sum(1), self.target.square().flatten(1).sum(1)
+        return (ours - self.target).square().flatten(1).sum(1), self.target.square().flatten(1).sum(
+            1
+        )
 
     def validation_error(self, model: nn.Module) -> float:
-        """What a learning-rate search looks at: samples of its own, neither trained on nor scored."""
+        """What a learning-rate search looks at: samples of its own, neither trained on nor
+        scored."""
         error = self._velocities(model, self.validation) - self.validation_target
         return float(error.square().sum() / self.validation_target.square().sum())
 
@@ -84,14 +96,26 @@ class Judge:
 
     def _draw(self, model: nn.Module, name: str) -> dict[str, torch.Tensor]:
         latents = draw_prompts(
-            self.architecture, model, self.prompts, SEED, self.steps, GUIDANCE, BATCH, f"draw {name}"
+            self.architecture,
+            model,
+            self.prompts,
+            SEED,
+            self.steps,
+            GUIDANCE,
+            BATCH,
+            f"draw {name}",
         )
         pictures = torch.cat([self.reading.codec.pictures(part) for part in latents.split(BATCH)])
-        return {"latents": latents, **{k: v.float() for k, v in self.reading.score(pictures, self.texts).items()}}
+        return {
+            "latents": latents,
+            **{k: v.float() for k, v in self.reading.score(pictures, self.texts).items()},
+        }
 
     def _velocities(self, model: nn.Module, samples: CalibrationSet) -> torch.Tensor:
         with torch.no_grad():
-            return torch.cat([self.architecture.call(model, row).double() for row in samples.all_inputs()])
+            return torch.cat(
+                [self.architecture.call(model, row).double() for row in samples.all_inputs()]
+            )
 
 
 def ratio_with_interval(error: torch.Tensor, power: torch.Tensor) -> dict:
@@ -113,14 +137,21 @@ def share_with_interval(share: float, count: int) -> dict:
 
 
 def drop_percent(ours: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor]) -> dict:
-    """100 (1 - mean of the student / teacher ratios of the readings), with a 95 % bootstrap interval over captions
-    (resampled together for student and teacher). Each reading is [captions] of zeros and ones."""
+    """100 (1 - mean of the student / teacher ratios of the readings), with a 95 % bootstrap
+    interval over captions (resampled together for student and teacher). Each reading is [captions]
+    of zeros and ones."""
     count = len(teacher[READINGS[0]])
     choice = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(SEED))
 
     def drops(rows: torch.Tensor) -> torch.Tensor:
-        ratios = [ours[r].double()[rows].mean(-1) / teacher[r].double()[rows].mean(-1) for r in READINGS]
+        ratios = [
+            ours[r].double()[rows].mean(-1) / teacher[r].double()[rows].mean(-1) for r in READINGS
+        ]
         return 100 * (1 - torch.stack(ratios).mean(0))
 
     low, high = torch.quantile(drops(choice), torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return {"drop_percent": float(drops(torch.arange(count))), "low": float(low), "high": float(high)}
+    return {
+        "drop_percent": float(drops(torch.arange(count))),
+        "low": float(low),
+        "high": float(high),
+    }

@@ -1,4 +1,5 @@
-"""Teachers and calibration sets that benchmarks measure with: the demo's own, and random ones of any size."""
+"""Teachers and calibration sets that benchmarks measure with: the demo's own, and random ones of
+any size."""
 
 from __future__ import annotations
 
@@ -38,14 +39,20 @@ BATCHES, SAMPLES, GRID, TEXT_TOKENS = 3, 4, (1, 6, 6), 8
 
 
 def describe(path: Path, weights: Weights) -> dict:
-    """Where a result's teacher comes from; `step`: how long it was trained, where its file says so."""
+    """Where a result's teacher comes from; `step`: how long it was trained, where its file says
+    so."""
     step = TensorFile(path).metadata.get("step")
-    about = {"path": os.path.relpath(path), "fingerprint": weights.fingerprint, "blocks": weights.num_blocks}
+    about = {
+        "path": os.path.relpath(path),
+        "fingerprint": weights.fingerprint,
+        "blocks": weights.num_blocks,
+    }
     return {**about, "step": step and int(step)}
 
 
 def rendered(path: Path, weights: Weights, samples: int, batch: int, seed: int) -> CalibrationSet:
-    """Pictures of the demo's task with captions, noised at timesteps that cover the whole schedule."""
+    """Pictures of the demo's task with captions, noised at timesteps that cover the whole
+    schedule."""
     codec, generator = open_codec(path), torch.Generator().manual_seed(seed)
     captions = random_captions(samples, generator)
     empty = torch.rand(samples, generator=generator) < EMPTY_CAPTIONS
@@ -56,16 +63,27 @@ def rendered(path: Path, weights: Weights, samples: int, batch: int, seed: int) 
     grid = weights.architecture.grid(latents)
     chunks = torch.arange(samples).split(batch)
     rows = [{name: tensor[c] for name, tensor in text.items()} for c in chunks]
-    batches = [draw.inputs_of(noisy[c], t[c], row, grid, clean[c]) for c, row in zip(chunks, rows, strict=True)]
+    batches = [
+        draw.inputs_of(noisy[c], t[c], row, grid, clean[c])
+        for c, row in zip(chunks, rows, strict=True)
+    ]
     return CalibrationSet(batches, origin(weights))
 
 
 def origin(weights: Weights) -> dict:
-    return {"architecture": weights.architecture.name, "fingerprint": weights.fingerprint, "source": "benchmark"}
+    return {
+        "architecture": weights.architecture.name,
+        "fingerprint": weights.fingerprint,
+        "source": "benchmark",
+    }
 
 
 def random_teacher(
-    path: Path, config: dict, seed: int, codec: TableCodec | None = None, dtype: torch.dtype = torch.float32
+    path: Path,
+    config: dict,
+    seed: int,
+    codec: TableCodec | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """A Qwen-Image file of random weights, written tensor by tensor: memory holds one at a time."""
     generator = torch.Generator().manual_seed(seed)
@@ -75,9 +93,16 @@ def random_teacher(
         for name, shape in shapes.items()
     ]
     metadata = {"config": json.dumps(config)}
-    if codec is not None:  # then the transformer's keys need ComfyUI's prefix, as in the demo's teacher
-        entries = [TensorEntry(f"model.diffusion_model.{e.name}", e.dtype, e.shape, e.read) for e in entries]
-        entries += [TensorEntry(n, t.dtype, tuple(t.shape), lambda t=t: t) for n, t in codec.tensors().items()]
+    # then the transformer's keys need ComfyUI's prefix, as in the demo's teacher
+    if codec is not None:
+        entries = [
+            TensorEntry(f"model.diffusion_model.{e.name}", e.dtype, e.shape, e.read)
+            for e in entries
+        ]
+        entries += [
+            TensorEntry(n, t.dtype, tuple(t.shape), lambda t=t: t)
+            for n, t in codec.tensors().items()
+        ]
         metadata |= codec.metadata()
     write_tensor_stream(path, entries, metadata)
 
@@ -91,10 +116,15 @@ def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator
 
 
 def peak_bytes() -> int:
-    """Of this process since it began. ru_maxrss would carry over the parent's peak where the child was forked."""
+    """Of this process since it began. ru_maxrss would carry over the parent's peak where the child
+    was forked."""
     status = Path("/proc/self/status")
     if status.exists():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return next(
+            int(line.split()[1]) * 1024
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 

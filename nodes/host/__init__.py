@@ -19,17 +19,22 @@ def host_named(name: str) -> Host:
     for host in HOSTS:
         if host.engine.name == name:
             return host
-    raise ValueError(f"{name} has no nodes yet; known: {', '.join(host.engine.name for host in HOSTS)}")
+    raise ValueError(
+        f"{name} has no nodes yet; known: {', '.join(host.engine.name for host in HOSTS)}"
+    )
 
 
 def host_of(names: Iterable[str], where: str) -> Host:
-    """By the names of a file's or a model's tensors. Raises ValueError for those of no architecture that is known here."""
+    """By the names of a file's or a model's tensors. Raises ValueError for those of no architecture
+    that is known here."""
     names = list(names)
     for host in HOSTS:
         if host.engine.detect(names):
             return host
     known = ", ".join(host.engine.name for host in HOSTS)
-    raise ValueError(f"{where} is no model of an architecture that is known here ({known}); choose another one")
+    raise ValueError(
+        f"{where} is no model of an architecture that is known here ({known}); choose another one"
+    )
 
 
 def host_of_model(model) -> Host:
@@ -40,18 +45,25 @@ def host_of_model(model) -> Host:
 
 
 def names_in_model(model, names: Iterable[str]) -> dict[str, str]:
-    """A tensor's name in a file of the full model -> in a model that the host loaded: newer hosts rename some."""
+    """A tensor's name in a file of the full model -> in a model that the host loaded: newer hosts
+    rename some."""
     config = model.model.model_config
-    rename = config.host_names if isinstance(config, PrunedConfig) else config.process_unet_state_dict
+    rename = (
+        config.host_names if isinstance(config, PrunedConfig) else config.process_unet_state_dict
+    )
     return {name: next(iter(rename({name: torch.empty(0)})), name) for name in names}
 
 
 def register() -> str | None:
-    """First in the host's list of models; by name, so that loading this pack again does not double them. Where this host
-    is not as known nothing of it is touched, and the answer is what is different."""
+    """First in the host's list of models; by name, so that loading this pack again does not double
+    them. Where this host is not as known nothing of it is touched, and the answer is what is
+    different."""
     if difference := next(checks.differences(HOSTS), None):
         return difference
     ours = [config for host in HOSTS for config in config_classes(host)]
     models = comfy.supported_models.models
-    models[:] = [*ours, *(m for m in models if m.__name__ not in {config.__name__ for config in ours})]
+    models[:] = [
+        *ours,
+        *(m for m in models if m.__name__ not in {config.__name__ for config in ours}),
+    ]
     return None

@@ -1,8 +1,9 @@
-"""LoRA on a pruned model: what a file says of the teacher's block u goes to the student that stands for it.
+"""LoRA on a pruned model: what a file says of the teacher's block u goes to the student that stands
+for it.
 
-Block numbers need no translation (a pruned model keeps the teacher's), and so ControlNet residuals and patches of
-blocks land right by themselves. Two things are left: in a switchable model a student is beside the teacher's block,
-and a linear map that was cut takes its part of a change.
+Block numbers need no translation (a pruned model keeps the teacher's), and so ControlNet residuals
+and patches of blocks land right by themselves. Two things are left: in a switchable model a student
+is beside the teacher's block, and a linear map that was cut takes its part of a change.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ WRAPPER = "ppcl"
 
 
 def prepare(model) -> None:
-    """Makes the host's patcher translate before its weights are loaded for sampling, and every clone of it too. Whatever
-    else loads them (a node that saves the model) gets them once more, translated."""
+    """Makes the host's patcher translate before its weights are loaded for sampling, and every
+    clone of it too. Whatever else loads them (a node that saves the model) gets them once more,
+    translated."""
     model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, WRAPPER, _before_sampling)
     model.add_callback_with_key(CallbacksMP.ON_LOAD, WRAPPER, _after_load)
 
@@ -41,7 +43,8 @@ def _after_load(model, device, memory: float, force: bool, whole: bool) -> None:
     if not translate_patches(model) or _patches_late(model):
         return
     used = model.model.model_loaded_weight_memory
-    model.model.current_weight_patches_uuid = uuid.uuid4()  # not of these patches: the host takes them out first
+    # not of these patches: the host takes them out first
+    model.model.current_weight_patches_uuid = uuid.uuid4()
     model.partially_load(device, math.inf if whole else memory - used, force_patch_weights=force)
 
 
@@ -51,14 +54,15 @@ def _patches_late(model) -> bool:
 
 
 def translate_patches(model) -> bool:
-    """Of weights, in place; again changes nothing. Depends on the patches alone, so branches with the same patches
-    stay alike for the host. Whether a weight has a patch that it had not."""
+    """Of weights, in place; again changes nothing. Depends on the patches alone, so branches with
+    the same patches stay alike for the host. Whether a weight has a patch that it had not."""
     transformer, new = model.model.diffusion_model, False
     if not hasattr(transformer, "ppcl"):
         return new
     names = {f"diffusion_model.{name}" for name, _ in transformer.named_parameters()}
     of_block = _of_block(transformer.ppcl.structure.host)
-    for found in (model.patches, *model.hook_patches.values()):  # hooks: LoRA on a part of the conditioning or schedule
+    # hooks: LoRA on a part of the conditioning or schedule
+    for found in (model.patches, *model.hook_patches.values()):
         for key, patches in list(found.items()):
             match = of_block.match(key)
             if match and (student := f"{match[1]}student.{match[2]}") in names:
@@ -69,8 +73,9 @@ def translate_patches(model) -> bool:
 
 
 def _of_student(patches: list[tuple], own: list[tuple]) -> list[tuple]:
-    """Of the patches of a teacher's weight those of its student's. A merge brings another model's weight, and what changes
-    that one, as a list: each has its own weight there, and the teacher's changes."""
+    """Of the patches of a teacher's weight those of its student's. A merge brings another model's
+    weight, and what changes that one, as a list: each has its own weight there, and the teacher's
+    changes."""
     merges = iter([patch for patch in own if isinstance(patch[1], list)])
     found = []
     for patch in patches:
@@ -86,7 +91,10 @@ def _alike(patches: list[tuple], others: list[tuple]) -> bool:
     if len(patches) != len(others):
         return False
     pairs = zip(patches, others, strict=True)
-    return all(a is b or (isinstance(a[1], list) and isinstance(b[1], list) and _alike(a[1], b[1])) for a, b in pairs)
+    return all(
+        a is b or (isinstance(a[1], list) and isinstance(b[1], list) and _alike(a[1], b[1]))
+        for a, b in pairs
+    )
 
 
 def _of_block(host: Host) -> re.Pattern:
@@ -94,15 +102,23 @@ def _of_block(host: Host) -> re.Pattern:
     return re.compile(rf"(diffusion_model\.(?:{lists})\.\d+\.)(?!student\.|projections\.)(.+)")
 
 
-ON_THE_WAY = ("weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function")
-"""Where the host keeps changes that it makes while a weight is brought to the device, by their names on its modules."""
+ON_THE_WAY = (
+    "weight_function",
+    "bias_function",
+    "weight_lowvram_function",
+    "bias_lowvram_function",
+)
+"""Where the host keeps changes that it makes while a weight is brought to the device, by their
+names on its modules."""
 
 
 class PatchedWhole:
-    """Part of a linear map's class that holds less than the full model's weight: patches see that weight.
+    """Part of a linear map's class that holds less than the full model's weight: patches see that
+    weight.
 
-    Where the host patches a stored weight, it asks `convert_weight` and `set_weight`. Newer hosts don't ask when a weight
-    is patched on the way to the device; so such a change is wrapped when the host puts it there.
+    Where the host patches a stored weight, it asks `convert_weight` and `set_weight`. Newer hosts
+    don't ask when a weight is patched on the way to the device; so such a change is wrapped when
+    the host puts it there.
     """
 
     def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
@@ -116,11 +132,15 @@ class PatchedWhole:
     def forward(self, *arguments, **named):
         for name in ("weight", "bias"):  # what the host appended to its lists since
             changes = getattr(self, f"{name}_function")
-            changes[:] = [OnWhole(self, name, c) if isinstance(c, LowVramPatch) else c for c in changes]
+            changes[:] = [
+                OnWhole(self, name, c) if isinstance(c, LowVramPatch) else c for c in changes
+            ]
         return super().forward(*arguments, **named)
 
     def convert_weight(self, weight, inplace=False, **named):
-        return self.whole("weight", getattr(super(), "convert_weight", _same)(weight, inplace=inplace, **named))
+        return self.whole(
+            "weight", getattr(super(), "convert_weight", _same)(weight, inplace=inplace, **named)
+        )
 
     def convert_bias(self, bias, inplace=False, **named):
         return self.whole("bias", bias)
@@ -131,20 +151,29 @@ class PatchedWhole:
         return store(tensor, inplace_update=inplace_update, seed=seed, return_weight=return_weight)
 
     def set_bias(self, bias, inplace_update=False, seed=None, return_weight=False, **named):
-        return stored(self, "bias", self.left("bias", bias, self.bias), inplace_update, seed, return_weight)
+        return stored(
+            self, "bias", self.left("bias", bias, self.bias), inplace_update, seed, return_weight
+        )
 
     def __setattr__(self, name, value):
         if name in ON_THE_WAY and value is not None:
             leaf = name.partition("_")[0]
-            value = [OnWhole(self, leaf, c) for c in value] if isinstance(value, list) else OnWhole(self, leaf, value)
+            value = (
+                [OnWhole(self, leaf, c) for c in value]
+                if isinstance(value, list)
+                else OnWhole(self, leaf, value)
+            )
         super().__setattr__(name, value)
 
 
 class OnWhole:
     """A change that the host makes on the way to the device, made on the full model's weight."""
 
-    def __init__(self, module: PatchedWhole, name: str, change: Callable[[torch.Tensor], torch.Tensor]):
-        for asked in ("convert_func", "set_func"):  # what this class does, an older host would do as well
+    def __init__(
+        self, module: PatchedWhole, name: str, change: Callable[[torch.Tensor], torch.Tensor]
+    ):
+        # what this class does, an older host would do as well
+        for asked in ("convert_func", "set_func"):
             if getattr(change, asked, None) is not None:
                 setattr(change, asked, None)
         self.module, self.name, self.change = module, name, change
@@ -179,7 +208,14 @@ def _same(weight: torch.Tensor, **_) -> torch.Tensor:
     return weight
 
 
-def stored(module: nn.Module, name: str, tensor: torch.Tensor, inplace_update=False, seed=None, return_weight=False):
+def stored(
+    module: nn.Module,
+    name: str,
+    tensor: torch.Tensor,
+    inplace_update=False,
+    seed=None,
+    return_weight=False,
+):
     old = getattr(module, name)
     tensor = comfy.float.stochastic_rounding(tensor, old.dtype, seed=seed)
     if return_weight:

@@ -1,8 +1,8 @@
 """What stands inside a pruned block of the host: the block's own forward then runs on these parts.
 
-The same edits as the engine's, made with the host's operations, so that its precision, offloading and LoRA reach them.
-They go into a block for good (a file that holds one variant), or into a view of it that lasts one call (a model whose
-variants can be switched).
+The same edits as the engine's, made with the host's operations, so that its precision, offloading
+and LoRA reach them. They go into a block for good (a file that holds one variant), or into a view
+of it that lasts one call (a model whose variants can be switched).
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from ...ppcl_engine.models.surgery import PassThrough
 from .adapters import PatchedWhole
 from .base import BlockList, Host, Maps
 
-OWN_PARTS = ("student", "projections")  # what a block of a switchable model holds besides the host's
+# what a block of a switchable model holds besides the host's
+OWN_PARTS = ("student", "projections")
 
 Linear = Callable[..., nn.Module]
 """(width in, width out, bias=True) -> one of the host's linear maps"""
 
 
 class Texts(dict):
-    """Index of a text group's source -> the modulated text that it left in this forward. Emptied before every forward.
+    """Index of a text group's source -> the modulated text that it left in this forward. Emptied
+    before every forward.
     tokens: of the text in this forward, where blocks read it and the image as one sequence."""
 
     tokens: int = 0
@@ -55,7 +57,9 @@ class Correction(EngineCorrection):
         self.maps = nn.ModuleDict(maps)
 
     @classmethod
-    def empty(cls, width: int, streams: tuple[str, ...], rank: int | None, linear: Linear) -> Correction:
+    def empty(
+        cls, width: int, streams: tuple[str, ...], rank: int | None, linear: Linear
+    ) -> Correction:
         return cls({stream: _correction_map(width, rank, linear) for stream in streams})
 
     def without(self, stream: str) -> Correction:
@@ -68,8 +72,11 @@ def _correction_map(width: int, rank: int | None, linear: Linear) -> nn.Module:
     return nn.Sequential(linear(width, rank, bias=False), linear(rank, width))
 
 
-def add_correction(block: nn.Module, correction: Correction, gives: tuple[str, ...], texts: Texts) -> nn.Module:
-    """As the engine's, behind what the block returns; of one sequence of both, each stream by itself."""
+def add_correction(
+    block: nn.Module, correction: Correction, gives: tuple[str, ...], texts: Texts
+) -> nn.Module:
+    """As the engine's, behind what the block returns; of one sequence of both, each stream by
+    itself."""
     block.correction = correction
     block.register_forward_hook(partial(_correct, gives, texts))
     return block
@@ -94,14 +101,20 @@ class FixedModulation(projections.FixedModulation):
 
 
 class ProjectedText(nn.Module):
-    """txt_modulated_j = P_j(txt_modulated_a) + txt_modulated_a, a being the last full block before the group.
+    """txt_modulated_j = P_j(txt_modulated_a) + txt_modulated_a, a being the last full block before
+    the group.
 
-    Where a did not run (another node skipped it), the text that comes in is what would have entered a: `modulate` does
-    here what a would have done (a partial function: unlike a closure it is copied along with the model).
+    Where a did not run (another node skipped it), the text that comes in is what would have entered
+    a: `modulate` does here what a would have done (a partial function: unlike a closure it is
+    copied along with the model).
     """
 
     def __init__(
-        self, projection: nn.Module, texts: Texts, index: int, modulate: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        projection: nn.Module,
+        texts: Texts,
+        index: int,
+        modulate: Callable[[torch.Tensor], torch.Tensor],
     ):
         super().__init__()
         self.projection, self.texts, self.index, self.modulate = projection, texts, index, modulate
@@ -116,15 +129,19 @@ class ProjectedText(nn.Module):
 def project(
     host: Host, block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module | None
 ) -> nn.Module:
-    """Puts a place's projections into the block, which is changed. `source`: the block that its text reads from."""
+    """Puts a place's projections into the block, which is changed. `source`: the block that its
+    text reads from."""
     for site in place.ffn:
         host.project_ffn(block, site.kind, site.form, maps(site.kind, "map"))
     if place.text_source is not None:
         host.project_text(block, place, maps, texts, source)
         if hasattr(block, "correction"):
-            block.correction = block.correction.without("text")  # the group moves the text on, no block inside it
+            # the group moves the text on, no block inside it
+            block.correction = block.correction.without("text")
     if place.publishes:
-        block.get_submodule(host.text_map).register_forward_pre_hook(partial(_keep, texts, place.index))
+        block.get_submodule(host.text_map).register_forward_pre_hook(
+            partial(_keep, texts, place.index)
+        )
     return block
 
 
@@ -133,7 +150,8 @@ def _keep(texts: Texts, index: int, module: nn.Module, arguments: tuple[torch.Te
 
 
 def view_of_block(host: Host, block: nn.Module) -> nn.Module:
-    """A block on the same parts: what is put into the view does not reach the block. Nothing is copied."""
+    """A block on the same parts: what is put into the view does not reach the block. Nothing is
+    copied."""
     view = _view(block)
     view.__dict__.pop("forward", None)  # a patch of the block's forward is what brought us here
     for name in OWN_PARTS:
@@ -154,12 +172,17 @@ def _view(module: nn.Module) -> nn.Module:
 
 
 def run_part(linear: nn.Module, x: torch.Tensor, width_out: int, width_in: int) -> torch.Tensor:
-    """The first outputs of a linear map on its first inputs [..., width_in]. Where the map's weight is stored in a form of
-    its own (scaled, quantised, of another pack), all of it runs and the rest is cut off."""
+    """The first outputs of a linear map on its first inputs [..., width_in]. Where the map's weight
+    is stored in a form of its own (scaled, quantised, of another pack), all of it runs and the rest
+    is cut off."""
     own = comfy.ops.disable_weight_init.Linear.forward_comfy_cast_weights
     if type(linear).forward_comfy_cast_weights is own and not isinstance(linear, PatchedWhole):
         weight, bias, stream = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
-        found = F.linear(x, weight[:width_out, :width_in], None if bias is None else bias[:width_out])
+        found = F.linear(
+            x, weight[:width_out, :width_in], None if bias is None else bias[:width_out]
+        )
         comfy.ops.uncast_bias_weight(linear, weight, bias, stream)
         return found
-    return type(linear).forward(linear, F.pad(x, (0, linear.in_features - width_in)))[..., :width_out]
+    return type(linear).forward(linear, F.pad(x, (0, linear.in_features - width_in)))[
+        ..., :width_out
+    ]

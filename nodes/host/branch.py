@@ -1,4 +1,5 @@
-"""What a branch of the graph runs: its layout, name, size and damage; of a pruned model, one variant's, or a plain one."""
+"""What a branch of the graph runs: its layout, name, size and damage; of a pruned model, one
+variant's, or a plain one."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def _parts(model):
 
 
 def known(model) -> tuple[Host, dict]:
-    """(its architecture, the engine's configuration of the whole model). Raises ValueError for one that is not known."""
+    """(its architecture, the engine's configuration of the whole model). Raises ValueError for one
+    that is not known."""
     if parts := _parts(model):
         return parts.structure.host, parts.structure.config
     host = host_of_model(model)
@@ -59,26 +61,36 @@ def sizes(model) -> tuple[int, int]:
 
 
 def plan_in(model) -> tuple[PruningPlan, list[Variant]]:
-    """(plan, the branch's variant and then the named ones). Of a file without a plan, one is made of its layout."""
+    """(plan, the branch's variant and then the named ones). Of a file without a plan, one is made
+    of its layout."""
     parts = _parts(model)
     plan = parts.plan if parts and parts.plan else _plan_of(*known(model), layout_in(model))
     if _switchable(model):
         own = variant_of(model)
         return plan, [own, *(v for v in plan.variants if v.name != own.name and not v.tuned)]
     everything = plan.everything()
-    return plan, [Variant(name=name_of(model), intervals=everything.intervals, sites=everything.sites)]
+    return plan, [
+        Variant(name=name_of(model), intervals=everything.intervals, sites=everything.sites)
+    ]
 
 
 def _plan_of(host: Host, config: dict, layout: Layout) -> PruningPlan:
     """A block before a gap stands for the gap."""
     ends = [place.index for place in layout.places[1:]] + [layout.num_blocks]
     spans = zip(layout.places, ends, strict=True)
-    intervals = tuple(Interval(first=p.index, last=end - 1) for p, end in spans if end - p.index > 1)
+    intervals = tuple(
+        Interval(first=p.index, last=end - 1) for p, end in spans if end - p.index > 1
+    )
     sites = [site for place in layout.places for site in place.ffn]
     for place, end in zip(layout.places, ends, strict=True):
         if place.text_source is not None:
             sites += [WidthSite(block=block, kind="text") for block in range(place.index, end)]
-    about = {"architecture": host.engine.name, "config": config, "num_blocks": layout.num_blocks, "fingerprint": ""}
+    about = {
+        "architecture": host.engine.name,
+        "config": config,
+        "num_blocks": layout.num_blocks,
+        "fingerprint": "",
+    }
     return PruningPlan(**about, intervals=intervals, sites=tuple(sites))
 
 
@@ -91,8 +103,13 @@ def full_parameters(model) -> int:
     folding = folding_in(transformer)
     config = config | ({FOLDING: folding.to_config()} if folding else {})
     with torch.device("meta"):
-        blocks = [parameter_count(host.engine.build_block(config, index)) for index in range(layout.num_blocks)]
-    there = sum(p.numel() for name, p in transformer.named_parameters() if host.block_name.match(name))
+        blocks = [
+            parameter_count(host.engine.build_block(config, index))
+            for index in range(layout.num_blocks)
+        ]
+    there = sum(
+        p.numel() for name, p in transformer.named_parameters() if host.block_name.match(name)
+    )
     return parameter_count(transformer) - there + sum(blocks)
 
 
@@ -124,11 +141,14 @@ def folding_text(transformer) -> str:
 
 
 def damage_text(plan: PruningPlan, variant: Variant) -> str:
-    """Measured for the variant as a whole, else the sum of its parts, which is near where there are few."""
+    """Measured for the variant as a whole, else the sum of its parts, which is near where there are
+    few."""
     known = next((v for v in plan.variants if v.name == variant.name), variant)
     if known.damage is not None:
         return f"{variant.name}: velocity error {known.damage:.3f}"
-    scores = [plan.interval(n).score for n in variant.intervals] + [plan.site(n).score for n in variant.sites]
+    scores = [plan.interval(n).score for n in variant.intervals] + [
+        plan.site(n).score for n in variant.sites
+    ]
     if not scores or None in scores:
         return ""
     return f"{variant.name}: velocity error about {sum(scores):.3f} (the sum of its parts)"

@@ -1,6 +1,8 @@
-"""Pruned models as one more entry in the host's list of models: every loader of the host then reads them.
+"""Pruned models as one more entry in the host's list of models: every loader of the host then reads
+them.
 
-The host's own classes are built; only its block constructors are exchanged while its model's `__init__` runs.
+The host's own classes are built; only its block constructors are exchanged while its model's
+`__init__` runs.
 """
 
 from __future__ import annotations
@@ -33,32 +35,41 @@ from .saving import file_of
 from .structure import FileTensors, Structure, is_pruned, is_surrounding, structure_of
 from .switching import Parts
 
-PATHS_IN_LOADERS = ("unet_path", "ckpt_path")  # what the host's loaders call the path of a model file
+# what the host's loaders call the path of a model file
+PATHS_IN_LOADERS = ("unet_path", "ckpt_path")
 _building = threading.Lock()
 
 
 class PrunedConfig:
-    """Before one of the host's config classes: knows what the host does not load by itself, pruned files and models of
-    other sizes."""
+    """Before one of the host's config classes: knows what the host does not load by itself, pruned
+    files and models of other sizes."""
 
     host: Host
 
     @classmethod
     def matches(cls, unet_config, state_dict=None, *arguments, **named) -> bool:
-        """The host asks this of every file that it loads: an error of ours is logged, and the next class is asked."""
+        """The host asks this of every file that it loads: an error of ours is logged, and the next
+        class is asked."""
         if state_dict is None or not super().matches(unet_config, None, *arguments, **named):
             return False
         try:
             return is_ours(cls.host, transformer_of(cls.host, state_dict))
-        except Exception as error:  # whatever the file holds: it is the host's to load, with or without us
-            log_once(f"{file_being_loaded()}: PPCL left this file to ComfyUI ({type(error).__name__}: {error})")
+        except (
+            Exception
+        ) as error:  # whatever the file holds: it is the host's to load, with or without us
+            log_once(
+                f"{file_being_loaded()}: PPCL left this file to ComfyUI ({type(error).__name__}: {error})"
+            )
             return False
 
     def get_model(self, state_dict, *arguments, **named):
         self.told = told_of_formats(self)
-        grouped = self._grouped(decompressed(transformer_of(self.host, state_dict), shapes_only=True))
+        grouped = self._grouped(
+            decompressed(transformer_of(self.host, state_dict), shapes_only=True)
+        )
         tensors = {
-            n: torch.empty(t.shape, device="meta") if isinstance(t, Quantised) else t for n, t in grouped.items()
+            n: torch.empty(t.shape, device="meta") if isinstance(t, Quantised) else t
+            for n, t in grouped.items()
         }
         structure = self.structure = structure_of(self.host, tensors)
         self.unet_config |= self.host.arguments(structure.config)
@@ -75,21 +86,35 @@ class PrunedConfig:
         return model
 
     def process_unet_state_dict(self, state_dict):
-        named = self.host_names(self.structure.renamed(self._grouped(decompressed(state_dict)))) | self.marks
-        return {name: t for name, t in expanded(named) if IN_FILE or not name.endswith(f".{FORMAT}")}
+        named = (
+            self.host_names(self.structure.renamed(self._grouped(decompressed(state_dict))))
+            | self.marks
+        )
+        return {
+            name: t for name, t in expanded(named) if IN_FILE or not name.endswith(f".{FORMAT}")
+        }
 
     def _grouped(self, tensors: FileTensors) -> dict:
-        """Matrices of few bits as one with their scales. Raises ValueError for those that this host does not read."""
+        """Matrices of few bits as one with their scales. Raises ValueError for those that this host
+        does not read."""
         held = {name: Held(tensor) for name, tensor in tensors.items()}
         if self.custom_operations is not None:
             found = passed_on(held)
         else:
             found = grouped(held, file_being_loaded(), *self.told)
-        return {name: place.tensor if isinstance(place, Held) else place for name, place in found.items()}
+        return {
+            name: place.tensor if isinstance(place, Held) else place
+            for name, place in found.items()
+        }
 
     def _name_formats(self, named: dict) -> None:
-        """A host that knows formats by the names of layers gets them by those of the model that is built."""
-        layers = {name.removesuffix(".weight"): t.settings for name, t in named.items() if in_a_named_format(t)}
+        """A host that knows formats by the names of layers gets them by those of the model that is
+        built."""
+        layers = {
+            name.removesuffix(".weight"): t.settings
+            for name, t in named.items()
+            if in_a_named_format(t)
+        }
         if layers and not IN_FILE:
             self.layer_quant_config = layers
             self.manual_cast_dtype = self.manual_cast_dtype or self.unet_config["dtype"]
@@ -99,15 +124,17 @@ class PrunedConfig:
             raise ValueError(
                 "this MODEL keeps its weights in the form of another pack (GGUF), which cannot be saved; load it from .safetensors"
             )
-        return super().process_unet_state_dict_for_saving(file_of(self.parts, state_dict), *arguments, **named)
+        return super().process_unet_state_dict_for_saving(
+            file_of(self.parts, state_dict), *arguments, **named
+        )
 
     def host_names(self, tensors: FileTensors) -> dict[str, torch.Tensor]:
         """By the names in this version of the host, which may rename some of a file's."""
         return super().process_unet_state_dict(dict(tensors))
 
     def _empty_model(self, names: list[str]) -> nn.Module:
-        """The host's transformer on the meta device, on torch's own layers: which tensors it has, and their shapes, in
-        whatever form this host keeps weights, and before it has any."""
+        """The host's transformer on the meta device, on torch's own layers: which tensors it has,
+        and their shapes, in whatever form this host keeps weights, and before it has any."""
         structure, texts = self.structure, Texts()
         inputs = inputs_of(structure, torch.float32)
         options = {**self.unet_config, "dtype": torch.float32, "device": "meta", "operations": nn}
@@ -125,7 +152,8 @@ def config_classes(host: Host) -> tuple[type, ...]:
 
 
 def told_of_formats(config) -> tuple[dict | None, torch.dtype | None]:
-    """(layer -> settings, what a scaled fp8 file keeps matrices in), where the host took them out of the file."""
+    """(layer -> settings, what a scaled fp8 file keeps matrices in), where the host took them out
+    of the file."""
     if IN_FILE:
         return None, None
     layers = (config.layer_quant_config or {}).items()
@@ -159,14 +187,21 @@ def file_being_loaded() -> str:
 
 
 def marks_in(host: Host, model: nn.Module) -> FileTensors:
-    """Empty tensors that the host's model holds for what no shape tells; not every file of ours has them."""
+    """Empty tensors that the host's model holds for what no shape tells; not every file of ours has
+    them."""
     return {name: torch.empty(0) for name in host.engine.marks if hasattr(model, name)}
 
 
 def transformer_of(host: Host, state_dict: FileTensors) -> FileTensors:
     """The transformer's tensors of a checkpoint, by their own names."""
-    prefix = next((name for name in state_dict if name.endswith(host.mark)), host.mark).removesuffix(host.mark)
-    return {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)} if prefix else state_dict
+    prefix = next(
+        (name for name in state_dict if name.endswith(host.mark)), host.mark
+    ).removesuffix(host.mark)
+    return (
+        {n.removeprefix(prefix): t for n, t in state_dict.items() if n.startswith(prefix)}
+        if prefix
+        else state_dict
+    )
 
 
 def inputs_of(structure: Structure, dtype: torch.dtype):
@@ -179,7 +214,11 @@ def inputs_of(structure: Structure, dtype: torch.dtype):
 def finish(transformer: nn.Module, structure: Structure, texts: Texts, inputs) -> None:
     if inputs is not None:
         host = structure.host
-        folded.attach(transformer.get_submodule(host.engine.time_embedder), getattr(transformer, host.final), inputs)
+        folded.attach(
+            transformer.get_submodule(host.engine.time_embedder),
+            getattr(transformer, host.final),
+            inputs,
+        )
     transformer.register_forward_pre_hook(forget_texts)
     transformer.register_load_state_dict_post_hook(refuse_unused_scales)
     structure.host.watch(transformer, texts)
@@ -192,8 +231,11 @@ def forget_texts(model: nn.Module, arguments) -> None:
 
 
 @contextmanager
-def exchanged_blocks(structure: Structure, names: list[str], texts: Texts, inputs) -> Iterator[None]:
-    """`build_block` stands for the host's block classes, once a block, in the order of each list."""
+def exchanged_blocks(
+    structure: Structure, names: list[str], texts: Texts, inputs
+) -> Iterator[None]:
+    """`build_block` stands for the host's block classes, once a block, in the order of each
+    list."""
     module, built = structure.host.module, {}
 
     def constructor(blocks: BlockList, stock: type[nn.Module]):
@@ -220,9 +262,16 @@ def exchanged_blocks(structure: Structure, names: list[str], texts: Texts, input
 
 
 def build_block(
-    structure: Structure, names: list[str], texts: Texts, inputs, built: dict[int, nn.Module], index: int, stock
+    structure: Structure,
+    names: list[str],
+    texts: Texts,
+    inputs,
+    built: dict[int, nn.Module],
+    index: int,
+    stock,
 ) -> nn.Module:
-    """What stands at an index of the teacher. `inputs`: of folded modulations, by the whole model."""
+    """What stands at an index of the teacher. `inputs`: of folded modulations, by the whole
+    model."""
     place = next((place for place in structure.layout.places if place.index == index), None)
     if place is None:
         return Skip(structure.host.list_of(structure.config, index))
@@ -236,14 +285,18 @@ def build_block(
         _correct(block, place.interval, structure, texts, linear)
     _cut_maps(block, place, structure, linear)
     source = None if place.text_source is None else built[place.text_source]
-    return project(structure.host, block, place, lambda kind, part: linear(width, width), texts, source)
+    return project(
+        structure.host, block, place, lambda kind, part: linear(width, width), texts, source
+    )
 
 
 def _new_block(stock, structure: Structure, inputs) -> nn.Module:
     """The host's own, or with folded modulations."""
     if structure.folding is None:
         return stock()
-    inputs.new_linear = partial(stock.keywords["operations"].Linear, dtype=stock.keywords.get("dtype"))
+    inputs.new_linear = partial(
+        stock.keywords["operations"].Linear, dtype=stock.keywords.get("dtype")
+    )
     names, device = structure.host.engine.timestep_modulations, stock.keywords.get("device")
     return folded.fold_block(stock(), names, structure.folding, inputs, device)
 
@@ -251,7 +304,8 @@ def _new_block(stock, structure: Structure, inputs) -> nn.Module:
 def _with_all_parts(
     block: nn.Module, index: int, structure: Structure, names, texts: Texts, make, linear: Linear
 ) -> nn.Module:
-    """The teacher's block, the student of the interval that starts here, and all projections of this place."""
+    """The teacher's block, the student of the interval that starts here, and all projections of
+    this place."""
     for interval in structure.plan.intervals:
         if interval.first == index:
             block.student = _correct(make(), interval, structure, texts, linear)
@@ -268,10 +322,14 @@ def _with_all_parts(
 
 
 def _module_dict(tree: dict) -> nn.ModuleDict:
-    return nn.ModuleDict({name: _module_dict(t) if isinstance(t, dict) else t for name, t in tree.items()})
+    return nn.ModuleDict(
+        {name: _module_dict(t) if isinstance(t, dict) else t for name, t in tree.items()}
+    )
 
 
-def _correct(block: nn.Module, interval: Interval, structure: Structure, texts: Texts, linear: Linear) -> nn.Module:
+def _correct(
+    block: nn.Module, interval: Interval, structure: Structure, texts: Texts, linear: Linear
+) -> nn.Module:
     if interval.correction == "none":
         return block
     host, config = structure.host, structure.config
@@ -296,19 +354,29 @@ def _cut_maps(block: nn.Module, place: Place, structure: Structure, linear: Line
 
 
 def has_bias(linear: nn.Module) -> bool:
-    """Hosts that move weights when they are used build a map without tensors, and note what it is to get."""
+    """Hosts that move weights when they are used build a map without tensors, and note what it is
+    to get."""
     return linear.bias is not None or getattr(linear, "comfy_need_lazy_init_bias", False)
 
 
 def check_tensors(model: nn.Module, tensors: FileTensors) -> None:
-    """Raises ValueError, in one line, for a tensor that is missing, has no home, or is of another shape."""
+    """Raises ValueError, in one line, for a tensor that is missing, has no home, or is of another
+    shape."""
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(t.shape) for name, t in tensors.items() if name != FP8_MARK}
     if missing := sorted(expected.keys() - given.keys()):
-        raise ValueError(f"the file lacks {len(missing)} tensors, first {missing[0]}; copy or download it again")
+        raise ValueError(
+            f"the file lacks {len(missing)} tensors, first {missing[0]}; copy or download it again"
+        )
     marks = model.ppcl.structure.host.engine.marks
-    if unknown := sorted(n for n in given.keys() - expected.keys() if not is_surrounding(n) and n not in marks):
-        raise ValueError(f"the file has {len(unknown)} tensors with no home, first {unknown[0]}; is it another model?")
+    if unknown := sorted(
+        n for n in given.keys() - expected.keys() if not is_surrounding(n) and n not in marks
+    ):
+        raise ValueError(
+            f"the file has {len(unknown)} tensors with no home, first {unknown[0]}; is it another model?"
+        )
     for name, shape in expected.items():
         if given[name] != shape:
-            raise ValueError(f"the file's {name} is of shape {given[name]}, not {shape}; is it another model's?")
+            raise ValueError(
+                f"the file's {name} is of shape {given[name]}, not {shape}; is it another model's?"
+            )

@@ -51,7 +51,9 @@ def differences(hosts: tuple[Host, ...]) -> Iterator[str]:
 
 def _different(owner, name: str, parameters: tuple[str, ...] = ()) -> Iterator[str]:
     where = (
-        f"{getattr(owner, '__module__', '')}.{owner.__name__}".lstrip(".") if inspect.isclass(owner) else owner.__name__
+        f"{getattr(owner, '__module__', '')}.{owner.__name__}".lstrip(".")
+        if inspect.isclass(owner)
+        else owner.__name__
     )
     found = getattr(owner, name, None)
     if found is None:

@@ -1,8 +1,10 @@
-"""Folded modulations on the host's modules: the engine's forms, made so that its offloading and LoRA reach them.
+"""Folded modulations on the host's modules: the engine's forms, made so that its offloading and
+LoRA reach them.
 
-A LoRA changes W, of which a folded map holds W P (P: a basis, or silu(conditioning) at a table's timesteps). The host asks
-a module for its weight in the form that patches know and gives it back changed; there dW becomes dW P, in whatever form a
-file brings dW, and whether the host patches on the device or on the way to it.
+A LoRA changes W, of which a folded map holds W P (P: a basis, or silu(conditioning) at a table's
+timesteps). The host asks a module for its weight in the form that patches know and gives it back
+changed; there dW becomes dW P, in whatever form a file brings dW, and whether the host patches on
+the device or on the way to it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class Basis(BasisInputs):
 
 
 class Table(TableInputs):
-    """The engine's; `embedder` (in a tuple: it is no part of this module) makes the conditioning of each timestep."""
+    """The engine's; `embedder` (in a tuple: it is no part of this module) makes the conditioning of
+    each timestep."""
 
     embedder: tuple[nn.Module, ...] = ()
     batches: tuple[int, ...] = (1,)
@@ -67,13 +70,14 @@ class Table(TableInputs):
 
 
 class FoldedMap(PatchedWhole, comfy.ops.manual_cast.Linear):
-    """What both forms share. `inputs` (in a tuple, since every map has the same): the model's `Basis` or `Table`."""
+    """What both forms share. `inputs` (in a tuple, since every map has the same): the model's
+    `Basis` or `Table`."""
 
     inputs: tuple[Basis | Table, ...] = ()
 
     def _load_from_state_dict(self, *arguments, **named):
-        """torch's own: hosts that leave a map without a weight until it is loaded do so only where theirs is not overridden.
-        These are small, and change their size while they are used."""
+        """torch's own: hosts that leave a map without a weight until it is loaded do so only where
+        theirs is not overridden. These are small, and change their size while they are used."""
         nn.Linear._load_from_state_dict(self, *arguments, **named)
 
     def projection(self, like: torch.Tensor) -> torch.Tensor:
@@ -81,7 +85,8 @@ class FoldedMap(PatchedWhole, comfy.ops.manual_cast.Linear):
 
 
 class BasisMap(FoldedMap):
-    """Patches see W P P^T, all that is left of W; P is orthonormal, so that nothing else changes."""
+    """Patches see W P P^T, all that is left of W; P is orthonormal, so that nothing else
+    changes."""
 
     def forward_comfy_cast_weights(self, carried: torch.Tensor) -> torch.Tensor:
         exact = coefficients(carried)
@@ -98,8 +103,8 @@ class BasisMap(FoldedMap):
 
 
 class TableMap(FoldedMap):
-    """Values are copied, so they keep their bits; the bias is zero until a LoRA changes it. Patches see zeros: W cannot be
-    had from a few values."""
+    """Values are copied, so they keep their bits; the bias is zero until a LoRA changes it. Patches
+    see zeros: W cannot be had from a few values."""
 
     batches: tuple[int, ...] = (1,)
 
@@ -110,17 +115,24 @@ class TableMap(FoldedMap):
         return found
 
     def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        return stored.new_zeros(stored.shape[0], self.inputs[0].width) if name == "weight" else stored
+        return (
+            stored.new_zeros(stored.shape[0], self.inputs[0].width) if name == "weight" else stored
+        )
 
     def left(self, name: str, whole: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
-        return stored.to(whole.device, whole.dtype) + whole @ self.projection(whole) if name == "weight" else whole
+        return (
+            stored.to(whole.device, whole.dtype) + whole @ self.projection(whole)
+            if name == "weight"
+            else whole
+        )
 
 
 MAPS: dict[str, type[FoldedMap]] = {"basis": BasisMap, "table": TableMap}
 
 
 def inputs_of(folding: Folding, width: int, dtype: torch.dtype) -> Basis | Table:
-    """dtype: that the model computes in, of a table's values too. A basis' maps are float32, they are so small."""
+    """dtype: that the model computes in, of a table's values too. A basis' maps are float32, they
+    are so small."""
     if folding.form == "basis":
         inputs = Basis(width, folding.inputs)
     else:
@@ -133,11 +145,14 @@ def inputs_of(folding: Folding, width: int, dtype: torch.dtype) -> Basis | Table
 def fold_block(
     block: nn.Module, modulations: tuple[str, ...], folding: Folding, inputs: Basis | Table, device
 ) -> nn.Module:
-    """The host's block with small maps in its modulations ("img_mod.1": behind an activation "img_mod.0")."""
+    """The host's block with small maps in its modulations ("img_mod.1": behind an activation
+    "img_mod.0")."""
     for name in modulations:
         linear, kept = block.get_submodule(name), {"dtype": inputs.maps_dtype, "device": device}
         new = folded_map(MAPS[folding.form], folding, linear.out_features, inputs, kept)
-        block.set_submodule(name.rpartition(".")[0], nn.Sequential(Carried(linear.in_features), new))
+        block.set_submodule(
+            name.rpartition(".")[0], nn.Sequential(Carried(linear.in_features), new)
+        )
     return block
 
 
@@ -152,8 +167,11 @@ def folded_map(
 
 
 def renewed(transformer: nn.Module) -> None:
-    """Maps that changed their size in place of which new ones stand: hosts keep memory of a map's first size with it."""
-    for name, module in [(n, m) for n, m in transformer.named_modules() if isinstance(m, FoldedMap)]:
+    """Maps that changed their size in place of which new ones stand: hosts keep memory of a map's
+    first size with it."""
+    for name, module in [
+        (n, m) for n, m in transformer.named_modules() if isinstance(m, FoldedMap)
+    ]:
         new = type(module)(module.in_features, module.out_features, device="meta")
         new.weight, new.bias, new.inputs = module.weight, module.bias, module.inputs
         if isinstance(module, TableMap):
@@ -164,7 +182,9 @@ def renewed(transformer: nn.Module) -> None:
 def cut(whole: FoldedMap, folding: Folding) -> FoldedMap:
     """A folded map that gives the first half of its outputs."""
     options = {"dtype": whole.weight.dtype, "device": whole.weight.device}
-    return folded_map(half_of(type(whole)), folding, whole.out_features // 2, whole.inputs[0], options)
+    return folded_map(
+        half_of(type(whole)), folding, whole.out_features // 2, whole.inputs[0], options
+    )
 
 
 def attach(embedder: nn.Module, final: nn.Module, inputs: Basis | Table) -> None:
@@ -178,7 +198,9 @@ def attach(embedder: nn.Module, final: nn.Module, inputs: Basis | Table) -> None
 
 def inputs_in(transformer: nn.Module) -> Basis | Table | None:
     """None where nothing is folded."""
-    return next((module for module in transformer.modules() if isinstance(module, Basis | Table)), None)
+    return next(
+        (module for module in transformer.modules() if isinstance(module, Basis | Table)), None
+    )
 
 
 def folding_in(transformer: nn.Module) -> Folding | None:

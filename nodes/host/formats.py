@@ -1,4 +1,5 @@
-"""Which of a file's tensors make a weight of few bits, and whether this host reads it. A scale that nobody would use is an
+"""Which of a file's tensors make a weight of few bits, and whether this host reads it. A scale that
+nobody would use is an
 error: without it the weights are noise."""
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
 COMPANIONS = {FORMAT, *SCALES, *NEW_NAMES}
 NEEDED = (SCALE, "weight_scale_2")  # where a format has them
 PACKED = (torch.int8, torch.uint8)
-FOREIGN = {".absmax": "bitsandbytes", ".qweight": "SVDQuant or GPTQ", ".weight_scale_inv": "float8 in blocks"}
+FOREIGN = {
+    ".absmax": "bitsandbytes",
+    ".qweight": "SVDQuant or GPTQ",
+    ".weight_scale_inv": "float8 in blocks",
+}
 ELSEWHERE = "take the model in another format"
 
 
@@ -40,20 +45,27 @@ def float8_of(mark: torch.Tensor) -> torch.dtype:
 
 
 def layers_in(metadata: Mapping[str, str], where: str) -> dict[str, dict]:
-    """Layer -> settings, as a file's metadata has them. Raises ValueError where it can't be read."""
+    """Layer -> settings, as a file's metadata has them. Raises ValueError where it can't be
+    read."""
     try:
         layers = json.loads(metadata.get(METADATA, '{"layers": {}}'))["layers"]
         return {str(name).removeprefix(COMFYUI_PREFIX): dict(said) for name, said in layers.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{where}: its {METADATA} is not readable; copy or download the file again") from None
+        raise ValueError(
+            f"{where}: its {METADATA} is not readable; copy or download the file again"
+        ) from None
 
 
 def grouped(
-    places: Mapping, where: str, layers: Mapping[str, dict] | None = None, old: torch.dtype | None = None
+    places: Mapping,
+    where: str,
+    layers: Mapping[str, dict] | None = None,
+    old: torch.dtype | None = None,
 ) -> dict:
-    """The places of a file's tensors (`.shape`, `.dtype`, `.read()`), every matrix of few bits as one `Quantised`. layers: what
-    the file's metadata says; old: of a scaled fp8 file whose mark is not among the tensors. Raises ValueError, in one line,
-    for a format that this host does not read, and for a matrix of 8 bits or fewer without the scale that it needs."""
+    """The places of a file's tensors (`.shape`, `.dtype`, `.read()`), every matrix of few bits as
+    one `Quantised`. layers: what the file's metadata says; old: of a scaled fp8 file whose mark is
+    not among the tensors. Raises ValueError, in one line, for a format that this host does not
+    read, and for a matrix of 8 bits or fewer without the scale that it needs."""
     found, companions = _by_module(places, NEW_NAMES)
     mark = places[FP8_MARK].read() if FP8_MARK in places else None
     old = old if mark is None else float8_of(mark)
@@ -66,7 +78,9 @@ def grouped(
         marked = old if said is None else None
         if marked is not None or said and said["format"] in FLOAT8.values():
             # hosts take any scaled fp8 file for one of float8_e4m3fn: the weight itself says it
-            kind = FLOAT8.get(getattr(weight, "dtype", None)) or FLOAT8[marked or torch.float8_e4m3fn]
+            kind = (
+                FLOAT8.get(getattr(weight, "dtype", None)) or FLOAT8[marked or torch.float8_e4m3fn]
+            )
             said = {**(said or exact), "format": kind}
         check_matrix(weight, parts, said, marked, f"{where}: {module}.weight")
         found[f"{module}.weight"] = Quantised({"weight": weight, **parts}, said, marked)
@@ -76,7 +90,8 @@ def grouped(
 
 
 def passed_on(places: Mapping) -> dict:
-    """As `grouped`, for a model on another pack's operations: nothing is checked, and nothing changes."""
+    """As `grouped`, for a model on another pack's operations: nothing is checked, and nothing
+    changes."""
     found, companions = _by_module(places, {})
     for module, parts in companions.items():
         if weight := found.get(f"{module}.weight"):
@@ -101,10 +116,14 @@ def _said(place, said: dict | None, where: str) -> dict | None:
         said = said if place is None else read_settings(place.read())
         return said and {**said, "format": str(said["format"])}
     except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{where}.{FORMAT} is not readable; copy or download the file again") from None
+        raise ValueError(
+            f"{where}.{FORMAT} is not readable; copy or download the file again"
+        ) from None
 
 
-def check_matrix(weight, parts: Mapping, said: dict | None, old: torch.dtype | None, where: str) -> None:
+def check_matrix(
+    weight, parts: Mapping, said: dict | None, old: torch.dtype | None, where: str
+) -> None:
     """Raises ValueError, in one line, where this host would read it wrong. where: file and name."""
     if weight is None:
         raise ValueError(f"{where} has a scale and is not there; copy or download the file again")

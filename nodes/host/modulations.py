@@ -1,4 +1,5 @@
-"""The modulations of a model that a loader folds away: where they are stored, read one at a time. Knows files, not the host."""
+"""The modulations of a model that a loader folds away: where they are stored, read one at a time.
+Knows files, not the host."""
 
 from __future__ import annotations
 
@@ -23,9 +24,10 @@ FOLDS = (OFF, *FORMS)
 
 @dataclass(frozen=True, eq=False)
 class Modulations:
-    """stored: a module's name in the file -> its tensors' names in it ("weight", "bias") -> where each is;
-    embedder: the time embedder's, by their whole names; architecture: that they are of. float8: what a scaled base keeps
-    matrices in, and the unfolded model those of its students too."""
+    """stored: a module's name in the file -> its tensors' names in it ("weight", "bias") -> where
+    each is;
+    embedder: the time embedder's, by their whole names; architecture: that they are of. float8:
+    what a scaled base keeps matrices in, and the unfolded model those of its students too."""
 
     architecture: Architecture
     stored: dict[str, dict[str, object]]
@@ -34,7 +36,8 @@ class Modulations:
 
     @property
     def shapes(self) -> list[tuple]:
-        """Which modulations there are, which are cut to their first half, and the formats of those of few bits."""
+        """Which modulations there are, which are cut to their first half, and the formats of those
+        of few bits."""
         return sorted((name, tuple(self.shape(name)), *self._format(name)) for name in self.stored)
 
     def _format(self, name: str) -> tuple[str, ...]:
@@ -50,7 +53,9 @@ class Modulations:
         weight, bias = self.stored[name]["weight"], {"bias": self.stored[name]["bias"].read()}
         if isinstance(weight, Quantised):
             return weight.tensors() | bias
-        return (in_fp8(weight.read(), self.float8) if self.float8 else {"weight": weight.read()}) | bias
+        return (
+            in_fp8(weight.read(), self.float8) if self.float8 else {"weight": weight.read()}
+        ) | bias
 
     def values(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias, a scale applied."""
@@ -63,9 +68,14 @@ class Modulations:
     @cached_property
     def mark(self) -> str:
         """As the engine's of a whole file."""
-        places = {name + leaf: leaves[leaf[1:]] for name, leaves in self.stored.items() for leaf in MARKED}
+        places = {
+            name + leaf: leaves[leaf[1:]] for name, leaves in self.stored.items() for leaf in MARKED
+        }
         places |= {name: place for name, place in self.embedder.items() if name.endswith(MARKED)}
-        return mark_of(places, lambda name, rows: places[name].first_rows(rows) if rows else places[name].read())
+        return mark_of(
+            places,
+            lambda name, rows: places[name].first_rows(rows) if rows else places[name].read(),
+        )
 
 
 def _values(place) -> torch.Tensor:
@@ -74,7 +84,8 @@ def _values(place) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Fold:
-    """What stands for the modulations: `tensors` by the file's names. later: what a table is filled from."""
+    """What stands for the modulations: `tensors` by the file's names. later: what a table is filled
+    from."""
 
     folding: Folding
     tensors: dict[str, torch.Tensor]
@@ -87,8 +98,11 @@ MakeFold = Callable[[str, Modulations], Fold]
 """(form, modulations) -> what stands for them"""
 
 
-def split(architecture: Architecture, wanted: dict[str, object]) -> tuple[dict[str, object], Modulations]:
-    """(everything else, the modulations) of tensors by name. Raises ValueError for a model that has none."""
+def split(
+    architecture: Architecture, wanted: dict[str, object]
+) -> tuple[dict[str, object], Modulations]:
+    """(everything else, the modulations) of tensors by name. Raises ValueError for a model that has
+    none."""
     names = modulation_names(wanted, architecture)
     if not names:
         raise ValueError(
@@ -103,6 +117,10 @@ def split(architecture: Architecture, wanted: dict[str, object]) -> tuple[dict[s
             stored[module][leaf] = place
         else:
             rest[name] = place
-    embedder = {name: place for name, place in wanted.items() if name.startswith(f"{architecture.time_embedder}.")}
+    embedder = {
+        name: place
+        for name, place in wanted.items()
+        if name.startswith(f"{architecture.time_embedder}.")
+    }
     float8 = float8_of(wanted[FP8_MARK].read()) if FP8_MARK in wanted else None
     return rest, Modulations(architecture, stored, embedder, float8)

@@ -1,7 +1,8 @@
-"""A weight of few bits in a format of this host: what it stands for, what is left of it when it is cut, how it is handed over.
+"""A weight of few bits in a format of this host: what it stands for, what is left of it when it is
+cut, how it is handed over.
 
-ComfyUI 0.3.75 reads scaled fp8 (a mark, and a scale for every matrix) and fp8 that its settings name by layer; newer hosts
-read many formats, each matrix's in a `comfy_quant` tensor beside it.
+ComfyUI 0.3.75 reads scaled fp8 (a mark, and a scale for every matrix) and fp8 that its settings
+name by layer; newer hosts read many formats, each matrix's in a `comfy_quant` tensor beside it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ OLD_NAMES = {SCALE: "scale_weight", INPUT_SCALE: "scale_input"}
 SCALES = (SCALE, "weight_scale_2", INPUT_SCALE, "pre_quant_scale")
 ONE_SCALE = ((), (1,), (1, 1))  # shapes
 FLOAT8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
-IN_FILE = hasattr(comfy.utils, "convert_old_quants")  # the host looks for a matrix's format in the file itself
+# the host looks for a matrix's format in the file itself
+IN_FILE = hasattr(comfy.utils, "convert_old_quants")
 HOST = f"ComfyUI {comfyui_version.__version__}"
 
 
@@ -55,9 +57,10 @@ class Held:
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """A linear map's weight. parts: "weight" and its scales -> where each is (`.shape`, `.dtype`, `.read()`). settings: of
-    its format, as `comfy_quant` has them; None: another pack's, passed on as it is. old: of a scaled fp8 file, and what
-    that keeps matrices in. cut: what is left of it."""
+    """A linear map's weight. parts: "weight" and its scales -> where each is (`.shape`, `.dtype`,
+    `.read()`). settings: of its format, as `comfy_quant` has them; None: another pack's, passed on
+    as it is. old: of a scaled fp8 file, and what that keeps matrices in. cut: what is left of
+    it."""
 
     parts: dict
     settings: dict | None = None
@@ -84,7 +87,8 @@ class Quantised:
 
     @property
     def keeps(self) -> bool:
-        """Whether what is left can stay in its format: all, or numbers that share one scale, or rows with one each."""
+        """Whether what is left can stay in its format: all, or numbers that share one scale, or
+        rows with one each."""
         if self.cut == Cut():
             return True
         rows, scales = self.whole[0], tuple(self.parts[SCALE].shape)
@@ -94,7 +98,9 @@ class Quantised:
             "input_scale",
         }
         shared = scales in ONE_SCALE and not _rotated(self.settings)
-        return single and (shared or scales in (*ONE_SCALE, (rows,), (rows, 1)) and self.cut.columns == ALL)
+        return single and (
+            shared or scales in (*ONE_SCALE, (rows,), (rows, 1)) and self.cut.columns == ALL
+        )
 
     def first_rows(self, rows: int) -> torch.Tensor:
         """As they are stored."""
@@ -106,7 +112,9 @@ class Quantised:
         if self.old is not None:
             found = parts["weight"].float() * parts[SCALE].float()
         else:
-            found = _filled(_linear_kind(self.settings, dtype), self.whole, parts, self.settings).weight.dequantize()
+            found = _filled(
+                _linear_kind(self.settings, dtype), self.whole, parts, self.settings
+            ).weight.dequantize()
         if "pre_quant_scale" in parts:  # inputs are multiplied by it
             found = found.float() * parts["pre_quant_scale"].float()
         return self.cut.of(found.to(dtype))
@@ -134,12 +142,18 @@ class Quantised:
         return self.cut.of(tensor) if by_row else tensor
 
 
-def spelled(parts: dict[str, torch.Tensor], settings: dict | None, old: torch.dtype | None) -> dict[str, torch.Tensor]:
+def spelled(
+    parts: dict[str, torch.Tensor], settings: dict | None, old: torch.dtype | None
+) -> dict[str, torch.Tensor]:
     """A matrix and its scales as this host wants them."""
     if settings is None:
         return parts
     if old is None or IN_FILE:
-        used = {leaf: t for leaf, t in parts.items() if old is None or leaf != INPUT_SCALE or float(t) != 1}
+        used = {
+            leaf: t
+            for leaf, t in parts.items()
+            if old is None or leaf != INPUT_SCALE or float(t) != 1
+        }
         return {**used, FORMAT: as_tensor(settings)}
     return {OLD_NAMES.get(leaf, leaf): tensor for leaf, tensor in parts.items()}
 
@@ -151,7 +165,8 @@ def in_fp8(weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def plain_tensors(weight: torch.Tensor, old: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Of a matrix that had to leave its format. A host that has scaled fp8 (`old`) for all matrices or none gets it in that."""
+    """Of a matrix that had to leave its format. A host that has scaled fp8 (`old`) for all matrices
+    or none gets it in that."""
     return {"weight": weight} if old is None or IN_FILE else in_fp8(weight, old)
 
 
@@ -167,7 +182,8 @@ def expanded(tensors: Mapping) -> Iterator[tuple[str, torch.Tensor]]:
 
 @cache
 def columns_in_one(name: str) -> int:
-    """How many columns of a matrix one column of what is stored holds: the host's own code packs them."""
+    """How many columns of a matrix one column of what is stored holds: the host's own code packs
+    them."""
     layout = comfy.quant_ops.QUANT_ALGOS[name]["comfy_tensor_layout"]
     probe = torch.ones(256, 256)
     stored = comfy.quant_ops.QuantizedTensor.from_float(probe, layout)._qdata
@@ -185,20 +201,27 @@ def _linear_kind(settings: dict, dtype: torch.dtype, **options) -> type[nn.Modul
     return comfy.ops.mixed_precision_ops({} if IN_FILE else {"": settings}, dtype, **options).Linear
 
 
-def _filled(kind: type[nn.Module], shape: tuple[int, int], parts: dict, settings: dict) -> nn.Module:
+def _filled(
+    kind: type[nn.Module], shape: tuple[int, int], parts: dict, settings: dict
+) -> nn.Module:
     linear = kind(shape[1], shape[0], bias="bias" in parts, device="cpu")
     linear.load_state_dict({**parts, FORMAT: as_tensor(settings)} if IN_FILE else parts)
     return linear
 
 
-def filled_linear(new_linear, shape: tuple[int, int], tensors: dict[str, torch.Tensor]) -> nn.Module:
+def filled_linear(
+    new_linear, shape: tuple[int, int], tensors: dict[str, torch.Tensor]
+) -> nn.Module:
     """One of a model's linear maps by itself; `tensors` as `Quantised.tensors` and a bias."""
     linear = new_linear(shape[1], shape[0], device="cpu")
-    if FORMAT in tensors and not IN_FILE:  # those of this host find their formats by their own names in the model
+    # those of this host find their formats by their own names in the model
+    if FORMAT in tensors and not IN_FILE:
         settings = read_settings(tensors[FORMAT])
         options = {"full_precision_mm": linear._full_precision_mm}
         kind = _linear_kind(settings, linear.factory_kwargs["dtype"], **options)
-        return _filled(kind, shape, {leaf: t for leaf, t in tensors.items() if leaf != FORMAT}, settings)
+        return _filled(
+            kind, shape, {leaf: t for leaf, t in tensors.items() if leaf != FORMAT}, settings
+        )
     linear.load_state_dict(tensors, strict=False)
     return linear
 

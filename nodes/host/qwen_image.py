@@ -16,7 +16,8 @@ from .blocks import FixedModulation, ProjectedText, Texts
 
 STOCK_WIDTH = 24 * 128  # what the host takes for granted
 STREAMS = {"ffn_image": "img", "ffn_text": "txt"}  # as the names of a block's parts begin
-INDEX, AT_ZERO = "index", "index_timestep_zero"  # references behind the picture; also modulated as if at t = 0
+# references behind the picture; also modulated as if at t = 0
+INDEX, AT_ZERO = "index", "index_timestep_zero"
 METHOD = "default_ref_method"  # of the host's class, where it knows t = 0
 OFFSETS = ("offset", "uxo")  # a reference beside the one before it: the first stands as by index
 
@@ -59,10 +60,14 @@ class QwenImageHost(Host):
         short = STREAMS[kind]
         setattr(block, f"{short}_mlp", projection)
         if form == "paper":
-            setattr(block, f"{short}_mod", PaddedModulation(block.dim, *getattr(block, f"{short}_mod")))
+            setattr(
+                block, f"{short}_mod", PaddedModulation(block.dim, *getattr(block, f"{short}_mod"))
+            )
             setattr(block, f"{short}_norm2", nn.Identity())
 
-    def project_text(self, block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module) -> None:
+    def project_text(
+        self, block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module
+    ) -> None:
         """The q, k, v maps of the text stay."""
         fixed = FixedModulation(block.attn.add_q_proj.in_features, place.steps_text)
         block.txt_mod = fixed
@@ -73,7 +78,9 @@ class QwenImageHost(Host):
         block.txt_mlp = maps("text", "step") if place.steps_text else projections.Nothing()
         block.attn.to_add_out = nn.Identity()
 
-    def check_references(self, transformer: nn.Module, config, method: str | None, pictures: int) -> None:
+    def check_references(
+        self, transformer: nn.Module, config, method: str | None, pictures: int
+    ) -> None:
         own = getattr(transformer, METHOD, None)
         found, wanted = method or own or INDEX, AT_ZERO if config.get("zero_cond_t") else INDEX
         if found in OFFSETS and pictures == 1:
@@ -87,8 +94,16 @@ class QwenImageHost(Host):
             )
 
     def arguments(self, config) -> dict:
-        names = ("patch_size", "in_channels", "out_channels", "num_layers", "attention_head_dim", "num_attention_heads",
-                 "joint_attention_dim", "axes_dims_rope")  # fmt: skip
+        names = (
+            "patch_size",
+            "in_channels",
+            "out_channels",
+            "num_layers",
+            "attention_head_dim",
+            "num_attention_heads",
+            "joint_attention_dim",
+            "axes_dims_rope",
+        )
         found = {name: config[name] for name in names}
         known = inspect.signature(host_module.QwenImageTransformer2DModel).parameters
         if config.get("zero_cond_t") and METHOD in known:

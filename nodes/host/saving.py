@@ -1,7 +1,9 @@
-"""A loaded pruned model as the host's Save nodes write it: what runs alone, in the layout of our exports.
+"""A loaded pruned model as the host's Save nodes write it: what runs alone, in the layout of our
+exports.
 
-Where whole blocks were dropped and nothing else is changed, blocks are counted from 0, and a host without this pack loads the
-file. All others keep the teacher's numbers, carry their plan, and make such a host stop.
+Where whole blocks were dropped and nothing else is changed, blocks are counted from 0, and a host
+without this pack loads the file. All others keep the teacher's numbers, carry their plan, and make
+such a host stop.
 """
 
 from __future__ import annotations
@@ -24,16 +26,18 @@ from .blocks import OWN_PARTS
 from .structure import FileTensors, Structure
 from .switching import Parts
 
-MIXED = "_quantization_metadata"  # what the host puts between tensors for a model of mixed precision, and cannot write
-WHOLE_SCALE = ("float8_e4m3fn", "float8_e5m2")  # quantised matrices that can be cut: one scale for all of it
+# what the host puts between tensors for a model of mixed precision, and cannot write
+MIXED = "_quantization_metadata"
+# quantised matrices that can be cut: one scale for all of it
+WHOLE_SCALE = ("float8_e4m3fn", "float8_e5m2")
 STUDENT, PROJECTIONS = (f"{name}." for name in OWN_PARTS)
 
 Tensors = dict[str, torch.Tensor]
 
 
 def file_of(parts: Parts, state: FileTensors) -> Tensors:
-    """By the names that files have, marks included. `state`: of the host's model while it is loaded, LoRA in it. Raises
-    ValueError, in one line, for what no file can hold."""
+    """By the names that files have, marks included. `state`: of the host's model while it is
+    loaded, LoRA in it. Raises ValueError, in one line, for what no file can hold."""
     check(parts, state)
     structure, plan = parts.structure, plan_of(parts)
     host, layout = structure.host, layout_of(plan, plan.everything())
@@ -42,9 +46,15 @@ def file_of(parts: Parts, state: FileTensors) -> Tensors:
         tensors = _with_steps(structure, layout, tensors)
     if structure.folding and structure.folding.form == "table":
         tensors = _without_biases(host, tensors)
-    tensors = {usual_name(host.engine, n): t for n, t in tensors.items() if n not in host.engine.marks}
+    tensors = {
+        usual_name(host.engine, n): t for n, t in tensors.items() if n not in host.engine.marks
+    }
     tensors |= marks_of(host.engine, plan.config) | _scales_alone(tensors)
-    return _counted_anew(structure, plan, layout, tensors) if _is_plain(plan) else _with_plan(plan, layout, tensors)
+    return (
+        _counted_anew(structure, plan, layout, tensors)
+        if _is_plain(plan)
+        else _with_plan(plan, layout, tensors)
+    )
 
 
 def check(parts: Parts, state: FileTensors) -> None:
@@ -69,9 +79,13 @@ def plan_of(parts: Parts) -> PruningPlan:
     if structure.plan is None:
         plan = _plan_of_layout(structure)
     else:
-        plan = structure_of(structure.plan, parts.variant) if structure.switchable else structure.plan
+        plan = (
+            structure_of(structure.plan, parts.variant) if structure.switchable else structure.plan
+        )
     folding = _folding_now(parts)
-    return plan.with_parts(config={**plan.config, FOLDING: folding.to_config()}) if folding else plan
+    return (
+        plan.with_parts(config={**plan.config, FOLDING: folding.to_config()}) if folding else plan
+    )
 
 
 def _folding_now(parts: Parts) -> Folding | None:
@@ -91,20 +105,30 @@ def _plan_of_layout(structure: Structure) -> PruningPlan:
     sites = [site for place in layout.places for site in place.ffn]
     for place in layout.places:
         if place.text_source is not None:
-            sites += [WidthSite(block=block, kind="text") for block in range(place.index, last[place.index] + 1)]
+            sites += [
+                WidthSite(block=block, kind="text")
+                for block in range(place.index, last[place.index] + 1)
+            ]
     return PruningPlan(
         architecture=structure.host.engine.name,
         config=structure.config,
         num_blocks=layout.num_blocks,
         fingerprint="",
-        intervals=tuple(Interval(first=start, last=end) for start, end in last.items() if end > start),
+        intervals=tuple(
+            Interval(first=start, last=end) for start, end in last.items() if end > start
+        ),
         sites=tuple(sites),
     )
 
 
 def _running(structure: Structure, layout: Layout, state: FileTensors) -> Tensors:
-    """Of a switchable model's tensors those of one variant, by the names that they have when it is loaded alone."""
-    host, config, places = structure.host, structure.config, {place.index: place for place in layout.places}
+    """Of a switchable model's tensors those of one variant, by the names that they have when it is
+    loaded alone."""
+    host, config, places = (
+        structure.host,
+        structure.config,
+        {place.index: place for place in layout.places},
+    )
     found = {}
     for name, tensor in state.items():
         where = host.block_of(config, name)
@@ -121,7 +145,11 @@ def _part_that_runs(host: Host, place: Place, part: str) -> str | None:
     """Its name in a block of this variant alone; None for what does not run there."""
     if part.startswith(PROJECTIONS):
         name, kind, piece, leaf = part.removeprefix(PROJECTIONS).split(".")
-        runs = name == place.name and kind in place.projections and (piece != "step" or place.steps_text)
+        runs = (
+            name == place.name
+            and kind in place.projections
+            and (piece != "step" or place.steps_text)
+        )
         return f"{host.engine.comfyui_projections[kind][piece]}.{leaf}" if runs else None
     if part.startswith(STUDENT) != (place.interval is not None):
         return None
@@ -137,7 +165,8 @@ def _cut(structure: Structure, place: Place, tensors: Tensors) -> None:
             _check_can_be_cut(prefix + module, tensors)
             for name in (f"{prefix}{module}.{leaf}" for leaf in ("weight", "bias")):
                 if name in tensors:
-                    tensors[name] = cut.of(tensors[name].to("cpu"))  # newer hosts patch a weight when it is asked for
+                    # newer hosts patch a weight when it is asked for
+                    tensors[name] = cut.of(tensors[name].to("cpu"))
 
 
 def _check_can_be_cut(module: str, tensors: Tensors) -> None:
@@ -152,22 +181,28 @@ def _check_can_be_cut(module: str, tensors: Tensors) -> None:
 
 
 def _with_steps(structure: Structure, layout: Layout, tensors: Tensors) -> Tensors:
-    """A file of the method's authors lists the places that move a group's text on; a plan has one, at the end of each group:
-    where the file has none there, a step of zero. Raises ValueError for one elsewhere."""
+    """A file of the method's authors lists the places that move a group's text on; a plan has one,
+    at the end of each group: where the file has none there, a step of zero. Raises ValueError for
+    one elsewhere."""
     found = dict(tensors)
     for given, place in zip(structure.layout.places, layout.places, strict=True):
         maps = structure.host.engine.comfyui_projections.get("text", {})
-        step, like = (structure.prefix(place.index) + maps.get(part, "") for part in ("step", "map"))
+        step, like = (
+            structure.prefix(place.index) + maps.get(part, "") for part in ("step", "map")
+        )
         if given.steps_text and not place.steps_text and place.last < layout.num_blocks - 1:
             raise ValueError(
                 f"this model steps the text inside a text group, at block {place.index}, for which a file with a plan has no place; "
                 "it cannot be saved"
             )
         if given.steps_text and not place.steps_text:
-            found = {name: tensor for name, tensor in found.items() if not name.startswith(f"{step}.")}
+            found = {
+                name: tensor for name, tensor in found.items() if not name.startswith(f"{step}.")
+            }
         if place.steps_text and not given.steps_text:
             found |= {
-                f"{step}.{leaf}": torch.zeros_like(found[f"{like}.{leaf}"].to("cpu")) for leaf in ("weight", "bias")
+                f"{step}.{leaf}": torch.zeros_like(found[f"{like}.{leaf}"].to("cpu"))
+                for leaf in ("weight", "bias")
             }
     return found
 
@@ -182,20 +217,30 @@ def _without_biases(host: Host, tensors: Tensors) -> Tensors:
 
 
 def _scales_alone(tensors: Tensors) -> Tensors:
-    """The host's own mark of scaled fp8, empty, says of any file that it has scales for what comes in too."""
+    """The host's own mark of scaled fp8, empty, says of any file that it has scales for what comes
+    in too."""
     if FP8_MARK not in tensors or any(name.endswith(".scale_input") for name in tensors):
         return {}
     return {FP8_MARK: torch.zeros(2, dtype=tensors[FP8_MARK].dtype)}
 
 
 def _is_plain(plan: PruningPlan) -> bool:
-    """Whether the host's own model, with as many blocks as are left, has a place for every tensor."""
-    return not plan.sites and FOLDING not in plan.config and all(i.correction == "none" for i in plan.intervals)
+    """Whether the host's own model, with as many blocks as are left, has a place for every
+    tensor."""
+    return (
+        not plan.sites
+        and FOLDING not in plan.config
+        and all(i.correction == "none" for i in plan.intervals)
+    )
 
 
-def _counted_anew(structure: Structure, plan: PruningPlan, layout: Layout, tensors: Tensors) -> Tensors:
+def _counted_anew(
+    structure: Structure, plan: PruningPlan, layout: Layout, tensors: Tensors
+) -> Tensors:
     host, indices = structure.host, [place.index for place in layout.places]
-    prefixes = dict(zip(map(structure.prefix, indices), _prefixes_anew(structure, indices), strict=True))
+    prefixes = dict(
+        zip(map(structure.prefix, indices), _prefixes_anew(structure, indices), strict=True)
+    )
     found = {HINTS_TENSOR: hints_of(plan, indices, host.engine.with_blocks(plan.config, indices))}
     for name, tensor in tensors.items():
         match = host.block_name.match(name)

@@ -1,5 +1,5 @@
-"""SD3.5 in the host: joint blocks of two halves, whose maps of q, k, v are fused; the last gives no text, some attend twice
-to the image."""
+"""SD3.5 in the host: joint blocks of two halves, whose maps of q, k, v are fused; the last gives no
+text, some attend twice to the image."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ HALVES = {"ffn_image": "x_block", "ffn_text": "context_block"}
 MODULATION = "adaLN_modulation"
 HEAD = 64  # what the host takes for granted; and as many blocks as heads, where it is not told
 OUTER_THIRDS = Cut(rows=((0, 2), 3))
-"""What the paper's form of an FFN leaves of a modulation where a block attends twice: the FFN's third is in the middle"""
+"""What the paper's form of an FFN leaves of a modulation where a block attends twice: the FFN's
+third is in the middle"""
 
 
 class PaddedModulation(nn.Sequential):
-    """A modulation without its FFN, cut or not: what the block reads of the FFN's is shift 0, scale 0, gate 1."""
+    """A modulation without its FFN, cut or not: what the block reads of the FFN's is shift 0, scale
+    0, gate 1."""
 
     def __init__(self, width: int, dual: bool, *parts: nn.Module):
         super().__init__(*parts)
@@ -58,7 +60,8 @@ class SD35Host(Host):
         ),
     )
     told = ("dual_attention_layers",)
-    mark = "final_layer.linear.weight"  # ControlNets, which are built from a part of the model, have none
+    # ControlNets, which are built from a part of the model, have none
+    mark = "final_layer.linear.weight"
     text_map = "context_block.attn.qkv"
     viewed = ("x_block", "context_block", "context_block.attn", "context_block.attn.qkv")
     replaced = {
@@ -78,8 +81,8 @@ class SD35Host(Host):
         return blocks == heads or not self.engine.detect(tensors)
 
     def check_told(self, tensors) -> None:
-        """Where the host made its names of diffusers', it took another block for the last, and the last one's modulation of
-        the text is wrong."""
+        """Where the host made its names of diffusers', it took another block for the last, and the
+        last one's modulation of the text is wrong."""
         heads, blocks = self._counted(tensors)
         if blocks != heads:
             raise ValueError(
@@ -96,10 +99,16 @@ class SD35Host(Host):
         half.mlp = projection
         if form == "paper":
             width = half.attn.qkv.in_features
-            setattr(half, MODULATION, PaddedModulation(width, half.x_block_self_attn, *getattr(half, MODULATION)))
+            setattr(
+                half,
+                MODULATION,
+                PaddedModulation(width, half.x_block_self_attn, *getattr(half, MODULATION)),
+            )
             half.norm2 = nn.Identity()
 
-    def project_text(self, block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module) -> None:
+    def project_text(
+        self, block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module
+    ) -> None:
         """The q, k, v map of the text stays."""
         half = block.context_block
         kind = FixedShiftAndScale if half.pre_only else FixedModulation

@@ -1,8 +1,8 @@
 """The trained parts that a loaded model holds, and the variants of it that they make.
 
-A switchable model holds the teacher's blocks, each interval's student (`<first block>.student`) and all projections
-(`<block>.projections`). A variant patches the forward FUNCTIONS of blocks, on one branch of
-the graph: weights stay where they are, and every branch shares them.
+A switchable model holds the teacher's blocks, each interval's student (`<first block>.student`) and
+all projections (`<block>.projections`). A variant patches the forward FUNCTIONS of blocks, on one
+branch of the graph: weights stay where they are, and every branch shares them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ if TYPE_CHECKING:
 
 
 ATTACHMENT = "ppcl_variant"
-LOADED = "diffusion_model.ppcl.variant"  # where the host puts the variant of the branch that it loads
+# where the host puts the variant of the branch that it loads
+LOADED = "diffusion_model.ppcl.variant"
 
 
 @dataclass
 class Parts:
-    """On the host's transformer as `ppcl`; the modules themselves are the transformer's. folded: its inputs, where
-    modulations are folded; later: the modulations that a table is filled from. variant: of the branch that is loaded, while
-    it is; refused: why what is loaded cannot be saved."""
+    """On the host's transformer as `ppcl`; the modules themselves are the transformer's. folded:
+    its inputs, where modulations are folded; later: the modulations that a table is filled from.
+    variant: of the branch that is loaded, while it is; refused: why what is loaded cannot be
+    saved."""
 
     structure: Structure
     texts: Texts
@@ -49,8 +51,8 @@ class Parts:
 
 
 class Route:
-    """The forward of a block in a variant: of its student, or of a projected view. `source`: the place that its text
-    reads from."""
+    """The forward of a block in a variant: of its student, or of a projected view. `source`: the
+    place that its text reads from."""
 
     def __init__(self, transformer: nn.Module, place: Place, source: Place | None):
         self.transformer, self.place, self.source = transformer, place, source
@@ -59,7 +61,8 @@ class Route:
         block = block_at(self.transformer, self.place, self.source)
         if self.place.interval:
             return block(*arguments, **named)
-        return block.forward(*arguments, **named)  # hooks of the block have run: this is its forward
+        # hooks of the block have run: this is its forward
+        return block.forward(*arguments, **named)
 
 
 class NoRoute:
@@ -73,15 +76,28 @@ class NoRoute:
 
 
 def block_at(transformer: nn.Module, place: Place, source: Place | None) -> nn.Module:
-    """What runs at a place of a variant, on the weights that are there; made anew for every call, so never stale."""
+    """What runs at a place of a variant, on the weights that are there; made anew for every call,
+    so never stale."""
     block = _bare(transformer, place)
     if not place.projections and not place.publishes:
         return block
     structure = transformer.ppcl.structure
-    maps = structure.block(transformer, place.index).projections[place.name] if place.projections else {}
-    view, text_source = view_of_block(structure.host, block), _bare(transformer, source) if source else None
+    maps = (
+        structure.block(transformer, place.index).projections[place.name]
+        if place.projections
+        else {}
+    )
+    view, text_source = (
+        view_of_block(structure.host, block),
+        _bare(transformer, source) if source else None,
+    )
     return project(
-        structure.host, view, place, lambda kind, part: maps[kind][part], transformer.ppcl.texts, text_source
+        structure.host,
+        view,
+        place,
+        lambda kind, part: maps[kind][part],
+        transformer.ppcl.texts,
+        text_source,
     )
 
 
@@ -106,7 +122,8 @@ def with_variant(model, variant: Variant):
 
 
 def _follow(model, clone) -> None:
-    """The host may clone onto a model of its own, loaded anew: for another GPU, or without dynamic memory."""
+    """The host may clone onto a model of its own, loaded anew: for another GPU, or without dynamic
+    memory."""
     if clone.model is not model.model:
         route(clone, variant_of(clone))
 
@@ -116,7 +133,9 @@ def route(new, variant: Variant) -> None:
     transformer = new.model.diffusion_model
     structure = transformer.ppcl.structure
     layout = layout_of(structure.plan, variant)
-    for key in [key for key, patch in new.object_patches.items() if isinstance(patch, Route | NoRoute)]:
+    for key in [
+        key for key, patch in new.object_patches.items() if isinstance(patch, Route | NoRoute)
+    ]:
         del new.object_patches[key]
     places = {place.index: place for place in layout.places}
     for index in range(layout.num_blocks):
@@ -130,26 +149,34 @@ def route(new, variant: Variant) -> None:
 
 
 def size_of(transformer: nn.Module, layout: Layout | None) -> tuple[int, int]:
-    """(parameters, bytes) of what a variant of a switchable model runs; of all there is without a layout."""
+    """(parameters, bytes) of what a variant of a switchable model runs; of all there is without a
+    layout."""
     if layout is None:
         return _total([_counted(p) for p in transformer.parameters()])
     host, config = transformer.ppcl.structure.host, transformer.ppcl.structure.config
-    found = [_counted(p) for name, p in transformer.named_parameters() if not host.block_name.match(name)]
+    found = [
+        _counted(p) for name, p in transformer.named_parameters() if not host.block_name.match(name)
+    ]
     places = {place.index: place for place in layout.places}
     for place in layout.places:
         block = view_of_block(host, block_at(transformer, place, places.get(place.text_source)))
         found += [_counted(p) for p in block.parameters()]
         for site in place.ffn:
             cuts = host.cuts_at(config, site).items()
-            found += [_unused(_bare(transformer, place).get_submodule(name), cut) for name, cut in cuts]
+            found += [
+                _unused(_bare(transformer, place).get_submodule(name), cut) for name, cut in cuts
+            ]
     return _total(found)
 
 
 def tensors_in(transformer: nn.Module) -> dict[str, torch.Tensor]:
-    """By name, of a model that is loaded: in whatever form the host keeps them, each has the shape of the numbers that it
-    stands for."""
+    """By name, of a model that is loaded: in whatever form the host keeps them, each has the shape
+    of the numbers that it stands for."""
     return dict(
-        (*transformer.named_parameters(remove_duplicate=False), *transformer.named_buffers(remove_duplicate=False))
+        (
+            *transformer.named_parameters(remove_duplicate=False),
+            *transformer.named_buffers(remove_duplicate=False),
+        )
     )
 
 
@@ -158,7 +185,8 @@ def _total(found: list[tuple[int, int]]) -> tuple[int, int]:
 
 
 def _counted(parameter: nn.Parameter) -> tuple[int, int]:
-    """(numbers, bytes); of a quantised tensor the shape says the numbers, and its scales have bytes too."""
+    """(numbers, bytes); of a quantised tensor the shape says the numbers, and its scales have bytes
+    too."""
     if not hasattr(parameter, "__tensor_flatten__"):
         return math.prod(parameter.shape), parameter.nbytes
     inner, _ = parameter.__tensor_flatten__()

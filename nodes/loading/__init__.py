@@ -10,9 +10,12 @@ from .from_file import file_content
 from .request import GGUF, Content, OpenBase, Request, open_file
 
 
-def content_of(request: Request, open_base: OpenBase = open_file, make_fold: MakeFold | None = None) -> Content:
-    """`open_base` opens the base model's file, and any in GGUF; `make_fold` gives what stands for modulations that are folded
-    away. Raises ValueError, in one line, for files that do not belong together or are not what they should be."""
+def content_of(
+    request: Request, open_base: OpenBase = open_file, make_fold: MakeFold | None = None
+) -> Content:
+    """`open_base` opens the base model's file, and any in GGUF; `make_fold` gives what stands for
+    modulations that are folded away. Raises ValueError, in one line, for files that do not belong
+    together or are not what they should be."""
     if request.fold not in FOLDS:
         raise ValueError(f"fold {request.fold!r} is unknown; known: {', '.join(FOLDS)}")
     if request.path.suffix == GGUF:

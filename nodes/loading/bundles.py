@@ -21,8 +21,9 @@ _read: dict[Path, tuple[Stat, tuple[str, ...]]] = {}
 
 
 def variant_names() -> list[str]:
-    """For a combo, of all bundles that the host can see; a node checks its own. A file that is no bundle has none, and one
-    that is damaged has none either: it says what is wrong with it when it is loaded."""
+    """For a combo, of all bundles that the host can see; a node checks its own. A file that is no
+    bundle has none, and one that is damaged has none either: it says what is wrong with it when it
+    is loaded."""
     names = {SMALLEST: None, FULL: None}
     paths = [path for path in model_files().values() if path.suffix == ENDING]
     seen = {path: stat for path in paths if (stat := stat_of(path)) is not None}
@@ -35,7 +36,10 @@ def variant_names() -> list[str]:
 
 def _variants_in(path: Path, stat: Stat) -> tuple[str, ...]:
     if _read.get(path, (None,))[0] != stat:
-        _read[path] = (stat, guarded(path, stat, lambda: _variants(path, stat[1]), (), "shows none of its variants"))
+        _read[path] = (
+            stat,
+            guarded(path, stat, lambda: _variants(path, stat[1]), (), "shows none of its variants"),
+        )
     return _read[path][1]
 
 
@@ -43,9 +47,13 @@ def _variants(path: Path, size: int) -> tuple[str, ...]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(LENGTH), "little")
         if length > size - LENGTH:
-            raise ValueError("it is not a safetensors file, or not whole; copy or download it again")
+            raise ValueError(
+                "it is not a safetensors file, or not whole; copy or download it again"
+            )
         if length > LONGEST_HEADER:
-            raise ValueError(f"its header has {length:,} bytes; a model's has less than {LONGEST_HEADER:,}")
+            raise ValueError(
+                f"its header has {length:,} bytes; a model's has less than {LONGEST_HEADER:,}"
+            )
         header = file.read(length)
     if OF_HEADER not in header:
         return ()
@@ -60,6 +68,8 @@ def _names(plan: object) -> tuple[str, ...]:
     match plan:
         case {"variants": [*rows]}:
             names = [row.get("name") for row in rows if isinstance(row, dict)]
-            if len(names) == len(rows) and all(isinstance(name, str) and len(name) <= LONGEST_NAME for name in names):
+            if len(names) == len(rows) and all(
+                isinstance(name, str) and len(name) <= LONGEST_NAME for name in names
+            ):
                 return tuple(names)
     raise ValueError("its plan names no variants; export it again")

@@ -1,4 +1,5 @@
-"""Folds modulations away while a model is loaded: an empty table that sampling fills, or a basis at once."""
+"""Folds modulations away while a model is loaded: an empty table that sampling fills, or a basis at
+once."""
 
 from __future__ import annotations
 
@@ -60,19 +61,30 @@ def _basis(modulations: Modulations) -> Fold:
     if file.metadata.get(BASIS_KEY) != key:
         raise ValueError(f"{path} is the basis of another model; remove it, and it is made again")
     tensors = file.read_all()
-    folding = Folding(form="basis", inputs=tensors[_name(modulations, DIRECTIONS)].shape[1], mark=modulations.mark)
-    return Fold(folding, tensors, sum(t.nbytes for t in tensors.values()), (file.metadata[NOTE_KEY],))
+    folding = Folding(
+        form="basis", inputs=tensors[_name(modulations, DIRECTIONS)].shape[1], mark=modulations.mark
+    )
+    return Fold(
+        folding, tensors, sum(t.nbytes for t in tensors.values()), (file.metadata[NOTE_KEY],)
+    )
 
 
 def _write_basis(path: Path, key: str, modulations: Modulations) -> None:
-    """Two passes over the stored modulations, one in memory at a time: the first measures, the second folds."""
+    """Two passes over the stored modulations, one in memory at a time: the first measures, the
+    second folds."""
     device = comfy.model_management.get_torch_device()
-    width = modulations.embedder[f"{modulations.architecture.time_embedder}.timestep_embedder.linear_2.weight"].shape[0]
+    width = modulations.embedder[
+        f"{modulations.architecture.time_embedder}.timestep_embedder.linear_2.weight"
+    ].shape[0]
     ranks = useful_ranks(width)
-    basis = directions(inputs_at(modulations, width, torch.linspace(0, 1, GRID), torch.float32, device), ranks[-1])
+    basis = directions(
+        inputs_at(modulations, width, torch.linspace(0, 1, GRID), torch.float32, device), ranks[-1]
+    )
     basis, curve = basis.to(device, torch.float32), Curve(ranks)
     grid = torch.linspace(0, 1, OTHER_GRID)
-    given = torch.cat([inputs_at(modulations, width, grid, d, device) for d in (torch.float32, torch.bfloat16)])
+    given = torch.cat(
+        [inputs_at(modulations, width, grid, d, device) for d in (torch.float32, torch.bfloat16)]
+    )
     bar = comfy.utils.ProgressBar(2 * len(modulations.stored))
     for name in _each(modulations, bar):
         weight, bias = (tensor.to(device) for tensor in modulations.values(name))
@@ -95,13 +107,20 @@ def _each(modulations: Modulations, bar):
 
 
 @torch.no_grad()
-def inputs_at(modulations: Modulations, width: int, timesteps: torch.Tensor, dtype, device) -> torch.Tensor:
+def inputs_at(
+    modulations: Modulations, width: int, timesteps: torch.Tensor, dtype, device
+) -> torch.Tensor:
     """silu(conditioning) [timesteps, width] in float32, of a model of this precision."""
     operations = comfy.ops.disable_weight_init
     host = host_named(modulations.architecture.name)
     embedder = host.time_embedder(width, dtype=dtype, device=device, operations=operations)
     prefix = f"{modulations.architecture.time_embedder}."
-    names = [name for name in modulations.embedder if name.endswith(MARKED)]  # its maps may have no weights before
-    embedder.load_state_dict({n.removeprefix(prefix): modulations.read_embedder(n, dtype) for n in names})
+    # its maps may have no weights before
+    names = [name for name in modulations.embedder if name.endswith(MARKED)]
+    embedder.load_state_dict(
+        {n.removeprefix(prefix): modulations.read_embedder(n, dtype) for n in names}
+    )
     embedder.to(device)
-    return F.silu(embedder.forward(timesteps.to(device), torch.empty(0, dtype=dtype, device=device))).float()
+    return F.silu(
+        embedder.forward(timesteps.to(device), torch.empty(0, dtype=dtype, device=device))
+    ).float()

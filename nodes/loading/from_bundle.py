@@ -11,7 +11,13 @@ from ...ppcl_engine.architectures.folded import FOLDING, folding_of
 from ...ppcl_engine.models.bundle import Bundle, projection_prefix, student_prefix, tuned_prefix
 from ...ppcl_engine.models.layout import Layout, Place, layout_of
 from ...ppcl_engine.models.standalone import structure_of
-from ...ppcl_engine.models.weights import HINTS_TENSOR, STRUCTURE_TENSOR, as_tensor, fingerprint_of, parts_in
+from ...ppcl_engine.models.weights import (
+    HINTS_TENSOR,
+    STRUCTURE_TENSOR,
+    as_tensor,
+    fingerprint_of,
+    parts_in,
+)
 from ...ppcl_engine.plan import Interval, PruningPlan, Variant
 from ...ppcl_engine.system.float8 import FP8_MARK, FP8_SCALE
 from ...ppcl_engine.system.tensor_files import TensorFile
@@ -29,16 +35,27 @@ def bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold | 
     bundle, reader = Bundle(request.path), Reader()
     host = host_named(bundle.plan.architecture)
     plan = checked_plan(host, bundle.plan)
-    variant = plan.variant(request.variant if request.variant != SMALLEST or _has(plan, SMALLEST) else None)
+    variant = plan.variant(
+        request.variant if request.variant != SMALLEST or _has(plan, SMALLEST) else None
+    )
     if variant.tuned and not request.switchable:
         wanted = in_host_names(
-            host, plan.config, _under(bundle.file, tuned_prefix(variant.name)), layout_of(plan, variant).places
+            host,
+            plan.config,
+            _under(bundle.file, tuned_prefix(variant.name)),
+            layout_of(plan, variant).places,
         )
-        return _content(host, reader, wanted, structure_of(plan, variant), {}, variant, (), request, make_fold)
+        return _content(
+            host, reader, wanted, structure_of(plan, variant), {}, variant, (), request, make_fold
+        )
     if variant.tuned:
-        raise ValueError(f"variant {variant.name!r} is fine-tuned, with weights of its own; set switchable to off")
+        raise ValueError(
+            f"variant {variant.name!r} is fine-tuned, with weights of its own; set switchable to off"
+        )
     if request.base is None:
-        raise ValueError(f"{request.path.name} is a bundle: students only; choose as base the model it was made from")
+        raise ValueError(
+            f"{request.path.name} is a bundle: students only; choose as base the model it was made from"
+        )
     opened = open_base(request.base)
     stored = base_tensors(host, request.base, opened)
     check_folded_alike(host, plan, stored, request)
@@ -47,7 +64,11 @@ def bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold | 
         raise ValueError(
             f"{request.base.name} has {count} blocks, the bundle's teacher {plan.num_blocks}; choose its own base"
         )
-    notes, hints, structure = check_base(host, reader, stored, plan, request.base), {"switchable": True}, plan
+    notes, hints, structure = (
+        check_base(host, reader, stored, plan, request.base),
+        {"switchable": True},
+        plan,
+    )
     if request.switchable:
         wanted = {**base, **_all_parts(host, bundle)}
     else:
@@ -63,7 +84,15 @@ def _has(plan: PruningPlan, name: str) -> bool:
 
 
 def _content(
-    host: Host, reader: Reader, wanted: Places, plan, hints: dict, variant: Variant, notes, request, make_fold
+    host: Host,
+    reader: Reader,
+    wanted: Places,
+    plan,
+    hints: dict,
+    variant: Variant,
+    notes,
+    request,
+    make_fold,
 ) -> Content:
     fold = None
     if request.fold != OFF:
@@ -78,7 +107,9 @@ def _content(
             host, tensors, float8_of(wanted[FP8_MARK].read()), {f"{name}.weight" for name in folded}
         )
     tensors |= {STRUCTURE_TENSOR: as_tensor(plan.to_json()), HINTS_TENSOR: as_tensor(hints)}
-    content = Content(tensors, bytes_read=reader.bytes_read, plan=plan, variant=variant, notes=tuple(notes))
+    content = Content(
+        tensors, bytes_read=reader.bytes_read, plan=plan, variant=variant, notes=tuple(notes)
+    )
     return with_fold(content, fold)
 
 
@@ -86,7 +117,11 @@ def check_folded_alike(host: Host, plan: PruningPlan, base: Places, request: Req
     """A folded bundle has students for its own folded base alone."""
     folded_base = any(name.startswith(f"{host.engine.time_embedder}.{FOLDING}.") for name in base)
     if (FOLDING in plan.config) != folded_base:
-        which = (request.path.name, request.base.name) if folded_base else (request.base.name, request.path.name)
+        which = (
+            (request.path.name, request.base.name)
+            if folded_base
+            else (request.base.name, request.path.name)
+        )
         raise ValueError(
             f"{which[0]} is not folded, {which[1]} is: they do not belong together; choose both as they were folded "
             "together, or both as they were before"
@@ -96,11 +131,16 @@ def check_folded_alike(host: Host, plan: PruningPlan, base: Places, request: Req
 def _with_scales(
     host: Host, tensors: dict[str, torch.Tensor], dtype: torch.dtype, exact: set[str]
 ) -> dict[str, torch.Tensor]:
-    """Matrices of blocks without a scale (students, projections), as the base keeps its own: fp8 and a scale each.
-    `exact`: folded maps, which stay as they are."""
+    """Matrices of blocks without a scale (students, projections), as the base keeps its own: fp8
+    and a scale each. `exact`: folded maps, which stay as they are."""
     found = {}
     for name, tensor in tensors.items():
-        plain = host.block_name.match(name) and name.endswith(".weight") and tensor.ndim == 2 and name not in exact
+        plain = (
+            host.block_name.match(name)
+            and name.endswith(".weight")
+            and tensor.ndim == 2
+            and name not in exact
+        )
         module = name.removesuffix("weight")
         if plain and not tensors.keys() & {module + SCALE, module + FP8_SCALE.removeprefix(".")}:
             found |= {module + leaf: part for leaf, part in in_fp8(tensor, dtype).items()}
@@ -113,18 +153,27 @@ def base_tensors(host: Host, path: Path, stored: dict[str, tuple[object, str]]) 
         raise ValueError(
             f"{path.name} is not a {host.engine.name} model; choose the model that the bundle was made from"
         )
-    return places_in({name: place for name, place in stored.items() if not is_surrounding(name)}, path.name)
+    return places_in(
+        {name: place for name, place in stored.items() if not is_surrounding(name)}, path.name
+    )
 
 
-def check_base(host: Host, reader: Reader, base: Places, plan: PruningPlan, path: Path) -> tuple[str, ...]:
-    """Whether this is the plan's teacher. Quantised values differ, so only names and shapes can be compared, by the
-    host when it loads them: then a note says so."""
+def check_base(
+    host: Host, reader: Reader, base: Places, plan: PruningPlan, path: Path
+) -> tuple[str, ...]:
+    """Whether this is the plan's teacher. Quantised values differ, so only names and shapes can be
+    compared, by the host when it loads them: then a note says so."""
     marks = (FP8_MARK, *host.engine.marks)
     parts = parts_in(host.engine, (n for n in base if n not in marks))
-    shapes = {key: Cut(rows=(part.pieces, part.of)).shape(base[part.name].shape) for key, part in parts.items()}
+    shapes = {
+        key: Cut(rows=(part.pieces, part.of)).shape(base[part.name].shape)
+        for key, part in parts.items()
+    }
     vectors = {base[part.name] for key, part in parts.items() if len(shapes[key]) == 1}
     if path.suffix == GGUF or any(stored.dtype in FLOAT8 for stored in vectors):
-        return (f"{path.name} is quantised: whether it is the very teacher of this bundle cannot be seen",)
+        return (
+            f"{path.name} is quantised: whether it is the very teacher of this bundle cannot be seen",
+        )
 
     def read(key: str) -> torch.Tensor:
         part = parts[key]
@@ -136,7 +185,9 @@ def check_base(host: Host, reader: Reader, base: Places, plan: PruningPlan, path
 
 def _under(file: TensorFile, prefix: str, name: str = "") -> Places:
     """The file's tensors under a prefix, by names that begin with `name` instead."""
-    found = places_in({key: (file, key) for key in file.keys() if key.startswith(prefix)}, file.path.name)
+    found = places_in(
+        {key: (file, key) for key in file.keys() if key.startswith(prefix)}, file.path.name
+    )
     return {name + key.removeprefix(prefix): place for key, place in found.items()}
 
 
@@ -153,7 +204,9 @@ def _all_parts(host: Host, bundle: Bundle) -> Places:
     for interval in bundle.plan.intervals:
         prefix = host.prefix(config, interval.first)
         parts = _student(host, bundle, interval)
-        found |= {f"{prefix}student.{name.removeprefix(prefix)}": place for name, place in parts.items()}
+        found |= {
+            f"{prefix}student.{name.removeprefix(prefix)}": place for name, place in parts.items()
+        }
     for name, stored in _under(bundle.file, "projections.").items():
         index = name.split(".")[0].split("-")[0]
         found[f"{host.prefix(config, int(index))}projections.{name}"] = stored
@@ -182,7 +235,8 @@ def _variant_parts(host: Host, base: Places, bundle: Bundle, layout: Layout) -> 
 
 
 def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored) -> Places:
-    """A block's tensor, if the place's projections leave it; a part of it where they leave a part."""
+    """A block's tensor, if the place's projections leave it; a part of it where they leave a
+    part."""
     if part.startswith(host.vacated(place)):
         return {}
     module, _, leaf = part.rpartition(".")

@@ -6,7 +6,13 @@ from ...ppcl_engine.architectures.folded import FOLDING, Folding, folding_of
 from ...ppcl_engine.models.bundle import MAP_KEY
 from ...ppcl_engine.models.layout import layout_of
 from ...ppcl_engine.models.released import teacher_indices
-from ...ppcl_engine.models.weights import HINTS_TENSOR, STRUCTURE_TENSOR, as_tensor, hints_in, open_layout
+from ...ppcl_engine.models.weights import (
+    HINTS_TENSOR,
+    STRUCTURE_TENSOR,
+    as_tensor,
+    hints_in,
+    open_layout,
+)
 from ...ppcl_engine.plan import PruningPlan, parse_intervals, plan_from_json
 from ..host import host_of
 from ..host.base import Host
@@ -27,11 +33,16 @@ from .request import (
 from .stored import Reader, in_host_names, metadata_in, places_in
 
 
-def file_content(request: Request, make_fold: MakeFold | None, opened: tuple[dict, dict | None]) -> Content:
-    """A standalone of ours, a released file or folder, or a plain model, folded or not. opened: as `open_layout` gives it."""
+def file_content(
+    request: Request, make_fold: MakeFold | None, opened: tuple[dict, dict | None]
+) -> Content:
+    """A standalone of ours, a released file or folder, or a plain model, folded or not. opened: as
+    `open_layout` gives it."""
     stored, config = opened[0], opened[1] or hints_in(opened[0]).get("config")
     host = host_of(stored, request.path.name)
-    wanted = places_in({name: place for name, place in stored.items() if _needed(name)}, request.path.name)
+    wanted = places_in(
+        {name: place for name, place in stored.items() if _needed(name)}, request.path.name
+    )
     plan = None
     if STRUCTURE_TENSOR in wanted:
         plan = plan_from_json(text_of(wanted[STRUCTURE_TENSOR].read()), request.path.name)
@@ -46,7 +57,11 @@ def file_content(request: Request, make_fold: MakeFold | None, opened: tuple[dic
     reader = Reader()
     tensors = reader.read_all(wanted)
     if plan is None or not (plan.intervals or plan.sites):
-        hints = {"legacy": request.legacy_text, "config": config, **_indices(host, request, stored, wanted)}
+        hints = {
+            "legacy": request.legacy_text,
+            "config": config,
+            **_indices(host, request, stored, wanted),
+        }
         hints |= {FOLDING: fold.folding.to_config()} if fold else {}
         tensors[HINTS_TENSOR] = as_tensor(hints)
     if fold and plan is not None:
@@ -58,13 +73,19 @@ def file_content(request: Request, make_fold: MakeFold | None, opened: tuple[dic
 
 
 def _later(host: Host, request: Request, folding: Folding | None) -> Modulations | None:
-    """Of a folded table: the file that it was folded from, where that is given as base, for timesteps that it lacks."""
+    """Of a folded table: the file that it was folded from, where that is given as base, for
+    timesteps that it lacks."""
     if request.base is None:
         return None
     if folding is None or folding.form != "table":
-        raise ValueError(f"{request.path.name} is no bundle, so it takes no base model; set base to none")
+        raise ValueError(
+            f"{request.path.name} is no bundle, so it takes no base model; set base to none"
+        )
     stored, _ = open_layout(request.base)
-    places = places_in({name: place for name, place in stored.items() if not is_surrounding(name)}, request.base.name)
+    places = places_in(
+        {name: place for name, place in stored.items() if not is_surrounding(name)},
+        request.base.name,
+    )
     _, modulations = split(host.engine, places)
     if modulations.mark != folding.mark:
         raise ValueError(
@@ -74,7 +95,8 @@ def _later(host: Host, request: Request, folding: Folding | None) -> Modulations
 
 
 def _of_file(host: Host, stored: Places, plan: PruningPlan | None) -> Places:
-    """By the host's names. A file without a plan has no blocks that are not whole, but those that the authors released."""
+    """By the host's names. A file without a plan has no blocks that are not whole, but those that
+    the authors released."""
     if plan is None:
         return in_host_names(host, {blocks.depth: 0 for blocks in host.lists}, stored)
     return in_host_names(host, plan.config, stored, layout_of(plan, plan.everything()).places)
@@ -94,7 +116,9 @@ def _indices(host: Host, request: Request, stored: dict, wanted: Places) -> dict
     if request.preset in RELEASES:
         blocks, kept, intervals = RELEASES[request.preset]
         if count != kept:
-            raise ValueError(f"the file has {count} blocks, the preset names {kept}; choose the one of this model")
+            raise ValueError(
+                f"the file has {count} blocks, the preset names {kept}; choose the one of this model"
+            )
         return {"indices": teacher_indices(count, parse_intervals(intervals)), "blocks": blocks}
     if request.preset != AUTO:
         raise ValueError(f"preset {request.preset!r} is unknown; known: {', '.join(PRESETS)}")

@@ -1,4 +1,5 @@
-"""A model in GGUF, the base of a bundle or a pruned one by itself: read and run by ComfyUI-GGUF where that pack is installed."""
+"""A model in GGUF, the base of a bundle or a pruned one by itself: read and run by ComfyUI-GGUF
+where that pack is installed."""
 
 from __future__ import annotations
 
@@ -39,14 +40,24 @@ def is_installed() -> bool:
 
 
 def files_last(names: list[str]) -> list[str]:
-    """What a loader offers, of these files: those in GGUF behind all others, where they can be read."""
-    others, ours = ([n for n in names if n.endswith(ENDING) == of_gguf] for of_gguf in (False, True))
+    """What a loader offers, of these files: those in GGUF behind all others, where they can be
+    read."""
+    others, ours = (
+        [n for n in names if n.endswith(ENDING) == of_gguf] for of_gguf in (False, True)
+    )
     return [*others, *ours] if is_installed() else others
 
 
 def is_needed(request: Request, weight_dtype: str) -> bool:
     """Raises ValueError for settings that a file in GGUF does not go with."""
-    file = next((path for path in (request.path, request.base) if path is not None and path.suffix == ENDING), None)
+    file = next(
+        (
+            path
+            for path in (request.path, request.base)
+            if path is not None and path.suffix == ENDING
+        ),
+        None,
+    )
     if file is None:
         return False
     if weight_dtype != "default" or (file == request.base and not request.switchable):
@@ -57,14 +68,18 @@ def is_needed(request: Request, weight_dtype: str) -> bool:
 
 
 def pack():
-    """The module of ComfyUI-GGUF with its loader, operations and patcher. Raises ValueError where it is not installed."""
+    """The module of ComfyUI-GGUF with its loader, operations and patcher. Raises ValueError where
+    it is not installed."""
     if not is_installed():
-        raise ValueError("a model in GGUF needs ComfyUI-GGUF; install that node pack, or choose a .safetensors file")
+        raise ValueError(
+            "a model in GGUF needs ComfyUI-GGUF; install that node pack, or choose a .safetensors file"
+        )
     return sys.modules[host_nodes.NODE_CLASS_MAPPINGS[LOADER].__module__]
 
 
 def open_base(path: Path) -> dict[str, tuple[LoadedFile, str]]:
-    """As `open_layout` gives a file. Raises ValueError, in one line, for a file that is damaged or holds something else."""
+    """As `open_layout` gives a file. Raises ValueError, in one line, for a file that is damaged or
+    holds something else."""
     read = pack().gguf_sd_loader
     try:
         found = read(str(path))

@@ -31,7 +31,8 @@ OpenBase = Callable[[Path], dict[str, tuple[object, str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a loader node is asked for. Paths are the node pack's own findings, never a widget's text."""
+    """What a loader node is asked for. Paths are the node pack's own findings, never a widget's
+    text."""
 
     path: Path
     base: Path | None = None
@@ -45,9 +46,9 @@ class Request:
 
 @dataclass
 class Content:
-    """tensors: for the host's loader, marks included. metadata: of the file that most of them are from, for it too, but
-    what the tensors say by now. bytes_read: of tensors. variant, plan: of a bundle. later: what a table of modulations is
-    filled from when a schedule is known."""
+    """tensors: for the host's loader, marks included. metadata: of the file that most of them are
+    from, for it too, but what the tensors say by now. bytes_read: of tensors. variant, plan: of a
+    bundle. later: what a table of modulations is filled from when a schedule is known."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)

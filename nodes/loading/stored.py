@@ -1,4 +1,5 @@
-"""Where a loader's tensors are in files, and by which names the host knows them. Knows files, not the host."""
+"""Where a loader's tensors are in files, and by which names the host knows them. Knows files, not
+the host."""
 
 from __future__ import annotations
 
@@ -51,12 +52,15 @@ class Stored:
 
     def with_cut(self, cut: Cut) -> Stored:
         assert self.cut == Cut(), "a tensor is cut once"
-        return replace(self, cut=Cut(cut.rows, cut.columns if len(self.file.shape(self.name)) > 1 else ALL))
+        return replace(
+            self, cut=Cut(cut.rows, cut.columns if len(self.file.shape(self.name)) > 1 else ALL)
+        )
 
 
 @dataclass(frozen=True)
 class Joined:
-    """One of the host's tensors whose rows are stored as several: pieces of one size, one below the other."""
+    """One of the host's tensors whose rows are stored as several: pieces of one size, one below the
+    other."""
 
     pieces: tuple[Stored | Quantised, ...]
 
@@ -67,7 +71,9 @@ class Joined:
 
     def with_cut(self, cut: Cut) -> Joined:
         kept, of = cut.rows
-        assert of == len(self.pieces) and cut.columns == ALL, "a tensor is cut where its pieces meet"
+        assert of == len(self.pieces) and cut.columns == ALL, (
+            "a tensor is cut where its pieces meet"
+        )
         return Joined(tuple(self.pieces[piece] for piece in kept))
 
     @property
@@ -76,11 +82,14 @@ class Joined:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Of pieces of few bits, which have scales of their own: in 16 bits."""
-        return plain_tensors(torch.cat([piece.read() for piece in self.pieces]), self.quantised[0].old)
+        return plain_tensors(
+            torch.cat([piece.read() for piece in self.pieces]), self.quantised[0].old
+        )
 
 
 class Reader:
-    """Reads each tensor once and counts bytes; vectors stay, since a fingerprint needs them before the model does."""
+    """Reads each tensor once and counts bytes; vectors stay, since a fingerprint needs them before
+    the model does."""
 
     def __init__(self):
         self.bytes_read, self._vectors = 0, {}
@@ -89,11 +98,15 @@ class Reader:
         """By their names; a matrix of few bits is several."""
         if isinstance(stored, Stored) or isinstance(stored, Joined) and not stored.quantised:
             return {name: self.read(stored)}
-        found = {name.removesuffix("weight") + leaf: tensor for leaf, tensor in stored.tensors().items()}
+        found = {
+            name.removesuffix("weight") + leaf: tensor for leaf, tensor in stored.tensors().items()
+        }
         self.bytes_read += sum(tensor.nbytes for tensor in found.values())
         return found
 
-    def read_all(self, wanted: Mapping[str, Stored | Joined | Quantised]) -> dict[str, torch.Tensor]:
+    def read_all(
+        self, wanted: Mapping[str, Stored | Joined | Quantised]
+    ) -> dict[str, torch.Tensor]:
         """For the host. Where each matrix says its format, the mark of scaled fp8 has no use."""
         found: dict[str, torch.Tensor] = {}
         for name, place in wanted.items():
@@ -113,8 +126,11 @@ class Reader:
         return self._vectors[stored]
 
 
-def places_in(stored: Mapping[str, tuple[object, str]], where: str) -> dict[str, Stored | Quantised]:
-    """Of files as `open_layout` gives them, every matrix of few bits as one. What another pack reads is as it gives it."""
+def places_in(
+    stored: Mapping[str, tuple[object, str]], where: str
+) -> dict[str, Stored | Quantised]:
+    """Of files as `open_layout` gives them, every matrix of few bits as one. What another pack
+    reads is as it gives it."""
     places = {name: Stored(file, key) for name, (file, key) in stored.items()}
     if not all(isinstance(place.file, TensorFile | PickledFile) for place in places.values()):
         return places
@@ -126,7 +142,9 @@ def places_in(stored: Mapping[str, tuple[object, str]], where: str) -> dict[str,
 
 def metadata_in(stored: Mapping[str, tuple[object, str]]) -> dict[str, str]:
     """Of these files, but what `places_in` has read of it."""
-    return {key: text for found in _metadata(stored) for key, text in found.items() if key != METADATA}
+    return {
+        key: text for found in _metadata(stored) for key, text in found.items() if key != METADATA
+    }
 
 
 def _metadata(stored: Mapping[str, tuple[object, str]]) -> list[dict[str, str]]:
@@ -135,10 +153,13 @@ def _metadata(stored: Mapping[str, tuple[object, str]]) -> list[dict[str, str]]:
 
 
 def in_host_names(
-    host: Host, config: Mapping, stored: Mapping[str, Stored | Quantised], places: Iterable[Place] = ()
+    host: Host,
+    config: Mapping,
+    stored: Mapping[str, Stored | Quantised],
+    places: Iterable[Place] = (),
 ) -> dict[str, Stored | Joined | Quantised]:
-    """Tensors by diffusers' names or by the host's -> by the host's. `places`: of a file whose blocks are projected. What
-    is no tensor of the full model keeps its name."""
+    """Tensors by diffusers' names or by the host's -> by the host's. `places`: of a file whose
+    blocks are projected. What is no tensor of the full model keeps its name."""
     found, pieces = {}, {}
     own = _own_modules(host, config, places)
     for name, place in stored.items():
@@ -151,7 +172,9 @@ def in_host_names(
         else:
             for position, piece in enumerate(part.pieces):
                 cut = Cut(rows=((position,), len(part.pieces)))
-                pieces.setdefault(part.name, {})[piece] = place.with_cut(cut) if part.of > 1 else place
+                pieces.setdefault(part.name, {})[piece] = (
+                    place.with_cut(cut) if part.of > 1 else place
+                )
     for name, parts in pieces.items():
         ordered = tuple(parts[piece] for piece in sorted(parts))
         found[name] = ordered[0] if len(ordered) == 1 else Joined(ordered)
@@ -170,10 +193,16 @@ def _own_modules(host: Host, config: Mapping, places: Iterable[Place]) -> dict[s
     """A projection's linear map, by diffusers' name of where it stands -> by the host's."""
     found = {}
     for place in places:
-        ours, theirs = host.engine.block_prefix(config, place.index), host.prefix(config, place.index)
+        ours, theirs = (
+            host.engine.block_prefix(config, place.index),
+            host.prefix(config, place.index),
+        )
         for kind in place.projections:
             parts = host.engine.projection_names[kind].items()
-            found |= {ours + name: theirs + host.engine.comfyui_projections[kind][part] for part, name in parts}
+            found |= {
+                ours + name: theirs + host.engine.comfyui_projections[kind][part]
+                for part, name in parts
+            }
     return found
 
 

@@ -1,4 +1,5 @@
-"""What the nodes that do stages share: widgets at the end, the run that they prepare and wait for, their outputs."""
+"""What the nodes that do stages share: widgets at the end, the run that they prepare and wait for,
+their outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from . import results
 from .runs import RunType, model_of, progress_text
 from .waiting import Start, finish_upstream, run_job, screen_of
 
-FileType = io.Custom("COMBO")  # io.Combo's own output has the type of its choices, which no combo input takes
+# io.Combo's own output has the type of its choices, which no combo input takes
+FileType = io.Custom("COMBO")
 CATEGORY = "PPCL/make"
 COMMON = ("device", "dtype", "streamed", "seed")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
@@ -26,25 +28,40 @@ HOW = ("wait", "start", "keep_running", "preview_seconds")
 
 
 def common_inputs(seed: bool, previews: bool, states: bool, kind: type) -> list[io.Input]:
-    """The last widgets of every job. seed: where results hang on one. previews: where something is trained. states: where
-    states between blocks are measured or learned from. kind: of settings, whose words they have."""
+    """The last widgets of every job. seed: where results hang on one. previews: where something is
+    trained. states: where states between blocks are measured or learned from. kind: of settings,
+    whose words they have."""
     devices = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
     picture = io.Int.Input(
-        "preview_seconds", default=30, min=0, max=3600,
+        "preview_seconds",
+        default=30,
+        min=0,
+        max=3600,
         tooltip="Seconds between pictures of how far it is (losses or errors; student and teacher); 0 draws none.",
-    )  # fmt: skip
+    )
     return [
         io.Combo.Input("device", options=devices, default="auto", tooltip=help_of(kind, "device")),
         *inputs(kind, "dtype streamed seed" if seed else "dtype streamed", seed=WHOLE_SEED),
-        io.Boolean.Input("wait", default=True, tooltip="On: wait for the job and show it. Off: give the run at once."),
         io.Boolean.Input(
-            "start", default=True,
+            "wait",
+            default=True,
+            tooltip="On: wait for the job and show it. Off: give the run at once.",
+        ),
+        io.Boolean.Input(
+            "start",
+            default=True,
             tooltip="Off: only write the run's folder; Prepare Run (PPCL) shows the command that does it elsewhere.",
         ),
-        io.Boolean.Input("keep_running", default=False, tooltip="The job goes on when ComfyUI is closed."),
+        io.Boolean.Input(
+            "keep_running", default=False, tooltip="The job goes on when ComfyUI is closed."
+        ),
         *([picture] if previews else []),
-        *(inputs(StatesConfig, "target_tokens_only", target_tokens_only={"optional": True}) if states else []),
-    ]  # fmt: skip
+        *(
+            inputs(StatesConfig, "target_tokens_only", target_tokens_only={"optional": True})
+            if states
+            else []
+        ),
+    ]
 
 
 def outputs(*names: str) -> list[io.Output]:
@@ -57,7 +74,8 @@ def outputs(*names: str) -> list[io.Output]:
 
 
 class Job(Node):
-    """What the nodes share; `schema` gives theirs. PICTURES: names of its outputs between the run and the text."""
+    """What the nodes share; `schema` gives theirs. PICTURES: names of its outputs between the run
+    and the text."""
 
     PICTURES = ("preview",)
     FILES = {"run": model_of}
@@ -77,12 +95,18 @@ class Job(Node):
         last: tuple[io.Input, ...] = (),
         kind: type = Common,
     ) -> io.Schema:
-        """last: settings that came after the first release, since saved workflows hold values by position."""
+        """last: settings that came after the first release, since saved workflows hold values by
+        position."""
         return io.Schema(
-            node_id=f"PPCL_{name}", display_name=f"{display_name} (PPCL)", category=CATEGORY, description=description,
-            inputs=[*settings, *common_inputs(seed, previews, states, kind), *last], outputs=[*outputs(*cls.PICTURES), *more],
-            hidden=[io.Hidden.unique_id], is_output_node=True,
-        )  # fmt: skip
+            node_id=f"PPCL_{name}",
+            display_name=f"{display_name} (PPCL)",
+            category=CATEGORY,
+            description=description,
+            inputs=[*settings, *common_inputs(seed, previews, states, kind), *last],
+            outputs=[*outputs(*cls.PICTURES), *more],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
 
     @classmethod
     def fingerprint_inputs(cls, **given):
@@ -92,7 +116,13 @@ class Job(Node):
 
     @classmethod
     def work(
-        cls, kind: str, stages: list[tuple[type, str, dict]], upstream: str, given: dict, model: Path, **bring
+        cls,
+        kind: str,
+        stages: list[tuple[type, str, dict]],
+        upstream: str,
+        given: dict,
+        model: Path,
+        **bring,
     ) -> Path:
         """stages: (settings class, name, settings beyond those that all share)."""
         check_device(given["device"])
@@ -108,8 +138,8 @@ class Job(Node):
 
     @classmethod
     def output(cls, folder: Path, show: Callable[[Path], list]) -> io.NodeOutput:
-        """`show(folder)`: what a done run gives behind its name, a picture first. One that is not done says how it
-        stands in every picture."""
+        """`show(folder)`: what a done run gives behind its name, a picture first. One that is not
+        done says how it stands in every picture."""
         state = current_state(folder)
         if state.status == "done":
             found = show(folder)
@@ -117,7 +147,10 @@ class Job(Node):
             card = results.state_picture(folder, state)
             found = [*[card] * len(cls.PICTURES), progress_text(folder, state), *cls.nothing()]
         screen_of(cls).say(next(value for value in found if isinstance(value, str)))
-        shown = next((ui.PreviewImage(value, cls=cls) for value in found if isinstance(value, torch.Tensor)), None)
+        shown = next(
+            (ui.PreviewImage(value, cls=cls) for value in found if isinstance(value, torch.Tensor)),
+            None,
+        )
         return io.NodeOutput(folder.name, *found, ui=shown)
 
     @classmethod

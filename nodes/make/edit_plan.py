@@ -1,4 +1,5 @@
-"""PPCL_EditPlan: intervals and width sites by hand, checked; the plan goes on as a run of its own."""
+"""PPCL_EditPlan: intervals and width sites by hand, checked; the plan goes on as a run of its
+own."""
 
 from __future__ import annotations
 
@@ -23,10 +24,14 @@ from .waiting import finish_upstream, screen_of
 NONE = "none"
 
 
-def edited(plan: PruningPlan, intervals: str, sites: str, form: str, scores: dict[str, float]) -> PruningPlan:
-    """Empty text keeps what is there, "none" removes all. scores: of width sites that were measured.
+def edited(
+    plan: PruningPlan, intervals: str, sites: str, form: str, scores: dict[str, float]
+) -> PruningPlan:
+    """Empty text keeps what is there, "none" removes all. scores: of width sites that were
+    measured.
 
-    Raises ValueError, in one line, for what is no interval or site, for what overlaps and for what does not fit.
+    Raises ValueError, in one line, for what is no interval or site, for what overlaps and for what
+    does not fit.
     """
     known = {interval.name: interval for interval in plan.intervals}
     chosen, groups = plan.intervals, plan.sites
@@ -46,7 +51,9 @@ def _parsed(parse, text: str) -> tuple[Interval, ...] | tuple[WidthSite, ...]:
     return () if text.strip() == NONE else parse(text)
 
 
-def _sites(plan: PruningPlan, sites: tuple[WidthSite, ...], scores: dict[str, float]) -> tuple[WidthSite, ...]:
+def _sites(
+    plan: PruningPlan, sites: tuple[WidthSite, ...], scores: dict[str, float]
+) -> tuple[WidthSite, ...]:
     """With what was measured of them; a text group's score is that of the whole group."""
     known = {(site.kind, site.block, site.form): site for site in plan.sites}
     found = tuple(known.get((s.kind, s.block, s.form), s) for s in sites)
@@ -55,7 +62,9 @@ def _sites(plan: PruningPlan, sites: tuple[WidthSite, ...], scores: dict[str, fl
 
 
 def _groups(plan: PruningPlan, sites: tuple[WidthSite, ...]):
-    return plan.with_parts(intervals=(), sites=tuple(s for s in sites if s.kind == "text"), variants=()).text_groups
+    return plan.with_parts(
+        intervals=(), sites=tuple(s for s in sites if s.kind == "text"), variants=()
+    ).text_groups
 
 
 def measured_sites(folder: Path) -> dict[str, float]:
@@ -84,17 +93,25 @@ class EditPlan(Node):
             inputs=[
                 run_input(tooltip="A run of Detect (PPCL) or a later one."),
                 *inputs(
-                    DistillDepthConfig, "intervals",
-                    intervals={"tooltip": "The intervals of the plan, as '3-4 8-10'. Empty keeps them, none removes all."},
+                    DistillDepthConfig,
+                    "intervals",
+                    intervals={
+                        "tooltip": "The intervals of the plan, as '3-4 8-10'. Empty keeps them, none removes all."
+                    },
                 ),
                 *inputs(
-                    DistillWidthConfig, "sites form",
-                    sites={"tooltip": "The width sites, as 'ffn_image:2 text:51-59'. Empty keeps them, none removes all."},
-                    form={"tooltip": f"Of the FFN projections that sites names. {help_of(DistillWidthConfig, 'form')}"},
+                    DistillWidthConfig,
+                    "sites form",
+                    sites={
+                        "tooltip": "The width sites, as 'ffn_image:2 text:51-59'. Empty keeps them, none removes all."
+                    },
+                    form={
+                        "tooltip": f"Of the FFN projections that sites names. {help_of(DistillWidthConfig, 'form')}"
+                    },
                 ),
             ],
             outputs=outputs("layer map"),
-        )  # fmt: skip
+        )
 
     @classmethod
     def perform(cls, run, intervals, sites, form) -> io.NodeOutput:
@@ -104,7 +121,11 @@ class EditPlan(Node):
         finish_upstream(run, True, screen_of(cls))
         folder = folder_of(run)
         plan = edited(Run(folder).load_plan(), scores=measured_sites(folder), **given)
-        name = runs().derive("edit", run, lambda f: write_text(Run(f).plan, plan.to_json() + "\n"), given).name
+        name = (
+            runs()
+            .derive("edit", run, lambda f: write_text(Run(f).plan, plan.to_json() + "\n"), given)
+            .name
+        )
         picture = results.map_picture(plan)
         text = results.plan_text(plan, results.damage_table(folder))
         screen_of(cls).say(text)

@@ -1,5 +1,5 @@
-"""Prompts for a calibration, as a file in its run: the words, or what the host's text encoder makes of them; or, for an
-edit model, pictures with an instruction each."""
+"""Prompts for a calibration, as a file in its run: the words, or what the host's text encoder makes
+of them; or, for an edit model, pictures with an instruction each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ MOST = 10_000
 
 @dataclass(frozen=True)
 class Prompts:
-    """Its file's name holds a hash of what is in it, so that a run of other prompts is another run."""
+    """Its file's name holds a hash of what is in it, so that a run of other prompts is another
+    run."""
 
     text: str
 
@@ -30,7 +31,9 @@ class Prompts:
     def __post_init__(self):
         check_length("prompts", self.text)
         if not 0 < len(self.lines) <= MOST:
-            raise ValueError(f"{len(self.lines)} prompts are given; write 1 to {MOST:,}, one a line")
+            raise ValueError(
+                f"{len(self.lines)} prompts are given; write 1 to {MOST:,}, one a line"
+            )
 
     @property
     def lines(self) -> list[str]:
@@ -50,7 +53,9 @@ class Prompts:
 
     def encoded(self, clip) -> EncodedPrompts:
         """By the host's text encoder."""
-        return EncodedPrompts(tuple(map(lambda text: _encode(clip, text), self.lines)), _encode(clip, ""))
+        return EncodedPrompts(
+            tuple(map(lambda text: _encode(clip, text), self.lines)), _encode(clip, "")
+        )
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,16 @@ class EncodedPrompts:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As `CalibrateConfig.embeddings` says; padded to one length, the empty one's if that is the longest."""
+        """As `CalibrateConfig.embeddings` says; padded to one length, the empty one's if that is
+        the longest."""
         rows = [*self.given, self.nothing]
         masks = [torch.ones(len(row.text), dtype=torch.bool) for row in rows]
         text, mask = (_padded(part) for part in ([row.text for row in rows], masks))
-        found = {"text": text[:-1].clone(), "mask": mask[:-1].clone(), "empty": self.nothing.text[None]}
+        found = {
+            "text": text[:-1].clone(),
+            "mask": mask[:-1].clone(),
+            "empty": self.nothing.text[None],
+        }
         if self.nothing.pooled is None:
             return found
         pooled = torch.stack([row.pooled for row in self.given])
@@ -86,7 +96,10 @@ class EncodedPrompts:
     def file(self) -> str:
         digest = hashlib.sha256()
         for tensor in self.tensors.values():
-            digest.update(str(tuple(tensor.shape)).encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                str(tuple(tensor.shape)).encode()
+                + tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            )
         return f"embeddings-{digest.hexdigest()[:8]}.safetensors"
 
     def write(self, folder: Path) -> None:
@@ -96,7 +109,8 @@ class EncodedPrompts:
 
 @dataclass(frozen=True)
 class References:
-    """A folder of pictures, each with its .txt, copied into the run: its name holds a hash of what is in it."""
+    """A folder of pictures, each with its .txt, copied into the run: its name holds a hash of what
+    is in it."""
 
     folder: Path
 
@@ -104,12 +118,19 @@ class References:
 
     def __post_init__(self):
         if len(self.files) > 2 * MOST:
-            raise ValueError(f"{self.folder.name} holds {len(self.files) // 2:,} pictures; give at most {MOST:,}")
+            raise ValueError(
+                f"{self.folder.name} holds {len(self.files) // 2:,} pictures; give at most {MOST:,}"
+            )
 
     @cached_property
     def files(self) -> list[Path]:
-        """Raises ValueError for a folder without pictures, and naming one without an instruction."""
-        return [file for picture, _ in picture_files(self.folder) for file in (picture, picture.with_suffix(".txt"))]
+        """Raises ValueError for a folder without pictures, and naming one without an
+        instruction."""
+        return [
+            file
+            for picture, _ in picture_files(self.folder)
+            for file in (picture, picture.with_suffix(".txt"))
+        ]
 
     @cached_property
     def file(self) -> str:
@@ -131,12 +152,19 @@ def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _encode(clip, text: str) -> Encoded:
-    """Without the padding that some encoders give. Raises ValueError for an encoder of more than text tokens."""
+    """Without the padding that some encoders give. Raises ValueError for an encoder of more than
+    text tokens."""
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     embedding, more = conditioning[0]
     if len(conditioning) != 1 or embedding.ndim != 3:
-        raise ValueError("this CLIP gives no plain text embedding; connect the text encoder of model_file")
+        raise ValueError(
+            "this CLIP gives no plain text embedding; connect the text encoder of model_file"
+        )
     mask = more.get("attention_mask")
-    mask = torch.ones(embedding.shape[1], dtype=torch.bool) if mask is None else mask[0].bool().cpu()
+    mask = (
+        torch.ones(embedding.shape[1], dtype=torch.bool) if mask is None else mask[0].bool().cpu()
+    )
     pooled = more.get("pooled_output")
-    return Encoded(embedding[0].float().cpu()[mask], None if pooled is None else pooled[0].float().cpu())
+    return Encoded(
+        embedding[0].float().cpu()[mask], None if pooled is None else pooled[0].float().cpu()
+    )

@@ -1,4 +1,5 @@
-"""PPCL_RecordCalibration: a MODEL that keeps what samplers feed it, as the calibration set of a run."""
+"""PPCL_RecordCalibration: a MODEL that keeps what samplers feed it, as the calibration set of a
+run."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from .waiting import screen_of
 
 
 def check_same_model(model, weights: Weights) -> None:
-    """Raises ValueError where a MODEL has other weights than its file, by names and shapes, or runs pruned."""
+    """Raises ValueError where a MODEL has other weights than its file, by names and shapes, or runs
+    pruned."""
     own = {name: tuple(t.shape) for name, t in tensors_in(model.model.diffusion_model).items()}
     advice = f"record with the full model of {weights.path.name}, or choose the file that the MODEL was loaded from"
     parts = {key: weights.architecture.to_comfyui(key, weights.keys()) for key in weights.keys()}
@@ -44,7 +46,8 @@ def check_same_model(model, weights: Weights) -> None:
 
 
 def recording(weights: Weights, limits: Limits) -> Path:
-    """The folder of the run for a model and limits: the same ones find it again, with what is in it."""
+    """The folder of the run for a model and limits: the same ones find it again, with what is in
+    it."""
     asked = json.dumps({"fingerprint": weights.fingerprint, **asdict(limits)}, sort_keys=True)
     folder = runs().root / f"record-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
     if not (folder / RECORDING).exists():
@@ -64,24 +67,49 @@ class RecordCalibration(Node):
             description="Passes a MODEL on; what samplers feed it is kept, and later stages learn from it.",
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Model.Input("model", tooltip="The full model. Sample with the output in its place."),
-                io.Combo.Input(
-                    "model_file", options=teacher_files(), tooltip="The file that the MODEL was loaded from: jobs read it."
+                io.Model.Input(
+                    "model", tooltip="The full model. Sample with the output in its place."
                 ),
-                *inputs(CalibrateConfig, "samples", samples={
-                    "min": 2, "tooltip": "Most samples in all; several samplings fill them, then nothing more is recorded."
-                }),
+                io.Combo.Input(
+                    "model_file",
+                    options=teacher_files(),
+                    tooltip="The file that the MODEL was loaded from: jobs read it.",
+                ),
+                *inputs(
+                    CalibrateConfig,
+                    "samples",
+                    samples={
+                        "min": 2,
+                        "tooltip": "Most samples in all; several samplings fill them, then nothing more is recorded.",
+                    },
+                ),
                 io.Int.Input(
-                    "each_picture", default=8, min=1, max=1000,
+                    "each_picture",
+                    default=8,
+                    min=1,
+                    max=1000,
                     tooltip="Samples kept of one picture, spread over the steps.",
                 ),
-                *inputs(CalibrateConfig, "batch empty_captions", batch={"min": 1}, empty_captions={
-                    "max": 1.0, "tooltip": "Share of samples with the negative prompt, since guidance needs it too."
-                }),
-                *inputs(Common, "seed", seed={**WHOLE_SEED, "tooltip": "Of the choice of samples; another seed is another run."}),
+                *inputs(
+                    CalibrateConfig,
+                    "batch empty_captions",
+                    batch={"min": 1},
+                    empty_captions={
+                        "max": 1.0,
+                        "tooltip": "Share of samples with the negative prompt, since guidance needs it too.",
+                    },
+                ),
+                *inputs(
+                    Common,
+                    "seed",
+                    seed={
+                        **WHOLE_SEED,
+                        "tooltip": "Of the choice of samples; another seed is another run.",
+                    },
+                ),
             ],
             outputs=[io.Model.Output(), RunType.Output(display_name="run")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def perform(cls, model, model_file, **given) -> io.NodeOutput:

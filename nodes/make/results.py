@@ -1,4 +1,5 @@
-"""What runs hold, as pictures and short text: errors of probes, a plan's map and curves, losses, how a job stands."""
+"""What runs hold, as pictures and short text: errors of probes, a plan's map and curves, losses,
+how a job stands."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def probe_errors(folder: Path) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for path in sorted(Run(folder).probes.glob("block_*.safetensors")):
         for stream, row in json.loads(TensorFile(path).metadata["report"]).items():
-            errors = [row[name] for name in ("held_out", "held_out_trained") if row[name] is not None]
+            errors = [
+                row[name] for name in ("held_out", "held_out_trained") if row[name] is not None
+            ]
             found.setdefault(stream, {})[int(path.stem.removeprefix("block_"))] = min(errors)
     return found
 
@@ -66,7 +69,8 @@ def _listed(blocks: list[int]) -> str:
 
 
 def damage_table(folder: Path) -> torch.Tensor | None:
-    """[blocks, longest]: measured damage of replacing [u, u + j]; NaN where none was; None before detection."""
+    """[blocks, longest]: measured damage of replacing [u, u + j]; NaN where none was; None before
+    detection."""
     path = Run(folder).curves
     if not path.exists():
         return None
@@ -75,7 +79,8 @@ def damage_table(folder: Path) -> torch.Tensor | None:
 
 
 def curves_picture(folder: Path, plan: PruningPlan) -> torch.Tensor:
-    """Alignment and its first differences from each interval's start, then the damage of every interval."""
+    """Alignment and its first differences from each interval's start, then the damage of every
+    interval."""
     if not plan.intervals:
         return text_card("The plan has no interval.", QUIET)
     drawn = [line_charts.cka_curves(plan, TensorFile(Run(folder).curves).read("cka"))]
@@ -100,10 +105,16 @@ def map_picture(plan: PruningPlan) -> torch.Tensor:
 def plan_text(plan: PruningPlan, damage: torch.Tensor | None) -> str:
     """One line an interval and site: what it costs, how sure it is."""
     removed = sum(interval.removed for interval in plan.intervals)
-    lines = [f"{_counted(plan.intervals, 'interval')}, {removed} of {plan.num_blocks} blocks removed"]
+    lines = [
+        f"{_counted(plan.intervals, 'interval')}, {removed} of {plan.num_blocks} blocks removed"
+    ]
     scores = [_damage_of(interval, damage) for interval in plan.intervals]
     for interval, score in zip(plan.intervals, scores, strict=True):
-        sure = "" if interval.stability is None else f", found in {100 * interval.stability:.0f} % of resamples"
+        sure = (
+            ""
+            if interval.stability is None
+            else f", found in {100 * interval.stability:.0f} % of resamples"
+        )
         lines.append(f"{interval.name}: damage {_number(score)}{sure}")
     if len(scores) > 1 and None not in scores:
         lines.append(f"damage of all of them together about {sum(scores):.3g} (they nearly add up)")
@@ -139,11 +150,13 @@ def variants_text(plan: PruningPlan) -> str:
 
 
 def losses_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Loss of every update of each trained part; kind: "depth", "width" or "tuned". Of depth, the plan's alone: what
-    it does not name may have been trained for another one."""
+    """Loss of every update of each trained part; kind: "depth", "width" or "tuned". Of depth, the
+    plan's alone: what it does not name may have been trained for another one."""
     paths = sorted((folder / kind).glob("*.safetensors"), key=lambda path: path.stem)
     if kind == "depth":
-        paths = [Run(folder).student(interval.name) for interval in Run(folder).load_plan().intervals]
+        paths = [
+            Run(folder).student(interval.name) for interval in Run(folder).load_plan().intervals
+        ]
     found = {path.stem: TensorFile(path).read("losses") for path in paths if path.exists()}
     return {name: losses for name, losses in found.items() if len(losses)}
 
@@ -163,7 +176,11 @@ def training_picture(folder: Path, losses: dict[str, torch.Tensor]) -> torch.Ten
     """The job's last preview; where it drew none, its losses."""
     if (folder / PREVIEW).exists():
         return picture_of((folder / PREVIEW).read_bytes())
-    return picture_of(line_charts.loss_curves(losses)) if losses else text_card("Nothing was trained.", QUIET)
+    return (
+        picture_of(line_charts.loss_curves(losses))
+        if losses
+        else text_card("Nothing was trained.", QUIET)
+    )
 
 
 def sparse_report(folder: Path) -> dict:
@@ -198,7 +215,9 @@ def state_picture(folder: Path, state: JobState) -> torch.Tensor:
         return card
     with Image.open(folder / PREVIEW) as opened:
         preview = opened.convert("RGB")
-        return stacked([card, tensor_of(preview.resize((CARD, round(preview.height * CARD / preview.width))))])
+        return stacked(
+            [card, tensor_of(preview.resize((CARD, round(preview.height * CARD / preview.width))))]
+        )
 
 
 def report_of(folder: Path) -> str:

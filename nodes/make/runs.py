@@ -1,4 +1,5 @@
-"""Runs as nodes see them: a name in ComfyUI's output folder, the model behind it, what its state says in words."""
+"""Runs as nodes see them: a name in ComfyUI's output folder, the model behind it, what its state
+says in words."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ TRAINING = {"distill-depth", "distill-width", "polish", "finetune"}
 LONGEST_ERROR = 500  # characters: a state file may come from anywhere
 
 
-def run_input(name: str = "run", optional: bool = False, tooltip: str = "A run of another PPCL node.") -> io.Input:
+def run_input(
+    name: str = "run", optional: bool = False, tooltip: str = "A run of another PPCL node."
+) -> io.Input:
     return RunType.Input(name, optional=optional, tooltip=tooltip)
 
 
@@ -32,8 +35,8 @@ def folder_of(name: str) -> Path:
 
 
 def model_of(name: str) -> Path:
-    """The full model that a run is about: its own order's, its recording's, or that of the run before it. Raises
-    ValueError where nothing says it, or the file is not the host's any more."""
+    """The full model that a run is about: its own order's, its recording's, or that of the run
+    before it. Raises ValueError where nothing says it, or the file is not the host's any more."""
     first, seen = name, set()
     while name not in seen:
         seen.add(name)
@@ -52,7 +55,9 @@ def _recorded_model(recording: Path) -> Path:
     match read_json(recording):
         case {"model": str(model)}:
             return Path(model)
-    raise ValueError(f"{recording} does not say which model was recorded; remove the folder, and record again")
+    raise ValueError(
+        f"{recording} does not say which model was recorded; remove the folder, and record again"
+    )
 
 
 def check_recorded(name: str) -> None:
@@ -68,7 +73,9 @@ def check_recorded(name: str) -> None:
 def progress_text(folder: Path, state: JobState) -> str:
     """ "distill-depth 120 of 1,400, 3.1/s, 6 min left, loss 0.043" """
     if state.is_final:
-        return f"{folder.name}: {state.status}" + (f" ({one_line(state.error)})" if state.error else "")
+        return f"{folder.name}: {state.status}" + (
+            f" ({one_line(state.error)})" if state.error else ""
+        )
     if not state.steps:
         return f"{folder.name}: {state.stage or state.status}{_place(state)}"
     parts = [f"{state.what or state.stage} {state.step:,} of {state.steps:,}{_place(state)}"]

@@ -1,4 +1,5 @@
-"""PPCL_Sparsify: weights of a model become zero with no training, as a job, by what its layers read in a run's calibration."""
+"""PPCL_Sparsify: weights of a model become zero with no training, as a job, by what its layers read
+in a run's calibration."""
 
 from __future__ import annotations
 
@@ -37,21 +38,32 @@ class Sparsify(Job):
     def define_schema(cls) -> io.Schema:
         files = [name for name in model_files() if not name.endswith(request.GGUF)]
         return cls.schema(
-            "Sparsify", "Sparsify",
+            "Sparsify",
+            "Sparsify",
             "Sets weights to zero with no training, a block at a time, by what the layers read in a calibration.",
             [
-                run_input(tooltip="A calibration, recorded or from prompts, or any run behind one."),
+                run_input(
+                    tooltip="A calibration, recorded or from prompts, or any run behind one."
+                ),
                 io.Combo.Input(
-                    "file", options=[OWN, *files], default=OWN,
+                    "file",
+                    options=[OWN, *files],
+                    default=OWN,
                     tooltip=f"What to prune. {OWN}: the bundle that the run exported, else its full model. Of a bundle the base "
                     "is the run's full model.",
                 ),
                 io.String.Input("variant", default="", tooltip=help_of(SparsifyConfig, "variant")),
                 *inputs(SparsifyConfig, SETTINGS, sparsity={"default": 0.5, "max": 1.0}),
             ],
-            more=(FileType.Output(display_name="file", tooltip="For file of Load Pruned Model (PPCL)."),),
-            seed=False, previews=True, kind=SparsifyConfig,
-        )  # fmt: skip
+            more=(
+                FileType.Output(
+                    display_name="file", tooltip="For file of Load Pruned Model (PPCL)."
+                ),
+            ),
+            seed=False,
+            previews=True,
+            kind=SparsifyConfig,
+        )
 
     @classmethod
     def perform(cls, run, file, variant, **given) -> io.NodeOutput:
@@ -62,7 +74,9 @@ class Sparsify(Job):
         base, chosen = model if is_bundle(path) else None, variant.strip() or None
         check(run, path, base, chosen)
         settings = {**given, "path": str(path), "base": base and str(base), "variant": chosen}
-        return cls.output(cls.work("sparse", [(SparsifyConfig, "sparsify", settings)], run, given, model), _pruned)
+        return cls.output(
+            cls.work("sparse", [(SparsifyConfig, "sparsify", settings)], run, given, model), _pruned
+        )
 
     @classmethod
     def nothing(cls) -> list:
@@ -70,11 +84,14 @@ class Sparsify(Job):
 
 
 def check(run: str, path: Path, base: Path | None, variant: str | None) -> None:
-    """Before a process starts that would find it out. Raises ValueError, in the words of the widgets, for a file or variant
-    that cannot be pruned and for a calibration of another model; kilobytes of the file are read."""
+    """Before a process starts that would find it out. Raises ValueError, in the words of the
+    widgets, for a file or variant that cannot be pruned and for a calibration of another model;
+    kilobytes of the file are read."""
     try:
         source = open_source(path, base, variant)
-        load_calibration(Run(folder_of(run)).calibration).check_model(source.architecture.name, source.fingerprint, run)
+        load_calibration(Run(folder_of(run)).calibration).check_model(
+            source.architecture.name, source.fingerprint, run
+        )
     except ValueError as error:
         raise ValueError(in_words_of_widgets(str(error))) from None
 
@@ -87,5 +104,7 @@ def bundle_of(run: str) -> Path | None:
 def _pruned(folder: Path) -> list:
     report = results.sparse_report(folder)
     (file,) = (folder / EXPORTS).glob("*.safetensors")
-    text = f"{exported_name(file)}: {file.stat().st_size / 1e9:.4g} GB\n{results.sparse_text(report)}"
+    text = (
+        f"{exported_name(file)}: {file.stat().st_size / 1e9:.4g} GB\n{results.sparse_text(report)}"
+    )
     return [results.sparse_picture(report), text, exported_name(file)]

@@ -1,6 +1,8 @@
-"""The stages of the method as nodes: each prepares a run, starts it in a process of its own and waits for it.
+"""The stages of the method as nodes: each prepares a run, starts it in a process of its own and
+waits for it.
 
-A node gives the run to the next one, a picture and a short text. Nothing of a MODEL enters: a run names the file.
+A node gives the run to the next one, a picture and a short text. Nothing of a MODEL enters: a run
+names the file.
 """
 
 from __future__ import annotations
@@ -26,7 +28,14 @@ from ...ppcl_engine.settings.prune_settings import (
     ProbeConfig,
     VariantsConfig,
 )
-from ..paths import NO_FOLDER, exported_name, model_path, picture_folders, references_folder, teacher_files
+from ..paths import (
+    NO_FOLDER,
+    exported_name,
+    model_path,
+    picture_folders,
+    references_folder,
+    teacher_files,
+)
 from ..pictures import picture_of
 from ..widgets import check_file_name, help_of, inputs
 from . import results
@@ -45,26 +54,46 @@ class CalibrateFromPrompts(Job):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
-            "CalibrateFromPrompts", "Calibrate from Prompts",
+            "CalibrateFromPrompts",
+            "Calibrate from Prompts",
             "The full model draws these prompts; what its blocks see on the way is what later stages learn from.",
             [
-                io.Combo.Input("model_file", options=teacher_files(), tooltip=help_of(Common, "model")),
-                io.String.Input("prompts", multiline=True, default="", tooltip="One prompt a line."),
-                io.Clip.Input("clip", optional=True, tooltip="Text encoder, for a model file that brings none."),
+                io.Combo.Input(
+                    "model_file", options=teacher_files(), tooltip=help_of(Common, "model")
+                ),
+                io.String.Input(
+                    "prompts", multiline=True, default="", tooltip="One prompt a line."
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Text encoder, for a model file that brings none.",
+                ),
                 *inputs(
-                    CalibrateConfig, "samples batch empty_captions steps guidance height width",
-                    samples={"min": 2}, batch={"min": 1}, empty_captions={"max": 1.0}, steps={"min": 1},
+                    CalibrateConfig,
+                    "samples batch empty_captions steps guidance height width",
+                    samples={"min": 2},
+                    batch={"min": 1},
+                    empty_captions={"max": 1.0},
+                    steps={"min": 1},
                 ),
             ],
-            last=(io.Combo.Input(
-                "references", options=[NO_FOLDER, *picture_folders()], default=NO_FOLDER, optional=True,
-                tooltip="Of an edit model: a folder in ComfyUI's input folder, of pictures with an instruction each in a "
-                ".txt of the same name. The full model changes them so.",
-            ),),
-        )  # fmt: skip
+            last=(
+                io.Combo.Input(
+                    "references",
+                    options=[NO_FOLDER, *picture_folders()],
+                    default=NO_FOLDER,
+                    optional=True,
+                    tooltip="Of an edit model: a folder in ComfyUI's input folder, of pictures with an instruction each in a "
+                    ".txt of the same name. The full model changes them so.",
+                ),
+            ),
+        )
 
     @classmethod
-    def perform(cls, model_file, prompts, clip=None, references=NO_FOLDER, **given) -> io.NodeOutput:
+    def perform(
+        cls, model_file, prompts, clip=None, references=NO_FOLDER, **given
+    ) -> io.NodeOutput:
         source = source_of(prompts, clip, references)
         settings = {**given, source.setting: source.file}
         folder = cls.work(
@@ -95,22 +124,29 @@ class Probe(Job):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
-            "Probe", "Probe", "Fits a linear map to every block of the full model: what Detect needs.",
+            "Probe",
+            "Probe",
+            "Fits a linear map to every block of the full model: what Detect needs.",
             [
                 run_input(tooltip="A calibration: recorded, or from prompts."),
                 io.Latent.Input(
-                    "after", optional=True,
+                    "after",
+                    optional=True,
                     tooltip="Of a recording: connect the sampler's latent, so that it is drawn before this runs.",
                 ),
-                *inputs(ProbeConfig, "ridge train_steps learning_rate held_out", held_out={"min": 1}),
+                *inputs(
+                    ProbeConfig, "ridge train_steps learning_rate held_out", held_out={"min": 1}
+                ),
             ],
             seed=False,
             states=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def perform(cls, run, after=None, **given) -> io.NodeOutput:
-        folder = cls.work("probe", [(ProbeConfig, "probe", given)], run, given, cls.ready(run, given))
+        folder = cls.work(
+            "probe", [(ProbeConfig, "probe", given)], run, given, cls.ready(run, given)
+        )
         return cls.output(folder, _probed)
 
 
@@ -125,20 +161,28 @@ class Detect(Job):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
-            "Detect", "Detect", "Finds the runs of blocks that one student each can replace: the plan.",
+            "Detect",
+            "Detect",
+            "Finds the runs of blocks that one student each can replace: the plan.",
             [
                 run_input(tooltip="A run of Probe (PPCL)."),
                 *inputs(
-                    DetectConfig, "method remove longest protect samples tokens bootstrap eps max_drop",
-                    longest={"min": 2, "max": 64}, samples={"min": 2}, tokens={"min": 1}, bootstrap={"max": 10_000},
+                    DetectConfig,
+                    "method remove longest protect samples tokens bootstrap eps max_drop",
+                    longest={"min": 2, "max": 64},
+                    samples={"min": 2},
+                    tokens={"min": 1},
+                    bootstrap={"max": 10_000},
                 ),
             ],
             states=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def perform(cls, run, **given) -> io.NodeOutput:
-        folder = cls.work("detect", [(DetectConfig, "detect", given)], run, given, cls.ready(run, given))
+        folder = cls.work(
+            "detect", [(DetectConfig, "detect", given)], run, given, cls.ready(run, given)
+        )
         return cls.output(folder, _detected)
 
 
@@ -152,18 +196,21 @@ class DistillDepth(Job):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
-            "DistillDepth", "Distil Depth", "Trains one student an interval of the plan, each by itself.",
+            "DistillDepth",
+            "Distil Depth",
+            "Trains one student an interval of the plan, each by itself.",
             [
                 run_input(tooltip="A run of Detect (PPCL) or Edit Plan (PPCL)."),
                 *inputs(
                     DistillDepthConfig,
                     "rounds updates learning_rate intervals correction init loss warm_up weight_decay cache_gb",
-                    rounds={"min": 1}, updates={"min": 1},
+                    rounds={"min": 1},
+                    updates={"min": 1},
                 ),
             ],
             previews=True,
             states=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def perform(cls, run, **given) -> io.NodeOutput:
@@ -171,7 +218,9 @@ class DistillDepth(Job):
         plan = Run(folder_of(run)).load_plan()
         for interval in parse_intervals(given["intervals"]):
             plan.interval(interval.name)
-        folder = cls.work("depth", [(DistillDepthConfig, "distill-depth", given)], run, given, model)
+        folder = cls.work(
+            "depth", [(DistillDepthConfig, "distill-depth", given)], run, given, model
+        )
         return cls.output(folder, lambda f: _trained(f, "depth"))
 
 
@@ -184,23 +233,32 @@ class DistillWidth(Job):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
-            "DistillWidth", "Distil Width",
+            "DistillWidth",
+            "Distil Width",
             "Finds FFNs and text streams that linear maps can replace, trains those, then all parts together.",
             [
                 run_input(tooltip="A run of Distil Depth (PPCL)."),
                 io.Combo.Input(
-                    "choose", options=[SHARE, NAMED, PLANNED], default=SHARE,
+                    "choose",
+                    options=[SHARE, NAMED, PLANNED],
+                    default=SHARE,
                     tooltip="Width sites: searched for until the share is met, named in sites, or those of Edit Plan.",
                 ),
                 *inputs(DetectWidthConfig, "share", share={"min": 0.05, "max": 1.0}),
-                io.String.Input("sites", default="", tooltip='For "by name": as "ffn_image:2 text:51-59".'),
+                io.String.Input(
+                    "sites", default="", tooltip='For "by name": as "ffn_image:2 text:51-59".'
+                ),
                 *inputs(DetectWidthConfig, "form longest", longest={"min": 1, "max": 64}),
-                *inputs(DistillWidthConfig, "rounds updates learning_rate give_back warm_up cache_gb", updates={"min": 1}),
+                *inputs(
+                    DistillWidthConfig,
+                    "rounds updates learning_rate give_back warm_up cache_gb",
+                    updates={"min": 1},
+                ),
                 *(_polish_input(name) for name in POLISH),
             ],
             previews=True,
             states=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def perform(cls, run, choose, polish_steps, polish_learning_rate, **given) -> io.NodeOutput:
@@ -217,25 +275,41 @@ def _polish_input(name: str) -> io.Input:
     """PolishConfig's, by another name: the node has steps and rates of its own."""
     (found,) = inputs(PolishConfig, POLISH[name], steps={"default": 300})
     found.id = name
-    found.tooltip = f"Of the training of all parts together behind it; 0 steps leaves it out. {found.tooltip}"
+    found.tooltip = (
+        f"Of the training of all parts together behind it; 0 steps leaves it out. {found.tooltip}"
+    )
     return found
 
 
 def _width_stages(choose: str, given: dict) -> list[tuple[type, str, dict]]:
     names = ["rounds", "updates", "learning_rate", "give_back", "warm_up", "cache_gb"]
-    tokens = {name: given[name] for name in ("target_tokens_only",) if name in given}  # workflows of before have none
+    # workflows of before have none
+    tokens = {name: given[name] for name in ("target_tokens_only",) if name in given}
     distill = {**tokens, **{name: given[name] for name in names}}
     if choose == NAMED:
         if not given["sites"].strip():
-            raise ValueError(f"choose is {NAMED!r}, but sites names none; write them as 'ffn_image:2 text:51-59'")
+            raise ValueError(
+                f"choose is {NAMED!r}, but sites names none; write them as 'ffn_image:2 text:51-59'"
+            )
         form = "paper" if given["form"] == "best" else given["form"]
-        return [(DistillWidthConfig, "distill-width", {**distill, "sites": given["sites"], "form": form})]
+        return [
+            (
+                DistillWidthConfig,
+                "distill-width",
+                {**distill, "sites": given["sites"], "form": form},
+            )
+        ]
     if choose == PLANNED:
         return [(DistillWidthConfig, "distill-width", distill)]
     if choose != SHARE:
-        raise ValueError(f"choose {choose!r} is not a choice; choose from {SHARE}, {NAMED}, {PLANNED}")
+        raise ValueError(
+            f"choose {choose!r} is not a choice; choose from {SHARE}, {NAMED}, {PLANNED}"
+        )
     detect = {**tokens, **{name: given[name] for name in ("share", "form", "longest", "cache_gb")}}
-    return [(DetectWidthConfig, "detect-width", detect), (DistillWidthConfig, "distill-width", distill)]
+    return [
+        (DetectWidthConfig, "detect-width", detect),
+        (DistillWidthConfig, "distill-width", distill),
+    ]
 
 
 def _widened(folder: Path) -> list:
@@ -247,17 +321,21 @@ class FineTune(Job):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
-            "FineTune", "Fine-tune", "Trains all parameters of one variant against the full model; one more variant.",
+            "FineTune",
+            "Fine-tune",
+            "Trains all parameters of one variant against the full model; one more variant.",
             [
                 run_input(tooltip="A run of Distil Depth (PPCL) or Distil Width (PPCL)."),
                 *inputs(
                     FinetuneConfig,
                     "variant name steps learning_rate warm_up weight_decay ema data checkpointing save_every",
-                    steps={"min": 1}, save_every={"min": 1}, ema={"max": 0.9999, "step": 0.0001},
+                    steps={"min": 1},
+                    save_every={"min": 1},
+                    ema={"max": 0.9999, "step": 0.0001},
                 ),
             ],
             previews=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     def perform(cls, run, **given) -> io.NodeOutput:
@@ -270,7 +348,11 @@ class FineTune(Job):
 def measured(run: str) -> list:
     """The stage that measures the variants, unless the run before has them."""
     plan = Run(folder_of(run)).load_plan()
-    return [] if any(not variant.tuned for variant in plan.variants) else [(VariantsConfig, "variants", {})]
+    return (
+        []
+        if any(not variant.tuned for variant in plan.variants)
+        else [(VariantsConfig, "variants", {})]
+    )
 
 
 def _tuned(folder: Path) -> list:
@@ -284,19 +366,28 @@ class Export(Job):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
-            "Export", "Export", "Measures the variants and writes the bundle, or one variant as a file of its own.",
+            "Export",
+            "Export",
+            "Measures the variants and writes the bundle, or one variant as a file of its own.",
             [
                 run_input(tooltip="A run of Distil Depth, Distil Width or Fine-tune (PPCL)."),
                 *inputs(ExportConfig, "layout name variant store"),
                 io.Int.Input(
-                    "report_pictures", default=0, min=0, max=10_000,
+                    "report_pictures",
+                    default=0,
+                    min=0,
+                    max=10_000,
                     tooltip=f"Also compares all variants with the full model (report.html). {help_of(EvaluateConfig, 'captions')} "
                     "0 writes no report.",
                 ),
             ],
-            more=(FileType.Output(display_name="file", tooltip="For file of Load Pruned Model (PPCL)."),),
+            more=(
+                FileType.Output(
+                    display_name="file", tooltip="For file of Load Pruned Model (PPCL)."
+                ),
+            ),
             seed=False,
-        )  # fmt: skip
+        )
 
     @classmethod
     def perform(cls, run, report_pictures, **given) -> io.NodeOutput:
@@ -320,4 +411,8 @@ def _exported(folder: Path) -> list:
         results.variants_text(plan),
         results.report_of(folder),
     ]
-    return [results.map_picture(plan), "\n".join(line for line in lines if line), exported_name(file)]
+    return [
+        results.map_picture(plan),
+        "\n".join(line for line in lines if line),
+        exported_name(file),
+    ]

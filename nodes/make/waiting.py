@@ -1,6 +1,7 @@
 """A node that waits for a job: what it shows, and how the job ends with it.
 
-The work itself is done by a process of its own (`ppcl_engine.jobs`), in a folder that says how it stands.
+The work itself is done by a process of its own (`ppcl_engine.jobs`), in a folder that says how it
+stands.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Start:
 
 
 class Screen:
-    """What the page shows of a node while it works: a bar, a picture, a line. Only what has changed is sent."""
+    """What the page shows of a node while it works: a bar, a picture, a line. Only what has changed
+    is sent."""
 
     def __init__(self, node_id: str | None):
         self.node_id = node_id
@@ -50,7 +52,11 @@ class Screen:
         if self._changed("step", (state.stage, state.step, state.steps)) or preview:
             picture = _thumbnail(folder / PREVIEW) if preview else None
             ComfyAPISync().execution.set_progress(
-                state.step, max(state.steps, 1), node_id=self.node_id, preview_image=picture, ignore_size_limit=True
+                state.step,
+                max(state.steps, 1),
+                node_id=self.node_id,
+                preview_image=picture,
+                ignore_size_limit=True,
             )
         self.say(progress_text(folder, state))
 
@@ -66,12 +72,18 @@ class Screen:
 
 
 def run_job(
-    kind: str, stages: list[tuple[str, dict]], upstream: str, how: Start, screen: Screen, bring=lambda folder: None
+    kind: str,
+    stages: list[tuple[str, dict]],
+    upstream: str,
+    how: Start,
+    screen: Screen,
+    bring=lambda folder: None,
 ) -> Path:
-    """The folder of the run that does these stages: found again, prepared, started or done, as `how` says.
-    `bring(folder)` puts files there that the stages read.
+    """The folder of the run that does these stages: found again, prepared, started or done, as
+    `how` says. `bring(folder)` puts files there that the stages read.
 
-    Raises ValueError with the job's own line where it fails, the host's interrupt where the user stops it.
+    Raises ValueError with the job's own line where it fails, the host's interrupt where the user
+    stops it.
     """
     options = {"outlive": how.keep_running, "preview_seconds": how.preview_seconds}
     path = runs().prepare(kind, stages, upstream, **options).path
@@ -86,7 +98,8 @@ def run_job(
 
 
 def finish_upstream(name: str, wait: bool, screen: Screen) -> None:
-    """Raises ValueError for a run before this one that is not done, unless it is at work and this one may wait."""
+    """Raises ValueError for a run before this one that is not done, unless it is at work and this
+    one may wait."""
     check_recorded(name)
     folder = folder_of(name)
     if not (folder / "state.json").exists():  # a recording
@@ -95,10 +108,14 @@ def finish_upstream(name: str, wait: bool, screen: Screen) -> None:
     if state.status in ("failed", "cancelled"):
         raise ValueError(f"the run before, {name}, is {state.status}: {one_line(state.error)}")
     if state.status == "queued" and state.pid is None:
-        raise ValueError(f"the run before, {name}, was prepared and not started; start it, then press Run again")
+        raise ValueError(
+            f"the run before, {name}, was prepared and not started; start it, then press Run again"
+        )
     if not state.is_final:
         if not wait:
-            raise ValueError(f"the run before, {name}, is still at work; turn wait on, or come back when it is done")
+            raise ValueError(
+                f"the run before, {name}, is still at work; turn wait on, or come back when it is done"
+            )
         leave_memory()
         follow(folder, screen)
 
@@ -111,7 +128,8 @@ def leave_memory() -> None:
 
 @dataclass
 class Worker:
-    """A job's process that this node answers for, as `RunStore.start` gives it; None where another one started it."""
+    """A job's process that this node answers for, as `RunStore.start` gives it; None where another
+    one started it."""
 
     path: Path
     process: object | None
@@ -142,15 +160,21 @@ class Worker:
 
 
 def follow(path: Path, screen: Screen, worker: Worker | None = None) -> JobState:
-    """Shows a job until it has ended. With `worker`, whatever ends this wait ends the job; without, the job goes on.
+    """Shows a job until it has ended. With `worker`, whatever ends this wait ends the job; without,
+    the job goes on.
 
-    Raises ValueError with the job's line when it failed, the host's interrupt when the user pressed cancel.
+    Raises ValueError with the job's line when it failed, the host's interrupt when the user pressed
+    cancel.
     """
     try:
         while not (state := current_state(path)).is_final:
             screen.show(path, state)
             if memory.processing_interrupted():
-                screen.say(_stopped(worker) if worker else f"{path.name} goes on; Cancel Job (PPCL) stops it")
+                screen.say(
+                    _stopped(worker)
+                    if worker
+                    else f"{path.name} goes on; Cancel Job (PPCL) stops it"
+                )
                 memory.throw_exception_if_processing_interrupted()
             time.sleep(EVERY)
     except BaseException:

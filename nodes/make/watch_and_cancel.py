@@ -38,11 +38,12 @@ def chosen(run_name: str, run: str | None) -> str:
 def choice() -> list[io.Input]:
     return [
         io.Combo.Input(
-            "run_name", options=[NEWEST, *run_names()],
+            "run_name",
+            options=[NEWEST, *run_names()],
             tooltip="A run in output/ppcl. newest: the one at work, else the last. Press R for those made since.",
         ),
         run_input(optional=True, tooltip="A run of another PPCL node, in the place of the name."),
-    ]  # fmt: skip
+    ]
 
 
 class WatchJob(Node):
@@ -60,12 +61,13 @@ class WatchJob(Node):
             inputs=[
                 *choice(),
                 io.Boolean.Input(
-                    "wait", default=True,
+                    "wait",
+                    default=True,
                     tooltip="On: watch until the job ends; Cancel ends the watching, not the job. Off: one look.",
                 ),
             ],
             outputs=outputs("preview"),
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, **given):
@@ -78,7 +80,11 @@ class WatchJob(Node):
         if wait and not state.is_final and state.pid is not None:
             leave_memory()
             state = follow(folder, screen)
-        text = failure_text(folder, state) if state.status == "failed" else progress_text(folder, state)
+        text = (
+            failure_text(folder, state)
+            if state.status == "failed"
+            else progress_text(folder, state)
+        )
         picture = results.state_picture(folder, state)
         screen.say(text)
         return io.NodeOutput(folder.name, picture, text, ui=ui.PreviewImage(picture, cls=cls))
@@ -109,7 +115,11 @@ class CancelJob(Node):
         folder = folder_of(chosen(run_name, run))
         before = current_state(folder)
         ask_to_cancel(folder)
-        text = progress_text(folder, before) if before.is_final else f"{folder.name}: asked to save and end"
+        text = (
+            progress_text(folder, before)
+            if before.is_final
+            else f"{folder.name}: asked to save and end"
+        )
         screen_of(cls).say(text)
         return io.NodeOutput(text)
 
@@ -127,13 +137,23 @@ class PrepareRun(Node):
             inputs=[
                 run_input(tooltip="A run of a job node whose start is off."),
                 io.Int.Input(
-                    "processes", default=1, min=1, max=MOST_PROCESSES, tooltip="Devices of that machine to use."
+                    "processes",
+                    default=1,
+                    min=1,
+                    max=MOST_PROCESSES,
+                    tooltip="Devices of that machine to use.",
                 ),
-                *inputs(Order, "parallel", parallel={"tooltip": "How several processes share the training: "
-                        "data (each takes other samples), intervals (each takes other students)."}),
+                *inputs(
+                    Order,
+                    "parallel",
+                    parallel={
+                        "tooltip": "How several processes share the training: "
+                        "data (each takes other samples), intervals (each takes other students)."
+                    },
+                ),
             ],
             outputs=[RunType.Output(display_name="run"), io.String.Output(display_name="text")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, **given):
@@ -147,7 +167,8 @@ class PrepareRun(Node):
 
 
 def how_to_start(run: str, processes: int, parallel: str) -> str:
-    """Writes `parallel` into an order that nobody has begun. Raises ValueError for a run that is not to be started."""
+    """Writes `parallel` into an order that nobody has begun. Raises ValueError for a run that is
+    not to be started."""
     folder = folder_of(run)
     state = current_state(folder)
     if state.status != "queued" or state.pid is not None:

@@ -1,9 +1,9 @@
-"""Tables of folded modulations while the host samples: a new schedule costs one pass over the stored weights, a known one
-nothing.
+"""Tables of folded modulations while the host samples: a new schedule costs one pass over the
+stored weights, a known one nothing.
 
-When sampling starts its sigmas are known. What the model's table lacks comes from models/ppcl/tables, or is computed from
-the modulations in the files that the model was loaded from, one in memory at a time, by the very modules that the unfolded
-model would run, on the same device.
+When sampling starts its sigmas are known. What the model's table lacks comes from
+models/ppcl/tables, or is computed from the modulations in the files that the model was loaded from,
+one in memory at a time, by the very modules that the unfolded model would run, on the same device.
 """
 
 from __future__ import annotations
@@ -41,17 +41,20 @@ from .timesteps import timesteps_of
 KEY = "ppcl_fold"
 MOST_TIMESTEPS = 512  # in one model; older ones go, and come back from their file
 LOW_RANK = {"lora": 4, "loha": 7, "lokr": 8}
-"""adapters that add to a weight whatever it is -> where they keep a scale (DoRA) that depends on it"""
+"""adapters that add to a weight whatever it is -> where they keep a scale (DoRA) that depends on
+it"""
 
 
 def follow(model) -> None:
-    """Of this folded MODEL and every clone of it: checks what is about to be sampled, fills its table."""
+    """Of this folded MODEL and every clone of it: checks what is about to be sampled, fills its
+    table."""
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _before_sampling)
     model.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, _after_load)
 
 
 def _after_load(patcher, *_) -> None:
-    """Nothing but sampling fails on such changes: a node that saves the model asks `Parts.refused`."""
+    """Nothing but sampling fails on such changes: a node that saves the model asks
+    `Parts.refused`."""
     transformer = patcher.model.diffusion_model
     try:
         check_patches(patcher, folded.inputs_in(transformer))
@@ -75,20 +78,29 @@ def check_patches(patcher, inputs) -> None:
     for patches in (patcher.patches, *patcher.hook_patches.values()):
         for key, found in patches.items():
             if key.startswith(f"diffusion_model.{engine.time_embedder}."):
-                raise ValueError(f"a LoRA changes {key}, which folded modulations can't follow; set fold to off")
+                raise ValueError(
+                    f"a LoRA changes {key}, which folded modulations can't follow; set fold to off"
+                )
             module = key.rpartition(".")[0].removeprefix("diffusion_model.")
-            if module.endswith(engine.timestep_modulations) and not all(_adds(p, inputs) for p in found):
+            if module.endswith(engine.timestep_modulations) and not all(
+                _adds(p, inputs) for p in found
+            ):
                 raise ValueError(
                     f"a change of {key} depends on the weight itself (DoRA, a merge), which is folded away; set fold to off"
                 )
 
 
 def _adds(patch: tuple, inputs) -> bool:
-    """Whether a patch adds the same to any weight. A basis takes merges too, since it knows all that is left of W."""
+    """Whether a patch adds the same to any weight. A basis takes merges too, since it knows all
+    that is left of W."""
     _, value, strength_model, _, _ = patch
     if isinstance(value, WeightAdapterBase):
         place = LOW_RANK.get(value.name)
-        return place is not None and value.weights[place] is None and (strength_model == 1 or _scales(inputs))
+        return (
+            place is not None
+            and value.weights[place] is None
+            and (strength_model == 1 or _scales(inputs))
+        )
     if isinstance(value, list) or strength_model != 1:
         return _scales(inputs)
     return len(value) == 1 or value[0] == "diff"
@@ -99,8 +111,8 @@ def _scales(inputs) -> bool:
 
 
 def know(patcher, inputs: folded.Table, timesteps: list[float], samples: int) -> None:
-    """The model's table has these timesteps, or ValueError in one line. Rows: with guidance both prompts may go through
-    the model at once."""
+    """The model's table has these timesteps, or ValueError in one line. Rows: with guidance both
+    prompts may go through the model at once."""
     rows = (samples, 2 * samples)
     known = inputs.timesteps.tolist()
     if inputs.stored is None:
@@ -121,19 +133,24 @@ def know(patcher, inputs: folded.Table, timesteps: list[float], samples: int) ->
     inputs.batches = next(iter(maps.values())).batches
     folded.renewed(patcher.model.diffusion_model)
     inputs.stored = inputs.stored if keeps else frozenset()
-    inputs.asked = {(t, r) for t, r in inputs.asked if keeps and t not in missing} | {(t, rows) for t in missing}
+    inputs.asked = {(t, r) for t, r in inputs.asked if keeps and t not in missing} | {
+        (t, rows) for t in missing
+    }
     patcher.size = 0  # counted anew
 
 
 def unload(patcher) -> None:
-    """Takes the model off its device, whichever branch of it is loaded: what it holds is about to change."""
+    """Takes the model off its device, whichever branch of it is loaded: what it holds is about to
+    change."""
     loaded = comfy.model_management.current_loaded_models
     for found in [m for m in loaded if m.model is not None and m.model.model is patcher.model]:
         found.model_unload()
         loaded.remove(found)
 
 
-def stored_table(patcher, inputs: folded.Table, later: Modulations, timesteps: list[float], rows: tuple) -> Table:
+def stored_table(
+    patcher, inputs: folded.Table, later: Modulations, timesteps: list[float], rows: tuple
+) -> Table:
     """From models/ppcl/tables, or computed and put there."""
     key = _key(patcher, inputs, later, rows)
     for path in sorted(tables_folder().glob(f"{key[:24]}-*.safetensors")):
@@ -149,8 +166,17 @@ def stored_table(patcher, inputs: folded.Table, later: Modulations, timesteps: l
 def _key(patcher, inputs: folded.Table, later: Modulations, rows: tuple) -> str:
     """Of everything that a value's bits hang on."""
     linear, names = inputs.new_linear, sorted(_host_names(patcher, later))
-    parts = (later.mark, later.shapes, names, _dtype(patcher), linear.func.__qualname__, linear.keywords["dtype"],
-             comfy.model_management.get_torch_device_name(patcher.load_device), torch.__version__, rows)  # fmt: skip
+    parts = (
+        later.mark,
+        later.shapes,
+        names,
+        _dtype(patcher),
+        linear.func.__qualname__,
+        linear.keywords["dtype"],
+        comfy.model_management.get_torch_device_name(patcher.load_device),
+        torch.__version__,
+        rows,
+    )
     return hashlib.sha256(str(parts).encode()).hexdigest()
 
 
@@ -158,19 +184,24 @@ def _dtype(patcher) -> torch.dtype:
     return patcher.model.manual_cast_dtype or patcher.model.get_dtype()
 
 
-def computed(patcher, inputs: folded.Table, later: Modulations, timesteps: list[float], rows: tuple) -> Table:
+def computed(
+    patcher, inputs: folded.Table, later: Modulations, timesteps: list[float], rows: tuple
+) -> Table:
     """One pass over the stored modulations, with progress; the host's stop button ends it."""
     device, dtype = patcher.load_device, _dtype(patcher)
     like = torch.empty(0, dtype=dtype, device=device)
     with cast_when_used(inputs.embedder[0]) as embedder:
-        given = conditionings(lambda t: embedder.forward(t.to(device), like), timesteps, [(r, r) for r in rows])
+        given = conditionings(
+            lambda t: embedder.forward(t.to(device), like), timesteps, [(r, r) for r in rows]
+        )
     opened = _opened(inputs, later, _host_names(patcher, later), device)
     return make_table(((name, open_one, given) for name, open_one in opened), timesteps)
 
 
 @contextmanager
 def cast_when_used(module: nn.Module) -> Iterator[nn.Module]:
-    """Runs on its inputs' device, wherever its weights are: the host moves them, in whatever form it keeps them."""
+    """Runs on its inputs' device, wherever its weights are: the host moves them, in whatever form
+    it keeps them."""
     parts = [part for part in module.modules() if hasattr(part, "comfy_cast_weights")]
     old = [part.comfy_cast_weights for part in parts]
     try:
@@ -185,10 +216,14 @@ def cast_when_used(module: nn.Module) -> Iterator[nn.Module]:
 def _host_names(patcher, later: Modulations) -> dict[str, str]:
     """Name of a modulation in the host's model -> in the file."""
     names = patcher.model.diffusion_model.ppcl.structure.names
-    return {(names.get(f"{n}.weight") or f"{n}.weight").removesuffix(".weight"): n for n in later.stored}
+    return {
+        (names.get(f"{n}.weight") or f"{n}.weight").removesuffix(".weight"): n for n in later.stored
+    }
 
 
-def _opened(inputs: folded.Table, later: Modulations, names: dict[str, str], device: torch.device) -> Iterator:
+def _opened(
+    inputs: folded.Table, later: Modulations, names: dict[str, str], device: torch.device
+) -> Iterator:
     bar = comfy.utils.ProgressBar(len(names))
     for host_name, name in names.items():
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -196,7 +231,9 @@ def _opened(inputs: folded.Table, later: Modulations, names: dict[str, str], dev
         bar.update(1)
 
 
-def _modulation(inputs: folded.Table, later: Modulations, name: str, device: torch.device) -> nn.Module:
+def _modulation(
+    inputs: folded.Table, later: Modulations, name: str, device: torch.device
+) -> nn.Module:
     """As the host builds it in an unfolded block."""
     linear = filled_linear(inputs.new_linear, later.shape(name), later.read(name))
     return nn.Sequential(nn.SiLU(), linear).to(device).requires_grad_(False)

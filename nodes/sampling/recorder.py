@@ -23,10 +23,16 @@ CONDITIONS = {  # what a model reads of captions, by diffusers' names -> by the 
 
 
 class Recorder:
-    """Wrappers around one branch's sampling. Only copies are taken: the pictures stay as they are, to the bit."""
+    """Wrappers around one branch's sampling. Only copies are taken: the pictures stay as they are,
+    to the bit."""
 
     def __init__(self, weights: Weights, path: Path, limits: Limits, tell=lambda text: None):
-        self.architecture, self.path, self.limits, self.tell = weights.architecture, path, limits, tell
+        self.architecture, self.path, self.limits, self.tell = (
+            weights.architecture,
+            path,
+            limits,
+            tell,
+        )
         self.config, self.host = weights.config, host_named(weights.architecture.name)
         self.reads = {name: CONDITIONS[name] for name in weights.architecture.caption_inputs}
         if weights.architecture.takes_guidance(weights.config):
@@ -65,8 +71,19 @@ class Recorder:
             self.tell("not recorded: this sampling stops before its pictures are clean")
         return samples
 
-    def _apply(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **named):
-        """Before the host turns sigma, which is our t, into what the architecture calls a timestep."""
+    def _apply(
+        self,
+        executor,
+        x,
+        t,
+        c_concat=None,
+        c_crossattn=None,
+        control=None,
+        transformer_options=None,
+        **named,
+    ):
+        """Before the host turns sigma, which is our t, into what the architecture calls a
+        timestep."""
         options = transformer_options or {}
         if self.sampling is not None:
             if c_concat is not None:
@@ -110,13 +127,18 @@ class Recorder:
         return found
 
     def _references(self, given: dict) -> tuple[Inputs, tuple[tuple[int, ...], ...]]:
-        """Tokens of all reference pictures behind each other, a row each, and the pictures' sizes in tokens."""
+        """Tokens of all reference pictures behind each other, a row each, and the pictures' sizes
+        in tokens."""
         if not (pictures := given.get("ref_latents")):
             return {}, ()
-        self.host.check_references(self.transformer, self.config, given.get("ref_latents_method"), len(pictures))
+        self.host.check_references(
+            self.transformer, self.config, given.get("ref_latents_method"), len(pictures)
+        )
         whole = [whole_tokens(flat(picture)) for picture in pictures]
         tokens = torch.cat([self.architecture.pack(picture) for picture in whole], dim=1)
-        return {REFERENCES: tokens}, tuple(tuple(self.architecture.grid(picture)[0].tolist()) for picture in whole)
+        return {REFERENCES: tokens}, tuple(
+            tuple(self.architecture.grid(picture)[0].tolist()) for picture in whole
+        )
 
     def _told(self, samples: int) -> None:
         full = "; full: change seed to record others" if samples >= self.limits.samples else ""
@@ -124,11 +146,14 @@ class Recorder:
 
 
 def flat(latents: torch.Tensor) -> torch.Tensor:
-    """Latents of pictures, without the frame that video models have. Raises ValueError for several frames."""
+    """Latents of pictures, without the frame that video models have. Raises ValueError for several
+    frames."""
     if latents.ndim == 4:
         return latents
     if latents.shape[2] > 1:
-        raise ValueError(f"latents of {latents.shape[2]} frames cannot be recorded; draw single pictures")
+        raise ValueError(
+            f"latents of {latents.shape[2]} frames cannot be recorded; draw single pictures"
+        )
     return latents[:, :, 0]
 
 

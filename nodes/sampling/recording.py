@@ -1,8 +1,8 @@
 """What a sampler feeds a model, kept as a calibration set. Knows tensors and files, not the host.
 
-Of every picture that is drawn a few states are kept, spread over the schedule, most of them with the prompt and some
-with the negative one; the picture itself, as latents, becomes the clean one of each. An edit model's references are kept
-with every state.
+Of every picture that is drawn a few states are kept, spread over the schedule, most of them with
+the prompt and some with the negative one; the picture itself, as latents, becomes the clean one of
+each. An edit model's references are kept with every state.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ...ppcl_engine.data.draw import inputs_of
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """samples: of the whole set. each_picture: of one picture. batch: samples that go through a block at once."""
+    """samples: of the whole set. each_picture: of one picture. batch: samples that go through a
+    block at once."""
 
     samples: int
     each_picture: int
@@ -34,14 +35,17 @@ Wanted = dict[tuple[int, int], bool]
 
 
 def wanted_states(limits: Limits, number: int, rows: int, steps: int) -> Wanted:
-    """Of each row one state in each of `each_picture` equal parts of the schedule. The same for the same seed and
-    `number` of the sampling."""
+    """Of each row one state in each of `each_picture` equal parts of the schedule. The same for the
+    same seed and `number` of the sampling."""
     generator, found = _generator(limits, number), {}
     kept = min(limits.each_picture, steps)
     for row in range(rows):
         places = (torch.arange(kept) + torch.rand(kept, generator=generator)) / kept * steps
         negative = torch.rand(kept, generator=generator) < limits.empty_captions
-        found |= {(row, step): empty for step, empty in zip(places.int().tolist(), negative.tolist(), strict=True)}
+        found |= {
+            (row, step): empty
+            for step, empty in zip(places.int().tolist(), negative.tolist(), strict=True)
+        }
     return found
 
 
@@ -51,9 +55,10 @@ def _generator(limits: Limits, number: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class State:
-    """One row of a forward, on the CPU in float32: latents [1, c, h, w], t, captions: what the model reads beside them, by
-    diffusers' names (text [tokens, width], mask [tokens], pooled text [width], guidance [], tokens of all references
-    [tokens, channels]), references: sizes of those (frames, rows, columns)."""
+    """One row of a forward, on the CPU in float32: latents [1, c, h, w], t, captions: what the
+    model reads beside them, by diffusers' names (text [tokens, width], mask [tokens], pooled text
+    [width], guidance [], tokens of all references [tokens, channels]), references: sizes of those
+    (frames, rows, columns)."""
 
     latents: torch.Tensor
     t: float
@@ -75,12 +80,19 @@ class Sampling:
         self.states: dict[tuple[int, int], State] = {}
 
     def see(
-        self, step: int, negative: bool, latents: torch.Tensor, t: torch.Tensor, captions: Inputs, references=()
+        self,
+        step: int,
+        negative: bool,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        captions: Inputs,
+        references=(),
     ) -> None:
-        """A forward's rows of one prompt: latents [rows, c, h, w], t [rows], captions as a `State` has them, a row each;
-        references as it has them.
+        """A forward's rows of one prompt: latents [rows, c, h, w], t [rows], captions as a `State`
+        has them, a row each; references as it has them.
 
-        The first forward of a step counts; the other prompt's is kept where the wanted one never comes (guidance 1).
+        The first forward of a step counts; the other prompt's is kept where the wanted one never
+        comes (guidance 1).
         """
         for row in range(self.rows):
             kept = self.states.get((row, step))
@@ -88,11 +100,13 @@ class Sampling:
                 continue
             if kept is None or negative == self.wanted[row, step]:
                 own = {name: _copied(tensor[row]) for name, tensor in captions.items()}
-                self.states[row, step] = State(_copied(latents[row])[None], float(t[row]), own, negative, references)
+                self.states[row, step] = State(
+                    _copied(latents[row])[None], float(t[row]), own, negative, references
+                )
 
     def batches(self, architecture: Architecture, clean: torch.Tensor, most: int) -> list[Inputs]:
-        """At most `most` of the samples, shuffled, texts of a batch of one length, or padded to it where a mask says so,
-        and references of the same sizes. clean [rows, c, h, w]."""
+        """At most `most` of the samples, shuffled, texts of a batch of one length, or padded to it
+        where a mask says so, and references of the same sizes. clean [rows, c, h, w]."""
         keys = sorted(self.states)
         order = torch.randperm(len(keys), generator=_generator(self.limits, self.number))[:most]
         keys = [keys[place] for place in order.tolist()]
@@ -108,23 +122,36 @@ class Sampling:
                 del alike[shape]
         return [self._batch(architecture, clean, chunk) for chunk in chunks]
 
-    def _batch(self, architecture: Architecture, clean: torch.Tensor, keys: list[tuple[int, int]]) -> Inputs:
+    def _batch(
+        self, architecture: Architecture, clean: torch.Tensor, keys: list[tuple[int, int]]
+    ) -> Inputs:
         states = [self.states[key] for key in keys]
         latents = torch.cat([state.latents for state in states])
         ends = architecture.pack(clean[[row for row, _ in keys]])
         t = torch.tensor([state.t for state in states])
-        captions = {name: _stacked([state.captions[name] for state in states]) for name in states[0].captions}
-        grid = torch.cat([architecture.grid(latents), torch.tensor(states[0].references).reshape(-1, 3).long()])
+        captions = {
+            name: _stacked([state.captions[name] for state in states])
+            for name in states[0].captions
+        }
+        grid = torch.cat(
+            [architecture.grid(latents), torch.tensor(states[0].references).reshape(-1, 3).long()]
+        )
         return inputs_of(architecture.pack(latents), t, captions, grid, ends)
 
 
 def _stacked(rows: list[torch.Tensor]) -> torch.Tensor:
     """Padded with zeros where the first dimension differs."""
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows[0].ndim else torch.stack(rows)
+    return (
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        if rows[0].ndim
+        else torch.stack(rows)
+    )
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", torch.bool if tensor.dtype == torch.bool else torch.float32, copy=True)
+    return tensor.detach().to(
+        "cpu", torch.bool if tensor.dtype == torch.bool else torch.float32, copy=True
+    )
 
 
 def recorded(path: Path, origin: dict) -> CalibrationSet:
@@ -133,7 +160,9 @@ def recorded(path: Path, origin: dict) -> CalibrationSet:
         return CalibrationSet([], origin)
     found = load_calibration(path)
     if found.origin != origin:
-        raise ValueError(f"{path} was recorded with other settings; remove its folder, or change seed")
+        raise ValueError(
+            f"{path} was recorded with other settings; remove its folder, or change seed"
+        )
     return found
 
 

@@ -18,7 +18,8 @@ KEEP, BY_SIZE = "as it is", "by size"
 
 
 def choose(model, variant: str, size: float, on: str, off: str):
-    """(branch, what it runs in words). `size`: largest share of the full model's parameters, for "by size"."""
+    """(branch, what it runs in words). `size`: largest share of the full model's parameters, for
+    "by size"."""
     plan = switchable_plan(model)
     chosen = _by_name(model, plan, variant, size)
     chosen = with_parts(plan, chosen, on.replace(",", " ").split(), off.replace(",", " ").split())
@@ -32,7 +33,9 @@ def switchable_plan(model) -> PruningPlan:
     if parts is None or parts.plan is None:
         raise ValueError("this MODEL is no PPCL bundle; load one with Load Pruned Model (PPCL)")
     if not parts.structure.switchable:
-        raise ValueError("only one variant of this model was loaded; set switchable to on in Load Pruned Model (PPCL)")
+        raise ValueError(
+            "only one variant of this model was loaded; set switchable to on in Load Pruned Model (PPCL)"
+        )
     return parts.plan
 
 
@@ -41,18 +44,25 @@ def _by_name(model, plan: PruningPlan, name: str, size: float) -> Variant:
         return variant_of(model)
     if name == BY_SIZE:
         return by_size(model, plan, size)
-    variant = plan.variant(None if name == SMALLEST and all(v.name != SMALLEST for v in plan.variants) else name)
+    variant = plan.variant(
+        None if name == SMALLEST and all(v.name != SMALLEST for v in plan.variants) else name
+    )
     if variant.tuned:
-        raise ValueError(f"variant {name!r} is fine-tuned, with weights of its own; load it with switchable set to off")
+        raise ValueError(
+            f"variant {name!r} is fine-tuned, with weights of its own; load it with switchable set to off"
+        )
     return variant
 
 
 def by_size(model, plan: PruningPlan, share: float) -> Variant:
-    """Parts are switched on in the order of their measured damage until the parameters are within the share; those
-    that were not measured come last."""
+    """Parts are switched on in the order of their measured damage until the parameters are within
+    the share; those that were not measured come last."""
     transformer, names = model.model.diffusion_model, []
     full, _ = size_of(transformer, layout_of(plan, Variant(name="full")))
-    parts = sorted([*plan.intervals, *plan.switches], key=lambda part: math.inf if part.score is None else part.score)
+    parts = sorted(
+        [*plan.intervals, *plan.switches],
+        key=lambda part: math.inf if part.score is None else part.score,
+    )
     for part in parts:
         if size_of(transformer, layout_of(plan, _of(names)))[0] <= share * full:
             break
@@ -61,7 +71,8 @@ def by_size(model, plan: PruningPlan, share: float) -> Variant:
 
 
 def with_parts(plan: PruningPlan, variant: Variant, on: list[str], off: list[str]) -> Variant:
-    """The variant with single intervals and sites switched on or given back. Raises ValueError for unknown names."""
+    """The variant with single intervals and sites switched on or given back. Raises ValueError for
+    unknown names."""
     for name in (*on, *off):
         plan.site(name) if ":" in name else plan.interval(name)
     if not on and not off:
@@ -86,9 +97,13 @@ class ChooseVariant(Node):
             category="PPCL",
             description="Another size of a loaded bundle. Any number of branches share the weights of one loaded model.",
             inputs=[
-                io.Model.Input("model", tooltip="A bundle, loaded with switchable on; or any branch of it."),
+                io.Model.Input(
+                    "model", tooltip="A bundle, loaded with switchable on; or any branch of it."
+                ),
                 io.Combo.Input(
-                    "variant", options=[KEEP, BY_SIZE, *variant_names()], tooltip="A size of the bundle by name."
+                    "variant",
+                    options=[KEEP, BY_SIZE, *variant_names()],
+                    tooltip="A size of the bundle by name.",
                 ),
                 io.Float.Input(
                     "size",
@@ -98,9 +113,15 @@ class ChooseVariant(Node):
                     step=0.01,
                     display_mode=io.NumberDisplay.slider,
                     tooltip='For "by size": at most this share of the full model\'s parameters.',
-                ),  # fmt: skip
-                io.String.Input("on", default="", tooltip='Parts to switch on as well, as "3-4 text:51-59".'),
-                io.String.Input("off", default="", tooltip='Parts to give back to the teacher, as "3-4 ffn_image:2".'),
+                ),
+                io.String.Input(
+                    "on", default="", tooltip='Parts to switch on as well, as "3-4 text:51-59".'
+                ),
+                io.String.Input(
+                    "off",
+                    default="",
+                    tooltip='Parts to give back to the teacher, as "3-4 ffn_image:2".',
+                ),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="text")],
         )

@@ -32,8 +32,15 @@ def compared(models: list, pictures: list[torch.Tensor]) -> torch.Tensor:
 
 def column_name(model) -> str:
     """ "small, folded: table", "full, 50 % zero" """
-    folding, sparsity = folding_in(model.model.diffusion_model), getattr(model.model, "ppcl_sparsity", None)
-    parts = [name_of(model), *([f"folded: {folding.form}"] if folding else []), *([sparsity] if sparsity else [])]
+    folding, sparsity = (
+        folding_in(model.model.diffusion_model),
+        getattr(model.model, "ppcl_sparsity", None),
+    )
+    parts = [
+        name_of(model),
+        *([f"folded: {folding.form}"] if folding else []),
+        *([sparsity] if sparsity else []),
+    ]
     return ", ".join(parts)
 
 
@@ -44,8 +51,14 @@ class Compare(Node):
         for number in range(1, MOST_COLUMNS + 1):
             optional = number > 2
             inputs += [
-                io.Model.Input(f"model_{number}", optional=optional, tooltip="The MODEL that goes into the sampler."),
-                io.Image.Input(f"image_{number}", optional=optional, tooltip="What was drawn with it."),
+                io.Model.Input(
+                    f"model_{number}",
+                    optional=optional,
+                    tooltip="The MODEL that goes into the sampler.",
+                ),
+                io.Image.Input(
+                    f"image_{number}", optional=optional, tooltip="What was drawn with it."
+                ),
             ]
         return io.Schema(
             node_id="PPCL_Compare",
@@ -63,7 +76,9 @@ class Compare(Node):
         for number in range(1, MOST_COLUMNS + 1):
             model, picture = given.get(f"model_{number}"), given.get(f"image_{number}")
             if (model is None) != (picture is None):
-                raise ValueError(f"model_{number} and image_{number} belong together; connect both or none")
+                raise ValueError(
+                    f"model_{number} and image_{number} belong together; connect both or none"
+                )
             if model is not None:
                 models, pictures = [*models, model], [*pictures, picture]
         found = compared(models, pictures)

@@ -16,7 +16,9 @@ from ...ppcl_engine.data.codecs.table import TableCodec
 from ..node import Node
 from ..paths import demo_teacher
 
-CAPTIONS = "a white K on a blue circle, yellow background\na red 7 on a white hexagon, green background"
+CAPTIONS = (
+    "a white K on a blue circle, yellow background\na red 7 on a white hexagon, green background"
+)
 MOST = 64  # captions at once
 CHANNELS, ROWS, COLUMNS = 16, 12, 12
 
@@ -27,14 +29,17 @@ def codec() -> TableCodec:
 
 
 def encode(text: str):
-    """(positive, negative, latent) for one picture a line. Raises ValueError, in one line, for what it cannot draw."""
+    """(positive, negative, latent) for one picture a line. Raises ValueError, in one line, for what
+    it cannot draw."""
     captions = [line.strip() for line in text.splitlines() if line.strip()]
     if not 0 < len(captions) <= MOST:
         raise ValueError(f"{len(captions)} captions are given; write 1 to {MOST}, one a line")
     lengths = {len(codec().tokenize(caption)) for caption in captions}
     if len(lengths) > 1:
         counts = " and ".join(map(str, sorted(lengths)))
-        raise ValueError(f"captions drawn together need the same number of words, these have {counts}; draw them apart")
+        raise ValueError(
+            f"captions drawn together need the same number of words, these have {counts}; draw them apart"
+        )
     latent = torch.zeros(len(captions), CHANNELS, 1, ROWS, COLUMNS)
     return conditioning(captions), conditioning([""]), {"samples": latent}
 
@@ -47,8 +52,9 @@ def conditioning(captions: list[str]) -> list:
 
 
 def decode(samples: torch.Tensor, enlarge: int) -> torch.Tensor:
-    """The host's latents -> pictures [n, height, width, 3]. The host scales latents of this architecture as its own VAE
-    needs it when sampling ends; the demo's tables do not, so that is undone."""
+    """The host's latents -> pictures [n, height, width, 3]. The host scales latents of this
+    architecture as its own VAE needs it when sampling ends; the demo's tables do not, so that is
+    undone."""
     if samples.ndim == 4:
         samples = samples.unsqueeze(2)
     if tuple(samples.shape[1:]) != (CHANNELS, 1, ROWS, COLUMNS):
@@ -102,7 +108,11 @@ class DemoDecode(Node):
             inputs=[
                 io.Latent.Input("latent", tooltip="What KSampler made with the demo's model."),
                 io.Int.Input(
-                    "enlarge", default=4, min=1, max=16, tooltip="Times that every pixel is repeated, both ways."
+                    "enlarge",
+                    default=4,
+                    min=1,
+                    max=16,
+                    tooltip="Times that every pixel is repeated, both ways.",
                 ),
             ],
             outputs=[io.Image.Output()],

@@ -15,7 +15,8 @@ from ..pictures import picture_of
 
 
 def map_of(model) -> torch.Tensor:
-    """Picture [1, height, width, 3]: this branch in the first row, the file's named variants below it."""
+    """Picture [1, height, width, 3]: this branch in the first row, the file's named variants below
+    it."""
     plan, variants = plan_in(model)
     parameters = {v.name: parameters_of(model, plan, v) for v in variants if v.parameters}
     parameters[variants[0].name] = sizes(model)[0]
@@ -39,8 +40,13 @@ class Info(Node):
             category="PPCL",
             description="The layer map of a pruned model: kept, replaced, switched back, projected; its size and damage.",
             is_output_node=True,
-            inputs=[io.Model.Input("model", tooltip="A pruned MODEL, or any of the same architectures.")],
-            outputs=[io.Image.Output(display_name="layer map"), io.String.Output(display_name="text")],
+            inputs=[
+                io.Model.Input("model", tooltip="A pruned MODEL, or any of the same architectures.")
+            ],
+            outputs=[
+                io.Image.Output(display_name="layer map"),
+                io.String.Output(display_name="text"),
+            ],
         )
 
     @classmethod

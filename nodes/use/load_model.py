@@ -1,4 +1,5 @@
-"""PPCL_LoadModel: a bundle with its base model, a standalone, or a released pruned model -> MODEL."""
+"""PPCL_LoadModel: a bundle with its base model, a standalone, or a released pruned model ->
+MODEL."""
 
 from __future__ import annotations
 
@@ -43,20 +44,31 @@ WEIGHT_DTYPES = {
 
 
 def load_patcher(request: Request, weight_dtype: str = "default", disable_dynamic: bool = False):
-    """(the host's patcher, what it holds in words). disable_dynamic: of hosts that move weights when they are used."""
+    """(the host's patcher, what it holds in words). disable_dynamic: of hosts that move weights
+    when they are used."""
     if weight_dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}")
+        raise ValueError(
+            f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}"
+        )
     quantised = gguf.is_needed(request, weight_dtype)
-    content = content_of(request, gguf.open_base) if quantised else content_of(request, make_fold=make_fold)
+    content = (
+        content_of(request, gguf.open_base)
+        if quantised
+        else content_of(request, make_fold=make_fold)
+    )
     options = gguf.model_options() if quantised else dict(WEIGHT_DTYPES[weight_dtype])
     plan, variant = content.plan, content.variant
     content.tensors = hidden(content.tensors)  # the host empties it while it loads
     host_loads = comfy.sd.load_diffusion_model_state_dict
     newer = {"metadata": content.metadata, "disable_dynamic": disable_dynamic}
-    known = {name: newer[name] for name in newer.keys() & inspect.signature(host_loads).parameters.keys()}
+    known = {
+        name: newer[name] for name in newer.keys() & inspect.signature(host_loads).parameters.keys()
+    }
     model = host_loads(content.tensors, model_options=options, **known)
     if model is None:
-        raise ValueError(f"{request.path.name}: the host knows no model with these tensors; is the file whole?")
+        raise ValueError(
+            f"{request.path.name}: the host knows no model with these tensors; is the file whole?"
+        )
     model = gguf.patched(model) if quantised else model
     model.cached_patcher_init = (_patcher_alone, (request, weight_dtype))
     watch(model)
@@ -80,7 +92,9 @@ def follow_folded(model, content: Content) -> None:
 
 def note_sparsity(model, path: Path) -> tuple[str, ...]:
     """What weights of a file are zero, in words; Compare Variants names its column by it."""
-    found = sparsity_of(TensorFile(path).metadata) if path.is_file() and path.suffix != GGUF else None
+    found = (
+        sparsity_of(TensorFile(path).metadata) if path.is_file() and path.suffix != GGUF else None
+    )
     if found is None:
         return ()
     share = f"{100 * found.dropped / found.weights:.3g} %"
@@ -123,29 +137,49 @@ class LoadModel(Node):
             description="A PPCL bundle with its base model, a pruned model in one file, or a released pruned folder.",
             inputs=[
                 io.Combo.Input(
-                    "file", options=files, tooltip="Bundle (*.ppcl.safetensors), standalone or released model."
+                    "file",
+                    options=files,
+                    tooltip="Bundle (*.ppcl.safetensors), standalone or released model.",
                 ),
                 io.Combo.Input(
-                    "base", options=[NO_BASE, *bases], tooltip="Of a bundle: the full model it was made from."
+                    "base",
+                    options=[NO_BASE, *bases],
+                    tooltip="Of a bundle: the full model it was made from.",
                 ),
-                io.Combo.Input("variant", options=variant_names(), tooltip="Of a bundle: the size to start with."),
+                io.Combo.Input(
+                    "variant",
+                    options=variant_names(),
+                    tooltip="Of a bundle: the size to start with.",
+                ),
                 io.Boolean.Input(
                     "switchable",
                     default=True,
                     tooltip="On: all sizes are loaded once and switched in no time. Off: this one alone.",
-                ),  # fmt: skip
-                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), tooltip="As in Load Diffusion Model."),
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(WEIGHT_DTYPES),
+                    tooltip="As in Load Diffusion Model.",
+                ),
                 io.Combo.Input(
                     "preset",
                     options=list(PRESETS),
                     default=AUTO,
                     tooltip="Of a released model: which blocks of the original its blocks are (LoRA, ControlNet).",
-                ),  # fmt: skip
-                io.String.Input(
-                    "intervals", default="", tooltip=f'For "by intervals": {setting_help(ImportConfig, "intervals")}'
                 ),
-                io.Boolean.Input("legacy_text", default=False, tooltip=setting_help(ImportConfig, "legacy_txt_proj")),
-                io.Combo.Input("fold", options=list(FOLDS), default=OFF, optional=True, tooltip=FOLD_HELP),
+                io.String.Input(
+                    "intervals",
+                    default="",
+                    tooltip=f'For "by intervals": {setting_help(ImportConfig, "intervals")}',
+                ),
+                io.Boolean.Input(
+                    "legacy_text",
+                    default=False,
+                    tooltip=setting_help(ImportConfig, "legacy_txt_proj"),
+                ),
+                io.Combo.Input(
+                    "fold", options=list(FOLDS), default=OFF, optional=True, tooltip=FOLD_HELP
+                ),
             ],
             outputs=[io.Model.Output(), io.String.Output(display_name="text")],
         )
@@ -155,7 +189,13 @@ class LoadModel(Node):
         cls, file, base, variant, switchable, weight_dtype, preset, intervals, legacy_text, fold=OFF
     ) -> io.NodeOutput:
         request = Request(
-            path=model_path(file), base=base_path(base), variant=variant, fold=fold,
-            switchable=switchable, preset=preset, intervals=intervals, legacy_text=legacy_text,
-        )  # fmt: skip
+            path=model_path(file),
+            base=base_path(base),
+            variant=variant,
+            fold=fold,
+            switchable=switchable,
+            preset=preset,
+            intervals=intervals,
+            legacy_text=legacy_text,
+        )
         return io.NodeOutput(*load_patcher(request, weight_dtype))

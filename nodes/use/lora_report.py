@@ -16,7 +16,9 @@ from ..host.branch import PREFIX, known, layout_in, name_of
 from ..node import Node
 from ..paths import lora_files, lora_path
 
-SUFFIX = re.compile(r"\.(lora|alpha|dora_scale|diff|diff_b|set_weight|w_norm|b_norm|hada_|lokr_|oft_|[ab][12]\b).*$")
+SUFFIX = re.compile(
+    r"\.(lora|alpha|dora_scale|diff|diff_b|set_weight|w_norm|b_norm|hada_|lokr_|oft_|[ab][12]\b).*$"
+)
 
 
 def lora_report(model, tensors: dict[str, torch.Tensor]) -> Coverage:
@@ -36,7 +38,8 @@ def lora_report(model, tensors: dict[str, torch.Tensor]) -> Coverage:
 
 
 def _engine_names(engine: Architecture, target, shapes: dict) -> list[str]:
-    """diffusers' names of what a change reaches. The host names rows of a weight as (name, (0, first, count), ...)."""
+    """diffusers' names of what a change reaches. The host names rows of a weight as (name, (0,
+    first, count), ...)."""
     name, rows = (target, None) if isinstance(target, str) else target[:2]
     keys = engine.from_comfyui(name.removeprefix(PREFIX))
     if rows is None:
@@ -62,7 +65,9 @@ class LoraReport(Node):
             category="PPCL",
             description="What of a LoRA reaches a pruned model, and what belongs to blocks or parts that are gone.",
             inputs=[
-                io.Model.Input("model", tooltip="The pruned model, before or behind its LoRA loader."),
+                io.Model.Input(
+                    "model", tooltip="The pruned model, before or behind its LoRA loader."
+                ),
                 io.Combo.Input("lora", options=lora_files(), tooltip="A file of models/loras."),
             ],
             outputs=[io.String.Output(display_name="text")],

@@ -39,7 +39,9 @@ class NormalEquations:
 
     def shared(self, whole: Callable[[torch.Tensor], torch.Tensor]) -> NormalEquations:
         """Those of all rows, where `whole` sums over the processes that have them."""
-        self.xx, self.xy, self.yy, self.y_sum = (whole(sums) for sums in (self.xx, self.xy, self.yy, self.y_sum))
+        self.xx, self.xy, self.yy, self.y_sum = (
+            whole(sums) for sums in (self.xx, self.xy, self.yy, self.y_sum)
+        )
         self.rows = int(whole(torch.tensor(self.rows)))
         return self
 
@@ -51,10 +53,14 @@ class NormalEquations:
         regular = self.xx + torch.diag(penalty)
         solution = torch.linalg.solve(regular, self.xy)
         eigenvalues = torch.linalg.eigvalsh(self.xx[:-1, :-1])
-        rank = int((eigenvalues > eigenvalues[-1] * self.width_in * torch.finfo(torch.float64).eps).sum())
+        rank = int(
+            (eigenvalues > eigenvalues[-1] * self.width_in * torch.finfo(torch.float64).eps).sum()
+        )
         spread = self.yy - self.y_sum.square().sum() / max(1, self.rows)
         error = self.yy - 2 * (solution * self.xy).sum() + (solution * (self.xx @ solution)).sum()
-        return Solution(solution[:-1].T.contiguous(), solution[-1], float(error / spread), rank, self.rows)
+        return Solution(
+            solution[:-1].T.contiguous(), solution[-1], float(error / spread), rank, self.rows
+        )
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ KIND = "ppcl_calibration"
 
 @dataclass
 class CalibrationSet:
-    """batches: inputs by diffusers' names, on the CPU, `clean` [n, tokens, channels] among them or not;
-    origin: how it was made (architecture, model fingerprint, seed, source); rows: takes those rows of a batch that the
-    methods give, which is all of them unless several processes share it."""
+    """batches: inputs by diffusers' names, on the CPU, `clean` [n, tokens, channels] among them or
+    not;
+    origin: how it was made (architecture, model fingerprint, seed, source); rows: takes those rows
+    of a batch that the methods give, which is all of them unless several processes share it."""
 
     batches: list[Inputs]
     origin: dict = field(default_factory=dict)
@@ -44,7 +45,10 @@ class CalibrationSet:
         digest = hashlib.sha256(json.dumps(self.origin, sort_keys=True).encode())
         for batch in self.batches:
             for name in sorted(batch):
-                digest.update(name.encode() + batch[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(
+                    name.encode()
+                    + batch[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                )
         return digest.hexdigest()
 
     def inputs(self, batch: int) -> Inputs:
@@ -54,7 +58,8 @@ class CalibrationSet:
         return [self.inputs(batch) for batch in range(len(self))]
 
     def fresh(self, batch: int, seed: int) -> Inputs:
-        """The batch with new noise and timesteps, uniform in t; as recorded where no clean picture is known."""
+        """The batch with new noise and timesteps, uniform in t; as recorded where no clean picture
+        is known."""
         clean = self.batches[batch].get(CLEAN)
         if clean is None:
             return self.inputs(batch)
@@ -63,17 +68,25 @@ class CalibrationSet:
         return self.rows({**self._whole(batch), "hidden_states": noisy, "timestep": timestep})
 
     def data_velocity(self, batch: int, seed: int) -> torch.Tensor:
-        """noise - clean of `fresh(batch, seed)`. Raises ValueError where no clean picture is known."""
+        """noise - clean of `fresh(batch, seed)`. Raises ValueError where no clean picture is
+        known."""
         clean = self.batches[batch].get(CLEAN)
         if clean is None:
-            raise ValueError("this calibration set knows no clean pictures; calibrate with --images, or use --data 0")
+            raise ValueError(
+                "this calibration set knows no clean pictures; calibrate with --images, or use --data 0"
+            )
         return self.rows({"velocity": _drawn(clean, seed)[1] - clean.float()})["velocity"]
 
     def split(self, held_out: int) -> tuple[CalibrationSet, CalibrationSet]:
-        """(the first batches, the last `held_out`). Raises ValueError when nothing would be left."""
+        """(the first batches, the last `held_out`). Raises ValueError when nothing would be
+        left."""
         if not 0 < held_out < len(self):
-            raise ValueError(f"calibration has {len(self)} batches, so {held_out} cannot be held out; calibrate more")
-        return replace(self, batches=self.batches[:-held_out]), replace(self, batches=self.batches[-held_out:])
+            raise ValueError(
+                f"calibration has {len(self)} batches, so {held_out} cannot be held out; calibrate more"
+            )
+        return replace(self, batches=self.batches[:-held_out]), replace(
+            self, batches=self.batches[-held_out:]
+        )
 
     def check_model(self, architecture: str, fingerprint: str, where: object) -> None:
         expected = (self.origin.get("architecture"), self.origin.get("fingerprint"))
@@ -92,7 +105,9 @@ def _drawn(clean: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def save_calibration(path: Path, calibration: CalibrationSet) -> None:
-    tensors = {f"{i}.{name}": t for i, batch in enumerate(calibration.batches) for name, t in batch.items()}
+    tensors = {
+        f"{i}.{name}": t for i, batch in enumerate(calibration.batches) for name, t in batch.items()
+    }
     write_tensors(path, tensors, {KIND: json.dumps(calibration.origin)})
 
 

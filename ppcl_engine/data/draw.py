@@ -24,9 +24,11 @@ Text = Inputs
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Encoded captions, the empty one, and how a picture is drawn: all that drawing needs of a codec.
+    """Encoded captions, the empty one, and how a picture is drawn: all that drawing needs of a
+    codec.
 
-    nothing: one row; of an edit model, which reads the empty caption with its references, one for each caption.
+    nothing: one row; of an edit model, which reads the empty caption with its references, one for
+    each caption.
     references: `grid` [k, 3] of those whose tokens come with the text.
     """
 
@@ -45,7 +47,10 @@ class Prompts:
     def rows(self, rows: torch.Tensor) -> Prompts:
         """The captions `rows` alone."""
         given = {name: tensor[rows] for name, tensor in self.given.items()}
-        nothing = {name: tensor[rows] if len(tensor) > 1 else tensor for name, tensor in self.nothing.items()}
+        nothing = {
+            name: tensor[rows] if len(tensor) > 1 else tensor
+            for name, tensor in self.nothing.items()
+        }
         return replace(self, given=given, nothing=nothing)
 
     def grid(self, drawn: torch.Tensor) -> torch.Tensor:
@@ -54,7 +59,8 @@ class Prompts:
 
 
 def inputs_of(tokens, t, text: Text, grid, clean=None) -> Inputs:
-    """A batch by diffusers' names: tokens [n, tokens, channels], t [n], text, grid [pictures, 3]."""
+    """A batch by diffusers' names: tokens [n, tokens, channels], t [n], text, grid [pictures,
+    3]."""
     inputs = {"hidden_states": tokens, "timestep": t, **text, "grid": grid}
     return inputs if clean is None else {**inputs, CLEAN: clean}
 
@@ -76,8 +82,9 @@ def draw(
     guidance: float,
     seen: Callable[[int, torch.Tensor, float], None] = lambda step, x, t: None,
 ) -> torch.Tensor:
-    """noise [n, tokens, channels] -> clean tokens of the n prompts. All on the CPU but the forward itself.
-    `seen` is shown every step's number, its state and its t. A model that reads the guidance needs no empty caption."""
+    """noise [n, tokens, channels] -> clean tokens of the n prompts. All on the CPU but the forward
+    itself. `seen` is shown every step's number, its state and its t. A model that reads the
+    guidance needs no empty caption."""
     given, nothing = (
         with_guidance(architecture, model.config, prompts.given, guidance),
         expanded(prompts.nothing, len(noise)),
@@ -86,7 +93,11 @@ def draw(
 
     def velocity_of(x, t, text):
         inputs = inputs_of(x, torch.full((len(x),), t), text, grid)
-        return architecture.call(model, placed(inputs, parameter.device, parameter.dtype)).float().cpu()
+        return (
+            architecture.call(model, placed(inputs, parameter.device, parameter.dtype))
+            .float()
+            .cpu()
+        )
 
     def velocity(x, t):
         caption = velocity_of(x, t, given)
@@ -102,20 +113,30 @@ def draw(
 
 
 def picture_size(codec: Codec, height: int, width: int) -> tuple[int, int]:
-    """Height and width in pixels; 0 is the model's default. Raises ValueError for sizes that do not divide."""
-    height, width, token = height or codec.picture_size[0], width or codec.picture_size[1], 2 * codec.pixels_per_latent
+    """Height and width in pixels; 0 is the model's default. Raises ValueError for sizes that do not
+    divide."""
+    height, width, token = (
+        height or codec.picture_size[0],
+        width or codec.picture_size[1],
+        2 * codec.pixels_per_latent,
+    )
     if height % token or width % token:
-        raise ValueError(f"{height} x {width} pixels is not a multiple of {token}; change --height and --width")
+        raise ValueError(
+            f"{height} x {width} pixels is not a multiple of {token}; change --height and --width"
+        )
     return height, width
 
 
 def encode_prompts(codec: Codec, texts: list[str], height: int = 0, width: int = 0) -> Prompts:
-    """height, width: pixels, 0 is the model's default. Raises ValueError for sizes that do not divide.
+    """height, width: pixels, 0 is the model's default. Raises ValueError for sizes that do not
+    divide.
 
     Encoding comes first and alone, and the codec is released, so that the text encoder has left
     memory before the transformer comes.
     """
-    prompts = _prompts(codec, picture_size(codec, height, width), codec.text(texts), codec.text([""]))
+    prompts = _prompts(
+        codec, picture_size(codec, height, width), codec.text(texts), codec.text([""])
+    )
     codec.release()
     return prompts
 
@@ -128,7 +149,8 @@ def encode_edits(
     height: int = 0,
     width: int = 0,
 ) -> Prompts:
-    """`encode_prompts` of instructions, each with as many pictures that it changes: all are cropped to the same size."""
+    """`encode_prompts` of instructions, each with as many pictures that it changes: all are cropped
+    to the same size."""
     size = picture_size(codec, height, width)
     pictures = load_references(references, size)
     given, nothing = (codec.text(rows, pictures) for rows in (texts, [""] * len(texts)))
@@ -138,8 +160,11 @@ def encode_edits(
     return replace(_prompts(codec, size, {**given, **read}, {**nothing, **read}), references=grid)
 
 
-def reference_tokens(architecture: Architecture, codec: Codec, pictures: torch.Tensor) -> tuple[Text, torch.Tensor]:
-    """[n, k, 3, height, width] -> the tokens of the k references behind each other, and their `grid` [k, 3]."""
+def reference_tokens(
+    architecture: Architecture, codec: Codec, pictures: torch.Tensor
+) -> tuple[Text, torch.Tensor]:
+    """[n, k, 3, height, width] -> the tokens of the k references behind each other, and their
+    `grid` [k, 3]."""
     latents = codec.latents(pictures.flatten(0, 1))
     tokens = architecture.pack(latents).unflatten(0, pictures.shape[:2]).flatten(1, 2)
     return {REFERENCES: tokens}, architecture.grid(latents).expand(pictures.shape[1], 3)
@@ -166,18 +191,22 @@ def draw_prompts(
     batch: int,
     description: str,
 ) -> torch.Tensor:
-    """Clean latents [n, channels, rows, columns] of all captions; picture i starts from (seed, i)'s noise."""
+    """Clean latents [n, channels, rows, columns] of all captions; picture i starts from (seed, i)'s
+    noise."""
     latents = []
     for rows in Progress(torch.arange(prompts.count).split(batch), desc=description, unit="batch"):
         noise = torch.stack([seeded_noise(seed, i, prompts.latent_shape) for i in rows.tolist()])
         grid = prompts.grid(architecture.grid(noise))
-        clean = draw(architecture, model, architecture.pack(noise), grid, prompts.rows(rows), steps, guidance)
+        clean = draw(
+            architecture, model, architecture.pack(noise), grid, prompts.rows(rows), steps, guidance
+        )
         latents.append(architecture.unpack(clean, grid))
     return torch.cat(latents)
 
 
 def seeded_noise(seed: int, index: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Latent noise of picture `index`: depends on (seed, index) alone, not on how pictures are batched."""
+    """Latent noise of picture `index`: depends on (seed, index) alone, not on how pictures are
+    batched."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
     return torch.randn(shape, generator=generator)
 

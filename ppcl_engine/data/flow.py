@@ -23,7 +23,8 @@ def guided(empty: torch.Tensor, caption: torch.Tensor, guidance: float) -> torch
 
 
 def rescaled(guided: torch.Tensor, caption: torch.Tensor) -> torch.Tensor:
-    """guided * |caption| / |guided|, token by token, as diffusers' QwenImagePipeline keeps the caption's norm."""
+    """guided * |caption| / |guided|, token by token, as diffusers' QwenImagePipeline keeps the
+    caption's norm."""
     return guided * (caption.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
 
@@ -33,8 +34,8 @@ def euler(
     timesteps: list[float],
     seen: Callable[[int, torch.Tensor, float], None] = lambda step, x, t: None,
 ) -> torch.Tensor:
-    """From noise at t = 1 to a picture at t = 0, both among the timesteps; `seen` is shown every step's
-    number, its state before the step, and its t."""
+    """From noise at t = 1 to a picture at t = 0, both among the timesteps; `seen` is shown every
+    step's number, its state before the step, and its t."""
     x = noise
     for step, (now, then) in enumerate(zip(timesteps, timesteps[1:], strict=False)):
         seen(step, x, now)

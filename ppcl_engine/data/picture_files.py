@@ -11,7 +11,8 @@ PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 def caption_file(path: Path) -> list[str]:
-    """One caption a line; blank lines are empty captions. Raises ValueError for a missing or empty file."""
+    """One caption a line; blank lines are empty captions. Raises ValueError for a missing or empty
+    file."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a text file with one caption a line")
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -21,24 +22,36 @@ def caption_file(path: Path) -> list[str]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES) if folder.is_dir() else []
+    found = (
+        sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
+        if folder.is_dir()
+        else []
+    )
     if not found:
-        raise ValueError(f"{folder} holds no pictures (.png .jpg .webp); give a folder of pictures with captions")
+        raise ValueError(
+            f"{folder} holds no pictures (.png .jpg .webp); give a folder of pictures with captions"
+        )
     return found
 
 
 def picture_files(folder: Path) -> list[tuple[Path, str]]:
-    """Pictures with a .txt of the same name beside them, sorted. Raises ValueError naming one without."""
+    """Pictures with a .txt of the same name beside them, sorted. Raises ValueError naming one
+    without."""
     pictures = _pictures(folder)
     for picture in pictures:
         if not picture.with_suffix(".txt").exists():
-            raise ValueError(f"{picture} has no caption; write it into {picture.with_suffix('.txt').name}")
-    return [(picture, picture.with_suffix(".txt").read_text(encoding="utf-8").strip()) for picture in pictures]
+            raise ValueError(
+                f"{picture} has no caption; write it into {picture.with_suffix('.txt').name}"
+            )
+    return [
+        (picture, picture.with_suffix(".txt").read_text(encoding="utf-8").strip())
+        for picture in pictures
+    ]
 
 
 def reference_files(folder: Path, pictures: Sequence[Path]) -> list[list[Path]]:
-    """Of each picture those that it was made from: cat.png of cat.png, or cat_1.png, cat_2.png, ... Raises ValueError
-    naming a picture without one."""
+    """Of each picture those that it was made from: cat.png of cat.png, or cat_1.png, cat_2.png, ...
+    Raises ValueError naming a picture without one."""
     by_name = {path.stem: path for path in _pictures(folder)}
     return [_references_of(picture, by_name, folder) for picture in pictures]
 
@@ -46,8 +59,15 @@ def reference_files(folder: Path, pictures: Sequence[Path]) -> list[list[Path]]:
 def _references_of(picture: Path, by_name: dict[str, Path], folder: Path) -> list[Path]:
     if picture.stem in by_name:
         return [by_name[picture.stem]]
-    numbers = (name.removeprefix(f"{picture.stem}_") for name in by_name if name.startswith(f"{picture.stem}_"))
-    found = [by_name[f"{picture.stem}_{n}"] for n in sorted((n for n in numbers if n.isdecimal()), key=int)]
+    numbers = (
+        name.removeprefix(f"{picture.stem}_")
+        for name in by_name
+        if name.startswith(f"{picture.stem}_")
+    )
+    found = [
+        by_name[f"{picture.stem}_{n}"]
+        for n in sorted((n for n in numbers if n.isdecimal()), key=int)
+    ]
     if not found:
         raise ValueError(
             f"{folder} has no reference of {picture.name}; put {picture.stem}.png there, or {picture.stem}_1.png and so on"
@@ -66,5 +86,10 @@ def load_pictures(paths: Sequence[Path], size: tuple[int, int]) -> torch.Tensor:
     from PIL import Image, ImageOps
 
     height, width = size
-    rows = [ImageOps.fit(Image.open(p).convert("RGB"), (width, height), Image.Resampling.LANCZOS) for p in paths]
-    return torch.stack([torch.from_numpy(np.asarray(r, dtype=np.float32) / 255) for r in rows]).movedim(-1, 1)
+    rows = [
+        ImageOps.fit(Image.open(p).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+        for p in paths
+    ]
+    return torch.stack(
+        [torch.from_numpy(np.asarray(r, dtype=np.float32) / 255) for r in rows]
+    ).movedim(-1, 1)

@@ -28,7 +28,9 @@ def render_pictures(folder: Path, count: int, seed: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     captions = random_captions(count, generator)
-    for index, (caption, picture) in enumerate(zip(captions, render(captions, generator), strict=True)):
+    for index, (caption, picture) in enumerate(
+        zip(captions, render(captions, generator), strict=True)
+    ):
         pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(folder / f"{index:04d}.png")
         (folder / f"{index:04d}.txt").write_text(caption.text() + "\n", encoding="utf-8")

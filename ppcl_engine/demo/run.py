@@ -33,34 +33,71 @@ from ..system.atomic import write_text
 from .bundled import bundled, render_pictures
 
 FOLDERS = {"qwen": Path("runs/demo"), "flux": Path("runs/demo_flux")}
-FULL_SIZE = {"pictures": 480, "batch": 48, "bootstrap": 200, "longest": 8, "rounds": 10, "weighed": 48, "updates": 20,
-             "steps": 120, "drawn": 20}  # fmt: skip
-QUICK = {"pictures": 16, "batch": 4, "bootstrap": 5, "longest": 2, "rounds": 1, "weighed": 4, "updates": 2,
-         "steps": 2, "drawn": 4}  # fmt: skip
+FULL_SIZE = {
+    "pictures": 480,
+    "batch": 48,
+    "bootstrap": 200,
+    "longest": 8,
+    "rounds": 10,
+    "weighed": 48,
+    "updates": 20,
+    "steps": 120,
+    "drawn": 20,
+}
+QUICK = {
+    "pictures": 16,
+    "batch": 4,
+    "bootstrap": 5,
+    "longest": 2,
+    "rounds": 1,
+    "weighed": 4,
+    "updates": 2,
+    "steps": 2,
+    "drawn": 4,
+}
 LEARNING_RATE = 3e-3
 TOGETHER = 1e-3  # learning rate of projections, and of all parts together
-REMOVE = {"qwen": 6, "flux": 8}  # of 24 blocks: the paper's share, 10, costs Qwen's teacher a character in twelve
+# of 24 blocks: the paper's share, 10, costs Qwen's teacher a character in twelve
+REMOVE = {"qwen": 6, "flux": 8}
 SHARE = {"qwen": 0.5, "flux": 0.6}  # parameters of the smallest variant
 
 
 def demo(config: DemoConfig) -> Path:
-    """Every stage in the method's order; run again, it goes on from what is there. Returns the report."""
+    """Every stage in the method's order; run again, it goes on from what is there. Returns the
+    report."""
     start = time.monotonic()
     size = QUICK if config.quick else FULL_SIZE
     run = config.run or FOLDERS[config.teacher]
-    common = {"model": bundled(config.teacher), "run": run, "device": config.device, "seed": config.seed}
+    common = {
+        "model": bundled(config.teacher),
+        "run": run,
+        "device": config.device,
+        "seed": config.seed,
+    }
     images = render_pictures(run / "images", size["pictures"], config.seed)
-    calibrate(CalibrateConfig(**common, images=images, samples=size["pictures"], batch=size["batch"]))
+    calibrate(
+        CalibrateConfig(**common, images=images, samples=size["pictures"], batch=size["batch"])
+    )
     probe(ProbeConfig(**common))
     detect(
         DetectConfig(
-            **common, longest=size["longest"], bootstrap=size["bootstrap"], remove=REMOVE[config.teacher], explain=True
+            **common,
+            longest=size["longest"],
+            bootstrap=size["bootstrap"],
+            remove=REMOVE[config.teacher],
+            explain=True,
         )
     )
     distill_depth(DistillDepthConfig(**common, rounds=size["rounds"], learning_rate=LEARNING_RATE))
-    sites = {"share": SHARE[config.teacher], "longest": min(size["longest"], 6), "samples": size["weighed"]}
+    sites = {
+        "share": SHARE[config.teacher],
+        "longest": min(size["longest"], 6),
+        "samples": size["weighed"],
+    }
     detect_width(DetectWidthConfig(**common, **sites))
-    distill_width(DistillWidthConfig(**common, rounds=1, updates=size["updates"], learning_rate=TOGETHER))
+    distill_width(
+        DistillWidthConfig(**common, rounds=1, updates=size["updates"], learning_rate=TOGETHER)
+    )
     polish(PolishConfig(**common, steps=size["steps"], learning_rate=TOGETHER))
     variants(VariantsConfig(**common))
     export(ExportConfig(**common))
@@ -79,7 +116,9 @@ def _stock(common: dict, rounds: int) -> None:
     plan = Run(run).load_plan()
     write_text(Run(run).plan, plan.with_parts(sites=(), variants=()).to_json())
     stock = {**common, "run": run}
-    distill_depth(DistillDepthConfig(**stock, rounds=rounds, learning_rate=LEARNING_RATE, correction="none"))
+    distill_depth(
+        DistillDepthConfig(**stock, rounds=rounds, learning_rate=LEARNING_RATE, correction="none")
+    )
     variants(VariantsConfig(**stock))
     for layout in ("comfyui", "diffusers"):
         export(ExportConfig(**stock, layout=layout, variant="small", name=f"small-{layout}"))

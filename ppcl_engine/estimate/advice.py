@@ -5,7 +5,11 @@ from __future__ import annotations
 from ..settings import assess_settings, base_settings, convert_settings, prune_settings
 
 STREAMED = ("streamed", False, "turn on streamed (blocks are read from disk one after the other)")
-CHECKPOINTING = ("checkpointing", False, "turn on checkpointing (blocks are computed again for their gradients)")
+CHECKPOINTING = (
+    "checkpointing",
+    False,
+    "turn on checkpointing (blocks are computed again for their gradients)",
+)
 CACHE = ("cache_gb", None, "lower cache_gb")
 BATCH = "calibrate again with a smaller batch, or smaller pictures"
 ADVICE = {
@@ -20,7 +24,10 @@ ADVICE = {
     prune_settings.DistillWidthConfig: ([STREAMED, CACHE], BATCH),
     prune_settings.PolishConfig: ([CHECKPOINTING, STREAMED], BATCH),
     prune_settings.VariantsConfig: ([STREAMED], "lower samples"),
-    prune_settings.FinetuneConfig: ([CHECKPOINTING, STREAMED], f"choose a smaller variant, or {BATCH}"),
+    prune_settings.FinetuneConfig: (
+        [CHECKPOINTING, STREAMED],
+        f"choose a smaller variant, or {BATCH}",
+    ),
     convert_settings.ExportConfig: ([], "close other programs"),
     convert_settings.SparsifyConfig: (
         [("streamed", False, "turn on streamed (states between blocks wait on disk)")],
@@ -31,13 +38,16 @@ ADVICE = {
         "make the pictures smaller (height, width)",
     ),
 }
-"""Settings to change in this order: (name, the value with which it still helps; None: any, advice), then what is left."""
+"""Settings to change in this order: (name, the value with which it still helps; None: any, advice),
+then what is left."""
 
 
 def memory_advice(settings: base_settings.Common) -> str:
     """The first settings that still help, two at most."""
     first, rest = ADVICE[type(settings)]
-    helping = [text for name, value, text in first if value is None or getattr(settings, name) == value]
+    helping = [
+        text for name, value, text in first if value is None or getattr(settings, name) == value
+    ]
     return " or ".join([*helping, rest][:2])
 
 

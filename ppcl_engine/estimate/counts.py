@@ -24,7 +24,8 @@ from ..system.tensor_files import TensorFile
 
 GRID, TEXT_TOKENS = (1, 64, 64), 128  # 1024 x 1024 pixels
 PIXELS_A_TOKEN = 16  # height and width
-ACTIVATIONS_PER_TOKEN = 40  # values of one width that a block's backward keeps, counted on diffusers' block
+# values of one width that a block's backward keeps, counted on diffusers' block
+ACTIVATIONS_PER_TOKEN = 40
 TUNING_COPIES = 5  # weights, gradients, two moments, average
 OPTIMISER_COPIES = 4  # weights, gradients, two moments
 SAVED_COPIES = 3  # weights, two moments
@@ -45,8 +46,9 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """blocks: parameters of each; streamed: of what a streamed teacher holds, its outer part and two blocks that follow
-    each other; correction: of a student's; forward: FLOPs of a sample through all blocks."""
+    """blocks: parameters of each; streamed: of what a streamed teacher holds, its outer part and
+    two blocks that follow each other; correction: of a student's; forward: FLOPs of a sample
+    through all blocks."""
 
     architecture: Architecture
     config: dict
@@ -62,7 +64,9 @@ class Sizes:
 
 
 @lru_cache(maxsize=16)
-def _sizes(model: Path, changed: int, grid: Grid, text_tokens: int, references: tuple[Grid, ...]) -> Sizes:
+def _sizes(
+    model: Path, changed: int, grid: Grid, text_tokens: int, references: tuple[Grid, ...]
+) -> Sizes:
     """Counted on the meta device; `changed`: when the model was, so that a new file counts anew."""
     _, architecture, config = model_config(model)
     cost = CostModel(architecture, config, grid, text_tokens, references)
@@ -75,7 +79,8 @@ def _sizes(model: Path, changed: int, grid: Grid, text_tokens: int, references: 
         parameters=cost.outer_parameters + sum(blocks),
         blocks=tuple(blocks),
         streamed=cost.outer_parameters + largest_pair(blocks),
-        correction=cost.student(Interval(first=0, last=1, correction="affine")).parameters - blocks[0],
+        correction=cost.student(Interval(first=0, last=1, correction="affine")).parameters
+        - blocks[0],
         forward=sum(block.flops for block in counted),
     )
 
@@ -88,7 +93,9 @@ class Count:
         self.samples = _samples(config, calibrate)
         model = Path(config.model)
         changed = model.stat().st_mtime_ns if model.exists() else 0
-        self.sizes = _sizes(model, changed, self.samples.grid, self.samples.text_tokens, self.samples.references)
+        self.sizes = _sizes(
+            model, changed, self.samples.grid, self.samples.text_tokens, self.samples.references
+        )
         self.blocks = self.sizes.architecture.num_blocks(self.sizes.config)
         self.width = self.sizes.architecture.width(self.sizes.config)
         self.parameters, self.forward = self.sizes.parameters, self.sizes.forward
@@ -100,7 +107,10 @@ class Count:
     @cached_property
     def state(self) -> int:
         """Both streams of one sample."""
-        tokens = sum(map(math.prod, (self.samples.grid, *self.samples.references))) + self.samples.text_tokens
+        tokens = (
+            sum(map(math.prod, (self.samples.grid, *self.samples.references)))
+            + self.samples.text_tokens
+        )
         return tokens * self.width * self.size
 
     @property
@@ -125,7 +135,9 @@ class Count:
     def students(self) -> list[int]:
         """Parameters of those that are certain: the plan's; without one, the smallest."""
         known = self.plan.intervals if self.plan is not None else ()
-        return [self.sizes.student(i) for i in known] or [min(self.sizes.blocks) + self.sizes.correction]
+        return [self.sizes.student(i) for i in known] or [
+            min(self.sizes.blocks) + self.sizes.correction
+        ]
 
     def rounded(self, trained: int, size: int) -> int:
         """Weights that training reads in the place of its own."""
@@ -137,7 +149,12 @@ class Count:
 
     def cache(self, updates: int, cache_gb: float, boundaries: int) -> int:
         """States of a round."""
-        return int(min(cache_gb * 1e9, boundaries * self.samples.batch * self.state * math.ceil(updates / REUSE)))
+        return int(
+            min(
+                cache_gb * 1e9,
+                boundaries * self.samples.batch * self.state * math.ceil(updates / REUSE),
+            )
+        )
 
     def rounds(self, config: DistillDepthConfig | DistillWidthConfig, trained: int) -> float:
         """FLOPs of sweeps and updates; an update is three forwards."""
@@ -149,7 +166,9 @@ class Count:
         """Parameters of a variant, 0 where it is not known yet."""
         if self.plan is None or name not in {v.name for v in self.plan.variants}:
             return 0
-        return self.sizes.cost.variant(self.plan, replace(self.plan.variant(name), tuned=False)).parameters
+        return self.sizes.cost.variant(
+            self.plan, replace(self.plan.variant(name), tuned=False)
+        ).parameters
 
 
 def _samples(config: Common, calibrate: CalibrateConfig | None) -> Samples:
@@ -161,18 +180,23 @@ def _samples(config: Common, calibrate: CalibrateConfig | None) -> Samples:
         grid = _grid(calibrate)
         references = (grid,) if calibrate.references else ()  # one or more
         text, batch = TEXT_TOKENS, calibrate.batch
-        return Samples(count=calibrate.samples, batch=batch, grid=grid, text_tokens=text, references=references)
+        return Samples(
+            count=calibrate.samples, batch=batch, grid=grid, text_tokens=text, references=references
+        )
     if not path.exists():
         return Samples(count=1, batch=1, grid=(1, 2, 2), text_tokens=1)
     file = TensorFile(path)
     shapes = [file.shape(name) for name in file.keys() if name.endswith(".encoder_hidden_states")]
     count, (batch, text_tokens, _) = sum(s[0] for s in shapes), shapes[0]
     grid, *references = map(tuple, file.read("0.grid").tolist())
-    return Samples(count=count, batch=batch, grid=grid, text_tokens=text_tokens, references=tuple(references))
+    return Samples(
+        count=count, batch=batch, grid=grid, text_tokens=text_tokens, references=tuple(references)
+    )
 
 
 def _grid(config: CalibrateConfig) -> tuple[int, int, int]:
-    """Of the pictures that calibrate will draw or read: as asked for, or the model's own size where it is cheap to know."""
+    """Of the pictures that calibrate will draw or read: as asked for, or the model's own size where
+    it is cheap to know."""
     (rows, columns), pixels = GRID[1:], PIXELS_A_TOKEN
     if Path(config.model).is_file() and set(TABLES) <= set(TensorFile(config.model).entries):
         codec = open_codec(config.model)

@@ -1,4 +1,5 @@
-"""What a stage would take on this machine, from the configuration alone: no weights, no trial run."""
+"""What a stage would take on this machine, from the configuration alone: no weights, no trial
+run."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from .advice import STREAMED, last_advice, setting_advice
 from .counts import ACTIVATIONS_PER_TOKEN, GRID, OPTIMISER_COPIES, TEXT_TOKENS, TUNING_COPIES
 from .needs import needs
 
-FITTING = {"streamed": STREAMED[-1], "dtype": "choose dtype bfloat16"}  # where a stage has no advice of its own
+# where a stage has no advice of its own
+FITTING = {"streamed": STREAMED[-1], "dtype": "choose dtype bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,11 @@ def _tuning_note(parameters: int) -> str:
     )
 
 
-def refusal(config: Common | SparsifyConfig, calibrate: CalibrateConfig | None = None) -> str | None:
-    """Why the stage cannot run on this machine, in a line that names what to change; None when it may fit.
+def refusal(
+    config: Common | SparsifyConfig, calibrate: CalibrateConfig | None = None
+) -> str | None:
+    """Why the stage cannot run on this machine, in a line that names what to change; None when it
+    may fit.
 
     `calibrate`: of the same job, where its calibration is not there yet.
     """
@@ -115,7 +120,9 @@ def refusal(config: Common | SparsifyConfig, calibrate: CalibrateConfig | None =
     return None
 
 
-def _what_fits(config: Common | SparsifyConfig, calibrate: CalibrateConfig | None, there: int) -> str:
+def _what_fits(
+    config: Common | SparsifyConfig, calibrate: CalibrateConfig | None, there: int
+) -> str:
     """The change after which it may."""
     changes = ({"streamed": True}, {"dtype": "bfloat16"}, {"streamed": True, "dtype": "bfloat16"})
     for change in changes:

@@ -1,7 +1,8 @@
 """What a stage will take: memory of its device, disk, time. From sizes alone; no weights are read.
 
-`at_least` counts only what is certain (weights, optimiser, states that are kept), so that nothing is refused that
-would have fitted; `memory` adds what a backward keeps and a cache of states in memory.
+`at_least` counts only what is certain (weights, optimiser, states that are kept), so that nothing
+is refused that would have fitted; `memory` adds what a backward keeps and a cache of states in
+memory.
 """
 
 from __future__ import annotations
@@ -36,12 +37,14 @@ EXACT = torch.float64.itemsize
 WORKING_COPIES = 8  # of a map in float64: masks' prices, what went, the refit's directions
 COMPRESSED = {"2:4": 9 / 16}
 SCORING, MOVING, EXCHANGING, REFITTING = 5, 32, 8, 33
-"""Products of a map with its Gram matrix that shares, budgets of clusters, exchanges and refit take, at most or about."""
+"""Products of a map with its Gram matrix that shares, budgets of clusters, exchanges and refit
+take, at most or about."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Bytes on the device, bytes of new files that are certain, seconds of an idle machine (more where blocks are small)."""
+    """Bytes on the device, bytes of new files that are certain, seconds of an idle machine (more
+    where blocks are small)."""
 
     stage: str
     memory: int
@@ -51,17 +54,21 @@ class Needs:
 
 
 def needs(config: Common | SparsifyConfig, calibrate: CalibrateConfig | None = None) -> Needs:
-    """`calibrate`: of the same job, where its calibration is not there yet; with neither, the smallest one counts."""
+    """`calibrate`: of the same job, where its calibration is not there yet; with neither, the
+    smallest one counts."""
     count = Count(config, calibrate)
     stage, sure, more, disk, flops = _OF[type(config)](count, config)
     speed = flops_a_second(resolve_device(config.device), DTYPES[config.dtype])
     seconds = flops / speed + disk / BYTES_A_SECOND
-    return Needs(stage=stage, memory=int(sure + more), at_least=int(sure), disk=int(disk), seconds=seconds)
+    return Needs(
+        stage=stage, memory=int(sure + more), at_least=int(sure), disk=int(disk), seconds=seconds
+    )
 
 
 def _calibrate(count: Count, config: CalibrateConfig):
     samples = count.samples
-    disk = 2 * samples.count * count.state  # more than parts and then one file of latents and embeddings take
+    # more than parts and then one file of latents and embeddings take
+    disk = 2 * samples.count * count.state
     if config.images:
         return "calibrate", 0, samples.batch * count.state, disk, 0
     drawn = 2 * config.steps * samples.count * count.forward
@@ -81,7 +88,9 @@ def _detect(count: Count, config: DetectConfig):
     states = count.kept(config.samples)
     here, disk = (0, count.blocks * states) if config.streamed else (count.blocks * states, 0)
     sections = count.sizes.architecture.sections(count.sizes.config)
-    pairs = [count.blocks - 1 - k for s in sections for u in s for k in s if u < k < u + config.longest]
+    pairs = [
+        count.blocks - 1 - k for s in sections for u in s for k in s if u < k < u + config.longest
+    ]
     passes = count.blocks + (1 if config.local else 2) * sum(pairs)
     fits = len(pairs) * states / count.size / count.width * 4 * count.width**2
     measured = passes * min(config.samples, count.samples.count) * count.forward / count.blocks
@@ -107,10 +116,14 @@ def _detect_width(count: Count, config: DetectWidthConfig):
 
 
 def _distill_width(count: Count, config: DistillWidthConfig):
-    sites = len(count.plan.sites) if count.plan is not None and not config.sites else count.blocks // 4
+    sites = (
+        len(count.plan.sites) if count.plan is not None and not config.sites else count.blocks // 4
+    )
     cache = 0 if config.streamed else count.cache(config.updates, config.cache_gb, 4 * sites)
     certain = sites if count.plan is not None else 1
-    sure = count.teacher + (OPTIMISER_COPIES * count.width**2 + 2 * min(count.students)) * count.size
+    sure = (
+        count.teacher + (OPTIMISER_COPIES * count.width**2 + 2 * min(count.students)) * count.size
+    )
     disk = certain * SAVED_COPIES * count.width**2 * count.size
     more = cache + count.backward + count.rounded(count.width**2, count.size)
     return "distill-width", sure, more, disk, count.rounds(config, sites)
@@ -121,12 +134,16 @@ def _polish(count: Count, config: PolishConfig):
 
 
 def _finetune(count: Count, config: FinetuneConfig):
-    return "finetune", *_tuned(count, config, count.variant(config.variant) or count.parameters // 2)
+    return "finetune", *_tuned(
+        count, config, count.variant(config.variant) or count.parameters // 2
+    )
 
 
 def _tuned(count: Count, config: PolishConfig | FinetuneConfig, trained: int):
     """Master weights, gradients, moments and average are float32."""
-    kept = (1 if config.checkpointing else count.blocks) * count.backward + count.rounded(trained, FP32)
+    kept = (1 if config.checkpointing else count.blocks) * count.backward + count.rounded(
+        trained, FP32
+    )
     flops = 4 * config.steps * count.samples.batch * count.forward
     disk = 4 * FP32 * trained  # used and raw weights, two moments
     return count.teacher + TUNING_COPIES * FP32 * trained, kept, disk, flops
@@ -134,7 +151,11 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig, trained: int):
 
 def _variants(count: Count, config: VariantsConfig):
     states = count.kept(config.samples)
-    flops = (len(count.intervals) + NAMED_VARIANTS) * min(config.samples, count.samples.count) * count.forward
+    flops = (
+        (len(count.intervals) + NAMED_VARIANTS)
+        * min(config.samples, count.samples.count)
+        * count.forward
+    )
     return "variants", count.teacher + states, 2 * states, 0, flops
 
 
@@ -150,8 +171,8 @@ def _evaluate(count: Count, config: EvaluateConfig):
 
 
 def _sparsify(count: Count, config: SparsifyConfig) -> tuple[str, float, float, float, float]:
-    """As `needs` counts every stage: (name, bytes that are certain, bytes more, bytes on disk, FLOPs); those in float64 count
-    as many as would take the same time."""
+    """As `needs` counts every stage: (name, bytes that are certain, bytes more, bytes on disk,
+    FLOPs); those in float64 count as many as would take the same time."""
     places, cost = _places(count, config), count.sizes.cost
     costs = {place: cost.place(place) for place in places}
     largest = max(places, key=lambda place: costs[place].parameters)
@@ -167,7 +188,13 @@ def _sparsify(count: Count, config: SparsifyConfig) -> tuple[str, float, float, 
     watched = len(places) * sum(2 * rows * width**2 for rows, width in read)
     pruned = len(places) * sum(2 * rows * columns**2 for rows, columns in maps) * _products(config)
     flops = count.samples.count * (passes + watched) + pruned * _slower(config)
-    return "sparsify", sure, WORKING_COPIES * EXACT * max((r * c for r, c in maps), default=0), disk, flops
+    return (
+        "sparsify",
+        sure,
+        WORKING_COPIES * EXACT * max((r * c for r, c in maps), default=0),
+        disk,
+        flops,
+    )
 
 
 def _places(count: Count, config: SparsifyConfig) -> tuple[Place, ...]:

@@ -38,14 +38,15 @@ if TYPE_CHECKING:
     from .preview import Preview
 
 
-LOG_EVERY = "30"  # seconds between two drawings of a bar in a log; a terminal's ten a second would fill a disk
+# seconds between two drawings of a bar in a log; a terminal's ten a second would fill a disk
+LOG_EVERY = "30"
 LAUNCHING = 5.0  # seconds: the launcher holds the lock until it has written our pid
 
 
 @dataclass
 class Job:
-    """rank: of this process among those that share the work; the first one (0) alone tells of it. number: of the
-    present stage, 0 before the first."""
+    """rank: of this process among those that share the work; the first one (0) alone tells of it.
+    number: of the present stage, 0 before the first."""
 
     folder: Path
     order: Order
@@ -67,11 +68,18 @@ class Job:
         return ending.code
 
     def _tell(self, watcher: Watcher, ending: Ending) -> None:
-        """State first, so that the job is seen to run (and can be cancelled) while Python reads torch."""
+        """State first, so that the job is seen to run (and can be cancelled) while Python reads
+        torch."""
         me, started = process_of(os.getpid())
-        state = JobState(status="running", stages=len(self.stages), pid=me, process_started=started,
-                         host=platform.node(), parent_pid=self.state.parent_pid,
-                         parent_started=self.state.parent_started)  # fmt: skip
+        state = JobState(
+            status="running",
+            stages=len(self.stages),
+            pid=me,
+            process_started=started,
+            host=platform.node(),
+            parent_pid=self.state.parent_pid,
+            parent_started=self.state.parent_started,
+        )
         ending.reporter = watcher.reporter = Reporter(self.folder, state, watcher.asked)
         ending.reporter.write(always=True)
         append_event(self.folder, "started", pid=me)
@@ -112,8 +120,8 @@ class Job:
 
 
 class Ending:
-    """Says how the job ended, whatever it was that ended it. `code`: the exit code. What nobody expected goes on as it
-    came, so that Python prints where it happened."""
+    """Says how the job ended, whatever it was that ended it. `code`: the exit code. What nobody
+    expected goes on as it came, so that Python prints where it happened."""
 
     def __init__(self, job: Job, watcher: Watcher):
         self.job, self.watcher = job, watcher
@@ -139,13 +147,20 @@ class Ending:
     def _outcome(self, error: BaseException | None) -> tuple[str, str]:
         if error is None:
             return "done", ""
-        in_imports = self.watcher.asked() and not self.job.number  # C extensions make other errors of an interrupt
-        if isinstance(error, KeyboardInterrupt) or in_imports or _is(error, "system.interruption", "Stopped"):
+        # C extensions make other errors of an interrupt
+        in_imports = self.watcher.asked() and not self.job.number
+        if (
+            isinstance(error, KeyboardInterrupt)
+            or in_imports
+            or _is(error, "system.interruption", "Stopped")
+        ):
             self.code = INTERRUPTED
             saved = f"; {error}" if _is(error, "system.interruption", "Stopped") else ""
             return "cancelled", f"{self.watcher.reason or 'cancelled by Ctrl-C'}{saved}"
         line, self.code = failure(error, *self.job.stages[max(self.job.number, 1) - 1])
-        return "failed", (self._told_by_others() if _is(error, "system.distributed", "Lost") else "") or line
+        return "failed", (
+            self._told_by_others() if _is(error, "system.distributed", "Lost") else ""
+        ) or line
 
     def _told_by_others(self) -> str:
         """Why another process ended, which is why this one did."""
@@ -157,7 +172,8 @@ class Ending:
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", LOG_EVERY)  # read when tqdm is imported, which comes later
+        # read when tqdm is imported, which comes later
+        os.environ.setdefault("TQDM_MININTERVAL", LOG_EVERY)
     with ExitStack() as held:
         try:
             job = _taken(options, held)
@@ -172,13 +188,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m ppcl_engine.jobs.worker", description="Does what a run folder says."
     )
     parser.add_argument("run", type=Path, help="the folder with run.json")
-    parser.add_argument("--again", action="store_true", help="another attempt of a run that failed or was cancelled")
-    parser.add_argument("--model", type=Path, help="the model in the place of the order's, on another machine")
+    parser.add_argument(
+        "--again", action="store_true", help="another attempt of a run that failed or was cancelled"
+    )
+    parser.add_argument(
+        "--model", type=Path, help="the model in the place of the order's, on another machine"
+    )
     return parser
 
 
 def _taken(options: argparse.Namespace, held: ExitStack) -> Job:
-    """Raises ValueError, in one line, for what is no folder of a job, and for one that has ended or is at work."""
+    """Raises ValueError, in one line, for what is no folder of a job, and for one that has ended or
+    is at work."""
     folder = options.run.absolute()
     if options.again:
         folder = RunStore(folder.parent).again(folder.name).path
@@ -203,7 +224,9 @@ def _startable(folder: Path, rank: int) -> JobState:
     if rank == 0 and is_abandoned(state):
         (folder / CANCEL).unlink(missing_ok=True)
     elif rank == 0 and state.status != "queued":
-        raise ValueError(f"process {state.pid} on {state.host} is at work on {folder}; wait for it, or cancel it")
+        raise ValueError(
+            f"process {state.pid} on {state.host} is at work on {folder}; wait for it, or cancel it"
+        )
     return state
 
 

@@ -1,4 +1,5 @@
-"""What a new run takes over from another one, as hard links, or as copies where links are impossible."""
+"""What a new run takes over from another one, as hard links, or as copies where links are
+impossible."""
 
 from __future__ import annotations
 
@@ -12,21 +13,34 @@ from .state import CANCEL, EVENTS, LOCK, LOG, PREVIEW, STATE
 
 CALIBRATION = "calibration.safetensors"
 PRODUCTS = (
-    CALIBRATION, "probes", "curves.safetensors", "detect.json", "plan.json", "depth", "width.json",
-    "alignment.safetensors", "width", "polished", "tuned",
-)  # fmt: skip
+    CALIBRATION,
+    "probes",
+    "curves.safetensors",
+    "detect.json",
+    "plan.json",
+    "depth",
+    "width.json",
+    "alignment.safetensors",
+    "width",
+    "polished",
+    "tuned",
+)
 """What stages leave for later ones."""
 CHECKED = ("probes", "curves.safetensors")
 """Products that hold their settings, and are made anew where these differ."""
-SCRATCH, RESUMED = "states", "calibrate"  # of all that stages keep there, only calibrate's is gone on from
+# of all that stages keep there, only calibrate's is gone on from
+SCRATCH, RESUMED = "states", "calibrate"
 OF_ONE_JOB = {ORDER, STATE, EVENTS, CANCEL, LOCK, LOG, PREVIEW}
 COPIED = {".json", ".jsonl", ".csv", ".txt", ".html"}
 NOT_THE_STUDENTS = {"model", "run", "device", "streamed", "dry_run", "intervals", "parallel"}
 """Settings of distill-depth that no single student hangs on."""
 
 
-def seed_from_upstream(upstream: Path, folder: Path, order: Order, depth_made_with: dict | None) -> None:
-    """All products that the order's stages do not make anew. `depth_made_with`: settings of the upstream's students."""
+def seed_from_upstream(
+    upstream: Path, folder: Path, order: Order, depth_made_with: dict | None
+) -> None:
+    """All products that the order's stages do not make anew. `depth_made_with`: settings of the
+    upstream's students."""
     dropped = _made_anew(order, depth_made_with)
     for name in PRODUCTS:
         if name not in dropped:
@@ -42,7 +56,8 @@ def seed_attempt(earlier: Path, folder: Path) -> None:
 
 
 def seed_from_sibling(sibling: Path, folder: Path, order: Order, its_order: Order) -> None:
-    """What a changed order's stages would accept of another one's files, where it is not there yet."""
+    """What a changed order's stages would accept of another one's files, where it is not there
+    yet."""
     if _models(order) != _models(its_order):
         return
     for name in CHECKED:
@@ -89,7 +104,11 @@ def sha256_of(path: Path) -> str:
 def _made_anew(order: Order, depth_made_with: dict | None) -> set[str]:
     stages, dropped = dict(order.stages), set()
     depth = stages.get("distill-depth")
-    if depth is not None and depth_made_with is not None and _lesson(depth) != _lesson(depth_made_with):
+    if (
+        depth is not None
+        and depth_made_with is not None
+        and _lesson(depth) != _lesson(depth_made_with)
+    ):
         dropped |= {"depth", "width", "polished"}
     if {"detect-width", "distill-width"} & set(stages):
         dropped |= {"width", "polished"}
@@ -115,4 +134,7 @@ def _same_lessons(sibling: Path, folder: Path, order: Order, its_order: Order) -
 
 
 def _models(order: Order) -> set[str]:
-    return {str(settings.get("model", settings.get("base") or settings.get("path"))) for _, settings in order.stages}
+    return {
+        str(settings.get("model", settings.get("base") or settings.get("path")))
+        for _, settings in order.stages
+    }

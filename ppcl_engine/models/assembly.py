@@ -17,11 +17,14 @@ from .weights import Weights
 
 
 class Students(Protocol):
-    """Where trained parts come from: a bundle, or a run folder. Each raises ValueError for what was not trained."""
+    """Where trained parts come from: a bundle, or a run folder. Each raises ValueError for what was
+    not trained."""
 
     def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module: ...
 
-    def projection(self, place: str, kind: str, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]: ...
+    def projection(
+        self, place: str, kind: str, dtype: torch.dtype, device: str
+    ) -> dict[str, torch.Tensor]: ...
 
     def tuned(self, variant: str, key: str) -> torch.Tensor: ...
 
@@ -34,8 +37,8 @@ def assemble(
     device: str,
     teacher_block: Callable[[int, Edit], nn.Module] | None = None,
 ) -> nn.Module:
-    """diffusers' model of this layout, teacher indices kept. `teacher_block` (default: read into memory) gives the
-    blocks that stay."""
+    """diffusers' model of this layout, teacher indices kept. `teacher_block` (default: read into
+    memory) gives the blocks that stay."""
     blocks = pruned_blocks(
         weights.architecture,
         layout,
@@ -47,7 +50,12 @@ def assemble(
 
 
 def placed_block(
-    weights: Weights, students: Students, place: Place, dtype: torch.dtype, device: str, shared: dict[int, SharedText]
+    weights: Weights,
+    students: Students,
+    place: Place,
+    dtype: torch.dtype,
+    device: str,
+    shared: dict[int, SharedText],
 ) -> nn.Module:
     """What stands at one place, with its trained weights: a block of its own."""
     projections = partial(students.projection, dtype=dtype, device=device)
@@ -75,9 +83,13 @@ def open_variant(
     return filled(model, partial(students.tuned, variant.name), dtype, device)
 
 
-def filled(model: nn.Module, read: Callable[[str], torch.Tensor], dtype: torch.dtype, device: str) -> nn.Module:
+def filled(
+    model: nn.Module, read: Callable[[str], torch.Tensor], dtype: torch.dtype, device: str
+) -> nn.Module:
     """The model with every tensor read by its name."""
-    model.load_state_dict({name: read(name).to(device, dtype) for name in model.state_dict()}, assign=True)
+    model.load_state_dict(
+        {name: read(name).to(device, dtype) for name in model.state_dict()}, assign=True
+    )
     return model.eval().requires_grad_(False)
 
 

@@ -1,7 +1,8 @@
-"""The bundle, `*.ppcl.safetensors`: students, projections and tuned variants, with the plan in its metadata.
+"""The bundle, `*.ppcl.safetensors`: students, projections and tuned variants, with the plan in its
+metadata.
 
-By teacher index: `students.<interval>.*`, `projections.<place>.<kind>.*`, and for every fine-tuned variant all its
-tensors as `tuned.<variant>.*`.
+By teacher index: `students.<interval>.*`, `projections.<place>.<kind>.*`, and for every fine-tuned
+variant all its tensors as `tuned.<variant>.*`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Bundle:
         state = self._under(student_prefix(interval), dtype, device)
         return filled_student(self.architecture, self.plan.config, interval, state)
 
-    def projection(self, place: str, kind: str, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    def projection(
+        self, place: str, kind: str, dtype: torch.dtype, device: str
+    ) -> dict[str, torch.Tensor]:
         return self._under(projection_prefix(place, kind), dtype, device)
 
     def tuned(self, variant: str, key: str) -> torch.Tensor:

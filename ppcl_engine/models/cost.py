@@ -36,7 +36,8 @@ class Cost:
 
 
 class CostModel:
-    """Costs at one size, batch 1: `grid` (frames, rows, columns) of image tokens, those of references behind it."""
+    """Costs at one size, batch 1: `grid` (frames, rows, columns) of image tokens, those of
+    references behind it."""
 
     def __init__(
         self,
@@ -79,27 +80,32 @@ class CostModel:
         )
 
     def place(self, place: Place) -> Cost:
-        """Of what stands there, projections and correction included; counted once for all places that are built alike."""
+        """Of what stands there, projections and correction included; counted once for all places
+        that are built alike."""
         projected = tuple((site.kind, site.form) for site in place.ffn)
         text = (place.text_source is not None, place.steps_text, place.publishes)
         built = (self._kind(place.index), place.interval, projected, text)
         if built not in self._counted:
             with torch.device("meta"):
-                self._counted[built] = self._of(empty_block(self.architecture, self.config, place, {}))
+                self._counted[built] = self._of(
+                    empty_block(self.architecture, self.config, place, {})
+                )
         return self._counted[built]
 
     def linear_maps(
         self, place: Place, skip: Sequence[str] = ()
     ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Of what stands there: (rows, columns) of each linear map; (rows of a sample, width) of each different tensor that
-        they read. skip: parts of names of maps that are left out."""
+        """Of what stands there: (rows, columns) of each linear map; (rows of a sample, width) of
+        each different tensor that they read. skip: parts of names of maps that are left out."""
         with torch.device("meta"), torch.no_grad():
             block = empty_block(self.architecture, self.config, place, {})
             found = [(n, m) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
             maps = [module for name, module in found if not any(part in name for part in skip)]
             read: dict[int, torch.Tensor] = {}  # they stay alive, so that their ids stay theirs
             for module in maps:
-                module.register_forward_pre_hook(lambda _, given: read.update({id(given[0]): given[0]}))
+                module.register_forward_pre_hook(
+                    lambda _, given: read.update({id(given[0]): given[0]})
+                )
             self.architecture.run_block(block, self._state)
         shapes = [(x.numel() // x.shape[-1], x.shape[-1]) for x in read.values()]
         return [(m.out_features, m.in_features) for m in maps], shapes
@@ -109,7 +115,9 @@ class CostModel:
         if index not in self._kinds:
             with torch.device("meta"):
                 block = self.architecture.build_block(self.config, index)
-            self._kinds[index] = tuple((name, tensor.shape) for name, tensor in block.state_dict().items())
+            self._kinds[index] = tuple(
+                (name, tensor.shape) for name, tensor in block.state_dict().items()
+            )
         return self._kinds[index]
 
     def _of(self, block: torch.nn.Module) -> Cost:

@@ -1,4 +1,5 @@
-"""What stands at each place of a variant: teacher's block or student, with which projections. Pure functions.
+"""What stands at each place of a variant: teacher's block or student, with which projections. Pure
+functions.
 
 A text group (a, b] reads the modulated text of the last full block before it (method: width,
 text stream); which projections exist decides what a variant may switch on together.
@@ -14,9 +15,10 @@ from ..plan import Interval, PruningPlan, TextGroup, Variant, WidthSite
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A block that runs. `index`: its teacher index (an interval's first). `ffn`: its projected FFNs.
-    `text_source`: index of the place whose modulated text its projection reads; `steps_text`: it also moves the
-    text stream on, over its whole group; `publishes`: a text group reads from it."""
+    """A block that runs. `index`: its teacher index (an interval's first). `ffn`: its projected
+    FFNs. `text_source`: index of the place whose modulated text its projection reads; `steps_text`:
+    it also moves the text stream on, over its whole group; `publishes`: a text group reads from
+    it."""
 
     index: int
     interval: Interval | None = None
@@ -42,12 +44,16 @@ class Place:
     @property
     def projections(self) -> tuple[str, ...]:
         """Kinds of the sites that are on here."""
-        return (*(site.kind for site in self.ffn), *(("text",) if self.text_source is not None else ()))
+        return (
+            *(site.kind for site in self.ffn),
+            *(("text",) if self.text_source is not None else ()),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """places in order of their indices; sites: names of those on; notes: which went off with an interval, and why."""
+    """places in order of their indices; sites: names of those on; notes: which went off with an
+    interval, and why."""
 
     num_blocks: int
     places: tuple[Place, ...]
@@ -65,22 +71,36 @@ def checked(plan: PruningPlan) -> PruningPlan:
     try:
         sections = architecture.sections(plan.config)
     except KeyError as missing:
-        raise ValueError(f"the plan's configuration of its model lacks {missing}; it is incomplete") from None
+        raise ValueError(
+            f"the plan's configuration of its model lacks {missing}; it is incomplete"
+        ) from None
     except TypeError as error:
-        raise ValueError(f"the plan's configuration of its model is not readable ({error}); export it again") from None
+        raise ValueError(
+            f"the plan's configuration of its model is not readable ({error}); export it again"
+        ) from None
     for interval in plan.intervals:
-        if len({next((n for n, s in enumerate(sections) if i in s), None) for i in interval.blocks}) > 1:
+        if (
+            len(
+                {next((n for n, s in enumerate(sections) if i in s), None) for i in interval.blocks}
+            )
+            > 1
+        ):
             runs = ", ".join(f"{s.start}-{s.stop - 1}" for s in sections)
-            raise ValueError(f"interval {interval.name} holds blocks of two kinds ({runs}); end it where one kind ends")
+            raise ValueError(
+                f"interval {interval.name} holds blocks of two kinds ({runs}); end it where one kind ends"
+            )
     for site in plan.sites:
         kinds = architecture.site_kinds(plan.config, site.block)
         if site.kind not in kinds:
-            raise ValueError(f"width site {site.name}: block {site.block} has no such part, but {', '.join(kinds)}")
+            raise ValueError(
+                f"width site {site.name}: block {site.block} has no such part, but {', '.join(kinds)}"
+            )
     return plan
 
 
 def layout_of(plan: PruningPlan, variant: Variant) -> Layout:
-    """Places of a variant. A site whose projection was not trained for what stands there goes off, and `notes` says so."""
+    """Places of a variant. A site whose projection was not trained for what stands there goes off,
+    and `notes` says so."""
     intervals = {interval.first: interval for interval in checked(plan).intervals_of(variant)}
     everything = _names({interval.first: interval for interval in plan.intervals}, plan.num_blocks)
     here = _names(intervals, plan.num_blocks)
@@ -107,22 +127,32 @@ def layout_of(plan: PruningPlan, variant: Variant) -> Layout:
         )
         for index in here
     ]
-    return Layout(num_blocks=plan.num_blocks, places=tuple(places), sites=tuple(on), notes=tuple(notes))
+    return Layout(
+        num_blocks=plan.num_blocks, places=tuple(places), sites=tuple(on), notes=tuple(notes)
+    )
 
 
 def group_places(layout: Layout, group: TextGroup) -> tuple[Place, list[Place]]:
     """(the full place before the group, the group's own places)"""
     before = [place for place in layout.places if place.index < group.first]
-    return before[-1], [place for place in layout.places if group.first <= place.index <= group.last]
+    return before[-1], [
+        place for place in layout.places if group.first <= place.index <= group.last
+    ]
 
 
 def _names(intervals: dict[int, Interval], num_blocks: int) -> dict[int, str]:
     """index -> name of what stands there, in order; gaps have none."""
     gaps = {index for interval in intervals.values() for index in interval.blocks[1:]}
-    return {i: intervals[i].name if i in intervals else str(i) for i in range(num_blocks) if i not in gaps}
+    return {
+        i: intervals[i].name if i in intervals else str(i)
+        for i in range(num_blocks)
+        if i not in gaps
+    }
 
 
-def _misfit(plan: PruningPlan, name: str, here: dict[int, str], everything: dict[int, str]) -> str | None:
+def _misfit(
+    plan: PruningPlan, name: str, here: dict[int, str], everything: dict[int, str]
+) -> str | None:
     """Why the site cannot be on with what stands here; None when it can."""
     site = plan.site(name)
     if isinstance(site, TextGroup):
@@ -140,7 +170,9 @@ def _misfit(plan: PruningPlan, name: str, here: dict[int, str], everything: dict
     return None
 
 
-def _text_places(plan: PruningPlan, group: TextGroup, here: dict[int, str]) -> dict[int, tuple[int, bool]]:
+def _text_places(
+    plan: PruningPlan, group: TextGroup, here: dict[int, str]
+) -> dict[int, tuple[int, bool]]:
     """index -> (source, steps the text); it need not step where nothing reads it any more."""
     source = max(index for index in here if index < group.first)
     members = [index for index in here if group.first <= index <= group.last]

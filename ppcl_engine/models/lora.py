@@ -1,4 +1,5 @@
-"""What of a LoRA a pruned model can use: which of its targets are there, which were removed or projected."""
+"""What of a LoRA a pruned model can use: which of its targets are there, which were removed or
+projected."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ LISTED = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """Names of a LoRA's modules by what becomes of them. `halved`: those of the reached ones of which a part has no
-    place any more; `unknown`: not of this architecture."""
+    """Names of a LoRA's modules by what becomes of them. `halved`: those of the reached ones of
+    which a part has no place any more; `unknown`: not of this architecture."""
 
     reached: tuple[str, ...] = ()
     halved: tuple[str, ...] = ()
@@ -53,11 +54,18 @@ class Coverage:
 
 
 def coverage(
-    architecture: Architecture, config: dict, targets: Iterable[str], unknown: Iterable[str], layout: Layout
+    architecture: Architecture,
+    config: dict,
+    targets: Iterable[str],
+    unknown: Iterable[str],
+    layout: Layout,
 ) -> Coverage:
-    """targets: weights of the full model that a LoRA changes, by diffusers' names (`transformer_blocks.3.attn...`)."""
+    """targets: weights of the full model that a LoRA changes, by diffusers' names
+    (`transformer_blocks.3.attn...`)."""
     places = {place.index: place for place in layout.places}
-    prefixes = {architecture.block_prefix(config, index): index for index in range(layout.num_blocks)}
+    prefixes = {
+        architecture.block_prefix(config, index): index for index in range(layout.num_blocks)
+    }
     found: dict[str, list[str]] = {"reached": [], "halved": [], "removed": [], "projected": []}
     for name in sorted(set(targets), key=_natural):
         prefix = next((p for p in prefixes if name.startswith(p)), None)
@@ -70,7 +78,9 @@ def coverage(
             found["reached"].append(name)
             if prefix and part.startswith(cut_parts(architecture, place)):
                 found["halved"].append(name)
-    return Coverage(unknown=tuple(sorted(set(unknown), key=_natural)), **{k: tuple(v) for k, v in found.items()})
+    return Coverage(
+        unknown=tuple(sorted(set(unknown), key=_natural)), **{k: tuple(v) for k, v in found.items()}
+    )
 
 
 def gone_parts(architecture: Architecture, place: Place) -> tuple[str, ...]:

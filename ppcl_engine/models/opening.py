@@ -1,4 +1,5 @@
-"""Any file that holds a model, by its path: the model itself, or its architecture and configuration alone."""
+"""Any file that holds a model, by its path: the model itself, or its architecture and configuration
+alone."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from .weights import Weights
 
 
 def model_config(model: Path) -> tuple[str, Architecture, dict]:
-    """(name, architecture, configuration) of a known model's name, a folder with a config.json, or a model file."""
+    """(name, architecture, configuration) of a known model's name, a folder with a config.json, or
+    a model file."""
     for architecture in ARCHITECTURES:
         if str(model) in architecture.model_configs:
             return str(model), architecture, architecture.model_configs[str(model)]
@@ -32,18 +34,26 @@ def model_config(model: Path) -> tuple[str, Architecture, dict]:
     if structure := standalone_structure(model):
         return model.name, architecture_named(structure["architecture"]), structure["config"]
     if is_bundle(model):
-        raise ValueError(f"{model} is a bundle: students only; give the base model it was made from as --base")
+        raise ValueError(
+            f"{model} is a bundle: students only; give the base model it was made from as --base"
+        )
     if model.is_file():
         weights = Weights(model)
         return model.name, weights.architecture, weights.config
     known = ", ".join(name for a in ARCHITECTURES for name in a.model_configs)
-    raise ValueError(f"--model {model}: no such file, no folder with a config.json, and not one of {known}")
+    raise ValueError(
+        f"--model {model}: no such file, no folder with a config.json, and not one of {known}"
+    )
 
 
 def _from_config_file(model: Path, values: dict) -> tuple[str, Architecture, dict]:
     for architecture in ARCHITECTURES:
         if values.get("_class_name") == architecture.diffusers_class:
-            return model.name, architecture, {k: v for k, v in values.items() if not k.startswith("_")}
+            return (
+                model.name,
+                architecture,
+                {k: v for k, v in values.items() if not k.startswith("_")},
+            )
     known = ", ".join(a.diffusers_class for a in ARCHITECTURES)
     raise ValueError(f"{model}: class {values.get('_class_name')!r} is unknown; known: {known}")
 
@@ -60,10 +70,12 @@ def open_model(
     """A model with the same forward as diffusers' class of its architecture.
 
     path: a bundle (then `base` is the teacher it was made from), a standalone file or folder of
-    ours, a diffusers folder, one of the authors' width-pruned folders, a ComfyUI single file. variant: a name of
-    the bundle's plan, "full", or intervals and sites as "3-4,8-10,text:51-59"; None is the smallest. base: also of
-    a folded table, the file that it was folded from, for timesteps that it lacks.
-    legacy_txt_proj: the authors' older meaning of a text projection (see `released`). Raises ValueError in one line.
+    ours, a diffusers folder, one of the authors' width-pruned folders, a ComfyUI single file.
+    variant: a name of the bundle's plan, "full", or intervals and sites as "3-4,8-10,text:51-59";
+    None is the smallest. base: also of a folded table, the file that it was folded from, for
+    timesteps that it lacks.
+    legacy_txt_proj: the authors' older meaning of a text projection (see `released`). Raises
+    ValueError in one line.
     """
     path = Path(path)
     check_exists(path)
@@ -73,16 +85,22 @@ def open_model(
         )
     if not is_bundle(path):
         if variant is not None:
-            raise ValueError(f"{path} is not a bundle, so it has no variant {variant!r}; leave the variant out")
+            raise ValueError(
+                f"{path} is not a bundle, so it has no variant {variant!r}; leave the variant out"
+            )
         if is_width_pruned(path):
             return _open_released(Released(path, legacy_txt_proj), dtype, device)
         structure = standalone_structure(path)
         if structure:
             return _with_base(open_standalone(path, structure, dtype, device), base, path)
         weights = Weights(path)
-        return _with_base(assemble(weights, None, full_layout(weights.num_blocks), dtype, device), base, path)
+        return _with_base(
+            assemble(weights, None, full_layout(weights.num_blocks), dtype, device), base, path
+        )
     if base is None:
-        raise ValueError(f"{path} is a bundle: students only; give the base model it was made from as well")
+        raise ValueError(
+            f"{path} is a bundle: students only; give the base model it was made from as well"
+        )
     bundle, weights = Bundle(path), Weights(base)
     _check_folded_alike(bundle, weights)
     bundle.plan.check_teacher(weights.architecture.name, weights.fingerprint, base)
@@ -92,7 +110,9 @@ def open_model(
 def _check_folded_alike(bundle: Bundle, weights: Weights) -> None:
     ours, theirs = (config.get(FOLDING) for config in (bundle.plan.config, weights.config))
     if ours != theirs:
-        said = [f"folded ({folding['form']})" if folding else "not folded" for folding in (ours, theirs)]
+        said = [
+            f"folded ({folding['form']})" if folding else "not folded" for folding in (ours, theirs)
+        ]
         raise ValueError(
             f"{bundle.file.path} is {said[0]}, {weights.path} is {said[1]}: they were not folded together; take the base that "
             "`ppcl fold` wrote beside the bundle, or the bundle and base as they were before"
@@ -113,10 +133,17 @@ def architecture_of(path: Path) -> Architecture:
     if is_width_pruned(path):
         return Released(path).architecture
     structure = standalone_structure(path)
-    return architecture_named(structure["architecture"]) if structure else Weights(path).architecture
+    return (
+        architecture_named(structure["architecture"]) if structure else Weights(path).architecture
+    )
 
 
 def _open_released(released: Released, dtype: torch.dtype, device: str) -> nn.Module:
     if warning := repeated_steps_warning(released):
         warnings.warn(f"{released.path}: {warning}", stacklevel=3)
-    return filled(empty_model(released.architecture, released.config, released.layout), released.read, dtype, device)
+    return filled(
+        empty_model(released.architecture, released.config, released.layout),
+        released.read,
+        dtype,
+        device,
+    )

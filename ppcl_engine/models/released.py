@@ -1,7 +1,8 @@
 """The pruned models that the method's authors released, read by the names of our own modules.
 
-Their folders count blocks from 0 without gaps and list the width-pruned ones in config.json (method:
-checkpoints in the wild). A block's place, its projections and its tensors follow from these lists.
+Their folders count blocks from 0 without gaps and list the width-pruned ones in config.json
+(method: checkpoints in the wild). A block's place, its projections and its tensors follow from
+these lists.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ Shapes = dict[str, tuple[int, ...]]
 class Released:
     """A released folder, width-pruned or depth-pruned alone; tensors are read one at a time.
 
-    Attributes: path, architecture, config (of as many layers as there are blocks, without the lists),
-    layout (renumbered places). legacy_txt_proj: an older release computes P(x) where newer ones compute P(x) + x,
-    under the same names; it is read as P - 1. Raises ValueError, in one line, for what is missing or has no home.
+    Attributes: path, architecture, config (of as many layers as there are blocks, without the
+    lists), layout (renumbered places). legacy_txt_proj: an older release computes P(x) where newer
+    ones compute P(x) + x, under the same names; it is read as P - 1. Raises ValueError, in one
+    line, for what is missing or has no home.
     """
 
     def __init__(self, path: str | Path, legacy_txt_proj: bool = False):
@@ -40,11 +42,17 @@ class Released:
         self.layout = released_layout(self.architecture, config, self.path)
         lists = _lists_of(self.architecture)
         self.config = {name: value for name, value in config.items() if name not in lists.values()}
-        self._names, self._shapes, unused = stored_tensors(self.architecture, self.config, self.layout)
+        self._names, self._shapes, unused = stored_tensors(
+            self.architecture, self.config, self.layout
+        )
         self._unused = {name: stored for name, stored in unused.items() if stored in self._stored}
-        self._maps = _text_maps(self.architecture, self.config, self.layout) if legacy_txt_proj else set()
+        self._maps = (
+            _text_maps(self.architecture, self.config, self.layout) if legacy_txt_proj else set()
+        )
         if legacy_txt_proj and not self._maps:
-            raise ValueError(f"{path} has no text projections, so --legacy-txt-proj says nothing; leave it out")
+            raise ValueError(
+                f"{path} has no text projections, so --legacy-txt-proj says nothing; leave it out"
+            )
         self._check()
 
     @property
@@ -72,21 +80,26 @@ class Released:
         return file.dtype(name)
 
     def read(self, key: str) -> torch.Tensor:
-        """As stored; a text projection of the older form in float32, since 1 was taken from its diagonal."""
+        """As stored; a text projection of the older form in float32, since 1 was taken from its
+        diagonal."""
         file, name = self._place(key)
         tensor = file.read(name)
         return tensor.float() - torch.eye(len(tensor)) if key in self._maps else tensor
 
     @cached_property
     def repeated_steps(self) -> list[int]:
-        """Places whose text step is bit for bit that of another group: the authors' exporter wrote one group's
-        into several."""
+        """Places whose text step is bit for bit that of another group: the authors' exporter wrote
+        one group's into several."""
         found: dict[bytes, list[int]] = {}
         for place in self.layout.places:
             if place.steps_text:
                 prefix = self._step_prefix(place)
-                tensors = [self.read(f"{prefix}.{leaf}").contiguous() for leaf in ("weight", "bias")]
-                mark = b"".join(hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).digest() for t in tensors)
+                tensors = [
+                    self.read(f"{prefix}.{leaf}").contiguous() for leaf in ("weight", "bias")
+                ]
+                mark = b"".join(
+                    hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).digest() for t in tensors
+                )
                 found.setdefault(mark, []).append(place.index)
         return sorted(index for places in found.values() if len(places) > 1 for index in places)
 
@@ -103,7 +116,9 @@ class Released:
         missing = sorted(stored for stored in self._names.values() if stored not in self._stored)
         unknown = sorted(set(self._stored) - set(self._names.values()) - set(self._unused.values()))
         if missing:
-            raise ValueError(f"{self.path} lacks {len(missing)} tensors, first {missing[0]}; download it again")
+            raise ValueError(
+                f"{self.path} lacks {len(missing)} tensors, first {missing[0]}; download it again"
+            )
         if unknown:
             raise ValueError(
                 f"{self.path} has {len(unknown)} tensors with no home, first {unknown[0]}; "
@@ -111,7 +126,9 @@ class Released:
             )
         for key, shape in self._shapes.items():
             if self.shape(key) != shape:
-                raise ValueError(f"{self.path}: {self._names[key]} has shape {self.shape(key)}, not {shape}")
+                raise ValueError(
+                    f"{self.path}: {self._names[key]} has shape {self.shape(key)}, not {shape}"
+                )
 
 
 def is_width_pruned(path: Path) -> bool:
@@ -120,16 +137,25 @@ def is_width_pruned(path: Path) -> bool:
     if not file.exists():
         return False
     config = read_json(file)
-    return any(name in config for architecture in ARCHITECTURES for name in _lists_of(architecture).values())
+    return any(
+        name in config
+        for architecture in ARCHITECTURES
+        for name in _lists_of(architecture).values()
+    )
 
 
 def released_layout(architecture: Architecture, config: dict, where: object) -> Layout:
-    """Renumbered places. Every text-pruned block reads from the last full block before it; the text moves on only
-    where the lists say so. Raises ValueError for lists that name no block or contradict each other."""
+    """Renumbered places. Every text-pruned block reads from the last full block before it; the text
+    moves on only where the lists say so. Raises ValueError for lists that name no block or
+    contradict each other."""
     count, lists = architecture.num_blocks(config), _lists_of(architecture)
-    text, steps, ffn = (_indices(config, lists.get(kind), count, where) for kind in ("text", "step", "ffn"))
+    text, steps, ffn = (
+        _indices(config, lists.get(kind), count, where) for kind in ("text", "step", "ffn")
+    )
     if steps - text:
-        raise ValueError(f"{where}: {lists['step']} has {min(steps - text)}, which {lists['text']} has not")
+        raise ValueError(
+            f"{where}: {lists['step']} has {min(steps - text)}, which {lists['text']} has not"
+        )
     if 0 in text:
         raise ValueError(f"{where}: {lists['text']} has 0, but no full block comes before it")
     sources = {index: max(i for i in range(index) if i not in text) for index in text}
@@ -149,13 +175,17 @@ def released_layout(architecture: Architecture, config: dict, where: object) -> 
 def stored_tensors(
     architecture: Architecture, config: dict, layout: Layout
 ) -> tuple[dict[str, str], Shapes, dict[str, str]]:
-    """(our name -> stored name, our name -> shape, our name in a full block -> stored name of what nothing reads)."""
+    """(our name -> stored name, our name -> shape, our name in a full block -> stored name of what
+    nothing reads)."""
     names, shapes, unused = {}, {}, {}
     with torch.device("meta"):
         for name, tensor in architecture.build_outer(config).state_dict().items():
             names[name], shapes[name] = name, tuple(tensor.shape)
         for place in layout.places:
-            prefix, renamed = architecture.block_prefix(config, place.index), _renamed(architecture, place)
+            prefix, renamed = (
+                architecture.block_prefix(config, place.index),
+                _renamed(architecture, place),
+            )
             for name, tensor in empty_block(architecture, config, place, {}).state_dict().items():
                 part, _, leaf = name.rpartition(".")
                 names[prefix + name] = f"{prefix}{renamed.get(part, part)}.{leaf}"
@@ -163,7 +193,9 @@ def stored_tensors(
             if place.text_source is not None:
                 full = architecture.build_block(config, place.index).state_dict()
                 unused |= {
-                    prefix + name: prefix + name for name in full if name.startswith(architecture.released.unused)
+                    prefix + name: prefix + name
+                    for name in full
+                    if name.startswith(architecture.released.unused)
                 }
     return names, shapes, unused
 
@@ -171,7 +203,8 @@ def stored_tensors(
 def published_intervals(
     architecture: Architecture, config: dict, teacher_blocks: int | None = None
 ) -> tuple[Interval, ...] | None:
-    """Of a release with this many blocks, by its teacher's depth, or by the full-size model's width."""
+    """Of a release with this many blocks, by its teacher's depth, or by the full-size model's
+    width."""
     if architecture.released is None:
         return None
     widths = {architecture.width(known) for known in architecture.model_configs.values()}
@@ -189,7 +222,8 @@ def teacher_indices(kept: int, intervals: tuple[Interval, ...]) -> list[int]:
 
 
 def repeated_steps_warning(released: Released, indices: list[int] | None = None) -> str | None:
-    """One line that names the blocks (by teacher index where known); None when each group has a step of its own."""
+    """One line that names the blocks (by teacher index where known); None when each group has a
+    step of its own."""
     repeated = released.repeated_steps
     if not repeated:
         return None
@@ -206,8 +240,12 @@ def _lists_of(architecture: Architecture) -> dict[str, str]:
 
 def _indices(config: dict, name: str | None, count: int, where: object) -> set[int]:
     indices = config.get(name) or []
-    if not isinstance(indices, list) or not all(type(index) is int and 0 <= index < count for index in indices):
-        raise ValueError(f"{where}: {name} = {indices!r} is no list of blocks 0-{count - 1}; restore its config.json")
+    if not isinstance(indices, list) or not all(
+        type(index) is int and 0 <= index < count for index in indices
+    ):
+        raise ValueError(
+            f"{where}: {name} = {indices!r} is no list of blocks 0-{count - 1}; restore its config.json"
+        )
     return set(indices)
 
 
@@ -220,7 +258,9 @@ def _renamed(architecture: Architecture, place: Place) -> dict[str, str]:
     """Our sub-module -> the released key, for the projections that are on at this place."""
     keys = architecture.released.projections if architecture.released else {}
     ours = architecture.projection_names
-    return {ours[kind][part]: key for key, (kind, part) in keys.items() if kind in place.projections}
+    return {
+        ours[kind][part]: key for key, (kind, part) in keys.items() if kind in place.projections
+    }
 
 
 def _text_maps(architecture: Architecture, config: dict, layout: Layout) -> set[str]:

@@ -26,17 +26,26 @@ from .weights import Weights
 
 
 class Teacher:
-    """The teacher's outer layers on the device and its blocks, resident or streamed. `target_only`: of its states, those
-    of references count in no statistic and no loss."""
+    """The teacher's outer layers on the device and its blocks, resident or streamed. `target_only`:
+    of its states, those of references count in no statistic and no loss."""
 
-    def __init__(self, weights: Weights, dtype: torch.dtype, device: str, streamed: bool, target_only: bool = False):
+    def __init__(
+        self,
+        weights: Weights,
+        dtype: torch.dtype,
+        device: str,
+        streamed: bool,
+        target_only: bool = False,
+    ):
         self.weights, self.dtype, self.device, self.streamed = weights, dtype, device, streamed
         self.target_only = target_only
         self.architecture: Architecture = weights.architecture
         self.config = weights.config
         self.num_blocks = weights.num_blocks
         self.outer = weights.outer(dtype, device)
-        self._resident = None if streamed else [self._load(index) for index in range(self.num_blocks)]
+        self._resident = (
+            None if streamed else [self._load(index) for index in range(self.num_blocks)]
+        )
 
     def block(self, index: int) -> nn.Module:
         return self._load(index) if self._resident is None else self._resident[index]
@@ -71,7 +80,8 @@ class Teacher:
 
 
 class StreamedBlock(nn.Module):
-    """A place in a model whose block is read when it is called and dropped after: any forward, little memory."""
+    """A place in a model whose block is read when it is called and dropped after: any forward,
+    little memory."""
 
     def __init__(self, load: Callable[[], nn.Module]):
         super().__init__()
@@ -83,8 +93,11 @@ class StreamedBlock(nn.Module):
         return outputs
 
 
-def block_loader(weights: Weights, dtype: torch.dtype, device: str, streamed: bool) -> Callable[[int, Edit], nn.Module]:
-    """What `assembly.assemble` asks for the teacher's blocks: modules with weights, or streamed places."""
+def block_loader(
+    weights: Weights, dtype: torch.dtype, device: str, streamed: bool
+) -> Callable[[int, Edit], nn.Module]:
+    """What `assembly.assemble` asks for the teacher's blocks: modules with weights, or streamed
+    places."""
 
     def load(index: int, edit: Edit) -> nn.Module:
         return edit(weights.block(index, dtype, device))
@@ -93,11 +106,12 @@ def block_loader(weights: Weights, dtype: torch.dtype, device: str, streamed: bo
 
 
 class StateStore:
-    """Both streams of a batch at a block boundary, by (key, batch): in memory, or a file each; and the modulated text that a
-    text group goes on reading.
+    """Both streams of a batch at a block boundary, by (key, batch): in memory, or a file each; and
+    the modulated text that a text group goes on reading.
 
-    Key i is the input of block i; other states (chains of a detection) have names of their own. What does not change along the blocks (conditioning,
-    rotary tables, masks) is computed again from the inputs, not stored.
+    Key i is the input of block i; other states (chains of a detection) have names of their own.
+    What does not change along the blocks (conditioning, rotary tables, masks) is computed again
+    from the inputs, not stored.
     """
 
     def __init__(self, folder: Path | None):
@@ -121,9 +135,15 @@ class StateStore:
             streams = self._memory[str(key), batch]
         else:
             streams = TensorFile(self._path(key, batch)).read_all()
-        state = like.with_streams(streams["image"].to(like.image.device), streams["text"].to(like.text.device))
+        state = like.with_streams(
+            streams["image"].to(like.image.device), streams["text"].to(like.text.device)
+        )
         modulated = streams.get("modulated_text")
-        return state if modulated is None else replace(state, modulated_text=modulated.to(like.text.device))
+        return (
+            state
+            if modulated is None
+            else replace(state, modulated_text=modulated.to(like.text.device))
+        )
 
     def has(self, key: int | str, batch: int) -> bool:
         if self.folder is None:
@@ -148,7 +168,8 @@ class StateStore:
 def sweep(
     teacher: Teacher, embedded: Sequence[BlockState], store: StateStore, last: int
 ) -> Iterator[tuple[int, nn.Module, list[int]]]:
-    """Walks blocks 0..last over all batches; yields (index, block, batches) with boundary index+1 stored.
+    """Walks blocks 0..last over all batches; yields (index, block, batches) with boundary index+1
+    stored.
 
     Boundary `index` is dropped when the caller is done with the block.
     """
@@ -170,7 +191,8 @@ def run_blocks(
     state: BlockState,
     seen: list[BlockState] | None = None,
 ) -> BlockState:
-    """The state behind the last block. `seen` takes the input of every block and that last state."""
+    """The state behind the last block. `seen` takes the input of every block and that last
+    state."""
     for block in blocks:
         if seen is not None:
             seen.append(state)
@@ -191,7 +213,9 @@ def run_chain(
     return architecture.finish(outer, run_blocks(architecture, blocks, state, seen))
 
 
-def teacher_velocity(teacher: Teacher, inputs: Inputs, seen: list[BlockState] | None = None) -> torch.Tensor:
+def teacher_velocity(
+    teacher: Teacher, inputs: Inputs, seen: list[BlockState] | None = None
+) -> torch.Tensor:
     """The same of the teacher itself, resident or streamed."""
     blocks = (block for _, block in teacher.walk(0, teacher.num_blocks - 1))
     return run_chain(teacher.architecture, teacher.outer, blocks, teacher.embed(inputs), seen)

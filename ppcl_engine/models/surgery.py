@@ -1,4 +1,5 @@
-"""Edits to a model: students in place of intervals, corrections behind them, projections, gaps that pass through.
+"""Edits to a model: students in place of intervals, corrections behind them, projections, gaps that
+pass through.
 
 A pruned model keeps the teacher's indices: where an interval was replaced, its first place holds
 the student and the others hold weightless pass-through blocks. LoRA names and ControlNet depth
@@ -18,7 +19,8 @@ from .layout import Layout, Place
 
 Edit = Callable[[nn.Module], nn.Module]
 Projections = Callable[[str, str], dict[str, torch.Tensor]]
-"""(place's name, site kind) -> the tensors of its projection, named as `projection_state` names them"""
+"""(place's name, site kind) -> the tensors of its projection, named as `projection_state` names
+them"""
 
 
 class Correction(nn.Module):
@@ -47,11 +49,13 @@ def _map(width: int, rank: int | None) -> nn.Module:
 def add_correction(block: nn.Module, correction: Correction, returns: tuple[str, ...]) -> nn.Module:
     """Puts the correction behind what the block returns.
 
-    As a part of the block and a hook on it, not a module around it: the block's own tensors keep the names
-    that LoRA files know them by.
+    As a part of the block and a hook on it, not a module around it: the block's own tensors keep
+    the names that LoRA files know them by.
     """
 
-    def correct(module: nn.Module, arguments, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    def correct(
+        module: nn.Module, arguments, outputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
         return tuple(module.correction.correct(s, x) for s, x in zip(returns, outputs, strict=True))
 
     block.correction = correction
@@ -72,7 +76,9 @@ class PassThrough(nn.Module):
         return tuple(named[name] for name in self.returned)
 
 
-def interval_streams(architecture: Architecture, config: dict, interval: Interval) -> tuple[str, ...]:
+def interval_streams(
+    architecture: Architecture, config: dict, interval: Interval
+) -> tuple[str, ...]:
     """The streams that anything behind the interval reads."""
     return architecture.used_streams(config, interval.last)
 
@@ -91,7 +97,8 @@ def build_student(architecture: Architecture, config: dict, interval: Interval) 
 def filled_student(
     architecture: Architecture, config: dict, interval: Interval, state: dict[str, torch.Tensor]
 ) -> nn.Module:
-    """A student with these tensors as its own, for inference. Raises ValueError when they are not its tensors."""
+    """A student with these tensors as its own, for inference. Raises ValueError when they are not
+    its tensors."""
     with torch.device("meta"):
         student = build_student(architecture, config, interval)
     wrong = sorted(student.state_dict().keys() ^ state.keys())
@@ -110,7 +117,8 @@ def project(
     shared: dict[int, SharedText],
     projections: Projections | None = None,
 ) -> nn.Module:
-    """Puts the place's projections into the block, which is changed. Without `projections` they hold no values yet.
+    """Puts the place's projections into the block, which is changed. Without `projections` they
+    hold no values yet.
 
     `shared`: where a text group's source leaves its modulated text, by the source's index.
     """
@@ -129,27 +137,40 @@ def project(
     return block
 
 
-def projection_modules(architecture: Architecture, block: nn.Module, kind: str) -> dict[str, nn.Module]:
-    """The linear maps of a site that is on in this block, by part ("map"; text also "step" where it ends its group)."""
+def projection_modules(
+    architecture: Architecture, block: nn.Module, kind: str
+) -> dict[str, nn.Module]:
+    """The linear maps of a site that is on in this block, by part ("map"; text also "step" where it
+    ends its group)."""
     names = architecture.projection_names[kind]
     found = {part: block.get_submodule(name) for part, name in names.items()}
     return {part: module for part, module in found.items() if isinstance(module, nn.Linear)}
 
 
-def projection_state(architecture: Architecture, block: nn.Module, kind: str) -> dict[str, torch.Tensor]:
+def projection_state(
+    architecture: Architecture, block: nn.Module, kind: str
+) -> dict[str, torch.Tensor]:
     """ "map.weight", "map.bias", and "step.weight", "step.bias" of a text group's last block."""
     parts = projection_modules(architecture, block, kind)
-    return {f"{part}.{name}": tensor for part, m in parts.items() for name, tensor in m.state_dict().items()}
+    return {
+        f"{part}.{name}": tensor
+        for part, m in parts.items()
+        for name, tensor in m.state_dict().items()
+    }
 
 
-def fill_projection(architecture, block: nn.Module, kind: str, state: dict[str, torch.Tensor], where: str) -> None:
+def fill_projection(
+    architecture, block: nn.Module, kind: str, state: dict[str, torch.Tensor], where: str
+) -> None:
     """Raises ValueError when these are not the tensors of the site."""
     for part, linear in projection_modules(architecture, block, kind).items():
         for name, old in list(linear.named_parameters()):
             new = state.get(f"{part}.{name}")
             if new is None or new.shape != old.shape:
-                raise ValueError(f"projection {kind} of block {where}: {part}.{name} is missing or of another shape; "
-                                 "the file does not match its plan: run distill-width again")  # fmt: skip
+                raise ValueError(
+                    f"projection {kind} of block {where}: {part}.{name} is missing or of another shape; "
+                    "the file does not match its plan: run distill-width again"
+                )
             setattr(linear, name, nn.Parameter(new, requires_grad=old.requires_grad))
 
 
@@ -162,23 +183,31 @@ def pruned_blocks(
 ) -> list[nn.Module]:
     """One module a teacher index: teacher block, student, or pass-through.
 
-    `teacher_block(index, edit)` gives a block of its own with `edit` applied (edit is the identity where nothing
-    is projected).
+    `teacher_block(index, edit)` gives a block of its own with `edit` applied (edit is the identity
+    where nothing is projected).
     """
     shared: dict[int, SharedText] = {}
     blocks: list[nn.Module] = [
-        PassThrough(architecture.block_arguments, architecture.block_returns) for _ in range(layout.num_blocks)
+        PassThrough(architecture.block_arguments, architecture.block_returns)
+        for _ in range(layout.num_blocks)
     ]
     for place in layout.places:
 
         def edit(block: nn.Module, place: Place = place) -> nn.Module:
             return project(architecture, block, place, shared, projections)
 
-        blocks[place.index] = edit(student(place.interval)) if place.interval else teacher_block(place.index, edit)
+        blocks[place.index] = (
+            edit(student(place.interval)) if place.interval else teacher_block(place.index, edit)
+        )
     return blocks
 
 
-def empty_block(architecture: Architecture, config: dict, place: Place, shared: dict[int, SharedText]) -> nn.Module:
-    """What stands at a place, its tensors without values that mean anything (for meta devices and files to fill)."""
+def empty_block(
+    architecture: Architecture, config: dict, place: Place, shared: dict[int, SharedText]
+) -> nn.Module:
+    """What stands at a place, its tensors without values that mean anything (for meta devices and
+    files to fill)."""
     new = build_student(architecture, config, place.interval) if place.interval else None
-    return project(architecture, new or architecture.build_block(config, place.index), place, shared)
+    return project(
+        architecture, new or architecture.build_block(config, place.index), place, shared
+    )

@@ -1,4 +1,5 @@
-"""Tensors that are read when they are written: by ComfyUI's names, several in one, and as a file."""
+"""Tensors that are read when they are written: by ComfyUI's names, several in one, and as a
+file."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def comfyui_sources(architecture: Architecture, sources: dict[str, Source]) -> d
 
 
 def joined_sources(sources: dict[str, Source], parts: dict[str, Part]) -> dict[str, Source]:
-    """Several of diffusers' tensors as one, where `parts` say so; of a map that was cut, those that are left."""
+    """Several of diffusers' tensors as one, where `parts` say so; of a map that was cut, those that
+    are left."""
     tensors: dict[str, dict[int, tuple[Source, int, int]]] = {}
     for key, source in sources.items():
         part = parts[key]
@@ -60,8 +62,8 @@ def write_sources(
     extra: dict[str, torch.Tensor] | None = None,
     scaled: bool = False,
 ) -> None:
-    """A safetensors file of `sources` in `dtype`, read one at a time, and `extra` as they are. scaled: matrices in fp8 with a
-    scale each, as ComfyUI reads them."""
+    """A safetensors file of `sources` in `dtype`, read one at a time, and `extra` as they are.
+    scaled: matrices in fp8 with a scale each, as ComfyUI reads them."""
     bar = Progress(total=len(sources), desc=path.stem, unit="tensor")
 
     def counted(source: Source) -> torch.Tensor:
@@ -76,7 +78,9 @@ def write_sources(
             if scaled and _is_matrix(key, source)
             else [TensorEntry(key, dtype, source.shape, read)]
         )
-    entries += [TensorEntry(key, t.dtype, tuple(t.shape), lambda t=t: t) for key, t in (extra or {}).items()]
+    entries += [
+        TensorEntry(key, t.dtype, tuple(t.shape), lambda t=t: t) for key, t in (extra or {}).items()
+    ]
     with bar:
         write_tensor_stream(path, entries, metadata)
 

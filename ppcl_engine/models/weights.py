@@ -1,7 +1,7 @@
 """A full transformer's weights in any known layout, read tensor by tensor.
 
-Read: a diffusers transformer folder (sharded or not, safetensors or pickled tensors), a diffusers pipeline
-folder, a ComfyUI single file or checkpoint (bf16, fp16, fp8, scaled fp8).
+Read: a diffusers transformer folder (sharded or not, safetensors or pickled tensors), a diffusers
+pipeline folder, a ComfyUI single file or checkpoint (bf16, fp16, fp8, scaled fp8).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ..system.tensor_files import TensorFile, check_exists
 
 COMFYUI_PREFIX = "model.diffusion_model."
 STRUCTURE_TENSOR = "ppcl_structure"
-HINTS_TENSOR = "ppcl_hints"  # JSON: which of the teacher's blocks a file has, where metadata does not reach
+# JSON: which of the teacher's blocks a file has, where metadata does not reach
+HINTS_TENSOR = "ppcl_hints"
 LONGEST_TEXT = 10_000_000  # bytes of a plan in a tensor; that of 60 blocks has some ten thousand
 TRAINING_PREFIX = "module."  # what a wrapper of distributed training left before every name
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
@@ -43,7 +44,9 @@ class Weights:
         self._tensors = _parts_of(self.architecture, stored)
         self._scales = {key: place for key, place in stored.items() if key.endswith(SCALE_SUFFIXES)}
         marks = [name for name in self.architecture.marks if name in stored]
-        self.config: dict = config or self.architecture.infer_config(self.shape, [*self._tensors, *marks])
+        self.config: dict = config or self.architecture.infer_config(
+            self.shape, [*self._tensors, *marks]
+        )
         self._check_config()
         self._check_keys()
 
@@ -66,11 +69,14 @@ class Weights:
         for suffix in SCALE_SUFFIXES:
             scale = self._scales.get(part.name.removesuffix(".weight") + suffix)
             if scale is not None:
-                tensor = (tensor.float() * scale[0].read(scale[1]).float()).to(dtype or torch.bfloat16)
+                tensor = (tensor.float() * scale[0].read(scale[1]).float()).to(
+                    dtype or torch.bfloat16
+                )
         return tensor if dtype is None else tensor.to(dtype)
 
     def module(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: str) -> nn.Module:
-        """Fills a module (of any device, also meta) with the tensors under `prefix`; eval, no gradients."""
+        """Fills a module (of any device, also meta) with the tensors under `prefix`; eval, no
+        gradients."""
         state = {name: self.read(prefix + name, dtype).to(device) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
@@ -105,22 +111,32 @@ class Weights:
         expected = expected_shapes(self.architecture, self.config)
         missing = sorted(set(expected) - set(self._tensors))
         unknown = sorted(set(self._tensors) - set(expected))
-        wrong = [key for key in expected if key in self._tensors and self.shape(key) != expected[key]]
-        prefixes = [self.architecture.block_prefix(self.config, index) for index in range(self.num_blocks)]
-        gaps = [p.rstrip(".") for p in prefixes if not any(key.startswith(p) for key in self._tensors)]
+        wrong = [
+            key for key in expected if key in self._tensors and self.shape(key) != expected[key]
+        ]
+        prefixes = [
+            self.architecture.block_prefix(self.config, index) for index in range(self.num_blocks)
+        ]
+        gaps = [
+            p.rstrip(".") for p in prefixes if not any(key.startswith(p) for key in self._tensors)
+        ]
         if gaps:
             raise ValueError(
                 f"{self.path} lacks {len(gaps)} of {len(prefixes)} blocks, first {gaps[0]}: a full model's blocks are "
                 "numbered without gaps; export it again, or download it again"
             )
         if missing:
-            raise ValueError(f"{self.path} lacks {len(missing)} tensors, first {missing[0]}; it is incomplete")
+            raise ValueError(
+                f"{self.path} lacks {len(missing)} tensors, first {missing[0]}; it is incomplete"
+            )
         if unknown:
             raise ValueError(
                 f"{self.path} has {len(unknown)} tensors with no home, first {unknown[0]}; is it another model?"
             )
         if wrong:
-            raise ValueError(f"{self.path}: {wrong[0]} has shape {self.shape(wrong[0])}, not {expected[wrong[0]]}")
+            raise ValueError(
+                f"{self.path}: {wrong[0]} has shape {self.shape(wrong[0])}, not {expected[wrong[0]]}"
+            )
 
 
 def _parts_of(
@@ -133,7 +149,8 @@ def _parts_of(
 
 
 def parts_in(architecture: Architecture, names: Iterable[str]) -> dict[str, Part]:
-    """diffusers' name -> where it lies in tensors of these names, which are diffusers' or ComfyUI's."""
+    """diffusers' name -> where it lies in tensors of these names, which are diffusers' or
+    ComfyUI's."""
     keys = {key: name for name in names for key in architecture.from_comfyui(name)}
     return {
         key: Part(name) if key == name else replace(architecture.to_comfyui(key, keys), name=name)
@@ -142,7 +159,8 @@ def parts_in(architecture: Architecture, names: Iterable[str]) -> dict[str, Part
 
 
 def usual_name(architecture: Architecture, name: str) -> str:
-    """As ComfyUI's files have it, of a tensor's name that may be spelled otherwise (FLUX' norms by newer hosts)."""
+    """As ComfyUI's files have it, of a tensor's name that may be spelled otherwise (FLUX' norms by
+    newer hosts)."""
     key = architecture.from_comfyui(name)[0]
     return name if key == name else architecture.to_comfyui(key, (key,)).name
 
@@ -155,7 +173,9 @@ def _read_part(file: TensorFile | PickledFile, name: str, part: Part) -> torch.T
 
 
 def fingerprint_of(
-    architecture: Architecture, shapes: dict[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]
+    architecture: Architecture,
+    shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
 ) -> str:
     """`Weights.fingerprint` of tensors by diffusers' names; `read` is asked for vectors only.
 
@@ -172,7 +192,10 @@ def fingerprint_of(
 def expected_shapes(architecture: Architecture, config: dict) -> dict[str, tuple[int, ...]]:
     """Every tensor of the full model, by diffusers' names, counted without memory."""
     with torch.device("meta"):
-        shapes = {name: tuple(t.shape) for name, t in architecture.build_outer(config).state_dict().items()}
+        shapes = {
+            name: tuple(t.shape)
+            for name, t in architecture.build_outer(config).state_dict().items()
+        }
         for index in range(architecture.num_blocks(config)):
             prefix = architecture.block_prefix(config, index)
             block = architecture.build_block(config, index)
@@ -181,14 +204,19 @@ def expected_shapes(architecture: Architecture, config: dict) -> dict[str, tuple
 
 
 def full_parameters(architecture: Architecture, config: dict) -> int:
-    """Of the full model, counted without memory. A table that no training moves (a buffer) is none."""
+    """Of the full model, counted without memory. A table that no training moves (a buffer) is
+    none."""
     with torch.device("meta"):
-        blocks = [architecture.build_block(config, index) for index in range(architecture.num_blocks(config))]
+        blocks = [
+            architecture.build_block(config, index)
+            for index in range(architecture.num_blocks(config))
+        ]
         return sum(map(parameter_count, (architecture.build_outer(config), *blocks)))
 
 
 def open_layout(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, str]], dict | None]:
-    """(key -> (file, name in it), configuration or None). Strips the prefixes of checkpoints and of training."""
+    """(key -> (file, name in it), configuration or None). Strips the prefixes of checkpoints and of
+    training."""
     check_exists(path)
     if path.is_dir():
         return _open_folder(transformer_folder(path))
@@ -201,7 +229,8 @@ def open_layout(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, s
 
 
 def _own_config(file: TensorFile) -> dict | None:
-    """In a file's metadata, by diffusers' names. Other tools keep what they please under that name."""
+    """In a file's metadata, by diffusers' names. Other tools keep what they please under that
+    name."""
     try:
         config = json.loads(file.metadata.get("config", "null"))
     except (ValueError, RecursionError) as error:
@@ -218,8 +247,8 @@ def _checked_config(config: object, path: Path) -> dict:
 
 
 def hints_in(stored: Mapping[str, tuple[TensorFile | PickledFile, str]]) -> dict:
-    """What a file says of itself in a tensor: config, indices (of the teacher's blocks that it has), blocks (of the
-    teacher). Empty where it says nothing."""
+    """What a file says of itself in a tensor: config, indices (of the teacher's blocks that it
+    has), blocks (of the teacher). Empty where it says nothing."""
     if HINTS_TENSOR not in stored:
         return {}
     file, name = stored[HINTS_TENSOR]
@@ -227,8 +256,8 @@ def hints_in(stored: Mapping[str, tuple[TensorFile | PickledFile, str]]) -> dict
 
 
 def text_in(tensor: torch.Tensor) -> str:
-    """A byte a value. GGUF has no bytes: tools that make it of our files keep them as numbers of half precision, exactly.
-    Raises ValueError for a tensor that holds no text."""
+    """A byte a value. GGUF has no bytes: tools that make it of our files keep them as numbers of
+    half precision, exactly. Raises ValueError for a tensor that holds no text."""
     kept = tensor.dtype in (torch.uint8, torch.float16, torch.float32)
     if not kept or len(tensor.shape) != 1 or tensor.shape[0] > LONGEST_TEXT:
         raise ValueError(f"a text is stored as bytes in a row, at most {LONGEST_TEXT:,}")
@@ -239,19 +268,25 @@ def text_in(tensor: torch.Tensor) -> str:
 
 
 def object_in(tensor: torch.Tensor, where: object) -> dict:
-    """A JSON object that is stored as bytes. Raises ValueError, in one line, for a tensor that holds none."""
+    """A JSON object that is stored as bytes. Raises ValueError, in one line, for a tensor that
+    holds none."""
     try:
         found = json.loads(text_in(tensor))
     except (ValueError, RecursionError):  # neither text nor JSON, or nested too deep
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"{where}: what it says of its own blocks is not readable; export or save it again")
+        raise ValueError(
+            f"{where}: what it says of its own blocks is not readable; export or save it again"
+        )
     return found
 
 
 def as_tensor(value: dict | str) -> torch.Tensor:
-    """A JSON object, or its text, as a tensor: what hosts keep of a file where they drop metadata."""
-    return torch.tensor(list((value if isinstance(value, str) else json.dumps(value)).encode()), dtype=torch.uint8)
+    """A JSON object, or its text, as a tensor: what hosts keep of a file where they drop
+    metadata."""
+    return torch.tensor(
+        list((value if isinstance(value, str) else json.dumps(value)).encode()), dtype=torch.uint8
+    )
 
 
 def transformer_folder(path: Path) -> Path:
@@ -261,11 +296,18 @@ def transformer_folder(path: Path) -> Path:
 
 def _open_folder(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, str]], dict]:
     if not (path / "config.json").exists():
-        raise ValueError(f"{path} has no config.json; give a diffusers transformer or pipeline folder")
+        raise ValueError(
+            f"{path} has no config.json; give a diffusers transformer or pipeline folder"
+        )
     values = _checked_config(read_json(path / "config.json"), path / "config.json")
     config = {k: v for k, v in values.items() if not k.startswith("_")}
-    files = [PickledFile(shard) if shard.suffix == ".bin" else TensorFile(shard) for shard in _shards(path)]
-    return {name.removeprefix(TRAINING_PREFIX): (file, name) for file in files for name in file.keys()}, config
+    files = [
+        PickledFile(shard) if shard.suffix == ".bin" else TensorFile(shard)
+        for shard in _shards(path)
+    ]
+    return {
+        name.removeprefix(TRAINING_PREFIX): (file, name) for file in files for name in file.keys()
+    }, config
 
 
 def _shards(path: Path) -> list[Path]:
@@ -275,7 +317,9 @@ def _shards(path: Path) -> list[Path]:
             names = _shard_names(index)
             absent = [name for name in names if not (path / name).exists()]
             if absent:
-                raise ValueError(f"{path} lacks the shard {absent[0]} that {index.name} lists; download it again")
+                raise ValueError(
+                    f"{path} lacks the shard {absent[0]} that {index.name} lists; download it again"
+                )
             return [path / name for name in names]
         if shards := sorted(path.glob(f"*{ending}")):
             return shards
@@ -294,5 +338,6 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def stored_count(module: nn.Module) -> int:
-    """Values that a file of it holds: its parameters, and tables that no training moves (buffers)."""
+    """Values that a file of it holds: its parameters, and tables that no training moves
+    (buffers)."""
     return sum(tensor.numel() for tensor in module.state_dict().values())

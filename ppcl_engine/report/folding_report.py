@@ -1,4 +1,5 @@
-"""The report of `ppcl fold`: bytes and parameters before and after, and for a basis the curve of error against rank."""
+"""The report of `ppcl fold`: bytes and parameters before and after, and for a basis the curve of
+error against rank."""
 
 from __future__ import annotations
 
@@ -11,7 +12,18 @@ from ..models.folding.files import Original
 from ..settings.convert_settings import FoldConfig
 from ..system.atomic import replacing, write_json, write_text
 from ..system.tensor_files import TensorFile
-from .drawings.canvas import BLUE, INK, QUIET, VERMILION, draw_text, logarithmic, new_figure, png_bytes, spread, tidy
+from .drawings.canvas import (
+    BLUE,
+    INK,
+    QUIET,
+    VERMILION,
+    draw_text,
+    logarithmic,
+    new_figure,
+    png_bytes,
+    spread,
+    tidy,
+)
 from .html import Html, image, joined, table, tag
 from .texts import STYLE
 
@@ -39,11 +51,18 @@ class Size:
 def size_of(original: Original, written: Path) -> Size:
     file = TensorFile(written)
     before = [
-        (name, math.prod(place[0].shape(place[1])), place[0].dtype(place[1])) for name, place in original.stored.items()
+        (name, math.prod(place[0].shape(place[1])), place[0].dtype(place[1]))
+        for name, place in original.stored.items()
     ]
-    after = [(math.prod(file.shape(name)), file.dtype(name)) for name in file.keys() if not _is_mark(name)]
+    after = [
+        (math.prod(file.shape(name)), file.dtype(name))
+        for name in file.keys()
+        if not _is_mark(name)
+    ]
     modulations = sum(
-        math.prod(original.shape(f"{n}.{leaf}")) for n in original.modulations for leaf in ("weight", "bias")
+        math.prod(original.shape(f"{n}.{leaf}"))
+        for n in original.modulations
+        for leaf in ("weight", "bias")
     )
     return Size(
         name=written.name,
@@ -60,10 +79,15 @@ def _is_mark(name: str) -> bool:
 
 
 def write_report(config: FoldConfig, sizes: list[Size], found: dict) -> Path:
-    """`<name>.json`, `<name>.html` and, for a basis, `<name>.png` in the run folder. found: what the stage measured."""
+    """`<name>.json`, `<name>.html` and, for a basis, `<name>.png` in the run folder. found: what
+    the stage measured."""
     curve: Curve | None = found.get("curve")
-    values = {key: value for key, value in found.items() if key != "curve"} | (curve.to_json() if curve else {})
-    write_json(config.run / f"{config.name}.json", {**values, "sizes": [vars(size) for size in sizes]})
+    values = {key: value for key, value in found.items() if key != "curve"} | (
+        curve.to_json() if curve else {}
+    )
+    write_json(
+        config.run / f"{config.name}.json", {**values, "sizes": [vars(size) for size in sizes]}
+    )
     drawing = b""
     if curve:
         drawing = error_against_rank(curve, found["rank"], found["bound"])
@@ -76,26 +100,48 @@ def write_report(config: FoldConfig, sizes: list[Size], found: dict) -> Path:
 
 def _page(config: FoldConfig, sizes: list[Size], found: dict, drawing: bytes) -> str:
     body = [
-        tag("header", tag("p", "PPCL folding report", class_="eyebrow"), tag("h1", config.name),
-            tag("p", lead(sizes, found), class_="lead")),
+        tag(
+            "header",
+            tag("p", "PPCL folding report", class_="eyebrow"),
+            tag("h1", config.name),
+            tag("p", lead(sizes, found), class_="lead"),
+        ),
         tag("section", tag("h2", "Size"), tag("p", SIZE_TEXT), _size_table(sizes)),
-    ]  # fmt: skip
+    ]
     if drawing:
         picture = tag("div", image(drawing, "error against rank", class_="wide"), class_="scroll")
         body.append(
-            tag("section", tag("h2", "Error against rank"), tag("p", CURVE_TEXT), picture, _curve_table(found["curve"]))
+            tag(
+                "section",
+                tag("h2", "Error against rank"),
+                tag("p", CURVE_TEXT),
+                picture,
+                _curve_table(found["curve"]),
+            )
         )
-    head = joined((tag("meta", charset="utf-8"), tag("title", f"folding of {config.name}"), tag("style", Html(STYLE))))
-    return "<!doctype html>\n" + tag("html", tag("head", head), tag("body", tag("main", *body)), lang="en")
+    head = joined(
+        (
+            tag("meta", charset="utf-8"),
+            tag("title", f"folding of {config.name}"),
+            tag("style", Html(STYLE)),
+        )
+    )
+    return "<!doctype html>\n" + tag(
+        "html", tag("head", head), tag("body", tag("main", *body)), lang="en"
+    )
 
 
 def lead(sizes: list[Size], found: dict) -> str:
     """One line of what came out."""
-    before, after = (sum(getattr(size, name) for size in sizes) for name in ("parameters", "folded_parameters"))
+    before, after = (
+        sum(getattr(size, name) for size in sizes) for name in ("parameters", "folded_parameters")
+    )
     saved = f"{before:,} -> {after:,} parameters ({100 * (1 - after / before):.1f} % less)"
     if "curve" in found:
         place = found["curve"].ranks.index(found["rank"])
-        mean, worst = (float(values[place]) for values in (found["curve"].mean, found["curve"].worst))
+        mean, worst = (
+            float(values[place]) for values in (found["curve"].mean, found["curve"].worst)
+        )
         return f"basis of rank {found['rank']}: {saved}; error {100 * mean:.2f} % mean, {100 * worst:.2f} % worst"
     count = len(found["timesteps"])
     return f"table of {count} timesteps, {found['table_bytes'] / 1e6:.1f} MB: {saved}; the model's own values, no error"
@@ -104,10 +150,16 @@ def lead(sizes: list[Size], found: dict) -> str:
 def _size_table(sizes: list[Size]) -> Html:
     heads = ["file", "parameters", "folded", "of them modulations", "MB", "folded MB"]
     rows = [
-        [s.name, f"{s.parameters:,}", f"{s.folded_parameters:,}", f"{s.modulations:,}", f"{s.bytes / 1e6:,.1f}",
-         f"{s.folded_bytes / 1e6:,.1f}"]
+        [
+            s.name,
+            f"{s.parameters:,}",
+            f"{s.folded_parameters:,}",
+            f"{s.modulations:,}",
+            f"{s.bytes / 1e6:,.1f}",
+            f"{s.folded_bytes / 1e6:,.1f}",
+        ]
         for s in sizes
-    ]  # fmt: skip
+    ]
     return table(heads, rows)
 
 
@@ -115,7 +167,10 @@ def _curve_table(curve: Curve) -> Html:
     rows = zip(curve.ranks, curve.mean.tolist(), curve.worst.tolist(), strict=True)
     return table(
         ["rank", "mean error", "worst error", "worst in"],
-        [[rank, f"{100 * mean:.2f} %", f"{100 * worst:.2f} %", curve.worst_part(rank)] for rank, mean, worst in rows],
+        [
+            [rank, f"{100 * mean:.2f} %", f"{100 * worst:.2f} %", curve.worst_part(rank)]
+            for rank, mean, worst in rows
+        ],
     )
 
 
@@ -126,8 +181,12 @@ def error_against_rank(curve: Curve, rank: int, bound: float) -> bytes:
     tidy(axes)
     for _, worst in curve.by_part.values():
         axes.plot(curve.ranks, worst.tolist(), color=VERMILION, lw=0.5, alpha=0.18)
-    axes.plot(curve.ranks, curve.worst.tolist(), color=VERMILION, lw=2.2, marker="o", ms=5, clip_on=False)
-    axes.plot(curve.ranks, curve.mean.tolist(), color=BLUE, lw=2.2, marker="s", ms=4.5, clip_on=False)
+    axes.plot(
+        curve.ranks, curve.worst.tolist(), color=VERMILION, lw=2.2, marker="o", ms=5, clip_on=False
+    )
+    axes.plot(
+        curve.ranks, curve.mean.tolist(), color=BLUE, lw=2.2, marker="s", ms=4.5, clip_on=False
+    )
     axes.set_xscale("log", base=2)
     logarithmic(axes)
     axes.set_xticks(curve.ranks, [str(r) for r in curve.ranks])
@@ -136,11 +195,17 @@ def error_against_rank(curve: Curve, rank: int, bound: float) -> bytes:
     axes.axhline(BF16_ROUNDING, color=QUIET, lw=1, ls=(0, (1, 2)))
     axes.axvline(rank, color=INK, lw=1)
     side = axes.get_yaxis_transform()
-    labels = {"worst of all": (float(curve.worst[-1]), VERMILION), "mean": (float(curve.mean[-1]), BLUE),
-              f"bound {bound:g}": (bound, INK), "bf16 itself rounds": (BF16_ROUNDING, QUIET)}  # fmt: skip
+    labels = {
+        "worst of all": (float(curve.worst[-1]), VERMILION),
+        "mean": (float(curve.mean[-1]), BLUE),
+        f"bound {bound:g}": (bound, INK),
+        "bf16 itself rounds": (BF16_ROUNDING, QUIET),
+    }
     for text, (height, colour) in _apart(labels, axes).items():
         draw_text(axes, 1.02, height, text, size=9, color=colour, transform=side)
-    draw_text(axes, rank, 1.0, f" rank {rank}", size=9, va="top", transform=axes.get_xaxis_transform())
+    draw_text(
+        axes, rank, 1.0, f" rank {rank}", size=9, va="top", transform=axes.get_xaxis_transform()
+    )
     axes.set_xlabel("rank: directions beside the mean", fontsize=9, color=QUIET)
     axes.set_ylabel("relative error of a modulation", fontsize=9, color=QUIET)
     return png_bytes(figure)
@@ -152,7 +217,9 @@ def _apart(labels: dict[str, tuple[float, str]], axes) -> dict[str, tuple[float,
     names = sorted(labels, key=lambda name: labels[name][0])
     gap = (high - low) * 0.17 / (axes.figure.get_figheight() * axes.get_position().height)
     heights = spread([math.log10(labels[name][0]) for name in names], gap)
-    return {name: (10**height, labels[name][1]) for name, height in zip(names, heights, strict=True)}
+    return {
+        name: (10**height, labels[name][1]) for name, height in zip(names, heights, strict=True)
+    }
 
 
 def printed(page: Path, sizes: list[Size], found: dict) -> str:

@@ -29,7 +29,11 @@ THUMBNAIL = 192  # pixels, the longer side of a picture in the page
 
 def page(results: Results, drawings: dict[str, bytes], seconds: float | None) -> str:
     def figure(name: str, alt: str) -> Html:
-        return tag("div", image(drawings[name], alt, class_="wide"), class_="scroll") if name in drawings else Html()
+        return (
+            tag("div", image(drawings[name], alt, class_="wide"), class_="scroll")
+            if name in drawings
+            else Html()
+        )
 
     def section(title: str, text: str | Html, *content: Html) -> Html:
         body = joined(content)
@@ -49,29 +53,53 @@ def page(results: Results, drawings: dict[str, bytes], seconds: float | None) ->
             figure("layer_map", "layer map: a row a variant, a cell a teacher block"),
             notes_list(results.layouts),
         ),
-        section("Where intervals end", CKA_TEXT, figure("cka_curves", "CKA curves of the chosen intervals")),
+        section(
+            "Where intervals end",
+            CKA_TEXT,
+            figure("cka_curves", "CKA curves of the chosen intervals"),
+        ),
         section("Intervals", INTERVAL_TEXT, _interval_table(results), _explanation(results)),
         section(
-            "Damage of every possible interval", DAMAGE_TEXT, figure("damage_map", "damage of every pair of blocks")
+            "Damage of every possible interval",
+            DAMAGE_TEXT,
+            figure("damage_map", "damage of every pair of blocks"),
         ),
         section(
-            "Training of the students", LOSS_TEXT, figure("loss_curves", "training loss of each interval's student")
+            "Training of the students",
+            LOSS_TEXT,
+            figure("loss_curves", "training loss of each interval's student"),
         ),
-        *([section("Width", width_text(results.width), *_width(results, figure))] if results.width else []),
+        *(
+            [section("Width", width_text(results.width), *_width(results, figure))]
+            if results.width
+            else []
+        ),
         section("Pictures", PICTURE_TEXT, _picture_grid(results)),
         section("Size and speed", SIZE_TEXT, _size_table(results)),
         section("Fidelity", _fidelity_text(results), _fidelity_table(results)),
-        section("Velocity error by timestep", TIMESTEP_TEXT, figure("velocity_error", "velocity error by timestep")),
+        section(
+            "Velocity error by timestep",
+            TIMESTEP_TEXT,
+            figure("velocity_error", "velocity error by timestep"),
+        ),
         section("What was run", "", _facts(results, seconds)),
     ]
-    head = [Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
-            tag("title", f"{source}: PPCL report"), tag("style", Html(STYLE))]  # fmt: skip
+    head = [
+        Html(
+            '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        ),
+        tag("title", f"{source}: PPCL report"),
+        tag("style", Html(STYLE)),
+    ]
     return f"<!doctype html>\n{tag('html', tag('head', *head), tag('body', tag('main', *body)), lang='en')}\n"
 
 
 def _width(results: Results, figure: Callable[[str, str], Html]) -> list[Html]:
     return [
-        figure("width_alignment", "alignment of the text of every two layers, and of each FFN's input and output"),
+        figure(
+            "width_alignment",
+            "alignment of the text of every two layers, and of each FFN's input and output",
+        ),
         figure("width_candidates", "candidate sites: score against parameters saved"),
         site_table(results.width),
     ]
@@ -89,7 +117,13 @@ def _lead(results: Results) -> Html:
         return joined([text])
     small = min(rows, key=lambda row: row["parameters"])
     share = f"{100 * small['parameters'] / results.teacher['parameters']:.0f} % of the parameters"
-    parts = [text, "The smallest variant, ", tag("strong", small["name"]), ", has ", tag("strong", share)]
+    parts = [
+        text,
+        "The smallest variant, ",
+        tag("strong", small["name"]),
+        ", has ",
+        tag("strong", share),
+    ]
     if small.get("latency_ratio"):
         parts += [", runs ", tag("strong", f"{small['latency_ratio']:.2f}×"), " as fast"]
     if small.get("character_accuracy"):
@@ -97,7 +131,10 @@ def _lead(results: Results) -> Html:
         parts += [" and draws ", tag("strong", _stat(right, "%")), " of characters right"]
         parts += [", the teacher ", tag("span", _stat(before, "%"))] if before else []
     elif small.get("psnr"):
-        parts += [" and draws the teacher's pictures to within ", tag("strong", f"{_stat(small['psnr'], '{:.1f}')} dB")]
+        parts += [
+            " and draws the teacher's pictures to within ",
+            tag("strong", f"{_stat(small['psnr'], '{:.1f}')} dB"),
+        ]
     return joined([*parts, "."])
 
 
@@ -105,17 +142,29 @@ def _interval_table(results: Results) -> Html:
     rows = []
     for i in results.plan.intervals:
         loss = results.losses.get(i.name)
-        measured = next((r for r in results.detection["intervals"] if (r["first"], r["last"]) == (i.first, i.last)), {})
+        measured = next(
+            (
+                r
+                for r in results.detection["intervals"]
+                if (r["first"], r["last"]) == (i.first, i.last)
+            ),
+            {},
+        )
         predicted = measured.get("score")
-        rows.append([
-            f"{i.first}–{i.last}", i.first, i.last, i.removed,
-            NONE if predicted is None else f"{predicted:.4f}",
-            NONE if i.score is None else f"{i.score:.4f}",
-            NONE if i.stability is None else f"{100 * i.stability:.0f} %",
-            NONE if i.parameters is None else count_text(i.parameters),
-            i.correction,
-            NONE if loss is None else f"{float(loss[-max(1, len(loss) // 20):].median()):.4f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{i.first}–{i.last}",
+                i.first,
+                i.last,
+                i.removed,
+                NONE if predicted is None else f"{predicted:.4f}",
+                NONE if i.score is None else f"{i.score:.4f}",
+                NONE if i.stability is None else f"{100 * i.stability:.0f} %",
+                NONE if i.parameters is None else count_text(i.parameters),
+                i.correction,
+                NONE if loss is None else f"{float(loss[-max(1, len(loss) // 20) :].median()):.4f}",
+            ]
+        )
     heads = [
         "interval",
         "first",
@@ -134,7 +183,11 @@ def _interval_table(results: Results) -> Html:
 def _explanation(results: Results) -> Html:
     lines = results.detection.get("explain", [])
     return (
-        tag("details", tag("summary", "Why each interval ends where it does"), tag("pre", "\n".join(lines)))
+        tag(
+            "details",
+            tag("summary", "Why each interval ends where it does"),
+            tag("pre", "\n".join(lines)),
+        )
         if lines
         else Html()
     )
@@ -147,7 +200,10 @@ def _picture_grid(results: Results) -> Html:
     width = max(72, min(230, 936 // len(captions) - 6))
     head = [
         tag("td"),
-        *(tag("th", tag("div", caption, title=caption, style=f"width:{width}px"), scope="col") for caption in captions),
+        *(
+            tag("th", tag("div", caption, title=caption, style=f"width:{width}px"), scope="col")
+            for caption in captions
+        ),
     ]
     rows = [tag("tr", *head)]
     for name in names:
@@ -179,10 +235,16 @@ def _size_table(results: Results) -> Html:
         memory, flops, ratio = r.get("peak_memory_bytes"), r.get("flops"), r.get("latency_ratio")
         return [
             joined([r["name"], tag("small", "fine-tuned")]) if variant.tuned else r["name"],
-            len(layout.places), *([len(layout.sites)] if results.plan.sites else []), count_text(r["parameters"]), f"{100 * r['parameters'] / teacher['parameters']:.1f} %",
-            bytes_text(r["bytes"]), f"{100 * flops / teacher['flops']:.1f} %" if flops and teacher.get("flops") else NONE,
-            seconds_text(r["seconds_per_step"]), f"{ratio:.2f}×" if ratio else NONE, bytes_text(memory) if memory else NONE,
-        ]  # fmt: skip
+            len(layout.places),
+            *([len(layout.sites)] if results.plan.sites else []),
+            count_text(r["parameters"]),
+            f"{100 * r['parameters'] / teacher['parameters']:.1f} %",
+            bytes_text(r["bytes"]),
+            f"{100 * flops / teacher['flops']:.1f} %" if flops and teacher.get("flops") else NONE,
+            seconds_text(r["seconds_per_step"]),
+            f"{ratio:.2f}×" if ratio else NONE,
+            bytes_text(memory) if memory else NONE,
+        ]
 
     heads = [
         "variant",
@@ -204,7 +266,9 @@ def _fidelity_table(results: Results) -> Html:
     shown = [name for name in FIDELITY if any(row.get(name) for row in rows)]
     heads = ["variant", *(FIDELITY[name][0] for name in shown)]
     return table(
-        heads, [[r["name"], *(_cell(r.get(name), FIDELITY[name][1]) for name in shown)] for r in rows], "stats"
+        heads,
+        [[r["name"], *(_cell(r.get(name), FIDELITY[name][1]) for name in shown)] for r in rows],
+        "stats",
     )
 
 
@@ -226,7 +290,9 @@ def _fidelity_text(results: Results) -> str:
     text = "Each variant against the teacher at the same seeds; in brackets 95 % intervals over samples (Wilson for what a reader reads, else bootstrap). Velocity error is "
     text += "squared and relative to the teacher's velocity (0 is identical); PSNR and SSIM compare pictures drawn from the same noise."
     if any(results.teacher.get(name) for name in ACCURACIES):
-        text += " A reader looks at every picture and says which character, shape and colours it sees."
+        text += (
+            " A reader looks at every picture and says which character, shape and colours it sees."
+        )
     return (
         text
         + " Text sensitivity is how much of the velocity changes when the caption is taken away; it should stay at the teacher's."
@@ -235,16 +301,25 @@ def _fidelity_text(results: Results) -> str:
 
 def _facts(results: Results, seconds: float | None) -> Html:
     plan, run = results.plan, results.evaluation
-    method = {"budget": "dynamic programme on measured damage", "ppcl": "greedy rule on CKA differences (the paper's)"}
+    method = {
+        "budget": "dynamic programme on measured damage",
+        "ppcl": "greedy rule on CKA differences (the paper's)",
+    }
     settings = {k: v for k, v in results.settings.items() if k not in ("calibration", "probes")}
-    versions = ", ".join(f"{name} {version}" for name, version in (run.get("versions") or {}).items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in (run.get("versions") or {}).items()
+    )
     facts = {
         "Teacher": f"{plan.provenance.get('source_model', '')} ({plan.architecture}, {plan.num_blocks} blocks, fingerprint {plan.fingerprint[:12]})",
         "Detection": method.get(results.detection.get("method"), results.detection.get("method")),
         "Detection settings": ", ".join(f"{name} {value}" for name, value in settings.items()),
         "Teacher passes": _passes(results),
         "Calibration": ", ".join(
-            [f"{k} {v}" for k, v in results.calibration.items() if k not in ("architecture", "fingerprint")]
+            [
+                f"{k} {v}"
+                for k, v in results.calibration.items()
+                if k not in ("architecture", "fingerprint")
+            ]
             + [f"hash {plan.provenance.get('calibration', '')[:12]}"]
         ),
         "Pictures": f"{run['captions']} captions, {run['steps']} steps, guidance {run['guidance']}, seed {run['seed']}",
@@ -264,7 +339,11 @@ def _facts(results: Results, seconds: float | None) -> Html:
     }
     return tag(
         "dl",
-        *(joined([tag("dt", name), tag("dd", value)]) for name, value in facts.items() if value not in ("", None)),
+        *(
+            joined([tag("dt", name), tag("dd", value)])
+            for name, value in facts.items()
+            if value not in ("", None)
+        ),
     )
 
 

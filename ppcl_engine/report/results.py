@@ -14,7 +14,11 @@ from ..system.atomic import read_json
 from ..system.tensor_files import TensorFile
 from .width_section import WidthResults, read_width
 
-ACCURACIES = {"character_accuracy": "characters", "shape_accuracy": "shapes", "colour_accuracy": "colours"}
+ACCURACIES = {
+    "character_accuracy": "characters",
+    "shape_accuracy": "shapes",
+    "colour_accuracy": "colours",
+}
 FIDELITY = {
     "velocity_error": ("velocity error", "{:.4f}"),
     "latent_psnr": ("latents, PSNR dB", "{:.1f}"),
@@ -29,7 +33,8 @@ FIDELITY = {
 
 @dataclass(frozen=True)
 class Results:
-    """What a run folder says, read once. cka, damage: see stages.detect.Curves; losses: interval -> [updates]."""
+    """What a run folder says, read once. cka, damage: see stages.detect.Curves; losses: interval ->
+    [updates]."""
 
     plan: PruningPlan
     evaluation: dict
@@ -80,8 +85,12 @@ def read_results(files: Run) -> Results:
         try:
             plan.variant(row["name"])
         except ValueError as error:
-            raise ValueError(f"{files.evaluation} is older than the plan ({error}); run evaluate first") from None
-    students = {i.name: files.student(i.name) for i in plan.intervals if files.student(i.name).exists()}
+            raise ValueError(
+                f"{files.evaluation} is older than the plan ({error}); run evaluate first"
+            ) from None
+    students = {
+        i.name: files.student(i.name) for i in plan.intervals if files.student(i.name).exists()
+    }
     losses = {name: TensorFile(path).read("losses") for name, path in students.items()}
     origin = TensorFile(files.calibration).metadata if files.calibration.exists() else {}
     return Results(

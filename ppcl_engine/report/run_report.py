@@ -1,4 +1,5 @@
-"""The report of a run: report.html, which stands alone, report.json, and the pictures beside them."""
+"""The report of a run: report.html, which stands alone, report.json, and the pictures beside
+them."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from .width_section import site_rows, width_drawings
 
 
 def write_report(run: Path, seconds: float | None = None) -> Path:
-    """Writes the report into the run folder `run` and returns its path. `seconds`: what the whole run took.
+    """Writes the report into the run folder `run` and returns its path. `seconds`: what the whole
+    run took.
 
     Raises ValueError when a stage that it reads from has not run.
     """
@@ -29,9 +31,18 @@ def write_report(run: Path, seconds: float | None = None) -> Path:
 
 
 def summary(results: Results, seconds: float | None) -> dict:
-    """report.json: plain numbers; `variants` are all but the teacher itself, with the sites that are really on."""
+    """report.json: plain numbers; `variants` are all but the teacher itself, with the sites that
+    are really on."""
     teacher, evaluation = results.teacher, results.evaluation
-    plain = ("name", "parameters", "bytes", "flops", "seconds_per_step", "latency_ratio", "peak_memory_bytes")
+    plain = (
+        "name",
+        "parameters",
+        "bytes",
+        "flops",
+        "seconds_per_step",
+        "latency_ratio",
+        "peak_memory_bytes",
+    )
 
     layouts = results.layouts
 
@@ -39,19 +50,33 @@ def summary(results: Results, seconds: float | None) -> dict:
         values = {name: row.get(name) for name in plain}
         for name in FIDELITY:
             stat = row.get(name) or {}
-            values |= {name: stat.get("value"), f"{name}_low": stat.get("low"), f"{name}_high": stat.get("high")}
+            values |= {
+                name: stat.get("value"),
+                f"{name}_low": stat.get("low"),
+                f"{name}_high": stat.get("high"),
+            }
         return values
 
     def student(row: dict) -> dict:
         variant, layout = results.plan.variant(row["name"]), layouts[row["name"]]
-        parts = {"intervals": list(variant.intervals), "sites": list(layout.sites), "notes": list(layout.notes)}
+        parts = {
+            "intervals": list(variant.intervals),
+            "sites": list(layout.sites),
+            "notes": list(layout.notes),
+        }
         return {**flat(row), **parts, "tuned": variant.tuned}
 
     return {
         "seconds": seconds,
         "teacher": flat(teacher),
         "intervals": [
-            {"first": i.first, "last": i.last, "stability": i.stability, "score": i.score, "parameters": i.parameters}
+            {
+                "first": i.first,
+                "last": i.last,
+                "stability": i.stability,
+                "score": i.score,
+                "parameters": i.parameters,
+            }
             for i in results.plan.intervals
         ],
         "sites": site_rows(results.plan),
@@ -70,7 +95,9 @@ def _drawings(results: Results) -> dict[str, bytes]:
     plan, evaluation = results.plan, results.evaluation
     parameters = {v.name: v.parameters for v in plan.variants if v.parameters}
     parameters |= {row["name"]: row["parameters"] for row in evaluation["variants"]}
-    drawings = {"layer_map": maps.layer_map(plan, results.mapped, parameters, results.teacher["parameters"])}
+    drawings = {
+        "layer_map": maps.layer_map(plan, results.mapped, parameters, results.teacher["parameters"])
+    }
     if plan.intervals:
         drawings["cka_curves"] = line_charts.cka_curves(plan, results.cka)
         drawings["damage_map"] = maps.damage_map(plan, results.damage)
@@ -84,5 +111,7 @@ def _drawings(results: Results) -> dict[str, bytes]:
             {name: rows for name, rows in by_timestep.items() if rows}
         )
     if evaluation["captions_shown"]:
-        drawings["pictures"] = maps.picture_sheet(results.pictured, evaluation["captions_shown"], results.pictures)
+        drawings["pictures"] = maps.picture_sheet(
+            results.pictured, evaluation["captions_shown"], results.pictures
+        )
     return drawings

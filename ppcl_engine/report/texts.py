@@ -27,9 +27,7 @@ SIZE_TEXT = (
     "Weights as stored in bfloat16. Time and speed are of one forward of a calibration batch on the machine named below. "
     "Peak memory is what loading and drawing with this variant took above what the process held before."
 )
-TIMESTEP_TEXT = (
-    "Where on the way from noise to picture the variants leave the teacher. Bands are 95 % bootstrap intervals."
-)
+TIMESTEP_TEXT = "Where on the way from noise to picture the variants leave the teacher. Bands are 95 % bootstrap intervals."
 WIDTH_TEXT = (
     "Where one projection can do the work of a text stream or of an FFN in the model with all intervals on. Above, how alike what "
     "two layers read is (CKA, 1 is the same up to a rotation; lighter is more alike), with each chosen text group and the full "

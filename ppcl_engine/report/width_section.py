@@ -1,4 +1,5 @@
-"""The report's part about width sites: what detection saw, what was chosen, which ones a variant has on."""
+"""The report's part about width sites: what detection saw, what was chosen, which ones a variant
+has on."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from .texts import BY_HAND_TEXT, SCORE_NAMES, SCORE_TEXTS, WIDTH_TEXT
 
 @dataclass(frozen=True)
 class WidthResults:
-    """method, candidates: of width.json; places: names of the rows of `alignment`; losses: site -> [updates] each."""
+    """method, candidates: of width.json; places: names of the rows of `alignment`; losses: site ->
+    [updates] each."""
 
     plan: PruningPlan
     method: str
@@ -70,22 +72,38 @@ def _losses(run: Run, plan: PruningPlan, switch: WidthSite | TextGroup) -> Itera
     blocks = {site.block for site in sites}
     for place in layout_of(plan, plan.everything()).places:
         path = run.projection(place.name, kind)
-        if place.index in blocks and path.exists() and len(losses := TensorFile(path).read("losses")):
+        if (
+            place.index in blocks
+            and path.exists()
+            and len(losses := TensorFile(path).read("losses"))
+        ):
             yield losses
 
 
 def site_rows(plan: PruningPlan) -> list[dict]:
     """For report.json: what can be switched besides intervals."""
     return [
-        {"name": switch.name, "kind": kind_of(switch), "form": form_of(switch), "score": switch.score}
+        {
+            "name": switch.name,
+            "kind": kind_of(switch),
+            "form": form_of(switch),
+            "score": switch.score,
+        }
         for switch in plan.switches
     ]
 
 
 def width_drawings(width: WidthResults) -> dict[str, bytes]:
-    score = {"damage": "damage alone, on the velocity", "cka": "1 − CKA, summed over its layers"}[width.method]
-    chart = {"width_candidates": candidate_chart(width.candidates, score)} if width.candidates else {}
-    return {"width_alignment": alignment_map(width.places, width.alignment, list(width.plan.switches)), **chart}
+    score = {"damage": "damage alone, on the velocity", "cka": "1 − CKA, summed over its layers"}[
+        width.method
+    ]
+    chart = (
+        {"width_candidates": candidate_chart(width.candidates, score)} if width.candidates else {}
+    )
+    return {
+        "width_alignment": alignment_map(width.places, width.alignment, list(width.plan.switches)),
+        **chart,
+    }
 
 
 def width_text(width: WidthResults) -> str:
@@ -97,15 +115,24 @@ def site_table(width: WidthResults) -> Html:
     rows = []
     for switch in width.plan.switches:
         found = width.candidate(switch) or {}
-        rows.append([
-            switch.name,
-            NONE if isinstance(switch, TextGroup) else switch.form,
-            count_text(found["saving"]) if found else NONE,
-            f"{found['score']:.2g}" if found else NONE,
-            _explained(found.get("explained", [])),
-            _final_loss(width.losses[switch.name]),
-        ])  # fmt: skip
-    heads = ["width site", "form", "parameters saved", SCORE_NAMES[width.method], "variance explained", "final loss"]
+        rows.append(
+            [
+                switch.name,
+                NONE if isinstance(switch, TextGroup) else switch.form,
+                count_text(found["saving"]) if found else NONE,
+                f"{found['score']:.2g}" if found else NONE,
+                _explained(found.get("explained", [])),
+                _final_loss(width.losses[switch.name]),
+            ]
+        )
+    heads = [
+        "width site",
+        "form",
+        "parameters saved",
+        SCORE_NAMES[width.method],
+        "variance explained",
+        "final loss",
+    ]
     return table(heads, rows) if rows else Html()
 
 
@@ -126,5 +153,7 @@ def _final_loss(losses: list[torch.Tensor]) -> str:
 
 def notes_list(layouts: dict[str, Layout]) -> Html:
     """Which sites of a variant went off with an interval, and why."""
-    lines = [tag("li", f"{name}: {note}") for name, layout in layouts.items() for note in layout.notes]
+    lines = [
+        tag("li", f"{name}: {note}") for name, layout in layouts.items() for note in layout.notes
+    ]
     return tag("ul", *lines, class_="notes") if lines else Html()

@@ -18,7 +18,8 @@ class EvaluateConfig(Common):
     prompts: Path | None = None
     """Captions to draw, one a line; by default the calibration's own task where it has one."""
     references: Path | None = None
-    """In their place, for an edit model: folder of pictures to change, each with a .txt instruction of the same name."""
+    """In their place, for an edit model: folder of pictures to change, each with a .txt instruction
+    of the same name."""
     steps: int = 20
     """Sampling steps."""
     guidance: float = 2.0
@@ -44,7 +45,8 @@ class GenerateConfig:
     base: Path | None = None
     """The base model of a bundle; also where text encoder and VAE come from."""
     references: str = ""
-    """Of an edit model: the pictures that every caption changes; several paths are separated by '|'."""
+    """Of an edit model: the pictures that every caption changes; several paths are separated by
+    '|'."""
     variant: str | None = None
     """Variant of a bundle."""
     output: Path = Path("runs/generate.png")
@@ -70,7 +72,8 @@ class InspectConfig:
     path: Path | None = None
     """Bundle, standalone, diffusers folder, released folder or single file."""
     legacy_txt_proj: bool = False
-    """Text projections of a released folder mean P(x), not P(x) + x: an older release under the same names."""
+    """Text projections of a released folder mean P(x), not P(x) + x: an older release under the
+    same names."""
     architectures: bool = False
     """List the known full-size models, counted without weights."""
     json: bool = False
@@ -116,7 +119,8 @@ class DemoConfig:
     captions: int = 200
     """Pictures drawn a variant in the evaluation."""
     quick: bool = False
-    """Fewest samples and updates: shows in a minute that everything runs; its figures mean nothing."""
+    """Fewest samples and updates: shows in a minute that everything runs; its figures mean
+    nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,5 +130,5 @@ class RunConfig:
     file: Path
     """The file: tables named as the stages are, with their settings."""
     tiny: bool = False
-    """Run it in minutes on the bundled teacher that the file's [tiny] names, with few samples and steps: shows that
-    the file is right; its figures mean nothing."""
+    """Run it in minutes on the bundled teacher that the file's [tiny] names, with few samples and
+    steps: shows that the file is right; its figures mean nothing."""

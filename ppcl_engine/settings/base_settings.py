@@ -23,17 +23,21 @@ class Common:
     seed: int = 0
     """Same seed, same files, same machine: same bits."""
     dry_run: bool = False
-    """Only print what it would take (blocks, bytes, memory, time a step), resident and streamed; needs no
-    weights: --model may be the name of a known model, such as qwen_image, or a folder with a config.json."""
+    """Only print what it would take (blocks, bytes, memory, time a step), resident and streamed;
+    needs no
+    weights: --model may be the name of a known model, such as qwen_image, or a folder with a
+    config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedConfig(Common):
-    """Stages whose work the processes of `accelerate launch` share; of other stages the first process does all."""
+    """Stages whose work the processes of `accelerate launch` share; of other stages the first
+    process does all."""
 
     parallel: Literal["data", "intervals"] = "data"
-    """How several processes share the work. data: each takes its rows of every batch; intervals: each takes intervals
-    (projections, blocks) of its own, and the files are the same bits as of one process. One process does the same in both."""
+    """How several processes share the work. data: each takes its rows of every batch; intervals:
+    each takes intervals (projections, blocks) of its own, and the files are the same bits as of one
+    process. One process does the same in both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +45,8 @@ class StatesConfig(Common):
     """Stages whose statistics and losses are of the states between blocks."""
 
     target_tokens_only: bool = False
-    """Of an edit model: the tokens of its references count in no statistic and no block's loss. Errors of the velocity
-    are of the drawn picture in any case."""
+    """Of an edit model: the tokens of its references count in no statistic and no block's loss.
+    Errors of the velocity are of the drawn picture in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +54,15 @@ class TrainingConfig(SharedConfig):
     """Stages that train parts of the pruned model."""
 
     quant_aware: Literal["none", "fp8", "int8", "int4"] = "none"
-    """In the last tenth of the steps, train linear maps through weights that are rounded as these formats round them, for a
-    model that will be stored in one; gradients and files are those of the full weights."""
+    """In the last tenth of the steps, train linear maps through weights that are rounded as these
+    formats round them, for a model that will be stored in one; gradients and files are those of the
+    full weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningConfig(TrainingConfig):
-    """What polish and finetune share; with bfloat16 the trained weights and the optimiser stay float32."""
+    """What polish and finetune share; with bfloat16 the trained weights and the optimiser stay
+    float32."""
 
     steps: int = 1000
     """Steps (paper: 1,000)."""
@@ -67,10 +73,11 @@ class TuningConfig(TrainingConfig):
     weight_decay: float = 0.02
     """Weight decay of matrices."""
     ema: float = 0.999
-    """Decay of the averaged weights, which are what is used; lower in the first steps. 0 takes the last weights."""
+    """Decay of the averaged weights, which are what is used; lower in the first steps. 0 takes the
+    last weights."""
     checkpointing: bool = False
-    """Compute blocks again for their gradients instead of keeping what they saw; with --streamed the weights of
-    frozen blocks are not kept either. Same bits."""
+    """Compute blocks again for their gradients instead of keeping what they saw; with --streamed
+    the weights of frozen blocks are not kept either. Same bits."""
     save_every: int = 100
     """Steps between saves."""
 
@@ -78,9 +85,13 @@ class TuningConfig(TrainingConfig):
         if not 0 <= self.ema < 1:
             raise ValueError(f"--ema {self.ema} is not a decay; choose 0 up to, not including, 1")
         if min(self.steps, self.save_every) < 1:
-            raise ValueError(f"--steps {self.steps}, --save-every {self.save_every}: both are at least 1")
+            raise ValueError(
+                f"--steps {self.steps}, --save-every {self.save_every}: both are at least 1"
+            )
         if self.parallel != "data":
-            raise ValueError(f"--parallel {self.parallel}: here all parts learn from one loss; use --parallel data")
+            raise ValueError(
+                f"--parallel {self.parallel}: here all parts learn from one loss; use --parallel data"
+            )
 
 
 @cache
@@ -90,21 +101,31 @@ def hints_of(kind: type) -> dict:
 
 
 def from_mapping(kind: type, values: dict, where: str):
-    """A config from plain values (TOML, JSON). Raises ValueError naming the field that is unknown, missing or wrong."""
+    """A config from plain values (TOML, JSON). Raises ValueError naming the field that is unknown,
+    missing or wrong."""
     hints = hints_of(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise ValueError(f"{where}: unknown setting {unknown[0]!r}; known: {', '.join(sorted(hints))}")
+        raise ValueError(
+            f"{where}: unknown setting {unknown[0]!r}; known: {', '.join(sorted(hints))}"
+        )
     missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"{where}: setting {missing[0]!r} is missing")
-    return kind(**{name: _converted(hints[name], value, f"{where}: {name}") for name, value in values.items()})
+    return kind(
+        **{
+            name: _converted(hints[name], value, f"{where}: {name}")
+            for name, value in values.items()
+        }
+    )
 
 
 def _converted(hint, value, where: str):
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise ValueError(f"{where} = {value!r}; choose from {', '.join(map(str, get_args(hint)))}")
+            raise ValueError(
+                f"{where} = {value!r}; choose from {', '.join(map(str, get_args(hint)))}"
+            )
         return value
     kinds = get_args(hint) or (hint,)
     if Path in kinds and isinstance(value, str):
@@ -112,5 +133,7 @@ def _converted(hint, value, where: str):
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) not in kinds:
-        raise ValueError(f"{where} = {value!r} is not {' or '.join(getattr(k, '__name__', str(k)) for k in kinds)}")
+        raise ValueError(
+            f"{where} = {value!r} is not {' or '.join(getattr(k, '__name__', str(k)) for k in kinds)}"
+        )
     return value

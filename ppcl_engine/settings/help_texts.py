@@ -1,4 +1,5 @@
-"""What a setting is, in the words of its docstring: the nodes' tooltips say the same as the command line."""
+"""What a setting is, in the words of its docstring: the nodes' tooltips say the same as the command
+line."""
 
 from __future__ import annotations
 
@@ -9,10 +10,13 @@ from functools import lru_cache
 
 
 def setting_help(kind: type, name: str) -> str:
-    """The docstring under a field of a settings class, in one line. Raises ValueError for a field without one."""
+    """The docstring under a field of a settings class, in one line. Raises ValueError for a field
+    without one."""
     found = _docstrings(kind.__module__).get(kind.__name__, {})
     if name not in found:
-        raise ValueError(f"{kind.__name__} says nothing of {name!r}; it documents: {', '.join(found)}")
+        raise ValueError(
+            f"{kind.__name__} says nothing of {name!r}; it documents: {', '.join(found)}"
+        )
     return found[name]
 
 
@@ -28,5 +32,7 @@ def _of_class(node: ast.ClassDef) -> dict[str, str]:
     return {
         field.target.id: " ".join(text.value.value.split())
         for field, text in pairs
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
     }

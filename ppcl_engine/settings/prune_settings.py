@@ -1,4 +1,5 @@
-"""Settings of the stages of the method: frozen, keyword-only, one docstring a field (the CLI's help, the nodes' tooltips)."""
+"""Settings of the stages of the method: frozen, keyword-only, one docstring a field (the CLI's
+help, the nodes' tooltips)."""
 
 from __future__ import annotations
 
@@ -11,22 +12,26 @@ from .base_settings import Common, SharedConfig, StatesConfig, TrainingConfig, T
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig(Common):
-    """Record what the blocks see in real use: latents, timesteps and captions over the whole schedule."""
+    """Record what the blocks see in real use: latents, timesteps and captions over the whole
+    schedule."""
 
     images: Path | None = None
     """Folder of pictures, each with a .txt caption of the same name."""
     references: Path | None = None
-    """Of an edit model: folder of the pictures that each of --images was made from, by its captions as instructions:
-    cat.png for cat.png, or cat_1.png and cat_2.png for several. They are cropped to the same size. Without --images
-    each has its .txt instruction beside it, and the teacher draws."""
+    """Of an edit model: folder of the pictures that each of --images was made from, by its captions
+    as instructions: cat.png for cat.png, or cat_1.png and cat_2.png for several. They are cropped
+    to the same size. Without --images each has its .txt instruction beside it, and the teacher
+    draws."""
     prompts: Path | None = None
     """Text file, one caption a line: the teacher draws them and its states on the way are kept."""
     embeddings: Path | None = None
-    """Stored text embeddings (safetensors: text [n, tokens, width], empty [1, tokens, width]; mask [n, tokens] for a
-    model that masks text; pooled [n, width] and empty_pooled [1, width] for one that reads pooled text); the teacher
-    draws in equal steps, since the model's own schedule is in its pipeline folder."""
+    """Stored text embeddings (safetensors: text [n, tokens, width], empty [1, tokens, width]; mask
+    [n, tokens] for a model that masks text; pooled [n, width] and empty_pooled [1, width] for one
+    that reads pooled text); the teacher draws in equal steps, since the model's own schedule is in
+    its pipeline folder."""
     samples: int = 128
-    """Samples to keep; captions and pictures are used again with other timesteps when there are fewer."""
+    """Samples to keep; captions and pictures are used again with other timesteps when there are
+    fewer."""
     batch: int = 16
     """Samples that go through a block at once."""
     empty_captions: float = 0.1
@@ -48,7 +53,8 @@ class ProbeConfig(SharedConfig, StatesConfig):
     ridge: float = 1e-4
     """Ridge as a share of the mean diagonal of X^T X."""
     train_steps: int = 50
-    """Gradient steps after the ridge solution, as in the paper; kept only where held-out error falls."""
+    """Gradient steps after the ridge solution, as in the paper; kept only where held-out error
+    falls."""
     learning_rate: float = 1e-4
     """Learning rate of these steps (Adam)."""
     held_out: int = 1
@@ -60,7 +66,8 @@ class DetectConfig(StatesConfig):
     """Find the intervals that one student can replace."""
 
     method: Literal["ppcl", "budget"] = "budget"
-    """ppcl: the paper's greedy rule on CKA differences. budget: dynamic programme on measured end damage."""
+    """ppcl: the paper's greedy rule on CKA differences. budget: dynamic programme on measured end
+    damage."""
     remove: int = 0
     """Blocks to remove in all (budget); 0 is the paper's share, 25 of 60."""
     longest: int = 8
@@ -94,18 +101,21 @@ class DistillDepthConfig(TrainingConfig, StatesConfig):
     intervals: str = ""
     """Which intervals of the plan, as '3-4 8-10'; empty is all."""
     init: Literal["first", "middle"] = "first"
-    """The block a student starts as: the interval's first (paper) or its middle (the authors' code)."""
+    """The block a student starts as: the interval's first (paper) or its middle (the authors'
+    code)."""
     correction: str = "affine"
     """What follows a student: affine, a rank such as 16, or none (files for stock hosts)."""
     loss: Literal["direction", "direction_log_norm", "mse"] = "mse"
-    """direction is the paper's; direction_log_norm adds magnitude; mse is relative mean squared error."""
+    """direction is the paper's; direction_log_norm adds magnitude; mse is relative mean squared
+    error."""
     rounds: int = 150
-    """Rounds (times updates: the paper's 6,000 steps): one sweep of the teacher over fresh samples, then updates of every interval."""
+    """Rounds (times updates: the paper's 6,000 steps): one sweep of the teacher over fresh samples,
+    then updates of every interval."""
     updates: int = 40
     """Updates of an interval in a round."""
     learning_rate: float = 1e-5
-    """Peak learning rate (AdamW 0.9, 0.95), cosine to a thirtieth over all rounds. The default is the authors' for
-    20 B; the demo's 8 M want 3e-3."""
+    """Peak learning rate (AdamW 0.9, 0.95), cosine to a thirtieth over all rounds. The default is
+    the authors' for 20 B; the demo's 8 M want 3e-3."""
     warm_up: int = 16
     """Updates until the peak learning rate."""
     weight_decay: float = 0.02
@@ -116,17 +126,21 @@ class DistillDepthConfig(TrainingConfig, StatesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DetectWidthConfig(StatesConfig):
-    """Find the FFNs and runs of text streams that projections can replace in the depth-pruned model."""
+    """Find the FFNs and runs of text streams that projections can replace in the depth-pruned
+    model."""
 
     share: float = 0.52
-    """Parameters of the smallest variant, intervals and sites on, as a share of the teacher's (paper: 10.6 of 20.4 B)."""
+    """Parameters of the smallest variant, intervals and sites on, as a share of the teacher's
+    (paper: 10.6 of 20.4 B)."""
     method: Literal["damage", "cka"] = "damage"
-    """damage: velocity error a saved parameter, measured site by site. cka: alignment of neighbouring layers (paper)."""
+    """damage: velocity error a saved parameter, measured site by site. cka: alignment of
+    neighbouring layers (paper)."""
     form: Literal["best", "paper", "gated"] = "best"
-    """FFN projections: paper (x + P x), gated (P inside norm, modulation and gate), or whichever is cheaper at a site;
-    ffn_joint is always gated."""
+    """FFN projections: paper (x + P x), gated (P inside norm, modulation and gate), or whichever is
+    cheaper at a site; ffn_joint is always gated."""
     kinds: str = "text ffn_image ffn_text ffn_joint"
-    """Kinds of sites to look at, where the model has them; ffn_joint is of blocks that run text and image as one."""
+    """Kinds of sites to look at, where the model has them; ffn_joint is of blocks that run text and
+    image as one."""
     longest: int = 8
     """Longest text group considered, blocks that stay."""
     samples: int = 96
@@ -139,14 +153,16 @@ class DetectWidthConfig(StatesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillWidthConfig(TrainingConfig, StatesConfig):
-    """Train the projections of the plan's width sites, each by itself, from the ridge solution on."""
+    """Train the projections of the plan's width sites, each by itself, from the ridge solution
+    on."""
 
     sites: str = ""
     """Sites by hand instead of the plan's, as 'ffn_image:2 text:51-59'."""
     form: Literal["paper", "gated"] = "paper"
     """Form of FFN projections that --sites names."""
     give_back: bool = True
-    """Also fit the teacher's own blocks inside replaced intervals, so that these can be given back while a site is on."""
+    """Also fit the teacher's own blocks inside replaced intervals, so that these can be given back
+    while a site is on."""
     rounds: int = 50
     """Rounds (times updates: the paper's 2,000 steps); 0 leaves the ridge solutions."""
     updates: int = 40
@@ -163,12 +179,15 @@ class DistillWidthConfig(TrainingConfig, StatesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PolishConfig(TuningConfig):
-    """Train students and projections together on the final velocity, each step with a random subset on."""
+    """Train students and projections together on the final velocity, each step with a random subset
+    on."""
 
     variant: str = ""
-    """Intervals and sites to train, as '3-4,8-10,text:51-59', or a variant's name; empty is the whole plan."""
+    """Intervals and sites to train, as '3-4,8-10,text:51-59', or a variant's name; empty is the
+    whole plan."""
     all_on: float = 0.5
-    """Share of the steps in which all of them are on; in the others each is on with probability 1/2."""
+    """Share of the steps in which all of them are on; in the others each is on with probability
+    1/2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,11 +206,14 @@ class VariantsConfig(Common):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TuningConfig):
-    """Train all parameters of one variant against the teacher's velocity; the result is one more variant."""
+    """Train all parameters of one variant against the teacher's velocity; the result is one more
+    variant."""
 
     variant: str = "small"
     """The variant to start from; it stays as it is."""
     name: str = ""
-    """Name of the new variant: letters, digits, '-', '_'; empty is the old one's with _tuned behind it."""
+    """Name of the new variant: letters, digits, '-', '_'; empty is the old one's with _tuned behind
+    it."""
     data: float = 0.0
-    """Weight of the error against the data (noise - clean), where the calibration knows the clean pictures."""
+    """Weight of the error against the data (noise - clean), where the calibration knows the clean
+    pictures."""

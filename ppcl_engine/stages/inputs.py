@@ -25,7 +25,9 @@ from ..system.tensor_files import TensorFile
 def open_teacher(config: Common) -> Teacher:
     torch.manual_seed(config.seed)
     device, target_only = resolve_device(config.device), _target_only(config)
-    return Teacher(Weights(config.model), DTYPES[config.dtype], device, config.streamed, target_only)
+    return Teacher(
+        Weights(config.model), DTYPES[config.dtype], device, config.streamed, target_only
+    )
 
 
 def _target_only(config: Common) -> bool:
@@ -33,7 +35,8 @@ def _target_only(config: Common) -> bool:
 
 
 def open_calibration(config: Common, weights: Weights) -> CalibrationSet:
-    """Of this process's rows, if several share the batches. Raises ValueError when a batch has too few for them."""
+    """Of this process's rows, if several share the batches. Raises ValueError when a batch has too
+    few for them."""
     path = Run(config.run).calibration
     calibration, sharing = load_calibration(path), processes()
     calibration.check_model(weights.architecture.name, weights.fingerprint, path)
@@ -44,7 +47,9 @@ def open_calibration(config: Common, weights: Weights) -> CalibrationSet:
             "launch fewer processes, or use --parallel intervals"
         )
     if _target_only(config):  # into its hash: no stage goes on from what was made the other way
-        calibration = replace(calibration, origin={**calibration.origin, "target_tokens_only": True})
+        calibration = replace(
+            calibration, origin={**calibration.origin, "target_tokens_only": True}
+        )
     return replace(calibration, rows=sharing.rows)
 
 
@@ -66,7 +71,9 @@ class RunStudents:
         state = {name: tensor.to(device, dtype) for name, tensor in saved.items()}
         return filled_student(self.architecture, self.config, interval, state)
 
-    def projection(self, place: str, kind: str, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    def projection(
+        self, place: str, kind: str, dtype: torch.dtype, device: str
+    ) -> dict[str, torch.Tensor]:
         saved = saved_weights(self._file(self.run.projection(place, kind)), "distill-width")
         return {name: tensor.to(device, dtype) for name, tensor in saved.items()}
 

@@ -1,4 +1,5 @@
-"""Files that appear whole or not at all. Standard library only, so that reading a job's state costs nothing."""
+"""Files that appear whole or not at all. Standard library only, so that reading a job's state costs
+nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Windows refuses for as long as somebody reads `path`: a page that shows a job's state, a virus scanner."""
+    """Windows refuses for as long as somebody reads `path`: a page that shows a job's state, a
+    virus scanner."""
     for _ in range(WINDOWS_TRIES):
         try:
             return os.replace(temporary, path)
@@ -62,5 +64,8 @@ def read_json(path: Path):
     """Raises ValueError naming the file when it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number or a nesting without end
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not JSON, not UTF-8, a number or a nesting without end
         raise ValueError(f"{path} is not a JSON file ({error}); remove it or restore it") from None

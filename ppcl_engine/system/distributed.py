@@ -21,9 +21,11 @@ from typing import TypeVar
 
 import torch
 
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as torchrun and MPIs name them
+# as torchrun and MPIs name them
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-PATIENCE = timedelta(days=30)  # a stage may take days; who dies is noticed by the closed connection, not by the clock
+# a stage may take days; who dies is noticed by the closed connection, not by the clock
+PATIENCE = timedelta(days=30)
 GLANCE = 0.005  # seconds between two looks of a process that waits, so that it hears Ctrl-C
 BUCKET = 1 << 24  # numbers summed at once, since they are copied for it
 GRID = "grid"  # the one input that has no row for each sample
@@ -37,7 +39,8 @@ class Lost(ValueError):
 
 @dataclass(frozen=True)
 class Processes:
-    """Who this process is and what it shares with `count - 1` others: share is "data", "intervals" or "" (nothing)."""
+    """Who this process is and what it shares with `count - 1` others: share is "data", "intervals"
+    or "" (nothing)."""
 
     rank: int = 0
     count: int = 1
@@ -65,7 +68,9 @@ class Processes:
         """This process's rows of a batch."""
         if not self.by_rows:
             return inputs
-        return {n: t if n == GRID else t.tensor_split(self.count)[self.rank] for n, t in inputs.items()}
+        return {
+            n: t if n == GRID else t.tensor_split(self.count)[self.rank] for n, t in inputs.items()
+        }
 
     def folder(self, path: Path) -> Path:
         """A place beside `path` for what this process alone writes and reads."""
@@ -79,15 +84,20 @@ class Processes:
         """Whether it holds for one of the processes that share a batch."""
         return bool(self.sum(torch.tensor(int(flag)))) if self.by_rows else flag
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], loss: torch.Tensor) -> torch.Tensor:
-        """Leaves in every `grad` the sum over the processes that share a batch; returns the sum of their losses."""
+    def sum_gradients(
+        self, parameters: Iterable[torch.nn.Parameter], loss: torch.Tensor
+    ) -> torch.Tensor:
+        """Leaves in every `grad` the sum over the processes that share a batch; returns the sum of
+        their losses."""
         loss = loss.detach()
         if self.by_rows:
             loss = loss.clone()
             for bucket in _buckets([loss, *(p.grad for p in parameters if p.grad is not None)]):
                 flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
                 flat = _summed(flat.to(torch.promote_types(flat.dtype, torch.float32)))
-                for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                for tensor, part in zip(
+                    bucket, flat.split([t.numel() for t in bucket]), strict=True
+                ):
                     tensor.copy_(part.view_as(tensor))
         return loss
 
@@ -125,7 +135,8 @@ def alone() -> Iterator[None]:
 
 
 def together(work: Callable[[Config], Result], config: Config, share: str = "") -> Result | None:
-    """work(config), shared; with nothing to share the main process does it, and the others wait. None on the others."""
+    """work(config), shared; with nothing to share the main process does it, and the others wait.
+    None on the others."""
     if not launched():
         return work(config)
     everyone, result = _everyone(getattr(config, "device", "auto") == "cpu"), None
@@ -137,7 +148,8 @@ def together(work: Callable[[Config], Result], config: Config, share: str = "") 
 
 
 def launched() -> bool:
-    """Whether this is one of several processes. Raises ValueError where several were asked for and one was started."""
+    """Whether this is one of several processes. Raises ValueError where several were asked for and
+    one was started."""
     if _several():
         return True
     if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
@@ -160,8 +172,9 @@ def tell(line: str) -> None:
 
 
 def leave(code: int) -> int:
-    """The exit code, with the connections closed. After a failure it ends the process: the others may be waiting in
-    the midst of a sum, and neither they nor this one would come out of a tidy farewell."""
+    """The exit code, with the connections closed. After a failure it ends the process: the others
+    may be waiting in the midst of a sum, and neither they nor this one would come out of a tidy
+    farewell."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         if code:
             sys.stdout.flush(), sys.stderr.flush()
@@ -181,14 +194,17 @@ def _working(current: Processes) -> Iterator[Processes]:
 
 @cache
 def _everyone(cpu: bool) -> Processes:
-    """Connects to the others: NCCL between GPUs, gloo for what lies in memory, or for all if GPUs must be shared."""
+    """Connects to the others: NCCL between GPUs, gloo for what lies in memory, or for all if GPUs
+    must be shared."""
     from accelerate import PartialState
 
     gpus = 0 if cpu else torch.cuda.device_count()
     backend = "cuda:nccl,cpu:gloo" if gpus >= _number("LOCAL_WORLD_SIZE", 1) else "gloo"
     state = PartialState(cpu=not gpus, backend=backend, timeout=PATIENCE)
     if state.num_processes == 1:
-        raise ValueError("several processes were started, but they did not meet; use accelerate launch or torchrun")
+        raise ValueError(
+            "several processes were started, but they did not meet; use accelerate launch or torchrun"
+        )
     gpu = f"cuda:{state.local_process_index % gpus}" if gpus else "cuda"
     return Processes(state.process_index, state.num_processes, gpu=gpu)
 
@@ -202,12 +218,18 @@ def _number(name: str, default: int) -> int:
 
 
 def _is_first_to_say(line: str) -> bool:
-    """The store through which the processes met counts who said it. The main one alone speaks before they meet."""
+    """The store through which the processes met counts who said it. The main one alone speaks
+    before they meet."""
     if not (_several() and torch.distributed.is_initialized()):
         return is_main()
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        return torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(seconds=5)).add(line, 1) == 1
+        return (
+            torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(seconds=5)).add(
+                line, 1
+            )
+            == 1
+        )
     except RuntimeError:  # it went with the process that held it
         return True
 
@@ -223,7 +245,9 @@ def _reached(exchange: Callable[[], Result]) -> Result:
         return exchange()
     except RuntimeError as error:  # of torch.distributed: a closed connection
         reason = str(error).splitlines()[0].split(". ")[0]
-        raise Lost(f"another process has ended, so this one ends too; what was saved is kept ({reason})") from error
+        raise Lost(
+            f"another process has ended, so this one ends too; what was saved is kept ({reason})"
+        ) from error
 
 
 def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -15,10 +15,12 @@ class Stopped(Exception):
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Yields `asked()`. The first Ctrl-C only sets it, so that the caller can save; the second interrupts.
+    """Yields `asked()`. The first Ctrl-C only sets it, so that the caller can save; the second
+    interrupts.
 
-    Processes that share batches all answer the same, at the same step. A launcher passes on the Ctrl-C that its processes
-    have had already, so there the second one does nothing (and after half a minute it kills them).
+    Processes that share batches all answer the same, at the same step. A launcher passes on the
+    Ctrl-C that its processes have had already, so there the second one does nothing (and after half
+    a minute it kills them).
     """
     asked: list[int] = []
     several = processes().count > 1

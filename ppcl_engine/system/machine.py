@@ -71,7 +71,8 @@ class PeakMemory:
 
 
 def return_freed_memory() -> None:
-    """Gives the pages that glibc keeps after `free` back to the operating system; other libraries do it by themselves."""
+    """Gives the pages that glibc keeps after `free` back to the operating system; other libraries
+    do it by themselves."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -89,5 +90,7 @@ def resolve_device(device: str) -> str:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device} is not on this machine; use --device cpu")
     if device.startswith("cuda:") and processes().count > 1:
-        raise ValueError(f"device {device} is one for {processes().count} processes; use --device cuda, one for each")
+        raise ValueError(
+            f"device {device} is one for {processes().count} processes; use --device cuda, one for each"
+        )
     return processes().gpu if device == "cuda" else device

@@ -17,10 +17,12 @@ from .distributed import alone, processes
 
 class Listener(Protocol):
     def advanced(self, what: str, step: int, steps: int | None, rate: float | None) -> None:
-        """`step` of `steps` of what the bar counts are done, at `rate` steps a second (None: not known yet)."""
+        """`step` of `steps` of what the bar counts are done, at `rate` steps a second (None: not
+        known yet)."""
 
     def measured(self, what: str, step: int, loss: float) -> None:
-        """The loss before update `step` of `what`, such as "interval 3-4"; of "layer attn.to_q" its error in block `step`."""
+        """The loss before update `step` of `what`, such as "interval 3-4"; of "layer attn.to_q" its
+        error in block `step`."""
 
     def saved(self) -> None:
         """Everything made so far is on disk: a moment to draw with it."""

@@ -41,9 +41,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """A safetensors file of tensors that are already in memory."""
-    entries = [TensorEntry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
+    entries = [
+        TensorEntry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()
+    ]
     write_tensor_stream(path, entries, metadata)
 
 
@@ -61,13 +65,19 @@ class TensorEntry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensor_stream(path: Path, entries: list[TensorEntry], metadata: dict[str, str] | None = None) -> None:
+def write_tensor_stream(
+    path: Path, entries: list[TensorEntry], metadata: dict[str, str] | None = None
+) -> None:
     """A safetensors file written tensor by tensor, so memory holds one tensor at a time."""
     header: dict = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for entry in entries:
         offsets = [offset, offset + entry.size]
-        header[entry.name] = {"dtype": DTYPE_NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": offsets,
+        }
         offset += entry.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -87,8 +97,8 @@ def check_exists(path: Path) -> None:
 
 
 class TensorFile:
-    """A safetensors file, opened for reading single tensors without mapping it into memory. What is compressed as 2:4 in it
-    is seen as the dense matrices.
+    """A safetensors file, opened for reading single tensors without mapping it into memory. What is
+    compressed as 2:4 in it is seen as the dense matrices.
 
     Raises ValueError naming the file when it is not safetensors or is shorter than it says.
     """
@@ -102,19 +112,32 @@ class TensorFile:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else HEADER_LIMIT + 1
             if length > min(HEADER_LIMIT, size):
-                raise ValueError(f"{path} is not a safetensors file (no header); pass a .safetensors file")
+                raise ValueError(
+                    f"{path} is not a safetensors file (no header); pass a .safetensors file"
+                )
             try:
                 header = json.loads(file.read(length))
-            except (ValueError, RecursionError):  # not JSON, not UTF-8, a number or a nesting without end
-                raise ValueError(f"{path} is not a safetensors file (bad header); pass a .safetensors file") from None
+            except (
+                ValueError,
+                RecursionError,
+            ):  # not JSON, not UTF-8, a number or a nesting without end
+                raise ValueError(
+                    f"{path} is not a safetensors file (bad header); pass a .safetensors file"
+                ) from None
         metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
-        if not isinstance(header, dict) or not (_is_metadata(metadata) and all(map(_is_entry, header.values()))):
-            raise ValueError(f"{path} is not a safetensors file (bad header); pass a .safetensors file")
+        if not isinstance(header, dict) or not (
+            _is_metadata(metadata) and all(map(_is_entry, header.values()))
+        ):
+            raise ValueError(
+                f"{path} is not a safetensors file (bad header); pass a .safetensors file"
+            )
         self.metadata: dict[str, str] = metadata
         self._start = 8 + length
         end = self._start + max((e["data_offsets"][1] for e in header.values()), default=0)
         if end > size:
-            raise ValueError(f"{path} is truncated: {size:,} bytes of {end:,}; copy or download it again")
+            raise ValueError(
+                f"{path} is truncated: {size:,} bytes of {end:,}; copy or download it again"
+            )
         self.entries: dict[str, dict] = dense_entries(header, path)
 
     def keys(self) -> list[str]:
@@ -128,7 +151,9 @@ class TensorFile:
 
     def _known(self, stored: str, name: str) -> torch.dtype:
         if stored not in DTYPES:
-            raise ValueError(f"{self.path}: {name} is {stored}, which is not read; known: {', '.join(DTYPES)}")
+            raise ValueError(
+                f"{self.path}: {name} is {stored}, which is not read; known: {', '.join(DTYPES)}"
+            )
         return DTYPES[stored]
 
     def read(self, name: str, rows: int | None = None, start: int = 0) -> torch.Tensor:
@@ -152,7 +177,9 @@ class TensorFile:
             while done < last - first:  # one read returns at most 2 GB
                 count = file.readinto(view[done:])
                 if not count:
-                    raise ValueError(f"{self.path} ended while {name} was read; copy or download it again")
+                    raise ValueError(
+                        f"{self.path} ended while {name} was read; copy or download it again"
+                    )
                 done += count
         return buffer.view(self._known(entry["dtype"], name)).reshape(shape)
 
@@ -166,17 +193,21 @@ def _is_metadata(value: object) -> bool:
 
 
 def _is_entry(value: object) -> bool:
-    """A header's entry: dtype, shape, and offsets that hold just as many bytes (of dtypes that we know)."""
+    """A header's entry: dtype, shape, and offsets that hold just as many bytes (of dtypes that we
+    know)."""
     match value:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]}:
-            if not (0 <= first <= last and all(isinstance(size, int) and size >= 0 for size in shape)):
+            if not (
+                0 <= first <= last and all(isinstance(size, int) and size >= 0 for size in shape)
+            ):
                 return False
             return dtype not in DTYPES or last - first == math.prod(shape) * DTYPES[dtype].itemsize
     return False
 
 
 def file_mark(path: Path) -> str:
-    """Hash that tells one training's file from another's: metadata, losses and the values of all vectors."""
+    """Hash that tells one training's file from another's: metadata, losses and the values of all
+    vectors."""
     file = TensorFile(path)
     digest = hashlib.sha256(json.dumps(file.metadata, sort_keys=True).encode())
     for name in sorted(file.keys()):
@@ -187,7 +218,8 @@ def file_mark(path: Path) -> str:
 
 @dataclass(eq=False)
 class TwoParts:
-    """A tensor that is stored as two. It is read once; when the second part is taken, nothing is held."""
+    """A tensor that is stored as two. It is read once; when the second part is taken, nothing is
+    held."""
 
     read: Callable[[], torch.Tensor]
     split: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

@@ -22,7 +22,9 @@ def test_normal_equations_equal_lstsq():
     torch.testing.assert_close(solution.weight, direct[:-1].T)
     torch.testing.assert_close(solution.bias, direct[-1])
     error = (x @ solution.weight.T + solution.bias - y).square().sum()
-    assert solution.residual == pytest.approx(float(error / (y - y.mean(0)).square().sum()), rel=1e-8)
+    assert solution.residual == pytest.approx(
+        float(error / (y - y.mean(0)).square().sum()), rel=1e-8
+    )
     assert (solution.rank, solution.rows) == (5, 50)
 
 

@@ -23,6 +23,9 @@ def test_ssim_of_flat_pictures_is_the_luminance_term():
 def test_ssim_falls_with_noise_and_is_symmetric():
     torch.manual_seed(0)
     picture = torch.rand(1, 3, 32, 32)
-    little, much = picture + 0.02 * torch.randn_like(picture), picture + 0.2 * torch.randn_like(picture)
+    little, much = (
+        picture + 0.02 * torch.randn_like(picture),
+        picture + 0.2 * torch.randn_like(picture),
+    )
     assert float(ssim(picture, little)) > float(ssim(picture, much))
     assert torch.allclose(ssim(picture, much), ssim(much, picture))

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from ppcl_engine.algorithms.resampling import bootstrap_interval, bootstrap_ratio, bootstrap_subsets, wilson_interval
+from ppcl_engine.algorithms.resampling import (
+    bootstrap_interval,
+    bootstrap_ratio,
+    bootstrap_subsets,
+    wilson_interval,
+)
 
 from .detection.test_alignment import normal
 
@@ -38,7 +43,8 @@ def test_bootstrap_subsets_take_whole_samples_once():
 
 
 @pytest.mark.parametrize(
-    ("right", "count", "expected"), [(1000, 1000, (0.99617, 1.0)), (0, 50, (0.0, 0.07135)), (81, 263, (0.2553, 0.3662))]
+    ("right", "count", "expected"),
+    [(1000, 1000, (0.99617, 1.0)), (0, 50, (0.0, 0.07135)), (81, 263, (0.2553, 0.3662))],
 )
 def test_wilson_interval_against_published_values(right, count, expected):
     """81 of 263: Newcombe 1998, table I, method 3."""

@@ -20,8 +20,12 @@ def parts(block, state):
     text_mod = block.txt_mod(state.conditioning).chunk(6, dim=-1)
 
     def attention(image, text):
-        out = block.attn(hidden_states=image, encoder_hidden_states=text,
-                         encoder_hidden_states_mask=state.text_mask, image_rotary_emb=rotary)  # fmt: skip
+        out = block.attn(
+            hidden_states=image,
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=state.text_mask,
+            image_rotary_emb=rotary,
+        )
         return out
 
     return image_mod, text_mod, attention
@@ -34,9 +38,13 @@ def test_ffn_forms(architecture, model, state, kind, form):
     block, linear = projected_ffn(architecture, plain, kind, form)
 
     image_mod, text_mod, attention = parts(plain, state)
-    image, text = attention(modulated(state.image, *image_mod[:2]), modulated(state.text, *text_mod[:2]))
-    streams = {"image": (state.image + image_mod[2][:, None] * image, image_mod, plain.img_mlp),
-               "text": (state.text + text_mod[2][:, None] * text, text_mod, plain.txt_mlp)}  # fmt: skip
+    image, text = attention(
+        modulated(state.image, *image_mod[:2]), modulated(state.text, *text_mod[:2])
+    )
+    streams = {
+        "image": (state.image + image_mod[2][:, None] * image, image_mod, plain.img_mlp),
+        "text": (state.text + text_mod[2][:, None] * text, text_mod, plain.txt_mlp),
+    }
     ours = architecture.run_block(block, state)
     for name, (x, (_, _, _, shift, scale, gate), mlp) in streams.items():
         inner = modulated(x, shift, scale)
@@ -60,7 +68,9 @@ def test_text_stream(architecture, model, state, steps):
 
     ours = architecture.run_block(block, after)
     image_mod, _, attention = parts(plain, after)
-    image, _ = attention(modulated(after.image, *image_mod[:2]), linears["map"](published) + published)
+    image, _ = attention(
+        modulated(after.image, *image_mod[:2]), linears["map"](published) + published
+    )
     x = after.image + image_mod[2][:, None] * image
     expected = x + image_mod[5][:, None] * plain.img_mlp(modulated(x, *image_mod[3:5]))
     torch.testing.assert_close(ours.image, expected, rtol=1e-5, atol=1e-5)

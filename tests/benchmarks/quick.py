@@ -21,6 +21,8 @@ def run(benchmark, folder, *options):
     path = benchmark.main(["--quick", "--output", str(folder), *map(str, options)])
     values = json.loads(path.read_text())
     assert path.parent == folder and values.keys() >= ABOUT
-    assert values["command"].startswith(f"python -m {benchmark.__name__.removesuffix('.__main__')} --quick")
+    assert values["command"].startswith(
+        f"python -m {benchmark.__name__.removesuffix('.__main__')} --quick"
+    )
     assert values["machine"]["threads"] >= 1 and values["versions"].keys() >= {"torch", "diffusers"}
     return values

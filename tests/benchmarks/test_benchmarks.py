@@ -1,4 +1,5 @@
-"""The benchmarks' quick forms on a tiny random teacher: they run, and their files hold what other tools read."""
+"""The benchmarks' quick forms on a tiny random teacher: they run, and their files hold what other
+tools read."""
 
 import pytest
 
@@ -33,9 +34,14 @@ def test_folding(tmp_path):
     full, *pruned = values["sizes"].values()
     assert [round(full[f"table_{n}"]["maps"] / 1e6) for n in (8, 50)] == [35, 221]
     for row, billions in zip((full, *pruned), (13.7, 8.0, 7.2), strict=True):
-        assert all(abs(row[form]["parameters"] / 1e9 - billions) < 0.06 for form in ("table_20", "basis_32"))
+        assert all(
+            abs(row[form]["parameters"] / 1e9 - billions) < 0.06
+            for form in ("table_20", "basis_32")
+        )
     assert values["memory"]["forms"].keys() == {"off", "table", "basis"}
-    assert values["distil"]["basis"]["trained_bytes"] < 0.8 * values["distil"]["off"]["trained_bytes"]
+    assert (
+        values["distil"]["basis"]["trained_bytes"] < 0.8 * values["distil"]["off"]["trained_bytes"]
+    )
     assert all(row["identical"] for row in values["pictures"]["variants"])
     assert (tmp_path / "folding.png").stat().st_size > 10_000
 
@@ -51,15 +57,22 @@ def test_random_teacher_is_the_same_for_the_same_seed(tmp_path):
 
 
 def test_distill_speed(tmp_path, teacher):
-    values = run(distill_speed, tmp_path, "--teacher", teacher, "--intervals", "1-2 3-4", "--batch", 4)
+    values = run(
+        distill_speed, tmp_path, "--teacher", teacher, "--intervals", "1-2 3-4", "--batch", 4
+    )
     assert values["plain"] > 0 and values.keys() >= {"ours", "plain_light", "ratio", "ratio_light"}
     steps, seconds, loss = values["curves"]["plain"][0][-1]
-    assert steps == 6 and seconds == pytest.approx(values["plain"]) and loss == pytest.approx(values["target"][0])
+    assert (
+        steps == 6
+        and seconds == pytest.approx(values["plain"])
+        and loss == pytest.approx(values["target"][0])
+    )
     assert all(curve for curves in values["curves"].values() for curve in curves)
 
 
 def test_the_chain_of_the_plain_recipe_is_the_teacher_when_students_are(tmp_path, teacher):
-    """An interval's student that is the teacher's own block, the others skipped: both passes then lose the same."""
+    """An interval's student that is the teacher's own block, the others skipped: both passes then
+    lose the same."""
     import torch
     from torch import nn
 
@@ -74,16 +87,26 @@ def test_the_chain_of_the_plain_recipe_is_the_teacher_when_students_are(tmp_path
     students = nn.ModuleDict({"1-2": source.block(1)})
     first = parse_intervals("1-2")
     light = distill_speed.plain_loss(source, students, first, inputs, authors=False)
-    assert float(distill_speed.plain_loss(source, students, first, inputs, authors=True)) == pytest.approx(
-        2 * float(light)
-    )
+    assert float(
+        distill_speed.plain_loss(source, students, first, inputs, authors=True)
+    ) == pytest.approx(2 * float(light))
 
 
 def test_parallel(tmp_path, teacher):
     """One process only: test_parallel.py has the launches."""
     from benchmarks import parallel
 
-    values = run(parallel, tmp_path, "--teacher", teacher, "--intervals", "1-2 3-4", "--batch", 4, "--processes")
+    values = run(
+        parallel,
+        tmp_path,
+        "--teacher",
+        teacher,
+        "--intervals",
+        "1-2 3-4",
+        "--batch",
+        4,
+        "--processes",
+    )
     (row,) = values["rows"]
     assert row["ratio"] == 1 and row["largest_difference"] == 0 and row["start_seconds"] > 0
 
@@ -93,8 +116,12 @@ def test_removal(tmp_path, teacher):
     assert [row["blocks"] for row in values["single"]] == ["0", "1", "2", "3", "4", "5"]
     assert all(row["low"] <= row["error"] <= row["high"] for row in values["single"])
     assert [(m["removed"], m["kind"]) for m in values["means"]] == [
-        (1, "contiguous"), (2, "contiguous"), (2, "apart"), (3, "contiguous"), (3, "apart"),
-    ]  # fmt: skip
+        (1, "contiguous"),
+        (2, "contiguous"),
+        (2, "apart"),
+        (3, "contiguous"),
+        (3, "apart"),
+    ]
     assert {d["removed"] for d in values["differences"]} == {2, 3}
     assert (tmp_path / "removal.png").stat().st_size > 1000
 
@@ -139,7 +166,11 @@ def test_sparsity(tmp_path):
 
     values = run(sparsity, tmp_path, "--work", tmp_path / "work")
     names = {row["name"] for row in values["tables"]["50 %"]}
-    assert {f"{score} {granularity}" for score in pruning.SCORES for granularity in pruning.GRANULARITIES} < names
+    assert {
+        f"{score} {granularity}"
+        for score in pruning.SCORES
+        for granularity in pruning.GRANULARITIES
+    } < names
     assert {"obs layer + early", "energy cluster + exchange + compensate"} < names
     for row in (row for table in values["tables"].values() for row in table):
         for name in (
@@ -149,11 +180,18 @@ def test_sparsity(tmp_path):
         ):  # the drop of a random teacher, which reads nothing, is none
             assert row[name]["low"] <= row[name]["value"] <= row[name]["high"]
         assert row["bytes"] < 0.8 * values["dense_bytes"]
-    assert {c["theirs"] for c in values["comparisons"]} >= {"wanda row", "ria row", "wanda cluster", "obs layer"}
+    assert {c["theirs"] for c in values["comparisons"]} >= {
+        "wanda row",
+        "ria row",
+        "wanda cluster",
+        "obs layer",
+    }
     assert (tmp_path / "sparsity.png").stat().st_size > 10_000
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("rows_*/*.json")}
     run(sparsity, tmp_path, "--work", tmp_path / "work")
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("rows_*/*.json")} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("rows_*/*.json")
+    } == before
 
 
 def test_quantization(tmp_path):
@@ -161,8 +199,16 @@ def test_quantization(tmp_path):
 
     values = run(quantization, tmp_path, "--work", tmp_path / "work")
     errors = {(row["name"], row["kind"]): row["velocity_error"]["value"] for row in values["rows"]}
-    assert errors.keys() == {(name, kind) for name in ("full", "weights (50 %)") for kind in quantization.KINDS}
-    assert errors["full", "none"] < 1e-9 < errors["full", "int8"] < errors["full", "fp8"] < errors["full", "int4"]
+    assert errors.keys() == {
+        (name, kind) for name in ("full", "weights (50 %)") for kind in quantization.KINDS
+    }
+    assert (
+        errors["full", "none"]
+        < 1e-9
+        < errors["full", "int8"]
+        < errors["full", "fp8"]
+        < errors["full", "int4"]
+    )
 
 
 def test_quant_aware(tmp_path):
@@ -171,11 +217,17 @@ def test_quant_aware(tmp_path):
     values = run(quant_aware, tmp_path, "--work", tmp_path / "work")
     rows = {tuple(row[key] for key in ("trained", "bits", "where")): row for row in values["rows"]}
     assert len(rows) == len(values["rows"]) == len(list(quant_aware.rows()))
-    assert all(len(row["seeds"]) == 1 and row["velocity_error"]["value"] > 0 for row in rows.values())
+    assert all(
+        len(row["seeds"]) == 1 and row["velocity_error"]["value"] > 0 for row in rows.values()
+    )
     (found,) = (d for d in values["differences"] if (d["bits"], d["where"]) == ("int4", "students"))
     aware, plain, untouched = (
         rows[trained, bits, where]["velocity_error"]["value"]
-        for trained, bits, where in (("int4", "int4", "students"), ("none", "int4", "students"), ("none", "none", ""))
+        for trained, bits, where in (
+            ("int4", "int4", "students"),
+            ("none", "int4", "students"),
+            ("none", "none", ""),
+        )
     )
     assert found["difference"]["value"] == pytest.approx(aware - plain)
     assert found["returned"] == pytest.approx((plain - aware) / (plain - untouched))

@@ -21,14 +21,19 @@ def test_timesteps_fall_in_equal_steps_with_both_ends():
 def test_a_straight_flow_is_exact_in_one_step_or_many():
     clean, noise = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     for steps in (1, 7):
-        torch.testing.assert_close(euler(lambda x, t: noise - clean, noise, euler_timesteps(steps)), clean)
+        torch.testing.assert_close(
+            euler(lambda x, t: noise - clean, noise, euler_timesteps(steps)), clean
+        )
 
 
 def test_euler_on_dx_dt_equals_x():
     """Each step multiplies by 1 - 1/steps; the limit is e^-1."""
     x = torch.ones(1, dtype=torch.float64)
     assert float(euler(lambda x, t: x, x, euler_timesteps(10))) == pytest.approx(0.9**10)
-    errors = [abs(float(euler(lambda x, t: x, x, euler_timesteps(steps))) - 1 / math.e) for steps in (100, 200)]
+    errors = [
+        abs(float(euler(lambda x, t: x, x, euler_timesteps(steps))) - 1 / math.e)
+        for steps in (100, 200)
+    ]
     assert errors[0] / errors[1] == pytest.approx(2, abs=0.05)  # first order
 
 
@@ -40,7 +45,9 @@ def test_velocity_and_seen_get_the_state_and_time_before_the_step():
         return torch.ones(1)
 
     timesteps = [1.0, 0.75, 0.25, 0.0]  # unequal steps, as samplers with a shifted schedule take
-    end = euler(velocity, torch.ones(1), timesteps, lambda step, x, t: shown.append((step, float(x), t)))
+    end = euler(
+        velocity, torch.ones(1), timesteps, lambda step, x, t: shown.append((step, float(x), t))
+    )
     assert asked == [(1.0, 1.0), (0.75, 0.75), (0.25, 0.25)]
     assert shown == [(step, *state) for step, state in enumerate(asked)]
     assert float(end) == 0
@@ -58,4 +65,6 @@ def test_rescaling_keeps_the_direction_and_takes_the_captions_norm_of_each_token
     guided_velocity, caption = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     result = rescaled(guided_velocity, caption)
     torch.testing.assert_close(result.norm(dim=-1), caption.norm(dim=-1))
-    torch.testing.assert_close(torch.cosine_similarity(result, guided_velocity, dim=-1), torch.ones(2, 3))
+    torch.testing.assert_close(
+        torch.cosine_similarity(result, guided_velocity, dim=-1), torch.ones(2, 3)
+    )

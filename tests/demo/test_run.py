@@ -27,7 +27,10 @@ def test_the_demo_leaves_bundle_exports_and_report(tmp_path, capsys):
         assert (tmp_path / file).stat().st_size > 1000
     assert (tmp_path / "stock" / "exports" / "small-diffusers" / "config.json").exists()
     bundle = tmp_path / "exports" / "pruned.ppcl.safetensors"
-    sizes = [sum(p.numel() for p in open_model(bundle, name, TEACHER).parameters()) for name in ["full", *names]]
+    sizes = [
+        sum(p.numel() for p in open_model(bundle, name, TEACHER).parameters())
+        for name in ["full", *names]
+    ]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
     students = {p.name: p.read_bytes() for p in (tmp_path / "depth").iterdir()}
     assert main(["demo", "--run", str(tmp_path), "--quick", "--captions", "3"]) == 0

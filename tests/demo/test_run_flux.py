@@ -1,4 +1,5 @@
-"""`ppcl demo --teacher flux` and run files with --tiny, on a tiny random teacher of the bundled one's depth."""
+"""`ppcl demo --teacher flux` and run files with --tiny, on a tiny random teacher of the bundled
+one's depth."""
 
 from __future__ import annotations
 
@@ -33,23 +34,48 @@ def teacher(architecture, make_model, tmp_path, monkeypatch):
     kind = replace(KINDS["flux"], config={**KINDS["flux"].config, **NARROW})
     tensors = dict(make_model(**kind.config).named_parameters())
     path = tmp_path / "teacher_flux.safetensors"
-    save_teacher(kind, path, Recipe(teacher="flux"), 0, tensors, fit_codec(0, kind.numbered, samples=64))
+    save_teacher(
+        kind, path, Recipe(teacher="flux"), 0, tensors, fit_codec(0, kind.numbered, samples=64)
+    )
     monkeypatch.setitem(bundled.TEACHERS, "flux", path)
     return path
 
 
 def test_the_demo_runs_on_flux(teacher, tmp_path, capsys):
-    assert main(["demo", "--teacher", "flux", "--run", str(tmp_path / "run"), "--quick", "--captions", "3"]) == 0
+    assert (
+        main(
+            [
+                "demo",
+                "--teacher",
+                "flux",
+                "--run",
+                str(tmp_path / "run"),
+                "--quick",
+                "--captions",
+                "3",
+            ]
+        )
+        == 0
+    )
     assert "report.html" in capsys.readouterr().out
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [v["name"] for v in report["variants"]] == ["large", "medium", "small", "smallest"]
     bundle = tmp_path / "run" / "exports" / "pruned.ppcl.safetensors"
     plan = Bundle(bundle).plan
-    assert plan.architecture == "flux1" and {s.kind for s in plan.sites} & {"ffn_joint", "ffn_image", "ffn_text"}
+    assert plan.architecture == "flux1" and {s.kind for s in plan.sites} & {
+        "ffn_joint",
+        "ffn_image",
+        "ffn_text",
+    }
     assert all((i.first < 8) == (i.last < 8) for i in plan.intervals)
-    sizes = [sum(p.numel() for p in open_model(bundle, n, teacher).parameters()) for n in ("full", "small", "smallest")]
+    sizes = [
+        sum(p.numel() for p in open_model(bundle, n, teacher).parameters())
+        for n in ("full", "small", "smallest")
+    ]
     assert sizes == sorted(sizes, reverse=True)
-    stock = json.loads((tmp_path / "run" / "stock" / "exports" / "small-diffusers" / "config.json").read_text())
+    stock = json.loads(
+        (tmp_path / "run" / "stock" / "exports" / "small-diffusers" / "config.json").read_text()
+    )
     assert stock["_class_name"] == "FluxTransformer2DModel"
     assert stock["num_layers"] + stock["num_single_layers"] == 24 - REMOVE["flux"]
 
@@ -58,7 +84,10 @@ def test_a_teacher_that_is_not_there_is_one_line(architecture, tmp_path, monkeyp
     monkeypatch.setitem(bundled.TEACHERS, "flux", tmp_path / "none.safetensors")
     assert main(["demo", "--teacher", "flux", "--run", str(tmp_path)]) == 2
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "make it with `python -m ppcl_engine.demo.train --teacher flux`" in line
+    assert (
+        line.count("\n") == 1
+        and "make it with `python -m ppcl_engine.demo.train --teacher flux`" in line
+    )
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -66,7 +95,11 @@ def test_a_shipped_run_file_holds_settings_for_one_large_gpu(architecture, name)
     path, (model, _) = CONFIGS / f"{name}.toml", REAL[name]
     stages = read_run_file(path)
     names = [stage for stage, _ in stages]
-    assert names[:3] == ["calibrate", "probe", "detect"] and {"distill-depth", "distill-width", "export"} <= set(names)
+    assert names[:3] == ["calibrate", "probe", "detect"] and {
+        "distill-depth",
+        "distill-width",
+        "export",
+    } <= set(names)
     calibrate = replace(stages[0][1], model=Path(model))
     for _, config in stages:
         wanted = needs(replace(config, model=Path(model)), calibrate)
@@ -78,10 +111,18 @@ def test_a_shipped_run_file_runs_tiny(teacher, tmp_path, monkeypatch):
     assert main(["run", str(CONFIGS / "flux_dev_8b.toml"), "--tiny"]) == 0
     run = tmp_path / "runs" / "flux_dev_8b_tiny"
     assert (run / "report.html").exists() and (run / "exports" / "pruned.ppcl.safetensors").exists()
-    assert sum(i.removed for i in Bundle(run / "exports" / "pruned.ppcl.safetensors").plan.intervals) == 4
+    assert (
+        sum(i.removed for i in Bundle(run / "exports" / "pruned.ppcl.safetensors").plan.intervals)
+        == 4
+    )
 
 
 def test_tiny_needs_to_know_the_teacher(architecture, tmp_path, capsys):
-    (tmp_path / "run.toml").write_text('[common]\nmodel = "m"\nrun = "r"\n[probe]\n[tiny]\nteacher = "sdxl"\n')
+    (tmp_path / "run.toml").write_text(
+        '[common]\nmodel = "m"\nrun = "r"\n[probe]\n[tiny]\nteacher = "sdxl"\n'
+    )
     assert main(["run", str(tmp_path / "run.toml"), "--tiny"]) == 2
-    assert "[tiny] in the run file with teacher = one of 'qwen', 'flux', and blocks" in capsys.readouterr().err
+    assert (
+        "[tiny] in the run file with teacher = one of 'qwen', 'flux', and blocks"
+        in capsys.readouterr().err
+    )

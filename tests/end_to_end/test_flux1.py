@@ -1,4 +1,5 @@
-"""Every stage on a tiny random FLUX: blocks of two kinds, guidance and pooled text, one attention-and-FFN map."""
+"""Every stage on a tiny random FLUX: blocks of two kinds, guidance and pooled text, one
+attention-and-FFN map."""
 
 from __future__ import annotations
 
@@ -44,13 +45,22 @@ def depth(architecture, tmp_path_factory, teacher_file, make_run, run_stages) ->
 
 @pytest.fixture(scope="module")
 def run(depth, teacher_file, tmp_path_factory) -> Run:
-    return finished(teacher_file, copied(depth, tmp_path_factory.mktemp("flux_width") / "run"), SITES)
+    return finished(
+        teacher_file, copied(depth, tmp_path_factory.mktemp("flux_width") / "run"), SITES
+    )
 
 
 @pytest.mark.parametrize("method", ["ppcl", "budget"])
 def test_no_interval_goes_from_double_to_single_blocks(depth, teacher_file, tmp_path, method):
     run = copied(depth, tmp_path / "run")
-    options = {"remove": 5, "max_drop": 10.0, "eps": 10.0, "longest": 8, "bootstrap": 3, "tokens": 3}
+    options = {
+        "remove": 5,
+        "max_drop": 10.0,
+        "eps": 10.0,
+        "longest": 8,
+        "bootstrap": 3,
+        "tokens": 3,
+    }
     detect(DetectConfig(model=teacher_file, run=run.folder, device="cpu", method=method, **options))
     found = run.load_plan().intervals
     assert found and all((i.first < DOUBLES) == (i.last < DOUBLES) for i in found)
@@ -74,7 +84,12 @@ def test_every_kind_of_site_is_weighed_where_it_is(depth, teacher_file, tmp_path
     for method in ("cka", "damage"):
         detect_width(DetectWidthConfig(**common, method=method, share=0.6, samples=6))
         double = {0, 1, 2}
-        assert weighed(run) == {"text": {1, 2}, "ffn_image": double, "ffn_text": double, "ffn_joint": {4, 6, 7}}
+        assert weighed(run) == {
+            "text": {1, 2},
+            "ffn_image": double,
+            "ffn_text": double,
+            "ffn_joint": {4, 6, 7},
+        }
         rows = read_json(run.width)["candidates"]
         assert {r["form"] for r in rows if r["name"].startswith("ffn_joint")} == {"gated"}
         assert run.load_plan().sites
@@ -84,13 +99,22 @@ def test_every_kind_of_site_is_weighed_where_it_is(depth, teacher_file, tmp_path
         detect_width(DetectWidthConfig(**common, kinds="heads"))
 
 
-def test_given_back_parts_are_the_teachers_to_the_bit(run, teacher_file, model, architecture, padded_inputs):
+def test_given_back_parts_are_the_teachers_to_the_bit(
+    run, teacher_file, model, architecture, padded_inputs
+):
     check_given_back(run, teacher_file, model, architecture, padded_inputs(3))
     plan = run.load_plan()
-    assert layout_of(plan, plan.everything()).sites == ("ffn_image:0", "ffn_joint:4", "ffn_joint:7", "text:1-1")
+    assert layout_of(plan, plan.everything()).sites == (
+        "ffn_image:0",
+        "ffn_joint:4",
+        "ffn_joint:7",
+        "text:1-1",
+    )
 
 
-def test_depth_alone_is_diffusers_model_with_blocks_removed(depth, teacher_file, architecture, padded_inputs):
+def test_depth_alone_is_diffusers_model_with_blocks_removed(
+    depth, teacher_file, architecture, padded_inputs
+):
     """Also across the two lists of blocks, which are numbered from 0 each."""
     removed, inputs = open_model(teacher_file), padded_inputs(3)
     for index, blocks in ((2, removed.transformer_blocks), (4, removed.single_transformer_blocks)):
@@ -98,32 +122,56 @@ def test_depth_alone_is_diffusers_model_with_blocks_removed(depth, teacher_file,
         del blocks[index % DOUBLES + 1]
     expected = architecture.call(removed, inputs)
     kind = FluxTransformer2DModel
-    stock, _ = check_depth_alone(depth, teacher_file, architecture, inputs, "2-3,4-5", expected, kind)
+    stock, _ = check_depth_alone(
+        depth, teacher_file, architecture, inputs, "2-3,4-5", expected, kind
+    )
     assert (len(stock.transformer_blocks), len(stock.single_transformer_blocks)) == (3, 3)
 
 
 @pytest.mark.parametrize("name", ["all", "tuned"])
-def test_a_width_pruned_file_opens_as_the_bundles_variant(run, teacher_file, architecture, padded_inputs, name):
+def test_a_width_pruned_file_opens_as_the_bundles_variant(
+    run, teacher_file, architecture, padded_inputs, name
+):
     file = check_width_pruned_file(run, teacher_file, architecture, padded_inputs(3), name)
     assert file.shape("single_blocks.3.linear1.weight") == (96, 32)
     assert file.shape("single_blocks.3.linear2.weight") == (32, 32)
     (guard,) = [key for key in file.keys() if file.shape(key) == GUARD_SHAPE]
     full = expected_shapes(architecture, architecture.tiny_config)
-    assert guard in {architecture.to_comfyui(key, full).name for key in full}  # a stock host expects another shape
+    # a stock host expects another shape
+    assert guard in {architecture.to_comfyui(key, full).name for key in full}
 
 
 def test_a_lora_report_counts_both_kinds_of_blocks(run, architecture):
     plan = run.load_plan()
     layout = layout_of(plan, plan.everything())
-    targets = [f"{kind}transformer_blocks.{i}.attn.to_q.weight" for kind in ("", "single_") for i in range(4)]
-    found = coverage(architecture, plan.config, [*targets, "single_transformer_blocks.3.proj_mlp.weight"], [], layout)
-    assert found.removed == ("single_transformer_blocks.1.attn.to_q.weight", "transformer_blocks.3.attn.to_q.weight")
+    targets = [
+        f"{kind}transformer_blocks.{i}.attn.to_q.weight"
+        for kind in ("", "single_")
+        for i in range(4)
+    ]
+    found = coverage(
+        architecture,
+        plan.config,
+        [*targets, "single_transformer_blocks.3.proj_mlp.weight"],
+        [],
+        layout,
+    )
+    assert found.removed == (
+        "single_transformer_blocks.1.attn.to_q.weight",
+        "transformer_blocks.3.attn.to_q.weight",
+    )
     assert found.projected == ("single_transformer_blocks.3.proj_mlp.weight",)
 
 
 BAD = {
-    "text of a single block": ("text:6", "width site text:6: block 6 has no such part, but ffn_joint"),
-    "joint of a double block": ("ffn_joint:1", "ffn_joint:1: block 1 has no such part, but text, ffn_image, ffn_text"),
+    "text of a single block": (
+        "text:6",
+        "width site text:6: block 6 has no such part, but ffn_joint",
+    ),
+    "joint of a double block": (
+        "ffn_joint:1",
+        "ffn_joint:1: block 1 has no such part, but text, ffn_image, ffn_text",
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""kill -9 and Ctrl-C at any moment, then the same command: the same bits as a run that was left alone."""
+"""kill -9 and Ctrl-C at any moment, then the same command: the same bits as a run that was left
+alone."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def write_run_file(folder: Path, teacher: Path, make_run) -> Path:
 
 
 def start(path: Path) -> int:
-    """The command in a process of its own (a fork: importing torch again would take the whole test)."""
+    """The command in a process of its own (a fork: importing torch again would take the whole
+    test)."""
     child = os.fork()
     if child == 0:
         with open(os.devnull, "w") as nowhere:
@@ -82,7 +84,9 @@ def result(path: Path) -> dict[str, str]:
     folders = ("probes", "depth", "width", "polished", "tuned")
     files = [file for folder in folders for file in (run / folder).rglob("*.safetensors")]
     files += [run / "curves.safetensors", run / "plan.json"]
-    return {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    }
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,9 @@ def test_kill_at_ten_random_moments_changes_no_bit(tmp_path, teacher_file, make_
         killed += 1
 
 
-def test_control_c_saves_says_how_to_go_on_and_changes_no_bit(tmp_path, teacher_file, make_run, left_alone, capfd):
+def test_control_c_saves_says_how_to_go_on_and_changes_no_bit(
+    tmp_path, teacher_file, make_run, left_alone, capfd
+):
     expected, _ = left_alone
     path = write_run_file(tmp_path, teacher_file, make_run)
     child = start(path)

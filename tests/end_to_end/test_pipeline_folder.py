@@ -1,4 +1,5 @@
-"""Every stage through the command line, on a tiny diffusers pipeline folder and on ComfyUI files of its transformer."""
+"""Every stage through the command line, on a tiny diffusers pipeline folder and on ComfyUI files of
+its transformer."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def run(folder, prompts, tmp_path_factory):
 
 @pytest.fixture
 def alone(monkeypatch):
-    """The VAE finds neither a transformer nor a text encoder in memory; returns the transformers that came and went."""
+    """The VAE finds neither a transformer nor a text encoder in memory; returns the transformers
+    that came and went."""
     transformers = []
 
     def watched(module, name):
@@ -101,7 +103,10 @@ def test_states_lie_on_the_teachers_own_way(run, folder):
     calibration, codec = load_calibration(run / "calibration.safetensors"), open_codec(folder)
     times = torch.cat([batch["timestep"] for batch in calibration.batches])
     rows, columns = (side // 2 for side in LATENT_SHAPE)
-    assert calibration.samples == 6 and calibration.batches[0]["hidden_states"].shape[1] == rows * columns
+    assert (
+        calibration.samples == 6
+        and calibration.batches[0]["hidden_states"].shape[1] == rows * columns
+    )
     schedule = torch.tensor(codec.timesteps(3, rows * columns)[:-1])
     assert all((schedule == t).any() for t in times) and len(times.unique()) > 1
 
@@ -112,7 +117,20 @@ def test_pictures_with_captions_calibrate_one_model_at_a_time(folder, tmp_path, 
     for i, caption in enumerate(CAPTIONS):
         Image.new("RGB", (40, 30), (60 * i, 20, 200)).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text(caption)
-    common = ("--model", folder, "--run", tmp_path, "--device", "cpu", "--images", images, "--samples", 4, "--batch", 2)
+    common = (
+        "--model",
+        folder,
+        "--run",
+        tmp_path,
+        "--device",
+        "cpu",
+        "--images",
+        images,
+        "--samples",
+        4,
+        "--batch",
+        2,
+    )
     ppcl("calibrate", *common, *SIZE)
     calibration = load_calibration(tmp_path / "calibration.safetensors")
     assert calibration.samples == 4 and calibration.batches[1]["clean"].shape == (2, 24, 16)
@@ -121,7 +139,18 @@ def test_pictures_with_captions_calibrate_one_model_at_a_time(folder, tmp_path, 
 
 def test_a_picture_size_that_does_not_divide_is_one_line(folder, tmp_path, capsys):
     (tmp_path / "images").mkdir()
-    arguments = ["--model", folder, "--run", tmp_path, "--images", tmp_path / "images", "--height", 32, "--width", 44]
+    arguments = [
+        "--model",
+        folder,
+        "--run",
+        tmp_path,
+        "--images",
+        tmp_path / "images",
+        "--height",
+        32,
+        "--width",
+        44,
+    ]
     assert main(["calibrate", *map(str, arguments)]) == 2
     message = "ppcl: 32 x 44 pixels is not a multiple of 8; change --height and --width"
     assert capsys.readouterr().err.splitlines() == [message]
@@ -143,7 +172,8 @@ def test_evaluate(run, folder, prompts, alone):
     common = ("--model", folder, "--run", run, "--device", "cpu", "--prompts", prompts)
     ppcl("evaluate", *common, "--captions", 3, "--batch", 2, "--variants", "small", *SIZE, *DRAWING)
     rows = json.loads((run / "evaluate.json").read_text())["variants"]
-    assert [row["name"] for row in rows] == ["full", "small"] and len(alone) == 4  # each is opened again to be timed
+    # each is opened again to be timed
+    assert [row["name"] for row in rows] == ["full", "small"] and len(alone) == 4
     assert rows[1]["velocity_error"]["value"] > 0 and rows[1]["psnr"]["value"] < 100
     assert rows[1]["character_accuracy"] is None and rows[1]["text_sensitivity"]["value"] > 0
     assert TensorFile(run / "pictures.safetensors").shape("small") == (3, 3, 32, 48)
@@ -151,11 +181,19 @@ def test_evaluate(run, folder, prompts, alone):
 
 
 def test_generate_from_every_file(run, folder, tmp_path, alone):
-    """The teacher itself, the bundle, and both exports with the folder as what brings text encoder and VAE."""
+    """The teacher itself, the bundle, and both exports with the folder as what brings text encoder
+    and VAE."""
     exports = run / "exports"
     files = {
         "teacher": ("--path", folder),
-        "bundle": ("--path", exports / "bundle.ppcl.safetensors", "--base", folder, "--variant", "small"),
+        "bundle": (
+            "--path",
+            exports / "bundle.ppcl.safetensors",
+            "--base",
+            folder,
+            "--variant",
+            "small",
+        ),
         "diffusers": ("--path", exports / "diffusers", "--base", folder),
         "comfyui": ("--path", exports / "comfyui.safetensors", "--base", folder),
     }
@@ -175,19 +213,31 @@ def test_generate_from_every_file(run, folder, tmp_path, alone):
             *DRAWING,
         )
         pictures[name] = Image.open(output)
-    assert len(alone) == 4 and {picture.size for picture in pictures.values()} == {(2 * 48 * 8, 32 * 8)}
+    assert len(alone) == 4 and {picture.size for picture in pictures.values()} == {
+        (2 * 48 * 8, 32 * 8)
+    }
     contents = {name: picture.tobytes() for name, picture in pictures.items()}
     assert contents["bundle"] == contents["diffusers"] == contents["comfyui"] != contents["teacher"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_a_comfyui_file_and_stored_embeddings(folder, tmp_path, dtype):
-    """No pipeline folder at hand: the file brings the transformer alone, the embeddings are made elsewhere."""
+    """No pipeline folder at hand: the file brings the transformer alone, the embeddings are made
+    elsewhere."""
     weights, codec = Weights(folder), open_codec(folder)
-    model, embeddings, run = tmp_path / "comfyui.safetensors", tmp_path / "embeddings.safetensors", tmp_path / "run"
-    write_tensors(model, {f"model.diffusion_model.{key}": weights.read(key).to(dtype) for key in weights.keys()})
+    model, embeddings, run = (
+        tmp_path / "comfyui.safetensors",
+        tmp_path / "embeddings.safetensors",
+        tmp_path / "run",
+    )
+    write_tensors(
+        model,
+        {f"model.diffusion_model.{key}": weights.read(key).to(dtype) for key in weights.keys()},
+    )
     text, mask = codec.text(CAPTIONS).values()
-    write_tensors(embeddings, {"text": text, "mask": mask, "empty": codec.text([""])["encoder_hidden_states"]})
+    write_tensors(
+        embeddings, {"text": text, "mask": mask, "empty": codec.text([""])["encoder_hidden_states"]}
+    )
     common = (
         "--model",
         model,
@@ -203,7 +253,11 @@ def test_a_comfyui_file_and_stored_embeddings(folder, tmp_path, dtype):
         96,
     )
     ppcl("calibrate", *common, "--samples", 6, "--batch", 2, *DRAWING)
-    times = torch.cat([batch["timestep"] for batch in load_calibration(run / "calibration.safetensors").batches])
-    assert {round(3 * t) for t in times.tolist()} <= {1, 2, 3} and torch.allclose(3 * times, (3 * times).round())
+    times = torch.cat(
+        [batch["timestep"] for batch in load_calibration(run / "calibration.safetensors").batches]
+    )
+    assert {round(3 * t) for t in times.tolist()} <= {1, 2, 3} and torch.allclose(
+        3 * times, (3 * times).round()
+    )
     prune(model, run)
     assert list((run / "depth").glob("*.safetensors"))

@@ -87,7 +87,18 @@ def run(folder, triples, tmp_path_factory):
     ppcl("calibrate", *common, *given, *SIZE, "--empty-captions", 0.25)
     ppcl("probe", *common)
     ppcl("detect", *common, "--remove", 2, "--longest", 3, "--bootstrap", 4)
-    ppcl("distill-depth", *common, "--rounds", 1, "--updates", 2, "--warm-up", 1, "--correction", "none")
+    ppcl(
+        "distill-depth",
+        *common,
+        "--rounds",
+        1,
+        "--updates",
+        2,
+        "--warm-up",
+        1,
+        "--correction",
+        "none",
+    )
     ppcl("variants", *common, "--samples", 4)
     for layout in ("bundle", "diffusers", "comfyui", "ppcl"):
         ppcl("export", *common, "--layout", layout, "--name", layout, "--store", "float32")
@@ -117,7 +128,11 @@ def test_exports_are_the_bundles_model(run, folder):
     with torch.no_grad():
         expected = architecture.call(bundle, inputs)
         assert expected.shape == (2, TOKENS, 16)
-        for path in (exports / "diffusers", exports / "comfyui.safetensors", exports / "ppcl.safetensors"):
+        for path in (
+            exports / "diffusers",
+            exports / "comfyui.safetensors",
+            exports / "ppcl.safetensors",
+        ):
             assert torch.equal(architecture.call(open_model(path), inputs), expected)
 
 
@@ -126,7 +141,9 @@ def test_a_comfyui_file_says_by_its_mark_that_references_are_as_at_t_0(run, tmp_
     exported = TensorFile(run / "exports" / "comfyui.safetensors")
     for marked in (True, False):
         left_out = {HINTS_TENSOR} if marked else {HINTS_TENSOR, MARK}
-        tensors = {f"{COMFYUI_PREFIX}{n}": t for n, t in exported.read_all().items() if n not in left_out}
+        tensors = {
+            f"{COMFYUI_PREFIX}{n}": t for n, t in exported.read_all().items() if n not in left_out
+        }
         write_tensors(tmp_path / "other.safetensors", tensors)
         weights = Weights(tmp_path / "other.safetensors")
         assert weights.num_blocks == 4 and weights.config.get("zero_cond_t", False) == marked
@@ -140,22 +157,42 @@ def test_evaluate_and_generate(run, folder, triples, tmp_path):
     assert rows[1]["velocity_error"]["value"] > 0 and rows[1]["text_sensitivity"]["value"] > 0
     assert TensorFile(run / "pictures.safetensors").shape("small") == (3, 3, 32, 48)
     references, output = f"{pictures / 'cat'}.png|{pictures / 'dog'}.png", tmp_path / "drawn.png"
-    given = ("--path", folder, "--prompt", "red | blue", "--references", references, "--output", output)
+    given = (
+        "--path",
+        folder,
+        "--prompt",
+        "red | blue",
+        "--references",
+        references,
+        "--output",
+        output,
+    )
     ppcl("generate", *given, "--device", "cpu", *SIZE, *DRAWING)
     assert Image.open(output).size == (2 * 48 * 8, 32 * 8)
 
 
 def test_references_alone_are_drawn_from(folder, triples, tmp_path):
     common = ("--model", folder, "--run", tmp_path, "--device", "cpu", "--references", triples[0])
-    ppcl("calibrate", *common, "--samples", 4, "--batch", 3, *SIZE, *DRAWING, "--empty-captions", 0.5)
+    ppcl(
+        "calibrate", *common, "--samples", 4, "--batch", 3, *SIZE, *DRAWING, "--empty-captions", 0.5
+    )
     calibration = load_calibration(tmp_path / "calibration.safetensors")
     assert calibration.origin["source"] == "references" and calibration.samples == 4
-    assert [batch[REFERENCES].shape for batch in calibration.batches] == [(3, TOKENS, 16), (1, TOKENS, 16)]
+    assert [batch[REFERENCES].shape for batch in calibration.batches] == [
+        (3, TOKENS, 16),
+        (1, TOKENS, 16),
+    ]
 
 
-def test_statistics_count_references_unless_told_not_to(make_run, calibration_of, run_stages, teacher_file, tmp_path):
-    """All 13 image tokens of a sample, or the 6 of its picture; and no stage goes on from what counted the others."""
-    folder, found = make_run(tmp_path / "run", teacher_file, calibration_of(teacher_file, references=BEHIND)), []
+def test_statistics_count_references_unless_told_not_to(
+    make_run, calibration_of, run_stages, teacher_file, tmp_path
+):
+    """All 13 image tokens of a sample, or the 6 of its picture; and no stage goes on from what
+    counted the others."""
+    folder, found = (
+        make_run(tmp_path / "run", teacher_file, calibration_of(teacher_file, references=BEHIND)),
+        [],
+    )
     for only in (False, True):
         run = run_stages(teacher_file, folder, "probe", "detect", target_tokens_only=only)
         report = json.loads(TensorFile(run.probe(2)).metadata["report"])
@@ -168,19 +205,25 @@ def test_statistics_count_references_unless_told_not_to(make_run, calibration_of
 
 @pytest.mark.parametrize("only", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_blocks_loss_counts_references_unless_told_not_to(teacher_file, tmp_path, padded_inputs, loss, only):
+def test_a_blocks_loss_counts_references_unless_told_not_to(
+    teacher_file, tmp_path, padded_inputs, loss, only
+):
     config = ProbeConfig(model=teacher_file, run=tmp_path, device="cpu", target_tokens_only=only)
     target = open_teacher(config).embed(padded_inputs(references=BEHIND))
     image = target.image.clone()
     image[:, 6:] *= -2
-    error = float(interval_loss(loss, target.with_streams(image, target.text), target, ("image", "text")))
+    error = float(
+        interval_loss(loss, target.with_streams(image, target.text), target, ("image", "text"))
+    )
     assert abs(error) < 1e-6 if only else error > 0.1
 
 
 def test_the_velocity_is_of_the_picture_alone(
     make_run, calibration_of, run_stages, teacher_file, tmp_path, padded_inputs
 ):
-    folder = make_run(tmp_path / "run", teacher_file, calibration_of(teacher_file, references=BEHIND))
+    folder = make_run(
+        tmp_path / "run", teacher_file, calibration_of(teacher_file, references=BEHIND)
+    )
     run = run_stages(teacher_file, folder, "probe", "detect", "distill_depth")
     common = {"model": teacher_file, "run": folder, "device": "cpu"}
     tuned = {"learning_rate": 1e-3, "save_every": 2}
@@ -192,9 +235,13 @@ def test_the_velocity_is_of_the_picture_alone(
     assert teacher_velocity(teacher, padded_inputs(references=BEHIND)).shape == (6, 6, 16)
 
 
-def test_width_on_states_with_references(make_run, calibration_of, run_stages, teacher_file, tmp_path):
+def test_width_on_states_with_references(
+    make_run, calibration_of, run_stages, teacher_file, tmp_path
+):
     """Fits count the 6 tokens of the picture, of the 13 that there are."""
-    folder = make_run(tmp_path / "run", teacher_file, calibration_of(teacher_file, batches=2, references=BEHIND))
+    folder = make_run(
+        tmp_path / "run", teacher_file, calibration_of(teacher_file, batches=2, references=BEHIND)
+    )
     common = {"model": teacher_file, "run": folder, "device": "cpu", "target_tokens_only": True}
     run = Run(folder)
     teacher = open_teacher(ProbeConfig(**common))
@@ -202,13 +249,20 @@ def test_width_on_states_with_references(make_run, calibration_of, run_stages, t
     inputs = load_calibration(run.calibration).all_inputs()
     with torch.no_grad():
         solutions = ridge_solutions(
-            teacher, RunStudents(run, teacher.config, teacher.architecture), inputs, [fit], StateStore(None), 1.0
+            teacher,
+            RunStudents(run, teacher.config, teacher.architecture),
+            inputs,
+            [fit],
+            StateStore(None),
+            1.0,
         )
     assert solutions[fit]["map"].rows == 2 * 6 * 6
     run_stages(teacher_file, folder, "probe", "detect", "distill_depth", target_tokens_only=True)
     detect_width(DetectWidthConfig(**common, share=0.6, samples=6, kinds="ffn_image"))
     distill_width(DistillWidthConfig(**common, rounds=1, updates=2, warm_up=1))
-    assert run.load_plan().sites and len(list(run.projections.iterdir())) >= len(run.load_plan().sites)
+    assert run.load_plan().sites and len(list(run.projections.iterdir())) >= len(
+        run.load_plan().sites
+    )
 
 
 def test_a_jobs_pictures_are_drawn_from_the_references(run, folder):
@@ -220,27 +274,46 @@ def test_references_cost_what_their_tokens_do(
     architecture, padded_inputs, make_run, calibration_of, teacher_file, tmp_path
 ):
     with_them, without = (
-        CostModel.at(architecture, architecture.tiny_config, padded_inputs(references=r)) for r in (BEHIND, ())
+        CostModel.at(architecture, architecture.tiny_config, padded_inputs(references=r))
+        for r in (BEHIND, ())
     )
     assert with_them.block(0).flops > 1.5 * without.block(0).flops
     assert with_them.block(0).parameters == without.block(0).parameters
     memory = []
     for name, references in (("with", BEHIND), ("without", ())):
-        run = make_run(tmp_path / name, teacher_file, calibration_of(teacher_file, references=references))
+        run = make_run(
+            tmp_path / name, teacher_file, calibration_of(teacher_file, references=references)
+        )
         memory.append(needs(ProbeConfig(model=teacher_file, run=run, device="cpu")).memory)
     assert memory[0] > memory[1]
 
 
 def test_bad_triples_are_one_line(folder, triples, tmp_path, capsys):
     pictures, references = triples
-    common = ("calibrate", "--model", folder, "--run", tmp_path / "run", "--device", "cpu", "--samples", 4, *SIZE)
+    common = (
+        "calibrate",
+        "--model",
+        folder,
+        "--run",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+        "--samples",
+        4,
+        *SIZE,
+    )
     line = refused(capsys, *common, "--images", pictures)
-    assert line.endswith("is an edit model, whose captions change pictures: name them with --references")
+    assert line.endswith(
+        "is an edit model, whose captions change pictures: name them with --references"
+    )
     less = tmp_path / "less"
     less.mkdir()
     (less / "cat.png").write_bytes((references / "cat.png").read_bytes())
     line = refused(capsys, *common, "--images", pictures, "--references", less)
-    assert line == f"ppcl: {less} has no reference of dog.png; put dog.png there, or dog_1.png and so on"
+    assert (
+        line
+        == f"ppcl: {less} has no reference of dog.png; put dog.png there, or dog_1.png and so on"
+    )
     line = refused(capsys, *common, "--images", pictures, "--references", tmp_path / "none")
     assert "none holds no pictures" in line
     line = refused(capsys, *common[:-1], 44, "--images", pictures, "--references", references)
@@ -249,8 +322,20 @@ def test_bad_triples_are_one_line(folder, triples, tmp_path, capsys):
     assert line.endswith("cat.png has no caption; write it into cat.txt")
     words = tmp_path / "words.txt"
     words.write_text("a cat\n")
-    assert "needs one source" in refused(capsys, *common, "--references", pictures, "--prompts", words)
-    line = refused(capsys, "generate", "--path", folder, "--prompt", "a", "--references", tmp_path / "no.png", *SIZE)
+    assert "needs one source" in refused(
+        capsys, *common, "--references", pictures, "--prompts", words
+    )
+    line = refused(
+        capsys,
+        "generate",
+        "--path",
+        folder,
+        "--prompt",
+        "a",
+        "--references",
+        tmp_path / "no.png",
+        *SIZE,
+    )
     assert line.endswith("no.png does not exist; name the pictures to change with --references")
 
 
@@ -258,5 +343,9 @@ def test_a_model_that_changes_no_pictures_takes_no_references(triples, tmp_path,
     plain = build_tiny_pipeline(tmp_path / "plain")
     pictures, references = triples
     given = ("--images", pictures, "--references", references, "--samples", 4, *SIZE)
-    line = refused(capsys, "calibrate", "--model", plain, "--run", tmp_path / "run", "--device", "cpu", *given)
-    assert line.endswith("plain draws from text alone and changes no pictures; leave the references out")
+    line = refused(
+        capsys, "calibrate", "--model", plain, "--run", tmp_path / "run", "--device", "cpu", *given
+    )
+    assert line.endswith(
+        "plain draws from text alone and changes no pictures; leave the references out"
+    )

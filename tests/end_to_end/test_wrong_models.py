@@ -1,4 +1,5 @@
-"""A plan, an interval or a file that does not fit its model is refused in one line, by every stage that reads it."""
+"""A plan, an interval or a file that does not fit its model is refused in one line, by every stage
+that reads it."""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ from ppcl_engine.run import Run
 from ppcl_engine.system.atomic import write_text
 from ppcl_engine.system.tensor_files import write_tensors
 
-STAGES = ("distill-depth", "detect-width", "distill-width", "polish", "variants", "finetune", "export")
+STAGES = (
+    "distill-depth",
+    "detect-width",
+    "distill-width",
+    "polish",
+    "variants",
+    "finetune",
+    "export",
+)
 
 
 @pytest.fixture
@@ -49,7 +58,9 @@ def test_a_plan_of_another_architecture(teacher_file, make_run, tmp_path, refuse
     write_text(run.plan, plan.to_json())
     expected = f"teacher.safetensors is qwen_image, the plan is for {other}; choose its base"
     for stage in STAGES:
-        assert expected in refused(stage, "--model", teacher_file, "--run", run.folder, "--device", "cpu"), stage
+        assert expected in refused(
+            stage, "--model", teacher_file, "--run", run.folder, "--device", "cpu"
+        ), stage
     bundle = tmp_path / "other.ppcl.safetensors"
     write_bundle(bundle, plan, [])
     assert expected in refused("bench", "--path", bundle, "--base", teacher_file, "--device", "cpu")
@@ -65,10 +76,16 @@ def test_an_interval_over_two_kinds_of_blocks(
 ):
     """From double blocks to single ones; SD3's last block, which would be dropped."""
     run = Run(make_run(tmp_path / "run", teacher_file))
-    write_text(run.plan, plan_of(architecture.name, Weights(teacher_file).fingerprint, intervals).to_json())
-    expected = f"interval {intervals} holds blocks of two kinds ({kinds}); end it where one kind ends"
+    write_text(
+        run.plan, plan_of(architecture.name, Weights(teacher_file).fingerprint, intervals).to_json()
+    )
+    expected = (
+        f"interval {intervals} holds blocks of two kinds ({kinds}); end it where one kind ends"
+    )
     for stage in STAGES:
-        assert expected in refused(stage, "--model", teacher_file, "--run", run.folder, "--device", "cpu"), stage
+        assert expected in refused(
+            stage, "--model", teacher_file, "--run", run.folder, "--device", "cpu"
+        ), stage
 
 
 @pytest.mark.parametrize(
@@ -86,8 +103,6 @@ def test_a_diffusers_file_with_gaps(model, model_config, tmp_path, refused, drop
     path = tmp_path / "gap.safetensors"
     kept = {n: t for n, t in model.state_dict().items() if not n.startswith(dropped)}
     write_tensors(path, kept, {"config": json.dumps(model_config(model))})
-    expected = (
-        f"gap.safetensors lacks 1 of {blocks} blocks, first {dropped.rstrip('.')}: a full model's blocks are numbered"
-    )
+    expected = f"gap.safetensors lacks 1 of {blocks} blocks, first {dropped.rstrip('.')}: a full model's blocks are numbered"
     assert expected in refused("inspect", "--path", path)
     assert expected in refused("probe", "--model", path, "--run", tmp_path, "--device", "cpu")

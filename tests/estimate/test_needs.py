@@ -17,7 +17,13 @@ from ppcl_engine.jobs.spec import ALLOWED, Order, configs
 from ppcl_engine.models.opening import model_config
 from ppcl_engine.models.weights import Weights, parameter_count
 from ppcl_engine.settings.convert_settings import ExportConfig, SparsifyConfig
-from ppcl_engine.settings.prune_settings import CalibrateConfig, DetectConfig, FinetuneConfig, PolishConfig, ProbeConfig
+from ppcl_engine.settings.prune_settings import (
+    CalibrateConfig,
+    DetectConfig,
+    FinetuneConfig,
+    PolishConfig,
+    ProbeConfig,
+)
 from ppcl_engine.stages import STAGES
 from ppcl_engine.stages.convert.export import export
 from ppcl_engine.system.machine import device_memory, free_disk
@@ -37,7 +43,9 @@ def test_a_tiny_model_fits(stage, teacher_file, make_run, tmp_path):
     folder = make_run(tmp_path, teacher_file)
     size = {"height": 64, "width": 64} if stage == "calibrate" else {}
     model = "path" if stage == "sparsify" else "model"
-    ((_, config),) = configs(Order(stages=((stage, {model: str(teacher_file), "device": "cpu", **size}),)), folder)
+    ((_, config),) = configs(
+        Order(stages=((stage, {model: str(teacher_file), "device": "cpu", **size}),)), folder
+    )
     assert refusal(config) is None
     wanted = needs(config)
     assert wanted.stage == stage and wanted.memory >= wanted.at_least >= 0 <= wanted.disk < 1e8
@@ -48,7 +56,9 @@ def test_a_resident_teacher_counts_its_weights(teacher_file, make_run, tmp_path)
     folder, weights = make_run(tmp_path, teacher_file), Weights(teacher_file)
     size = 4 * sum(weights.read(key).numel() for key in weights.keys())
     common = {"model": teacher_file, "run": folder, "device": "cpu"}
-    resident, streamed = (needs(ProbeConfig(**common, streamed=streamed)) for streamed in (False, True))
+    resident, streamed = (
+        needs(ProbeConfig(**common, streamed=streamed)) for streamed in (False, True)
+    )
     assert size < resident.at_least < 2 * size and streamed.at_least < resident.at_least
     assert streamed.disk > resident.disk
 
@@ -71,7 +81,9 @@ def test_the_calibration_of_the_same_job_counts_before_it_is_there(teacher_file,
 def test_what_cannot_fit_is_refused_with_what_would(tmp_path):
     """Twenty billion parameters: no weights are read."""
     config = ProbeConfig(model=Path("qwen_image"), run=tmp_path, device="cpu")
-    resident, streamed = (needs(replace(config, streamed=streamed)).at_least for streamed in (False, True))
+    resident, streamed = (
+        needs(replace(config, streamed=streamed)).at_least for streamed in (False, True)
+    )
     assert 80 * GB < resident < 85 * GB and streamed < 5 * GB
     if device_memory("cpu") < resident:
         assert re.fullmatch(
@@ -79,18 +91,27 @@ def test_what_cannot_fit_is_refused_with_what_would(tmp_path):
             refusal(config),
         )
         assert refusal(replace(config, streamed=True)) is None
-    tuned = FinetuneConfig(model=Path("qwen_image"), run=tmp_path, device="cpu", streamed=True, checkpointing=True)
+    tuned = FinetuneConfig(
+        model=Path("qwen_image"), run=tmp_path, device="cpu", streamed=True, checkpointing=True
+    )
     assert needs(tuned).at_least > 200 * GB
     if device_memory("cpu") < 200 * GB:
-        assert "choose a smaller variant" in refusal(tuned) and "a device with more memory" in refusal(tuned)
+        assert "choose a smaller variant" in refusal(
+            tuned
+        ) and "a device with more memory" in refusal(tuned)
 
 
-@pytest.mark.parametrize("name, parameters", [("flux1_dev", 11_901_408_320), ("sd35_medium", 2_243_171_520)])
+@pytest.mark.parametrize(
+    "name, parameters", [("flux1_dev", 11_901_408_320), ("sd35_medium", 2_243_171_520)]
+)
 def test_blocks_of_several_kinds_are_summed_one_by_one(tmp_path, name, parameters):
     """Block 0 is of the largest kind: as many of it as there are blocks would be too much."""
     _, architecture, config = model_config(Path(name))
     with torch.device("meta"):
-        sizes = [parameter_count(architecture.build_block(config, i)) for i in range(architecture.num_blocks(config))]
+        sizes = [
+            parameter_count(architecture.build_block(config, i))
+            for i in range(architecture.num_blocks(config))
+        ]
     probe = ProbeConfig(model=Path(name), run=tmp_path, device="cpu")
     count, again = (Count(replace(probe, streamed=s), None) for s in (False, True))
     assert count.teacher == 4 * parameters < 0.95 * 4 * len(sizes) * sizes[0]
@@ -102,7 +123,12 @@ def test_blocks_of_several_kinds_are_summed_one_by_one(tmp_path, name, parameter
 def test_making_a_model_sparse_counts_its_matrices(teacher_file, make_run, tmp_path):
     """Of one block; the exact layers, not the model, are what takes memory."""
     config = SparsifyConfig(path=teacher_file, run=make_run(tmp_path, teacher_file), device="cpu")
-    assert 0 < needs(replace(config, skip="mlp")).at_least < needs(config).at_least < needs(config).memory
+    assert (
+        0
+        < needs(replace(config, skip="mlp")).at_least
+        < needs(config).at_least
+        < needs(config).memory
+    )
     assert needs(replace(config, streamed=True)).at_least < needs(config).at_least
     plain = replace(config, granularity="layer", exchange=False, compensate=False)
     assert needs(plain).seconds < needs(config).seconds
@@ -110,7 +136,8 @@ def test_making_a_model_sparse_counts_its_matrices(teacher_file, make_run, tmp_p
 
 
 def test_a_large_model_is_made_sparse_with_little_memory(capsys, tmp_path):
-    """Its largest block, Gram matrices of 3,072 and 12,288 columns, a sample's states; no weights are read."""
+    """Its largest block, Gram matrices of 3,072 and 12,288 columns, a sample's states; no weights
+    are read."""
     config = SparsifyConfig(path=Path("qwen_image"), run=tmp_path, device="cpu", dry_run=True)
     print_estimate(config)
     said = capsys.readouterr().out
@@ -122,11 +149,20 @@ def test_a_large_model_is_made_sparse_with_little_memory(capsys, tmp_path):
 def test_a_variant_counts_what_is_left_of_it(teacher_file, make_run, tmp_path):
     run = tuned_run(make_run(tmp_path, teacher_file), teacher_file)
     bundle = export(ExportConfig(model=teacher_file, run=run.folder))
-    config = SparsifyConfig(path=bundle, base=teacher_file, variant="smallest", run=run.folder, device="cpu")
+    config = SparsifyConfig(
+        path=bundle, base=teacher_file, variant="smallest", run=run.folder, device="cpu"
+    )
     assert needs(config).disk < needs(replace(config, variant="full")).disk
-    alone = export(ExportConfig(model=teacher_file, run=run.folder, layout="ppcl", variant="smallest", name="alone"))
+    alone = export(
+        ExportConfig(
+            model=teacher_file, run=run.folder, layout="ppcl", variant="smallest", name="alone"
+        )
+    )
     assert needs(replace(config, path=alone, base=None, variant=None)).disk == needs(config).disk
-    with pytest.raises(ValueError, match="is a bundle: students only; give the base model it was made from as --base"):
+    with pytest.raises(
+        ValueError,
+        match="is a bundle: students only; give the base model it was made from as --base",
+    ):
         needs(replace(config, base=None))
 
 

@@ -1,4 +1,5 @@
-"""A store with a recording of the tiny teacher, orders on it, and workers in a process of their own."""
+"""A store with a recording of the tiny teacher, orders on it, and workers in a process of their
+own."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def until(true: Callable[[], object]) -> float:
 
 
 def fork(*arguments: object, before: Callable[[], None] = lambda: None) -> int:
-    """The worker's main in a child (importing torch again would take the whole test). Returns its pid."""
+    """The worker's main in a child (importing torch again would take the whole test). Returns its
+    pid."""
     child = os.fork()
     if child:
         return child
@@ -64,7 +66,9 @@ def is_at(path: Path, stage: str, step: int = 1) -> bool:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def finish(path: Path, status: str = "done") -> None:
@@ -101,14 +105,18 @@ def stages_of(teacher_file):
 
     def make(*names: str, **changes: dict) -> list[tuple[str, dict]]:
         common = {"model": teacher_file, "device": "cpu"}
-        return [(name, {**common, **QUICK[name], **changes.get(name.replace("-", "_"), {})}) for name in names]
+        return [
+            (name, {**common, **QUICK[name], **changes.get(name.replace("-", "_"), {})})
+            for name in names
+        ]
 
     return make
 
 
 @pytest.fixture
 def prepare(store, stages_of):
-    """A new run on the recording. What a worker counts and measures first is known to its forks from here."""
+    """A new run on the recording. What a worker counts and measures first is known to its forks
+    from here."""
     recording = store.path(next(name for name, _ in store.names() if name.startswith("record")))
     for _, config in configs(Order(stages=tuple(stages_of("probe"))), recording):
         needs(config)

@@ -1,4 +1,5 @@
-"""The worker: what ends it, what it says then, and that going on from there ends in the same bits."""
+"""The worker: what ends it, what it says then, and that going on from there ends in the same
+bits."""
 
 from __future__ import annotations
 
@@ -22,7 +23,14 @@ from ppcl_engine.jobs import attempt
 from ppcl_engine.jobs.failures import failure, memory_line
 from ppcl_engine.jobs.launch import WORKER, launch, stop
 from ppcl_engine.jobs.spec import Order, write_order
-from ppcl_engine.jobs.state import JobState, ask_to_cancel, current_state, read_events, read_state, write_state
+from ppcl_engine.jobs.state import (
+    JobState,
+    ask_to_cancel,
+    current_state,
+    read_events,
+    read_state,
+    write_state,
+)
 from ppcl_engine.settings.prune_settings import ProbeConfig
 
 from ..tiny.processes import Launched
@@ -46,7 +54,8 @@ def bits(path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def at_work(prepare):
-    """A worker in the midst of a training that would take minutes; killed at the end of the test at the latest."""
+    """A worker in the midst of a training that would take minutes; killed at the end of the test at
+    the latest."""
     children = []
 
     def make(*arguments, **changes) -> tuple[Path, int]:
@@ -67,7 +76,13 @@ def test_a_job_is_done_and_tells_of_it(prepare):
     path = prepare("all", *ALL)
     assert exit_code(fork(path)) == DONE
     state = read_state(path)
-    assert (state.status, state.stage, state.number, state.stages, state.error) == ("done", "export", 6, 6, "")
+    assert (state.status, state.stage, state.number, state.stages, state.error) == (
+        "done",
+        "export",
+        6,
+        6,
+        "",
+    )
     events = read_events(path)
     assert [e["stage"] for e in events if e["kind"] == "finished"] == list(ALL)
     kinds = [e["kind"] for e in events]
@@ -84,8 +99,13 @@ def test_a_run_that_ended_is_refused_and_nothing_is_written(prepare):
     path = prepare("probe", "probe")
     write_state(path, JobState(status="failed", error="no reason"))
     before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
-    assert subprocess.run([sys.executable, str(WORKER), str(path)], capture_output=True).returncode == REFUSED
-    assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != "worker.lock"} == before
+    assert (
+        subprocess.run([sys.executable, str(WORKER), str(path)], capture_output=True).returncode
+        == REFUSED
+    )
+    assert {
+        p: p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != "worker.lock"
+    } == before
 
 
 def test_a_second_worker_is_refused(at_work):
@@ -120,7 +140,12 @@ def test_control_c_cancels(at_work):
 
 @pytest.mark.parametrize("stage", ["probe", "detect", "variants", "polish"])
 def test_every_stage_ends_soon(prepare, stage):
-    slow = {"probe": {"train_steps": 5000}, "detect": {"bootstrap": 3000}, "polish": {"steps": 5000}, "variants": {}}
+    slow = {
+        "probe": {"train_steps": 5000},
+        "detect": {"bootstrap": 3000},
+        "polish": {"steps": 5000},
+        "variants": {},
+    }
     path = prepare("slow", "probe", "detect", "distill-depth", stage, **{stage: slow[stage]})
     child = fork(path)
     until(lambda: is_at(path, stage, 0))
@@ -141,7 +166,9 @@ def test_kill_9_is_told_and_another_attempt_ends_in_the_same_bits(store, prepare
         time.sleep(moments.uniform(0, 0.05))
         os.kill(child, signal.SIGKILL)
         assert exit_code(child) == -signal.SIGKILL
-        assert current_state(path).status == "failed" and "without a word" in current_state(path).error
+        assert (
+            current_state(path).status == "failed" and "without a word" in current_state(path).error
+        )
         assert read_state(path).status == "running"
         if number == 0:  # the same folder, by hand
             resumed = path
@@ -150,7 +177,9 @@ def test_kill_9_is_told_and_another_attempt_ends_in_the_same_bits(store, prepare
             assert exit_code(fork(path, "--again")) == DONE
             resumed = store.path(f"{path.name}-2")
             assert read_state(path).status == "failed"
-            assert read_events(resumed)[0]["finished"] == sum(e["kind"] == "finished" for e in read_events(path))
+            assert read_events(resumed)[0]["finished"] == sum(
+                e["kind"] == "finished" for e in read_events(path)
+            )
         assert read_state(resumed).status == "done" and bits(resumed) == bits(expected)
 
 
@@ -190,7 +219,9 @@ def test_folders_that_are_none(tmp_path):
 def test_a_lack_of_memory_names_the_setting(prepare, calibration_of, teacher_file, padded_inputs):
     path = prepare("probe", "probe")
     origin = calibration_of(teacher_file).origin
-    large = CalibrationSet([padded_inputs(seed=i, samples=96, grid=(1, 40, 40)) for i in range(2)], origin)
+    large = CalibrationSet(
+        [padded_inputs(seed=i, samples=96, grid=(1, 40, 40)) for i in range(2)], origin
+    )
     save_calibration(path / "calibration.safetensors", large)
 
     def limit() -> None:
@@ -206,9 +237,13 @@ def test_a_lack_of_memory_names_the_setting(prepare, calibration_of, teacher_fil
 def test_memory_is_known_by_its_errors(tmp_path):
     config = ProbeConfig(model=tmp_path, run=tmp_path, streamed=True)
     for error in (
-        MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("CUDA out of memory. Tried 2 GiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
-    ):  # fmt: skip
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError("CUDA out of memory. Tried 2 GiB"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
+        ),
+    ):
         assert "calibrate again with fewer samples" in memory_line(error, "probe", config)
     assert memory_line(RuntimeError("shapes do not match"), "probe", config) is None
 
@@ -216,8 +251,9 @@ def test_memory_is_known_by_its_errors(tmp_path):
 def test_a_full_disk_and_our_own_errors_are_lines(tmp_path):
     config = ProbeConfig(model=tmp_path, run=tmp_path)
     assert failure(OSError(28, "No space left", "/x"), "probe", config) == (
-        "/x: the disk is full; free space and start it again, it goes on from what is saved", REFUSED,
-    )  # fmt: skip
+        "/x: the disk is full; free space and start it again, it goes on from what is saved",
+        REFUSED,
+    )
     assert failure(ValueError("a\nb"), "probe", config) == ("a b", REFUSED)
     assert failure(KeyError("x"), "probe", config) == ("KeyError: 'x'", UNEXPECTED)
 
@@ -242,7 +278,9 @@ def test_an_error_that_nobody_expected_is_told_and_goes_on(prepare):
 
 
 def workers_of(folder: Path) -> list[int]:
-    return [p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in (p.info["cmdline"] or [])]
+    return [
+        p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in (p.info["cmdline"] or [])
+    ]
 
 
 @pytest.mark.parametrize("outlive", [False, True])
@@ -290,5 +328,7 @@ def test_of_two_processes_the_one_that_failed_says_why(tmp_path, prepare):
         return attempt.main([str(path)])
 
     assert Launched(tmp_path, 2, second_has_no_memory).codes() == [REFUSED, REFUSED]
-    assert read_state(path).error.startswith("distill-depth ran out of memory on cpu: turn on streamed")
+    assert read_state(path).error.startswith(
+        "distill-depth ran out of memory on cpu: turn on streamed"
+    )
     assert [e["rank"] for e in read_events(path) if e["kind"] == "process_failed"] == [1]

@@ -15,14 +15,18 @@ from ppcl_engine.stages import STAGES
 
 ORDERS = st.builds(
     Order,
-    stages=st.lists(st.tuples(st.sampled_from(ALLOWED), st.dictionaries(st.text(), st.text() | st.integers() | st.booleans())))
-    .map(tuple),
+    stages=st.lists(
+        st.tuples(
+            st.sampled_from(ALLOWED),
+            st.dictionaries(st.text(), st.text() | st.integers() | st.booleans()),
+        )
+    ).map(tuple),
     parallel=st.sampled_from(["data", "intervals"]),
     outlive=st.booleans(),
     preview_seconds=st.floats(0, 1e6),
     upstream=st.text("abc-1", max_size=9),
     identity=st.text("abc1", max_size=9),
-)  # fmt: skip
+)
 
 
 @given(ORDERS)
@@ -44,17 +48,24 @@ def test_a_job_does_the_stages_of_the_command_line():
 
 def test_settings_become_configs_in_the_folder(tmp_path):
     order = Order(
-        stages=(("calibrate", {"model": "m.safetensors", "images": "pictures"}), ("distill-depth", {"model": "/m"}))
+        stages=(
+            ("calibrate", {"model": "m.safetensors", "images": "pictures"}),
+            ("distill-depth", {"model": "/m"}),
+        )
     )
     (first, calibrate), (second, distill) = configs(order, tmp_path)
     assert (first, second) == ("calibrate", "distill-depth")
-    assert calibrate == CalibrateConfig(model=tmp_path / "m.safetensors", run=tmp_path, images=tmp_path / "pictures")
+    assert calibrate == CalibrateConfig(
+        model=tmp_path / "m.safetensors", run=tmp_path, images=tmp_path / "pictures"
+    )
     assert distill == DistillDepthConfig(model=Path("/m"), run=tmp_path)
 
 
 def test_another_machine_has_the_model_elsewhere(tmp_path):
     order = Order(stages=(("probe", {"model": "/there/m"}), ("export", {"model": "/there/m"})))
-    assert {config.model for _, config in configs(order, tmp_path, Path("/here/m"))} == {Path("/here/m")}
+    assert {config.model for _, config in configs(order, tmp_path, Path("/here/m"))} == {
+        Path("/here/m")
+    }
 
 
 def test_a_model_that_is_made_sparse_is_elsewhere_too(tmp_path):
@@ -75,8 +86,16 @@ def test_a_model_that_is_made_sparse_is_elsewhere_too(tmp_path):
         ("probe", {"ridge": 1.0}, "stage probe: setting 'model' is missing"),
         ("probe", {"model": "/m", "ridge": "1"}, "stage probe: ridge = '1' is not float"),
         ("probe", {"model": "/m", "run": "/etc"}, "stage probe: 'run' is not a job's to choose"),
-        ("probe", {"model": "/m", "dry_run": True}, "stage probe: 'dry_run' is not a job's to choose"),
-        ("detect", {"model": "/m", "method": "guess"}, "stage detect: method = 'guess'; choose from ppcl, budget"),
+        (
+            "probe",
+            {"model": "/m", "dry_run": True},
+            "stage probe: 'dry_run' is not a job's to choose",
+        ),
+        (
+            "detect",
+            {"model": "/m", "method": "guess"},
+            "stage detect: method = 'guess'; choose from ppcl, budget",
+        ),
         ("polish", {"model": "/m", "steps": 0}, "--steps 0"),
     ],
 )

@@ -14,7 +14,11 @@ from .test_weights import same
 
 
 def kept_blocks(model: torch.nn.Module) -> list[int]:
-    return [index for index, block in enumerate(model.transformer_blocks) if not isinstance(block, PassThrough)]
+    return [
+        index
+        for index, block in enumerate(model.transformer_blocks)
+        if not isinstance(block, PassThrough)
+    ]
 
 
 def student_entries(states: dict[str, dict[str, torch.Tensor]]) -> list[TensorEntry]:
@@ -38,9 +42,16 @@ def bundle(tmp_path_factory, architecture, teacher_file):
         variants=(Variant(name="small", intervals=("1-2", "3-5"), parameters=1),),
     )
     torch.manual_seed(5)
-    students = {i.name: build_student(architecture, weights.config, i).requires_grad_(False) for i in plan.intervals}
+    students = {
+        i.name: build_student(architecture, weights.config, i).requires_grad_(False)
+        for i in plan.intervals
+    }
     path = tmp_path_factory.mktemp("bundle") / "a.ppcl.safetensors"
-    write_bundle(path, plan, student_entries({name: student.state_dict() for name, student in students.items()}))
+    write_bundle(
+        path,
+        plan,
+        student_entries({name: student.state_dict() for name, student in students.items()}),
+    )
     return path, plan, students
 
 
@@ -49,8 +60,13 @@ def test_a_bundle_there_and_back(bundle, teacher_file):
     read = Bundle(path)
     assert read.plan == plan and is_bundle(path) and not is_bundle(teacher_file)
     for interval in plan.intervals:
-        assert same(read.student(interval, torch.float32, "cpu").state_dict(), students[interval.name].state_dict())
-    assert sum(t.numel() for s in students.values() for t in s.parameters()) * 4 < path.stat().st_size
+        assert same(
+            read.student(interval, torch.float32, "cpu").state_dict(),
+            students[interval.name].state_dict(),
+        )
+    assert (
+        sum(t.numel() for s in students.values() for t in s.parameters()) * 4 < path.stat().st_size
+    )
 
 
 def test_full_is_the_teacher_bit_for_bit(architecture, bundle, teacher_file, model, padded_inputs):
@@ -61,7 +77,8 @@ def test_full_is_the_teacher_bit_for_bit(architecture, bundle, teacher_file, mod
 
 
 @pytest.mark.parametrize(
-    "variant, kept", [("1-2", [0, 1, 3, 4, 5]), ("3-5", [0, 1, 2, 3]), (None, [0, 1, 3]), ("small", [0, 1, 3])]
+    "variant, kept",
+    [("1-2", [0, 1, 3, 4, 5]), ("3-5", [0, 1, 2, 3]), (None, [0, 1, 3]), ("small", [0, 1, 3])],
 )
 def test_a_variant_runs_students_in_place_of_its_intervals(
     architecture, bundle, teacher_file, model, padded_inputs, variant, kept
@@ -73,7 +90,9 @@ def test_a_variant_runs_students_in_place_of_its_intervals(
     state = architecture.embed(model, inputs)
     for index in kept:
         name = next((n for n in chosen if n.startswith(f"{index}-")), None)
-        state = architecture.run_block(students[name] if name else model.transformer_blocks[index], state)
+        state = architecture.run_block(
+            students[name] if name else model.transformer_blocks[index], state
+        )
     ours = architecture.call(opened, inputs)
     assert torch.equal(ours, architecture.finish(model, state))
     assert not torch.allclose(ours, architecture.call(model, inputs), atol=1e-2)
@@ -82,16 +101,23 @@ def test_a_variant_runs_students_in_place_of_its_intervals(
 def test_an_interval_given_back_is_the_teacher_there(bundle, teacher_file, model):
     opened = open_model(bundle[0], "3-5", teacher_file)
     for index in (0, 1, 2):
-        assert same(opened.transformer_blocks[index].state_dict(), model.transformer_blocks[index].state_dict())
+        assert same(
+            opened.transformer_blocks[index].state_dict(),
+            model.transformer_blocks[index].state_dict(),
+        )
 
 
 def test_students_that_copy_the_teacher_where_the_rest_is_identity(
     tmp_path, architecture, make_model, save_model, padded_inputs
 ):
-    """Blocks whose gates are zero do nothing, so a copy of the block before them replaces the whole interval."""
+    """Blocks whose gates are zero do nothing, so a copy of the block before them replaces the whole
+    interval."""
     model = make_model(seed=2)
     for index in (2, 3):
-        for linear in (model.transformer_blocks[index].img_mod[1], model.transformer_blocks[index].txt_mod[1]):
+        for linear in (
+            model.transformer_blocks[index].img_mod[1],
+            model.transformer_blocks[index].txt_mod[1],
+        ):
             linear.weight.zero_(), linear.bias.zero_()
     base = save_model(tmp_path / "base.safetensors", model)
     weights = Weights(base)
@@ -102,7 +128,9 @@ def test_students_that_copy_the_teacher_where_the_rest_is_identity(
         fingerprint=weights.fingerprint,
         intervals=(Interval(first=1, last=3),),
     )
-    write_bundle(tmp_path / "a", plan, student_entries({"1-3": model.transformer_blocks[1].state_dict()}))
+    write_bundle(
+        tmp_path / "a", plan, student_entries({"1-3": model.transformer_blocks[1].state_dict()})
+    )
     opened, inputs = open_model(tmp_path / "a", base=base), padded_inputs()
     assert kept_blocks(opened) == [0, 1, 4, 5]
     assert torch.equal(architecture.call(opened, inputs), architecture.call(model, inputs))
@@ -118,7 +146,9 @@ def test_a_bundle_wants_its_own_base(tmp_path, bundle, teacher_file, make_model,
     with pytest.raises(ValueError, match="is not a bundle, so it has no variant 'small'"):
         open_model(teacher_file, "small")
     for variant in (None, "small"):
-        with pytest.raises(ValueError, match="no.ppcl.safetensors does not exist; give a model file or folder$"):
+        with pytest.raises(
+            ValueError, match="no.ppcl.safetensors does not exist; give a model file or folder$"
+        ):
             open_model(tmp_path / "no.ppcl.safetensors", variant, teacher_file)
     with pytest.raises(ValueError, match="'huge' is not in the plan; it has: small, full"):
         open_model(path, "huge", teacher_file)

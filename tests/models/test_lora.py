@@ -17,7 +17,9 @@ PARTS = (
 )
 TARGETS = [f"transformer_blocks.{b}.{p}" for b in range(12) for p in PARTS] + ["img_in.weight"]
 STUDENT = Interval(first=3, last=5)
-BLOCKS = [Place(index=i, interval=STUDENT if i == 3 else None) for i in range(12) if i not in (4, 5)]
+BLOCKS = [
+    Place(index=i, interval=STUDENT if i == 3 else None) for i in range(12) if i not in (4, 5)
+]
 
 
 def changed(index: int, **parts) -> Layout:
@@ -28,20 +30,34 @@ def changed(index: int, **parts) -> Layout:
 def test_the_full_model_takes_everything():
     found = coverage(QWEN, QWEN.tiny_config, TARGETS, [], full_layout(12))
     assert found.text().startswith(f"covers {len(TARGETS)} of {len(TARGETS)} modules\nreached: ")
-    assert found.reached[0] == "img_in.weight" and found.reached[-1].startswith("transformer_blocks.11.")
+    assert found.reached[0] == "img_in.weight" and found.reached[-1].startswith(
+        "transformer_blocks.11."
+    )
 
 
 def test_blocks_inside_an_interval_are_removed():
-    found = coverage(QWEN, QWEN.tiny_config, TARGETS, [], Layout(num_blocks=12, places=tuple(BLOCKS)))
-    assert {name.split(".")[1] for name in found.removed} == {"4", "5"} and len(found.removed) == 2 * len(PARTS)
+    found = coverage(
+        QWEN, QWEN.tiny_config, TARGETS, [], Layout(num_blocks=12, places=tuple(BLOCKS))
+    )
+    assert {name.split(".")[1] for name in found.removed} == {"4", "5"} and len(
+        found.removed
+    ) == 2 * len(PARTS)
     assert "covers 51 of 61 modules; 10 belong to removed blocks" in found.text()
 
 
 @pytest.mark.parametrize(
     "parts, projected, halved",
     [
-        ({"ffn": (WidthSite(block=7, kind="ffn_image", form="gated"),)}, {"img_mlp.net.2.weight"}, set()),
-        ({"ffn": (WidthSite(block=7, kind="ffn_image"),)}, {"img_mlp.net.2.weight"}, {"img_mod.1.weight"}),
+        (
+            {"ffn": (WidthSite(block=7, kind="ffn_image", form="gated"),)},
+            {"img_mlp.net.2.weight"},
+            set(),
+        ),
+        (
+            {"ffn": (WidthSite(block=7, kind="ffn_image"),)},
+            {"img_mlp.net.2.weight"},
+            {"img_mod.1.weight"},
+        ),
         ({"text_source": 6}, {"attn.to_add_out.weight", "txt_mlp.net.2.weight"}, set()),
     ],
 )
@@ -56,12 +72,17 @@ def test_projected_parts(parts, projected, halved):
 
 
 def test_parts_of_blocks_of_two_kinds():
-    """FLUX: names of single blocks are counted from 0 again; what a map of both streams loses is cut."""
+    """FLUX: names of single blocks are counted from 0 again; what a map of both streams loses is
+    cut."""
     flux = architecture_named("flux1")
     config = {**flux.tiny_config, "num_layers": 2, "num_single_layers": 3}
     joint = (WidthSite(block=4, kind="ffn_joint", form="gated"),)
-    places = (Place(index=0, publishes=True), Place(index=1, text_source=0),
-              Place(index=2, interval=Interval(first=2, last=3)), Place(index=4, ffn=joint))  # fmt: skip
+    places = (
+        Place(index=0, publishes=True),
+        Place(index=1, text_source=0),
+        Place(index=2, interval=Interval(first=2, last=3)),
+        Place(index=4, ffn=joint),
+    )
     names = {
         "transformer_blocks.1.ff_context.net.2.weight": "projected",
         "transformer_blocks.1.ff.net.2.weight": "reached",
@@ -71,5 +92,9 @@ def test_parts_of_blocks_of_two_kinds():
         "single_transformer_blocks.2.proj_out.weight": "reached",
     }
     found = coverage(flux, config, names, [], Layout(num_blocks=5, places=places))
-    assert {name: where for where in ("reached", "removed", "projected") for name in getattr(found, where)} == names
+    assert {
+        name: where
+        for where in ("reached", "removed", "projected")
+        for name in getattr(found, where)
+    } == names
     assert found.halved == ("single_transformer_blocks.2.proj_out.weight",)

@@ -1,4 +1,5 @@
-"""The authors' released folders compute what the method says, and broken ones end in one clear line."""
+"""The authors' released folders compute what the method says, and broken ones end in one clear
+line."""
 
 from __future__ import annotations
 
@@ -62,7 +63,9 @@ def expected(make_model, padded_inputs):
 
 @pytest.fixture
 def velocity(architecture, padded_inputs):
-    return lambda *path, **options: architecture.call(open_model(*path, **options), padded_inputs(2))
+    return lambda *path, **options: architecture.call(
+        open_model(*path, **options), padded_inputs(2)
+    )
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -70,12 +73,16 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("lists", [TEXT, FFN, LISTS], ids=["text", "ffn", "both"])
-def test_a_width_pruned_folder_computes_the_method(tmp_path, teacher, config, expected, velocity, lists):
+def test_a_width_pruned_folder_computes_the_method(
+    tmp_path, teacher, config, expected, velocity, lists
+):
     state = released_state(teacher, KEPT, lists)
     folder = write_folder(tmp_path, state, config, lists)
     ours, theirs = velocity(folder), expected(state, lists)
     assert close(ours, theirs) and theirs.std() > 0.1
-    other = {n: t + 1 if "_proj.bias" in n and "to_add_out" not in n else t for n, t in state.items()}
+    other = {
+        n: t + 1 if "_proj.bias" in n and "to_add_out" not in n else t for n, t in state.items()
+    }
     assert not close(ours, expected(other, lists))
 
 
@@ -85,17 +92,25 @@ def test_a_depth_pruned_folder_is_a_plain_one(tmp_path, teacher, config, expecte
     for lists in (None, nothing):
         folder = write_folder(tmp_path / str(lists is None), state, config, lists)
         assert close(velocity(folder), expected(state, nothing))
-    assert Weights(tmp_path / "True").num_blocks == Released(tmp_path / "True").num_blocks == len(KEPT)
+    assert (
+        Weights(tmp_path / "True").num_blocks == Released(tmp_path / "True").num_blocks == len(KEPT)
+    )
 
 
 @pytest.mark.parametrize("kind", ["safetensors sharded", "bin", "bin sharded"])
 @pytest.mark.parametrize("lists", [None, LISTS], ids=["plain", "width-pruned"])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_every_container_holds_the_same_model(tmp_path, teacher, config, velocity, kind, lists, prefix):
+def test_every_container_holds_the_same_model(
+    tmp_path, teacher, config, velocity, kind, lists, prefix
+):
     state = released_state(teacher, KEPT, lists or dict.fromkeys(LISTS, []))
     plain = write_folder(tmp_path / "plain", state, config, lists)
     folder = write_folder(
-        tmp_path / "a" / "transformer", {prefix + n: t for n, t in state.items()}, config, lists, kind
+        tmp_path / "a" / "transformer",
+        {prefix + n: t for n, t in state.items()},
+        config,
+        lists,
+        kind,
     )
     (tmp_path / "a" / "model_index.json").write_text("{}")
     assert torch.equal(velocity(folder), velocity(plain))
@@ -116,8 +131,12 @@ def test_the_text_passes_a_group_without_a_step(tmp_path, teacher, config, expec
     assert close(velocity(write_folder(tmp_path, state, config, lists)), expected(state, lists))
 
 
-def test_legacy_means_something_for_width_pruned_folders_only(tmp_path, teacher, config, teacher_file):
-    plain = write_folder(tmp_path / "a", released_state(teacher, KEPT, dict.fromkeys(LISTS, [])), config, None)
+def test_legacy_means_something_for_width_pruned_folders_only(
+    tmp_path, teacher, config, teacher_file
+):
+    plain = write_folder(
+        tmp_path / "a", released_state(teacher, KEPT, dict.fromkeys(LISTS, [])), config, None
+    )
     ffn = write_folder(tmp_path / "b", released_state(teacher, KEPT, FFN), config, FFN)
     for path in (plain, teacher_file, ffn):
         with pytest.raises(ValueError, match="--legacy-txt-proj says nothing"):
@@ -154,7 +173,9 @@ class Trap:
 
 
 def broken_pickle(folder, state, config):
-    write_folder(folder, state | {"transformer_blocks.0.x": Trap(folder / "trapped")}, config, LISTS, "bin")
+    write_folder(
+        folder, state | {"transformer_blocks.0.x": Trap(folder / "trapped")}, config, LISTS, "bin"
+    )
 
 
 def broken_end(folder, state, config):
@@ -169,21 +190,36 @@ BROKEN = {
         "lacks 1 tensors, first transformer_blocks.1.txt_proj.bias",
     ),
     "unknown": (
-        partial(broken_state, lambda s: s.update({"transformer_blocks.1.txt_mlp.net.2.bias": torch.ones(32)})),
+        partial(
+            broken_state,
+            lambda s: s.update({"transformer_blocks.1.txt_mlp.net.2.bias": torch.ones(32)}),
+        ),
         "has 1 tensors with no home, first transformer_blocks.1.txt_mlp.net.2.bias",
     ),
     "shape": (
-        partial(broken_state, lambda s: s.update({"transformer_blocks.2.img_mod.1.bias": torch.ones(192)})),
+        partial(
+            broken_state,
+            lambda s: s.update({"transformer_blocks.2.img_mod.1.bias": torch.ones(192)}),
+        ),
         re.escape("transformer_blocks.2.img_mod.1.bias has shape (192,), not (96,)"),
     ),
     "lists of another": (
         partial(broken_lists, {"ffn_proj_index": [3, 5]}),
         "lacks 12 tensors, first transformer_blocks.2.img_mlp",
     ),
-    "no such block": (partial(broken_lists, {"ffn_proj_index": [6]}), re.escape("[6] is no list of blocks 0-5")),
+    "no such block": (
+        partial(broken_lists, {"ffn_proj_index": [6]}),
+        re.escape("[6] is no list of blocks 0-5"),
+    ),
     "no list": (partial(broken_lists, {"ffn_proj_index": "2"}), "'2' is no list of blocks 0-5"),
-    "step without text": (partial(broken_lists, {"ehs_proj_index": [3]}), "ehs_proj_index has 3, which single_stream"),
-    "first block": (partial(broken_lists, {"single_stream_index": [0, 1, 4, 5]}), "no full block comes before it"),
+    "step without text": (
+        partial(broken_lists, {"ehs_proj_index": [3]}),
+        "ehs_proj_index has 3, which single_stream",
+    ),
+    "first block": (
+        partial(broken_lists, {"single_stream_index": [0, 1, 4, 5]}),
+        "no full block comes before it",
+    ),
     "code in a pickle": (broken_pickle, "holds code or objects, not tensors alone"),
     "truncated pickle": (broken_end, "is truncated or no PyTorch file"),
 }
@@ -217,7 +253,10 @@ def test_a_width_pruned_model_is_no_teacher(tmp_path, teacher, config):
 def plant(state: dict) -> dict:
     """The exporter's fault: one group's text step in another group."""
     first, last = (f"transformer_blocks.{index}.ehs_proj." for index in (1, 5))
-    return {n: state[first + n.removeprefix(last)].clone() if n.startswith(last) else t for n, t in state.items()}
+    return {
+        n: state[first + n.removeprefix(last)].clone() if n.startswith(last) else t
+        for n, t in state.items()
+    }
 
 
 def test_repeated_text_steps_are_named(tmp_path, teacher, config):
@@ -243,7 +282,11 @@ def test_inspect_says_what_a_folder_holds(tmp_path, teacher, config, capsys):
     assert main(["inspect", "--path", str(folder), "--legacy-txt-proj"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("share one text step" in line for line in lines) == 1
-    unused = sum(t.numel() for n, t in state.items() if "to_add_out" in n and n.split(".")[1] in ("1", "4", "5"))
+    unused = sum(
+        t.numel()
+        for n, t in state.items()
+        if "to_add_out" in n and n.split(".")[1] in ("1", "4", "5")
+    )
     with pytest.warns(UserWarning):
         assert parameter_count(open_model(folder)) == found["parameters"] - unused
 
@@ -252,7 +295,10 @@ def test_the_published_blocks(architecture, tmp_path):
     full = architecture.model_configs["qwen_image"]
     intervals = published_intervals(architecture, architecture.with_blocks(full, range(35)))
     kept = teacher_indices(35, intervals)
-    assert kept == sorted(set(range(60)) - {b for i in intervals for b in i.blocks[1:]}) and len(kept) == 35
+    assert (
+        kept == sorted(set(range(60)) - {b for i in intervals for b in i.blocks[1:]})
+        and len(kept) == 35
+    )
     assert published_intervals(architecture, architecture.with_blocks(full, range(40))) is None
     tiny = architecture.with_blocks(architecture.tiny_config, range(35))
     assert published_intervals(architecture, tiny) is None
@@ -260,7 +306,9 @@ def test_the_published_blocks(architecture, tmp_path):
     assert teacher_indices(6, parse_intervals("1-2 5-6")) == KEPT
 
 
-def full_size_lists(kept: list[int], text=TEXT_10B, ffn=FFN_10B, steps=(37, 41, 59)) -> dict[str, list[int]]:
+def full_size_lists(
+    kept: list[int], text=TEXT_10B, ffn=FFN_10B, steps=(37, 41, 59)
+) -> dict[str, list[int]]:
     blocks = {"single_stream_index": text, "ehs_proj_index": steps, "ffn_proj_index": ffn}
     return {name: [kept.index(block) for block in chosen] for name, chosen in blocks.items()}
 

@@ -1,5 +1,5 @@
-"""Files as ComfyUI's Save nodes write them: a prefix before every name, no metadata, other parts of a checkpoint beside them,
-and FLUX' norms by either of two names."""
+"""Files as ComfyUI's Save nodes write them: a prefix before every name, no metadata, other parts of
+a checkpoint beside them, and FLUX' norms by either of two names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import torch
 
 from ppcl_engine import open_model
 from ppcl_engine.algorithms.sparsity.source import open_source
-from ppcl_engine.models.weights import COMFYUI_PREFIX, HINTS_TENSOR, STRUCTURE_TENSOR, Weights, usual_name
+from ppcl_engine.models.weights import (
+    COMFYUI_PREFIX,
+    HINTS_TENSOR,
+    STRUCTURE_TENSOR,
+    Weights,
+    usual_name,
+)
 from ppcl_engine.run import Run
 from ppcl_engine.settings.convert_settings import ExportConfig, FoldConfig
 from ppcl_engine.stages.assess.inspect import describe
@@ -34,14 +40,22 @@ def exported(architecture, make_model, save_model, tmp_path_factory):
     write_parts(Run(folder), teacher, parts=FLUX_PARTS if flux else None)
 
     def make(layout: str, variant: str) -> Path:
-        config = {"layout": layout, "variant": variant, "name": f"{layout}_{variant}", "store": "float32"}
+        config = {
+            "layout": layout,
+            "variant": variant,
+            "name": f"{layout}_{variant}",
+            "store": "float32",
+        }
         return export(ExportConfig(model=teacher, run=folder, **config))
 
     return make
 
 
 def as_saved(path: Path, saved: Path, rename=lambda name: name) -> Path:
-    tensors = {COMFYUI_PREFIX + rename(name): tensor for name, tensor in TensorFile(path).read_all().items()}
+    tensors = {
+        COMFYUI_PREFIX + rename(name): tensor
+        for name, tensor in TensorFile(path).read_all().items()
+    }
     write_tensors(saved, tensors | {"first_stage_model.decoder.conv_in.weight": torch.ones(2)})
     return saved
 
@@ -52,8 +66,12 @@ def other_spelling(name: str) -> str:
 
 @both
 @pytest.mark.parametrize("layout", ["comfyui", "ppcl"])
-@pytest.mark.parametrize("rename", [str, other_spelling], ids=["names of files", "names of newer hosts"])
-def test_it_is_the_model_that_was_exported(architecture, exported, padded_inputs, tmp_path, layout, rename):
+@pytest.mark.parametrize(
+    "rename", [str, other_spelling], ids=["names of files", "names of newer hosts"]
+)
+def test_it_is_the_model_that_was_exported(
+    architecture, exported, padded_inputs, tmp_path, layout, rename
+):
     path = exported(layout, "smallest" if layout == "ppcl" else PLAIN[architecture.name])
     saved = as_saved(path, tmp_path / "saved.safetensors", rename)
     inputs = padded_inputs()
@@ -65,11 +83,15 @@ def test_it_is_the_model_that_was_exported(architecture, exported, padded_inputs
     for source in (open_source(saved, None, None), Weights(saved) if layout == "comfyui" else None):
         if source is not None:
             keys = [key for key in open_model(path).state_dict() if "blocks." not in key]
-            assert all(torch.equal(source.read(key), open_model(path).state_dict()[key]) for key in keys)
+            assert all(
+                torch.equal(source.read(key), open_model(path).state_dict()[key]) for key in keys
+            )
 
 
 @both
-def test_a_standalone_in_scaled_fp8_is_read_with_its_scales(architecture, exported, padded_inputs, tmp_path):
+def test_a_standalone_in_scaled_fp8_is_read_with_its_scales(
+    architecture, exported, padded_inputs, tmp_path
+):
     path, tensors = exported("ppcl", "smallest"), {}
     for name, tensor in TensorFile(path).read_all().items():
         if name.endswith(".weight") and tensor.ndim == 2 and len(tensor) > 1:
@@ -80,16 +102,23 @@ def test_a_standalone_in_scaled_fp8_is_read_with_its_scales(architecture, export
     write_tensors(tmp_path / "fp8.safetensors", tensors)
     inputs = padded_inputs()
     with torch.no_grad():
-        found, expected = (architecture.call(open_model(file), inputs) for file in (tmp_path / "fp8.safetensors", path))
+        found, expected = (
+            architecture.call(open_model(file), inputs)
+            for file in (tmp_path / "fp8.safetensors", path)
+        )
     assert 0 < float((found - expected).norm() / expected.norm()) < 0.1
 
 
 @pytest.mark.parametrize("layout", ["comfyui", "ppcl"])
-def test_it_is_folded_as_the_file_that_was_exported(exported, tmp_path, layout, architecture, padded_inputs):
+def test_it_is_folded_as_the_file_that_was_exported(
+    exported, tmp_path, layout, architecture, padded_inputs
+):
     path = exported(layout, "smallest" if layout == "ppcl" else "3-4")
     files, inputs = (path, as_saved(path, tmp_path / "saved.safetensors")), padded_inputs()
     given = {"form": "basis", "run": tmp_path, "dtype": "float32", "bound": 0.5, "device": "cpu"}
-    found = [fold(FoldConfig(path=file, name=f"folded_{n}", **given)) for n, file in enumerate(files)]
+    found = [
+        fold(FoldConfig(path=file, name=f"folded_{n}", **given)) for n, file in enumerate(files)
+    ]
     with torch.no_grad():
         first, second = (architecture.call(open_model(file), inputs) for file in found)
     assert torch.equal(first, second)
@@ -99,15 +128,25 @@ def test_it_is_folded_as_the_file_that_was_exported(exported, tmp_path, layout, 
 def test_usual_names(architecture, exported):
     names = [name for name in TensorFile(exported("comfyui", PLAIN[architecture.name])).keys()]
     assert [usual_name(architecture, other_spelling(name)) for name in names] == names
-    others = ("double_blocks.0.student.img_attn.norm.query_norm.weight", "txt_norm.weight", STRUCTURE_TENSOR, "x")
+    others = (
+        "double_blocks.0.student.img_attn.norm.query_norm.weight",
+        "txt_norm.weight",
+        STRUCTURE_TENSOR,
+        "x",
+    )
     assert [usual_name(architecture, name) for name in others] == [*others]
 
 
 @pytest.mark.parametrize("layout", ["comfyui", "ppcl"])
 @pytest.mark.parametrize(
-    "said", [torch.full((8,), 200, dtype=torch.uint8), torch.tensor(list(b"[1]"), dtype=torch.uint8), torch.tensor(10**9)],
+    "said",
+    [
+        torch.full((8,), 200, dtype=torch.uint8),
+        torch.tensor(list(b"[1]"), dtype=torch.uint8),
+        torch.tensor(10**9),
+    ],
     ids=["no text", "a list", "a number"],
-)  # fmt: skip
+)
 def test_what_it_says_of_itself_is_not_readable(exported, tmp_path, layout, said):
     tensors = TensorFile(exported(layout, "smallest" if layout == "ppcl" else "3-4")).read_all()
     name = STRUCTURE_TENSOR if layout == "ppcl" else HINTS_TENSOR

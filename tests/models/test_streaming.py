@@ -21,7 +21,9 @@ def marks(walk) -> list[tuple[int, float]]:
 
 
 def test_the_walk_is_in_order_with_the_right_blocks(teacher, model):
-    expected = [(i, float(block.img_mod[1].bias[0])) for i, block in enumerate(model.transformer_blocks)]
+    expected = [
+        (i, float(block.img_mod[1].bias[0])) for i, block in enumerate(model.transformer_blocks)
+    ]
     assert len({mark for _, mark in expected}) == 6
     assert marks(teacher.walk(0, 5)) == expected
     assert marks(teacher.walk(2, 2)) == expected[2:3]
@@ -46,7 +48,10 @@ def test_the_whole_walk_is_the_model(teacher, architecture, model, padded_inputs
 def test_only_floats_take_the_teachers_precision(teacher_file, padded_inputs):
     teacher = Teacher(Weights(teacher_file), torch.bfloat16, "cpu", streamed=True)
     state = teacher.embed(padded_inputs())
-    assert state.image.dtype == state.text.dtype == torch.bfloat16 and state.text_mask.dtype == torch.bool
+    assert (
+        state.image.dtype == state.text.dtype == torch.bfloat16
+        and state.text_mask.dtype == torch.bool
+    )
     assert next(teacher.block(0).parameters()).dtype == torch.bfloat16
 
 
@@ -79,22 +84,32 @@ def test_a_sweep_leaves_one_boundary_at_a_time(teacher, store, architecture, mod
         states = [architecture.run_block(block, state) for state in states]
         assert batches == [0, 1]
         for batch in batches:
-            assert torch.equal(store.get(index + 1, batch, embedded[batch]).text, states[batch].text)
-        assert [store.has(key, 0) for key in range(7)] == [key in (index, index + 1) for key in range(7)]
+            assert torch.equal(
+                store.get(index + 1, batch, embedded[batch]).text, states[batch].text
+            )
+        assert [store.has(key, 0) for key in range(7)] == [
+            key in (index, index + 1) for key in range(7)
+        ]
     assert index == 3 and store.has(4, 1) and not store.has(3, 1)
 
 
 def files_of(folder) -> dict[str, bytes]:
     """Contents by name; a plan without its timing."""
-    contents = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    contents = {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
     plan = json.loads(contents["plan.json"])
     for variant in plan["variants"]:
         assert variant.pop("milliseconds") > 0
     return contents | {"plan.json": json.dumps(plan).encode()}
 
 
-def test_streamed_stages_write_the_same_files_bit_for_bit(tmp_path, teacher_file, make_run, run_stages):
-    folders = {streamed: make_run(tmp_path / str(streamed), teacher_file) for streamed in (False, True)}
+def test_streamed_stages_write_the_same_files_bit_for_bit(
+    tmp_path, teacher_file, make_run, run_stages
+):
+    folders = {
+        streamed: make_run(tmp_path / str(streamed), teacher_file) for streamed in (False, True)
+    }
     for streamed, folder in folders.items():
         run_stages(teacher_file, folder, *STAGES, streamed=streamed)
     resident, streamed = (files_of(folder) for folder in folders.values())
@@ -102,5 +117,10 @@ def test_streamed_stages_write_the_same_files_bit_for_bit(tmp_path, teacher_file
     assert [name for name in resident if resident[name] != streamed[name]] == []
     assert {"curves.safetensors", "detect.json", "probes/block_005.safetensors"} <= resident.keys()
     plan = json.loads(resident["plan.json"])
-    assert len(plan["intervals"]) >= 1 and {v["name"] for v in plan["variants"]} == {"full", "large", "medium", "small"}
+    assert len(plan["intervals"]) >= 1 and {v["name"] for v in plan["variants"]} == {
+        "full",
+        "large",
+        "medium",
+        "small",
+    }
     assert sum(name.startswith("depth/") for name in resident) == len(plan["intervals"])

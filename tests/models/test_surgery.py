@@ -7,11 +7,20 @@ import torch
 
 from ppcl_engine.algorithms.least_squares import NormalEquations
 from ppcl_engine.models.layout import layout_of
-from ppcl_engine.models.surgery import Correction, PassThrough, add_correction, build_student, pruned_blocks
+from ppcl_engine.models.surgery import (
+    Correction,
+    PassThrough,
+    add_correction,
+    build_student,
+    pruned_blocks,
+)
 from ppcl_engine.plan import Interval, PruningPlan
 from ppcl_engine.stages.prune.distill_depth import set_map
 
-INTERVALS = (Interval(first=1, last=3, correction="affine"), Interval(first=4, last=5, correction="2"))
+INTERVALS = (
+    Interval(first=1, last=3, correction="affine"),
+    Interval(first=4, last=5, correction="2"),
+)
 
 
 @pytest.fixture
@@ -20,22 +29,34 @@ def pruned(architecture, make_model):
     model = make_model(seed=3)
     teacher, config = model.transformer_blocks, architecture.tiny_config
     torch.manual_seed(0)
-    plan = PruningPlan(architecture=architecture.name, config=config, num_blocks=6, fingerprint="", intervals=INTERVALS)
+    plan = PruningPlan(
+        architecture=architecture.name,
+        config=config,
+        num_blocks=6,
+        fingerprint="",
+        intervals=INTERVALS,
+    )
     layout = layout_of(plan, plan.everything())
     blocks = pruned_blocks(
-        architecture, layout, lambda i, edit: edit(teacher[i]), lambda i: build_student(architecture, config, i)
+        architecture,
+        layout,
+        lambda i, edit: edit(teacher[i]),
+        lambda i: build_student(architecture, config, i),
     )
     return architecture.assemble(model, config, blocks).requires_grad_(True)
 
 
 def test_one_module_a_teacher_index(architecture, pruned):
     blocks = list(pruned.transformer_blocks)
-    assert len(blocks) == 6 and [i for i, b in enumerate(blocks) if not isinstance(b, PassThrough)] == [0, 1, 4]
+    assert len(blocks) == 6 and [
+        i for i, b in enumerate(blocks) if not isinstance(b, PassThrough)
+    ] == [0, 1, 4]
     assert all(isinstance(blocks[i], PassThrough) and not blocks[i].state_dict() for i in (2, 3, 5))
     assert type(blocks[1]) is type(blocks[0])
     assert not hasattr(blocks[0], "correction")
     assert set(blocks[1].correction.maps) == {"image", "text"}
-    assert set(blocks[4].correction.maps) == {"image"}  # nothing reads the text behind the last block
+    # nothing reads the text behind the last block
+    assert set(blocks[4].correction.maps) == {"image"}
     assert [m.weight.shape for m in blocks[4].correction.maps["image"]] == [(2, 32), (32, 2)]
 
 
@@ -45,11 +66,21 @@ def test_called_positionally_and_by_keyword(architecture, pruned, padded_inputs)
     for index in (1, 2, 4):
         block = pruned.transformer_blocks[index]
         named = architecture.run_block(block, state)
-        text, image = block(state.image, state.text, state.text_mask, state.conditioning, rotary, None, modulate_index)
+        text, image = block(
+            state.image,
+            state.text,
+            state.text_mask,
+            state.conditioning,
+            rotary,
+            None,
+            modulate_index,
+        )
         assert torch.equal(image, named.image) and torch.equal(text, named.text)
     passed = architecture.run_block(pruned.transformer_blocks[2], state)
     assert passed.image is state.image and passed.text is state.text
-    mixed = pruned.transformer_blocks[2](state.image, encoder_hidden_states=state.text, temb=state.conditioning)
+    mixed = pruned.transformer_blocks[2](
+        state.image, encoder_hidden_states=state.text, temb=state.conditioning
+    )
     assert mixed[0] is state.text and mixed[1] is state.image
 
 
@@ -62,7 +93,8 @@ def test_gradient_checkpointing_changes_nothing(architecture, pruned, padded_inp
         velocity = architecture.call(pruned, inputs)
         velocity.square().mean().backward()
         gradients.append(
-            {n: p.grad.clone() for n, p in pruned.named_parameters() if p.grad is not None} | {"": velocity}
+            {n: p.grad.clone() for n, p in pruned.named_parameters() if p.grad is not None}
+            | {"": velocity}
         )
     assert pruned.is_gradient_checkpointing
     assert gradients[0].keys() == gradients[1].keys()
@@ -85,9 +117,9 @@ def test_a_zero_correction_is_the_block_itself(architecture, model, padded_input
 def regression(seed: int = 0):
     """Correlated rows far from zero, and targets that no map of low rank reaches."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(200, 8, generator=generator) @ torch.randn(8, 8, generator=generator) + 20 * torch.randn(
-        8, generator=generator
-    )
+    x = torch.randn(200, 8, generator=generator) @ torch.randn(
+        8, 8, generator=generator
+    ) + 20 * torch.randn(8, generator=generator)
     y = x @ torch.randn(8, 8, generator=generator) + torch.randn(200, 8, generator=generator) - 5
     equations = NormalEquations(8, 8)
     equations.add(x, y)
@@ -103,8 +135,12 @@ def test_a_full_map_is_the_ridge_solution():
     x, y, equations = regression()
     linear = torch.nn.Linear(8, 8)
     set_map(linear, equations)
-    torch.testing.assert_close(linear.weight.double(), equations.solve(1e-4).weight, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(linear.bias.double(), equations.solve(1e-4).bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        linear.weight.double(), equations.solve(1e-4).weight, rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        linear.bias.double(), equations.solve(1e-4).bias, rtol=1e-5, atol=1e-5
+    )
 
 
 @torch.no_grad()

@@ -9,11 +9,14 @@ from ppcl_engine import open_model
 from ppcl_engine.models.weights import Weights, as_tensor, object_in, open_layout, parameter_count
 from ppcl_engine.system.tensor_files import write_tensors
 
-HEAD_32 = {"attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}  # the released model's proportions
+# the released model's proportions
+HEAD_32 = {"attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}
 
 
 def same(left: dict, right: dict) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
 def contents(weights: Weights) -> dict[str, torch.Tensor]:
@@ -32,7 +35,9 @@ def test_opening_a_file_gives_diffusers_own_model(architecture, teacher_file, mo
 def test_a_comfyui_checkpoint_needs_no_configuration(tmp_path, make_model, model_config):
     model = make_model(**HEAD_32)
     tensors = {f"model.diffusion_model.{n}": t for n, t in model.state_dict().items()}
-    write_tensors(tmp_path / "a.safetensors", tensors | {"first_stage_model.conv.weight": torch.ones(2)})
+    write_tensors(
+        tmp_path / "a.safetensors", tensors | {"first_stage_model.conv.weight": torch.ones(2)}
+    )
     weights = Weights(tmp_path / "a.safetensors")
     assert weights.config | {"zero_cond_t": False} == model_config(model)
     assert same(contents(weights), model.state_dict())
@@ -46,7 +51,9 @@ def test_a_sharded_folder(tmp_path, architecture, model, padded_inputs):
     for folder in (tmp_path, tmp_path / "transformer"):
         assert same(contents(Weights(folder)), model.state_dict())
     inputs = padded_inputs()
-    assert torch.equal(architecture.call(open_model(tmp_path), inputs), architecture.call(model, inputs))
+    assert torch.equal(
+        architecture.call(open_model(tmp_path), inputs), architecture.call(model, inputs)
+    )
     shards[1].unlink()
     with pytest.raises(ValueError, match=f"lacks the shard {shards[1].name}"):
         Weights(tmp_path)
@@ -120,11 +127,15 @@ def test_fp8_files(tmp_path, architecture, model, model_config, padded_inputs, s
     ours, exact = architecture.call(opened, inputs), architecture.call(model, inputs)
     assert 0 < float((ours - exact).norm() / exact.norm()) < 0.2
     matrix = "transformer_blocks.0.attn.to_q.weight"
-    assert Weights(tmp_path / "a.safetensors").read(matrix).dtype == (torch.bfloat16 if suffix else torch.float8_e4m3fn)
+    assert Weights(tmp_path / "a.safetensors").read(matrix).dtype == (
+        torch.bfloat16 if suffix else torch.float8_e4m3fn
+    )
 
 
 def test_a_foreign_file_lists_what_is_known(tmp_path):
-    write_tensors(tmp_path / "a.safetensors", {f"double_blocks.{i}.weight": torch.ones(1) for i in range(9)})
+    write_tensors(
+        tmp_path / "a.safetensors", {f"double_blocks.{i}.weight": torch.ones(1) for i in range(9)}
+    )
     with pytest.raises(
         ValueError, match="known: qwen_image, flux1.*double_blocks.0.weight, double_blocks.1.weight"
     ) as caught:
@@ -152,10 +163,15 @@ def test_every_tensor_has_a_home(tmp_path, model, model_config, change):
         Weights(tmp_path / "a.safetensors")
 
 
-def test_the_fingerprint_follows_vectors_and_shapes_not_layout(tmp_path, model, save_model, make_model, teacher_file):
+def test_the_fingerprint_follows_vectors_and_shapes_not_layout(
+    tmp_path, model, save_model, make_model, teacher_file
+):
     model.save_pretrained(tmp_path / "folder", max_shard_size="200KB")
     mark = Weights(teacher_file).fingerprint
     assert Weights(tmp_path / "folder").fingerprint == mark
     others = [make_model(seed=1), make_model(num_layers=5)]
-    marks = {Weights(save_model(tmp_path / f"{i}.safetensors", other)).fingerprint for i, other in enumerate(others)}
+    marks = {
+        Weights(save_model(tmp_path / f"{i}.safetensors", other)).fingerprint
+        for i, other in enumerate(others)
+    }
     assert len(marks | {mark}) == 3

@@ -28,23 +28,49 @@ def stat(value: float) -> dict:
 
 
 def evaluated(name: str, parameters: int, reader: bool, teacher: bool) -> dict:
-    row = {"name": name, "parameters": parameters, "bytes": 2 * parameters, "flops": 1e9 * parameters}
-    row |= {"seconds_per_step": 0.02, "latency_ratio": 1.0, "peak_memory_bytes": 10**8, "text_sensitivity": stat(0.2)}
+    row = {
+        "name": name,
+        "parameters": parameters,
+        "bytes": 2 * parameters,
+        "flops": 1e9 * parameters,
+    }
+    row |= {
+        "seconds_per_step": 0.02,
+        "latency_ratio": 1.0,
+        "peak_memory_bytes": 10**8,
+        "text_sensitivity": stat(0.2),
+    }
     for field in ("velocity_error", "latent_psnr", "psnr", "ssim"):
         row[field] = None if teacher else stat(0.5)
-    row["velocity_error_by_timestep"] = None if teacher else [{"t": t, **stat(0.1)} for t in (0.25, 0.75)]
+    row["velocity_error_by_timestep"] = (
+        None if teacher else [{"t": t, **stat(0.1)} for t in (0.25, 0.75)]
+    )
     return row | {name: stat(0.97) if reader else None for name in ACCURACIES}
 
 
 def make_run(folder, intervals=INTERVALS[0], reader=False, bootstrap=3):
-    parts = tuple(Interval(first=u, last=v, score=0.1, stability=0.5, parameters=900) for u, v in intervals)
+    parts = tuple(
+        Interval(first=u, last=v, score=0.1, stability=0.5, parameters=900) for u, v in intervals
+    )
     names = tuple(i.name for i in parts)
-    variants = (Variant(name="full", parameters=5000), Variant(name="small & <b>", intervals=names, parameters=4000))
+    variants = (
+        Variant(name="full", parameters=5000),
+        Variant(name="small & <b>", intervals=names, parameters=4000),
+    )
     plan = PruningPlan(
-        architecture="qwen_image", config={"num_layers": BLOCKS}, num_blocks=BLOCKS, fingerprint="f" * 64,
-        intervals=parts, variants=variants,
-        provenance={"tool": "ppcl", "source_model": "<i>model</i>", "calibration": "c" * 64, "seed": 0},
-    )  # fmt: skip
+        architecture="qwen_image",
+        config={"num_layers": BLOCKS},
+        num_blocks=BLOCKS,
+        fingerprint="f" * 64,
+        intervals=parts,
+        variants=variants,
+        provenance={
+            "tool": "ppcl",
+            "source_model": "<i>model</i>",
+            "calibration": "c" * 64,
+            "seed": 0,
+        },
+    )
     write_text(folder / "plan.json", plan.to_json())
     pairs = torch.arange(BLOCKS)[:, None] + torch.arange(LONGEST) < BLOCKS
     pairs[:, 0] = False
@@ -57,10 +83,16 @@ def make_run(folder, intervals=INTERVALS[0], reader=False, bootstrap=3):
         {"settings": json.dumps({"calibration": "c", "longest": LONGEST, "bootstrap": bootstrap})},
     )
     found = [{"first": u, "last": v, "score": 0.2, "stability": 0.5} for u, v in intervals]
-    write_json(folder / "detect.json", {"method": "budget", "intervals": found, "explain": ["D > 0.1 & so on"]})
+    write_json(
+        folder / "detect.json",
+        {"method": "budget", "intervals": found, "explain": ["D > 0.1 & so on"]},
+    )
     for name in names:
         write_tensors(folder / "depth" / f"{name}.safetensors", {"losses": torch.rand(50)})
-    rows = [evaluated("full", 5000, reader, teacher=True), evaluated("small & <b>", 4000, reader, teacher=False)]
+    rows = [
+        evaluated("full", 5000, reader, teacher=True),
+        evaluated("small & <b>", 4000, reader, teacher=False),
+    ]
     settings = {
         "captions": 2,
         "steps": 4,
@@ -122,20 +154,32 @@ def test_page_stands_alone_and_is_escaped(run):
 
 def test_columns_without_a_reader_are_left_out(run, tmp_path):
     assert "characters" not in Page((run / "report.html").read_text(encoding="utf-8")).text
-    page = Page(write_report(make_run(tmp_path, INTERVALS[1], reader=True, bootstrap=0)).read_text(encoding="utf-8"))
+    page = Page(
+        write_report(make_run(tmp_path, INTERVALS[1], reader=True, bootstrap=0)).read_text(
+            encoding="utf-8"
+        )
+    )
     assert "characters right" in page.text and "97.0 % (96.0–98.0)" in page.text
     assert "3–5" in page.text
-    assert read_json(tmp_path / "report.json")["teacher"]["character_accuracy"] == pytest.approx(0.97)
+    assert read_json(tmp_path / "report.json")["teacher"]["character_accuracy"] == pytest.approx(
+        0.97
+    )
 
 
 def test_json_has_the_promised_fields(run):
     report = read_json(run / "report.json")
     assert report["seconds"] == 61.0
-    assert report["teacher"]["parameters"] == 5000 and report["teacher"]["character_accuracy"] is None
+    assert (
+        report["teacher"]["parameters"] == 5000 and report["teacher"]["character_accuracy"] is None
+    )
     assert [(i["first"], i["last"], i["stability"]) for i in report["intervals"]] == [(1, 2, 0.5)]
     (variant,) = report["variants"]
     assert variant["name"] == "small & <b>" and variant["character_accuracy"] is None
-    assert (variant["velocity_error"], variant["velocity_error_low"], variant["velocity_error_high"]) == (
+    assert (
+        variant["velocity_error"],
+        variant["velocity_error_low"],
+        variant["velocity_error_high"],
+    ) == (
         0.5,
         0.49,
         0.51,
@@ -162,7 +206,9 @@ def test_evaluation_older_than_the_plan(tmp_path):
     evaluation = read_json(make_run(tmp_path) / "evaluate.json")
     evaluation["variants"][1]["name"] = "gone"
     write_json(tmp_path / "evaluate.json", evaluation)
-    with pytest.raises(ValueError, match="evaluate.json is older than the plan.*gone.*run evaluate first"):
+    with pytest.raises(
+        ValueError, match="evaluate.json is older than the plan.*gone.*run evaluate first"
+    ):
         write_report(tmp_path)
 
 
@@ -173,4 +219,9 @@ def test_labels_are_spread_no_further_than_needed():
 
 
 def test_counts_are_short():
-    assert [count_text(n) for n in (20_430_401_088, 58_300_000, 999, 512_000)] == ["20.4 B", "58.3 M", "999", "512 k"]
+    assert [count_text(n) for n in (20_430_401_088, 58_300_000, 999, 512_000)] == [
+        "20.4 B",
+        "58.3 M",
+        "999",
+        "512 k",
+    ]

@@ -1,4 +1,5 @@
-"""Several processes: what one process gives, within float tolerance (rows shared) or to the bit (intervals shared)."""
+"""Several processes: what one process gives, within float tolerance (rows shared) or to the bit
+(intervals shared)."""
 
 from __future__ import annotations
 
@@ -76,7 +77,9 @@ data = 0.5
 def write_run_file(teacher_file, make_run):
     def write(folder: Path, parallel: str = "data") -> Path:
         make_run(folder / "run", teacher_file)
-        text = RUN_FILE.format(model=teacher_file, run=folder / "run", parallel=f'parallel = "{parallel}"')
+        text = RUN_FILE.format(
+            model=teacher_file, run=folder / "run", parallel=f'parallel = "{parallel}"'
+        )
         (folder / "run.toml").write_text(text)
         return folder / "run.toml"
 
@@ -97,7 +100,10 @@ def planned(tmp_path_factory, architecture, teacher_file, make_run, calibration_
 
     def make(samples: int = 6) -> tuple[Run, list]:
         calibration = calibration_of(teacher_file, samples=samples)
-        run, weights = Run(make_run(tmp_path_factory.mktemp("run"), teacher_file, calibration)), Weights(teacher_file)
+        run, weights = (
+            Run(make_run(tmp_path_factory.mktemp("run"), teacher_file, calibration)),
+            Weights(teacher_file),
+        )
         plan = PruningPlan(
             architecture=architecture.name,
             config=weights.config,
@@ -106,7 +112,18 @@ def planned(tmp_path_factory, architecture, teacher_file, make_run, calibration_
             intervals=parse_intervals("0-1 2-4"),
         )
         run.plan.write_text(plan.to_json())
-        options = ["--rounds", 3, "--updates", 16, "--warm-up", 2, "--learning-rate", 1e-3, "--device", "cpu"]
+        options = [
+            "--rounds",
+            3,
+            "--updates",
+            16,
+            "--warm-up",
+            2,
+            "--learning-rate",
+            1e-3,
+            "--device",
+            "cpu",
+        ]
         return run, ["distill-depth", "--model", teacher_file, "--run", run.folder, *options]
 
     return make
@@ -121,7 +138,8 @@ def students(planned) -> Run:
 
 
 def farthest(run: Run, other: Run, *folders: str) -> float:
-    """Largest relative difference of a tensor in the files of these folders. They hold the same tensors."""
+    """Largest relative difference of a tensor in the files of these folders. They hold the same
+    tensors."""
     found = [0.0]
     for folder in folders:
         paths = sorted((other.folder / folder).rglob("*.safetensors"))
@@ -140,18 +158,41 @@ def contents(run: Run, *folders: str) -> dict[str, bytes]:
 
 
 def test_the_whole_method_under_accelerate_launch(tmp_path, write_run_file, alone):
-    """Rows shared by two processes; detect and detect-width are the main one's, while the other waits."""
+    """Rows shared by two processes; detect and detect-width are the main one's, while the other
+    waits."""
     path = write_run_file(tmp_path)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+    ]
     launcher += ["--main_process_port", str(free_port()), "-m", "ppcl_engine", "run", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launcher, cwd=Path(ppcl_engine.__file__).parents[1], env=environment, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        launcher,
+        cwd=Path(ppcl_engine.__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
-        "probe", "detect", "distill-depth", "detect-width", "distill-width", "polish", "finetune"]  # fmt: skip
+        "probe",
+        "detect",
+        "distill-depth",
+        "detect-width",
+        "distill-width",
+        "polish",
+        "finetune",
+    ]
     run = Run(tmp_path / "run")
     assert farthest(run, alone, "probes", "depth", "width", "polished", "tuned") < TOLERANCE
-    assert figures(run) == [(name, pytest.approx(score, rel=TOLERANCE)) for name, score in figures(alone)]
+    assert figures(run) == [
+        (name, pytest.approx(score, rel=TOLERANCE)) for name, score in figures(alone)
+    ]
     assert not list(run.folder.rglob("*process_*")) and not list(run.folder.rglob("*.partial"))
 
 
@@ -165,13 +206,20 @@ def test_students_of_four_processes(tmp_path, planned, students):
     """A batch of six samples has two rows for two of them and one for the others."""
     run, arguments = planned()
     assert command(tmp_path, 4, *arguments, "--streamed").codes() == [0] * 4
-    assert farthest(run, students, "depth") < TOLERANCE and run.plan.read_bytes() == students.plan.read_bytes()
+    assert (
+        farthest(run, students, "depth") < TOLERANCE
+        and run.plan.read_bytes() == students.plan.read_bytes()
+    )
     assert not any(run.states.iterdir())
 
 
 def test_intervals_of_their_own_are_the_same_bits(tmp_path, write_run_file, alone):
     path, folders = write_run_file(tmp_path, "intervals"), ("probes", "depth", "width")
-    text = path.read_text().split("[polish]")[0].replace('device = "cpu"', 'device = "cpu"\nstreamed = true')
+    text = (
+        path.read_text()
+        .split("[polish]")[0]
+        .replace('device = "cpu"', 'device = "cpu"\nstreamed = true')
+    )
     path.write_text(text)
     assert command(tmp_path, 2, "run", path).codes() == [0] * 2
     run = Run(tmp_path / "run")
@@ -193,8 +241,12 @@ def started(run: Run, launch: Launched) -> Launched:
     return launch
 
 
-@pytest.mark.parametrize("who", [[0, 1, 0, 1], [1]], ids=["all, twice, as launchers do", "one of them"])
-def test_control_c_stops_all_at_one_step_and_another_number_goes_on(tmp_path, planned, students, who):
+@pytest.mark.parametrize(
+    "who", [[0, 1, 0, 1], [1]], ids=["all, twice, as launchers do", "one of them"]
+)
+def test_control_c_stops_all_at_one_step_and_another_number_goes_on(
+    tmp_path, planned, students, who
+):
     run, arguments = planned()
     launch = started(run, command(tmp_path, 2, *arguments))
     for rank in who:
@@ -217,7 +269,10 @@ def test_when_one_is_killed_the_other_ends_and_what_was_saved_stays(tmp_path, pl
     assert launch.codes() == [USER_ERROR, -signal.SIGKILL]
     (line,) = launch.lines()
     assert "another process has ended" in line
-    assert all(TensorFile(path).read("losses").isfinite().all() for path in run.students.glob("*.safetensors"))
+    assert all(
+        TensorFile(path).read("losses").isfinite().all()
+        for path in run.students.glob("*.safetensors")
+    )
 
 
 def ordered(run: Run, arguments: list, **order) -> Path:
@@ -276,7 +331,9 @@ def test_a_loss_that_is_no_number_ends_all(tmp_path, planned):
     assert "at step 1 of interval 0-1; the last good state is kept" in line
 
 
-def test_accelerates_cpu_option_is_refused_since_it_starts_one_process(monkeypatch, capsys, planned):
+def test_accelerates_cpu_option_is_refused_since_it_starts_one_process(
+    monkeypatch, capsys, planned
+):
     _, arguments = planned()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

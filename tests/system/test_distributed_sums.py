@@ -1,4 +1,5 @@
-"""What processes share of one batch: losses and gradients of the parts add up to those of the whole."""
+"""What processes share of one batch: losses and gradients of the parts add up to those of the
+whole."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from ..tiny.processes import Launched, relative
 
 @settings(max_examples=30, deadline=None)
 @given(
-    cuts=st.lists(st.integers(1, 11), min_size=1, max_size=3), seed=st.integers(0, 99), name=st.sampled_from([*LOSSES])
+    cuts=st.lists(st.integers(1, 11), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+    name=st.sampled_from([*LOSSES]),
 )
 def test_the_losses_of_the_parts_add_up_to_the_whole(cuts, seed, name):
     generator = torch.Generator().manual_seed(seed)
@@ -54,24 +57,32 @@ def test_gradients_add_up_and_all_processes_keep_the_same_bits(tmp_path, count):
             for loss in LOSSES:
                 trainer = trained(loss)
                 gradients = {f"gradient.{n}": p.grad for n, p in trainer.module.named_parameters()}
-                write_tensors(tmp_path / f"{loss}_{current.rank}", {**trainer.tensors(), **gradients})
+                write_tensors(
+                    tmp_path / f"{loss}_{current.rank}", {**trainer.tensors(), **gradients}
+                )
             current.wait()
         return 0
 
     assert Launched(tmp_path, count, work).codes() == [0] * count
     for loss in LOSSES:
         replicas = [TensorFile(tmp_path / f"{loss}_{rank}").read_all() for rank in range(count)]
-        assert all(torch.equal(r[name], tensor) for r in replicas for name, tensor in replicas[0].items())
+        assert all(
+            torch.equal(r[name], tensor) for r in replicas for name, tensor in replicas[0].items()
+        )
         trainer = trained(loss)
         for name, parameter in trainer.module.named_parameters():
             assert relative(replicas[0][f"gradient.{name}"], parameter.grad) < 1e-6
             assert relative(replicas[0][f"weight.{name}"], parameter) < 1e-6
-        torch.testing.assert_close(replicas[0]["losses"], torch.tensor(trainer.losses), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            replicas[0]["losses"], torch.tensor(trainer.losses), rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("kind", [PolishConfig, FinetuneConfig])
 def test_what_learns_from_one_loss_cannot_be_split_by_intervals(kind, tmp_path):
-    with pytest.raises(ValueError, match="--parallel intervals: here all parts learn from one loss"):
+    with pytest.raises(
+        ValueError, match="--parallel intervals: here all parts learn from one loss"
+    ):
         kind(model=tmp_path, run=tmp_path, parallel="intervals")
 
 
@@ -79,7 +90,11 @@ def test_one_process_shares_nothing():
     tensor, parameter = torch.ones(3, requires_grad=True), nn.Parameter(torch.ones(2))
     for share in ("", "data", "intervals"):
         current = Processes(share=share)
-        assert current.sum(tensor) is tensor and current.own([1, 2]) == [1, 2] and current.any(True) is True
+        assert (
+            current.sum(tensor) is tensor
+            and current.own([1, 2]) == [1, 2]
+            and current.any(True) is True
+        )
         assert current.folder(Path("x")) == Path("x") and current.is_main and current.writes
         rows = {"grid": torch.ones(1, 3), "timestep": torch.ones(1)}
         assert current.rows(rows) is rows

@@ -13,7 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ppcl_engine.system.atomic import read_json, write_json
-from ppcl_engine.system.tensor_files import DTYPES, TensorEntry, TensorFile, write_tensor_stream, write_tensors
+from ppcl_engine.system.tensor_files import (
+    DTYPES,
+    TensorEntry,
+    TensorFile,
+    write_tensor_stream,
+    write_tensors,
+)
 
 
 def equal_bits(left: dict, right: dict) -> bool:
@@ -22,7 +28,9 @@ def equal_bits(left: dict, right: dict) -> bool:
     def bits(t):
         return t.dtype, t.shape, t.contiguous().reshape(-1).view(torch.uint8).tolist()
 
-    return left.keys() == right.keys() and all(bits(left[name]) == bits(right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        bits(left[name]) == bits(right[name]) for name in left
+    )
 
 
 def sample(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -48,7 +56,9 @@ def test_the_library_reads_what_we_write(tmp_path, every_dtype):
 
 
 def test_we_read_what_the_library_writes(tmp_path, every_dtype):
-    save_file({name: t.contiguous() for name, t in every_dtype.items()}, tmp_path / "a", {"note": "é"})
+    save_file(
+        {name: t.contiguous() for name, t in every_dtype.items()}, tmp_path / "a", {"note": "é"}
+    )
     file = TensorFile(tmp_path / "a")
     assert equal_bits(file.read_all(), every_dtype)
     assert file.metadata == {"note": "é"}
@@ -57,7 +67,9 @@ def test_we_read_what_the_library_writes(tmp_path, every_dtype):
     }
 
 
-NAMES = st.text(st.characters(blacklist_categories=["Cs"]), max_size=12).filter(lambda name: name != "__metadata__")
+NAMES = st.text(st.characters(blacklist_categories=["Cs"]), max_size=12).filter(
+    lambda name: name != "__metadata__"
+)
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 
@@ -94,7 +106,10 @@ BAD = {
     "offsets that do not fit the shape": (container({"a": {**ENTRY, "shape": [3]}}), "bad header"),
     "offsets backwards": (container({"a": {**ENTRY, "data_offsets": [8, 0]}}), "bad header"),
     "metadata that is a number": (container({"__metadata__": 5, "a": ENTRY}), "bad header"),
-    "metadata that holds numbers": (container({"__metadata__": {"a": 5}, "a": ENTRY}), "bad header"),
+    "metadata that holds numbers": (
+        container({"__metadata__": {"a": 5}, "a": ENTRY}),
+        "bad header",
+    ),
     "nested without end": (container(b"[" * 20_000), "bad header"),
     "a number without end": (container(b'{"a": ' + b"9" * 10_000 + b"}"), "bad header"),
     "truncated": (container({"a": ENTRY}, b"\0" * 7), "truncated"),
@@ -140,7 +155,10 @@ def test_a_failure_while_writing_leaves_the_folder_as_it_was(tmp_path, existing)
     def fails():
         raise RuntimeError("disk full")
 
-    entries = [TensorEntry("a", torch.float32, (4,), lambda: tensor + 1), TensorEntry("b", torch.float32, (4,), fails)]
+    entries = [
+        TensorEntry("a", torch.float32, (4,), lambda: tensor + 1),
+        TensorEntry("b", torch.float32, (4,), fails),
+    ]
     with pytest.raises(RuntimeError, match="disk full"):
         write_tensor_stream(path, entries)
     assert [p.name for p in tmp_path.iterdir()] == (["model.safetensors"] if existing else [])
@@ -150,7 +168,10 @@ def test_a_failure_while_writing_leaves_the_folder_as_it_was(tmp_path, existing)
 
 def test_a_stream_makes_one_tensor_at_a_time_in_order(tmp_path):
     made = []
-    entries = [TensorEntry(n, torch.bfloat16, (2,), lambda n=n: made.append(n) or torch.ones(2)) for n in "abc"]
+    entries = [
+        TensorEntry(n, torch.bfloat16, (2,), lambda n=n: made.append(n) or torch.ones(2))
+        for n in "abc"
+    ]
     write_tensor_stream(tmp_path / "a", entries)
     assert made == ["a", "b", "c"]
     assert TensorFile(tmp_path / "a").read("b").dtype == torch.bfloat16

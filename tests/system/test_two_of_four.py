@@ -1,4 +1,5 @@
-"""2:4 on disk: there and back is the same matrix, and a file that holds it is read as if it were dense."""
+"""2:4 on disk: there and back is the same matrix, and a file that holds it is read as if it were
+dense."""
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ def test_there_and_back(dtype, columns):
 def test_two_bits_an_index_the_first_lowest():
     dense = torch.tensor([[0.0, 1, 0, 2, 3, 0, 4, 0]])
     values, indices = compress(dense)
-    assert values.tolist() == [[1, 2, 3, 4]] and indices.tolist() == [[1 + (3 << 2) + (0 << 4) + (2 << 6)]]
+    assert values.tolist() == [[1, 2, 3, 4]] and indices.tolist() == [
+        [1 + (3 << 2) + (0 << 4) + (2 << 6)]
+    ]
 
 
 def test_what_is_not_two_of_four_is_refused():
@@ -55,13 +58,21 @@ def test_values_without_their_indices(tmp_path):
     values, indices = compress(sparse())
     for others in ({}, {"w" + INDICES: indices[:2]}, {"w" + INDICES: indices.int()}):
         write_tensors(tmp_path / "file", {"w" + VALUES: values, **others})
-        with pytest.raises(ValueError, match="w is compressed as 2:4, but its indices are missing or of another shape"):
+        with pytest.raises(
+            ValueError,
+            match="w is compressed as 2:4, but its indices are missing or of another shape",
+        ):
             TensorFile(tmp_path / "file")
 
 
 def test_what_another_reader_left_compressed():
     values, indices = compress(sparse())
-    tensors = {"a.weight" + VALUES: values, "a.weight" + INDICES: indices, "a.weight": torch.zeros(0, 1), "b": values}
+    tensors = {
+        "a.weight" + VALUES: values,
+        "a.weight" + INDICES: indices,
+        "a.weight": torch.zeros(0, 1),
+        "b": values,
+    }
     found = decompressed(tensors)
     assert found.keys() == {"a.weight", "b"} and torch.equal(found["a.weight"], sparse())
     shape = decompressed(tensors, shapes_only=True)["a.weight"]

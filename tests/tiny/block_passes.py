@@ -13,7 +13,8 @@ from ppcl_engine.architectures.qwen_image import QwenImage
 
 @contextmanager
 def count_passes() -> Iterator[SimpleNamespace]:
-    """`passes`: 1 for each block run without gradients, 3 for each that gradients will flow through."""
+    """`passes`: 1 for each block run without gradients, 3 for each that gradients will flow
+    through."""
     counted, run_block = SimpleNamespace(passes=0), QwenImage.run_block
 
     def run(self, block, state):

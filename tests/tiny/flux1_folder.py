@@ -1,4 +1,5 @@
-"""A tiny random diffusers folder in the layout of the released FLUX.1-dev, built without a network."""
+"""A tiny random diffusers folder in the layout of the released FLUX.1-dev, built without a
+network."""
 
 from __future__ import annotations
 
@@ -79,16 +80,26 @@ def enlarge(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)
-            parameter.copy_(noise / parameter.shape[1] ** 0.5 if parameter.ndim == 2 else parameter + 0.1 * noise)
+            parameter.copy_(
+                noise / parameter.shape[1] ** 0.5
+                if parameter.ndim == 2
+                else parameter + 0.1 * noise
+            )
 
 
 def write_tokenizers(folder: Path) -> tuple[int, int]:
-    """Sizes of their vocabularies. Both know a few words; others fall apart (CLIP) or are unknown (T5)."""
+    """Sizes of their vocabularies. Both know a few words; others fall apart (CLIP) or are unknown
+    (T5)."""
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer, T5TokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     clip = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=77)
     clip.save_pretrained(folder / "tokenizer")
     scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
@@ -120,7 +131,13 @@ def t5_encoder(vocabulary: int) -> torch.nn.Module:
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
-        vocab_size=vocabulary, d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        d_model=TEXT_WIDTH,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
     return T5EncoderModel(config)

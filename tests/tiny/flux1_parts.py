@@ -39,7 +39,14 @@ FLUX_PARTS = Parts(
         Variant(
             name="smallest",
             intervals=ALL,
-            sites=("ffn_text:0", "ffn_image:1", "ffn_image:3", "text:3-4", "ffn_joint:5", "ffn_joint:6"),
+            sites=(
+                "ffn_text:0",
+                "ffn_image:1",
+                "ffn_image:3",
+                "text:3-4",
+                "ffn_joint:5",
+                "ffn_joint:6",
+            ),
         ),
     ),
 )

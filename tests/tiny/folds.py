@@ -18,6 +18,7 @@ def tensors_of(path) -> dict[str, torch.Tensor]:
 def same_files(one, other) -> bool:
     ours, theirs = tensors_of(one), tensors_of(other)
     return ours.keys() == theirs.keys() and all(
-        ours[name].dtype == t.dtype and torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (ours[name], t)))
+        ours[name].dtype == t.dtype
+        and torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (ours[name], t)))
         for name, t in theirs.items()
     )

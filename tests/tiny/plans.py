@@ -12,11 +12,18 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 
 def plan_of(**parts) -> PruningPlan:
-    base = {"architecture": "qwen_image", "config": {"num_layers": 10}, "num_blocks": 10, "fingerprint": "f" * 64}
+    base = {
+        "architecture": "qwen_image",
+        "config": {"num_layers": 10},
+        "num_blocks": 10,
+        "fingerprint": "f" * 64,
+    }
     return PruningPlan(**{**base, **parts})
 
 
-def fitting(blocks: int, intervals: tuple[Interval, ...], drawn: list[WidthSite]) -> tuple[WidthSite, ...]:
+def fitting(
+    blocks: int, intervals: tuple[Interval, ...], drawn: list[WidthSite]
+) -> tuple[WidthSite, ...]:
     """The sites that a plan of these intervals takes, one after the other."""
     taken: tuple[WidthSite, ...] = ()
     for site in drawn:
@@ -43,7 +50,13 @@ def plans(draw) -> PruningPlan:
     )
     names = [i.name for i in intervals]
     chosen = st.lists(st.sampled_from(names), unique=True).map(tuple) if names else st.just(())
-    variant = st.builds(Variant, name=st.text(), intervals=chosen, flops=st.none() | FINITE, damage=st.none() | FINITE)
+    variant = st.builds(
+        Variant,
+        name=st.text(),
+        intervals=chosen,
+        flops=st.none() | FINITE,
+        damage=st.none() | FINITE,
+    )
     site = st.builds(
         WidthSite,
         block=st.integers(0, blocks - 1),

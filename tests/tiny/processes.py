@@ -1,4 +1,5 @@
-"""Commands in several processes that meet as those of a launcher do (forks: importing torch again would take long)."""
+"""Commands in several processes that meet as those of a launcher do (forks: importing torch again
+would take long)."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ class Launched:
             os._exit(code)
 
     def codes(self) -> list[int]:
-        """Waits for all. Raises AssertionError, with all of them stopped, when that takes too long."""
+        """Waits for all. Raises AssertionError, with all of them stopped, when that takes too
+        long."""
         deadline, ended = time.monotonic() + SECONDS, {}
         while len(ended) < len(self.children):
             for child in set(self.children) - set(ended):
@@ -59,7 +61,9 @@ class Launched:
             if time.monotonic() > deadline:
                 for child in {self.launcher, *self.children} - set(ended):
                     os.kill(child, signal.SIGKILL)
-                raise AssertionError(f"ended: {ended}; they said {[p.read_text()[-300:] for p in self.outputs]}")
+                raise AssertionError(
+                    f"ended: {ended}; they said {[p.read_text()[-300:] for p in self.outputs]}"
+                )
             time.sleep(0.01)
         os.kill(self.launcher, signal.SIGKILL)
         os.waitpid(self.launcher, 0)
@@ -76,8 +80,9 @@ def command(folder: Path, count: int, *arguments) -> Launched:
 
 
 def _launcher() -> tuple[int, int]:
-    """(process, port) of what holds the store through which processes meet. A store of our own would be forked with
-    us, and a child that clears it away would wait for a thread that it does not have."""
+    """(process, port) of what holds the store through which processes meet. A store of our own
+    would be forked with us, and a child that clears it away would wait for a thread that it does
+    not have."""
     reading, writing = os.pipe()
     if child := os.fork():
         port = int(os.read(reading, 8))

@@ -1,7 +1,8 @@
 """A tiny random diffusers folder in the layout of the released Qwen-Image, built without a network.
 
-The tokenizer knows every word of the pipeline's prompt template as one token, so that the template's
-prefix is 34 tokens long, as many as the pipeline drops; other words fall apart into letters.
+The tokenizer knows every word of the pipeline's prompt template as one token, so that the
+template's prefix is 34 tokens long, as many as the pipeline drops; other words fall apart into
+letters.
 """
 
 from __future__ import annotations
@@ -17,11 +18,41 @@ from .models import enlarge
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 32
 SHARD_SIZE = "1MB"  # the transformer is about 4 MB, so it is cut into several files
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-                  "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")  # fmt: skip
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 TEMPLATE_WORDS = (  # Ġ is how byte-level BPE writes a space
-    *("system", "Describe", "user", "assistant", "Ġthe", "Ġimage", "Ġby", "Ġdetailing", "Ġcolor", "Ġshape", "Ġsize"),
-    *("Ġtexture", "Ġquantity", "Ġtext", "Ġspatial", "Ġrelationships", "Ġof", "Ġobjects", "Ġand", "Ġbackground"),
+    *(
+        "system",
+        "Describe",
+        "user",
+        "assistant",
+        "Ġthe",
+        "Ġimage",
+        "Ġby",
+        "Ġdetailing",
+        "Ġcolor",
+        "Ġshape",
+        "Ġsize",
+    ),
+    *(
+        "Ġtexture",
+        "Ġquantity",
+        "Ġtext",
+        "Ġspatial",
+        "Ġrelationships",
+        "Ġof",
+        "Ġobjects",
+        "Ġand",
+        "Ġbackground",
+    ),
 )
 TRANSFORMER_CONFIG = {
     "patch_size": 2,
@@ -61,10 +92,17 @@ MODEL_INDEX = {
 }
 
 
-def build_tiny_pipeline(folder: Path, seed: int = 0, words: Sequence[str] = TEMPLATE_WORDS, **changes) -> Path:
-    """Writes the folder (about 5 MB, a few seconds) and returns it. The same seed gives the same weights. `words`: what
-    the tokenizer knows as one token; `changes`: of the transformer's configuration."""
-    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+def build_tiny_pipeline(
+    folder: Path, seed: int = 0, words: Sequence[str] = TEMPLATE_WORDS, **changes
+) -> Path:
+    """Writes the folder (about 5 MB, a few seconds) and returns it. The same seed gives the same
+    weights. `words`: what the tokenizer knows as one token; `changes`: of the transformer's
+    configuration."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImageTransformer2DModel,
+    )
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,14 +136,21 @@ def vocabulary(words: Sequence[str]) -> dict[str, int]:
 
 
 def _write_tokenizer(folder: Path, words: Sequence[str]) -> None:
-    """The released folder's files: vocab.json, merges.txt, added_tokens.json, tokenizer_config.json."""
+    """The released folder's files: vocab.json, merges.txt, added_tokens.json,
+    tokenizer_config.json."""
     tokens = vocabulary(words)
     special = {token: tokens.pop(token) for token in SPECIAL_TOKENS}
     decoder = {
-        str(index): {"content": token, "lstrip": False, "normalized": False, "rstrip": False,
-                     "single_word": False, "special": True}
+        str(index): {
+            "content": token,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
         for token, index in special.items()
-    }  # fmt: skip
+    }
     config = {
         "add_prefix_space": False,
         "added_tokens_decoder": decoder,

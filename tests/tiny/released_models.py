@@ -1,4 +1,5 @@
-"""Tiny random models in the layout of the authors' releases, and their forward written out by hand."""
+"""Tiny random models in the layout of the authors' releases, and their forward written out by
+hand."""
 
 from __future__ import annotations
 
@@ -19,8 +20,11 @@ FFN = {"single_stream_index": [], "ehs_proj_index": [], "ffn_proj_index": [2, 5]
 WEIGHTS = "diffusion_pytorch_model"
 
 
-def released_state(model: torch.nn.Module, kept: list[int], lists: dict[str, list[int]], seed: int = 0) -> dict:
-    """The tensors of a model that keeps these blocks of `model`; students and projections are random."""
+def released_state(
+    model: torch.nn.Module, kept: list[int], lists: dict[str, list[int]], seed: int = 0
+) -> dict:
+    """The tensors of a model that keeps these blocks of `model`; students and projections are
+    random."""
     generator = torch.Generator().manual_seed(seed)
     state = {n: t for n, t in model.state_dict().items() if not n.startswith("transformer_blocks.")}
     width = model.inner_dim
@@ -28,27 +32,41 @@ def released_state(model: torch.nn.Module, kept: list[int], lists: dict[str, lis
 
     def linear(name: str) -> dict[str, torch.Tensor]:
         weight = torch.randn(width, width, generator=generator) / width**0.5
-        return {f"{name}.weight": 0.3 * weight, f"{name}.bias": 0.1 * torch.randn(width, generator=generator)}
+        return {
+            f"{name}.weight": 0.3 * weight,
+            f"{name}.bias": 0.1 * torch.randn(width, generator=generator),
+        }
 
     for new, old in enumerate(kept):
         prefix, start = f"transformer_blocks.{new}.", f"transformer_blocks.{old}."
-        block = {n.removeprefix(start): t for n, t in model.state_dict().items() if n.startswith(start)}
+        block = {
+            n.removeprefix(start): t for n, t in model.state_dict().items() if n.startswith(start)
+        }
         if old in gaps:
-            block = {n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in block.items()}
+            block = {
+                n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in block.items()
+            }
         text, ffn = new in lists["single_stream_index"], new in lists["ffn_proj_index"]
-        gone = (("txt_mod.", "txt_mlp.") if text else ()) + (("img_mlp.", "txt_mlp.") if ffn else ())
+        gone = (("txt_mod.", "txt_mlp.") if text else ()) + (
+            ("img_mlp.", "txt_mlp.") if ffn else ()
+        )
         block = {n: t for n, t in block.items() if not (gone and n.startswith(gone))}
         if ffn:
             block = {n: t[: 3 * width] if "_mod.1." in n else t for n, t in block.items()}
             block |= linear("img_ffn_proj") | ({} if text else linear("txt_ffn_proj"))
         if text:
-            block |= linear("txt_proj") | (linear("ehs_proj") if new in lists["ehs_proj_index"] else {})
+            block |= linear("txt_proj") | (
+                linear("ehs_proj") if new in lists["ehs_proj_index"] else {}
+            )
         state |= {prefix + name: tensor for name, tensor in block.items()}
     return {name: tensor.contiguous().clone() for name, tensor in state.items()}
 
 
-def write_folder(folder: Path, state: dict, config: dict, lists: dict | None, kind: str = "safetensors") -> Path:
-    """kind: "safetensors" or "bin", each also "sharded". `config` has as many layers as there are blocks."""
+def write_folder(
+    folder: Path, state: dict, config: dict, lists: dict | None, kind: str = "safetensors"
+) -> Path:
+    """kind: "safetensors" or "bin", each also "sharded". `config` has as many layers as there are
+    blocks."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"_class_name": "X", **config, **(lists or {})}))
     ending = ".bin" if "bin" in kind else ".safetensors"
@@ -65,11 +83,14 @@ def write_folder(folder: Path, state: dict, config: dict, lists: dict | None, ki
     return folder
 
 
-def reference(model: torch.nn.Module, state: dict, lists: dict, inputs: dict, legacy: bool = False) -> torch.Tensor:
-    """What method.md says such a model computes. Of `model`, a plain one of the same depth, only embeddings, the
-    final layer and joint attention run, with the released tensors in them."""
+def reference(
+    model: torch.nn.Module, state: dict, lists: dict, inputs: dict, legacy: bool = False
+) -> torch.Tensor:
+    """What method.md says such a model computes. Of `model`, a plain one of the same depth, only
+    embeddings, the final layer and joint attention run, with the released tensors in them."""
     model.load_state_dict(
-        {n: t for n, t in state.items() if n in model.state_dict() and "_mod." not in n}, strict=False
+        {n: t for n, t in state.items() if n in model.state_dict() and "_mod." not in n},
+        strict=False,
     )
     image = model.img_in(inputs["hidden_states"])
     text = model.txt_in(model.txt_norm(inputs["encoder_hidden_states"]))
@@ -84,16 +105,24 @@ def reference(model: torch.nn.Module, state: dict, lists: dict, inputs: dict, le
             return F.linear(x, state[f"{prefix}.weight"], state[f"{prefix}.bias"])
 
         def mlp(name: str, x: torch.Tensor, linear=linear) -> torch.Tensor:
-            return linear(f"{name}.net.2", F.gelu(linear(f"{name}.net.0.proj", x), approximate="tanh"))
+            return linear(
+                f"{name}.net.2", F.gelu(linear(f"{name}.net.0.proj", x), approximate="tanh")
+            )
 
-        text_pruned, ffn_pruned = (index in lists[f"{name}_index"] for name in ("single_stream", "ffn_proj"))
+        text_pruned, ffn_pruned = (
+            index in lists[f"{name}_index"] for name in ("single_stream", "ffn_proj")
+        )
         image_mod = linear("img_mod.1", F.silu(conditioning)).chunk(3 if ffn_pruned else 6, dim=-1)
         image_modulated = normed(image) * (1 + image_mod[1][:, None]) + image_mod[0][:, None]
         if text_pruned:
             text_modulated = linear("txt_proj", source) + (0 if legacy else source)
         else:
-            text_mod = linear("txt_mod.1", F.silu(conditioning)).chunk(3 if ffn_pruned else 6, dim=-1)
-            text_modulated = source = normed(text) * (1 + text_mod[1][:, None]) + text_mod[0][:, None]
+            text_mod = linear("txt_mod.1", F.silu(conditioning)).chunk(
+                3 if ffn_pruned else 6, dim=-1
+            )
+            text_modulated = source = (
+                normed(text) * (1 + text_mod[1][:, None]) + text_mod[0][:, None]
+            )
         image_attention, text_attention = block.attn(
             hidden_states=image_modulated,
             encoder_hidden_states=text_modulated,

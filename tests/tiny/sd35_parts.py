@@ -1,5 +1,5 @@
-"""A plan for a tiny SD3.5: students of blocks that attend twice to the image and of others, projections of every kind, the
-last block's too."""
+"""A plan for a tiny SD3.5: students of blocks that attend twice to the image and of others,
+projections of every kind, the last block's too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ SD35_SIZES = {
 """Heads as wide as the host takes for granted, and not as many of them as blocks"""
 ALL = ("1-3", "4-5")
 SD35_PARTS = Parts(
-    depth=(Interval(first=1, last=3, correction="affine"), Interval(first=4, last=5, correction="none")),
+    depth=(
+        Interval(first=1, last=3, correction="affine"),
+        Interval(first=4, last=5, correction="none"),
+    ),
     width=(
         WidthSite(block=0, kind="ffn_text"),
         WidthSite(block=1, kind="ffn_image", fitted=("1",)),
@@ -45,7 +48,15 @@ SD35_PARTS = Parts(
         Variant(
             name="smallest",
             intervals=ALL,
-            sites=("ffn_text:0", "ffn_image:0", "ffn_image:1", "text:4-5", "ffn_image:6", "ffn_image:7", "text:7-7"),
+            sites=(
+                "ffn_text:0",
+                "ffn_image:0",
+                "ffn_image:1",
+                "text:4-5",
+                "ffn_image:6",
+                "ffn_image:7",
+                "text:7-7",
+            ),
         ),
     ),
 )

@@ -1,4 +1,5 @@
-"""A run on the tiny teacher with students and width projections of every kind, made by hand: nothing is trained."""
+"""A run on the tiny teacher with students and width projections of every kind, made by hand:
+nothing is trained."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.finetune import finetune
 from ppcl_engine.system.tensor_files import write_tensors
 
-DEPTH = (Interval(first=1, last=2, correction="affine"), Interval(first=3, last=4, correction="none"))
+DEPTH = (
+    Interval(first=1, last=2, correction="affine"),
+    Interval(first=3, last=4, correction="none"),
+)
 WIDTH = (
     WidthSite(block=0, kind="ffn_text"),
     WidthSite(block=1, kind="ffn_image", fitted=("1",)),
@@ -56,19 +60,25 @@ class Parts:
     )
 
 
-def write_parts(run: Run, teacher_file: Path, width: bool = True, parts: Parts | None = None) -> PruningPlan:
+def write_parts(
+    run: Run, teacher_file: Path, width: bool = True, parts: Parts | None = None
+) -> PruningPlan:
     """Students: copies of their first block, corrections and projections at random and small."""
     parts = parts or Parts()
     weights, generator = Weights(teacher_file), torch.Generator().manual_seed(0)
     for interval in parts.depth:
         student = build_student(weights.architecture, weights.config, interval)
         block = weights.block(interval.first, torch.float32, "cpu").state_dict()
-        own = {n: _small(t.shape, generator) for n, t in student.state_dict().items() if n not in block}
+        own = {
+            n: _small(t.shape, generator) for n, t in student.state_dict().items() if n not in block
+        }
         _write(run.student(interval.name), {**copy.deepcopy(block), **own})
     d = weights.architecture.width(weights.config)
     for (place, kind), names in parts.projections.items() if width else ():
         maps = nn.ModuleDict({part: nn.Linear(d, d) for part in names}).state_dict()
-        _write(run.projection(place, kind), {n: _small(t.shape, generator) for n, t in maps.items()})
+        _write(
+            run.projection(place, kind), {n: _small(t.shape, generator) for n, t in maps.items()}
+        )
     plan = PruningPlan(
         architecture=weights.architecture.name,
         config=weights.config,
@@ -83,7 +93,8 @@ def write_parts(run: Run, teacher_file: Path, width: bool = True, parts: Parts |
 
 
 def tuned_run(folder: Path, teacher_file: Path) -> Run:
-    """With these parts and "smallest" fine-tuned for two steps; `folder` holds a calibration set."""
+    """With these parts and "smallest" fine-tuned for two steps; `folder` holds a calibration
+    set."""
     run = Run(folder)
     write_parts(run, teacher_file)
     settings = {"variant": "smallest", "steps": 2, "learning_rate": 1e-2, "warm_up": 1}
@@ -96,11 +107,16 @@ def _small(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
 
 
 def _write(path: Path, state: dict[str, torch.Tensor]) -> None:
-    write_tensors(path, {f"weight.{name}": tensor for name, tensor in state.items()}, {"settings": "{}", "step": "0"})
+    write_tensors(
+        path,
+        {f"weight.{name}": tensor for name, tensor in state.items()},
+        {"settings": "{}", "step": "0"},
+    )
 
 
 def stop_after(monkeypatch, step: int, how) -> None:
-    """Calls `how` once, when a training on the velocity has done this many steps and before it may save them."""
+    """Calls `how` once, when a training on the velocity has done this many steps and before it may
+    save them."""
     update, done = AveragedTrainer.update, []
 
     def stopping(self, *arguments):
@@ -121,7 +137,11 @@ def killed() -> None:
 
 
 def files_of(run: Run, *patterns: str) -> dict[str, bytes]:
-    return {str(p.relative_to(run.folder)): p.read_bytes() for pattern in patterns for p in run.folder.glob(pattern)}
+    return {
+        str(p.relative_to(run.folder)): p.read_bytes()
+        for pattern in patterns
+        for p in run.folder.glob(pattern)
+    }
 
 
 def velocities(run: Run, teacher_file: Path, rows: list, *names: str) -> dict[str, torch.Tensor]:

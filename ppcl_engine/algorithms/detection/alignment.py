@@ -37,13 +37,20 @@ def rbf_gram(x: torch.Tensor) -> torch.Tensor:
     return torch.exp(-squared / (2 * off_diagonal.median()))
 
 
-def biased_hsic(k: torch.Tensor, l: torch.Tensor, chosen: torch.Tensor | None = None) -> torch.Tensor:  # noqa: E741
-    """tr(K H L H) / (n - 1)^2, H centring the chosen rows (Gretton et al. 2005, equation 9): most papers' form."""
+def biased_hsic(
+    k: torch.Tensor,
+    l: torch.Tensor,  # noqa: E741
+    chosen: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """tr(K H L H) / (n - 1)^2, H centring the chosen rows (Gretton et al. 2005, equation 9): most
+    papers' form."""
     w = torch.ones(len(k), 1, dtype=k.dtype, device=k.device) if chosen is None else chosen.to(k)
     n = w.sum(0)
     k_rows, l_rows = w * (k @ w), w * (l @ w)
     trace = (w * ((k * l) @ w)).sum(0)
-    return (trace - 2 * (k_rows * l_rows).sum(0) / n + k_rows.sum(0) * l_rows.sum(0) / n**2) / (n - 1) ** 2
+    return (trace - 2 * (k_rows * l_rows).sum(0) / n + k_rows.sum(0) * l_rows.sum(0) / n**2) / (
+        n - 1
+    ) ** 2
 
 
 def cka(
@@ -52,5 +59,6 @@ def cka(
     chosen: torch.Tensor | None = None,
     estimator: Callable[..., torch.Tensor] = hsic,
 ) -> torch.Tensor:
-    """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) (Kornblith et al. 2019, equation 3); one value a subset."""
+    """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) (Kornblith et al. 2019, equation 3); one value a
+    subset."""
     return estimator(k, l, chosen) / (estimator(k, k, chosen) * estimator(l, l, chosen)).sqrt()

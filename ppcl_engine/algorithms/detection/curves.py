@@ -1,8 +1,10 @@
-"""The two curves that intervals are chosen by, over pairs of blocks (u, k): the CKA curve and the damage.
+"""The two curves that intervals are chosen by, over pairs of blocks (u, k): the CKA curve and the
+damage.
 
-Block u stays real and what follows up to k is replaced: by the probes (`cka`, the paper's curve), or by one
-least-squares map (`error`, what a student's closed form leaves on the final velocity). Chains start from cached
-boundary states and only run the blocks behind k: sum over pairs (u, k) of (last - k) block passes a batch and curve.
+Block u stays real and what follows up to k is replaced: by the probes (`cka`, the paper's curve),
+or by one least-squares map (`error`, what a student's closed form leaves on the final velocity).
+Chains start from cached boundary states and only run the blocks behind k: sum over pairs (u, k) of
+(last - k) block passes a batch and curve.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ RIDGE = 1e-4
 @dataclass(frozen=True)
 class Curves:
     """cka [blocks, longest, 1 + resamples], first column all samples; NaN where there is no pair.
-    error [blocks, longest, held-out samples] and power [held-out samples]: squared error of the final
-    velocity and its own square, summed over a sample. Entry [u, j] belongs to the interval [u, u + j]."""
+    error [blocks, longest, held-out samples] and power [held-out samples]: squared error of the
+    final velocity and its own square, summed over a sample. Entry [u, j] belongs to the interval
+    [u, u + j]."""
 
     cka: torch.Tensor
     error: torch.Tensor
@@ -55,9 +58,14 @@ def section_starts(teacher: Teacher) -> frozenset[int]:
     return frozenset(section.start for section in teacher.architecture.sections(teacher.config))
 
 
-def block_passes(blocks: int, longest: int, curves: int, starts: frozenset[int] = frozenset()) -> int:
-    """Teacher blocks that a batch goes through: one sweep, and (last - k) for every pair of every full curve."""
-    pairs = [(u, k) for u in range(blocks) for k in range(u + 1, reach(u, blocks, longest, starts) + 1)]
+def block_passes(
+    blocks: int, longest: int, curves: int, starts: frozenset[int] = frozenset()
+) -> int:
+    """Teacher blocks that a batch goes through: one sweep, and (last - k) for every pair of every
+    full curve."""
+    pairs = [
+        (u, k) for u in range(blocks) for k in range(u + 1, reach(u, blocks, longest, starts) + 1)
+    ]
     return blocks + curves * sum(blocks - 1 - k for _, k in pairs)
 
 
@@ -69,19 +77,33 @@ def load_curves(path: Path, settings: str) -> tuple[Curves | None, int]:
 
 
 def measure(
-    config, run: Run, teacher: Teacher, inputs: list, settings: str, curves: Curves | None, done: int
+    config,
+    run: Run,
+    teacher: Teacher,
+    inputs: list,
+    settings: str,
+    curves: Curves | None,
+    done: int,
 ) -> Curves:
-    """Both curves of every pair, saved block by block. The second half of the batches is held out of the
-    least-squares maps."""
+    """Both curves of every pair, saved block by block. The second half of the batches is held out
+    of the least-squares maps."""
     if len(inputs) < 2:
-        raise ValueError("detect needs at least two calibration batches; calibrate with a smaller --batch")
+        raise ValueError(
+            "detect needs at least two calibration batches; calibrate with a smaller --batch"
+        )
     with torch.no_grad():
         measurement = _Measurement(config, run, teacher, inputs)
         measurement.curves = curves or measurement.curves
         blocks = range(done, teacher.num_blocks - 1)
-        for u in Progress(blocks, initial=done, total=teacher.num_blocks - 1, desc="detect", unit="block"):
+        for u in Progress(
+            blocks, initial=done, total=teacher.num_blocks - 1, desc="detect", unit="block"
+        ):
             measurement.chains_from(u)
-            write_tensors(run.curves, measurement.curves.tensors(), {"settings": settings, "blocks": str(u + 1)})
+            write_tensors(
+                run.curves,
+                measurement.curves.tensors(),
+                {"settings": settings, "blocks": str(u + 1)},
+            )
         measurement.store.clear()
     return measurement.curves
 
@@ -113,14 +135,17 @@ class _Measurement:
             self.store.put(0, batch, state)
         for index, block in self.teacher.walk(0, self.last):
             for batch, like in enumerate(self.embedded):
-                self.store.put(index + 1, batch, self._run(block, self.store.get(index, batch, like)))
+                self.store.put(
+                    index + 1, batch, self._run(block, self.store.get(index, batch, like))
+                )
         ends = [self._state(self.last + 1, batch) for batch in range(len(self.embedded))]
         self.velocities = {batch: self._velocity(ends[batch]) for batch in self.held_out}
         self.power = torch.cat([_per_sample(v) for v in self.velocities.values()])
         self.end_gram = None if self.config.local else self._gram(ends)
 
     def chains_from(self, u: int) -> None:
-        """One walk from u to the end: at block i the chains that end at i branch off, earlier ones go on."""
+        """One walk from u to the end: at block i the chains that end at i branch off, earlier ones
+        go on."""
         end = reach(u, self.last + 1, self.config.longest, self.starts)
         if end == u:
             return
@@ -140,7 +165,8 @@ class _Measurement:
         return {batch: apply_maps(state, maps) for batch, state in states.items()}
 
     def _branch(self, u: int, k: int, steps: dict[int, BlockState]) -> list[str]:
-        """Starts the probe chain and the least-squares chain of the pair; local alignment ends here."""
+        """Starts the probe chain and the least-squares chain of the pair; local alignment ends
+        here."""
         maps = self._least_squares(u, k)
         for batch in self.held_out:
             self.store.put(f"map_{k}", batch, apply_maps(self._state(u + 1, batch), maps))
@@ -172,11 +198,15 @@ class _Measurement:
 
     def _close(self, u: int, name: str) -> None:
         kind, k = name.split("_")
-        states = [self.store.get(name, batch, self.embedded[batch]) for batch in self._batches(name)]
+        states = [
+            self.store.get(name, batch, self.embedded[batch]) for batch in self._batches(name)
+        ]
         if kind == "probe":
             self.curves.cka[u, int(k) - u] = self._cka(self._gram(states), self.end_gram)
         else:
-            errors = [self._velocity(s) - v for s, v in zip(states, self.velocities.values(), strict=True)]
+            errors = [
+                self._velocity(s) - v for s, v in zip(states, self.velocities.values(), strict=True)
+            ]
             self.curves.error[u, int(k) - u] = torch.cat([_per_sample(e) for e in errors])
         for batch in self._batches(name):
             self.store.drop(name, batch)
@@ -202,9 +232,15 @@ class _Measurement:
         rows = []
         for state in states:
             image = self.teacher.architecture.final_image(self.teacher.outer, state)
-            order = torch.rand(image.shape[:2], generator=generator).masked_fill(~state.real("image").cpu(), 2.0)
+            order = torch.rand(image.shape[:2], generator=generator).masked_fill(
+                ~state.real("image").cpu(), 2.0
+            )
             places = order.argsort(1)[:, : self.config.tokens]
-            rows.append(torch.gather(image, 1, places[..., None].expand(-1, -1, image.shape[-1]).to(image.device)))
+            rows.append(
+                torch.gather(
+                    image, 1, places[..., None].expand(-1, -1, image.shape[-1]).to(image.device)
+                )
+            )
         features = torch.cat([r.flatten(0, 1) for r in rows]).cpu()
         return linear_gram(features) if self.config.kernel == "linear" else rbf_gram(features)
 
@@ -228,4 +264,6 @@ def load_probe(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         raise ValueError(f"{path} does not exist; run probe first")
     file = TensorFile(path)
     streams = [name.split(".")[0] for name in file.keys() if name.endswith(".weight")]
-    return {stream: (file.read(f"{stream}.weight"), file.read(f"{stream}.bias")) for stream in streams}
+    return {
+        stream: (file.read(f"{stream}.weight"), file.read(f"{stream}.bias")) for stream in streams
+    }

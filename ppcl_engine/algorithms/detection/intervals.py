@@ -1,4 +1,5 @@
-"""Rules that turn curves into intervals: the paper's greedy one, and a dynamic programme. Pure functions."""
+"""Rules that turn curves into intervals: the paper's greedy one, and a dynamic programme. Pure
+functions."""
 
 from __future__ import annotations
 
@@ -25,15 +26,20 @@ def first_difference(cka: Cka, first: int, k: int) -> float:
 
 
 def reach(first: int, num_blocks: int, longest: int, starts: frozenset[int] = frozenset()) -> int:
-    """The last block that an interval from `first` may hold. `starts`: first blocks of runs of one kind."""
+    """The last block that an interval from `first` may hold. `starts`: first blocks of runs of one
+    kind."""
     end = min((start for start in starts if start > first), default=num_blocks)
     return min(first + longest, end) - 1
 
 
-def curve_scale(cka: Cka, num_blocks: int, longest: int, starts: frozenset[int] = frozenset()) -> float:
+def curve_scale(
+    cka: Cka, num_blocks: int, longest: int, starts: frozenset[int] = frozenset()
+) -> float:
     """Largest D of all curves. Raises ValueError for a degenerate teacher."""
     ends = {u: reach(u, num_blocks, longest, starts) for u in range(num_blocks - 1)}
-    differences = [first_difference(cka, u, k) for u, end in ends.items() for k in range(u + 1, end + 1)]
+    differences = [
+        first_difference(cka, u, k) for u, end in ends.items() for k in range(u + 1, end + 1)
+    ]
     scale = max(differences, default=0.0)
     if not scale >= DEGENERATE:
         raise ValueError(
@@ -55,9 +61,9 @@ def greedy_intervals(
 ) -> list[Found]:
     """The paper's rule: D falls while blocks belong together; the first rise ends the interval.
 
-    D(u, u) = infinity; stop at the first k with D(u, k) > D(u, k-1) + eps * scale; [u, k-1]; restart
-    at k. Block u stays single when D(u, u+1) > max_drop * scale. Covers every block. No interval goes on over
-    one of `starts`, the first blocks of runs of one kind.
+    D(u, u) = infinity; stop at the first k with D(u, k) > D(u, k-1) + eps * scale; [u, k-1];
+    restart at k. Block u stays single when D(u, u+1) > max_drop * scale. Covers every block. No
+    interval goes on over one of `starts`, the first blocks of runs of one kind.
     """
     found, u = [], 0
     while u < num_blocks:
@@ -79,10 +85,16 @@ def _grow(cka, u, num_blocks, longest, scale, eps, max_drop, protect, starts) ->
             return Found(u, k - 1, f"longest interval considered is {longest}")
         d = first_difference(cka, u, k)
         if k == u + 1 and d > max_drop * scale:
-            return Found(u, u, f"D({u},{k}) = {d:.5f} > max_drop x scale = {max_drop * scale:.5f}: stays single")
+            return Found(
+                u,
+                u,
+                f"D({u},{k}) = {d:.5f} > max_drop x scale = {max_drop * scale:.5f}: stays single",
+            )
         if d > previous + eps * scale:
             return Found(
-                u, k - 1, f"D rises: D({u},{k}) = {d:.5f} > D({u},{k - 1}) = {previous:.5f} + {eps * scale:.5f}"
+                u,
+                k - 1,
+                f"D rises: D({u},{k}) = {d:.5f} > D({u},{k - 1}) = {previous:.5f} + {eps * scale:.5f}",
             )
         previous = d
     return Found(u, num_blocks - 1, "last block")
@@ -99,8 +111,8 @@ def budget_intervals(
     """The set of disjoint intervals that removes exactly `remove` blocks at the least sum of costs.
 
     cost(u, v): damage of replacing u..v by one block (nearly additive over intervals). An interval
-    may hold no protected block, nor one of `starts` behind its first. O(num_blocks * longest * remove). Raises ValueError when the
-    budget cannot be met.
+    may hold no protected block, nor one of `starts` behind its first. O(num_blocks * longest *
+    remove). Raises ValueError when the budget cannot be met.
     """
     best = [[math.inf] * (remove + 1) for _ in range(num_blocks + 1)]
     choice: dict[tuple[int, int], int] = {}
@@ -110,13 +122,17 @@ def budget_intervals(
             best[end][removed], choice[end, removed] = best[end - 1][removed], 1
             for length in range(2, min(longest, end, removed + 1) + 1):
                 start = end - length
-                if protect.intersection(range(start, end)) or starts.intersection(range(start + 1, end)):
+                if protect.intersection(range(start, end)) or starts.intersection(
+                    range(start + 1, end)
+                ):
                     break
                 total = best[start][removed - length + 1] + cost(start, end - 1)
                 if total < best[end][removed]:
                     best[end][removed], choice[end, removed] = total, length
     if math.isinf(best[num_blocks][remove]):
-        raise ValueError(f"{remove} blocks cannot be removed with intervals of at most {longest}; lower --remove")
+        raise ValueError(
+            f"{remove} blocks cannot be removed with intervals of at most {longest}; lower --remove"
+        )
     intervals, end, removed = [], num_blocks, remove
     while end:
         length = choice[end, removed]
@@ -128,7 +144,10 @@ def budget_intervals(
 
 def stability(chosen: list[tuple[int, int]], resampled: list[list[tuple[int, int]]]) -> list[float]:
     """Share of resamples that found each chosen interval, both ends equal."""
-    return [sum(interval in other for other in resampled) / max(1, len(resampled)) for interval in chosen]
+    return [
+        sum(interval in other for other in resampled) / max(1, len(resampled))
+        for interval in chosen
+    ]
 
 
 def least_damage(items: list[tuple[float, float]], saving: float) -> list[int] | None:

@@ -1,4 +1,5 @@
-"""Width fits: what each projection reads and has to give, and its ridge solution over a whole calibration set.
+"""Width fits: what each projection reads and has to give, and its ridge solution over a whole
+calibration set.
 
 All on the teacher's own states (paper, section 3.4): an FFN's projection from what its block or
 student sees there, a text group's from the modulated text of the last full block before it.
@@ -29,8 +30,8 @@ RIDGE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """One projection: at `place` (a student or a teacher's block, nothing projected in it). Text reads from
-    `source`; `steps`: it also moves the text on."""
+    """One projection: at `place` (a student or a teacher's block, nothing projected in it). Text
+    reads from `source`; `steps`: it also moves the text on."""
 
     place: Place
     kind: str
@@ -63,7 +64,10 @@ def fits_of(plan: PruningPlan, layout: Layout) -> list[Fit]:
         site = plan.site(name)
         if isinstance(site, TextGroup):
             source, members = group_places(layout, site)
-            fits += [Fit(place=_bare(p), kind="text", source=_bare(source), steps=p.steps_text) for p in members]
+            fits += [
+                Fit(place=_bare(p), kind="text", source=_bare(source), steps=p.steps_text)
+                for p in members
+            ]
         else:
             place = next(p for p in layout.places if p.index == site.block)
             fits.append(Fit(place=_bare(place), kind=site.kind, form=site.form))
@@ -71,10 +75,13 @@ def fits_of(plan: PruningPlan, layout: Layout) -> list[Fit]:
 
 
 def fits_of_blocks_given_back(plan: PruningPlan) -> list[Fit]:
-    """Projections for the teacher's own blocks, where an interval that holds sites may be given back."""
+    """Projections for the teacher's own blocks, where an interval that holds sites may be given
+    back."""
     everything, fits = plan.everything(), []
     with_sites = [i for i in plan.intervals if any(s.block in i.blocks for s in plan.sites)]
-    open_to_all = plan.with_parts(sites=tuple(replace(s, fitted=(str(s.block),)) for s in plan.sites))
+    open_to_all = plan.with_parts(
+        sites=tuple(replace(s, fitted=(str(s.block),)) for s in plan.sites)
+    )
     for interval in with_sites:
         names = tuple(name for name in everything.intervals if name != interval.name)
         layout = layout_of(open_to_all, replace(everything, intervals=names))
@@ -86,8 +93,11 @@ def _bare(place: Place) -> Place:
     return Place(index=place.index, interval=place.interval)
 
 
-def own_pair(fit: Fit, seen: dict[str, torch.Tensor], source_seen: dict[str, torch.Tensor] | None) -> Pair:
-    """(what the projection reads, what it has to give), [n, tokens, d] each (method: width; paper, section 3.4)."""
+def own_pair(
+    fit: Fit, seen: dict[str, torch.Tensor], source_seen: dict[str, torch.Tensor] | None
+) -> Pair:
+    """(what the projection reads, what it has to give), [n, tokens, d] each (method: width; paper,
+    section 3.4)."""
     if fit.kind == "text":
         source = source_seen["text_modulated"]
         return source, seen["text_modulated"] - source
@@ -99,7 +109,8 @@ def own_pair(fit: Fit, seen: dict[str, torch.Tensor], source_seen: dict[str, tor
 
 
 def counted(fit: Fit, state: BlockState, used: tuple[str, ...]) -> torch.Tensor:
-    """Mask [n, tokens] of the tokens that count: no padding, and nothing of a text that nothing reads any more.
+    """Mask [n, tokens] of the tokens that count: no padding, and nothing of a text that nothing
+    reads any more.
 
     used: streams that are read behind the fit's place.
     """
@@ -118,7 +129,8 @@ def ridge_solutions(
     store: StateStore,
     memory_gb: float,
 ) -> Solutions:
-    """All fits over all inputs, in as few sweeps of the teacher as `memory_gb` of normal equations allow."""
+    """All fits over all inputs, in as few sweeps of the teacher as `memory_gb` of normal equations
+    allow."""
     width = teacher.architecture.width(teacher.config)
     per_fit = 2 * 2 * 8 * (width + 1) ** 2
     chunk = max(1, int(memory_gb * 1e9 // per_fit))
@@ -136,11 +148,16 @@ def ridge_solutions(
 class _Accumulation:
     """Normal equations of many fits, filled in one sweep of the teacher."""
 
-    def __init__(self, teacher: Teacher, students: Students, fits: Sequence[Fit], store: StateStore):
+    def __init__(
+        self, teacher: Teacher, students: Students, fits: Sequence[Fit], store: StateStore
+    ):
         self.teacher, self.students, self.store = teacher, students, store
         self.architecture = teacher.architecture
         width = self.architecture.width(teacher.config)
-        self.sums = {fit: {part: NormalEquations(width, width, teacher.device) for part in fit.parts} for fit in fits}
+        self.sums = {
+            fit: {part: NormalEquations(width, width, teacher.device) for part in fit.parts}
+            for fit in fits
+        }
         self.sources = {fit.source for fit in fits if fit.source}
         self.source_seen: dict[tuple[Place, int], dict[str, torch.Tensor]] = {}
 
@@ -151,10 +168,17 @@ class _Accumulation:
         for index, _, batches in Progress(blocks, total=last + 1, desc="projections", unit="block"):
             for place in self._places_at(index):
                 block = placed_block(
-                    self.teacher.weights, self.students, place, self.teacher.dtype, self.teacher.device, {}
+                    self.teacher.weights,
+                    self.students,
+                    place,
+                    self.teacher.dtype,
+                    self.teacher.device,
+                    {},
                 )
                 for batch in batches:
-                    self._observe(place, block, self.store.get(index, batch, embedded[batch]), batch)
+                    self._observe(
+                        place, block, self.store.get(index, batch, embedded[batch]), batch
+                    )
             for batch in batches:
                 self._step(index, self.store.get(index + 1, batch, embedded[batch]), batch)
         self.store.clear()
@@ -166,7 +190,10 @@ class _Accumulation:
     def _observe(self, place: Place, block: nn.Module, state: BlockState, batch: int) -> None:
         after, seen = self.architecture.observe(block, state)
         if place in self.sources:
-            self.source_seen[place, batch] = {"text_modulated": seen["text_modulated"], "text": after.text}
+            self.source_seen[place, batch] = {
+                "text_modulated": seen["text_modulated"],
+                "text": after.text,
+            }
         for fit, parts in self.sums.items():
             if fit.place == place:
                 x, y = own_pair(fit, seen, self.source_seen.get((fit.source, batch)))

@@ -1,4 +1,5 @@
-"""Fewer bits a weight: what int8, fp8 and int4 do to a weight, and training that sees it. Weights alone."""
+"""Fewer bits a weight: what int8, fp8 and int4 do to a weight, and training that sees it. Weights
+alone."""
 
 from __future__ import annotations
 
@@ -18,15 +19,17 @@ LEAST = 1e-12
 
 
 def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """To the nearest of 2^bits - 1 equal steps around 0 that the largest weight of its row reaches."""
+    """To the nearest of 2^bits - 1 equal steps around 0 that the largest weight of its row
+    reaches."""
     most = 2 ** (bits - 1) - 1
     scale = (weight.abs().amax(-1, keepdim=True) / most).clamp_min(LEAST)
     return (weight / scale).round().clamp(-most, most) * scale
 
 
 def simulated(weight: torch.Tensor, kind: str) -> torch.Tensor:
-    """What is left of a weight [rows, columns]. fp8: a scale a matrix, as ComfyUI's; int8: a scale a row; int4: a scale for
-    GROUP neighbours of a row, or a row where they do not divide it. Zeros stay zero. Raises ValueError for other kinds."""
+    """What is left of a weight [rows, columns]. fp8: a scale a matrix, as ComfyUI's; int8: a scale
+    a row; int4: a scale for GROUP neighbours of a row, or a row where they do not divide it. Zeros
+    stay zero. Raises ValueError for other kinds."""
     if kind not in BITS:
         raise ValueError(f"quantisation {kind!r} is unknown; known: {', '.join(BITS)}")
     if kind == "fp8":
@@ -51,13 +54,18 @@ class _StraightThrough(torch.autograd.Function):
 
 @contextmanager
 def quantised_in_training(module: nn.Module, kind: str) -> Iterator[nn.Module]:
-    """Meanwhile the module's linear maps, those that are trained, read what `kind` leaves of their weights; with NONE, the
-    weights. Gradients reach the weights as if they had been read themselves (straight-through estimator, arXiv 1308.3432).
-    Parameters, their names and their order stay, so nothing that is saved knows of it."""
-    maps = [m for m in linear_maps(module).values() if m.weight.requires_grad] if kind != NONE else []
-    views = [vars(m).get("weight") for m in maps]  # of a parameter, where a block was put together for one step
+    """Meanwhile the module's linear maps, those that are trained, read what `kind` leaves of their
+    weights; with NONE, the weights. Gradients reach the weights as if they had been read themselves
+    (straight-through estimator, arXiv 1308.3432). Parameters, their names and their order stay, so
+    nothing that is saved knows of it."""
+    maps = (
+        [m for m in linear_maps(module).values() if m.weight.requires_grad] if kind != NONE else []
+    )
+    # of a parameter, where a block was put together for one step
+    views = [vars(m).get("weight") for m in maps]
     for linear in maps:
-        vars(linear)["weight"] = _StraightThrough.apply(linear.weight, kind)  # found before the parameter
+        # found before the parameter
+        vars(linear)["weight"] = _StraightThrough.apply(linear.weight, kind)
     try:
         yield module
     finally:

@@ -1,4 +1,5 @@
-"""A round: one sweep of the teacher over fresh samples that leaves the states that students learn from.
+"""A round: one sweep of the teacher over fresh samples that leaves the states that students learn
+from.
 
 A sweep costs as much as many students' updates, so every cached batch serves several of them.
 """
@@ -21,8 +22,8 @@ REUSE = 4  # updates from one cached batch
 
 @dataclass(frozen=True, kw_only=True)
 class RoundSettings:
-    """updates of a student in a round; cache_gb: for `boundaries` states a batch at most, the same for any part of
-    a run, so that training some students first changes nothing."""
+    """updates of a student in a round; cache_gb: for `boundaries` states a batch at most, the same
+    for any part of a run, so that training some students first changes nothing."""
 
     updates: int
     cache_gb: float
@@ -42,7 +43,12 @@ class FreshStates:
         wanted: set[int],
         folder: Path | None,
     ):
-        self.teacher, self.calibration, self.settings, self.number = teacher, calibration, settings, number
+        self.teacher, self.calibration, self.settings, self.number = (
+            teacher,
+            calibration,
+            settings,
+            number,
+        )
         self.store = StateStore(folder)
         first = teacher.embed(self._inputs(0))
         self.batches = range(self._batches_that_fit(first))
@@ -67,9 +73,12 @@ class FreshStates:
                     self.store.drop(index, batch)
 
     def _inputs(self, batch: int):
-        """Batch `batch` of this round: the calibration set's batches in turn, with fresh noise and timesteps."""
+        """Batch `batch` of this round: the calibration set's batches in turn, with fresh noise and
+        timesteps."""
         count = self.number * self._sweep_batches() + batch
-        return self.calibration.fresh(count % len(self.calibration), self.settings.seed * 1_000_003 + count)
+        return self.calibration.fresh(
+            count % len(self.calibration), self.settings.seed * 1_000_003 + count
+        )
 
     def _sweep_batches(self) -> int:
         return math.ceil(self.settings.updates / REUSE)

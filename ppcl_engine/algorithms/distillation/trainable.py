@@ -1,7 +1,9 @@
-"""Blocks built of parameters that are in training: whatever stands at a place shares its tensors with the parts.
+"""Blocks built of parameters that are in training: whatever stands at a place shares its tensors
+with the parts.
 
-The same student stands in a chain plain or projected, and the same projection on one step's chain and not on the
-next one's, so blocks are put together for every step, and gradients reach the one set of parts behind them.
+The same student stands in a chain plain or projected, and the same projection on one step's chain
+and not on the next one's, so blocks are put together for every step, and gradients reach the one
+set of parts behind them.
 """
 
 from __future__ import annotations
@@ -26,13 +28,20 @@ MakeBlock = Callable[[], nn.Module]
 
 
 class Parts(nn.Module):
-    """The students and projections of a variant in float32: `students.<interval>`, `projections.<place>:<kind>`.
+    """The students and projections of a variant in float32: `students.<interval>`,
+    `projections.<place>:<kind>`.
 
-    Projections of every block that can stand at a site's place are there, as any subset may be switched on.
+    Projections of every block that can stand at a site's place are there, as any subset may be
+    switched on.
     """
 
     def __init__(
-        self, plan: PruningPlan, variant: Variant, architecture: Architecture, students: Students, device: str
+        self,
+        plan: PruningPlan,
+        variant: Variant,
+        architecture: Architecture,
+        students: Students,
+        device: str,
     ):
         super().__init__()
         self.architecture = architecture
@@ -47,7 +56,8 @@ class Parts(nn.Module):
         )
 
     def blocks(self, layout: Layout, teacher: Teacher) -> list[MakeBlock]:
-        """One a place: makes the block when its turn comes (also again, when it is computed a second time)."""
+        """One a place: makes the block when its turn comes (also again, when it is computed a
+        second time)."""
         shared: dict[int, SharedText] = {}
         return [partial(self.block, place, teacher, shared) for place in layout.places]
 
@@ -73,7 +83,11 @@ def projections_of(plan: PruningPlan, variant: Variant) -> list[tuple[str, str]]
     natural = {place.index: place.name for place in layout_of(plan, plan.everything()).places}
     switches = [plan.site(name) for name in variant.sites]
     found: dict[tuple[str, str], None] = {}
-    for site in (s for switch in switches for s in (switch.sites if isinstance(switch, TextGroup) else (switch,))):
+    for site in (
+        s
+        for switch in switches
+        for s in (switch.sites if isinstance(switch, TextGroup) else (switch,))
+    ):
         names = [natural[site.block]] if site.block in natural else []
         for name in (*names, *site.fitted):
             if "-" not in name or name in variant.intervals:
@@ -82,21 +96,27 @@ def projections_of(plan: PruningPlan, variant: Variant) -> list[tuple[str, str]]
 
 
 def twin(block: nn.Module) -> nn.Module:
-    """A block of the same structure on the very same tensors: edits of one leave the other as it is."""
+    """A block of the same structure on the very same tensors: edits of one leave the other as it
+    is."""
     tensors = [*block.parameters(), *block.buffers()]
     return copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
 
 
 def share_cuts(block: nn.Module, origins: dict[str, nn.Parameter], live: set[nn.Parameter]) -> None:
-    """Where projecting copied the first rows or columns of a tensor (a cut modulation), or what its module's `kept` says,
-    a view of those takes the copy's place. The copy bears its origin's name."""
+    """Where projecting copied the first rows or columns of a tensor (a cut modulation), or what its
+    module's `kept` says, a view of those takes the copy's place. The copy bears its origin's
+    name."""
     known = live.union(origins.values())
     for name, parameter in list(block.named_parameters()):
         if parameter in known:
             continue
         path, _, leaf = name.rpartition(".")
         owner, origin = block.get_submodule(path), origins[name]
-        kept = owner.kept(origin) if hasattr(owner, "kept") else origin[tuple(map(slice, parameter.shape))]
+        kept = (
+            owner.kept(origin)
+            if hasattr(owner, "kept")
+            else origin[tuple(map(slice, parameter.shape))]
+        )
         assert kept.shape == parameter.shape, (name, kept.shape, parameter.shape)
         delattr(owner, leaf)
         setattr(owner, leaf, kept)
@@ -109,8 +129,8 @@ def run_made(
     checkpointing: bool,
     bits: str = NONE,
 ) -> BlockState:
-    """The state behind the last block. Checkpointed: a block is made and run again for its gradients. bits: what weights
-    in training are rounded to."""
+    """The state behind the last block. Checkpointed: a block is made and run again for its
+    gradients. bits: what weights in training are rounded to."""
     for make in blocks:
 
         def run(state: BlockState, make: MakeBlock = make) -> BlockState:
@@ -127,5 +147,7 @@ def _linears(state: dict[str, torch.Tensor]) -> nn.ModuleDict:
     for part in dict.fromkeys(name.split(".")[0] for name in state):
         rows, columns = state[f"{part}.weight"].shape
         linears[part] = nn.Linear(columns, rows, device="meta")
-        linears[part].weight, linears[part].bias = (nn.Parameter(state[f"{part}.{n}"]) for n in ("weight", "bias"))
+        linears[part].weight, linears[part].bias = (
+            nn.Parameter(state[f"{part}.{n}"]) for n in ("weight", "bias")
+        )
     return linears

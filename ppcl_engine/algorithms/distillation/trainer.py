@@ -23,7 +23,8 @@ from .quantization import NONE
 BETAS = (0.9, 0.95)
 FINAL_SHARE = 1 / 30
 PLAIN_SHARE = 0.9
-"""On a student of the demo's in int4: 0.95 left as much error, 0.75 a fifth more, 0 more than plain training."""
+"""On a student of the demo's in int4: 0.95 left as much error, 0.75 a fifth more, 0 more than plain
+training."""
 
 
 class Diverged(ValueError):
@@ -35,12 +36,14 @@ def cosine_schedule(step: int, steps: int, peak: float, warm_up: int) -> float:
     if step < warm_up:
         return peak * (step + 1) / warm_up
     progress = (step - warm_up) / max(1, steps - warm_up)
-    return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * min(1.0, progress))) / 2)
+    return peak * (
+        FINAL_SHARE + (1 - FINAL_SHARE) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    )
 
 
 def rounding(config: TrainingConfig, step: int, steps: int) -> str:
-    """What --quant-aware rounds to in this step: nothing in the first PLAIN_SHARE of them. At higher rates weights jump from
-    one rounded value to the next."""
+    """What --quant-aware rounds to in this step: nothing in the first PLAIN_SHARE of them. At
+    higher rates weights jump from one rounded value to the next."""
     return config.quant_aware if step >= PLAIN_SHARE * steps else NONE
 
 
@@ -51,15 +54,20 @@ class Trainer:
         self.module = module.requires_grad_(True)
         matrices = [p for p in module.parameters() if p.ndim >= 2]
         vectors = [p for p in module.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS)
         self.step = 0
         self.losses: list[float] = []
 
     def update(self, loss: torch.Tensor, learning_rate: float, where: str) -> None:
-        """One step of AdamW. Raises Diverged, before the weights are touched, when loss or gradient is not finite.
+        """One step of AdamW. Raises Diverged, before the weights are touched, when loss or gradient
+        is not finite.
 
-        `loss`: of this process's rows, if processes share the batch; each then makes the step of the whole batch.
+        `loss`: of this process's rows, if processes share the batch; each then makes the step of
+        the whole batch.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -67,7 +75,9 @@ class Trainer:
         loss.backward()
         value = float(processes().sum_gradients(self.module.parameters(), loss))
         self._check_finite("loss", value, where)
-        self._check_finite("gradient", float(nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)), where)
+        self._check_finite(
+            "gradient", float(nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)), where
+        )
         self.optimizer.step()
         self.losses.append(value)
         progress.measured(where, self.step, value)
@@ -80,13 +90,16 @@ class Trainer:
             )
 
     def save(self, path: Path, settings: str) -> None:
-        """Of processes that share batches, and so have equal weights, the main one writes; the others wait for it."""
+        """Of processes that share batches, and so have equal weights, the main one writes; the
+        others wait for it."""
         if processes().writes:
             write_tensors(path, self.tensors(), {"step": str(self.step), "settings": settings})
         if processes().by_rows:
             processes().wait()
             if saved_step(path, settings) != self.step:
-                raise ValueError(f"{path} is not what the main process wrote; all machines must share the --run folder")
+                raise ValueError(
+                    f"{path} is not what the main process wrote; all machines must share the --run folder"
+                )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a save holds: weights, moments and losses."""
@@ -95,7 +108,10 @@ class Trainer:
             tensors[f"weight.{name}"] = parameter.detach()
             state = self.optimizer.state.get(parameter)
             if state:
-                tensors |= {f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
+                tensors |= {
+                    f"first.{name}": state["exp_avg"],
+                    f"second.{name}": state["exp_avg_sq"],
+                }
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float32)
         return tensors
 
@@ -116,19 +132,23 @@ class Trainer:
 
 
 def recorded(config: TrainingConfig, names: Iterable[str]) -> dict:
-    """Settings that the bits of a training hang on. quant_aware where it is on: files of before it was there go on."""
+    """Settings that the bits of a training hang on. quant_aware where it is on: files of before it
+    was there go on."""
     used = (*names, *(("quant_aware",) if config.quant_aware != NONE else ()))
     return {name: getattr(config, name) for name in used}
 
 
 def saved_step(path: Path, settings: str) -> int | None:
-    """Steps done by a saved trainer. None when there is none. Raises ValueError for other settings."""
+    """Steps done by a saved trainer. None when there is none. Raises ValueError for other
+    settings."""
     if not path.exists():
         return None
     metadata = TensorFile(path).metadata
     if metadata.get("settings") != settings:
         changed = _changed(metadata.get("settings", "{}"), settings)
-        raise ValueError(f"{path} was trained with other settings ({changed}); use them, or another --run folder")
+        raise ValueError(
+            f"{path} was trained with other settings ({changed}); use them, or another --run folder"
+        )
     return int(metadata["step"])
 
 
@@ -142,5 +162,12 @@ def saved_weights(path: Path, stage: str = "distill-depth") -> dict[str, torch.T
 
 def _changed(old: str, new: str) -> str:
     old_values, new_values = json.loads(old), json.loads(new)
-    names = [name for name in {**new_values, **old_values} if old_values.get(name) != new_values.get(name)]
-    return ", ".join(f"{name} {old_values.get(name)!r} -> {new_values.get(name)!r}" for name in names) or "format"
+    names = [
+        name
+        for name in {**new_values, **old_values}
+        if old_values.get(name) != new_values.get(name)
+    ]
+    return (
+        ", ".join(f"{name} {old_values.get(name)!r} -> {new_values.get(name)!r}" for name in names)
+        or "format"
+    )

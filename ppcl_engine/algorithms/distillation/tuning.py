@@ -1,6 +1,8 @@
-"""Training on the final velocity that `polish` and `finetune` share: averaged weights, precision, saves, stopping.
+"""Training on the final velocity that `polish` and `finetune` share: averaged weights, precision,
+saves, stopping.
 
-Every batch is a function of (seed, step), so a training that goes on from its last save ends in the same bits.
+Every batch is a function of (seed, step), so a training that goes on from its last save ends in the
+same bits.
 """
 
 from __future__ import annotations
@@ -26,16 +28,20 @@ SETTINGS = ("steps", "learning_rate", "warm_up", "weight_decay", "ema", "seed", 
 
 
 class AveragedTrainer(Trainer):
-    """A Trainer that also keeps an exponential moving average of the weights, which is what is used.
+    """A Trainer that also keeps an exponential moving average of the weights, which is what is
+    used.
 
-    Its decay is min(ema, (1 + step) / (10 + step)), so that early weights are soon forgotten; ema 0 averages nothing.
-    A parameter without a gradient in a step stays as it is, so each counts its own updates.
+    Its decay is min(ema, (1 + step) / (10 + step)), so that early weights are soon forgotten; ema 0
+    averages nothing. A parameter without a gradient in a step stays as it is, so each counts its
+    own updates.
     """
 
     def __init__(self, module: nn.Module, weight_decay: float, ema: float):
         super().__init__(module, weight_decay)
         self.ema = ema
-        self.average = {name: p.detach().clone() for name, p in module.named_parameters()} if ema else {}
+        self.average = (
+            {name: p.detach().clone() for name, p in module.named_parameters()} if ema else {}
+        )
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
@@ -53,9 +59,12 @@ class AveragedTrainer(Trainer):
         return {name: self.average.get(name, t) for name, t in self.module.state_dict().items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As a Trainer's, `weight.` being what is used and `raw.` what is trained on; `counts`: updates a parameter."""
+        """As a Trainer's, `weight.` being what is used and `raw.` what is trained on; `counts`:
+        updates a parameter."""
         parameters = dict(self.module.named_parameters())
-        counts = [float(self.optimizer.state.get(p, {}).get("step", 0)) for p in parameters.values()]
+        counts = [
+            float(self.optimizer.state.get(p, {}).get("step", 0)) for p in parameters.values()
+        ]
         return {
             **super().tensors(),
             **{f"weight.{name}": tensor for name, tensor in self.used().items()},
@@ -82,9 +91,11 @@ def tune(
     settings: str,
     what: str,
 ) -> int:
-    """Trains to `config.steps`, on from what is saved in `path`; returns the steps done before. `loss_at(step)`.
+    """Trains to `config.steps`, on from what is saved in `path`; returns the steps done before.
+    `loss_at(step)`.
 
-    Raises Stopped on Ctrl-C after saving, and Diverged (a ValueError) with the last saved state kept.
+    Raises Stopped on Ctrl-C after saving, and Diverged (a ValueError) with the last saved state
+    kept.
     """
     before = saved_step(path, settings) or 0
     if before:
@@ -101,27 +112,44 @@ def tune(
                 trainer.save(path, settings)
                 saved()
             if stop and not done:
-                raise Stopped(f"stopped at step {trainer.step} of {what}; saved. Run the same command to go on")
+                raise Stopped(
+                    f"stopped at step {trainer.step} of {what}; saved. Run the same command to go on"
+                )
     return before
 
 
-def tuning_settings(config: TuningConfig, calibration: CalibrationSet, sources: Iterable[Path], **more) -> str:
-    """What the bits of a training hang on. `sources`: the files of the parts that it starts from."""
+def tuning_settings(
+    config: TuningConfig, calibration: CalibrationSet, sources: Iterable[Path], **more
+) -> str:
+    """What the bits of a training hang on. `sources`: the files of the parts that it starts
+    from."""
     marks = {path.name: file_mark(path) for path in sources}
-    return json.dumps({**recorded(config, SETTINGS), **more, "calibration": calibration.hash[:16], "sources": marks})
+    return json.dumps(
+        {
+            **recorded(config, SETTINGS),
+            **more,
+            "calibration": calibration.hash[:16],
+            "sources": marks,
+        }
+    )
 
 
 def forget_if_stale(path: Path, settings: str) -> None:
-    """Removes a saved training that started from the same parts, which have been trained anew since."""
+    """Removes a saved training that started from the same parts, which have been trained anew
+    since."""
     if processes().writes and path.exists():
-        old, new = (json.loads(text)["sources"] for text in (TensorFile(path).metadata["settings"], settings))
+        old, new = (
+            json.loads(text)["sources"]
+            for text in (TensorFile(path).metadata["settings"], settings)
+        )
         if old.keys() == new.keys() and old != new:
             path.unlink()
     processes().wait()
 
 
 def step_draw(config: TuningConfig, calibration: CalibrationSet, step: int) -> tuple[int, int]:
-    """(batch, seed) for `CalibrationSet.fresh`: the batches in turn, each time with new noise and timesteps."""
+    """(batch, seed) for `CalibrationSet.fresh`: the batches in turn, each time with new noise and
+    timesteps."""
     return step % len(calibration), config.seed * 1_000_003 + step
 
 

@@ -26,8 +26,8 @@ from .pruning import Method, plain_score, prune_layer
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """error: of the layer's output, relative and squared; share: g of the energy score; permuted: its columns are in
-    another order than the teacher's."""
+    """error: of the layer's output, relative and squared; share: g of the energy score; permuted:
+    its columns are in another order than the teacher's."""
 
     layer: str
     rows: int
@@ -43,12 +43,14 @@ class LayerReport:
 
 def pruned_maps(block: nn.Module, skip: Iterable[str]) -> dict[str, nn.Linear]:
     """Those that are to be pruned: all but the ones with one of `skip` in their names."""
-    return {name: m for name, m in linear_maps(block).items() if not any(part in name for part in skip)}
+    return {
+        name: m for name, m in linear_maps(block).items() if not any(part in name for part in skip)
+    }
 
 
 def check_maps(block: nn.Module, method: Method, skip: Iterable[str], where: str) -> int:
-    """How many are to be pruned. Raises ValueError for one that the pattern does not fit. The block may be on the meta
-    device."""
+    """How many are to be pruned. Raises ValueError for one that the pattern does not fit. The block
+    may be on the meta device."""
     maps = pruned_maps(block, skip)
     for name, module in maps.items():
         method.pattern.check_columns(module.in_features, f"{where}, {name}")
@@ -63,26 +65,42 @@ def watch(architecture: str, block: nn.Module, skip: Iterable[str]) -> Grams:
 def prune_block(
     architecture: str, block: nn.Module, grams: Grams, method: Method, permute: bool, where: str
 ) -> list[LayerReport]:
-    """Changes the block's weights. permute: order columns for an N:M pattern where the maps before them can follow."""
+    """Changes the block's weights. permute: order columns for an N:M pattern where the maps before
+    them can follow."""
     matrices = {name: grams.of(name, f"{where}, {name}") for name in grams.layers}
-    permuted = _permute(architecture, block, matrices, method) if permute and method.pattern.is_structured else set()
+    permuted = (
+        _permute(architecture, block, matrices, method)
+        if permute and method.pattern.is_structured
+        else set()
+    )
     reports = []
     for name, module in grams.layers.items():
-        structure = Structure(known_rows(architecture, block, name), known_columns(architecture, block, name))
+        structure = Structure(
+            known_rows(architecture, block, name), known_columns(architecture, block, name)
+        )
         found = prune_layer(module.weight.double(), matrices.pop(name), method, structure)
         module.weight.data.copy_(found.weight)
         dropped = int((~found.stays).sum())
         rows, columns = module.weight.shape
         reports.append(
-            LayerReport(layer=name, rows=rows, columns=columns, dropped=dropped, error=found.error, share=found.share,
-                        permuted=name in permuted)
-        )  # fmt: skip
+            LayerReport(
+                layer=name,
+                rows=rows,
+                columns=columns,
+                dropped=dropped,
+                error=found.error,
+                share=found.share,
+                permuted=name in permuted,
+            )
+        )
     return reports
 
 
-def _permute(architecture: str, block: nn.Module, matrices: dict[str, torch.Tensor], method: Method) -> set[str]:
-    """Orders channels that are passed from map to map; returns the names of the maps that read them. Their Gram matrices
-    follow."""
+def _permute(
+    architecture: str, block: nn.Module, matrices: dict[str, torch.Tensor], method: Method
+) -> set[str]:
+    """Orders channels that are passed from map to map; returns the names of the maps that read
+    them. Their Gram matrices follow."""
     changed = set()
     for passed in LINEAR_MAPS[architecture].passed:
         takers = [name for name in passed.takers if name in matrices]
@@ -93,8 +111,11 @@ def _permute(architecture: str, block: nn.Module, matrices: dict[str, torch.Tens
     return changed
 
 
-def _common_order(block: nn.Module, passed: Passed, takers: list[str], matrices, method: Method) -> torch.Tensor:
-    """One order for all who read the channels: their scores, each relative to its own sum, stand below each other."""
+def _common_order(
+    block: nn.Module, passed: Passed, takers: list[str], matrices, method: Method
+) -> torch.Tensor:
+    """One order for all who read the channels: their scores, each relative to its own sum, stand
+    below each other."""
     size, scores = block.get_submodule(passed.givers[0]).out_features, []
     for name in takers:
         module = block.get_submodule(name)
@@ -104,8 +125,11 @@ def _common_order(block: nn.Module, passed: Passed, takers: list[str], matrices,
     return column_order(torch.cat(scores), method.pattern, sections(passed, block))
 
 
-def _reorder(block: nn.Module, passed: Passed, order: torch.Tensor, matrices: dict[str, torch.Tensor]) -> None:
-    """Givers' rows and takers' columns (of all takers in the block, also of those that stay dense)."""
+def _reorder(
+    block: nn.Module, passed: Passed, order: torch.Tensor, matrices: dict[str, torch.Tensor]
+) -> None:
+    """Givers' rows and takers' columns (of all takers in the block, also of those that stay
+    dense)."""
     for name in passed.givers:
         module = block.get_submodule(name)
         module.weight.data = module.weight[order]

@@ -1,12 +1,13 @@
 """The weights that stay make up for those that go.
 
-Optimal brain surgeon (`compensated`; SparseGPT, Frantar and Alistarh 2023, arXiv 2301.00774; of diffusion models with inputs
-weighted by timestep: OBS-Diff, arXiv 2510.06751). Columns from left to right; weights to the left of a column are settled,
-so one factor of the inverse serves all rows.
+Optimal brain surgeon (`compensated`; SparseGPT, Frantar and Alistarh 2023, arXiv 2301.00774; of
+diffusion models with inputs weighted by timestep: OBS-Diff, arXiv 2510.06751). Columns from left to
+right; weights to the left of a column are settled, so one factor of the inverse serves all rows.
 
-Refit (`refitted`): the best weights on a given mask, least squares by conjugate gradients, all rows at once, never worse than
-the start. SparseGPT settles columns from left to right, so those on the right make up for all others and for their own
-errors alone; with the mask given beforehand the exact minimum is within reach (Boža 2024, arXiv 2401.02938, solves it by ADMM).
+Refit (`refitted`): the best weights on a given mask, least squares by conjugate gradients, all rows
+at once, never worse than the start. SparseGPT settles columns from left to right, so those on the
+right make up for all others and for their own errors alone; with the mask given beforehand the
+exact minimum is within reach (Boža 2024, arXiv 2401.02938, solves it by ADMM).
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ ENOUGH = 1e-4  # of the first residual, squared
 
 
 def inverse_factor(gram: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """U upper triangular, H^-1 = U^T U, H = G + damping * mean diagonal: row j of U / U_jj is what column j passes on to
-    those behind it, and U_jj^2 is [H^-1]_jj once the columns before j are settled."""
+    """U upper triangular, H^-1 = U^T U, H = G + damping * mean diagonal: row j of U / U_jj is what
+    column j passes on to those behind it, and U_jj^2 is [H^-1]_jj once the columns before j are
+    settled."""
     ridge = damping * gram.diagonal().mean()
     regular = gram.double() + ridge * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(regular))
@@ -39,23 +41,35 @@ def inverse_diagonal(gram: torch.Tensor, damping: float = DAMPING) -> torch.Tens
 
 
 def compensated(
-    weight: torch.Tensor, gram: torch.Tensor, choose: Choose, step: int = BLOCK, damping: float = DAMPING
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    choose: Choose,
+    step: int = BLOCK,
+    damping: float = DAMPING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(new weight, which stay). `choose` is asked for every `step` columns, with the scores W_ij^2 / [H^-1]_jj as they are
-    after all updates before. step: at most BLOCK, which it divides."""
+    """(new weight, which stay). `choose` is asked for every `step` columns, with the scores W_ij^2
+    / [H^-1]_jj as they are after all updates before. step: at most BLOCK, which it divides."""
     factor, new = inverse_factor(gram, damping), weight.double().clone()
     stays = torch.ones_like(weight, dtype=torch.bool)
     for first in range(0, weight.shape[1], BLOCK):
         columns = slice(first, min(first + BLOCK, weight.shape[1]))
-        errors = _settle(new[:, columns], stays[:, columns], factor[columns, columns], choose, step, first)
+        errors = _settle(
+            new[:, columns], stays[:, columns], factor[columns, columns], choose, step, first
+        )
         new[:, columns.stop :] -= errors @ factor[columns, columns.stop :]
     return new.to(weight.dtype), stays
 
 
 def _settle(
-    part: torch.Tensor, stays: torch.Tensor, factor: torch.Tensor, choose: Choose, step: int, first: int
+    part: torch.Tensor,
+    stays: torch.Tensor,
+    factor: torch.Tensor,
+    choose: Choose,
+    step: int,
+    first: int,
 ) -> torch.Tensor:
-    """Settles the columns of a block in place; returns each dropped weight / U_jj, for the columns behind the block."""
+    """Settles the columns of a block in place; returns each dropped weight / U_jj, for the columns
+    behind the block."""
     errors, diagonal = torch.zeros_like(part), factor.diagonal()
     for j in range(part.shape[1]):
         if j % step == 0:
@@ -67,9 +81,12 @@ def _settle(
     return errors
 
 
-def refitted(weight: torch.Tensor, gram: torch.Tensor, stays: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """W' with zeros where nothing stays that minimises tr((W - W') H (W - W')^T), H = G + damping * mean diagonal: the
-    ridge keeps weights near their own where the calibration inputs say nothing. Preconditioned by the diagonal of H."""
+def refitted(
+    weight: torch.Tensor, gram: torch.Tensor, stays: torch.Tensor, damping: float = DAMPING
+) -> torch.Tensor:
+    """W' with zeros where nothing stays that minimises tr((W - W') H (W - W')^T), H = G + damping *
+    mean diagonal: the ridge keeps weights near their own where the calibration inputs say nothing.
+    Preconditioned by the diagonal of H."""
     ridge = damping * gram.diagonal().mean()
     diagonal = gram.diagonal() + ridge
 
@@ -89,5 +106,7 @@ def refitted(weight: torch.Tensor, gram: torch.Tensor, stays: torch.Tensor, damp
         new, residual = new + step[:, None] * direction, residual - step[:, None] * product
         scaled = residual / diagonal
         before, power = power, (residual * scaled).sum(1)
-        direction = scaled + (power / before.clamp_min(torch.finfo(power.dtype).tiny))[:, None] * direction
+        direction = (
+            scaled + (power / before.clamp_min(torch.finfo(power.dtype).tiny))[:, None] * direction
+        )
     return new

@@ -1,4 +1,5 @@
-"""Sparse models as files: what was done is in the metadata, 2:4 matrices are compressed, all else is as a dense model's."""
+"""Sparse models as files: what was done is in the metadata, 2:4 matrices are compressed, all else
+is as a dense model's."""
 
 from __future__ import annotations
 
@@ -24,9 +25,10 @@ SPARSITY_KEY = "ppcl_sparsity"
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """What a file's metadata says. dropped: weights that are zero, of `weights` in the layers that were pruned; error: mean
-    over these of the relative squared error of their outputs; permuted: channels stand in another order than the
-    teacher's, so that LoRA files of it do not fit these layers."""
+    """What a file's metadata says. dropped: weights that are zero, of `weights` in the layers that
+    were pruned; error: mean over these of the relative squared error of their outputs; permuted:
+    channels stand in another order than the teacher's, so that LoRA files of it do not fit these
+    layers."""
 
     pattern: str
     sparsity: float
@@ -47,19 +49,28 @@ class Sparsity:
 
 
 def sparsity_of(metadata: dict[str, str]) -> Sparsity | None:
-    """None: a file that was not made sparse. Raises ValueError for an entry that says something else."""
+    """None: a file that was not made sparse. Raises ValueError for an entry that says something
+    else."""
     if SPARSITY_KEY not in metadata:
         return None
     try:
         return Sparsity(**json.loads(metadata[SPARSITY_KEY]))
     except (TypeError, json.JSONDecodeError):
-        raise ValueError(f"the file's {SPARSITY_KEY} is not readable; make the model sparse again") from None
+        raise ValueError(
+            f"the file's {SPARSITY_KEY} is not readable; make the model sparse again"
+        ) from None
 
 
 def write_sparse(
-    path: Path, original: SparsitySource, tensors: dict[str, Source], compressed: set[str], dtype, sparsity: Sparsity
+    path: Path,
+    original: SparsitySource,
+    tensors: dict[str, Source],
+    compressed: set[str],
+    dtype,
+    sparsity: Sparsity,
 ) -> Path:
-    """A full model in ComfyUI's layout, which `Weights` reads too; of a variant a standalone with teacher indices.
+    """A full model in ComfyUI's layout, which `Weights` reads too; of a variant a standalone with
+    teacher indices.
     compressed: diffusers' names of the matrices that are 2:4."""
     extra, metadata = {}, {SPARSITY_KEY: sparsity.to_json(), "format": "pt"}
     guard = None
@@ -78,12 +89,18 @@ def write_sparse(
     guard = guard or min(compressed, default=None)
     if guard:
         extra[guard] = torch.zeros(GUARD_SHAPE, dtype=torch.uint8)
-    write_tensor_stream(path, list(_entries(path.stem, tensors, compressed, dtype, extra)), metadata)
+    write_tensor_stream(
+        path, list(_entries(path.stem, tensors, compressed, dtype, extra)), metadata
+    )
     return path
 
 
 def _entries(
-    name: str, tensors: dict[str, Source], compressed: set[str], dtype: torch.dtype, extra: dict[str, torch.Tensor]
+    name: str,
+    tensors: dict[str, Source],
+    compressed: set[str],
+    dtype: torch.dtype,
+    extra: dict[str, torch.Tensor],
 ) -> Iterator[TensorEntry]:
     bar = Progress(total=len(tensors), desc=name, unit="tensor")
 

@@ -1,4 +1,5 @@
-"""2:4 on the kernels that PyTorch has for it, where the GPU has them; anywhere else such weights run as dense ones."""
+"""2:4 on the kernels that PyTorch has for it, where the GPU has them; anywhere else such weights
+run as dense ones."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ ROWS, COLUMNS = 32, 64  # the largest multiples that a backend asks for in 16 bi
 
 
 def on_kernels(model: nn.Module) -> int:
-    """Puts every 2:4 weight of a model for inference on the kernels; returns how many. In 16 bits on a GPU that has them;
-    others stay as they are. Such a weight takes 9/16 of the memory and can neither be trained nor patched."""
+    """Puts every 2:4 weight of a model for inference on the kernels; returns how many. In 16 bits
+    on a GPU that has them; others stay as they are. Such a weight takes 9/16 of the memory and can
+    neither be trained nor patched."""
     found = [m for m in model.modules() if isinstance(m, nn.Linear) and _fits(m.weight)]
     for module in found:
         weight = torch.sparse.to_sparse_semi_structured(module.weight.detach().contiguous())

@@ -41,7 +41,8 @@ def pattern_named(name: str) -> Pattern:
 
 
 def checked_sparsity(sparsity: float | None, pattern: Pattern) -> float:
-    """The share of weights that go; None is the pattern's own, or a half. Raises ValueError for one that cannot be."""
+    """The share of weights that go; None is the pattern's own, or a half. Raises ValueError for one
+    that cannot be."""
     own = 1 - pattern.keep / pattern.of if pattern.is_structured else 0.5
     if sparsity is None:
         return own

@@ -1,8 +1,9 @@
 """Columns in another order for N:M: groups of neighbours that do not all matter at once lose less.
 
-Channel permutation (Pool and Yu, NeurIPS 2021) as RIA's paper does it for large layers: first dealt out by importance, then
-one member of every group exchanged between groups; ours exchanges pairs as long as that helps, where the paper solves an
-assignment problem. The layer before must give its outputs in the new order, which costs nothing for a linear map.
+Channel permutation (Pool and Yu, NeurIPS 2021) as RIA's paper does it for large layers: first dealt
+out by importance, then one member of every group exchanged between groups; ours exchanges pairs as
+long as that helps, where the paper solves an assignment problem. The layer before must give its
+outputs in the new order, which costs nothing for a linear map.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ def kept_score(score: torch.Tensor, order: torch.Tensor, pattern: Pattern) -> fl
 
 
 def column_order(score: torch.Tensor, pattern: Pattern, sections: int = 1) -> torch.Tensor:
-    """An order [columns] that keeps at least as much of `score` [rows, columns] as the present one. sections: equal runs of
-    columns that each stay together (heads)."""
+    """An order [columns] that keeps at least as much of `score` [rows, columns] as the present one.
+    sections: equal runs of columns that each stay together (heads)."""
     width = score.shape[1] // sections
-    parts = [_section_order(score[:, n * width : (n + 1) * width], pattern) + n * width for n in range(sections)]
+    parts = [
+        _section_order(score[:, n * width : (n + 1) * width], pattern) + n * width
+        for n in range(sections)
+    ]
     return torch.cat(parts)
 
 
@@ -37,7 +41,8 @@ def _section_order(score: torch.Tensor, pattern: Pattern) -> torch.Tensor:
 
 
 def _dealt(score: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """The most important column to the first group, the next to the second, and so on, like cards."""
+    """The most important column to the first group, the next to the second, and so on, like
+    cards."""
     by_importance = score.sum(0).argsort(descending=True, stable=True)
     return by_importance.reshape(pattern.of, -1).T.flatten()
 
@@ -53,8 +58,11 @@ def _exchanged(score: torch.Tensor, order: torch.Tensor, pattern: Pattern) -> to
     return groups.flatten()
 
 
-def _values(score: torch.Tensor, groups: torch.Tensor, place: int, pattern: Pattern) -> torch.Tensor:
-    """[groups, groups]: what group a keeps with the member at `place` of group b in the place of its own"""
+def _values(
+    score: torch.Tensor, groups: torch.Tensor, place: int, pattern: Pattern
+) -> torch.Tensor:
+    """[groups, groups]: what group a keeps with the member at `place` of group b in the place of
+    its own"""
     others = groups[:, [p for p in range(pattern.of) if p != place]]
     best = score[:, others].sort(dim=-1, descending=True).values  # [rows, groups, of - 1]
     sure, last = best[..., : pattern.keep - 1].sum(-1), best[..., pattern.keep - 1]
@@ -68,8 +76,8 @@ def _values(score: torch.Tensor, groups: torch.Tensor, place: int, pattern: Patt
 
 
 def exchanges(values: torch.Tensor) -> torch.Tensor:
-    """values [n, n]: of member b in group a -> who goes where [n], by exchanges of two that each raise the sum, the best
-    first, until none does."""
+    """values [n, n]: of member b in group a -> who goes where [n], by exchanges of two that each
+    raise the sum, the best first, until none does."""
     found = torch.arange(len(values), device=values.device)
     for _ in range(2 * len(values)):
         now = values[:, found]

@@ -27,8 +27,9 @@ PlacedBlock = Callable[[Place, torch.dtype, str, dict[int, SharedText]], nn.Modu
 
 @dataclass(frozen=True, eq=False)
 class SparsitySource:
-    """read: a tensor by diffusers' name with teacher indices (of an untuned variant: outside its blocks); placed: gives
-    the blocks of an untuned variant. plan, variant: of what is no full model; fingerprint: of the teacher."""
+    """read: a tensor by diffusers' name with teacher indices (of an untuned variant: outside its
+    blocks); placed: gives the blocks of an untuned variant. plan, variant: of what is no full
+    model; fingerprint: of the teacher."""
 
     path: Path
     architecture: Architecture
@@ -40,7 +41,9 @@ class SparsitySource:
     variant: Variant | None = None
     placed: PlacedBlock | None = None
 
-    def block(self, place: Place, dtype: torch.dtype, device: str, shared: dict[int, SharedText]) -> nn.Module:
+    def block(
+        self, place: Place, dtype: torch.dtype, device: str, shared: dict[int, SharedText]
+    ) -> nn.Module:
         if self.placed is not None:
             return self.placed(place, dtype, device, shared)
         return self._filled(self.empty_block(place, shared), self.prefix(place), dtype, device)
@@ -48,7 +51,9 @@ class SparsitySource:
     def empty_block(self, place: Place, shared: dict[int, SharedText] | None = None) -> nn.Module:
         """On the meta device."""
         with torch.device("meta"):
-            return empty_block(self.architecture, self.config, place, {} if shared is None else shared)
+            return empty_block(
+                self.architecture, self.config, place, {} if shared is None else shared
+            )
 
     def outer(self, dtype: torch.dtype, device: str) -> nn.Module:
         return self._filled(self.architecture.build_outer(self.config), "", dtype, device)
@@ -68,18 +73,23 @@ class SparsitySource:
 
 
 def open_source(path: Path, base: Path | None, variant: str | None) -> SparsitySource:
-    """Raises ValueError for a folded model, and for a base or variant where there is none or too few."""
+    """Raises ValueError for a folded model, and for a base or variant where there is none or too
+    few."""
     check_exists(path)
     if is_bundle(path):
         source = _of_bundle(path, base, variant)
     elif variant is not None:
-        raise ValueError(f"{path} is not a bundle, so it has no variant {variant!r}; leave the variant out")
+        raise ValueError(
+            f"{path} is not a bundle, so it has no variant {variant!r}; leave the variant out"
+        )
     elif structure := standalone_structure(path):
         source = _of_standalone(path, plan_from_json(json.dumps(structure), path))
     else:
         weights = Weights(path)
         layout = full_layout(weights.num_blocks)
-        source = SparsitySource(path, weights.architecture, weights.config, layout, weights.fingerprint, weights.read)
+        source = SparsitySource(
+            path, weights.architecture, weights.config, layout, weights.fingerprint, weights.read
+        )
     if FOLDING in source.config:
         raise ValueError(
             f"{path} is folded; make it sparse first and fold the result (ppcl fold --form off unfolds it)"
@@ -93,12 +103,16 @@ def _of_standalone(path: Path, plan: PruningPlan) -> SparsitySource:
     with torch.device("meta"):
         names = empty_model(architecture, plan.config, layout).state_dict()
     read = standalone_reader(path, plan, names)
-    return SparsitySource(path, architecture, plan.config, layout, plan.fingerprint, read, plan, everything)
+    return SparsitySource(
+        path, architecture, plan.config, layout, plan.fingerprint, read, plan, everything
+    )
 
 
 def _of_bundle(path: Path, base: Path | None, name: str | None) -> SparsitySource:
     if base is None:
-        raise ValueError(f"{path} is a bundle: students only; give the base model it was made from as --base")
+        raise ValueError(
+            f"{path} is a bundle: students only; give the base model it was made from as --base"
+        )
     bundle, weights = Bundle(path), Weights(base)
     plan = bundle.plan
     plan.check_teacher(weights.architecture.name, weights.fingerprint, base)
@@ -108,5 +122,13 @@ def _of_bundle(path: Path, base: Path | None, name: str | None) -> SparsitySourc
         read, placed = partial(bundle.tuned, variant.name), None
     layout = layout_of(plan, variant)
     return SparsitySource(
-        path, weights.architecture, plan.config, layout, plan.fingerprint, read, plan, variant, placed
+        path,
+        weights.architecture,
+        plan.config,
+        layout,
+        plan.fingerprint,
+        read,
+        plan,
+        variant,
+        placed,
     )

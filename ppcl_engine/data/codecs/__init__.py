@@ -1,4 +1,5 @@
-"""Words and pictures to the tensors a transformer reads, and back: `open_codec` picks by what lies beside the transformer."""
+"""Words and pictures to the tensors a transformer reads, and back: `open_codec` picks by what lies
+beside the transformer."""
 
 from __future__ import annotations
 
@@ -24,15 +25,19 @@ PIPELINES = {
 
 
 def open_pipeline(folder: Path, device: str = "cpu") -> PipelineCodec:
-    """The codec of the pipeline that the folder's model_index.json names. Raises ValueError for an unknown one."""
+    """The codec of the pipeline that the folder's model_index.json names. Raises ValueError for an
+    unknown one."""
     name = read_json(folder / "model_index.json").get("_class_name")
     if name not in PIPELINES:
-        raise ValueError(f"{folder}/model_index.json is of a {name}; known pipelines: {', '.join(PIPELINES)}")
+        raise ValueError(
+            f"{folder}/model_index.json is of a {name}; known pipelines: {', '.join(PIPELINES)}"
+        )
     return PIPELINES[name](folder, device)
 
 
 def open_codec(path: Path, device: str = "cpu") -> Codec:
-    """The codec of a model. Raises ValueError for a model that has none (a transformer's file alone)."""
+    """The codec of a model. Raises ValueError for a model that has none (a transformer's file
+    alone)."""
     path = Path(path)
     check_exists(path)
     if path.is_dir() and (path / "model_index.json").exists():

@@ -1,4 +1,5 @@
-"""What a codec gives: the words and pictures around a transformer, and how a picture is drawn with it."""
+"""What a codec gives: the words and pictures around a transformer, and how a picture is drawn with
+it."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from ...architectures import Inputs
 class Codec(Protocol):
     """What surrounds a transformer, and how a picture is drawn with it.
 
-    Pictures are [n, 3, height, width] in [0, 1]; latents [n, channels, rows, columns]. All fp32 on the CPU, in
-    and out; masks are bool.
+    Pictures are [n, 3, height, width] in [0, 1]; latents [n, channels, rows, columns]. All fp32 on
+    the CPU, in and out; masks are bool.
     """
 
     picture_size: tuple[int, int]
@@ -30,8 +31,8 @@ class Codec(Protocol):
         ...
 
     def text(self, texts: list[str], references: torch.Tensor | None = None) -> Inputs:
-        """All that the transformer reads of captions, by diffusers' names; a row each. references: [n, k, 3, height,
-        width]; ValueError where they are missing, or not read."""
+        """All that the transformer reads of captions, by diffusers' names; a row each. references:
+        [n, k, 3, height, width]; ValueError where they are missing, or not read."""
         ...
 
     def latents(self, pictures: torch.Tensor) -> torch.Tensor: ...
@@ -42,8 +43,13 @@ class Codec(Protocol):
 
 
 def check_references(edits: bool, given: bool, where: object) -> None:
-    """Raises ValueError for an edit model without references, and for references that nothing would read."""
+    """Raises ValueError for an edit model without references, and for references that nothing would
+    read."""
     if edits and not given:
-        raise ValueError(f"{where} is an edit model, whose captions change pictures: name them with --references")
+        raise ValueError(
+            f"{where} is an edit model, whose captions change pictures: name them with --references"
+        )
     if given and not edits:
-        raise ValueError(f"{where} draws from text alone and changes no pictures; leave the references out")
+        raise ValueError(
+            f"{where} draws from text alone and changes no pictures; leave the references out"
+        )

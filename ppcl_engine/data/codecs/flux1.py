@@ -11,10 +11,17 @@ from .pooled import PooledCodec
 class FluxCodec(PooledCodec):
     """Of `FluxPipeline`: CLIP's pooled text, T5's tokens."""
 
-    text_parts = ("text_encoder/config.json", "tokenizer", "text_encoder_2/config.json", "tokenizer_2")
+    text_parts = (
+        "text_encoder/config.json",
+        "tokenizer",
+        "text_encoder_2/config.json",
+        "tokenizer_2",
+    )
 
     def _encoded(self, pipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        embeddings, pooled, _ = pipeline.encode_prompt(texts, device=self.device, max_sequence_length=TEXT_TOKENS)
+        embeddings, pooled, _ = pipeline.encode_prompt(
+            texts, device=self.device, max_sequence_length=TEXT_TOKENS
+        )
         return embeddings, pooled
 
     def _open_text_pipeline(self):

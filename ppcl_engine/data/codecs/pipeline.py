@@ -1,7 +1,8 @@
-"""The text encoder, VAE and schedule of a diffusers pipeline folder; models are loaded when needed and released.
+"""The text encoder, VAE and schedule of a diffusers pipeline folder; models are loaded when needed
+and released.
 
-Prompts go through the pipeline's own `encode_prompt`, timesteps through its own scheduler; nothing of
-them is written again here. The transformer is never loaded: models/weights.py reads it.
+Prompts go through the pipeline's own `encode_prompt`, timesteps through its own scheduler; nothing
+of them is written again here. The transformer is never loaded: models/weights.py reads it.
 """
 
 from __future__ import annotations
@@ -44,20 +45,28 @@ class PipelineCodec:
         self.folder, self.device = Path(folder), device
         self.dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
         _check_layout(self.folder, self.text_parts)
-        self.latent_channels, self.pixels_per_latent = self._sizes(read_json(self.folder / "vae" / "config.json"))
+        self.latent_channels, self.pixels_per_latent = self._sizes(
+            read_json(self.folder / "vae" / "config.json")
+        )
         self.picture_size = (LATENT_SIDE * self.pixels_per_latent,) * 2
         self._text_pipeline = None
         self._vae = None
 
     def timesteps(self, steps: int, image_tokens: int) -> list[float]:
-        """The pipeline's own, shifted for the picture's size. Raises ValueError for fewer steps than the shift needs."""
+        """The pipeline's own, shifted for the picture's size. Raises ValueError for fewer steps
+        than the shift needs."""
         from diffusers import FlowMatchEulerDiscreteScheduler
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(read_json(self.folder / SCHEDULER_FILE))
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+            read_json(self.folder / SCHEDULER_FILE)
+        )
         config = scheduler.config
-        if config.shift_terminal and steps < 2:  # it stretches the line from the first timestep to the last
-            raise ValueError(f"{self.folder / SCHEDULER_FILE} has a shift_terminal, which needs 2 steps; raise --steps")
+        # it stretches the line from the first timestep to the last
+        if config.shift_terminal and steps < 2:
+            raise ValueError(
+                f"{self.folder / SCHEDULER_FILE} has a shift_terminal, which needs 2 steps; raise --steps"
+            )
         lengths = config.base_image_seq_len, config.max_image_seq_len
         shift = calculate_shift(image_tokens, *lengths, config.base_shift, config.max_shift)
         retrieve_timesteps(scheduler, **self._spacing(steps), mu=shift)
@@ -71,7 +80,8 @@ class PipelineCodec:
         raise NotImplementedError
 
     def latents(self, pictures: torch.Tensor) -> torch.Tensor:
-        """[n, 3, H, W] -> [n, channels, H/8, W/8], about unit variance: the mode of the VAE's posterior"""
+        """[n, 3, H, W] -> [n, channels, H/8, W/8], about unit variance: the mode of the VAE's
+        posterior"""
         vae = self._open_vae()
         pictures = self._framed(2 * pictures - 1).to(self.device, self.dtype)
         with torch.no_grad():
@@ -80,7 +90,8 @@ class PipelineCodec:
         return self._still((mode - mean) / deviation)
 
     def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        """[n, channels, h, w] -> [n, 3, 8h, 8w], clipped to [0, 1]; as the pipeline's call decodes"""
+        """[n, channels, h, w] -> [n, 3, 8h, 8w], clipped to [0, 1]; as the pipeline's call
+        decodes"""
         vae = self._open_vae()
         latents = self._framed(latents).to(self.device, self.dtype)
         mean, deviation = self._statistics(vae, latents)
@@ -136,31 +147,43 @@ def _check_layout(folder: Path, text_parts: tuple[str, ...]) -> None:
             raise ValueError(f"{folder} has no {part}; download the whole pipeline folder again")
     name = read_json(folder / SCHEDULER_FILE).get("_class_name")
     if name not in SCHEDULERS:
-        raise ValueError(f"{folder / SCHEDULER_FILE} is of a {name}; known schedulers: {', '.join(SCHEDULERS)}")
+        raise ValueError(
+            f"{folder / SCHEDULER_FILE} is of a {name}; known schedulers: {', '.join(SCHEDULERS)}"
+        )
 
 
 def read_part(loader: type, folder: Path, **options) -> nn.Module:
-    """A model of diffusers or transformers from its folder, for evaluation, from safetensors alone."""
+    """A model of diffusers or transformers from its folder, for evaluation, from safetensors
+    alone."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no .safetensors file; pickled weights are not read")
     for file in files:
         TensorFile(file)  # raises ValueError when the file is truncated
     try:
-        model = loader.from_pretrained(folder, use_safetensors=True, local_files_only=True, **options)
+        model = loader.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, **options
+        )
     except OSError as error:  # a shard of the index is missing
-        raise ValueError(f"{folder} cannot be read ({_one_line(error)}); download it again") from error
+        raise ValueError(
+            f"{folder} cannot be read ({_one_line(error)}); download it again"
+        ) from error
     return model.eval().requires_grad_(False)
 
 
 def read_tokenizer(kind: type, folder: Path):
-    """Raises ValueError for a folder without a vocabulary: transformers reads an empty one without complaint."""
+    """Raises ValueError for a folder without a vocabulary: transformers reads an empty one without
+    complaint."""
     if not any(all((folder / name).exists() for name in names) for names in TOKENIZER_FILES):
-        raise ValueError(f"{folder} has neither tokenizer.json nor vocab.json with merges.txt; download it again")
+        raise ValueError(
+            f"{folder} has neither tokenizer.json nor vocab.json with merges.txt; download it again"
+        )
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception for a bad vocabulary
-        raise ValueError(f"{folder} cannot be read ({_one_line(error)}); download it again") from error
+        raise ValueError(
+            f"{folder} cannot be read ({_one_line(error)}); download it again"
+        ) from error
 
 
 def _one_line(error: Exception) -> str:

@@ -21,7 +21,8 @@ class QwenImageCodec(PipelineCodec):
     text_parts = ("text_encoder/config.json", "tokenizer")
 
     def _text(self, texts: list[str]) -> Inputs:
-        """Embeddings [n, tokens, width] and mask [n, tokens] (True = real), zeros after the real tokens.
+        """Embeddings [n, tokens, width] and mask [n, tokens] (True = real), zeros after the real
+        tokens.
 
         The pipeline gives None for a mask that hides nothing; here it is all True.
         """
@@ -30,9 +31,13 @@ class QwenImageCodec(PipelineCodec):
         for first in range(0, len(texts), TEXTS_AT_ONCE):
             chunk = texts[first : first + TEXTS_AT_ONCE]
             with torch.no_grad():
-                embeddings, mask = pipeline.encode_prompt(chunk, self.device, max_sequence_length=TEXT_TOKENS)
+                embeddings, mask = pipeline.encode_prompt(
+                    chunk, self.device, max_sequence_length=TEXT_TOKENS
+                )
             lengths = [embeddings.shape[1]] * len(chunk) if mask is None else mask.sum(1).tolist()
-            rows += [row[:length].float().cpu() for row, length in zip(embeddings, lengths, strict=True)]
+            rows += [
+                row[:length].float().cpu() for row, length in zip(embeddings, lengths, strict=True)
+            ]
         return padded(rows)
 
     def _framed(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,9 +60,17 @@ class QwenImageCodec(PipelineCodec):
             from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
             tokenizer = read_tokenizer(Qwen2Tokenizer, self.folder / "tokenizer")
-            encoder = read_part(Qwen2_5_VLForConditionalGeneration, self.folder / "text_encoder", dtype=self.dtype)
-            parts = {"text_encoder": encoder.to(self.device), "tokenizer": tokenizer, **self._more_parts(tokenizer)}
-            self._text_pipeline = self._pipeline_class()(scheduler=None, vae=None, transformer=None, **parts)
+            encoder = read_part(
+                Qwen2_5_VLForConditionalGeneration, self.folder / "text_encoder", dtype=self.dtype
+            )
+            parts = {
+                "text_encoder": encoder.to(self.device),
+                "tokenizer": tokenizer,
+                **self._more_parts(tokenizer),
+            }
+            self._text_pipeline = self._pipeline_class()(
+                scheduler=None, vae=None, transformer=None, **parts
+            )
         return self._text_pipeline
 
     def _pipeline_class(self) -> type:
@@ -75,13 +88,15 @@ class QwenImageCodec(PipelineCodec):
 
 
 class QwenImageEditCodec(QwenImageCodec):
-    """Of `QwenImageEditPipeline`: the text encoder also sees the picture that an instruction changes."""
+    """Of `QwenImageEditPipeline`: the text encoder also sees the picture that an instruction
+    changes."""
 
     edits = True
     text_parts = (*QwenImageCodec.text_parts, "processor/preprocessor_config.json")
 
     def text(self, texts: list[str], references: torch.Tensor | None = None) -> Inputs:
-        """`references` [n, k, 3, H, W] in [0, 1]. One text at a time, as the pipelines take them."""
+        """`references` [n, k, 3, H, W] in [0, 1]. One text at a time, as the pipelines take
+        them."""
         check_references(self.edits, references is not None, self.folder)
         pipeline, rows = self._open_text_pipeline(), []
         images = pipeline.image_processor
@@ -94,7 +109,9 @@ class QwenImageEditCodec(QwenImageCodec):
     def _seen(self, pipeline, pictures: list):
         """What the pipeline's call shows its text encoder."""
         if len(pictures) > 1:
-            raise ValueError(f"{self.folder} reads one reference with an instruction; {len(pictures)} are given")
+            raise ValueError(
+                f"{self.folder} reads one reference with an instruction; {len(pictures)} are given"
+            )
         return pictures[0]
 
     def _pipeline_class(self) -> type:
@@ -105,19 +122,27 @@ class QwenImageEditCodec(QwenImageCodec):
     def _more_parts(self, tokenizer) -> dict:
         from transformers import Qwen2VLImageProcessor
 
-        images = Qwen2VLImageProcessor.from_pretrained(self.folder / "processor", local_files_only=True)
+        images = Qwen2VLImageProcessor.from_pretrained(
+            self.folder / "processor", local_files_only=True
+        )
         return {"processor": StillsProcessor(images, tokenizer)}
 
 
 class QwenImageEditPlusCodec(QwenImageEditCodec):
-    """Of `QwenImageEditPlusPipeline`: one reference or several, which its text encoder sees at a size of its own."""
+    """Of `QwenImageEditPlusPipeline`: one reference or several, which its text encoder sees at a
+    size of its own."""
 
     def _seen(self, pipeline, pictures: list) -> list:
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 
-        sizes = [plus.calculate_dimensions(plus.CONDITION_IMAGE_SIZE, p.width / p.height) for p in pictures]
+        sizes = [
+            plus.calculate_dimensions(plus.CONDITION_IMAGE_SIZE, p.width / p.height)
+            for p in pictures
+        ]
         resize = pipeline.image_processor.resize
-        return [resize(p, height, width) for p, (width, height) in zip(pictures, sizes, strict=True)]
+        return [
+            resize(p, height, width) for p, (width, height) in zip(pictures, sizes, strict=True)
+        ]
 
     def _pipeline_class(self) -> type:
         from diffusers import QwenImageEditPlusPipeline
@@ -126,7 +151,8 @@ class QwenImageEditPlusCodec(QwenImageEditCodec):
 
 
 class StillsProcessor:
-    """Of transformers' Qwen2VLProcessor what stills need; the whole one reads films too, and wants torchvision for it."""
+    """Of transformers' Qwen2VLProcessor what stills need; the whole one reads films too, and wants
+    torchvision for it."""
 
     def __init__(self, images, tokenizer):
         self.images, self.tokenizer = images, tokenizer
@@ -137,8 +163,12 @@ class StillsProcessor:
 
         seen = self.images(images=images, return_tensors=return_tensors)
         tokens = iter((seen["image_grid_thw"].prod(1) // self.images.merge_size**2).tolist())
-        texts = [re.sub(re.escape(IMAGE_TOKEN), lambda place: place[0] * next(tokens), t) for t in text]
-        return BatchFeature({**self.tokenizer(texts, padding=padding, return_tensors=return_tensors), **seen})
+        texts = [
+            re.sub(re.escape(IMAGE_TOKEN), lambda place: place[0] * next(tokens), t) for t in text
+        ]
+        return BatchFeature(
+            {**self.tokenizer(texts, padding=padding, return_tensors=return_tensors), **seen}
+        )
 
 
 def padded(rows: list[torch.Tensor]) -> Inputs:

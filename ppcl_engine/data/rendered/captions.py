@@ -1,4 +1,5 @@
-"""The bundled teachers' world: one large character on a coloured shape on a coloured ground, and its caption.
+"""The bundled teachers' world: one large character on a coloured shape on a coloured ground, and
+its caption.
 
 Pictures are composed from three masks (ground, shape, character), so a batch costs three
 multiplications per pixel and training never waits for drawing.
@@ -132,8 +133,14 @@ def _shape_mask(name: str, radius: int) -> torch.Tensor:
 
     centre, r = SIZE * SUPERSAMPLING / 2, radius * SUPERSAMPLING
     if name == "circle":
-        return _drawn(lambda d: d.ellipse([centre - r, centre - r, centre + r, centre + r], fill=255))
-    corners, turn, stretch = {"square": (4, pi / 4, 1.25), "diamond": (4, 0, 1.1), "hexagon": (6, 0, 1.05)}[name]
+        return _drawn(
+            lambda d: d.ellipse([centre - r, centre - r, centre + r, centre + r], fill=255)
+        )
+    corners, turn, stretch = {
+        "square": (4, pi / 4, 1.25),
+        "diamond": (4, 0, 1.1),
+        "hexagon": (6, 0, 1.05),
+    }[name]
     angles = [turn + 2 * pi * i / corners for i in range(corners)]
     points = [(centre + r * stretch * cos(a), centre + r * stretch * sin(a)) for a in angles]
     return _drawn(lambda d: d.polygon(points, fill=255))

@@ -71,7 +71,9 @@ class Reader(nn.Module):
             *_convolution(64, 96, stride=2),
             nn.Flatten(),
         )
-        self.heads = nn.ModuleDict({field: nn.Linear(96 * 6 * 6, n) for field, n in zip(FIELDS, CLASSES, strict=True)})
+        self.heads = nn.ModuleDict(
+            {field: nn.Linear(96 * 6 * 6, n) for field, n in zip(FIELDS, CLASSES, strict=True)}
+        )
 
     def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
         """Pictures [n, 3, 48, 48] in [0, 1] -> logits [n, classes] for each of FIELDS."""
@@ -85,7 +87,8 @@ def _convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...
 
 
 def load_reader(path: Path = BUNDLED) -> Reader:
-    """The reader in `path`, fp32, in evaluation mode. Raises RuntimeError when a tensor is missing or unknown."""
+    """The reader in `path`, fp32, in evaluation mode. Raises RuntimeError when a tensor is missing
+    or unknown."""
     from safetensors.torch import load_file
 
     reader = Reader()
@@ -95,9 +98,12 @@ def load_reader(path: Path = BUNDLED) -> Reader:
 
 @torch.no_grad()
 def read(reader: Reader, pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures [n, 3, 48, 48] in [0, 1] -> int64 [n, 5], the likeliest class of each of FIELDS, in their order."""
+    """Pictures [n, 3, 48, 48] in [0, 1] -> int64 [n, 5], the likeliest class of each of FIELDS, in
+    their order."""
     chunks = [reader(chunk) for chunk in pictures.split(READ_CHUNK)]
-    return torch.cat([torch.stack([logits[field].argmax(1) for field in FIELDS], dim=1) for logits in chunks])
+    return torch.cat(
+        [torch.stack([logits[field].argmax(1) for field in FIELDS], dim=1) for logits in chunks]
+    )
 
 
 def score(readings: torch.Tensor, captions: list[Caption]) -> dict[str, torch.Tensor]:
@@ -107,7 +113,9 @@ def score(readings: torch.Tensor, captions: list[Caption]) -> dict[str, torch.Te
     when there are not as many captions as readings.
     """
     if len(readings) != len(captions):
-        raise ValueError(f"{len(readings)} readings cannot be scored against {len(captions)} captions; give one each")
+        raise ValueError(
+            f"{len(readings)} readings cannot be scored against {len(captions)} captions; give one each"
+        )
     right = readings.cpu() == caption_table(captions)
     columns = [FIELDS.index(field) for field in COLOUR_FIELDS]
     return {
@@ -117,20 +125,30 @@ def score(readings: torch.Tensor, captions: list[Caption]) -> dict[str, torch.Te
     }
 
 
-def training_batch(codec: TableCodec, recipe: ReaderRecipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Augmented pictures [batch, 3, 48, 48] and their table [batch, 5]; depends on (seed, step) alone."""
+def training_batch(
+    codec: TableCodec, recipe: ReaderRecipe, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Augmented pictures [batch, 3, 48, 48] and their table [batch, 5]; depends on (seed, step)
+    alone."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step + 1)
     captions = random_captions(recipe.batch, generator)
     pictures = render(captions, generator)
     half = recipe.batch // 2
     latents = codec.latents(pictures[:half])
-    latents += recipe.latent_noise * _uniform(half, generator) * torch.randn(latents.shape, generator=generator)
+    latents += (
+        recipe.latent_noise
+        * _uniform(half, generator)
+        * torch.randn(latents.shape, generator=generator)
+    )
     pictures = torch.cat([codec.pictures(latents), pictures[half:]])
     return augment(pictures, recipe, generator), caption_table(captions)
 
 
-def augment(pictures: torch.Tensor, recipe: ReaderRecipe, generator: torch.Generator) -> torch.Tensor:
-    """Warp, up to one pixel of blur, change of brightness and pixel noise, each of random strength a picture.
+def augment(
+    pictures: torch.Tensor, recipe: ReaderRecipe, generator: torch.Generator
+) -> torch.Tensor:
+    """Warp, up to one pixel of blur, change of brightness and pixel noise, each of random strength
+    a picture.
 
     The warp is there because models err in the form of a stroke before they err in anything else.
     """
@@ -146,14 +164,21 @@ def blurred(pictures: torch.Tensor) -> torch.Tensor:
     """Binomial blur (1, 2, 1) / 4 along both sides of [n, channels, h, w]."""
     weights = torch.tensor([1.0, 2.0, 1.0]) / 4
     kernel = torch.outer(weights, weights).expand(pictures.shape[1], 1, 3, 3)
-    return F.conv2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), kernel, groups=pictures.shape[1])
+    return F.conv2d(
+        F.pad(pictures, (1, 1, 1, 1), mode="replicate"), kernel, groups=pictures.shape[1]
+    )
 
 
-def warped(pictures: torch.Tensor, strength: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Moves pixels of [n, 3, 48, 48] by a smooth random field with 8x8 nodes; `strength` [n, 1, 1, 1] in pixels."""
+def warped(
+    pictures: torch.Tensor, strength: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Moves pixels of [n, 3, 48, 48] by a smooth random field with 8x8 nodes; `strength` [n, 1, 1,
+    1] in pixels."""
     moves = strength * torch.randn(len(pictures), 2, 8, 8, generator=generator) * 2 / SIZE
     field = F.interpolate(moves, size=(SIZE, SIZE), mode="bilinear").movedim(1, -1)
-    still = F.affine_grid(torch.eye(2, 3).expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False)
+    still = F.affine_grid(
+        torch.eye(2, 3).expand(len(pictures), 2, 3), list(pictures.shape), align_corners=False
+    )
     return F.grid_sample(pictures, still + field, padding_mode="border", align_corners=False)
 
 
@@ -170,12 +195,16 @@ def learning_rate(recipe: ReaderRecipe, step: int) -> float:
 def train(recipe: ReaderRecipe, codec: TableCodec) -> Reader:
     torch.manual_seed(recipe.seed)
     reader = Reader().train()
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        reader.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+    )
     start, losses = time.monotonic(), []
     for step in range(recipe.steps):
         pictures, table = training_batch(codec, recipe, step)
         logits = reader(pictures)
-        loss = sum(F.cross_entropy(logits[field], table[:, column]) for column, field in enumerate(FIELDS))
+        loss = sum(
+            F.cross_entropy(logits[field], table[:, column]) for column, field in enumerate(FIELDS)
+        )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
         optimizer.zero_grad(set_to_none=True)
@@ -186,13 +215,17 @@ def train(recipe: ReaderRecipe, codec: TableCodec) -> Reader:
             rate = (step + 1) / (time.monotonic() - start)
             left = (recipe.steps - step - 1) / rate
             mean = sum(losses) / len(losses)
-            print(f"step {step + 1}/{recipe.steps}  loss {mean:.4f}  {rate:.1f} steps/s  {left:.0f} s left", flush=True)
+            print(
+                f"step {step + 1}/{recipe.steps}  loss {mean:.4f}  {rate:.1f} steps/s  {left:.0f} s left",
+                flush=True,
+            )
             losses = []
     return reader.eval()
 
 
 def accuracy(reader: Reader, codec: TableCodec, seed: int, count: int) -> dict[str, float]:
-    """Share read right of each of FIELDS, on `count` rendered pictures that went through the codec."""
+    """Share read right of each of FIELDS, on `count` rendered pictures that went through the
+    codec."""
     generator = torch.Generator().manual_seed(seed * 1_000_003)
     captions = random_captions(count, generator)
     readings = read(reader, codec.pictures(codec.latents(render(captions, generator))))
@@ -201,12 +234,18 @@ def accuracy(reader: Reader, codec: TableCodec, seed: int, count: int) -> dict[s
 
 
 def save_reader(path: Path, reader: Reader, recipe: ReaderRecipe, shares: dict[str, float]) -> None:
-    metadata = {"accuracy": json.dumps(shares), "recipe": json.dumps(asdict(recipe)), "license": "Apache-2.0"}
+    metadata = {
+        "accuracy": json.dumps(shares),
+        "recipe": json.dumps(asdict(recipe)),
+        "license": "Apache-2.0",
+    }
     write_tensors(path, _half(reader), metadata)
 
 
 def _half(reader: Reader) -> dict[str, torch.Tensor]:
-    return {name: t.half() if t.is_floating_point() else t for name, t in reader.state_dict().items()}
+    return {
+        name: t.half() if t.is_floating_point() else t for name, t in reader.state_dict().items()
+    }
 
 
 def main() -> None:
@@ -227,7 +266,8 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Reading:
-    """A model's codec and, where its pictures have known content, captions for it and their score."""
+    """A model's codec and, where its pictures have known content, captions for it and their
+    score."""
 
     codec: Codec
     has_reader: bool
@@ -235,7 +275,9 @@ class Reading:
     def captions(self, count: int, seed: int) -> list[str]:
         """Raises ValueError for a model whose captions are not known."""
         if not self.has_reader:
-            raise ValueError("evaluate needs captions for this model; give --prompts, a text file with one a line")
+            raise ValueError(
+                "evaluate needs captions for this model; give --prompts, a text file with one a line"
+            )
         generator = torch.Generator().manual_seed(seed * 1_000_003)
         return [caption.text() for caption in random_captions(count, generator)]
 

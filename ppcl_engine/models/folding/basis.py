@@ -1,7 +1,9 @@
-"""The mathematics of folding a modulation y(t) = W s(t) + b, s(t) = silu(conditioning of timestep t), into fewer inputs.
+"""The mathematics of folding a modulation y(t) = W s(t) + b, s(t) = silu(conditioning of timestep
+t), into fewer inputs.
 
-basis: s(t) ~ P P^T s(t) with orthonormal columns P, so y(t) ~ (W P) (P^T s(t)) + b. Linear in W: a change dW of low rank
-or of any other kind becomes dW P. table: y at some timesteps, as the model itself computes it.
+basis: s(t) ~ P P^T s(t) with orthonormal columns P, so y(t) ~ (W P) (P^T s(t)) + b. Linear in W: a
+change dW of low rank or of any other kind becomes dW P. table: y at some timesteps, as the model
+itself computes it.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from dataclasses import dataclass, field
 import torch
 
 RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-GRID, OTHER_GRID = 1025, 401  # of t in [0, 1]: the embedding's fastest period is 0.0063; the error is measured between
+# of t in [0, 1]: the embedding's fastest period is 0.0063; the error is measured between
+GRID, OTHER_GRID = 1025, 401
 ROWS_AT_ONCE = 1024
 MARK_ROWS, MARKED = 4, (".weight", ".bias")
 
 
 def directions(inputs: torch.Tensor, rank: int) -> torch.Tensor:
-    """inputs [timesteps, width] -> orthonormal [width, 1 + rank]: the mean's direction, then the `rank` leading ones of
-    what it leaves (Eckart and Young 1936). Float64 inside."""
+    """inputs [timesteps, width] -> orthonormal [width, 1 + rank]: the mean's direction, then the
+    `rank` leading ones of what it leaves (Eckart and Young 1936). Float64 inside."""
     inputs = inputs.double()
     mean = inputs.mean(dim=0)
     first = mean / mean.norm()
@@ -36,10 +39,15 @@ def useful_ranks(width: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def errors_by_rank(
-    weight: torch.Tensor, bias: torch.Tensor, inputs: torch.Tensor, basis: torch.Tensor, ranks: Sequence[int]
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    inputs: torch.Tensor,
+    basis: torch.Tensor,
+    ranks: Sequence[int],
 ) -> torch.Tensor:
-    """| y_rank(t) - y(t) | / | y(t) | [ranks, timesteps]. weight [outputs, width], inputs [timesteps, width]; basis as of
-    `directions`, whose first 1 + rank columns are the basis of that rank."""
+    """| y_rank(t) - y(t) | / | y(t) | [ranks, timesteps]. weight [outputs, width], inputs
+    [timesteps, width]; basis as of `directions`, whose first 1 + rank columns are the basis of that
+    rank."""
     inputs, basis = inputs.float(), basis.float()
     coefficients = inputs @ basis
     errors, power = torch.zeros(len(ranks), len(inputs)), torch.zeros(len(inputs))
@@ -56,7 +64,8 @@ def errors_by_rank(
 
 @dataclass
 class Curve:
-    """Error against rank over all modulations. by_part: name -> [ranks, timesteps]'s mean and worst over t [ranks]."""
+    """Error against rank over all modulations. by_part: name -> [ranks, timesteps]'s mean and worst
+    over t [ranks]."""
 
     ranks: tuple[int, ...]
     by_part: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -88,7 +97,9 @@ class Curve:
 
     def to_json(self) -> dict:
         rows = zip(self.ranks, self.mean.tolist(), self.worst.tolist(), strict=True)
-        return {"curve": [{"rank": rank, "mean": mean, "worst": worst} for rank, mean, worst in rows]}
+        return {
+            "curve": [{"rank": rank, "mean": mean, "worst": worst} for rank, mean, worst in rows]
+        }
 
 
 @torch.no_grad()
@@ -98,20 +109,24 @@ def project(weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
 
 Conditionings = dict[int, torch.Tensor]
-"""rows that a modulation sees at once -> conditioning [timesteps, rows, width], as the model makes it for that many"""
+"""rows that a modulation sees at once -> conditioning [timesteps, rows, width], as the model makes
+it for that many"""
 
 
 @torch.no_grad()
-def values_at(modulation: Callable[[torch.Tensor], torch.Tensor], conditionings: Conditionings) -> torch.Tensor:
-    """What the modulation gives for each timestep [outputs, timesteps * batches], by the very calls of a forward: a
-    kernel's last bits depend on how many rows it is given."""
+def values_at(
+    modulation: Callable[[torch.Tensor], torch.Tensor], conditionings: Conditionings
+) -> torch.Tensor:
+    """What the modulation gives for each timestep [outputs, timesteps * batches], by the very calls
+    of a forward: a kernel's last bits depend on how many rows it is given."""
     columns = [modulation(rows)[0] for given in conditionings.values() for rows in given]
     return torch.stack(columns, dim=1)
 
 
 def mark_of(names: Iterable[str], read: Callable[[str, int | None], torch.Tensor]) -> str:
-    """Hash that tells one model's modulations from another's, a merged LoRA's too: shapes, precision, the first rows of
-    each weight, all of each bias. `read(name of a tensor, rows)` gives its first rows, as they are stored."""
+    """Hash that tells one model's modulations from another's, a merged LoRA's too: shapes,
+    precision, the first rows of each weight, all of each bias. `read(name of a tensor, rows)` gives
+    its first rows, as they are stored."""
     digest = hashlib.sha256()
     for name in sorted(names):
         rows = read(name, MARK_ROWS if name.endswith(".weight") else None).contiguous()

@@ -1,6 +1,8 @@
-"""Files whose modulations are folded or unfolded: read a tensor at a time, written the same way, all else copied as stored.
+"""Files whose modulations are folded or unfolded: read a tensor at a time, written the same way,
+all else copied as stored.
 
-Three kinds: a full model (anything that `Weights` reads), one of our standalones, a bundle (students, tuned variants).
+Three kinds: a full model (anything that `Weights` reads), one of our standalones, a bundle
+(students, tuned variants).
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from torch import nn
 
 from ...architectures import Architecture, architecture_named
 from ...architectures.base import modulation_names
-from ...architectures.folded import FOLDING, Folding, TableInputs, folding_of, table_inputs, table_maps, unfolded_config
+from ...architectures.folded import (
+    FOLDING,
+    Folding,
+    TableInputs,
+    folding_of,
+    table_inputs,
+    table_maps,
+    unfolded_config,
+)
 from ...plan import PruningPlan, plan_from_json
 from ...system.progress import Progress
 from ...system.tensor_files import TensorEntry, TensorFile, write_tensor_stream
@@ -33,8 +43,9 @@ Read = Callable[[str, torch.dtype | None], torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """A file, opened. stored: every tensor's name in it -> (open file, name there); prefix: of the transformer's names
-    (a checkpoint's); plan: of a bundle or standalone; weights: of a full model."""
+    """A file, opened. stored: every tensor's name in it -> (open file, name there); prefix: of the
+    transformer's names (a checkpoint's); plan: of a bundle or standalone; weights: of a full
+    model."""
 
     path: Path
     architecture: Architecture
@@ -56,7 +67,9 @@ class Original:
     @cached_property
     def modulations(self) -> list[str]:
         """Names of the linear maps, such as `transformer_blocks.3.img_mod.1`."""
-        return modulation_names((name.removeprefix(self.prefix) for name in self.stored), self.architecture)
+        return modulation_names(
+            (name.removeprefix(self.prefix) for name in self.stored), self.architecture
+        )
 
     @cached_property
     def modulation_set(self) -> frozenset[str]:
@@ -86,7 +99,9 @@ class Original:
         embedder = f"{self.architecture.time_embedder}."
         embedders = (name.removeprefix(self.prefix) for name in self.stored if embedder in name)
         names = [name + leaf for name in self.modulations for leaf in MARKED]
-        return mark_of([*names, *(name for name in embedders if name.endswith(MARKED))], self._first_rows)
+        return mark_of(
+            [*names, *(name for name in embedders if name.endswith(MARKED))], self._first_rows
+        )
 
     def _first_rows(self, name: str, rows: int | None) -> torch.Tensor:
         file, key = self.stored[self.prefix + name]
@@ -99,7 +114,14 @@ def open_original(path: Path) -> Original:
     if is_bundle(path):
         bundle = Bundle(path)
         stored = {name: (bundle.file, name) for name in bundle.file.keys()}
-        return Original(path, bundle.architecture, bundle.plan.config, stored, bundle.file.metadata, plan=bundle.plan)
+        return Original(
+            path,
+            bundle.architecture,
+            bundle.plan.config,
+            stored,
+            bundle.file.metadata,
+            plan=bundle.plan,
+        )
     file = TensorFile(path) if path.is_file() else None
     stored = open_layout(path)[0] if file is None else {name: (file, name) for name in file.keys()}
     prefix = COMFYUI_PREFIX if any(name.startswith(COMFYUI_PREFIX) for name in stored) else ""
@@ -110,11 +132,14 @@ def open_original(path: Path) -> Original:
         architecture = architecture_named(plan.architecture)
         return Original(path, architecture, plan.config, stored, metadata, prefix, plan=plan)
     weights = Weights(path)
-    return Original(path, weights.architecture, weights.config, stored, metadata, prefix, weights=weights)
+    return Original(
+        path, weights.architecture, weights.config, stored, metadata, prefix, weights=weights
+    )
 
 
 def check_foldable(architecture: Architecture, config: dict, where: object) -> None:
-    """Raises ValueError for an architecture whose modulations read more than the timestep, and for a folded model."""
+    """Raises ValueError for an architecture whose modulations read more than the timestep, and for
+    a folded model."""
     reads = architecture.modulation_reads(config)
     if not architecture.timestep_modulations or reads != ("the timestep",):
         raise ValueError(
@@ -122,7 +147,9 @@ def check_foldable(architecture: Architecture, config: dict, where: object) -> N
             "alone can be folded (Qwen-Image and its edit models)"
         )
     if FOLDING in config:
-        raise ValueError(f"{where} is folded already ({config[FOLDING]['form']}); unfold it first with --form off")
+        raise ValueError(
+            f"{where} is folded already ({config[FOLDING]['form']}); unfold it first with --form off"
+        )
 
 
 def _listed(names: tuple[str, ...]) -> str:
@@ -131,7 +158,8 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def embedder_prefix(name: str, names: Iterable[str], architecture: Architecture) -> str:
-    """Where the time embedder of a modulation is: a tuned variant in a bundle has its own. "" is the base's."""
+    """Where the time embedder of a modulation is: a tuned variant in a bundle has its own. "" is
+    the base's."""
     if not name.startswith(TUNED):
         return ""
     prefix = ".".join(name.split(".")[:2]) + "."
@@ -140,13 +168,23 @@ def embedder_prefix(name: str, names: Iterable[str], architecture: Architecture)
 
 @torch.no_grad()
 def open_embedder(
-    architecture: Architecture, config: dict, read: Read, prefix: str, dtype: torch.dtype, device: str
+    architecture: Architecture,
+    config: dict,
+    read: Read,
+    prefix: str,
+    dtype: torch.dtype,
+    device: str,
 ) -> nn.Module:
     """The time embedder alone, as an unfolded model has it."""
     with torch.device("meta"):
-        embedder = architecture.build_outer(unfolded_config(config)).get_submodule(architecture.time_embedder)
+        embedder = architecture.build_outer(unfolded_config(config)).get_submodule(
+            architecture.time_embedder
+        )
     names = embedder.state_dict()
-    state = {name: read(f"{prefix}{architecture.time_embedder}.{name}", dtype).to(device) for name in names}
+    state = {
+        name: read(f"{prefix}{architecture.time_embedder}.{name}", dtype).to(device)
+        for name in names
+    }
     embedder.load_state_dict(state, assign=True)
     return embedder.eval().requires_grad_(False)
 
@@ -160,8 +198,8 @@ def open_modulation(read: Read, name: str, dtype: torch.dtype, device: str) -> n
 
 
 def give_base(model: nn.Module, base: Path, path: Path) -> None:
-    """A model on a table gets the timesteps that it lacks from the file that it was folded from, when it is asked for
-    them. Nothing happens to others."""
+    """A model on a table gets the timesteps that it lacks from the file that it was folded from,
+    when it is asked for them. Nothing happens to others."""
     inputs = table_inputs(model)
     if inputs is None:
         return
@@ -170,14 +208,19 @@ def give_base(model: nn.Module, base: Path, path: Path) -> None:
     def more(timesteps: list[float]) -> None:
         original, parameter = open_original(base), next(iter(maps.values())).weight
         check_mark(original, open_original(path).folding.mark, path)
-        found = original_table(original, timesteps, inputs, maps, parameter.dtype, str(parameter.device))
+        found = original_table(
+            original, timesteps, inputs, maps, parameter.dtype, str(parameter.device)
+        )
         put_table(maps, inputs, table_in(maps, inputs).joined(found))
 
     inputs.more = more
 
 
-def original_table(original: Original, timesteps, inputs: TableInputs, maps, dtype: torch.dtype, device: str) -> Table:
-    """One pass over the modulations of the file for these timesteps, for the numbers of rows that the model's maps know."""
+def original_table(
+    original: Original, timesteps, inputs: TableInputs, maps, dtype: torch.dtype, device: str
+) -> Table:
+    """One pass over the modulations of the file for these timesteps, for the numbers of rows that
+    the model's maps know."""
     architecture, config = original.architecture, original.config
     embedder = open_embedder(architecture, config, original.read, "", dtype, device)
 
@@ -188,14 +231,18 @@ def original_table(original: Original, timesteps, inputs: TableInputs, maps, dty
     given = conditionings(condition, timesteps, batches)
     names = Progress(maps, desc="table", unit="modulation")
     return make_table(
-        ((name, partial(open_modulation, original.read, name, dtype, device), given) for name in names), timesteps
+        (
+            (name, partial(open_modulation, original.read, name, dtype, device), given)
+            for name in names
+        ),
+        timesteps,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folded:
-    """What takes the place of a file's modulations. maps: module -> how its weight is made; inputs: names of
-    the tensors that time embedders get -> the tensors."""
+    """What takes the place of a file's modulations. maps: module -> how its weight is made; inputs:
+    names of the tensors that time embedders get -> the tensors."""
 
     folding: Folding
     dtype: torch.dtype
@@ -211,19 +258,32 @@ def write_folded(path: Path, original: Original, folded: Folded) -> Path:
     entries += [_held(original.prefix + name, tensor) for name, tensor in folded.inputs.items()]
     config = {**original.config, FOLDING: folded.folding.to_config()}
     plan = _folded_plan(original, config)
-    metadata = {**original.metadata, "format": "pt", FOLDED_FROM: json.dumps({"mark": original.mark})}
+    metadata = {
+        **original.metadata,
+        "format": "pt",
+        FOLDED_FROM: json.dumps({"mark": original.mark}),
+    }
     if original.is_bundle:
         metadata[PLAN_KEY] = plan.to_json()
     else:
         structure = plan.to_json().encode()
-        entries.append(_held(original.prefix + STRUCTURE_TENSOR, torch.tensor(list(structure), dtype=torch.uint8)))
-        metadata |= {"config": json.dumps(config)} if original.plan is None else {STRUCTURE_KEY: plan.to_json()}
+        entries.append(
+            _held(
+                original.prefix + STRUCTURE_TENSOR, torch.tensor(list(structure), dtype=torch.uint8)
+            )
+        )
+        metadata |= (
+            {"config": json.dumps(config)}
+            if original.plan is None
+            else {STRUCTURE_KEY: plan.to_json()}
+        )
     _write(path, entries, metadata)
     return path
 
 
 def write_unfolded(path: Path, folded: Original, original: Original) -> Path:
-    """The folded file's tensors with the original's modulations, and the original's own description."""
+    """The folded file's tensors with the original's modulations, and the original's own
+    description."""
     check_is_original(original, folded)
     kept = {name for name in original.stored if not _of_modulation(original, name)}
     if missing := sorted(kept - folded.stored.keys()):
@@ -242,9 +302,13 @@ def write_unfolded(path: Path, folded: Original, original: Original) -> Path:
 def check_is_original(original: Original, folded: Original) -> None:
     """Raises ValueError when the folded file was not made from this one."""
     if FOLDED_FROM not in folded.metadata:
-        raise ValueError(f"{folded.path} was not made by folding a file, so there are no original weights to give back")
+        raise ValueError(
+            f"{folded.path} was not made by folding a file, so there are no original weights to give back"
+        )
     if original.folding is not None:
-        raise ValueError(f"{original.path} is folded itself; give the file that {folded.path} was folded from")
+        raise ValueError(
+            f"{original.path} is folded itself; give the file that {folded.path} was folded from"
+        )
     check_mark(original, json.loads(folded.metadata[FOLDED_FROM])["mark"], folded.path)
 
 
@@ -257,12 +321,15 @@ def check_mark(original: Original, mark: str, where: object) -> None:
 
 
 def _folded_plan(original: Original, config: dict) -> PruningPlan:
-    """Of a full model: one that replaces nothing, so that a host knows the file by its structure."""
+    """Of a full model: one that replaces nothing, so that a host knows the file by its
+    structure."""
     if original.plan is not None:
         return original.plan.with_parts(config=config)
     architecture = original.architecture
     blocks = architecture.num_blocks(config)
-    return PruningPlan(architecture=architecture.name, config=config, num_blocks=blocks, fingerprint="")
+    return PruningPlan(
+        architecture=architecture.name, config=config, num_blocks=blocks, fingerprint=""
+    )
 
 
 def _entries_by_name(original: Original, folded: Folded) -> dict[str, TensorEntry | None]:
@@ -271,7 +338,10 @@ def _entries_by_name(original: Original, folded: Folded) -> dict[str, TensorEntr
     for name, make in folded.maps.items():
         outputs, key = original.shape(f"{name}.weight")[0], original.prefix + name
         shape = (outputs, folded.folding.columns)
-        found |= {key + ending: None for ending in (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")}
+        found |= {
+            key + ending: None
+            for ending in (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
+        }
         found[f"{key}.weight"] = TensorEntry(f"{key}.weight", folded.dtype, shape, make)
         if folded.folding.form == "table":
             found[f"{key}.bias"] = None

@@ -1,7 +1,9 @@
-"""Tables of modulation values: made in one streamed pass over the original weights, joined, kept in small files.
+"""Tables of modulation values: made in one streamed pass over the original weights, joined, kept in
+small files.
 
-A table holds, for every modulation, its value at each timestep for each number of rows (`batches`) that it was asked
-for, as a kernel's last bits depend on that number. Where they do not, one column serves all.
+A table holds, for every modulation, its value at each timestep for each number of rows (`batches`)
+that it was asked for, as a kernel's last bits depend on that number. Where they do not, one column
+serves all.
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ from .basis import Conditionings, values_at
 TABLE_KEY = "ppcl_table"
 
 Batches = Sequence[tuple[int, int]]
-"""(rows that the time embedder gets, rows of these that a modulation gets) of the forwards that a table serves"""
+"""(rows that the time embedder gets, rows of these that a modulation gets) of the forwards that a
+table serves"""
 Opened = Iterable[tuple[str, Callable[[], nn.Module], Conditionings]]
 """(name, what opens the modulation, what it is given)"""
 
 
 @dataclass(frozen=True)
 class Table:
-    """columns: modulation -> [outputs, timesteps * batches], all timesteps of the first batch first."""
+    """columns: modulation -> [outputs, timesteps * batches], all timesteps of the first batch
+    first."""
 
     timesteps: tuple[float, ...]
     batches: tuple[int, ...]
@@ -39,16 +43,21 @@ class Table:
         return not (set(timesteps) <= set(self.timesteps) and set(batches) <= set(self.batches))
 
     def joined(self, other: Table) -> Table:
-        """With the timesteps of `other` behind our own. For a number of rows that one of them has no values of its own
-        for, its first ones stand, which differ by rounding at most."""
+        """With the timesteps of `other` behind our own. For a number of rows that one of them has
+        no values of its own for, its first ones stand, which differ by rounding at most."""
         new = [place for place, t in enumerate(other.timesteps) if t not in self.timesteps]
         batches = (*self.batches, *(b for b in other.batches if b not in self.batches))
         places, ours = torch.tensor(new, dtype=torch.long), torch.arange(len(self.timesteps))
         columns = {}
         for name, values in self.columns.items():
-            parts = [(_block(self, values, b, ours), _block(other, other.columns[name], b, places)) for b in batches]
+            parts = [
+                (_block(self, values, b, ours), _block(other, other.columns[name], b, places))
+                for b in batches
+            ]
             columns[name] = torch.cat([half for pair in parts for half in pair], dim=1)
-        return Table((*self.timesteps, *(other.timesteps[place] for place in new)), batches, columns)
+        return Table(
+            (*self.timesteps, *(other.timesteps[place] for place in new)), batches, columns
+        )
 
     def only(self, timesteps: Sequence[float]) -> Table:
         """These, which all have to be there, in this order."""
@@ -64,10 +73,15 @@ class Table:
         size = len(self.timesteps)
         blocks = [slice(size * place, size * (place + 1)) for place in range(len(self.batches))]
         kept = [0] + [
-            place for place, block in enumerate(blocks)
-            if place and any(not torch.equal(c[:, block], c[:, blocks[0]]) for c in self.columns.values())
-        ]  # fmt: skip
-        columns = {n: torch.cat([c[:, blocks[place]] for place in kept], dim=1) for n, c in self.columns.items()}
+            place
+            for place, block in enumerate(blocks)
+            if place
+            and any(not torch.equal(c[:, block], c[:, blocks[0]]) for c in self.columns.values())
+        ]
+        columns = {
+            n: torch.cat([c[:, blocks[place]] for place in kept], dim=1)
+            for n, c in self.columns.items()
+        }
         return Table(self.timesteps, tuple(self.batches[place] for place in kept), columns)
 
     @property
@@ -98,8 +112,8 @@ def read_table(path: Path, key: str) -> Table:
 
 
 def rows_of(architecture: Architecture, config: dict, samples: Iterable[int]) -> tuple[int, ...]:
-    """How many rows modulations get in forwards of so many samples. An edit model's image modulations get each sample
-    twice, its reference's timestep behind its own."""
+    """How many rows modulations get in forwards of so many samples. An edit model's image
+    modulations get each sample twice, its reference's timestep behind its own."""
     twice = 1 + len(architecture.reference_timesteps(config))
     return tuple(dict.fromkeys(rows for count in samples for rows in (count, twice * count)))
 
@@ -107,14 +121,18 @@ def rows_of(architecture: Architecture, config: dict, samples: Iterable[int]) ->
 def batches_of(architecture: Architecture, config: dict, rows: Sequence[int]) -> Batches:
     """The embedder of an edit model gets every sample twice, whatever a modulation gets of it."""
     twice = 1 + len(architecture.reference_timesteps(config))
-    return [(count if count % twice == 0 and count // twice in rows else twice * count, count) for count in rows]
+    return [
+        (count if count % twice == 0 and count // twice in rows else twice * count, count)
+        for count in rows
+    ]
 
 
 @torch.no_grad()
 def conditionings(
     condition: Callable[[torch.Tensor], torch.Tensor], timesteps: Sequence[float], batches: Batches
 ) -> Conditionings:
-    """condition: timesteps [n] in float32 -> conditioning [n, width] by the model's own embedder."""
+    """condition: timesteps [n] in float32 -> conditioning [n, width] by the model's own
+    embedder."""
     return {
         rows: torch.stack([condition(torch.full((embedded,), t))[:rows] for t in timesteps])
         for embedded, rows in batches
@@ -131,7 +149,9 @@ def make_table(modulations: Opened, timesteps: Sequence[float]) -> Table:
 
 def table_in(maps: dict[str, nn.Module], inputs: TableInputs) -> Table:
     columns = {name: module.weight.detach() for name, module in maps.items()}
-    return Table(tuple(inputs.timesteps.float().tolist()), next(iter(maps.values())).batches, columns)
+    return Table(
+        tuple(inputs.timesteps.float().tolist()), next(iter(maps.values())).batches, columns
+    )
 
 
 def put_table(maps: dict[str, nn.Module], inputs: TableInputs, table: Table) -> None:

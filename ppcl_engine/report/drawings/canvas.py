@@ -1,4 +1,5 @@
-"""What all drawings share: colours, an empty figure, axes without clutter, text, the bytes of a PNG.
+"""What all drawings share: colours, an empty figure, axes without clutter, text, the bytes of a
+PNG.
 
 matplotlib is imported when something is drawn, and never through pyplot, so nothing global changes.
 """
@@ -10,7 +11,14 @@ from functools import lru_cache
 
 from ...plan import Interval
 
-BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7"
+BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#56B4E9",
+    "#CC79A7",
+)
 LINES = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, QUIET, RULE, KEPT = "#1B2733", "#5C6B7A", "#D9DFE5", "#C9D2DB"
@@ -70,14 +78,22 @@ def logarithmic(axes) -> None:
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    steps = (1,) if high / low > 1000 else (1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    steps = (
+        (1,)
+        if high / low > 1000
+        else (1, 2, 5)
+        if high / low > 8
+        else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)
+    )
     axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=30))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def label(figure, x: float, y: float, text: str, **style) -> None:
-    figure.text(x, y, text, **{"size": 9.5, "color": INK, "va": "center", "parse_math": False, **style})
+    figure.text(
+        x, y, text, **{"size": 9.5, "color": INK, "va": "center", "parse_math": False, **style}
+    )
 
 
 def shortened(text: str, most: int) -> str:
@@ -85,7 +101,14 @@ def shortened(text: str, most: int) -> str:
 
 
 def draw_text(axes, x: float, y: float, text: str, **style) -> None:
-    style = {"size": 9.5, "color": INK, "va": "center", "clip_on": False, "parse_math": False, **style}
+    style = {
+        "size": 9.5,
+        "color": INK,
+        "va": "center",
+        "clip_on": False,
+        "parse_math": False,
+        **style,
+    }
     axes.text(x, y, text, **style)
 
 

@@ -1,4 +1,5 @@
-"""Line charts of a pruning run: alignment, losses, velocity errors, errors of probes. Each a function to a PNG."""
+"""Line charts of a pruning run: alignment, losses, velocity errors, errors of probes. Each a
+function to a PNG."""
 
 from __future__ import annotations
 
@@ -28,16 +29,26 @@ from .canvas import (
 
 
 def cka_curves(plan: PruningPlan, cka: torch.Tensor) -> bytes:
-    """cka(u, k) from each interval's first block u, and its first difference D below. cka: see detect.Curves."""
+    """cka(u, k) from each interval's first block u, and its first difference D below. cka: see
+    detect.Curves."""
     columns = min(3, len(plan.intervals))
     rows = math.ceil(len(plan.intervals) / columns)
     height = 2.75 * rows + 0.45
     figure = new_figure(height)
     grid = figure.add_gridspec(
-        rows, columns, left=0.07, right=0.985, top=1 - 0.72 / height, bottom=0.5 / height, hspace=0.42, wspace=0.22,
-    )  # fmt: skip
+        rows,
+        columns,
+        left=0.07,
+        right=0.985,
+        top=1 - 0.72 / height,
+        bottom=0.5 / height,
+        hspace=0.42,
+        wspace=0.22,
+    )
     for place, interval in enumerate(plan.intervals):
-        inner = grid[place // columns, place % columns].subgridspec(2, 1, height_ratios=(1.7, 1), hspace=0.14)
+        inner = grid[place // columns, place % columns].subgridspec(
+            2, 1, height_ratios=(1.7, 1), hspace=0.14
+        )
         _cka_panel(
             figure.add_subplot(inner[0]),
             figure.add_subplot(inner[1]),
@@ -68,12 +79,19 @@ def _cka_panel(upper, lower, interval: Interval, rows: torch.Tensor, first_colum
     upper.plot(blocks, rows[:, 0].numpy(), color=BLUE, lw=1.8, marker="o", ms=3.5)
     upper.plot(blocks[end], float(rows[end, 0]), "o", color=VERMILION, ms=7, zorder=5)
     upper.tick_params(labelbottom=False)
-    upper.set_title(f"Blocks {range_text(interval)}", loc="left", fontsize=10, fontweight="bold", color=INK)
+    upper.set_title(
+        f"Blocks {range_text(interval)}", loc="left", fontsize=10, fontweight="bold", color=INK
+    )
     drops = (rows[:-1, 0] - rows[1:, 0]).tolist()
     lower.axhline(0, color=QUIET, lw=0.7)
     upper.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
     lower.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2))
-    lower.bar(blocks[1:], drops, width=0.62, color=[BLUE if b <= interval.last else "#9BA8B4" for b in blocks[1:]])
+    lower.bar(
+        blocks[1:],
+        drops,
+        width=0.62,
+        color=[BLUE if b <= interval.last else "#9BA8B4" for b in blocks[1:]],
+    )
     lower.set_xlabel("k", fontsize=8.5, color=QUIET, labelpad=1)
     if first_column:
         upper.set_ylabel("cka(u, k)", fontsize=8.5, color=QUIET)
@@ -92,9 +110,17 @@ def _curve_legend(figure, band: bool, height: float) -> None:
         Patch(facecolor=BLUE, label="D, drop at block k"),
     ]
     legend = figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.065, 1 - 0.08 / height), ncols=5, frameon=False,
-        fontsize=8.5, borderaxespad=0, borderpad=0, handlelength=2, columnspacing=2,
-    )  # fmt: skip
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0.065, 1 - 0.08 / height),
+        ncols=5,
+        frameon=False,
+        fontsize=8.5,
+        borderaxespad=0,
+        borderpad=0,
+        handlelength=2,
+        columnspacing=2,
+    )
     for entry in legend.get_texts():
         entry.set_color(INK)
 
@@ -105,20 +131,36 @@ def loss_curves(losses: dict[str, torch.Tensor]) -> bytes:
 
     names = list(losses)
     shades = colormaps["viridis"]
-    colours = LINES if len(names) <= len(LINES) else [shades(0.86 * i / (len(names) - 1)) for i in range(len(names))]
+    colours = (
+        LINES
+        if len(names) <= len(LINES)
+        else [shades(0.86 * i / (len(names) - 1)) for i in range(len(names))]
+    )
     figure = new_figure(max(3.9, 0.21 * len(names) + 0.6))
-    axes = figure.add_axes((0.07, 0.54 / figure.get_figheight(), 0.84, 1 - 0.64 / figure.get_figheight()))
+    axes = figure.add_axes(
+        (0.07, 0.54 / figure.get_figheight(), 0.84, 1 - 0.64 / figure.get_figheight())
+    )
     tidy(axes)
     smoothed = {name: _running_mean(values) for name, values in losses.items()}
     for name, colour in zip(names, colours, strict=False):
-        axes.plot(losses[name].numpy(), color=colour, lw=0.6, alpha=0.25 if len(names) <= len(LINES) else 0.1)
+        axes.plot(
+            losses[name].numpy(),
+            color=colour,
+            lw=0.6,
+            alpha=0.25 if len(names) <= len(LINES) else 0.1,
+        )
         axes.plot(smoothed[name].numpy(), color=colour, lw=2)
     logarithmic(axes)
     axes.set_xlim(0, max(max(len(values) for values in losses.values()) - 1, 1))
     axes.set_xlabel("update", fontsize=9, color=QUIET)
     axes.set_ylabel("loss", fontsize=9, color=QUIET)
     ends = {name: float(values[-1]) for name, values in smoothed.items()}
-    _end_labels(axes, ends, {name: name.replace("-", "–") for name in names}, dict(zip(names, colours, strict=False)))
+    _end_labels(
+        axes,
+        ends,
+        {name: name.replace("-", "–") for name in names},
+        dict(zip(names, colours, strict=False)),
+    )
     return png_bytes(figure)
 
 
@@ -135,10 +177,19 @@ def _end_labels(axes, ends: dict[str, float], labels: dict[str, str], colours: d
     low, high = (math.log10(y) for y in axes.get_ylim())
     names = sorted(ends, key=ends.get)
     gap = 0.2 / (axes.figure.get_figheight() * axes.get_position().height)
-    heights = [max(0.0, (math.log10(max(ends[name], 1e-12)) - low) / (high - low)) for name in names]
+    heights = [
+        max(0.0, (math.log10(max(ends[name], 1e-12)) - low) / (high - low)) for name in names
+    ]
     for name, height in zip(names, spread(heights, gap), strict=True):
         draw_text(
-            axes, 1.012, height, labels[name], size=9.5, weight="bold", color=colours[name], transform=axes.transAxes
+            axes,
+            1.012,
+            height,
+            labels[name],
+            size=9.5,
+            weight="bold",
+            color=colours[name],
+            transform=axes.transAxes,
         )
 
 
@@ -149,7 +200,14 @@ def velocity_errors(rows: dict[str, list[dict]]) -> bytes:
     tidy(axes)
     for place, points in enumerate(rows.values()):
         colour, t = LINES[place % len(LINES)], [p["t"] for p in points]
-        axes.fill_between(t, [p["low"] for p in points], [p["high"] for p in points], color=colour, alpha=0.16, lw=0)
+        axes.fill_between(
+            t,
+            [p["low"] for p in points],
+            [p["high"] for p in points],
+            color=colour,
+            alpha=0.16,
+            lw=0,
+        )
         axes.plot(
             t,
             [p["value"] for p in points],
@@ -164,7 +222,12 @@ def velocity_errors(rows: dict[str, list[dict]]) -> bytes:
     axes.set_xlabel("timestep t  (0: picture, 1: noise)", fontsize=9, color=QUIET)
     axes.set_ylabel("velocity error", fontsize=9, color=QUIET)
     colours = {name: LINES[place % len(LINES)] for place, name in enumerate(rows)}
-    _end_labels(axes, {n: p[-1]["value"] for n, p in rows.items()}, {n: shortened(n, 18) for n in rows}, colours)
+    _end_labels(
+        axes,
+        {n: p[-1]["value"] for n, p in rows.items()},
+        {n: shortened(n, 18) for n in rows},
+        colours,
+    )
     return png_bytes(figure)
 
 
@@ -175,7 +238,16 @@ def probe_chart(errors: dict[str, dict[int, float]]) -> bytes:
     tidy(axes)
     for (stream, row), colour in zip(errors.items(), LINES, strict=False):
         values = [max(value, 1e-9) for value in row.values()]
-        axes.plot(list(row), values, color=colour, lw=1.8, marker="o", ms=4.5, label=f"{stream} stream", clip_on=False)
+        axes.plot(
+            list(row),
+            values,
+            color=colour,
+            lw=1.8,
+            marker="o",
+            ms=4.5,
+            label=f"{stream} stream",
+            clip_on=False,
+        )
     logarithmic(axes)
     count = 1 + max(max(row) for row in errors.values())
     axes.set_xlim(-0.5, count - 0.5)
@@ -183,9 +255,18 @@ def probe_chart(errors: dict[str, dict[int, float]]) -> bytes:
     axes.set_xlabel("teacher block", fontsize=9, color=QUIET)
     axes.set_ylabel("error of a linear map", fontsize=9, color=QUIET)
     axes.legend(
-        loc="lower right", bbox_to_anchor=(1, 1), ncols=len(errors), frameon=False, fontsize=9, borderaxespad=0.4
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=len(errors),
+        frameon=False,
+        fontsize=9,
+        borderaxespad=0.4,
     )
     axes.set_title(
-        "What a linear map leaves of each block's step", loc="left", fontsize=10, fontweight="bold", color=INK
+        "What a linear map leaves of each block's step",
+        loc="left",
+        fontsize=10,
+        fontweight="bold",
+        color=INK,
     )
     return png_bytes(figure)

@@ -1,4 +1,5 @@
-"""Maps: the layers of a plan's variants, the damage of intervals, a sheet of pictures. Each a function to a PNG.
+"""Maps: the layers of a plan's variants, the damage of intervals, a sheet of pictures. Each a
+function to a PNG.
 
 Colours are Okabe and Ito's (2008), which colour-blind readers tell apart. matplotlib is imported
 when something is drawn, and never through pyplot, so nothing global changes.
@@ -38,19 +39,29 @@ from .canvas import (
 MAP_LEFT, MAP_RIGHT = 1.3, 1.45  # inches for names and for parameters
 
 
-def layer_map(plan: PruningPlan, variants: list[Variant], parameters: dict[str, int], teacher: int) -> bytes:
-    """One row a variant, one cell a teacher block, parameters at the right. `teacher`: its parameters.
+def layer_map(
+    plan: PruningPlan, variants: list[Variant], parameters: dict[str, int], teacher: int
+) -> bytes:
+    """One row a variant, one cell a teacher block, parameters at the right. `teacher`: its
+    parameters.
 
-    A row shows what is really on (layout.layout_of): a site that went off with an interval is not drawn.
+    A row shows what is really on (layout.layout_of): a site that went off with an interval is not
+    drawn.
     """
     blocks, rows = plan.num_blocks, len(variants)
     layouts = [layout_of(plan, variant) for variant in variants]
-    kinds = [kind for kind in SITE_NAMES if any(kind in p.projections for layout in layouts for p in layout.places)]
+    kinds = [
+        kind
+        for kind in SITE_NAMES
+        if any(kind in p.projections for layout in layouts for p in layout.places)
+    ]
     levels = _label_levels(sorted(plan.intervals, key=lambda i: i.first), blocks)
     above, below = 0.45 + 0.24 * max(levels.values(), default=0), 1.02 if kinds else 0.78
     height = above + 0.42 * rows + below
     figure = new_figure(height)
-    axes = figure.add_axes((MAP_LEFT / WIDTH, below / height, 1 - (MAP_LEFT + MAP_RIGHT) / WIDTH, 0.42 * rows / height))
+    axes = figure.add_axes(
+        (MAP_LEFT / WIDTH, below / height, 1 - (MAP_LEFT + MAP_RIGHT) / WIDTH, 0.42 * rows / height)
+    )
     axes.set(xlim=(0, blocks), ylim=(rows, 0))
     axes.axis("off")
     for row, (variant, layout) in enumerate(zip(variants, layouts, strict=True)):
@@ -60,7 +71,14 @@ def layer_map(plan: PruningPlan, variants: list[Variant], parameters: dict[str, 
         count = parameters.get(variant.name)
         if count:
             label(figure, 1 - 0.72 / WIDTH, middle, count_text(count), ha="right", size=10)
-            label(figure, 1 - 0.05 / WIDTH, middle, f"{100 * count / teacher:.1f} %", ha="right", color=QUIET)
+            label(
+                figure,
+                1 - 0.05 / WIDTH,
+                middle,
+                f"{100 * count / teacher:.1f} %",
+                ha="right",
+                color=QUIET,
+            )
     step = 1 if blocks <= 40 else 5
     for block in range(0, blocks, step):
         draw_text(axes, block + 0.5, rows + 0.28, str(block), ha="center", size=7.5, color=QUIET)
@@ -74,7 +92,16 @@ def layer_map(plan: PruningPlan, variants: list[Variant], parameters: dict[str, 
 def _map_heading(axes, interval: Interval, level: int) -> None:
     top, ends = -0.14 - 0.56 * level, [interval.first + 0.12, interval.last + 0.88]
     axes.plot(ends, [top, top], color=BLUE, lw=2, clip_on=False, solid_capstyle="butt")
-    draw_text(axes, sum(ends) / 2, top - 0.32, range_text(interval), ha="center", size=8.5, color=BLUE, weight="bold")
+    draw_text(
+        axes,
+        sum(ends) / 2,
+        top - 0.32,
+        range_text(interval),
+        ha="center",
+        size=8.5,
+        color=BLUE,
+        weight="bold",
+    )
 
 
 def _label_levels(intervals: list[Interval], blocks: int) -> dict[str, int]:
@@ -94,7 +121,14 @@ def _map_row(axes, plan: PruningPlan, layout: Layout, row: int) -> None:
     for place in layout.places:
         if place.interval is None:
             restored = place.index in inside
-            _map_cell(axes, plan, place.index, row, RESTORED if restored else KEPT, ORANGE if restored else None)
+            _map_cell(
+                axes,
+                plan,
+                place.index,
+                row,
+                RESTORED if restored else KEPT,
+                ORANGE if restored else None,
+            )
         else:
             _map_cell(axes, plan, place.index, row, BLUE)
             for block in place.interval.blocks[1:]:
@@ -107,10 +141,17 @@ def _gap(plan: PruningPlan) -> float:
     return 0.03 * plan.num_blocks / (WIDTH - MAP_LEFT - MAP_RIGHT)
 
 
-def _map_cell(axes, plan: PruningPlan, block: int, row: int, face: str, edge: str | None = None) -> None:
+def _map_cell(
+    axes, plan: PruningPlan, block: int, row: int, face: str, edge: str | None = None
+) -> None:
     from matplotlib.patches import Rectangle
 
-    style = {"facecolor": face, "edgecolor": edge or face, "lw": 0.9 if edge else 0, "clip_on": False}
+    style = {
+        "facecolor": face,
+        "edgecolor": edge or face,
+        "lw": 0.9 if edge else 0,
+        "clip_on": False,
+    }
     axes.add_patch(Rectangle((block + _gap(plan) / 2, row + 0.13), 1 - _gap(plan), 0.74, **style))
 
 
@@ -131,11 +172,29 @@ def _map_sites(axes, plan: PruningPlan, places: tuple[Place, ...], row: int) -> 
             groups.setdefault(place.text_source, []).append(place)
         for site in place.ffn:
             height = row + {"ffn_text": 0.33, "ffn_joint": 0.5}.get(site.kind, 0.68)
-            mark = {"marker": SITE_MARKS[site.kind], "ms": min(6.5, 290 / plan.num_blocks), "zorder": 5}
-            axes.plot([place.index + 0.5], [height], color=INK, mec="white", mew=0.7, clip_on=False, **mark)
+            mark = {
+                "marker": SITE_MARKS[site.kind],
+                "ms": min(6.5, 290 / plan.num_blocks),
+                "zorder": 5,
+            }
+            axes.plot(
+                [place.index + 0.5],
+                [height],
+                color=INK,
+                mec="white",
+                mew=0.7,
+                clip_on=False,
+                **mark,
+            )
     for group in groups.values():
         left, right = group[0].index + _gap(plan) / 2, group[-1].last + 1 - _gap(plan) / 2
-        style = {"facecolor": VERMILION, "edgecolor": "white", "lw": 0.9, "zorder": 4, "clip_on": False}
+        style = {
+            "facecolor": VERMILION,
+            "edgecolor": "white",
+            "lw": 0.9,
+            "zorder": 4,
+            "clip_on": False,
+        }
         axes.add_patch(Rectangle((left, row + 0.12), right - left, 0.24, **style))
 
 
@@ -147,26 +206,58 @@ def _map_legend(figure, kinds: list[str], height: float) -> None:
     blocks = [
         Patch(facecolor=KEPT, label="teacher's block, kept"),
         Patch(facecolor=BLUE, label="student"),
-        Line2D([], [], color=BLUE, lw=1.2, marker="o", mfc="white", ms=4, label="replaced by the student before it"),
+        Line2D(
+            [],
+            [],
+            color=BLUE,
+            lw=1.2,
+            marker="o",
+            mfc="white",
+            ms=4,
+            label="replaced by the student before it",
+        ),
         Patch(facecolor=RESTORED, edgecolor=ORANGE, label="interval switched back to the teacher"),
     ]
     projected = [
-        Line2D([], [], color=VERMILION, lw=4, label=f"{SITE_NAMES[kind]} projected (a group is one switch)")
+        Line2D(
+            [],
+            [],
+            color=VERMILION,
+            lw=4,
+            label=f"{SITE_NAMES[kind]} projected (a group is one switch)",
+        )
         if kind == "text"
-        else Line2D([], [], color=INK, lw=0, marker=SITE_MARKS[kind], ms=5.5, label=f"{SITE_NAMES[kind]} projected")
+        else Line2D(
+            [],
+            [],
+            color=INK,
+            lw=0,
+            marker=SITE_MARKS[kind],
+            ms=5.5,
+            label=f"{SITE_NAMES[kind]} projected",
+        )
         for kind in kinds
     ]
     for handles, bottom in ((blocks, 0.36 if kinds else 0.12), (projected, 0.12)):
         legend = figure.legend(
-            handles=handles, loc="lower left", bbox_to_anchor=(MAP_LEFT / WIDTH, bottom / height), ncols=4, frameon=False,
-            fontsize=8.5, borderaxespad=0, borderpad=0, handlelength=1.6, columnspacing=2.2,
-        )  # fmt: skip
+            handles=handles,
+            loc="lower left",
+            bbox_to_anchor=(MAP_LEFT / WIDTH, bottom / height),
+            ncols=4,
+            frameon=False,
+            fontsize=8.5,
+            borderaxespad=0,
+            borderpad=0,
+            handlelength=1.6,
+            columnspacing=2.2,
+        )
         for entry in legend.get_texts():
             entry.set_color(INK)
 
 
 def damage_map(plan: PruningPlan, damage: torch.Tensor) -> bytes:
-    """damage [blocks, longest]: of replacing [u, u + j]; column u, row by length. Chosen intervals are outlined."""
+    """damage [blocks, longest]: of replacing [u, u + j]; column u, row by length. Chosen intervals
+    are outlined."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import FuncFormatter
@@ -184,13 +275,23 @@ def damage_map(plan: PruningPlan, damage: torch.Tensor) -> bytes:
     cells = damage[:, 1:].T.clamp_min(low).numpy()
     corners = [x - 0.5 for x in range(blocks + 1)], [y + 1.5 for y in range(longest)]
     image = axes.pcolormesh(
-        *corners, cells, cmap=colours, norm=LogNorm(low, max(high, 1.01 * low)), edgecolor="white", lw=0.8
+        *corners,
+        cells,
+        cmap=colours,
+        norm=LogNorm(low, max(high, 1.01 * low)),
+        edgecolor="white",
+        lw=0.8,
     )
     reach = 1 + 0.06 * blocks  # cells that an outlined interval and its label cover
     for interval in plan.intervals:
         box = (interval.first - 0.5, interval.removed + 0.5)
-        axes.add_patch(Rectangle(box, 1, 1, fill=False, edgecolor=VERMILION, lw=2.4, clip_on=False, zorder=4))
-        crowded = any(i.removed == interval.removed and 0 < i.first - interval.first < reach for i in plan.intervals)
+        axes.add_patch(
+            Rectangle(box, 1, 1, fill=False, edgecolor=VERMILION, lw=2.4, clip_on=False, zorder=4)
+        )
+        crowded = any(
+            i.removed == interval.removed and 0 < i.first - interval.first < reach
+            for i in plan.intervals
+        )
         beside = not crowded and interval.first < blocks - reach
         draw_text(
             axes,
@@ -207,7 +308,9 @@ def damage_map(plan: PruningPlan, damage: torch.Tensor) -> bytes:
     axes.set_yticks(range(2, longest + 1))
     axes.set_xlabel("first block of the interval, u", fontsize=9, color=QUIET)
     axes.set_ylabel("blocks in it", fontsize=9, color=QUIET)
-    bar = figure.colorbar(image, cax=figure.add_axes((1 - 0.95 / WIDTH, 0.62 / height, 0.14 / WIDTH, share)))
+    bar = figure.colorbar(
+        image, cax=figure.add_axes((1 - 0.95 / WIDTH, 0.62 / height, 0.14 / WIDTH, share))
+    )
     bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     bar.ax.tick_params(labelsize=8, colors=QUIET, length=0, which="both")
@@ -215,24 +318,38 @@ def damage_map(plan: PruningPlan, damage: torch.Tensor) -> bytes:
     return png_bytes(figure)
 
 
-def picture_sheet(names: list[str], captions: list[str], pictures: dict[str, torch.Tensor]) -> bytes:
-    """pictures: variant -> uint8 [captions, 3, height, width]. A row a variant, a column a caption."""
+def picture_sheet(
+    names: list[str], captions: list[str], pictures: dict[str, torch.Tensor]
+) -> bytes:
+    """pictures: variant -> uint8 [captions, 3, height, width]. A row a variant, a column a
+    caption."""
     high, wide = pictures[names[0]].shape[2:]
     cell = min((WIDTH - MAP_LEFT) / len(captions), 2.2)
     tall, letters = cell * high / wide, max(6, int(cell * 13))
-    titles = [textwrap.wrap(drawable(c), max(letters, 10), max_lines=7, placeholder="…") for c in captions]
+    titles = [
+        textwrap.wrap(drawable(c), max(letters, 10), max_lines=7, placeholder="…") for c in captions
+    ]
     head = 0.18 + 0.128 * max(len(lines) for lines in titles)
     height = head + len(names) * tall
     figure = new_figure(height)
     for row, name in enumerate(names):
         bottom = height - head - (row + 1) * tall
-        label(figure, 0.05 / WIDTH, (bottom + 0.5 * tall) / height, shortened(name, 16), weight="bold")
+        label(
+            figure, 0.05 / WIDTH, (bottom + 0.5 * tall) / height, shortened(name, 16), weight="bold"
+        )
         for column, picture in enumerate(pictures[name][: len(captions)]):
             left = MAP_LEFT + column * cell
             axes = figure.add_axes(
-                (left / WIDTH, (bottom + 0.04 * tall) / height, 0.95 * cell / WIDTH, 0.95 * tall / height)
+                (
+                    left / WIDTH,
+                    (bottom + 0.04 * tall) / height,
+                    0.95 * cell / WIDTH,
+                    0.95 * tall / height,
+                )
             )
-            axes.imshow(picture.movedim(0, -1).numpy(), interpolation="nearest" if wide < 128 else "auto")
+            axes.imshow(
+                picture.movedim(0, -1).numpy(), interpolation="nearest" if wide < 128 else "auto"
+            )
             axes.axis("off")
     for column, lines in enumerate(titles):
         place = (MAP_LEFT + column * cell) / WIDTH, 1 - (head - 0.07) / height

@@ -1,4 +1,5 @@
-"""The drawing of preview.png: losses above, rows of pictures below. Made to be read at 640 pixels of width."""
+"""The drawing of preview.png: losses above, rows of pictures below. Made to be read at 640 pixels
+of width."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ WIDTH, DPI = 6.4, 150  # inches: 960 pixels, sharp on dense screens
 CURVE_HEIGHT, TEXT_WIDTH = 2.7, 0.95
 MANY = len(LINES)
 LEAST_LOSS = 1e-12
-LOSSES, LAYER_ERRORS = ("update", "loss"), ("block", "error of a layer")  # what curves are of: across, up
+# what curves are of: across, up
+LOSSES, LAYER_ERRORS = ("update", "loss"), ("block", "error of a layer")
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,12 @@ class Row:
     pictures: torch.Tensor
 
 
-def sheet(curves: dict[str, dict[int, float]], rows: list[Row], across: str = LOSSES[0], up: str = LOSSES[1]) -> bytes:
+def sheet(
+    curves: dict[str, dict[int, float]],
+    rows: list[Row],
+    across: str = LOSSES[0],
+    up: str = LOSSES[1],
+) -> bytes:
     """A PNG. curves: name -> {update: loss}, or what `across` and `up` say."""
     heights = [CURVE_HEIGHT if curves else 0.0, *(_row_height(row) for row in rows)]
     figure = _figure(sum(heights) + (0.1 if rows else 0.0))
@@ -57,15 +64,25 @@ def _figure(height: float):
 
 def _draw_curves(figure, curves: dict[str, dict[int, float]], across: str, up: str) -> None:
     height = figure.get_figheight()
-    axes = figure.add_axes((0.11, 1 - (CURVE_HEIGHT - 0.45) / height, 0.86, (CURVE_HEIGHT - 0.82) / height))
+    axes = figure.add_axes(
+        (0.11, 1 - (CURVE_HEIGHT - 0.45) / height, 0.86, (CURVE_HEIGHT - 0.82) / height)
+    )
     tidy(axes)
     lines = {name: line for name, points in curves.items() if (line := _line(points))}
     few = len(lines) <= MANY
     for number, (name, (steps, values)) in enumerate(lines.items()):
         colour = LINES[number] if few else BLUE
         axes.plot(steps, values, color=colour, lw=0.6, alpha=0.25 if few else 0.12)
-        axes.plot(steps, smoothed(values), color=colour, lw=1.8 if few else 0.9, alpha=1 if few else 0.55,
-                  label=name if few else None, marker="o" if len(steps) == 1 else None, ms=4)  # fmt: skip
+        axes.plot(
+            steps,
+            smoothed(values),
+            color=colour,
+            lw=1.8 if few else 0.9,
+            alpha=1 if few else 0.55,
+            label=name if few else None,
+            marker="o" if len(steps) == 1 else None,
+            ms=4,
+        )
     if not few:
         _draw_mean(axes, lines)
     if lines:
@@ -75,10 +92,17 @@ def _draw_curves(figure, curves: dict[str, dict[int, float]], across: str, up: s
     axes.set_xlabel(across, fontsize=10, color=QUIET, labelpad=2)
     axes.set_ylabel(up, fontsize=10, color=QUIET, labelpad=2)
     legend = figure.legend(
-        *axes.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.1, 1 - 0.03 / height),
-        ncols=min(3, len(lines)) if few else 2, frameon=False, fontsize=9.5, handlelength=1.4, columnspacing=1.4,
-        borderaxespad=0, labelspacing=0.2,
-    )  # fmt: skip
+        *axes.get_legend_handles_labels(),
+        loc="upper left",
+        bbox_to_anchor=(0.1, 1 - 0.03 / height),
+        ncols=min(3, len(lines)) if few else 2,
+        frameon=False,
+        fontsize=9.5,
+        handlelength=1.4,
+        columnspacing=1.4,
+        borderaxespad=0,
+        labelspacing=0.2,
+    )
     for text in legend.get_texts():
         text.set_color(INK)
 
@@ -93,11 +117,15 @@ def _draw_mean(axes, lines: dict[str, tuple[list[int], list[float]]]) -> None:
     """Of many: their geometric mean, and the one that is worst now."""
     common = sorted(set.intersection(*(set(steps) for steps, _ in lines.values())))
     if common:
-        chosen = [[dict(zip(*line, strict=True))[step] for step in common] for line in lines.values()]
+        chosen = [
+            [dict(zip(*line, strict=True))[step] for step in common] for line in lines.values()
+        ]
         mean = torch.tensor(chosen, dtype=torch.float64).log().mean(0).exp().tolist()
         axes.plot(common, smoothed(mean), color=INK, lw=2.2, label=f"mean of {len(lines)}")
     worst = max(lines, key=lambda name: smoothed(lines[name][1])[-1])
-    axes.plot(lines[worst][0], smoothed(lines[worst][1]), color=VERMILION, lw=1.8, label=f"worst: {worst}")
+    axes.plot(
+        lines[worst][0], smoothed(lines[worst][1]), color=VERMILION, lw=1.8, label=f"worst: {worst}"
+    )
 
 
 def _row_height(row: Row) -> float:
@@ -113,10 +141,20 @@ def _picture_width(row: Row) -> float:
 def _draw_row(figure, row: Row, top: float, height: float) -> None:
     total, wide = figure.get_figheight(), _picture_width(row)
     figure.text(
-        0.12 / WIDTH, (top - height / 2) / total, row.name, fontsize=10, color=INK, va="center", parse_math=False
+        0.12 / WIDTH,
+        (top - height / 2) / total,
+        row.name,
+        fontsize=10,
+        color=INK,
+        va="center",
+        parse_math=False,
     )
     for number, picture in enumerate(row.pictures):
         left = TEXT_WIDTH + number * (wide + 0.06)
-        axes = figure.add_axes((left / WIDTH, (top - height + 0.06) / total, wide / WIDTH, (height - 0.06) / total))
-        axes.imshow(picture.movedim(0, -1).clamp(0, 1).numpy(), interpolation="nearest", aspect="auto")
+        axes = figure.add_axes(
+            (left / WIDTH, (top - height + 0.06) / total, wide / WIDTH, (height - 0.06) / total)
+        )
+        axes.imshow(
+            picture.movedim(0, -1).clamp(0, 1).numpy(), interpolation="nearest", aspect="auto"
+        )
         axes.set_axis_off()

@@ -18,7 +18,8 @@ GAP = 4  # pixels between the pictures of a column
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """pictures: float [n, height, width, 3] in [0, 1]. parameters, bytes: of what ran; seconds: a step, where known."""
+    """pictures: float [n, height, width, 3] in [0, 1]. parameters, bytes: of what ran; seconds: a
+    step, where known."""
 
     name: str
     pictures: torch.Tensor
@@ -32,14 +33,23 @@ class Column:
         size = f"{size_text(self.bytes)}, {counted(self.parameters)} parameters{share}"
         if self.seconds is None:
             return [size, "seconds a step: not known"]
-        faster = f" ({first.seconds / self.seconds:.2f} x as fast)" if self is not first and first.seconds else ""
+        faster = (
+            f" ({first.seconds / self.seconds:.2f} x as fast)"
+            if self is not first and first.seconds
+            else ""
+        )
         return [size, f"{self.seconds:.3g} s a step{faster}"]
 
 
 def side_by_side(columns: list[Column]) -> torch.Tensor:
-    """float [1, height, width, 3]. Pictures of a column are tiled; small ones are enlarged, without smoothing."""
+    """float [1, height, width, 3]. Pictures of a column are tiled; small ones are enlarged, without
+    smoothing."""
     tiles = [_tiled(column.pictures) for column in columns]
-    wide = min(max(*(t.width for t in tiles), NARROWEST), WIDEST) if len(tiles) > 1 else max(tiles[0].width, NARROWEST)
+    wide = (
+        min(max(*(t.width for t in tiles), NARROWEST), WIDEST)
+        if len(tiles) > 1
+        else max(tiles[0].width, NARROWEST)
+    )
     tiles = [_scaled(tile, wide) for tile in tiles]
     unit = max(16, wide // 17)
     margin, tall = unit, max(tile.height for tile in tiles)
@@ -50,13 +60,31 @@ def side_by_side(columns: list[Column]) -> torch.Tensor:
         left = margin + number * (wide + margin)
         sheet.paste(tile, (left, margin))
         _write(draw, column.name, column.lines(columns[0]), left, margin + tall, wide, unit)
-    return torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(1, height, -1, 3).float() / 255
+    return (
+        torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
+        .view(1, height, -1, 3)
+        .float()
+        / 255
+    )
 
 
 def _write(draw, name: str, lines: list[str], left: int, top: int, wide: int, unit: int) -> None:
-    title, text = ImageFont.load_default(round(1.15 * unit)), ImageFont.load_default(round(0.82 * unit))
-    draw.line([left, top + 0.45 * unit, left + wide, top + 0.45 * unit], fill=RULE, width=max(1, unit // 14))
-    draw.text((left, top + 1.35 * unit), _fitting(draw, name, title, wide), fill=INK, font=title, anchor="lm")
+    title, text = (
+        ImageFont.load_default(round(1.15 * unit)),
+        ImageFont.load_default(round(0.82 * unit)),
+    )
+    draw.line(
+        [left, top + 0.45 * unit, left + wide, top + 0.45 * unit],
+        fill=RULE,
+        width=max(1, unit // 14),
+    )
+    draw.text(
+        (left, top + 1.35 * unit),
+        _fitting(draw, name, title, wide),
+        fill=INK,
+        font=title,
+        anchor="lm",
+    )
     for row, line in enumerate(lines):
         place = (left, top + (2.7 + 1.15 * row) * unit)
         draw.text(place, _fitting(draw, line, text, wide), fill=QUIET, font=text, anchor="lm")
@@ -78,7 +106,9 @@ def _tiled(pictures: torch.Tensor) -> Image.Image:
     sheet = Image.new("RGB", (across * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
     for index, picture in enumerate((pictures[..., :3].clamp(0, 1) * 255).round().byte().cpu()):
         row, column = divmod(index, across)
-        sheet.paste(Image.fromarray(picture.numpy()), (column * (width + GAP), row * (height + GAP)))
+        sheet.paste(
+            Image.fromarray(picture.numpy()), (column * (width + GAP), row * (height + GAP))
+        )
     return sheet
 
 
@@ -86,4 +116,6 @@ def _scaled(tile: Image.Image, wide: int) -> Image.Image:
     if tile.width == wide:
         return tile
     size = (wide, max(1, round(tile.height * wide / tile.width)))
-    return tile.resize(size, Image.Resampling.NEAREST if tile.width < wide else Image.Resampling.LANCZOS)
+    return tile.resize(
+        size, Image.Resampling.NEAREST if tile.width < wide else Image.Resampling.LANCZOS
+    )

@@ -1,4 +1,5 @@
-"""Charts of width detection: how alike neighbouring layers are, and what each candidate site costs and saves."""
+"""Charts of width detection: how alike neighbouring layers are, and what each candidate site costs
+and saves."""
 
 from __future__ import annotations
 
@@ -31,9 +32,11 @@ NAME_HEIGHT = 0.19  # inches for the name of a candidate
 LEFT, SIDE = 0.75, 5.1  # of the heat map, inches
 
 
-def alignment_map(places: list[str], alignment: dict[str, torch.Tensor], chosen: list[WidthSite | TextGroup]) -> bytes:
-    """`text` [places, places] as a heat map, every kind of FFN [places] beside its rows, on one scale of 1 - CKA. NaN
-    where a place has no such part."""
+def alignment_map(
+    places: list[str], alignment: dict[str, torch.Tensor], chosen: list[WidthSite | TextGroup]
+) -> bytes:
+    """`text` [places, places] as a heat map, every kind of FFN [places] beside its rows, on one
+    scale of 1 - CKA. NaN where a place has no such part."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -48,12 +51,23 @@ def alignment_map(places: list[str], alignment: dict[str, torch.Tensor], chosen:
     colours = LinearSegmentedColormap.from_list("damage", DAMAGE_COLOURS)
     corners = [x - 0.5 for x in range(len(places) + 1)]
     image = axes.pcolormesh(
-        corners, corners, unlike["text"].clamp_min(low).numpy(), cmap=colours, norm=LogNorm(low, high),
-        edgecolor="white", lw=0.5 if len(places) <= 40 else 0.2,
-    )  # fmt: skip
+        corners,
+        corners,
+        unlike["text"].clamp_min(low).numpy(),
+        cmap=colours,
+        norm=LogNorm(low, high),
+        edgecolor="white",
+        lw=0.5 if len(places) <= 40 else 0.2,
+    )
     _place_axes(axes, places, side)
     _outlines(axes, places, [s for s in chosen if isinstance(s, TextGroup)])
-    axes.set_title("modulated text: CKA of every two layers", loc="left", fontsize=10, fontweight="bold", color=INK)
+    axes.set_title(
+        "modulated text: CKA of every two layers",
+        loc="left",
+        fontsize=10,
+        fontweight="bold",
+        color=INK,
+    )
     box = (LEFT + side + 0.14) / WIDTH
     bar = figure.colorbar(image, cax=figure.add_axes((box, share[0], 0.13 / WIDTH, share[1])))
     bar.outline.set_visible(False)
@@ -64,7 +78,9 @@ def alignment_map(places: list[str], alignment: dict[str, torch.Tensor], chosen:
     start, apart = LEFT + side + 1.35, 0.22
     wide = (WIDTH - start - 0.25 - apart * (len(kinds) - 1)) / len(kinds)
     for number, kind in enumerate(kinds):
-        strip = figure.add_axes(((start + number * (wide + apart)) / WIDTH, share[0], wide / WIDTH, share[1]))
+        strip = figure.add_axes(
+            ((start + number * (wide + apart)) / WIDTH, share[0], wide / WIDTH, share[1])
+        )
         on = [s.block for s in chosen if isinstance(s, WidthSite) and s.kind == kind]
         _strip(strip, places, unlike[kind].clamp_min(low), kind, on, side)
         strip.set_xlim(1.5 * high, low / 1.5)
@@ -105,14 +121,29 @@ def _outlines(axes, places: list[str], groups: list[TextGroup]) -> None:
 
     starts = [int(name.split("-")[0]) for name in places]
     for group in groups:
-        inside = [number for number, start in enumerate(starts) if group.first <= start <= group.last]
+        inside = [
+            number for number, start in enumerate(starts) if group.first <= start <= group.last
+        ]
         if not inside:
             continue
         first, size = inside[0] - 1.5, len(inside) + 1
-        axes.add_patch(Rectangle((first, first), size, size, fill=False, ec=VERMILION, lw=2.2, clip_on=False, zorder=4))
+        axes.add_patch(
+            Rectangle(
+                (first, first),
+                size,
+                size,
+                fill=False,
+                ec=VERMILION,
+                lw=2.2,
+                clip_on=False,
+                zorder=4,
+            )
+        )
 
 
-def _strip(axes, places: list[str], unlike: torch.Tensor, kind: str, chosen: list[int], side: float) -> None:
+def _strip(
+    axes, places: list[str], unlike: torch.Tensor, kind: str, chosen: list[int], side: float
+) -> None:
     """One dot a place; the chosen sites stand out."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -132,12 +163,15 @@ def _strip(axes, places: list[str], unlike: torch.Tensor, kind: str, chosen: lis
 
 
 def candidate_chart(candidates: list[dict], score: str) -> bytes:
-    """Candidates as width.json has them: score against parameters saved, both logarithmic; the chosen ones are named.
+    """Candidates as width.json has them: score against parameters saved, both logarithmic; the
+    chosen ones are named.
 
     `score`: what it measures.
     """
     least = min((c["score"] for c in candidates if c["score"] > 0), default=1e-6)
-    rows = [{**c, "score": max(c["score"], least), "kind": c["name"].split(":")[0]} for c in candidates]
+    rows = [
+        {**c, "score": max(c["score"], least), "kind": c["name"].split(":")[0]} for c in candidates
+    ]
     chosen = [row for row in rows if row["chosen"]]
     column = max(Counter(row["saving"] for row in chosen).values(), default=0)
     height = max(4.1, NAME_HEIGHT * column + 1.4)
@@ -145,8 +179,10 @@ def candidate_chart(candidates: list[dict], score: str) -> bytes:
     axes = figure.add_axes((0.075, 0.52 / height, 0.905, 1 - 0.92 / height))
     tidy(axes)
     axes.grid(axis="x", color=RULE, lw=0.7)
-    for some, style in (([r for r in rows if not r["chosen"]], {"color": FAINT, "alpha": 0.55, "ms": 4}),
-                        (chosen, {"color": VERMILION, "mec": "white", "mew": 0.6, "ms": 7.5, "zorder": 4})):  # fmt: skip
+    for some, style in (
+        ([r for r in rows if not r["chosen"]], {"color": FAINT, "alpha": 0.55, "ms": 4}),
+        (chosen, {"color": VERMILION, "mec": "white", "mew": 0.6, "ms": 7.5, "zorder": 4}),
+    ):
         for kind, mark in SITE_MARKS.items():
             points = [(r["saving"], r["score"]) for r in some if r["kind"] == kind]
             axes.plot([p[0] for p in points], [p[1] for p in points], mark, lw=0, **style)
@@ -167,7 +203,9 @@ def _scales(axes, rows: list[dict]) -> None:
     axes.set(xscale="log", yscale="log", xlim=(min(savings) / 1.25, max(savings) * 1.25 * room))
     axes.set_ylim(min(scores) / 1.8, max(scores) * 1.8)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if max(scores) / min(scores) > 30 else (1, 2, 5), numticks=20))
+    axes.yaxis.set_major_locator(
+        LogLocator(subs=(1,) if max(scores) / min(scores) > 30 else (1, 2, 5), numticks=20)
+    )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count_text(value)))
@@ -178,14 +216,25 @@ def _cut(axes, chosen: list[dict]) -> None:
     """The highest score a saved parameter that was taken."""
     if chosen:
         worst, ends = max(r["score"] / r["saving"] for r in chosen), axes.get_xlim()
-        axes.plot(ends, [worst * x for x in ends], color=QUIET, lw=1, ls=(0, (4, 3)), scalex=False, scaley=False)
+        axes.plot(
+            ends,
+            [worst * x for x in ends],
+            color=QUIET,
+            lw=1,
+            ls=(0, (4, 3)),
+            scalex=False,
+            scaley=False,
+        )
 
 
 def _name_chosen(axes, chosen: list[dict]) -> None:
     """Names beside the points; those of points that save about as much are spread."""
     gap = NAME_HEIGHT / (axes.figure.get_figheight() * axes.get_position().height)
     pixels = axes.transAxes.inverted()
-    at = {r["name"]: pixels.transform(axes.transData.transform((r["saving"], r["score"]))) for r in chosen}
+    at = {
+        r["name"]: pixels.transform(axes.transData.transform((r["saving"], r["score"])))
+        for r in chosen
+    }
     columns: list[list[str]] = []
     for name in sorted(at, key=lambda n: at[n][0]):
         if columns and at[name][0] - at[columns[-1][0]][0] < 0.09:
@@ -198,11 +247,23 @@ def _name_chosen(axes, chosen: list[dict]) -> None:
         spaced = spread([at[n][1] for n in column], gap)
         heights = [max(height, (0.5 + row) * gap) for row, height in enumerate(spaced)]
         for name, height in zip(column, heights, strict=True):
-            axes.plot([at[name][0], left], [at[name][1], height], color=VERMILION, lw=0.6, transform=axes.transAxes)
+            axes.plot(
+                [at[name][0], left],
+                [at[name][1], height],
+                color=VERMILION,
+                lw=0.6,
+                transform=axes.transAxes,
+            )
             draw_text(
-                axes, left + 0.003, height, name.replace("-", "–"), size=8, transform=axes.transAxes, zorder=6,
+                axes,
+                left + 0.003,
+                height,
+                name.replace("-", "–"),
+                size=8,
+                transform=axes.transAxes,
+                zorder=6,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.75},
-            )  # fmt: skip
+            )
 
 
 def _candidate_legend(figure, kinds: set[str], chosen: bool) -> None:
@@ -214,10 +275,25 @@ def _candidate_legend(figure, kinds: set[str], chosen: bool) -> None:
         if kind in kinds
     ]
     taken = Line2D([], [], lw=0, color=VERMILION, marker="o", ms=6, label="chosen")
-    cut = Line2D([], [], color=QUIET, lw=1, ls=(0, (4, 3)), label="same score a parameter as the dearest chosen")
+    cut = Line2D(
+        [],
+        [],
+        color=QUIET,
+        lw=1,
+        ls=(0, (4, 3)),
+        label="same score a parameter as the dearest chosen",
+    )
     legend = figure.legend(
-        handles=[*marks, *([taken, cut] if chosen else [])], loc="upper left", bbox_to_anchor=(0.07, 0.985), ncols=5,
-        frameon=False, fontsize=8.5, borderaxespad=0, borderpad=0, handlelength=2, columnspacing=2,
-    )  # fmt: skip
+        handles=[*marks, *([taken, cut] if chosen else [])],
+        loc="upper left",
+        bbox_to_anchor=(0.07, 0.985),
+        ncols=5,
+        frameon=False,
+        fontsize=8.5,
+        borderaxespad=0,
+        borderpad=0,
+        handlelength=2,
+        columnspacing=2,
+    )
     for entry in legend.get_texts():
         entry.set_color(INK)

@@ -1,4 +1,5 @@
-"""Bench: seconds of a forward of each variant, interleaved so that a busy machine is unfair to none."""
+"""Bench: seconds of a forward of each variant, interleaved so that a busy machine is unfair to
+none."""
 
 from __future__ import annotations
 
@@ -15,27 +16,38 @@ from ...system.machine import DTYPES, resolve_device
 
 
 def bench(config: BenchConfig) -> None:
-    """Prints a table (2:4 weights run on the GPU's kernels for them where it has such): parameters, median milliseconds, ratio to the first."""
+    """Prints a table (2:4 weights run on the GPU's kernels for them where it has such): parameters,
+    median milliseconds, ratio to the first."""
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
     names = (
         ["full", *(v.name for v in Bundle(config.path).plan.variants if v.name != "full")]
         if is_bundle(config.path)
         else [None]
     )
-    models = {name: open_model(config.path, name, config.base if name else None, dtype, device) for name in names}
+    models = {
+        name: open_model(config.path, name, config.base if name else None, dtype, device)
+        for name in names
+    }
     sparse = sum(map(on_kernels, models.values()))
     if sparse:
         print(f"{sparse} linear maps run on the GPU's 2:4 kernels")
     architecture = architecture_of(config.path)
     model_config = dict(next(iter(models.values())).config)
     grid = (1, config.rows, config.columns)
-    inputs = architecture.random_inputs(model_config, config.batch, grid, config.text_tokens, device)
-    inputs = {k: v.to(dtype) if v.is_floating_point() and k != "timestep" else v for k, v in inputs.items()}
+    inputs = architecture.random_inputs(
+        model_config, config.batch, grid, config.text_tokens, device
+    )
+    inputs = {
+        k: v.to(dtype) if v.is_floating_point() and k != "timestep" else v
+        for k, v in inputs.items()
+    }
     seconds: dict = {name: [] for name in names}
     with torch.no_grad():
         for _ in range(config.repeats + 1):
             for name, model in models.items():
-                seconds[name].append(_timed(lambda model=model: architecture.call(model, inputs), device))
+                seconds[name].append(
+                    _timed(lambda model=model: architecture.call(model, inputs), device)
+                )
     medians = {name: sorted(values[1:])[config.repeats // 2] for name, values in seconds.items()}
     first = next(iter(medians.values()))
     print(f"{'variant':12} {'parameters':>14} {'ms':>10} {'ratio':>7}")

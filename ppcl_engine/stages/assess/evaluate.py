@@ -21,7 +21,15 @@ from ...architectures import placed
 from ...data.calibration import CalibrationSet
 from ...data.codecs import open_codec
 from ...data.codecs.table import TableCodec
-from ...data.draw import Prompts, draw_prompts, encode_edits, encode_prompts, expanded, inputs_of, with_guidance
+from ...data.draw import (
+    Prompts,
+    draw_prompts,
+    encode_edits,
+    encode_prompts,
+    expanded,
+    inputs_of,
+    with_guidance,
+)
 from ...data.picture_files import caption_file, picture_files
 from ...data.rendered.reader import Reading
 from ...models.assembly import open_variant
@@ -78,22 +86,32 @@ def evaluate_with(config: EvaluateConfig, seconds: Callable[[], float] | None) -
     return write_report(run.folder, seconds() if seconds else None)
 
 
-def _prompts(config: EvaluateConfig, weights: Weights, reading: Reading) -> tuple[list[str], Prompts]:
+def _prompts(
+    config: EvaluateConfig, weights: Weights, reading: Reading
+) -> tuple[list[str], Prompts]:
     """What is drawn, in words and encoded."""
     numbers, size = range(config.captions), (config.height, config.width)
     if config.references:
         rows = picture_files(config.references)
         pictures, texts = zip(*(rows[i % len(rows)] for i in numbers), strict=True)
         references = [[picture] for picture in pictures]
-        return list(texts), encode_edits(weights.architecture, reading.codec, list(texts), references, *size)
-    texts = caption_file(config.prompts) if config.prompts else reading.captions(config.captions, config.seed)
+        return list(texts), encode_edits(
+            weights.architecture, reading.codec, list(texts), references, *size
+        )
+    texts = (
+        caption_file(config.prompts)
+        if config.prompts
+        else reading.captions(config.captions, config.seed)
+    )
     texts = [texts[i % len(texts)] for i in numbers]
     return texts, encode_prompts(reading.codec, texts, *size)
 
 
 def _variants(config: EvaluateConfig, plan: PruningPlan) -> list[Variant]:
     """The teacher first."""
-    names = [n.strip() for n in config.variants.split(",") if n.strip()] or [v.name for v in plan.variants]
+    names = [n.strip() for n in config.variants.split(",") if n.strip()] or [
+        v.name for v in plan.variants
+    ]
     return [plan.variant(FULL)] + [plan.variant(name) for name in names if name != FULL]
 
 
@@ -141,18 +159,24 @@ class _Judge:
         }
 
     def time_again(self, variants: list[Variant], rows: list[dict]) -> None:
-        """Last first, and the better of both times counts: a process gets faster as its allocator settles."""
+        """Last first, and the better of both times counts: a process gets faster as its allocator
+        settles."""
         for variant, row in reversed(list(zip(variants, rows, strict=True))):
-            row["seconds_per_step"] = min(row["seconds_per_step"], self._seconds(self._model(variant)))
+            row["seconds_per_step"] = min(
+                row["seconds_per_step"], self._seconds(self._model(variant))
+            )
         for row in rows:
             row["latency_ratio"] = rows[0]["seconds_per_step"] / row["seconds_per_step"]
 
     def _model(self, variant: Variant):
         load = block_loader(self.weights, self.dtype, self.device, self.config.streamed)
-        return open_variant(self.weights, self.students, self.plan, variant, self.dtype, self.device, load)
+        return open_variant(
+            self.weights, self.students, self.plan, variant, self.dtype, self.device, load
+        )
 
     def _drawn(self, variant: Variant) -> dict:
-        """All that needs the transformer, which nothing returned here holds; `peak` is its own memory's."""
+        """All that needs the transformer, which nothing returned here holds; `peak` is its own
+        memory's."""
         memory = PeakMemory(self.device)
         model = self._model(variant)
         velocities = self._velocities(model, variant.name)
@@ -181,10 +205,15 @@ class _Judge:
             return [self._forward(model, self.calibration.inputs(batch)) for batch in batches]
 
     def _forward(self, model, inputs) -> torch.Tensor:
-        return self.weights.architecture.call(model, placed(inputs, self.device, self.dtype)).float().cpu()
+        return (
+            self.weights.architecture.call(model, placed(inputs, self.device, self.dtype))
+            .float()
+            .cpu()
+        )
 
     def _seconds(self, model) -> float:
-        """Median of a forward of one calibration batch; called when the model has drawn, so caches are warm."""
+        """Median of a forward of one calibration batch; called when the model has drawn, so caches
+        are warm."""
         seconds = []
         with torch.no_grad():
             for _ in range(REPEATS):
@@ -214,26 +243,42 @@ class _Judge:
         for part in range(TIMESTEP_PARTS):
             here = (timesteps * TIMESTEP_PARTS).long().clamp_max(TIMESTEP_PARTS - 1) == part
             if here.sum() > 1:
-                rows.append({"t": (part + 0.5) / TIMESTEP_PARTS, **self._ratio(error[here], power[here])})
+                rows.append(
+                    {"t": (part + 0.5) / TIMESTEP_PARTS, **self._ratio(error[here], power[here])}
+                )
         return rows
 
     def _readings(self, pictures: torch.Tensor) -> dict:
         scores = self.reading.score(pictures, self.texts)
         names = ("character", "shape", "colour")
-        return {f"{name}_accuracy": _share(scores[name]) if name in scores else None for name in names}
+        return {
+            f"{name}_accuracy": _share(scores[name]) if name in scores else None for name in names
+        }
 
     def _text_sensitivity(self, model) -> dict:
-        """|| v(caption) - v(empty) ||^2 / || v(caption) ||^2 at t = 0.7: how much the words matter."""
+        """|| v(caption) - v(empty) ||^2 / || v(caption) ||^2 at t = 0.7: how much the words
+        matter."""
         count = min(self.config.batch, self.prompts.count)
         generator = torch.Generator().manual_seed(self.config.seed)
-        noise = self.weights.architecture.pack(torch.randn(count, *self.prompts.latent_shape, generator=generator))
+        noise = self.weights.architecture.pack(
+            torch.randn(count, *self.prompts.latent_shape, generator=generator)
+        )
         prompts = self.prompts.rows(torch.arange(count))
         rows = (prompts.given, expanded(prompts.nothing, count))
-        guide = partial(with_guidance, self.weights.architecture, self.weights.config, guidance=self.config.guidance)
-        grid = prompts.grid(self.weights.architecture.grid(torch.zeros(1, *self.prompts.latent_shape)))
+        guide = partial(
+            with_guidance,
+            self.weights.architecture,
+            self.weights.config,
+            guidance=self.config.guidance,
+        )
+        grid = prompts.grid(
+            self.weights.architecture.grid(torch.zeros(1, *self.prompts.latent_shape))
+        )
         t = torch.full((count,), 0.7)
         with torch.no_grad():
-            caption, empty = (self._forward(model, inputs_of(noise, t, guide(text), grid)) for text in rows)
+            caption, empty = (
+                self._forward(model, inputs_of(noise, t, guide(text), grid)) for text in rows
+            )
         return self._ratio(_squares(caption - empty), _squares(caption))
 
     def _mean(self, values: torch.Tensor) -> dict:

@@ -30,22 +30,30 @@ def generate(config: GenerateConfig) -> Path:
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model = open_model(config.path, config.variant, config.base, dtype, device)
     on_kernels(model)
-    latents = draw_prompts(architecture, model, prompts, config.seed, config.steps, config.guidance, BATCH, "generate")
+    latents = draw_prompts(
+        architecture, model, prompts, config.seed, config.steps, config.guidance, BATCH, "generate"
+    )
     del model
     gc.collect()
     save_row(config.output, codec.pictures(latents))
     return config.output
 
 
-def _encoded(config: GenerateConfig, architecture: Architecture, codec: Codec, texts: list[str]) -> Prompts:
+def _encoded(
+    config: GenerateConfig, architecture: Architecture, codec: Codec, texts: list[str]
+) -> Prompts:
     """Raises ValueError for a reference that is no file."""
     references = [Path(path.strip()) for path in config.references.split("|") if path.strip()]
     if not references:
         return encode_prompts(codec, texts, config.height, config.width)
     absent = [path for path in references if not path.is_file()]
     if absent:
-        raise ValueError(f"{absent[0]} does not exist; name the pictures to change with --references")
-    return encode_edits(architecture, codec, texts, [references] * len(texts), config.height, config.width)
+        raise ValueError(
+            f"{absent[0]} does not exist; name the pictures to change with --references"
+        )
+    return encode_edits(
+        architecture, codec, texts, [references] * len(texts), config.height, config.width
+    )
 
 
 def save_row(path: Path, pictures: torch.Tensor) -> None:

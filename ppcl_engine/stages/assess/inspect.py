@@ -10,7 +10,13 @@ from ...algorithms.sparsity.patterns import UNSTRUCTURED
 from ...architectures import ARCHITECTURES, Architecture
 from ...architectures.folded import folding_of
 from ...models.bundle import Bundle, is_bundle
-from ...models.released import Released, is_width_pruned, published_intervals, repeated_steps_warning, teacher_indices
+from ...models.released import (
+    Released,
+    is_width_pruned,
+    published_intervals,
+    repeated_steps_warning,
+    teacher_indices,
+)
 from ...models.standalone import standalone_structure
 from ...models.weights import Weights, full_parameters
 from ...settings.assess_settings import InspectConfig
@@ -21,13 +27,15 @@ def inspect(config: InspectConfig) -> None:
     """Prints. Raises ValueError when neither a path nor --architectures is given."""
     if not config.architectures and config.path is None:
         raise ValueError("inspect needs --path FILE or --architectures")
-    found = known_models() if config.architectures else describe(config.path, config.legacy_txt_proj)
+    found = (
+        known_models() if config.architectures else describe(config.path, config.legacy_txt_proj)
+    )
     print(json.dumps(found, indent=1) if config.json else _as_text(found))
 
 
 def known_models() -> dict[str, dict]:
-    """Every full-size model: architecture, blocks, width, parameters, what its modulations read (the timestep alone: they
-    can be folded)."""
+    """Every full-size model: architecture, blocks, width, parameters, what its modulations read
+    (the timestep alone: they can be folded)."""
     models = {}
     for architecture in ARCHITECTURES:
         for name, model_config in architecture.model_configs.items():
@@ -49,7 +57,9 @@ def _describe(path: Path, legacy_txt_proj: bool) -> dict:
     if is_width_pruned(path):
         return _describe_released(Released(path, legacy_txt_proj))
     if legacy_txt_proj:
-        raise ValueError(f"{path} has no text projections of the authors', so --legacy-txt-proj says nothing")
+        raise ValueError(
+            f"{path} has no text projections of the authors', so --legacy-txt-proj says nothing"
+        )
     if is_bundle(path):
         plan, kind = Bundle(path).plan, "bundle"
     elif structure := standalone_structure(path):
@@ -77,7 +87,9 @@ def _describe(path: Path, legacy_txt_proj: bool) -> dict:
         "blocks": plan.num_blocks,
         "teacher": plan.fingerprint,
         "intervals": [i.name for i in plan.intervals],
-        "variants": [{"name": v.name, "parameters": v.parameters, "damage": v.damage} for v in plan.variants],
+        "variants": [
+            {"name": v.name, "parameters": v.parameters, "damage": v.damage} for v in plan.variants
+        ],
         **_folding(plan.config),
     }
 
@@ -100,8 +112,12 @@ def _describe_released(released: Released) -> dict:
 
 
 def _teacher_blocks(architecture: Architecture, model_config: dict) -> dict[str, list[int] | str]:
-    """The teacher's index of every block, where a full-size model is shorter than the one it came from."""
-    full = {architecture.width(c): architecture.num_blocks(c) for c in architecture.model_configs.values()}
+    """The teacher's index of every block, where a full-size model is shorter than the one it came
+    from."""
+    full = {
+        architecture.width(c): architecture.num_blocks(c)
+        for c in architecture.model_configs.values()
+    }
     count = architecture.num_blocks(model_config)
     if count >= full.get(architecture.width(model_config), 0):
         return {}
@@ -125,8 +141,12 @@ def _sparsity(path: Path) -> dict[str, str]:
     found = sparsity_of(TensorFile(path).metadata) if path.is_file() else None
     if found is None:
         return {}
-    how = f"{found.pattern} by {found.score}" + (f" in {found.granularity}" if found.pattern == UNSTRUCTURED else "")
-    said = [f"{how}, {100 * found.dropped / found.weights:.1f} % of {found.weights:,} weights are zero"]
+    how = f"{found.pattern} by {found.score}" + (
+        f" in {found.granularity}" if found.pattern == UNSTRUCTURED else ""
+    )
+    said = [
+        f"{how}, {100 * found.dropped / found.weights:.1f} % of {found.weights:,} weights are zero"
+    ]
     said += ["compressed on disk"] if found.pattern == "2:4" else []
     said += ["weights changed places by the exact error"] if found.exchange else []
     said += ["the others make up for them"] if found.compensate else []

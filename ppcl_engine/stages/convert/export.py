@@ -1,4 +1,5 @@
-"""Export: the bundle (every variant, with the user's own base), or one variant as a file of its own."""
+"""Export: the bundle (every variant, with the user's own base), or one variant as a file of its
+own."""
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ import torch
 from ...architectures import Architecture
 from ...architectures.folded import FOLDING
 from ...models.assembly import empty_model, placed_block
-from ...models.bundle import BUNDLE_SUFFIX, MAP_KEY, projection_prefix, student_prefix, tuned_prefix, write_bundle
+from ...models.bundle import (
+    BUNDLE_SUFFIX,
+    MAP_KEY,
+    projection_prefix,
+    student_prefix,
+    tuned_prefix,
+    write_bundle,
+)
 from ...models.comfyui_names import marks_of
 from ...models.layout import Place, layout_of
 from ...models.standalone import hints_of, write_standalone
@@ -32,8 +40,9 @@ SOURCE_PLAN_KEY = "ppcl_source_plan"
 
 
 def export(config: ExportConfig) -> Path:
-    """Returns the file (or diffusers folder). Raises ValueError for a name that is a path, for a variant with
-    corrections where the layout is a stock host's, and for students that were not trained yet."""
+    """Returns the file (or diffusers folder). Raises ValueError for a name that is a path, for a
+    variant with corrections where the layout is a stock host's, and for students that were not
+    trained yet."""
     check_file_name(config.name)
     scaled = config.store == "float8"
     if scaled and config.layout != "comfyui":
@@ -50,7 +59,9 @@ def export(config: ExportConfig) -> Path:
     variant = plan.variant(config.variant)
     tensors = _tensors(run, weights, plan, variant)
     if config.layout == "ppcl":
-        return write_standalone(folder / f"{config.name}.safetensors", tensors, plan, variant, dtype)
+        return write_standalone(
+            folder / f"{config.name}.safetensors", tensors, plan, variant, dtype
+        )
     _refuse_what_stock_lacks(plan, variant, config.layout)
     block_map = _block_map(plan, variant)
     stock_config = weights.architecture.with_blocks(weights.config, block_map)
@@ -59,20 +70,31 @@ def export(config: ExportConfig) -> Path:
     if config.layout == "comfyui":
         path = folder / f"{config.name}.safetensors"
         metadata["config"] = json.dumps(stock_config)
-        extra = {**marks_of(weights.architecture, stock_config), HINTS_TENSOR: hints_of(plan, block_map, stock_config)}
-        extra |= {FP8_MARK: torch.zeros(2, dtype=FP8)} if scaled else {}  # of two: weights alone, products in more bits
-        write_sources(path, comfyui_sources(weights.architecture, tensors), dtype, metadata, extra, scaled)
+        extra = {
+            **marks_of(weights.architecture, stock_config),
+            HINTS_TENSOR: hints_of(plan, block_map, stock_config),
+        }
+        # of two: weights alone, products in more bits
+        extra |= {FP8_MARK: torch.zeros(2, dtype=FP8)} if scaled else {}
+        write_sources(
+            path, comfyui_sources(weights.architecture, tensors), dtype, metadata, extra, scaled
+        )
         return path
     path = folder / config.name
     write_sources(path / "diffusion_pytorch_model.safetensors", tensors, dtype, metadata)
-    write_json(path / "config.json", {"_class_name": weights.architecture.diffusers_class, **stock_config})
+    write_json(
+        path / "config.json", {"_class_name": weights.architecture.diffusers_class, **stock_config}
+    )
     return path
 
 
 def _bundle_entries(run: Run, plan: PruningPlan, dtype: torch.dtype) -> Iterator[TensorEntry]:
-    """Every student, every projection (of the blocks that can stand at its place too), every tuned variant."""
+    """Every student, every projection (of the blocks that can stand at its place too), every tuned
+    variant."""
     for interval in plan.intervals:
-        yield from _saved(run.best(run.student(interval.name)), student_prefix(interval), dtype, "distill-depth")
+        yield from _saved(
+            run.best(run.student(interval.name)), student_prefix(interval), dtype, "distill-depth"
+        )
     natural = {place.index: place.name for place in layout_of(plan, plan.everything()).places}
     for site in plan.sites:
         names = [natural[site.block]] if site.block in natural else []
@@ -81,7 +103,9 @@ def _bundle_entries(run: Run, plan: PruningPlan, dtype: torch.dtype) -> Iterator
             yield from _saved(path, projection_prefix(name, site.kind), dtype, "distill-width")
     for variant in plan.variants:
         if variant.tuned:
-            yield from _saved(run.tuned_variant(variant.name), tuned_prefix(variant.name), dtype, "finetune")
+            yield from _saved(
+                run.tuned_variant(variant.name), tuned_prefix(variant.name), dtype, "finetune"
+            )
 
 
 def _saved(path: Path, prefix: str, dtype: torch.dtype, stage: str) -> Iterator[TensorEntry]:
@@ -96,18 +120,26 @@ def _saved(path: Path, prefix: str, dtype: torch.dtype, stage: str) -> Iterator[
 
 
 def _tensors(run: Run, weights: Weights, plan: PruningPlan, variant: Variant) -> dict[str, Source]:
-    """Every tensor of the variant by diffusers' names, teacher indices kept; a changed place is read when it is due."""
+    """Every tensor of the variant by diffusers' names, teacher indices kept; a changed place is
+    read when it is due."""
     architecture, layout = weights.architecture, layout_of(plan, variant)
     students = RunStudents(run, weights.config, architecture)
     if variant.tuned:
         model = empty_model(architecture, weights.config, layout)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        return {n: Source(s, lambda n=n: students.tuned(variant.name, n)) for n, s in shapes.items()}
+        return {
+            n: Source(s, lambda n=n: students.tuned(variant.name, n)) for n, s in shapes.items()
+        }
     untouched = {place.index for place in layout.places if place.is_teacher}
-    prefixes = {architecture.block_prefix(weights.config, index): index for index in range(plan.num_blocks)}
+    prefixes = {
+        architecture.block_prefix(weights.config, index): index for index in range(plan.num_blocks)
+    }
     sources = {}
     for key in weights.keys():
-        if next((index for p, index in prefixes.items() if key.startswith(p)), None) in {None, *untouched}:
+        if next((index for p, index in prefixes.items() if key.startswith(p)), None) in {
+            None,
+            *untouched,
+        }:
             sources[key] = Source(weights.shape(key), lambda key=key: weights.read(key))
 
     @lru_cache(maxsize=1)  # tensors are written place by place
@@ -124,7 +156,10 @@ def _place_tensors(weights: Weights, place: Place, state) -> dict[str, Source]:
     with torch.device("meta"):
         shapes = empty_block(weights.architecture, weights.config, place, {}).state_dict()
     prefix = weights.architecture.block_prefix(weights.config, place.index)
-    return {prefix + name: Source(tuple(t.shape), lambda n=name: state(place)[n]) for name, t in shapes.items()}
+    return {
+        prefix + name: Source(tuple(t.shape), lambda n=name: state(place)[n])
+        for name, t in shapes.items()
+    }
 
 
 def _block_map(plan: PruningPlan, variant: Variant) -> list[int]:
@@ -134,7 +169,11 @@ def _block_map(plan: PruningPlan, variant: Variant) -> list[int]:
 
 
 def _renumbered(
-    tensors: dict[str, Source], architecture: Architecture, config: dict, stock_config: dict, block_map: list[int]
+    tensors: dict[str, Source],
+    architecture: Architecture,
+    config: dict,
+    stock_config: dict,
+    block_map: list[int],
 ) -> dict[str, Source]:
     """Blocks counted from 0 without gaps, as `stock_config` counts them."""
     prefixes = {

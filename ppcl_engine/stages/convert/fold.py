@@ -1,7 +1,8 @@
-"""Fold: modulations that read the timestep alone become a table of their values or a map of a few coefficients; or back.
+"""Fold: modulations that read the timestep alone become a table of their values or a map of a few
+coefficients; or back.
 
-The originals are read one at a time, in two passes of which the first measures or computes and the second writes, so
-memory holds less than two blocks whatever the model's size.
+The originals are read one at a time, in two passes of which the first measures or computes and the
+second writes, so memory holds less than two blocks whatever the model's size.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from ...data.draw import picture_size
 from ...data.flow import euler_timesteps
 from ...models.bundle import BUNDLE_SUFFIX
 from ...models.cost import CostModel
-from ...models.folding.basis import GRID, OTHER_GRID, Curve, directions, errors_by_rank, project, useful_ranks
+from ...models.folding.basis import (
+    GRID,
+    OTHER_GRID,
+    Curve,
+    directions,
+    errors_by_rank,
+    project,
+    useful_ranks,
+)
 from ...models.folding.files import (
     Folded,
     Original,
@@ -46,8 +55,9 @@ from ...system.tensor_files import TensorFile
 
 
 def fold(config: FoldConfig) -> Path:
-    """Returns the file; of a bundle its base's folded file is written beside it, as `<name>_base`. Raises ValueError for
-    models that cannot be folded, a bound that no useful rank keeps, files that do not belong together."""
+    """Returns the file; of a bundle its base's folded file is written beside it, as `<name>_base`.
+    Raises ValueError for models that cannot be folded, a bound that no useful rank keeps, files
+    that do not belong together."""
     check_file_name(config.name)
     _check_numbers(config)
     original = open_original(config.path)
@@ -55,7 +65,9 @@ def fold(config: FoldConfig) -> Path:
     if config.form == "off":
         if config.base is None:
             raise ValueError("--form off needs --base, the file that was folded")
-        return write_unfolded(_path(folder, config.name, original), original, open_original(config.base))
+        return write_unfolded(
+            _path(folder, config.name, original), original, open_original(config.base)
+        )
     check_foldable(original.architecture, original.config, config.path)
     base = _base_of(original, config)
     return _Folding(config, original, base).write(folder)
@@ -67,9 +79,13 @@ def _path(folder: Path, name: str, original: Original) -> Path:
 
 def _check_numbers(config: FoldConfig) -> None:
     if config.rank is not None and config.rank < 1:
-        raise ValueError(f"--rank {config.rank} leaves nothing to follow the timestep; use 1 or more, or leave it out")
+        raise ValueError(
+            f"--rank {config.rank} leaves nothing to follow the timestep; use 1 or more, or leave it out"
+        )
     if not 0 < config.bound < 1:
-        raise ValueError(f"--bound {config.bound:g} is no relative error; choose one between 0 and 1, such as 0.01")
+        raise ValueError(
+            f"--bound {config.bound:g} is no relative error; choose one between 0 and 1, such as 0.01"
+        )
 
 
 def _precision(dtype: str, device: str) -> str:
@@ -79,14 +95,19 @@ def _precision(dtype: str, device: str) -> str:
 
 
 def _base_of(original: Original, config: FoldConfig) -> Original:
-    """The full model that holds the time embedder. Raises ValueError for a bundle without its own."""
+    """The full model that holds the time embedder. Raises ValueError for a bundle without its
+    own."""
     if not original.is_bundle:
         return original
     if config.base is None:
-        raise ValueError(f"{config.path} is a bundle: students only; give the full model it was made from as --base")
+        raise ValueError(
+            f"{config.path} is a bundle: students only; give the full model it was made from as --base"
+        )
     base = open_original(config.base)
     if base.weights is None:
-        raise ValueError(f"{config.base} is no full model; give the one that {config.path} was made from as --base")
+        raise ValueError(
+            f"{config.base} is no full model; give the one that {config.path} was made from as --base"
+        )
     original.plan.check_teacher(base.architecture.name, base.weights.fingerprint, config.base)
     check_foldable(base.architecture, base.config, config.base)
     return base
@@ -120,7 +141,9 @@ class _Folding:
             self.original = replace(self.original, plan=plan)
         write_folded(path, self.original, self._folded(self.original, folding, maps))
         written = [base_path, path] if self.original.is_bundle else [path]
-        sizes = [size_of(file, file_path) for file, file_path in zip(self.files, written, strict=True)]
+        sizes = [
+            size_of(file, file_path) for file, file_path in zip(self.files, written, strict=True)
+        ]
         print(printed(write_report(self.config, sizes, report), sizes, report))
         return path
 
@@ -128,9 +151,13 @@ class _Folding:
         dtype = self.dtype if folding.form == "table" else torch.float32
         own = {name: maps[name] for name in file.modulations}
         prefixes = {self._prefix(file, name) for name in own} if file is not self.base else {""}
-        return Folded(folding=folding, dtype=dtype, maps=own, inputs=self._inputs(folding, prefixes, file))
+        return Folded(
+            folding=folding, dtype=dtype, maps=own, inputs=self._inputs(folding, prefixes, file)
+        )
 
-    def _inputs(self, folding: Folding, prefixes: set[str], file: Original) -> dict[str, torch.Tensor]:
+    def _inputs(
+        self, folding: Folding, prefixes: set[str], file: Original
+    ) -> dict[str, torch.Tensor]:
         """What the time embedders of this file get."""
         if file.is_bundle:
             prefixes = prefixes - {""}
@@ -157,7 +184,8 @@ class _Folding:
         return open_embedder(self.architecture, self.base.config, read, prefix, dtype, self.device)
 
     def _inputs_at(self, prefix: str, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """silu(conditioning) [timesteps, width] in float32, of a model in this precision as diffusers runs it"""
+        """silu(conditioning) [timesteps, width] in float32, of a model in this precision as
+        diffusers runs it"""
         embedder, given = self._embedder(prefix, dtype), timesteps.to(self.device, dtype)
         with torch.no_grad():
             return F.silu(self.architecture.time_conditioning(embedder, given, dtype)).float()
@@ -184,20 +212,31 @@ class _Folding:
         return folding, maps, {"rank": rank, "bound": self.config.bound, "curve": curve}
 
     def _curve(self) -> Curve:
-        """Error against rank of every modulation, between the timesteps that the basis was made of and in both precisions."""
+        """Error against rank of every modulation, between the timesteps that the basis was made of
+        and in both precisions."""
         width = self.architecture.width(self.base.config)
-        ranks = tuple(sorted({*useful_ranks(width), *([self.config.rank] if self.config.rank else [])}))
+        ranks = tuple(
+            sorted({*useful_ranks(width), *([self.config.rank] if self.config.rank else [])})
+        )
         if not ranks or ranks[-1] >= width:
-            raise ValueError(f"rank {ranks[-1:] or 1} of {width} inputs saves nothing; fold with --form table")
+            raise ValueError(
+                f"rank {ranks[-1:] or 1} of {width} inputs saves nothing; fold with --form table"
+            )
         curve, grid = Curve(ranks), torch.linspace(0, 1, OTHER_GRID)
         given: dict[str, torch.Tensor] = {}
         for file, name in self._modulations("measure"):
             prefix = self._prefix(file, name)
             if prefix not in given:
-                given[prefix] = torch.cat([self._inputs_at(prefix, grid, d) for d in (torch.float32, torch.bfloat16)])
-            weight, bias = (file.read(f"{name}.{leaf}").to(self.device) for leaf in ("weight", "bias"))
+                given[prefix] = torch.cat(
+                    [self._inputs_at(prefix, grid, d) for d in (torch.float32, torch.bfloat16)]
+                )
+            weight, bias = (
+                file.read(f"{name}.{leaf}").to(self.device) for leaf in ("weight", "bias")
+            )
             basis = self._directions(prefix)
-            curve.add(name, errors_by_rank(weight, bias, given[prefix], basis.to(self.device), ranks))
+            curve.add(
+                name, errors_by_rank(weight, bias, given[prefix], basis.to(self.device), ranks)
+            )
         return curve
 
     # table
@@ -207,28 +246,51 @@ class _Folding:
         precision = self.precision if config.host == "diffusers" else "float32"
         self.timesteps = _timesteps(config, self.base, PRECISIONS[precision])
         table = self._values(PRECISIONS[precision])
-        folding = Folding(form="table", inputs=len(self.timesteps), batches=table.batches, precision=precision,
-                          mark=self.base.mark)  # fmt: skip
+        folding = Folding(
+            form="table",
+            inputs=len(self.timesteps),
+            batches=table.batches,
+            precision=precision,
+            mark=self.base.mark,
+        )
         maps = {name: partial(table.columns.__getitem__, name) for name in table.columns}
-        return folding, maps, {"timesteps": self.timesteps, "batches": table.batches, "table_bytes": table.nbytes}
+        return (
+            folding,
+            maps,
+            {"timesteps": self.timesteps, "batches": table.batches, "table_bytes": table.nbytes},
+        )
 
     def _values(self, precision: torch.dtype) -> Table:
         model_config = self.base.config
-        batches = batches_of(self.architecture, model_config, rows_of(self.architecture, model_config, self._samples()))
+        batches = batches_of(
+            self.architecture,
+            model_config,
+            rows_of(self.architecture, model_config, self._samples()),
+        )
         given = {}
 
         def opened():
             for file, name in self._modulations("table"):
                 prefix = self._prefix(file, name)
                 if prefix not in given:
-                    given[prefix] = conditionings(self._condition(prefix, precision), self.timesteps, batches)
-                yield name, partial(open_modulation, file.read, name, self.dtype, self.device), given[prefix]
+                    given[prefix] = conditionings(
+                        self._condition(prefix, precision), self.timesteps, batches
+                    )
+                yield (
+                    name,
+                    partial(open_modulation, file.read, name, self.dtype, self.device),
+                    given[prefix],
+                )
 
         return make_table(opened(), self.timesteps)
 
-    def _condition(self, prefix: str, precision: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _condition(
+        self, prefix: str, precision: torch.dtype
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         embedder = self._embedder(prefix, self.dtype)
-        return lambda t: self.architecture.time_conditioning(embedder, t.to(self.device, precision), self.dtype)
+        return lambda t: self.architecture.time_conditioning(
+            embedder, t.to(self.device, precision), self.dtype
+        )
 
     def _samples(self) -> list[int]:
         numbers = self.config.samples.replace(",", " ").split()
@@ -238,9 +300,16 @@ class _Folding:
 
 
 def _timesteps(config: FoldConfig, base: Original, precision: torch.dtype) -> tuple[float, ...]:
-    """Of all schedules, as the model will be given them; the last, 0, is no step, but an edit model's reference has it."""
-    rows = [_numbers(config.timesteps)] if config.timesteps else [_schedule(config, base, n) for n in _steps(config)]
-    wanted = [t for row in rows for t in row] + list(base.architecture.reference_timesteps(base.config))
+    """Of all schedules, as the model will be given them; the last, 0, is no step, but an edit
+    model's reference has it."""
+    rows = (
+        [_numbers(config.timesteps)]
+        if config.timesteps
+        else [_schedule(config, base, n) for n in _steps(config)]
+    )
+    wanted = [t for row in rows for t in row] + list(
+        base.architecture.reference_timesteps(base.config)
+    )
     rounded = torch.tensor(wanted, dtype=torch.float32).to(precision).float().tolist()
     return tuple(dict.fromkeys(rounded))
 
@@ -282,9 +351,13 @@ def _plan_of_folded(plan: PruningPlan, folding: Folding, fingerprint: str) -> Pr
     config = {**plan.config, FOLDING: folding.to_config()}
     plan = plan.with_parts(config=config, fingerprint=fingerprint)
     cost = CostModel(architecture_named(plan.architecture), config, (1, 2, 2), 2)
-    intervals = tuple(replace(i, parameters=i.parameters and cost.student(i).parameters) for i in plan.intervals)
+    intervals = tuple(
+        replace(i, parameters=i.parameters and cost.student(i).parameters) for i in plan.intervals
+    )
     plan = plan.with_parts(intervals=intervals)
-    return plan.with_parts(variants=tuple(_resized(cost, plan, variant) for variant in plan.variants))
+    return plan.with_parts(
+        variants=tuple(_resized(cost, plan, variant) for variant in plan.variants)
+    )
 
 
 def _resized(cost: CostModel, plan: PruningPlan, variant):

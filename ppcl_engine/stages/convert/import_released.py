@@ -1,8 +1,9 @@
-"""Import: a pruned model that the method's authors released becomes a bundle or a standalone of ours.
+"""Import: a pruned model that the method's authors released becomes a bundle or a standalone of
+ours.
 
-Its blocks get their teacher's indices back, from the published intervals or from the user's. A bundle takes
-intervals and projections as students where the rest is the base's own; where the rest was fine-tuned too, it
-holds the whole model as a tuned variant.
+Its blocks get their teacher's indices back, from the published intervals or from the user's. A
+bundle takes intervals and projections as students where the rest is the base's own; where the rest
+was fine-tuned too, it holds the whole model as a tuned variant.
 """
 
 from __future__ import annotations
@@ -20,9 +21,20 @@ from ...algorithms.least_squares import NormalEquations
 from ...architectures import architecture_named
 from ...data.calibration import CalibrationSet, load_calibration
 from ...models.assembly import empty_model
-from ...models.bundle import BUNDLE_SUFFIX, projection_prefix, student_prefix, tuned_prefix, write_bundle
+from ...models.bundle import (
+    BUNDLE_SUFFIX,
+    projection_prefix,
+    student_prefix,
+    tuned_prefix,
+    write_bundle,
+)
 from ...models.layout import Place, group_places, layout_of
-from ...models.released import Released, published_intervals, repeated_steps_warning, teacher_indices
+from ...models.released import (
+    Released,
+    published_intervals,
+    repeated_steps_warning,
+    teacher_indices,
+)
 from ...models.standalone import write_standalone
 from ...models.streaming import StateStore, Teacher, sweep
 from ...models.surgery import build_student, empty_block, projection_state
@@ -40,7 +52,8 @@ VARIANT = "released"
 
 
 def import_released(config: ImportConfig) -> Path:
-    """Returns the file. Raises ValueError for a folder, intervals or a base that do not fit each other."""
+    """Returns the file. Raises ValueError for a folder, intervals or a base that do not fit each
+    other."""
     check_file_name(config.name)
     if config.base is None and (config.refit or config.layout == "bundle"):
         what = "--refit" if config.refit else "--layout bundle"
@@ -53,12 +66,19 @@ def import_released(config: ImportConfig) -> Path:
     imported = Imported(released, plan)
     if config.refit:
         plan = imported.refit(config, base)
-    elif warning := repeated_steps_warning(released, teacher_indices(released.num_blocks, plan.intervals)):
+    elif warning := repeated_steps_warning(
+        released, teacher_indices(released.num_blocks, plan.intervals)
+    ):
         print(f"import: {warning}", file=sys.stderr)
     folder, dtype = Run(config.run).folder / "exports", DTYPES[config.store]
     if config.layout == "ppcl":
-        sources = {name: Source(shape, lambda n=name: imported.read(n)) for name, shape in imported.shapes.items()}
-        return write_standalone(folder / f"{config.name}.safetensors", sources, plan, plan.variant(VARIANT), dtype)
+        sources = {
+            name: Source(shape, lambda n=name: imported.read(n))
+            for name, shape in imported.shapes.items()
+        }
+        return write_standalone(
+            folder / f"{config.name}.safetensors", sources, plan, plan.variant(VARIANT), dtype
+        )
     return _write_bundle(folder / f"{config.name}{BUNDLE_SUFFIX}", imported, base, plan, dtype)
 
 
@@ -74,7 +94,10 @@ def plan_of(
     for place, index in zip(places, teacher, strict=True):
         sites += [replace(site, block=index) for site in place.ffn]
         if place.text_source is not None:
-            sites += [WidthSite(block=block, kind="text") for block in range(index, last.get(index, index) + 1)]
+            sites += [
+                WidthSite(block=block, kind="text")
+                for block in range(index, last.get(index, index) + 1)
+            ]
     plan = PruningPlan(
         architecture=architecture.name,
         config=architecture.with_blocks(released.config, range(num_blocks)),
@@ -90,7 +113,9 @@ def plan_of(
     )
     everything = plan.everything()
     parameters = sum(math.prod(shape) for shape in _shapes(plan, everything).values())
-    variant = replace(everything, name=VARIANT, parameters=parameters, bytes=parameters * dtype.itemsize)
+    variant = replace(
+        everything, name=VARIANT, parameters=parameters, bytes=parameters * dtype.itemsize
+    )
     return plan.with_parts(variants=(variant,))
 
 
@@ -119,11 +144,16 @@ class Imported:
         return self._prefixes[prefix] + name.removeprefix(prefix) if prefix else name
 
     def read(self, name: str) -> torch.Tensor:
-        """A text step that the release leaves out is zero: its text then passes the group unchanged."""
+        """A text step that the release leaves out is zero: its text then passes the group
+        unchanged."""
         if name in self._fitted:
             return self._fitted[name]
         stored = self.released_name(name)
-        return self.released.read(stored) if self.released.has(stored) else torch.zeros(self.shapes[name])
+        return (
+            self.released.read(stored)
+            if self.released.has(stored)
+            else torch.zeros(self.shapes[name])
+        )
 
     def projections(self, place: Place) -> Iterator[tuple[str, str, str]]:
         """(site kind, name as `projection_state` gives it, name in the model)"""
@@ -132,13 +162,19 @@ class Imported:
         for kind in place.projections:
             for name in projection_state(self.architecture, block, kind):
                 part, leaf = name.split(".")
-                yield kind, name, f"{self.prefix(place)}{self.architecture.projection_names[kind][part]}.{leaf}"
+                yield (
+                    kind,
+                    name,
+                    f"{self.prefix(place)}{self.architecture.projection_names[kind][part]}.{leaf}",
+                )
 
     def first_change(self, base: Weights) -> str | None:
-        """The first tensor outside intervals and projections that is not the base's, in the coarser of both
-        precisions."""
+        """The first tensor outside intervals and projections that is not the base's, in the coarser
+        of both precisions."""
         skipped = tuple(self.prefix(place) for place in self.layout.places if place.interval)
-        skipped += tuple(name for place in self.layout.places for _, _, name in self.projections(place))
+        skipped += tuple(
+            name for place in self.layout.places for _, _, name in self.projections(place)
+        )
         for name in Progress(self.shapes, desc="compare", unit="tensor"):
             if not name.startswith(skipped):
                 ours = self.read(name)
@@ -156,8 +192,12 @@ class Imported:
         groups = [group_places(self.layout, group) for group in self.plan.text_groups]
         groups = [(source, members[-1]) for source, members in groups if members[-1].steps_text]
         if not groups:
-            raise ValueError(f"{self.released.path} has no text step that anything reads; leave --refit out")
-        teacher = Teacher(base, DTYPES[config.dtype], resolve_device(config.device), config.streamed)
+            raise ValueError(
+                f"{self.released.path} has no text step that anything reads; leave --refit out"
+            )
+        teacher = Teacher(
+            base, DTYPES[config.dtype], resolve_device(config.device), config.streamed
+        )
         store = StateStore(Run(config.run).states / "import" if config.streamed else None)
         spans = {last.last: source.last for source, last in groups}
         solved = fit_steps(teacher, calibration, spans, store)
@@ -165,15 +205,18 @@ class Imported:
         for _, place in groups:
             for leaf, tensor in zip(("weight", "bias"), solved[place.last], strict=True):
                 self._fitted[f"{self.prefix(place)}{part}.{leaf}"] = tensor
-        return self.plan.with_parts(provenance={**self.plan.provenance, "refitted_on": calibration.hash})
+        return self.plan.with_parts(
+            provenance={**self.plan.provenance, "refitted_on": calibration.hash}
+        )
 
 
 @torch.no_grad()
 def fit_steps(
     teacher: Teacher, calibration: CalibrationSet, spans: dict[int, int], store: StateStore
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """spans: last block of a group -> the block before it. Last block -> weight [d, d], bias [d] of P in
-    text_b = P(text_a) + text_a (method: width, text stream), over all real tokens; at most one pass of the teacher."""
+    """spans: last block of a group -> the block before it. Last block -> weight [d, d], bias [d] of
+    P in text_b = P(text_a) + text_a (method: width, text stream), over all real tokens; at most one
+    pass of the teacher."""
     embedded = [teacher.embed(inputs) for inputs in calibration.all_inputs()]
     width, solved = embedded[0].text.shape[-1], {}
     walk = sweep(teacher, embedded, store, max(spans))
@@ -184,7 +227,10 @@ def fit_steps(
         if index in spans:
             equations, key = NormalEquations(width, width, teacher.device), f"after_{spans[index]}"
             for batch in batches:
-                before, after = (store.get(k, batch, embedded[batch]).real_tokens("text") for k in (key, index + 1))
+                before, after = (
+                    store.get(k, batch, embedded[batch]).real_tokens("text")
+                    for k in (key, index + 1)
+                )
                 equations.add(before, after.double() - before.double())
                 store.drop(key, batch)
             solution = equations.solve(RIDGE)
@@ -193,7 +239,9 @@ def fit_steps(
     return solved
 
 
-def _intervals(config: ImportConfig, released: Released, base: Weights | None) -> tuple[Interval, ...]:
+def _intervals(
+    config: ImportConfig, released: Released, base: Weights | None
+) -> tuple[Interval, ...]:
     """Raises ValueError when the teacher index of each block is neither published nor given."""
     blocks = base.num_blocks if base else None
     if config.intervals:
@@ -216,7 +264,9 @@ def _check_base(released: Released, base: Weights, plan: PruningPlan, config: Im
             f"{plan.num_blocks}; {config.base} has {base.num_blocks}: correct --intervals or --base"
         )
     if base.architecture is not released.architecture:
-        raise ValueError(f"{config.base} is {base.architecture.name}, {config.path} is {released.architecture.name}")
+        raise ValueError(
+            f"{config.base} is {base.architecture.name}, {config.path} is {released.architecture.name}"
+        )
     for name in sorted(base.config.keys() & plan.config.keys()):
         if base.config[name] != plan.config[name]:
             raise ValueError(
@@ -227,17 +277,26 @@ def _check_base(released: Released, base: Weights, plan: PruningPlan, config: Im
 
 def _shapes(plan: PruningPlan, variant: Variant) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        model = empty_model(architecture_named(plan.architecture), plan.config, layout_of(plan, variant))
+        model = empty_model(
+            architecture_named(plan.architecture), plan.config, layout_of(plan, variant)
+        )
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _write_bundle(path: Path, imported: Imported, base: Weights, plan: PruningPlan, dtype: torch.dtype) -> Path:
+def _write_bundle(
+    path: Path, imported: Imported, base: Weights, plan: PruningPlan, dtype: torch.dtype
+) -> Path:
     changed = imported.first_change(base)
     if changed:
-        print(f"import: {changed} is not the base's: the whole model was tuned and is kept as variant {VARIANT!r}")
+        print(
+            f"import: {changed} is not the base's: the whole model was tuned and is kept as variant {VARIANT!r}"
+        )
         prefix, variant = tuned_prefix(VARIANT), replace(plan.variant(VARIANT), tuned=True)
         names = imported.shapes.items()
-        entries = [TensorEntry(prefix + n, dtype, shape, lambda n=n: imported.read(n)) for n, shape in names]
+        entries = [
+            TensorEntry(prefix + n, dtype, shape, lambda n=n: imported.read(n))
+            for n, shape in names
+        ]
         write_bundle(path, plan.with_parts(variants=(variant,)), entries)
         return path
     students = [(old, new) for old, new in imported.places if new.interval]
@@ -245,16 +304,22 @@ def _write_bundle(path: Path, imported: Imported, base: Weights, plan: PruningPl
         print(
             f"import: with its width sites off, a student takes what the release lacks from the base: {' '.join(cut)}"
         )
-    entries = [entry for pair in students for entry in _student_entries(imported, base, *pair, dtype)]
+    entries = [
+        entry for pair in students for entry in _student_entries(imported, base, *pair, dtype)
+    ]
     for place in imported.layout.places:
         for kind, name, model_name in imported.projections(place):
             shape, read = imported.shapes[model_name], lambda n=model_name: imported.read(n)
-            entries.append(TensorEntry(projection_prefix(place.name, kind) + name, dtype, shape, read))
+            entries.append(
+                TensorEntry(projection_prefix(place.name, kind) + name, dtype, shape, read)
+            )
     write_bundle(path, plan, entries)
     return path
 
 
-def _student_entries(imported: Imported, base: Weights, old: Place, new: Place, dtype) -> Iterator[TensorEntry]:
+def _student_entries(
+    imported: Imported, base: Weights, old: Place, new: Place, dtype
+) -> Iterator[TensorEntry]:
     """A whole block: what the release cut off for a width site is the base's."""
     with torch.device("meta"):
         student = build_student(imported.architecture, imported.plan.config, new.interval)
@@ -268,4 +333,6 @@ def _student_entries(imported: Imported, base: Weights, old: Place, new: Place, 
         return torch.cat([ours.float(), rest.float()])
 
     for name, tensor in student.state_dict().items():
-        yield TensorEntry(student_prefix(new.interval) + name, dtype, tuple(tensor.shape), lambda n=name: read(n))
+        yield TensorEntry(
+            student_prefix(new.interval) + name, dtype, tuple(tensor.shape), lambda n=name: read(n)
+        )

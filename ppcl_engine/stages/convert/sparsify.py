@@ -1,7 +1,9 @@
-"""Sparsify: weights of the blocks become zero, a block at a time, on what its layers read behind the pruned ones before it.
+"""Sparsify: weights of the blocks become zero, a block at a time, on what its layers read behind
+the pruned ones before it.
 
-The resume unit is a block: a pruned one is a file, and the states in front of the next are computed again from it, so a
-run that was killed ends in the same bits. Memory holds one block, its Gram matrices and the states between two blocks.
+The resume unit is a block: a pruned one is a file, and the states in front of the next are computed
+again from it, so a run that was killed ends in the same bits. Memory holds one block, its Gram
+matrices and the states between two blocks.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ MACHINE_SETTINGS = ("run", "device", "streamed", "calibration", "dry_run")
 
 
 def sparsify(config: SparsifyConfig) -> Path:
-    """Returns the file. Raises ValueError for a share or pattern that cannot be, a calibration set of another model, and
-    a layer that no sample reaches."""
+    """Returns the file. Raises ValueError for a share or pattern that cannot be, a calibration set
+    of another model, and a layer that no sample reaches."""
     check_file_name(config.name)
     pattern = pattern_named(config.pattern)
     method = Method(
@@ -57,7 +59,10 @@ def sparsify(config: SparsifyConfig) -> Path:
     calibration.check_model(source.architecture.name, source.fingerprint, path)
     skip = tuple(config.skip.replace(",", " ").split())
     places = source.layout.places
-    if not sum(check_maps(source.empty_block(place), method, skip, f"block {place.name}") for place in places):
+    if not sum(
+        check_maps(source.empty_block(place), method, skip, f"block {place.name}")
+        for place in places
+    ):
         raise ValueError(f"--skip {config.skip!r} leaves no linear map to prune; name fewer")
     with torch.no_grad():
         return _Sparsifying(config, method, skip, source, calibration).write()
@@ -74,7 +79,10 @@ class _Sparsifying:
     def __post_init__(self):
         self.device, self.dtype = resolve_device(self.config.device), DTYPES[self.config.dtype]
         run = Run(self.config.run)
-        self.folder, self.states = run.sparsified / self.config.name, run.states / f"sparsify_{self.config.name}"
+        self.folder, self.states = (
+            run.sparsified / self.config.name,
+            run.states / f"sparsify_{self.config.name}",
+        )
         self.shared: dict[int, SharedText] = {}
 
     def write(self) -> Path:
@@ -85,19 +93,29 @@ class _Sparsifying:
         compressed = {f"{row['block_prefix']}{row['layer']}.weight" for row in reports}
         is_2_4 = self.config.pattern == "2:4"
         write_sparse(
-            path, self.source, self._tensors(), compressed if is_2_4 else set(), DTYPES[self.config.store], sparsity
+            path,
+            self.source,
+            self._tensors(),
+            compressed if is_2_4 else set(),
+            DTYPES[self.config.store],
+            sparsity,
         )
         write_json(path.with_suffix(".json"), {**json.loads(sparsity.to_json()), "layers": reports})
         shutil.rmtree(self.folder)
         share, size = sparsity.dropped / sparsity.weights, path.stat().st_size
-        print(f"{sparsity.dropped:,} of {sparsity.weights:,} weights are zero ({100 * share:.2f} %), mean layer error "
-              f"{sparsity.error:.4f}, {size:,} bytes")  # fmt: skip
+        print(
+            f"{sparsity.dropped:,} of {sparsity.weights:,} weights are zero ({100 * share:.2f} %), mean layer error "
+            f"{sparsity.error:.4f}, {size:,} bytes"
+        )
         return path
 
     def _prune(self) -> None:
         """Leaves a file for every block."""
         embedded = self._embedded()
-        weights = [timestep_weights(batch["timestep"], self.config.timesteps) for batch in self.calibration.batches]
+        weights = [
+            timestep_weights(batch["timestep"], self.config.timesteps)
+            for batch in self.calibration.batches
+        ]
         store = StateStore(self.states if self.config.streamed else None)
         for batch, state in enumerate(embedded):
             store.put(0, batch, state)
@@ -126,25 +144,38 @@ class _Sparsifying:
     def _embedded(self) -> list[BlockState]:
         outer, architecture = self.source.outer(self.dtype, self.device), self.source.architecture
         rows = self.calibration.all_inputs()
-        return [architecture.embed(outer, placed(inputs, self.device, self.dtype)) for inputs in rows]
+        return [
+            architecture.embed(outer, placed(inputs, self.device, self.dtype)) for inputs in rows
+        ]
 
     def _advance(self, block: nn.Module, states: _States) -> None:
         for batch, state in states:
             states.put(batch, self.source.architecture.run_block(block, state))
 
-    def _prune_block(self, block: nn.Module, place: Place, states: _States, weights: list[torch.Tensor]) -> None:
-        grams, architecture = watch(self.source.architecture.name, block, self.skip), self.source.architecture
+    def _prune_block(
+        self, block: nn.Module, place: Place, states: _States, weights: list[torch.Tensor]
+    ) -> None:
+        grams, architecture = (
+            watch(self.source.architecture.name, block, self.skip),
+            self.source.architecture,
+        )
         for batch, state in states:
             with grams.watching(state, weights[batch]):
                 after = architecture.run_block(block, state)
             if self.config.feed == "dense":
                 states.put(batch, after)
         where = f"block {place.name}"
-        reports = prune_block(architecture.name, block, grams, self.method, self.config.permute, where)
+        reports = prune_block(
+            architecture.name, block, grams, self.method, self.config.permute, where
+        )
         prefix, store = self.source.prefix(place), DTYPES[self.config.store]
-        rows = [{"block": place.name, "block_prefix": prefix, **report.to_json()} for report in reports]
+        rows = [
+            {"block": place.name, "block_prefix": prefix, **report.to_json()} for report in reports
+        ]
         state = {name: tensor.to("cpu", store) for name, tensor in block.state_dict().items()}
-        write_tensors(self._path(place), state, {"settings": self._settings, "report": json.dumps(rows)})
+        write_tensors(
+            self._path(place), state, {"settings": self._settings, "report": json.dumps(rows)}
+        )
 
     def _fill(self, block: nn.Module, place: Place) -> None:
         """With the pruned weights as the file will hold them."""
@@ -165,7 +196,11 @@ class _Sparsifying:
     @cached_property
     def _settings(self) -> str:
         config = self.config
-        values = {f.name: str(getattr(config, f.name)) for f in fields(config) if f.name not in MACHINE_SETTINGS}
+        values = {
+            f.name: str(getattr(config, f.name))
+            for f in fields(config)
+            if f.name not in MACHINE_SETTINGS
+        }
         files = [file for path in (config.path, config.base) if path for file in _files(path)]
         marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         return json.dumps([values, self.calibration.hash, self.source.fingerprint, marks])
@@ -173,10 +208,16 @@ class _Sparsifying:
     def _tensors(self) -> dict[str, Source]:
         """By diffusers' names: the outer ones as they were, the blocks' from their files."""
         source = self.source
-        found = {n: Source(shape, lambda n=n: source.read(n)) for n, shape in source.outer_shapes().items()}
+        found = {
+            n: Source(shape, lambda n=n: source.read(n))
+            for n, shape in source.outer_shapes().items()
+        }
         for place in source.layout.places:
             file, prefix = TensorFile(self._path(place)), source.prefix(place)
-            found |= {prefix + n: Source(file.shape(n), lambda f=file, n=n: f.read(n)) for n in file.keys()}
+            found |= {
+                prefix + n: Source(file.shape(n), lambda f=file, n=n: f.read(n))
+                for n in file.keys()
+            }
         return found
 
     def _described(self, reports: list[dict]) -> Sparsity:

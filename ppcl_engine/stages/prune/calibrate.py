@@ -1,8 +1,8 @@
 """Calibrate: record what blocks see in real use (method: paper, section 4.1).
 
 Three sources: pictures with captions (noised at timesteps over the whole schedule), prompts alone
-and stored embeddings (the teacher draws; states on its way are kept). An edit model's pictures come with
-those that they were made from, the references: triples of reference, instruction and picture.
+and stored embeddings (the teacher draws; states on its way are kept). An edit model's pictures come
+with those that they were made from, the references: triples of reference, instruction and picture.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from ...data import draw, flow
 from ...data.calibration import CalibrationSet, save_calibration
 from ...data.codecs import open_codec
 from ...data.codecs.base import Codec, check_references
-from ...data.picture_files import caption_file, load_pictures, load_references, picture_files, reference_files
+from ...data.picture_files import (
+    caption_file,
+    load_pictures,
+    load_references,
+    picture_files,
+    reference_files,
+)
 from ...models.assembly import assemble
 from ...models.layout import full_layout
 from ...models.streaming import block_loader
@@ -56,7 +62,11 @@ def calibrate(config: CalibrateConfig) -> Path:
         "source": given[0],
     }
     parts = _Parts(run.states / "calibrate", config, origin["fingerprint"])
-    batches = _from_images(config, weights, parts) if config.images else _from_drawing(config, weights, parts)
+    batches = (
+        _from_images(config, weights, parts)
+        if config.images
+        else _from_drawing(config, weights, parts)
+    )
     save_calibration(run.calibration, CalibrationSet(batches, origin))
     parts.remove()
     return run.calibration
@@ -83,13 +93,15 @@ class _Parts:
 
 
 def spread_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
-    """One timestep in each of `count` equal parts of (0, 1), in random order: the whole schedule is covered."""
+    """One timestep in each of `count` equal parts of (0, 1), in random order: the whole schedule is
+    covered."""
     parts = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     return parts[torch.randperm(count, generator=generator)]
 
 
 def _from_images(config: CalibrateConfig, weights: Weights, parts: _Parts) -> list[Inputs]:
-    """All captions first, then all pictures: the text encoder and the VAE are never in memory together."""
+    """All captions first, then all pictures: the text encoder and the VAE are never in memory
+    together."""
     codec = open_codec(config.model, resolve_device(config.device))
     check_references(codec.edits, config.references is not None, config.model)
     size = draw.picture_size(codec, config.height, config.width)
@@ -102,13 +114,19 @@ def _from_images(config: CalibrateConfig, weights: Weights, parts: _Parts) -> li
     captions = [caption for _, caption in rows]
 
     def pictures(chunk: torch.Tensor) -> torch.Tensor | None:
-        return load_references([behind[i % len(rows)] for i in chunk.tolist()], size) if behind else None
+        return (
+            load_references([behind[i % len(rows)] for i in chunk.tolist()], size)
+            if behind
+            else None
+        )
 
     shown = Progress(chunks, desc="captions", unit="batch")
     texts = [codec.text(_texts(captions, empty, chunk), pictures(chunk)) for chunk in shown]
     codec.release()
     batches = []
-    for number, (chunk, text) in enumerate(zip(Progress(chunks, desc="calibrate", unit="batch"), texts, strict=True)):
+    for number, (chunk, text) in enumerate(
+        zip(Progress(chunks, desc="calibrate", unit="batch"), texts, strict=True)
+    ):
         noise_seed = int(torch.randint(2**62, (), generator=generator))
         paths = [rows[i % len(rows)][0] for i in chunk.tolist()]
 
@@ -116,14 +134,20 @@ def _from_images(config: CalibrateConfig, weights: Weights, parts: _Parts) -> li
             text = draw.with_guidance(weights.architecture, weights.config, text, config.guidance)
             latents = codec.latents(load_pictures(paths, size))
             batch = _noised(weights.architecture, latents, timesteps[chunk], text, noise_seed)
-            return _with_references(weights.architecture, codec, batch, pictures(chunk)) if behind else batch
+            return (
+                _with_references(weights.architecture, codec, batch, pictures(chunk))
+                if behind
+                else batch
+            )
 
         batches.append(parts.done(number, make))
     codec.release()
     return batches
 
 
-def _noised(architecture: Architecture, latents: torch.Tensor, t: torch.Tensor, text, noise_seed: int) -> Inputs:
+def _noised(
+    architecture: Architecture, latents: torch.Tensor, t: torch.Tensor, text, noise_seed: int
+) -> Inputs:
     clean = architecture.pack(latents)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(noise_seed))
     return draw.inputs_of(flow.noised(clean, noise, t), t, text, architecture.grid(latents), clean)
@@ -135,15 +159,21 @@ def _references(config: CalibrateConfig, pictures: list[Path]) -> list[list[Path
 
 
 def _alike(config: CalibrateConfig, behind: list[list[Path]]) -> tuple[torch.Tensor, ...]:
-    """Samples batch by batch, in each as many references; batches of every number are spread evenly, since later stages
-    hold out the last ones."""
-    counts = torch.tensor([len(behind[i % len(behind)]) if behind else 0 for i in range(config.samples)])
+    """Samples batch by batch, in each as many references; batches of every number are spread
+    evenly, since later stages hold out the last ones."""
+    counts = torch.tensor(
+        [len(behind[i % len(behind)]) if behind else 0 for i in range(config.samples)]
+    )
     groups = [torch.nonzero(counts == count)[:, 0].split(config.batch) for count in counts.unique()]
-    placed = [((place + 0.5) / len(group), chunk) for group in groups for place, chunk in enumerate(group)]
+    placed = [
+        ((place + 0.5) / len(group), chunk) for group in groups for place, chunk in enumerate(group)
+    ]
     return tuple(chunk for _, chunk in sorted(placed, key=lambda pair: pair[0]))
 
 
-def _with_references(architecture: Architecture, codec: Codec, batch: Inputs, pictures: torch.Tensor) -> Inputs:
+def _with_references(
+    architecture: Architecture, codec: Codec, batch: Inputs, pictures: torch.Tensor
+) -> Inputs:
     tokens, grid = draw.reference_tokens(architecture, codec, pictures)
     return {**batch, **tokens, "grid": torch.cat([batch["grid"], grid])}
 
@@ -156,13 +186,19 @@ def _from_drawing(config: CalibrateConfig, weights: Weights, parts: _Parts) -> l
     encode = _stored_prompts if config.embeddings else _encoded_prompts
     prompts = encode(config, weights, empty)
     load = block_loader(weights, DTYPES[config.dtype], device, config.streamed)
-    model = assemble(weights, None, full_layout(weights.num_blocks), DTYPES[config.dtype], device, load)
+    model = assemble(
+        weights, None, full_layout(weights.num_blocks), DTYPES[config.dtype], device, load
+    )
     kept_steps = torch.randint(config.steps, (config.samples,), generator=generator)
     batches = []
-    for number, chunk in enumerate(Progress(_chunks(config.samples, config.batch), desc="calibrate", unit="batch")):
+    for number, chunk in enumerate(
+        Progress(_chunks(config.samples, config.batch), desc="calibrate", unit="batch")
+    ):
         noise = torch.randn(len(chunk), *prompts.latent_shape, generator=generator)
         given = (prompts.rows(chunk), noise, kept_steps[chunk])
-        batches.append(parts.done(number, lambda given=given: _drawn(config, architecture, model, *given)))
+        batches.append(
+            parts.done(number, lambda given=given: _drawn(config, architecture, model, *given))
+        )
     return batches
 
 
@@ -175,22 +211,36 @@ def _drawn(config, architecture, model, prompts, noise, kept_steps) -> Inputs:
         rows = kept_steps == step
         kept[rows], times[rows] = x[rows], t
 
-    clean = draw.draw(architecture, model, tokens, grid, prompts, config.steps, config.guidance, seen)
+    clean = draw.draw(
+        architecture, model, tokens, grid, prompts, config.steps, config.guidance, seen
+    )
     text = draw.with_guidance(architecture, model.config, prompts.given, config.guidance)
     return draw.inputs_of(kept, times, text, grid, clean)
 
 
-def _encoded_prompts(config: CalibrateConfig, weights: Weights, empty: torch.Tensor) -> draw.Prompts:
-    codec, samples = open_codec(config.model, resolve_device(config.device)), torch.arange(config.samples)
+def _encoded_prompts(
+    config: CalibrateConfig, weights: Weights, empty: torch.Tensor
+) -> draw.Prompts:
+    codec, samples = (
+        open_codec(config.model, resolve_device(config.device)),
+        torch.arange(config.samples),
+    )
     if config.prompts:
         texts = _texts(caption_file(config.prompts), empty, samples)
         return draw.encode_prompts(codec, texts, config.height, config.width)
     pictures, captions = zip(*picture_files(config.references), strict=True)
-    texts, references = _texts(captions, empty, samples), [[pictures[i % len(pictures)]] for i in samples.tolist()]
-    return draw.encode_edits(weights.architecture, codec, texts, references, config.height, config.width)
+    texts, references = (
+        _texts(captions, empty, samples),
+        [[pictures[i % len(pictures)]] for i in samples.tolist()],
+    )
+    return draw.encode_edits(
+        weights.architecture, codec, texts, references, config.height, config.width
+    )
 
 
-def _stored_prompts(config: CalibrateConfig, weights: Weights, empty_rows: torch.Tensor) -> draw.Prompts:
+def _stored_prompts(
+    config: CalibrateConfig, weights: Weights, empty_rows: torch.Tensor
+) -> draw.Prompts:
     """From a file of embeddings, to be drawn in equal steps: it brings no schedule.
 
     Raises ValueError naming the tensor that is missing or the size that is not given.
@@ -201,9 +251,13 @@ def _stored_prompts(config: CalibrateConfig, weights: Weights, empty_rows: torch
     wanted |= {"pooled": POOLED, "empty_pooled": None} if POOLED in others else {}
     absent = [name for name in wanted if name not in file.entries]
     if absent:
-        raise ValueError(f"{config.embeddings} has no tensor {absent[0]!r}; it needs {', '.join(wanted)}")
+        raise ValueError(
+            f"{config.embeddings} has no tensor {absent[0]!r}; it needs {', '.join(wanted)}"
+        )
     if not config.height or not config.width:
-        raise ValueError("stored embeddings do not say how large pictures are; give --height and --width")
+        raise ValueError(
+            "stored embeddings do not say how large pictures are; give --height and --width"
+        )
     rows = torch.arange(config.samples) % file.shape("text")[0]
     given = {name: file.read(stored)[rows] for stored, name in wanted.items() if name}
     nothing = {text_name: file.read("empty")}
@@ -211,10 +265,14 @@ def _stored_prompts(config: CalibrateConfig, weights: Weights, empty_rows: torch
         nothing[MASK] = torch.ones(nothing[text_name].shape[:2], dtype=torch.bool)
         given[MASK] = given[MASK].bool()
     elif nothing[text_name].shape[1:] != given[text_name].shape[1:]:
-        raise ValueError(f"{config.embeddings}: this model masks no text, so text and empty need as many tokens")
+        raise ValueError(
+            f"{config.embeddings}: this model masks no text, so text and empty need as many tokens"
+        )
     if POOLED in given:
         nothing[POOLED] = file.read("empty_pooled")
-    given, nothing = ({n: t if n == MASK else t.float() for n, t in text.items()} for text in (given, nothing))
+    given, nothing = (
+        {n: t if n == MASK else t.float() for n, t in text.items()} for text in (given, nothing)
+    )
     for name, tensor in nothing.items():
         given[name][empty_rows] = _as_long(tensor, given[name])
     return draw.Prompts(
@@ -227,7 +285,8 @@ def _stored_prompts(config: CalibrateConfig, weights: Weights, empty_rows: torch
 
 
 def _as_long(empty: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[1, tokens, ...] filled up with zeros to the tokens of `like`: padding that its mask hides."""
+    """[1, tokens, ...] filled up with zeros to the tokens of `like`: padding that its mask
+    hides."""
     filled = torch.zeros_like(like[:1])
     filled[:, : empty.shape[1]] = empty
     return filled

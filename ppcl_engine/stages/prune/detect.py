@@ -1,7 +1,7 @@
 """Detect: which runs of blocks one student can replace (paper, section 3.2).
 
-By the curves of `algorithms.detection.curves`: the paper's rule on the alignment (`ppcl`), or the intervals of least
-damage for a number of blocks to remove (`budget`).
+By the curves of `algorithms.detection.curves`: the paper's rule on the alignment (`ppcl`), or the
+intervals of least damage for a number of blocks to remove (`budget`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from pathlib import Path
 import torch
 
 from ... import __version__
-from ...algorithms.detection.curves import Curves, block_passes, load_curves, measure, section_starts
+from ...algorithms.detection.curves import (
+    Curves,
+    block_passes,
+    load_curves,
+    measure,
+    section_starts,
+)
 from ...algorithms.detection.intervals import (
     budget_intervals,
     curve_scale,
@@ -37,14 +43,35 @@ def detect(config: DetectConfig) -> Path:
     run, teacher = Run(config.run), open_teacher(config)
     calibration = open_calibration(config, teacher.weights)
     protect = _protected(config, teacher.num_blocks)
-    probes = [TensorFile(path).metadata.get("settings") for path in sorted(run.probes.glob("block_*.safetensors"))]
-    names = ("samples", "longest", "kernel", "biased", "local", "tokens", "bootstrap", "seed", "dtype")
+    probes = [
+        TensorFile(path).metadata.get("settings")
+        for path in sorted(run.probes.glob("block_*.safetensors"))
+    ]
+    names = (
+        "samples",
+        "longest",
+        "kernel",
+        "biased",
+        "local",
+        "tokens",
+        "bootstrap",
+        "seed",
+        "dtype",
+    )
     measured = {name: getattr(config, name) for name in names}
     settings = json.dumps({"calibration": calibration.hash, "probes": probes, **measured})
     curves, measured_blocks = load_curves(run.curves, settings)
     if measured_blocks < teacher.num_blocks - 1:
         batches = max(2, round(config.samples / calibration.samples * len(calibration)))
-        curves = measure(config, run, teacher, calibration.all_inputs()[:batches], settings, curves, measured_blocks)
+        curves = measure(
+            config,
+            run,
+            teacher,
+            calibration.all_inputs()[:batches],
+            settings,
+            curves,
+            measured_blocks,
+        )
     result = choose(config, curves, protect, section_starts(teacher))
     write_json(run.detection, result)
     plan = PruningPlan(
@@ -67,8 +94,14 @@ def detect(config: DetectConfig) -> Path:
     return run.plan
 
 
-def choose(config: DetectConfig, curves: Curves, protect: frozenset[int], starts: frozenset[int] = frozenset()) -> dict:
-    """Intervals by the configured rule, their stability over resamples, and both rules' explanations."""
+def choose(
+    config: DetectConfig,
+    curves: Curves,
+    protect: frozenset[int],
+    starts: frozenset[int] = frozenset(),
+) -> dict:
+    """Intervals by the configured rule, their stability over resamples, and both rules'
+    explanations."""
     blocks, longest = curves.cka.shape[:2]
     scale = curve_scale(curves.cka_of(0), blocks, longest, starts)
     remove = config.remove or round(blocks * PUBLISHED_SHARE)
@@ -78,7 +111,9 @@ def choose(config: DetectConfig, curves: Curves, protect: frozenset[int], starts
         "budget": lambda cost: budget_intervals(cost, blocks, longest, remove, protect, starts),
     }
     curve = curves.cka_of(0)
-    explained = greedy_intervals(curve, blocks, longest, scale, config.eps, config.max_drop, protect, starts)
+    explained = greedy_intervals(
+        curve, blocks, longest, scale, config.eps, config.max_drop, protect, starts
+    )
     resamples = curves.cka.shape[2] - 1
     if config.method == "ppcl":
         chosen = rules["ppcl"](curve)
@@ -86,7 +121,8 @@ def choose(config: DetectConfig, curves: Curves, protect: frozenset[int], starts
     else:
         chosen = rules["budget"](damage)
         again = [
-            rules["budget"](curves.damage_of(weights)) for weights in _sample_weights(curves, resamples, config.seed)
+            rules["budget"](curves.damage_of(weights))
+            for weights in _sample_weights(curves, resamples, config.seed)
         ]
     shares = stability(chosen, again) if resamples else [None] * len(chosen)
     return {
@@ -103,7 +139,9 @@ def choose(config: DetectConfig, curves: Curves, protect: frozenset[int], starts
 
 def _greedy(config, blocks, longest, protect, starts, curve) -> list[tuple[int, int]]:
     scale = curve_scale(curve, blocks, longest, starts)
-    found = greedy_intervals(curve, blocks, longest, scale, config.eps, config.max_drop, protect, starts)
+    found = greedy_intervals(
+        curve, blocks, longest, scale, config.eps, config.max_drop, protect, starts
+    )
     return [(f.first, f.last) for f in found if f.last > f.first]
 
 
@@ -121,7 +159,9 @@ def _explanation(config, greedy, chosen, curves: Curves, damage, starts) -> list
             last = reach(u, *curves.cka.shape[:2], starts)
             longer = f"; to {v + 1}: {damage(u, v + 1):.4f}" if v < last else ""
             drop = first_difference(curves.cka_of(0), u, v)
-            lines.append(f"budget {u}-{v}: damage {damage(u, v):.4f}, D at its end {drop:.5f}{longer}")
+            lines.append(
+                f"budget {u}-{v}: damage {damage(u, v):.4f}, D at its end {drop:.5f}{longer}"
+            )
     passes = block_passes(*curves.cka.shape[:2], 1 if config.local else 2, starts)
     return [*lines, f"cost: {passes:,} block passes a batch"]
 
@@ -129,5 +169,7 @@ def _explanation(config, greedy, chosen, curves: Curves, damage, starts) -> list
 def _protected(config: DetectConfig, blocks: int) -> frozenset[int]:
     words = config.protect.replace(",", " ").split()
     if not all(word.isdigit() and int(word) < blocks for word in words):
-        raise ValueError(f"--protect {config.protect!r}: give block numbers from 0 to {blocks - 1}, as '0 1'")
+        raise ValueError(
+            f"--protect {config.protect!r}: give block numbers from 0 to {blocks - 1}, as '0 1'"
+        )
     return frozenset(map(int, words))

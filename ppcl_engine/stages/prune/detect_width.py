@@ -1,9 +1,10 @@
-"""Detect width: which FFNs and runs of text streams a projection can replace in the depth-pruned model.
+"""Detect width: which FFNs and runs of text streams a projection can replace in the depth-pruned
+model.
 
 Every candidate gets its closed form (ridge, over the whole calibration set); its score is the error
 that it adds to the final velocity of the model with all intervals on, or, as in the paper, what the
-alignment (CKA) of neighbouring layers leaves to one. Candidates are taken at the least score a saved
-parameter until the budget is met.
+alignment (CKA) of neighbouring layers leaves to one. Candidates are taken at the least score a
+saved parameter until the budget is met.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ FORMS = {"best": ("paper", "gated"), "paper": ("paper",), "gated": ("gated",)}
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Sites that switch as one. score: damage or 1 - CKA; saving: parameters; explained: share of variance, by block."""
+    """Sites that switch as one. score: damage or 1 - CKA; saving: parameters; explained: share of
+    variance, by block."""
 
     sites: tuple[WidthSite, ...]
     saving: int
@@ -58,7 +60,8 @@ class Candidate:
 
 
 def detect_width(config: DetectWidthConfig) -> Path:
-    """Writes the chosen sites into `plan.json`, every candidate into `width.json`, and the alignments."""
+    """Writes the chosen sites into `plan.json`, every candidate into `width.json`, and the
+    alignments."""
     run, teacher = Run(config.run), open_teacher(config)
     calibration = open_calibration(config, teacher.weights)
     plan = open_plan(config, teacher.weights).with_parts(sites=(), variants=())
@@ -75,25 +78,32 @@ def detect_width(config: DetectWidthConfig) -> Path:
             solutions = ridge_solutions(teacher, students, inputs, fits, store, config.cache_gb)
             print_warnings(solutions)
             batches = max(1, round(config.samples / calibration.samples * len(calibration)))
-            candidates = list(_measured(teacher, students, plan, inputs[-batches:], candidates, solutions))
+            candidates = list(
+                _measured(teacher, students, plan, inputs[-batches:], candidates, solutions)
+            )
         else:
             candidates = [replace(c, score=_misaligned(plan, c, alignment)) for c in candidates]
     chosen = choose(candidates, saving, plan)
     sites = tuple(replace(site, score=c.score) for c in chosen for site in c.sites)
-    write_tensors(run.alignment, alignment, {"places": json.dumps([p.name for p in _natural(plan).places])})
+    write_tensors(
+        run.alignment, alignment, {"places": json.dumps([p.name for p in _natural(plan).places])}
+    )
     write_json(run.width, _summary(config, candidates, chosen))
     write_text(run.plan, plan.with_parts(sites=sites).to_json() + "\n")
     return run.plan
 
 
 def choose(candidates: list[Candidate], saving: float, plan: PruningPlan) -> list[Candidate]:
-    """The set that meets the budget at the least sum of scores, of those that start from any one text group or none.
+    """The set that meets the budget at the least sum of scores, of those that start from any one
+    text group or none.
 
-    Cheap FFNs of the text would otherwise keep the group out that holds them. Raises ValueError when all
-    candidates together save too little.
+    Cheap FFNs of the text would otherwise keep the group out that holds them. Raises ValueError
+    when all candidates together save too little.
     """
     groups = [c for c in candidates if c.sites[0].kind == "text"]
-    sets = [_cheapest(candidates, saving, plan, start) for start in ([], *([group] for group in groups))]
+    sets = [
+        _cheapest(candidates, saving, plan, start) for start in ([], *([group] for group in groups))
+    ]
     left = min(saving - sum(c.saving for c in chosen) for chosen in sets)
     if left > 0:
         raise ValueError(
@@ -104,8 +114,11 @@ def choose(candidates: list[Candidate], saving: float, plan: PruningPlan) -> lis
     return min(enough, key=lambda chosen: sum(c.score for c in chosen))
 
 
-def _cheapest(candidates: list[Candidate], saving: float, plan: PruningPlan, start: list[Candidate]) -> list[Candidate]:
-    """Least score a saved parameter first, until the budget is met; what a plan refuses together is passed over."""
+def _cheapest(
+    candidates: list[Candidate], saving: float, plan: PruningPlan, start: list[Candidate]
+) -> list[Candidate]:
+    """Least score a saved parameter first, until the budget is met; what a plan refuses together is
+    passed over."""
     chosen = list(start)
     for candidate in sorted(candidates, key=lambda c: (c.score / c.saving, c.name)):
         if sum(c.saving for c in chosen) >= saving:
@@ -116,7 +129,8 @@ def _cheapest(candidates: list[Candidate], saving: float, plan: PruningPlan, sta
 
 
 def _fit_together(plan: PruningPlan, candidates: list[Candidate]) -> bool:
-    """Every text group keeps a full block of its own before it, and no part of a block is replaced twice."""
+    """Every text group keeps a full block of its own before it, and no part of a block is replaced
+    twice."""
     sites = [site for c in candidates for site in c.sites]
     if len({(s.block, s.kind) for s in sites}) < len(sites):
         return False
@@ -128,8 +142,11 @@ def _fit_together(plan: PruningPlan, candidates: list[Candidate]) -> bool:
 
 
 def _saving(config: DetectWidthConfig, plan: PruningPlan, cost: CostModel) -> float:
-    """Parameters that the sites have to save. Raises ValueError when the intervals alone meet the budget."""
-    deep, full = (cost.variant(plan, v).parameters for v in (plan.everything(), plan.variant("full")))
+    """Parameters that the sites have to save. Raises ValueError when the intervals alone meet the
+    budget."""
+    deep, full = (
+        cost.variant(plan, v).parameters for v in (plan.everything(), plan.variant("full"))
+    )
     if deep <= config.share * full:
         raise ValueError(
             f"the intervals alone leave {deep / full:.1%} of the parameters, no more than --share {config.share}; lower it"
@@ -146,7 +163,9 @@ def _kinds(config: DetectWidthConfig, teacher: Teacher) -> tuple[str, ...]:
     blocks = range(teacher.num_blocks)
     there = {kind for i in blocks for kind in teacher.architecture.site_kinds(teacher.config, i)}
     if not there.intersection(kinds):
-        raise ValueError(f"--kinds {config.kinds!r}: this model has {', '.join(k for k in SITE_KINDS if k in there)}")
+        raise ValueError(
+            f"--kinds {config.kinds!r}: this model has {', '.join(k for k in SITE_KINDS if k in there)}"
+        )
     return tuple(kind for kind in kinds if kind in there)
 
 
@@ -159,11 +178,19 @@ def _candidates(
 ) -> Iterator[Candidate]:
     """All FFNs in their forms; all text groups up to the longest, none before the first block."""
     for kind in kinds:
-        places = [p for p in _natural(plan).places if kind in cost.architecture.site_kinds(plan.config, p.index)]
+        places = [
+            p
+            for p in _natural(plan).places
+            if kind in cost.architecture.site_kinds(plan.config, p.index)
+        ]
         if kind != "text":
             for place in places:
-                for form in [f for f in FORMS[config.form] if f in FORMS_OF[kind]] or FORMS_OF[kind]:
-                    yield _candidate(plan, cost, (WidthSite(block=place.index, kind=kind, form=form),))
+                for form in [f for f in FORMS[config.form] if f in FORMS_OF[kind]] or FORMS_OF[
+                    kind
+                ]:
+                    yield _candidate(
+                        plan, cost, (WidthSite(block=place.index, kind=kind, form=form),)
+                    )
             continue
         for start in range(1, len(places)):
             for end in range(start, min(len(places), start + config.longest)):
@@ -189,7 +216,9 @@ class _Fitted:
         self.student, self.tuned = students.student, students.tuned
         self.states: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
 
-    def projection(self, place: str, kind: str, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    def projection(
+        self, place: str, kind: str, dtype: torch.dtype, device: str
+    ) -> dict[str, torch.Tensor]:
         return {name: t.to(device, dtype) for name, t in self.states[place, kind].items()}
 
 
@@ -201,7 +230,8 @@ def _measured(
     candidates: list[Candidate],
     solutions: Solutions,
 ) -> Iterator[Candidate]:
-    """Each with the error that it adds to the velocity of the depth-pruned model, relative to that velocity."""
+    """Each with the error that it adds to the velocity of the depth-pruned model, relative to that
+    velocity."""
     fitted = _Fitted(students)
     damage = Damage(teacher, fitted, plan, inputs, reference=plan.everything())
     for candidate in Progress(candidates, desc="detect-width", unit="site"):
@@ -215,23 +245,28 @@ def _measured(
 def _alignment(
     config: DetectWidthConfig, teacher: Teacher, students: Students, plan, inputs, store
 ) -> dict[str, torch.Tensor]:
-    """`text` [places, places]: CKA of the modulated text of every two places; of each kind of FFN [places]: of the
-    stream before and after it. NaN where a place has no such part."""
+    """`text` [places, places]: CKA of the modulated text of every two places; of each kind of FFN
+    [places]: of the stream before and after it. NaN where a place has no such part."""
     places = _natural(plan).places
     rows: dict[str, dict[int, torch.Tensor]] = {}
     embedded = [teacher.embed(row) for row in inputs]
     at = {place.index: (row, place) for row, place in enumerate(places)}
     blocks = sweep(teacher, embedded, store, teacher.num_blocks - 1)
-    for index, _, batches in Progress(blocks, total=teacher.num_blocks, desc="alignment", unit="block"):
+    for index, _, batches in Progress(
+        blocks, total=teacher.num_blocks, desc="alignment", unit="block"
+    ):
         if index in at:
             row, place = at[index]
-            block = placed_block(teacher.weights, students, place, teacher.dtype, teacher.device, {})
+            block = placed_block(
+                teacher.weights, students, place, teacher.dtype, teacher.device, {}
+            )
             states = [store.get(index, batch, embedded[batch]) for batch in batches]
             seen = [teacher.architecture.observe(block, state)[1] for state in states]
             for name in seen[0]:
                 stream = name.split("_")[0]
                 parts = [
-                    _some_tokens(s[name], state.real(stream), config) for s, state in zip(seen, states, strict=True)
+                    _some_tokens(s[name], state.real(stream), config)
+                    for s, state in zip(seen, states, strict=True)
                 ]
                 rows.setdefault(name, {})[row] = torch.cat(parts).cpu()
     store.clear()
@@ -239,31 +274,47 @@ def _alignment(
     found = {"text": torch.full((len(places), len(places)), torch.nan, dtype=torch.float64)}
     for a, b in product(text, text):
         found["text"][a, b] = cka(text[a], text[b])
-    for stream in (name.removesuffix("_before_ffn") for name in rows if name.endswith("_before_ffn")):
+    for stream in (
+        name.removesuffix("_before_ffn") for name in rows if name.endswith("_before_ffn")
+    ):
         found[f"ffn_{stream}"] = torch.full((len(places),), torch.nan)
         for row, before in rows[f"{stream}_before_ffn"].items():
-            found[f"ffn_{stream}"][row] = cka(linear_gram(before), linear_gram(rows[f"{stream}_after_ffn"][row]))
+            found[f"ffn_{stream}"][row] = cka(
+                linear_gram(before), linear_gram(rows[f"{stream}_after_ffn"][row])
+            )
     return found
 
 
 def _some_tokens(x: torch.Tensor, real: torch.Tensor, config: DetectWidthConfig) -> torch.Tensor:
     """`tokens` of every sample's real tokens, drawn with the seed: [n * tokens, d]."""
     generator = torch.Generator().manual_seed(config.seed)
-    order = torch.rand(real.shape, generator=generator).to(real.device).masked_fill(~real, 2.0).argsort(1)
+    order = (
+        torch.rand(real.shape, generator=generator)
+        .to(real.device)
+        .masked_fill(~real, 2.0)
+        .argsort(1)
+    )
     places = order[:, : min(config.tokens, int(real.sum(1).min()))]
     return torch.gather(x, 1, places[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1)
 
 
-def _misaligned(plan: PruningPlan, candidate: Candidate, alignment: dict[str, torch.Tensor]) -> float:
+def _misaligned(
+    plan: PruningPlan, candidate: Candidate, alignment: dict[str, torch.Tensor]
+) -> float:
     """Sum over the places of 1 - CKA: with the group's source (text), across the FFN."""
     order = {place.index: number for number, place in enumerate(_natural(plan).places)}
-    kind, rows = candidate.sites[0].kind, [order[s.block] for s in candidate.sites if s.block in order]
+    kind, rows = (
+        candidate.sites[0].kind,
+        [order[s.block] for s in candidate.sites if s.block in order],
+    )
     if kind != "text":
         return max(0.0, 1 - float(alignment[kind][rows[0]]))
     return sum(max(0.0, 1 - float(alignment["text"][rows[0] - 1, row])) for row in rows)
 
 
-def _summary(config: DetectWidthConfig, candidates: list[Candidate], chosen: list[Candidate]) -> dict:
+def _summary(
+    config: DetectWidthConfig, candidates: list[Candidate], chosen: list[Candidate]
+) -> dict:
     taken = {id(c) for c in chosen}
     rows = [
         {

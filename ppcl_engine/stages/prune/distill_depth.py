@@ -1,4 +1,5 @@
-"""Distil depth: one student an interval, each by itself, on the teacher's own states (paper, section 3.3).
+"""Distil depth: one student an interval, each by itself, on the teacher's own states (paper,
+section 3.3).
 
 Works in rounds. A round is one sweep of the teacher over fresh samples, no further than the last
 interval, which leaves the states at interval boundaries in a cache; then every interval takes
@@ -19,7 +20,13 @@ from torch import nn
 from ...algorithms.distillation.losses import interval_loss
 from ...algorithms.distillation.quantization import quantised_in_training
 from ...algorithms.distillation.rounds import FreshStates, RoundSettings, unfinished
-from ...algorithms.distillation.trainer import Trainer, cosine_schedule, recorded, rounding, saved_step
+from ...algorithms.distillation.trainer import (
+    Trainer,
+    cosine_schedule,
+    recorded,
+    rounding,
+    saved_step,
+)
 from ...algorithms.least_squares import NormalEquations
 from ...architectures import BlockState
 from ...data.calibration import CalibrationSet
@@ -38,15 +45,18 @@ RIDGE = 1e-4
 
 
 def distill_depth(config: DistillDepthConfig) -> Path:
-    """Writes `depth/<interval>.safetensors`, weights and optimiser state, and the students' form into the plan.
+    """Writes `depth/<interval>.safetensors`, weights and optimiser state, and the students' form
+    into the plan.
 
-    Goes on from what is there. Raises Diverged (a ValueError) with the last good state kept, Stopped
-    on Ctrl-C after saving.
+    Goes on from what is there. Raises Diverged (a ValueError) with the last good state kept,
+    Stopped on Ctrl-C after saving.
     """
     run, teacher = Run(config.run), open_teacher(config)
     calibration = open_calibration(config, teacher.weights)
     plan = open_plan(config, teacher.weights)
-    wanted = [plan.interval(i.name) for i in parse_intervals(config.intervals)] or list(plan.intervals)
+    wanted = [plan.interval(i.name) for i in parse_intervals(config.intervals)] or list(
+        plan.intervals
+    )
     intervals = [replace(interval, correction=_correction(config)) for interval in wanted]
     settings = _settings(config, calibration)
     steps_done = {i.name: saved_step(run.student(i.name), settings) or 0 for i in intervals}
@@ -56,9 +66,15 @@ def distill_depth(config: DistillDepthConfig) -> Path:
     progress = Progress(total=total * len(own), initial=done, desc="distill-depth", unit="update")
     with stop_on_interrupt() as asked, progress:
         for number in range(config.rounds):
-            due = [i for i in own if saved_step(run.student(i.name), settings) in unfinished(number, config.updates)]
+            due = [
+                i
+                for i in own
+                if saved_step(run.student(i.name), settings) in unfinished(number, config.updates)
+            ]
             if due:
-                _Round(config, run, teacher, calibration, plan, due, number, settings, progress, asked).work()
+                _Round(
+                    config, run, teacher, calibration, plan, due, number, settings, progress, asked
+                ).work()
     processes().wait()
     students = {interval.name: interval for interval in intervals}
     trained = tuple(students.get(i.name, i) for i in plan.intervals)
@@ -69,8 +85,12 @@ def distill_depth(config: DistillDepthConfig) -> Path:
 
 
 def _correction(config: DistillDepthConfig) -> str:
-    if config.correction not in ("affine", "none") and not (config.correction.isdigit() and int(config.correction)):
-        raise ValueError(f"--correction {config.correction!r} is not affine, none or a rank such as 16")
+    if config.correction not in ("affine", "none") and not (
+        config.correction.isdigit() and int(config.correction)
+    ):
+        raise ValueError(
+            f"--correction {config.correction!r} is not affine, none or a rank such as 16"
+        )
     return config.correction
 
 
@@ -108,10 +128,20 @@ class _Round:
 
     def work(self) -> None:
         wanted = {i.first for i in self.intervals} | {i.last + 1 for i in self.intervals}
-        folder = processes().folder(self.run.states / f"round_{self.number}") if self.config.streamed else None
-        settings = RoundSettings(updates=self.config.updates, cache_gb=self.config.cache_gb, seed=self.config.seed,
-                                 boundaries=2 * len(self.plan.intervals) + 2)  # fmt: skip
-        self.states = FreshStates(self.teacher, self.calibration, settings, self.number, wanted, folder)
+        folder = (
+            processes().folder(self.run.states / f"round_{self.number}")
+            if self.config.streamed
+            else None
+        )
+        settings = RoundSettings(
+            updates=self.config.updates,
+            cache_gb=self.config.cache_gb,
+            seed=self.config.seed,
+            boundaries=2 * len(self.plan.intervals) + 2,
+        )
+        self.states = FreshStates(
+            self.teacher, self.calibration, settings, self.number, wanted, folder
+        )
         for interval in self.intervals:
             self._train(interval)
         self.states.clear()
@@ -128,7 +158,9 @@ class _Round:
         while trainer.step < end:
             trainer.update(*self._loss(interval, trainer), f"interval {interval.name}")
             self.progress.update()
-            self.progress.set_postfix_str(f"{interval.name} loss {trainer.losses[-1]:.4f}", refresh=False)
+            self.progress.set_postfix_str(
+                f"{interval.name} loss {trainer.losses[-1]:.4f}", refresh=False
+            )
             if self.asked():
                 trainer.save(path, self.settings)
                 raise Stopped(
@@ -150,11 +182,15 @@ class _Round:
         return self.states.state(interval.first, batch), self.states.state(interval.last + 1, batch)
 
     def _new_student(self, interval: Interval) -> nn.Module:
-        origin = interval.first if self.config.init == "first" else (interval.first + interval.last) // 2
+        origin = (
+            interval.first if self.config.init == "first" else (interval.first + interval.last) // 2
+        )
         student = build_student(self.teacher.architecture, self.teacher.config, interval)
         student = student.to(self.teacher.device, self.teacher.dtype).train()
         copied = copy.deepcopy(self.teacher.block(origin).state_dict())
-        if origin != interval.first and _shapes(copied) != _shapes(self.teacher.block(interval.first).state_dict()):
+        if origin != interval.first and _shapes(copied) != _shapes(
+            self.teacher.block(interval.first).state_dict()
+        ):
             raise ValueError(
                 f"interval {interval.name}: block {origin}, its middle, has other parts than block {interval.first}, "
                 "whose form the student has; distil it with --init first"
@@ -163,10 +199,12 @@ class _Round:
         return student
 
     def _fit_correction(self, interval: Interval, student: nn.Module) -> None:
-        """Least squares from what the copied block returns to the teacher's state after the interval."""
+        """Least squares from what the copied block returns to the teacher's state after the
+        interval."""
         if interval.correction == "none":
             return
-        correction = student.correction  # still the identity, so the student returns what its block does
+        # still the identity, so the student returns what its block does
+        correction = student.correction
         width = self.teacher.architecture.width(self.teacher.config)
         equations = {s: NormalEquations(width, width, self.teacher.device) for s in correction.maps}
         for batch in self.states.batches:
@@ -186,7 +224,8 @@ def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
 def set_map(target: nn.Module, equations: NormalEquations) -> None:
     """The ridge solution into a Linear, or its best approximation of the rank of a pair of Linears.
 
-    Reduced-rank regression: project on the leading directions of the fitted values, centred (Izenman 1975).
+    Reduced-rank regression: project on the leading directions of the fitted values, centred
+    (Izenman 1975).
     """
     solution = equations.solve(RIDGE)
     if isinstance(target, nn.Linear):
@@ -196,7 +235,9 @@ def set_map(target: nn.Module, equations: NormalEquations) -> None:
     down, up = target
     mean = equations.xx[-1, :-1] / equations.rows
     centred = equations.xx[:-1, :-1] - equations.rows * torch.outer(mean, mean)
-    leading = torch.linalg.eigh(solution.weight @ centred @ solution.weight.T).eigenvectors[:, -down.out_features :]
+    leading = torch.linalg.eigh(solution.weight @ centred @ solution.weight.T).eigenvectors[
+        :, -down.out_features :
+    ]
     down.weight.copy_(leading.T @ solution.weight)
     up.weight.copy_(leading)
     up.bias.copy_(solution.bias + (solution.weight - leading @ leading.T @ solution.weight) @ mean)

@@ -29,7 +29,13 @@ from ...algorithms.detection.width_fits import (
 from ...algorithms.distillation.losses import relative_mse
 from ...algorithms.distillation.quantization import quantised_in_training
 from ...algorithms.distillation.rounds import FreshStates, RoundSettings, unfinished
-from ...algorithms.distillation.trainer import Trainer, cosine_schedule, recorded, rounding, saved_step
+from ...algorithms.distillation.trainer import (
+    Trainer,
+    cosine_schedule,
+    recorded,
+    rounding,
+    saved_step,
+)
 from ...architectures import BlockState
 from ...data.calibration import CalibrationSet
 from ...models.assembly import placed_block
@@ -48,9 +54,11 @@ from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
 
 
 def distill_width(config: DistillWidthConfig) -> Path:
-    """Writes `width/<place>.<kind>.safetensors`, weights and optimiser state, and the sites into the plan.
+    """Writes `width/<place>.<kind>.safetensors`, weights and optimiser state, and the sites into
+    the plan.
 
-    Goes on from what is there. Raises Diverged with the last good state kept, Stopped on Ctrl-C after saving.
+    Goes on from what is there. Raises Diverged with the last good state kept, Stopped on Ctrl-C
+    after saving.
     """
     run, teacher = Run(config.run), open_teacher(config)
     calibration = open_calibration(config, teacher.weights)
@@ -58,10 +66,14 @@ def distill_width(config: DistillWidthConfig) -> Path:
     if config.sites:
         plan = plan.with_parts(sites=parse_sites(config.sites, config.form), variants=())
     if not plan.sites:
-        raise ValueError(f"{run.plan} has no width sites; run detect-width first, or name them with --sites")
+        raise ValueError(
+            f"{run.plan} has no width sites; run detect-width first, or name them with --sites"
+        )
     fits = fits_of(plan, layout_of(plan, plan.everything()))
     given_back = fits_of_blocks_given_back(plan) if config.give_back else []
-    plan = plan.with_parts(sites=tuple(_with_fitted(site, given_back) for site in plan.sites), variants=())
+    plan = plan.with_parts(
+        sites=tuple(_with_fitted(site, given_back) for site in plan.sites), variants=()
+    )
     work = _Work(config, run, teacher, calibration, plan, list(dict.fromkeys(fits + given_back)))
     work.start()
     work.train()
@@ -76,9 +88,25 @@ def _with_fitted(site: WidthSite, given_back: list[Fit]) -> WidthSite:
     return replace(site, fitted=tuple(sorted(names)))
 
 
-def _settings(config: DistillWidthConfig, calibration: CalibrationSet, fit: Fit, student: str) -> str:
-    names = ("rounds", "updates", "learning_rate", "warm_up", "weight_decay", "cache_gb", "seed", "dtype")
-    what = {"form": fit.form, "source": fit.source and fit.source.name, "steps": fit.steps, "student": student}
+def _settings(
+    config: DistillWidthConfig, calibration: CalibrationSet, fit: Fit, student: str
+) -> str:
+    names = (
+        "rounds",
+        "updates",
+        "learning_rate",
+        "warm_up",
+        "weight_decay",
+        "cache_gb",
+        "seed",
+        "dtype",
+    )
+    what = {
+        "form": fit.form,
+        "source": fit.source and fit.source.name,
+        "steps": fit.steps,
+        "student": student,
+    }
     return json.dumps({**recorded(config, names), **what, "calibration": calibration.hash[:16]})
 
 
@@ -92,9 +120,13 @@ class _Work:
     fits: list[Fit]
 
     def __post_init__(self):
-        self.students = RunStudents(self.run, self.teacher.config, self.teacher.architecture, polished=False)
+        self.students = RunStudents(
+            self.run, self.teacher.config, self.teacher.architecture, polished=False
+        )
         origin = {fit: _trained_on(self.run, fit) for fit in self.fits}
-        self.settings = {fit: _settings(self.config, self.calibration, fit, origin[fit]) for fit in self.fits}
+        self.settings = {
+            fit: _settings(self.config, self.calibration, fit, origin[fit]) for fit in self.fits
+        }
         self.own = processes().own(self.fits)
 
     def start(self) -> None:
@@ -102,10 +134,14 @@ class _Work:
         missing = [fit for fit in self.own if self._step(fit) is None]
         if not missing:
             return
-        store = StateStore(processes().folder(self.run.states / "width") if self.config.streamed else None)
+        store = StateStore(
+            processes().folder(self.run.states / "width") if self.config.streamed else None
+        )
         inputs = self.calibration.all_inputs()
         with torch.no_grad():
-            solutions = ridge_solutions(self.teacher, self.students, inputs, missing, store, self.config.cache_gb)
+            solutions = ridge_solutions(
+                self.teacher, self.students, inputs, missing, store, self.config.cache_gb
+            )
         print_warnings(solutions)
         for fit, parts in solutions.items():
             trainer = self._trainer(fit)
@@ -118,7 +154,9 @@ class _Work:
         progress = Progress(total=total, initial=done, desc="distill-width", unit="update")
         with stop_on_interrupt() as asked, progress:
             for number in range(config.rounds):
-                due = [fit for fit in self.own if self._step(fit) in unfinished(number, config.updates)]
+                due = [
+                    fit for fit in self.own if self._step(fit) in unfinished(number, config.updates)
+                ]
                 if due:
                     _Round(self, due, number, progress, asked).work()
 
@@ -129,13 +167,19 @@ class _Work:
         return saved_step(self._path(fit), self.settings[fit])
 
     def _trainer(self, fit: Fit) -> Trainer:
-        width, options = self.teacher.architecture.width(self.teacher.config), {"device": self.teacher.device}
-        maps = {part: nn.Linear(width, width, dtype=self.teacher.dtype, **options) for part in fit.parts}
+        width, options = (
+            self.teacher.architecture.width(self.teacher.config),
+            {"device": self.teacher.device},
+        )
+        maps = {
+            part: nn.Linear(width, width, dtype=self.teacher.dtype, **options) for part in fit.parts
+        }
         return Trainer(nn.ModuleDict(maps), self.config.weight_decay)
 
 
 def _trained_on(run: Run, fit: Fit) -> str:
-    """Settings of the students that a projection is fitted to, so that it is trained again when they are."""
+    """Settings of the students that a projection is fitted to, so that it is trained again when
+    they are."""
     places = [p for p in (fit.place, fit.source) if p and p.interval]
     return json.dumps([_origin(run.student(place.name)) for place in places])
 
@@ -159,14 +203,25 @@ class _Round:
 
     def work(self) -> None:
         config, teacher = self.job.config, self.job.teacher
-        wanted = {b for fit in self.fits for p in (fit.place, fit.source) if p for b in (p.index, p.last + 1)}
+        wanted = {
+            b
+            for fit in self.fits
+            for p in (fit.place, fit.source)
+            if p
+            for b in (p.index, p.last + 1)
+        }
         boundaries = 4 * len(self.job.fits)
         settings = RoundSettings(
-            updates=config.updates, cache_gb=config.cache_gb, boundaries=boundaries, seed=config.seed
+            updates=config.updates,
+            cache_gb=config.cache_gb,
+            boundaries=boundaries,
+            seed=config.seed,
         )
         place = processes().folder(self.job.run.states / f"width_round_{self.number}")
         folder = place if config.streamed else None
-        self.states = FreshStates(teacher, self.job.calibration, settings, self.number, wanted, folder)
+        self.states = FreshStates(
+            teacher, self.job.calibration, settings, self.number, wanted, folder
+        )
         for fit in self.fits:
             self._train(fit)
         self.states.clear()
@@ -182,17 +237,24 @@ class _Round:
             total = config.rounds * config.updates
             rate = cosine_schedule(trainer.step, total, config.learning_rate, config.warm_up)
             bits = rounding(config, trainer.step, total)
-            trainer.update(lesson.loss(trainer.step % len(self.states.batches), bits), rate, fit.name)
+            trainer.update(
+                lesson.loss(trainer.step % len(self.states.batches), bits), rate, fit.name
+            )
             self.progress.update()
-            self.progress.set_postfix_str(f"{fit.name} loss {trainer.losses[-1]:.4f}", refresh=False)
+            self.progress.set_postfix_str(
+                f"{fit.name} loss {trainer.losses[-1]:.4f}", refresh=False
+            )
             if self.asked():
                 trainer.save(path, job.settings[fit])
-                raise Stopped(f"stopped at step {trainer.step} of {fit.name}; saved. Run the same command to go on")
+                raise Stopped(
+                    f"stopped at step {trainer.step} of {fit.name}; saved. Run the same command to go on"
+                )
         trainer.save(path, job.settings[fit])
 
 
 class _Lesson:
-    """The block with its projection, and without: inputs, outputs and losses on the cached batches."""
+    """The block with its projection, and without: inputs, outputs and losses on the cached
+    batches."""
 
     def __init__(self, job: _Work, fit: Fit, states: FreshStates, maps: nn.ModuleDict):
         self.teacher, self.fit, self.states, self.maps = job.teacher, fit, states, maps
@@ -204,7 +266,8 @@ class _Lesson:
         self.known: dict[int, tuple] = {}
 
     def loss(self, batch: int, bits: str) -> torch.Tensor:
-        """Aligned output of the block plus own output of each map, which stand in that block, relative squared errors."""
+        """Aligned output of the block plus own output of each map, which stand in that block,
+        relative squared errors."""
         if batch not in self.known:
             with torch.no_grad():
                 self.known[batch] = self._targets(batch)
@@ -216,18 +279,24 @@ class _Lesson:
             output = self.architecture.run_block(self.pruned, state)
             outputs = {part: self.maps[part](x) for part, (x, _) in pairs.items()}
         error = partial(relative_mse, whole=processes().sum)
-        aligned = [error(self._rows(output, s).float(), self._rows(target, s).float()) for s in self._streams()]
+        aligned = [
+            error(self._rows(output, s).float(), self._rows(target, s).float())
+            for s in self._streams()
+        ]
         own = [error(outputs[part].float(), y.float()) for part, (_, y) in pairs.items()]
         return sum(aligned) + sum(own)
 
     def _streams(self) -> tuple[str, ...]:
-        """Of the block's output that the projection changes; a text that nothing reads is left out."""
+        """Of the block's output that the projection changes; a text that nothing reads is left
+        out."""
         if self.fit.kind == "text":
             return ("image", "text") if self.fit.steps else ("image",)
         return (self.fit.stream,)
 
     def _rows(self, state: BlockState, stream: str) -> torch.Tensor:
-        rows = counted(self.fit, state, self.used) if stream == self.fit.stream else state.real(stream)
+        rows = (
+            counted(self.fit, state, self.used) if stream == self.fit.stream else state.real(stream)
+        )
         return state.stream(stream)[rows]
 
     def _target(self, batch: int) -> BlockState:
@@ -238,7 +307,9 @@ class _Lesson:
         fit, source = self.fit, None
         _, seen = self.architecture.observe(self.plain, self.states.state(fit.place.index, batch))
         if self.source is not None:
-            after, source = self.architecture.observe(self.source, self.states.state(fit.source.index, batch))
+            after, source = self.architecture.observe(
+                self.source, self.states.state(fit.source.index, batch)
+            )
             source = {"text": after.text, "text_modulated": source["text_modulated"]}
         target = self._target(batch)
         x, y = own_pair(fit, seen, source)
@@ -255,7 +326,11 @@ class _Lesson:
     def _projected(self, job: _Work) -> nn.Module:
         """A frozen block whose maps are the ones in training."""
         fit = self.fit
-        ffn = () if fit.kind == "text" else (WidthSite(block=fit.place.index, kind=fit.kind, form=fit.form),)
+        ffn = (
+            ()
+            if fit.kind == "text"
+            else (WidthSite(block=fit.place.index, kind=fit.kind, form=fit.form),)
+        )
         source = fit.source.index if fit.source else None
         place = replace(fit.place, ffn=ffn, text_source=source, steps_text=fit.steps)
         block = project(self.architecture, self._block(job, fit.place), place, {})

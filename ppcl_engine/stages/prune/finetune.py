@@ -1,6 +1,8 @@
-"""Fine-tune: all parameters of one variant against the teacher's velocity (paper, section 3.5), and the data.
+"""Fine-tune: all parameters of one variant against the teacher's velocity (paper, section 3.5), and
+the data.
 
-The result is one more variant of the plan, with weights of its own; the one it came from stays as it is.
+The result is one more variant of the plan, with weights of its own; the one it came from stays as
+it is.
 """
 
 from __future__ import annotations
@@ -43,13 +45,17 @@ SAMPLES = 64  # behind the damage of the result, as many as `variants` takes by 
 
 
 def finetune(config: FinetuneConfig) -> Path:
-    """Writes `tuned/<name>.safetensors`, weights and optimiser state, and the variant into the plan.
+    """Writes `tuned/<name>.safetensors`, weights and optimiser state, and the variant into the
+    plan.
 
-    Goes on from what is there. Raises Diverged (a ValueError) with the last saved state kept, Stopped on Ctrl-C
-    after saving.
+    Goes on from what is there. Raises Diverged (a ValueError) with the last saved state kept,
+    Stopped on Ctrl-C after saving.
     """
     run, teacher = Run(config.run), open_teacher(config)
-    calibration, plan = open_calibration(config, teacher.weights), open_plan(config, teacher.weights)
+    calibration, plan = (
+        open_calibration(config, teacher.weights),
+        open_plan(config, teacher.weights),
+    )
     source = plan.variant(config.variant)
     name = _new_name(config, plan, source)
     path, layout = run.tuned_variant(name), layout_of(plan, source)
@@ -66,7 +72,9 @@ def finetune(config: FinetuneConfig) -> Path:
     before = tune(trainer, loss_at, config, path, settings, f"finetune {name}")
     if before < config.steps or name not in {v.name for v in plan.variants}:
         model.load_state_dict(trainer.used())
-        tuned = replace(source, name=name, tuned=True, **_figures(teacher, plan, source, model, calibration))
+        tuned = replace(
+            source, name=name, tuned=True, **_figures(teacher, plan, source, model, calibration)
+        )
         kept = tuple(v for v in plan.variants if v.name != name)
         if processes().writes:
             write_text(run.plan, plan.with_parts(variants=(*kept, tuned)).to_json() + "\n")
@@ -84,7 +92,9 @@ def model_velocity(
     """Velocity [n, image_tokens, channels] of a pruned model, in the teacher's precision."""
     with mixed_precision(teacher):
         state = embed_with(teacher, model, inputs)
-        state = run_made(teacher.architecture, _blocks(teacher, model, layout), state, checkpointing, bits)
+        state = run_made(
+            teacher.architecture, _blocks(teacher, model, layout), state, checkpointing, bits
+        )
         return teacher.architecture.finish(model, state)
 
 
@@ -106,7 +116,10 @@ def _loss(
 
 
 def _blocks(teacher: Teacher, model: nn.Module, layout: Layout) -> list[MakeBlock]:
-    prefixes = [teacher.architecture.block_prefix(teacher.config, place.index).rstrip(".") for place in layout.places]
+    prefixes = [
+        teacher.architecture.block_prefix(teacher.config, place.index).rstrip(".")
+        for place in layout.places
+    ]
     return [partial(model.get_submodule, prefix) for prefix in prefixes]
 
 
@@ -132,7 +145,11 @@ def _sources(run: Run, source: Variant, layout: Layout) -> Iterator[Path]:
 
 @torch.no_grad()
 def _figures(
-    teacher: Teacher, plan: PruningPlan, source: Variant, model: nn.Module, calibration: CalibrationSet
+    teacher: Teacher,
+    plan: PruningPlan,
+    source: Variant,
+    model: nn.Module,
+    calibration: CalibrationSet,
 ) -> dict:
     """Size and FLOPs of the model, and its damage on the last samples of the calibration."""
     batches = max(1, round(SAMPLES / calibration.samples * len(calibration)))
@@ -141,8 +158,15 @@ def _figures(
     layout, error, power = layout_of(plan, source), 0.0, 0.0
     for row in inputs:
         target = teacher_velocity(teacher, row).double()
-        error += float((model_velocity(teacher, model, layout, row).double() - target).square().sum())
+        error += float(
+            (model_velocity(teacher, model, layout, row).double() - target).square().sum()
+        )
         power += float(target.square().sum())
     error, power = processes().sum(torch.tensor([error, power], dtype=torch.float64)).tolist()
     size, flops = stored_count(model) * STORED_BYTES, cost.variant(plan, source).flops
-    return {"parameters": parameter_count(model), "bytes": size, "flops": flops, "damage": error / power}
+    return {
+        "parameters": parameter_count(model),
+        "bytes": size,
+        "flops": flops,
+        "damage": error / power,
+    }

@@ -1,7 +1,9 @@
-"""Polish: students and projections together, on the final velocity, each step with a random subset switched on.
+"""Polish: students and projections together, on the final velocity, each step with a random subset
+switched on.
 
-What is not on is the teacher's own frozen block; gradients flow through it. Every subset stays a model of
-its own, so plug and play is kept, and the parts learn to make up for each other's errors (method: the mixed mode).
+What is not on is the teacher's own frozen block; gradients flow through it. Every subset stays a
+model of its own, so plug and play is kept, and the parts learn to make up for each other's errors
+(method: the mixed mode).
 """
 
 from __future__ import annotations
@@ -38,13 +40,18 @@ from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
 
 
 def polish(config: PolishConfig) -> Path:
-    """Writes `polished/`, which every later stage prefers to the parts it came from; those stay as they are.
+    """Writes `polished/`, which every later stage prefers to the parts it came from; those stay as
+    they are.
 
-    The plan loses its measured sizes (not fine-tuned variants), since they were measured on other parts. Goes
-    on from what is there. Raises Diverged (a ValueError) with the last saved state kept, Stopped on Ctrl-C after saving.
+    The plan loses its measured sizes (not fine-tuned variants), since they were measured on other
+    parts. Goes on from what is there. Raises Diverged (a ValueError) with the last saved state
+    kept, Stopped on Ctrl-C after saving.
     """
     run, teacher = Run(config.run), open_teacher(config)
-    calibration, plan = open_calibration(config, teacher.weights), open_plan(config, teacher.weights)
+    calibration, plan = (
+        open_calibration(config, teacher.weights),
+        open_plan(config, teacher.weights),
+    )
     variant = plan.variant(config.variant) if config.variant else plan.everything()
     _check_trains(plan, variant)
     students = RunStudents(run, teacher.config, teacher.architecture, polished=False)
@@ -62,15 +69,21 @@ def polish(config: PolishConfig) -> Path:
         return subset_loss(teacher, parts, layout, inputs, config.checkpointing, bits)
 
     before = tune(trainer, loss_at, config, run.polish_state, settings, "polish")
-    if processes().writes and (before < config.steps or any(run.best(path) == path for path in sources)):
-        write_text(run.plan, plan.with_parts(variants=tuple(v for v in plan.variants if v.tuned)).to_json() + "\n")
+    if processes().writes and (
+        before < config.steps or any(run.best(path) == path for path in sources)
+    ):
+        write_text(
+            run.plan,
+            plan.with_parts(variants=tuple(v for v in plan.variants if v.tuned)).to_json() + "\n",
+        )
         for path, prefix in sources.items():
             _write(run, path, prefix, trainer.used())
     return run.polished_parts
 
 
 def subset(plan: PruningPlan, variant: Variant, config: PolishConfig, step: int) -> Variant:
-    """What is on in this step: all of the variant, or each part with probability 1/2, something at least."""
+    """What is on in this step: all of the variant, or each part with probability 1/2, something at
+    least."""
     draw = random.Random(f"subset {config.seed} {step}")
     if draw.random() < config.all_on:
         return variant
@@ -85,17 +98,31 @@ def subset(plan: PruningPlan, variant: Variant, config: PolishConfig, step: int)
 
 
 def subset_loss(
-    teacher: Teacher, parts: nn.Module, layout: Layout, inputs: dict, checkpointing: bool, bits: str = NONE
+    teacher: Teacher,
+    parts: nn.Module,
+    layout: Layout,
+    inputs: dict,
+    checkpointing: bool,
+    bits: str = NONE,
 ) -> torch.Tensor:
-    """Relative error of the final velocity. The blocks in front of all that is changed run once, as the teacher's."""
+    """Relative error of the final velocity. The blocks in front of all that is changed run once, as
+    the teacher's."""
     architecture, last = teacher.architecture, teacher.num_blocks - 1
-    changed = next(n for n, place in enumerate(layout.places) if not place.is_teacher or place.publishes)
+    changed = next(
+        n for n, place in enumerate(layout.places) if not place.is_teacher or place.publishes
+    )
     first = layout.places[changed].index
     with torch.no_grad():
-        front = run_blocks(architecture, (b for _, b in teacher.walk(0, first - 1)), teacher.embed(inputs))
-        target = run_chain(architecture, teacher.outer, (b for _, b in teacher.walk(first, last)), front)
+        front = run_blocks(
+            architecture, (b for _, b in teacher.walk(0, first - 1)), teacher.embed(inputs)
+        )
+        target = run_chain(
+            architecture, teacher.outer, (b for _, b in teacher.walk(first, last)), front
+        )
     with mixed_precision(teacher):
-        state = run_made(architecture, parts.blocks(layout, teacher)[changed:], front, checkpointing, bits)
+        state = run_made(
+            architecture, parts.blocks(layout, teacher)[changed:], front, checkpointing, bits
+        )
         return tuning_loss(architecture.finish(teacher.outer, state), target)
 
 
@@ -105,15 +132,22 @@ def _trained(layout: Layout) -> bool:
 
 def _check_trains(plan: PruningPlan, variant: Variant) -> None:
     if variant.tuned:
-        raise ValueError(f"variant {variant.name!r} has weights of its own; polish one of plain parts")
+        raise ValueError(
+            f"variant {variant.name!r} has weights of its own; polish one of plain parts"
+        )
     if not _trained(layout_of(plan, variant)):
-        raise ValueError(f"variant {variant.name!r} replaces nothing, so nothing is to be polished; name another")
+        raise ValueError(
+            f"variant {variant.name!r} replaces nothing, so nothing is to be polished; name another"
+        )
 
 
 def _sources(run: Run, plan: PruningPlan, variant: Variant) -> dict[Path, str]:
     """The file of each part, and the prefix of its tensors in `Parts`."""
     files = {run.student(name): f"students.{name}." for name in variant.intervals}
-    return files | {run.projection(p, kind): f"projections.{p}:{kind}." for p, kind in projections_of(plan, variant)}
+    return files | {
+        run.projection(p, kind): f"projections.{p}:{kind}."
+        for p, kind in projections_of(plan, variant)
+    }
 
 
 def _write(run: Run, source: Path, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -122,4 +156,6 @@ def _write(run: Run, source: Path, prefix: str, tensors: dict[str, torch.Tensor]
 
 
 def _under(tensors: dict[str, torch.Tensor], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((f"weight.{n.removeprefix(prefix)}", t) for n, t in tensors.items() if n.startswith(prefix))
+    return (
+        (f"weight.{n.removeprefix(prefix)}", t) for n, t in tensors.items() if n.startswith(prefix)
+    )

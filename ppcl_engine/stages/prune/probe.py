@@ -22,14 +22,17 @@ from ..inputs import open_calibration, open_teacher
 
 
 def probe(config: ProbeConfig) -> Path:
-    """Writes `probes/block_NNN.safetensors`: `<stream>.weight` [d, d], `<stream>.bias` [d], and how well they fit.
+    """Writes `probes/block_NNN.safetensors`: `<stream>.weight` [d, d], `<stream>.bias` [d], and how
+    well they fit.
 
     Blocks that are already there from the same settings are not fitted again.
     """
     run, teacher = Run(config.run), open_teacher(config)
     calibration = open_calibration(config, teacher.weights)
     calibration.split(config.held_out)
-    settings = json.dumps([calibration.hash, config.ridge, config.train_steps, config.learning_rate, config.held_out])
+    settings = json.dumps(
+        [calibration.hash, config.ridge, config.train_steps, config.learning_rate, config.held_out]
+    )
     store = StateStore(processes().folder(run.states / "probe") if config.streamed else None)
     own = set(processes().own(range(teacher.num_blocks)))
     with torch.no_grad():
@@ -46,7 +49,9 @@ def _is_done(path: Path, settings: str) -> bool:
     return path.exists() and TensorFile(path).metadata.get("settings") == settings
 
 
-def _fit_block(config, teacher: Teacher, store, embedded, index: int, path: Path, settings: str) -> None:
+def _fit_block(
+    config, teacher: Teacher, store, embedded, index: int, path: Path, settings: str
+) -> None:
     tensors, report = {}, {}
     last_fit = len(embedded) - config.held_out
     for stream in teacher.used_streams(index):
@@ -104,14 +109,18 @@ def _error(pairs: _Pairs, batches: range, weight: torch.Tensor, bias: torch.Tens
     return above / max(below, 1e-30)
 
 
-def _train(pairs: _Pairs, batches: int, start: Solution, config: ProbeConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def _train(
+    pairs: _Pairs, batches: int, start: Solution, config: ProbeConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
     weight, bias = start.weight.float().clone(), start.bias.float().clone()
     with torch.enable_grad():
         weight.requires_grad_(), bias.requires_grad_()
         optimizer = torch.optim.Adam([weight, bias], lr=config.learning_rate)
         for step in range(config.train_steps):
             x, target = pairs[step % batches]
-            loss = (x @ weight.T + bias - target).square().sum() / processes().sum(target.square().sum())
+            loss = (x @ weight.T + bias - target).square().sum() / processes().sum(
+                target.square().sum()
+            )
             optimizer.zero_grad()
             loss.backward()
             processes().sum_gradients((weight, bias), loss)

@@ -35,10 +35,14 @@ def variants(config: VariantsConfig) -> Path:
     batches = max(1, round(config.samples / calibration.samples * len(calibration)))
     inputs = calibration.all_inputs()[-batches:]
     with torch.no_grad():
-        measured = Damage(teacher, RunStudents(run, teacher.config, teacher.architecture), plan, inputs)
+        measured = Damage(
+            teacher, RunStudents(run, teacher.config, teacher.architecture), plan, inputs
+        )
         cost = CostModel.at(teacher.architecture, teacher.config, inputs[0])
         plan = plan.with_parts(
-            intervals=tuple(_interval(i, measured, cost) for i in Progress(plan.intervals, desc="variants"))
+            intervals=tuple(
+                _interval(i, measured, cost) for i in Progress(plan.intervals, desc="variants")
+            )
         )
         tuned = tuple(v for v in plan.variants if v.tuned)
         plan = plan.with_parts(variants=(*_named(config, plan, measured, cost), *tuned))
@@ -51,8 +55,11 @@ def _interval(interval: Interval, measured: Damage, cost: CostModel) -> Interval
     return replace(interval, score=measured.of(alone), parameters=cost.student(interval).parameters)
 
 
-def _named(config: VariantsConfig, plan: PruningPlan, measured: Damage, cost: CostModel) -> list[Variant]:
-    """full; large, medium, small: intervals alone; smallest: width sites too; and one for each limit that was given."""
+def _named(
+    config: VariantsConfig, plan: PruningPlan, measured: Damage, cost: CostModel
+) -> list[Variant]:
+    """full; large, medium, small: intervals alone; smallest: width sites too; and one for each
+    limit that was given."""
     depth = replace(plan.everything(), sites=())
     milliseconds = _block_milliseconds(measured)
     full = cost.variant(plan, Variant(name=FULL))
@@ -60,15 +67,21 @@ def _named(config: VariantsConfig, plan: PruningPlan, measured: Damage, cost: Co
     sets = {FULL: ()}
     sets |= {name: _subset(cost, plan, most * share) for name, share in SHARES.items()}
     limits = {
-        "parameters": full.parameters - config.most_parameters * 1e6 if config.most_parameters else None,
-        "megabytes": full.stored - config.most_megabytes * 1e6 / STORED_BYTES if config.most_megabytes else None,
+        "parameters": full.parameters - config.most_parameters * 1e6
+        if config.most_parameters
+        else None,
+        "megabytes": full.stored - config.most_megabytes * 1e6 / STORED_BYTES
+        if config.most_megabytes
+        else None,
     }
     for name, saving in limits.items():
         if saving is not None:
             sets[f"within_{name}"] = _subset(cost, plan, saving)
     if config.most_milliseconds:
         removed = (milliseconds * plan.num_blocks - config.most_milliseconds) / milliseconds
-        sets["within_milliseconds"] = _subset_of([float(i.removed) for i in plan.intervals], plan, removed)
+        sets["within_milliseconds"] = _subset_of(
+            [float(i.removed) for i in plan.intervals], plan, removed
+        )
     named = [Variant(name=name, intervals=chosen) for name, chosen in sets.items()]
     if plan.sites:
         named.append(replace(plan.everything(), name="smallest"))
@@ -77,12 +90,17 @@ def _named(config: VariantsConfig, plan: PruningPlan, measured: Damage, cost: Co
 
 def _subset(cost: CostModel, plan: PruningPlan, saving: float) -> tuple[str, ...]:
     """Intervals that save at least `saving` parameters at the least damage."""
-    gains = [sum(cost.block(b).parameters for b in i.blocks) - cost.student(i).parameters for i in plan.intervals]
+    gains = [
+        sum(cost.block(b).parameters for b in i.blocks) - cost.student(i).parameters
+        for i in plan.intervals
+    ]
     return _subset_of([float(gain) for gain in gains], plan, saving)
 
 
 def _subset_of(gains: list[float], plan: PruningPlan, saving: float) -> tuple[str, ...]:
-    chosen = least_damage([(g, i.score) for g, i in zip(gains, plan.intervals, strict=True)], saving)
+    chosen = least_damage(
+        [(g, i.score) for g, i in zip(gains, plan.intervals, strict=True)], saving
+    )
     if chosen is None:
         raise ValueError(
             "even with all intervals replaced the model is above this limit; raise it, or detect more with --remove"
@@ -90,7 +108,9 @@ def _subset_of(gains: list[float], plan: PruningPlan, saving: float) -> tuple[st
     return tuple(plan.intervals[index].name for index in chosen)
 
 
-def _measured(variant: Variant, plan: PruningPlan, cost: CostModel, milliseconds: float, measured: Damage) -> Variant:
+def _measured(
+    variant: Variant, plan: PruningPlan, cost: CostModel, milliseconds: float, measured: Damage
+) -> Variant:
     """Time: as many of a full block's as the places' FLOPs make."""
     counted, whole = cost.variant(plan, variant), cost.variant(plan, Variant(name=FULL))
     return replace(
@@ -107,7 +127,9 @@ def _block_milliseconds(measured: Damage, repeats: int = 5) -> float:
     """Median time of block 0 on one sample-batch of the calibration, milliseconds a sample."""
     block, state = measured.teacher.block(0), measured.embedded[0]
     return (
-        1e3 * _median_seconds(lambda: measured.teacher.architecture.run_block(block, state), repeats) / len(state.image)
+        1e3
+        * _median_seconds(lambda: measured.teacher.architecture.run_block(block, state), repeats)
+        / len(state.image)
     )
 
 

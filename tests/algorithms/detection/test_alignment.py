@@ -1,4 +1,5 @@
-"""Kernel alignment against the sums that define it, ridge regression against lstsq and closed forms."""
+"""Kernel alignment against the sums that define it, ridge regression against lstsq and closed
+forms."""
 
 import itertools
 
@@ -64,6 +65,14 @@ def test_independent_data_do_not_align_where_the_biased_form_says_they_do():
     assert abs(float(cka(linear_gram(x), linear_gram(y)))) < 0.05
     biased = cka(linear_gram(x), linear_gram(y), estimator=biased_hsic)
     centred = [m - m.mean(0) for m in (x, y)]
-    products = [(a.T @ b).square().sum() for a, b in ((centred[0], centred[1]), (centred[0],) * 2, (centred[1],) * 2)]
-    assert float(biased) == pytest.approx(float(products[0] / (products[1] * products[2]).sqrt())) and biased > 0.7
-    assert float(cka(linear_gram(x), linear_gram(3 * x + 1), estimator=biased_hsic)) == pytest.approx(1)
+    products = [
+        (a.T @ b).square().sum()
+        for a, b in ((centred[0], centred[1]), (centred[0],) * 2, (centred[1],) * 2)
+    ]
+    assert (
+        float(biased) == pytest.approx(float(products[0] / (products[1] * products[2]).sqrt()))
+        and biased > 0.7
+    )
+    assert float(
+        cka(linear_gram(x), linear_gram(3 * x + 1), estimator=biased_hsic)
+    ) == pytest.approx(1)

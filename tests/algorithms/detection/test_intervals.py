@@ -24,12 +24,15 @@ def curve(u: int, k: int) -> float:
 
 
 def spans(eps=0.0, max_drop=2.0, longest=8, protect=()) -> list[tuple[int, int]]:
-    found = greedy_intervals(curve, len(STEPS), longest, max(STEPS), eps, max_drop, frozenset(protect))
+    found = greedy_intervals(
+        curve, len(STEPS), longest, max(STEPS), eps, max_drop, frozenset(protect)
+    )
     return [(f.first, f.last) for f in found]
 
 
 def test_the_first_difference_starts_from_one():
-    assert first_difference(curve, 2, 3) == pytest.approx(0.04)  # cka(2, 2) is 1 by definition, not read
+    # cka(2, 2) is 1 by definition, not read
+    assert first_difference(curve, 2, 3) == pytest.approx(0.04)
     assert first_difference(curve, 1, 4) == pytest.approx(0.30)
     never = first_difference(lambda u, k: {(2, 3): 0.75}[u, k], 2, 3)
     assert never == 0.25
@@ -46,7 +49,8 @@ def test_a_large_first_drop_leaves_a_block_single():
 
 def test_a_small_rise_ends_nothing():
     assert spans(eps=0.62) == [(0, 3), (4, 5), (6, 7)]  # 0.30 > 0.04 + 0.62 * 0.41
-    assert spans(eps=0.65) == [(0, 5), (6, 7)]  # 0.30 < 0.04 + 0.65 * 0.41, and 0.40 > 0.02 + 0.65 * 0.41
+    # 0.30 < 0.04 + 0.65 * 0.41, and 0.40 > 0.02 + 0.65 * 0.41
+    assert spans(eps=0.65) == [(0, 5), (6, 7)]
     assert spans(eps=1.0) == [(0, 7)]
 
 
@@ -93,7 +97,9 @@ def test_the_budget_programme_equals_brute_force(data):
     blocks = data.draw(st.integers(2, 9))
     longest, remove = data.draw(st.integers(2, 9)), data.draw(st.integers(1, 7))
     protect = frozenset(data.draw(st.sets(st.integers(0, blocks - 1), max_size=2)))
-    costs = {pair: data.draw(st.integers(0, 1000)) for pair in itertools.combinations(range(blocks), 2)}
+    costs = {
+        pair: data.draw(st.integers(0, 1000)) for pair in itertools.combinations(range(blocks), 2)
+    }
 
     def total(chosen):
         return sum(costs[pair] for pair in chosen)
@@ -109,9 +115,13 @@ def test_the_budget_programme_equals_brute_force(data):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=8), st.integers(-5, 120))
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=8), st.integers(-5, 120)
+)
 def test_least_damage_equals_brute_force(items, saving):
-    subsets = itertools.chain.from_iterable(itertools.combinations(range(len(items)), r) for r in range(len(items) + 1))
+    subsets = itertools.chain.from_iterable(
+        itertools.combinations(range(len(items)), r) for r in range(len(items) + 1)
+    )
     enough = [sum(items[i][1] for i in s) for s in subsets if sum(items[i][0] for i in s) >= saving]
     chosen = least_damage(items, saving)
     if not enough:

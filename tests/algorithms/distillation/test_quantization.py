@@ -12,9 +12,14 @@ WEIGHT = torch.randn(12, 128, generator=torch.Generator().manual_seed(0))
 
 def test_scaled_fp8_uses_the_whole_range():
     values, scale = scaled_fp8(WEIGHT)
-    assert values.dtype == torch.float8_e4m3fn and float(values.float().abs().max()) == 448 and scale.shape == ()
+    assert (
+        values.dtype == torch.float8_e4m3fn
+        and float(values.float().abs().max()) == 448
+        and scale.shape == ()
+    )
     error = (values.float() * scale - WEIGHT).abs()
-    assert bool((error <= WEIGHT.abs() / 16 + scale * 2**-10).all())  # three bits of mantissa, and the smallest step
+    # three bits of mantissa, and the smallest step
+    assert bool((error <= WEIGHT.abs() / 16 + scale * 2**-10).all())
     assert not scaled_fp8(torch.zeros(3, 4))[0].float().any()
 
 
@@ -32,7 +37,8 @@ def test_fewer_bits_hurt_more_and_zeros_stay():
     errors = {kind: float((simulated(sparse, kind) - sparse).norm()) for kind in BITS}
     assert errors["int8"] < errors["fp8"] < errors["int4"]
     assert all(not simulated(sparse, kind)[sparse == 0].any() for kind in BITS)
-    assert simulated(WEIGHT[:, :30], "int4").shape == (12, 30)  # groups do not divide it: a scale a row
+    # groups do not divide it: a scale a row
+    assert simulated(WEIGHT[:, :30], "int4").shape == (12, 30)
     with pytest.raises(ValueError, match="'int2' is unknown; known: fp8, int8, int4"):
         simulated(WEIGHT, "int2")
 
@@ -40,4 +46,8 @@ def test_fewer_bits_hurt_more_and_zeros_stay():
 def test_two_parts_are_read_once():
     reads = []
     parts = TwoParts(lambda: reads.append(1) or torch.ones(2), lambda t: (t, 2 * t))
-    assert parts.take_first().tolist() == [1, 1] and parts.take_second().tolist() == [2, 2] and len(reads) == 1
+    assert (
+        parts.take_first().tolist() == [1, 1]
+        and parts.take_second().tolist() == [2, 2]
+        and len(reads) == 1
+    )

@@ -1,4 +1,5 @@
-"""Averages, saves and gradients of the training on the velocity, each against a plain recomputation."""
+"""Averages, saves and gradients of the training on the velocity, each against a plain
+recomputation."""
 
 from __future__ import annotations
 
@@ -25,7 +26,13 @@ from ppcl_engine.stages.prune.polish import subset, subset_loss
 
 from ...tiny.trained_run import PROJECTIONS, SMALL, SMALLEST, write_parts
 
-SUBSETS = [(SMALL, SMALLEST), (("1-2",), SMALLEST), (("3-4",), SMALLEST), ((), SMALLEST), (SMALL, ())]
+SUBSETS = [
+    (SMALL, SMALLEST),
+    (("1-2",), SMALLEST),
+    (("3-4",), SMALLEST),
+    ((), SMALLEST),
+    (SMALL, ()),
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +47,9 @@ def world(tmp_path_factory, teacher_file, make_run):
 def parts(world):
     run, plan, teacher = world
     students = RunStudents(run, teacher.config, teacher.architecture)
-    return Parts(plan, plan.everything(), teacher.architecture, students, "cpu").requires_grad_(True)
+    return Parts(plan, plan.everything(), teacher.architecture, students, "cpu").requires_grad_(
+        True
+    )
 
 
 def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -73,7 +82,8 @@ def test_without_an_average_the_last_weights_are_used(tmp_path):
 
 
 def test_each_parameter_counts_its_own_updates(tmp_path):
-    """A part that was off takes its next step as if the others' steps had not been; so it does after a restore."""
+    """A part that was off takes its next step as if the others' steps had not been; so it does
+    after a restore."""
     torch.manual_seed(0)
     module = nn.ModuleDict({"a": nn.Linear(3, 1), "b": nn.Linear(3, 1)})
     whole = AveragedTrainer(copy.deepcopy(module), 0.0, 0.9)
@@ -84,7 +94,9 @@ def test_each_parameter_counts_its_own_updates(tmp_path):
     resumed = AveragedTrainer(copy.deepcopy(module), 0.0, 0.9)
     resumed.restore(tmp_path / "x.safetensors")
     for step in range(6, 9):
-        resumed.update(resumed.module["ab"[step % 3 == 2]](torch.ones(3)).square().sum(), 0.1, "here")
+        resumed.update(
+            resumed.module["ab"[step % 3 == 2]](torch.ones(3)).square().sum(), 0.1, "here"
+        )
     assert resumed.tensors()["counts"].tolist() == [6, 6, 3, 3]
     assert all(torch.equal(resumed.tensors()[n], t) for n, t in whole.tensors().items())
 
@@ -99,16 +111,23 @@ def test_a_live_subset_is_the_assembled_variant_and_its_gradients_reach_the_part
     students = RunStudents(run, teacher.config, teacher.architecture)
     loss = subset_loss(teacher, parts, layout_of(plan, variant), inputs, checkpointing=False)
     loss.backward()
-    model = open_variant(teacher.weights, students, plan, variant, torch.float32, "cpu").requires_grad_(True)
+    model = open_variant(
+        teacher.weights, students, plan, variant, torch.float32, "cpu"
+    ).requires_grad_(True)
     target = teacher.architecture.call(_teacher_model(teacher), inputs)
     expected = velocity_loss(teacher.architecture.call(model, inputs), target)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     expected.backward()
     compared = 0
     for place in layout_of(plan, variant).places:
-        block = model.get_submodule(teacher.architecture.block_prefix(teacher.config, place.index)[:-1])
+        block = model.get_submodule(
+            teacher.architecture.block_prefix(teacher.config, place.index)[:-1]
+        )
         for name, ours, theirs in _pairs(teacher.architecture, parts, place, block):
-            assert theirs is None or torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7), (place.name, name)
+            assert theirs is None or torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7), (
+                place.name,
+                name,
+            )
             compared += theirs is not None
     assert compared == sum(grad is not None for grad in (p.grad for p in parts.parameters()))
 
@@ -119,7 +138,8 @@ def _teacher_model(teacher):
 
 
 def _pairs(architecture, parts, place, block):
-    """(name, gradient of the parts' tensor, that of the model's); of a cut tensor the rows that are left."""
+    """(name, gradient of the parts' tensor, that of the model's); of a cut tensor the rows that are
+    left."""
     if place.interval:
         for name, parameter in parts.students[place.name].named_parameters():
             theirs = dict(block.named_parameters()).get(name)
@@ -156,12 +176,19 @@ def test_checkpointing_and_streaming_change_no_bit_of_a_gradient(
 
 def test_checkpointing_the_whole_model_changes_no_bit_of_a_gradient(world, padded_inputs):
     run, plan, teacher = world
-    students, variant = RunStudents(run, teacher.config, teacher.architecture), plan.variant("smallest")
-    model = open_variant(teacher.weights, students, plan, variant, torch.float32, "cpu").requires_grad_(True)
+    students, variant = (
+        RunStudents(run, teacher.config, teacher.architecture),
+        plan.variant("smallest"),
+    )
+    model = open_variant(
+        teacher.weights, students, plan, variant, torch.float32, "cpu"
+    ).requires_grad_(True)
     found = []
     for checkpointing in (False, True):
         model.zero_grad()
-        velocity = model_velocity(teacher, model, layout_of(plan, variant), padded_inputs(3), checkpointing)
+        velocity = model_velocity(
+            teacher, model, layout_of(plan, variant), padded_inputs(3), checkpointing
+        )
         velocity.square().sum().backward()
         found.append((velocity.detach(), gradients(model)))
     (plain, expected), (again, ours) = found
@@ -184,7 +211,10 @@ def test_every_projection_that_a_subset_may_need(world):
     assert set(projections_of(plan, plan.everything())) == set(PROJECTIONS)
     without = Variant(name="x", intervals=("3-4",), sites=SMALLEST)
     assert set(projections_of(plan, without)) == PROJECTIONS.keys() - {("1-2", "ffn_image")}
-    assert set(projections_of(plan, Variant(name="x", sites=("text:3-4",)))) == {("3", "text"), ("4", "text")}
+    assert set(projections_of(plan, Variant(name="x", sites=("text:3-4",)))) == {
+        ("3", "text"),
+        ("4", "text"),
+    }
 
 
 def test_subsets_are_drawn_from_seed_and_step(world):
@@ -193,7 +223,9 @@ def test_subsets_are_drawn_from_seed_and_step(world):
     config = PolishConfig(**common, all_on=0.25)
     drawn = [subset(plan, everything, config, step) for step in range(400)]
     assert drawn == [subset(plan, everything, config, step) for step in range(400)]
-    assert drawn != [subset(plan, everything, PolishConfig(**common, all_on=0.25, seed=1), s) for s in range(400)]
+    assert drawn != [
+        subset(plan, everything, PolishConfig(**common, all_on=0.25, seed=1), s) for s in range(400)
+    ]
     assert 70 <= sum(v == everything for v in drawn) <= 150
     assert 120 <= sum("3-4" in v.intervals for v in drawn if v != everything) <= 180
     for variant in drawn:
@@ -203,7 +235,9 @@ def test_subsets_are_drawn_from_seed_and_step(world):
 @pytest.mark.parametrize("stage", ["polish", "finetune"])
 def test_the_dry_run_says_that_the_optimiser_comes_on_top(stage, capsys, tmp_path):
     assert main([stage, "--model", "qwen_image", "--run", str(tmp_path), "--dry-run"]) == 0
-    assert "20 bytes a trained parameter, 409 GB if that is the whole model" in capsys.readouterr().out
+    assert (
+        "20 bytes a trained parameter, 409 GB if that is the whole model" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("wrong", [{"ema": 1.0}, {"ema": -0.1}, {"steps": 0}, {"save_every": 0}])

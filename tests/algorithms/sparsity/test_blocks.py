@@ -1,4 +1,5 @@
-"""Statistics of real blocks against a plain forward, and channels in another order, in every architecture."""
+"""Statistics of real blocks against a plain forward, and channels in another order, in every
+architecture."""
 
 import copy
 
@@ -13,13 +14,17 @@ from ppcl_engine.architectures import ARCHITECTURES
 from ppcl_engine.architectures.linear_maps import known_columns, known_rows, linear_maps
 from ppcl_engine.models.weights import Weights
 
-pytestmark = pytest.mark.parametrize("architecture", [a.name for a in ARCHITECTURES], indirect=True, scope="module")
+pytestmark = pytest.mark.parametrize(
+    "architecture", [a.name for a in ARCHITECTURES], indirect=True, scope="module"
+)
 METHOD = Method(pattern=pattern_named("2:4"), sparsity=0.5, score="wanda")
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, architecture, make_model, save_model):
-    return Weights(save_model(tmp_path_factory.mktemp("blocks") / "model.safetensors", make_model()))
+    return Weights(
+        save_model(tmp_path_factory.mktemp("blocks") / "model.safetensors", make_model())
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,11 @@ def at_block(teacher, padded_inputs):
         for before in range(index):
             block = teacher.block(before, torch.float32, "cpu")
             states = [teacher.architecture.run_block(block, state) for state in states]
-        return teacher.block(index, torch.float32, "cpu"), states, [batch["timestep"] for batch in batches]
+        return (
+            teacher.block(index, torch.float32, "cpu"),
+            states,
+            [batch["timestep"] for batch in batches],
+        )
 
     return make
 
@@ -55,7 +64,9 @@ def test_grams_are_those_of_a_plain_forward(teacher, at_block, scheme):
         grams = grams_of(teacher, block, states, times, scheme)
         seen = {name: [] for name in linear_maps(block)}
         for name, module in linear_maps(block).items():
-            module.register_forward_pre_hook(lambda _, arguments, inputs=seen[name]: inputs.append(arguments[0]))
+            module.register_forward_pre_hook(
+                lambda _, arguments, inputs=seen[name]: inputs.append(arguments[0])
+            )
         with torch.no_grad():
             for state in states:
                 teacher.architecture.run_block(block, state)
@@ -67,7 +78,9 @@ def test_grams_are_those_of_a_plain_forward(teacher, at_block, scheme):
                 if state.text_mask is not None and ("add_" in name or "txt_mlp" in name):
                     real = state.text_mask
                 weights = (weights if x.ndim == 2 else weights[:, None].expand(x.shape[:2]))[real]
-                total = total + torch.einsum("n,ni,nj->ij", weights, x[real].double(), x[real].double())
+                total = total + torch.einsum(
+                    "n,ni,nj->ij", weights, x[real].double(), x[real].double()
+                )
                 rows += float(weights.sum())
             torch.testing.assert_close(grams.of(name, name), total / rows, rtol=1e-4, atol=1e-5)
 
@@ -91,10 +104,14 @@ def test_channels_in_another_order_change_no_output(teacher, at_block):
             with torch.no_grad():
                 ours, theirs = run(block, state), run(before, state)
             for stream in ("image", "text"):
-                torch.testing.assert_close(ours.stream(stream), theirs.stream(stream), rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    ours.stream(stream), theirs.stream(stream), rtol=1e-4, atol=1e-4
+                )
         again = grams_of(teacher, block, states, times)
         for name in changed:
-            assert not torch.equal(block.get_submodule(name).weight, before.get_submodule(name).weight)
+            assert not torch.equal(
+                block.get_submodule(name).weight, before.get_submodule(name).weight
+            )
             torch.testing.assert_close(matrices[name], again.of(name, name), rtol=1e-3, atol=1e-3)
 
 
@@ -113,9 +130,16 @@ def test_another_order_loses_less(teacher, at_block):
 def test_known_groups_add_up(teacher):
     for index in (0, teacher.num_blocks - 1):
         block = teacher.block(index, torch.float32, "cpu")
-        known = {n: (known_rows(teacher.architecture.name, block, n), known_columns(teacher.architecture.name, block, n))
-                 for n in linear_maps(block)}  # fmt: skip
+        known = {
+            n: (
+                known_rows(teacher.architecture.name, block, n),
+                known_columns(teacher.architecture.name, block, n),
+            )
+            for n in linear_maps(block)
+        }
         for name, (rows, columns) in known.items():
             module = block.get_submodule(name)
             assert sum(rows) in (0, module.out_features) and sum(columns) in (0, module.in_features)
-        assert any(len(rows) > 2 for rows, _ in known.values()) and any(columns for _, columns in known.values())
+        assert any(len(rows) > 2 for rows, _ in known.values()) and any(
+            columns for _, columns in known.values()
+        )

@@ -36,7 +36,8 @@ def test_any_mask_loses_less_than_without_and_not_less_than_least_squares():
         weight, gram, lambda first, part: kept[:, first : first + part.shape[1]], damping=0
     )
     plain, ours, best = (
-        layer_error(weight - w, gram) for w in (weight.masked_fill(~kept, 0), new, least_squares(weight, gram, kept))
+        layer_error(weight - w, gram)
+        for w in (weight.masked_fill(~kept, 0), new, least_squares(weight, gram, kept))
     )
     assert best <= ours < 0.7 * plain
     assert (new[~kept] == 0).all()
@@ -49,7 +50,9 @@ def test_blocks_change_nothing_but_the_order_of_sums(monkeypatch):
     for size in (40, 8):
         monkeypatch.setattr(compensation, "BLOCK", size)
         found.append(
-            compensation.compensated(weight, gram, lambda first, part: kept[:, first : first + part.shape[1]])[0]
+            compensation.compensated(
+                weight, gram, lambda first, part: kept[:, first : first + part.shape[1]]
+            )[0]
         )
     torch.testing.assert_close(*found)
 
@@ -58,8 +61,11 @@ def test_the_factor_knows_the_inverse():
     _, _, gram = layer(2, 6)
     factor = compensation.inverse_factor(gram, damping=0)
     torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(gram))
-    torch.testing.assert_close(compensation.inverse_diagonal(gram, damping=0), torch.linalg.inv(gram).diagonal())
-    settled = torch.linalg.inv(gram[2:, 2:]).diagonal()  # of what is left when two columns are settled
+    torch.testing.assert_close(
+        compensation.inverse_diagonal(gram, damping=0), torch.linalg.inv(gram).diagonal()
+    )
+    # of what is left when two columns are settled
+    settled = torch.linalg.inv(gram[2:, 2:]).diagonal()
     assert float(factor[2, 2].square()) == pytest.approx(float(settled[0]))
 
 

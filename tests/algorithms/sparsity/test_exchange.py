@@ -1,4 +1,5 @@
-"""Exchanges against brute force: at the end none is left that helps, and every row keeps its count."""
+"""Exchanges against brute force: at the end none is left that helps, and every row keeps its
+count."""
 
 import itertools
 
@@ -27,7 +28,11 @@ def row_error(weight, gram, stays):
 def test_no_exchange_is_left_that_helps(name):
     weight, _, gram = layer(6, 16)
     pattern = pattern_named(name)
-    start = kept_of_groups(wanda(weight, gram.diagonal()), pattern) if pattern.of else lowest_by_row(weight, gram)
+    start = (
+        kept_of_groups(wanda(weight, gram.diagonal()), pattern)
+        if pattern.of
+        else lowest_by_row(weight, gram)
+    )
     stays = exchanged(weight, gram, start, pattern)
     assert torch.equal(stays.sum(1), start.sum(1))
     if pattern.of:
@@ -42,7 +47,8 @@ def test_no_exchange_is_left_that_helps(name):
                 other = mask.clone()
                 other[a], other[b] = False, True
                 after[a, b] = row_error(weight[row], gram, other)
-        assert min(after.values()) > 0.9 * best  # pairs of two that are nothing by themselves are not looked for
+        # pairs of two that are nothing by themselves are not looked for
+        assert min(after.values()) > 0.9 * best
 
 
 def test_a_mask_that_is_the_best_stays():
@@ -54,8 +60,11 @@ def test_a_mask_that_is_the_best_stays():
 
 
 def test_weights_whose_errors_cancel_go_together():
-    """x_0 = -x_1: dropping both of two equal weights costs nothing, whatever their size; half of it costs most."""
+    """x_0 = -x_1: dropping both of two equal weights costs nothing, whatever their size; half of it
+    costs most."""
     gram = torch.tensor([[1.0, -1, 0, 0], [-1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).double()
     weight = torch.tensor([[5.0, 5, 6, 1]]).double()
-    stays = exchanged(weight, gram, torch.tensor([[True, False, True, False]]), pattern_named("unstructured"))
+    stays = exchanged(
+        weight, gram, torch.tensor([[True, False, True, False]]), pattern_named("unstructured")
+    )
     assert stays.tolist() == [[False, False, True, True]]

@@ -28,7 +28,9 @@ def test_what_counts_as_two_of_four():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_parity_on_a_gpu():
-    model = nn.Sequential(two_of_four(torch.bfloat16, "cuda"), nn.Linear(64, 64, device="cuda", dtype=torch.bfloat16))
+    model = nn.Sequential(
+        two_of_four(torch.bfloat16, "cuda"), nn.Linear(64, 64, device="cuda", dtype=torch.bfloat16)
+    )
     x = torch.randn(32, 128, device="cuda", dtype=torch.bfloat16)
     expected = model(x)
     has_kernels = torch.cuda.get_device_capability() >= (8, 0)

@@ -1,4 +1,5 @@
-"""Patterns and granularities: the share is exact, who is compared with whom, and what a budget that moves gains."""
+"""Patterns and granularities: the share is exact, who is compared with whom, and what a budget that
+moves gains."""
 
 import pytest
 import torch
@@ -50,8 +51,11 @@ def test_patterns_bring_their_own_share_and_refuse_what_does_not_divide():
 
 def tiles_of(weight, gram):
     labels = cluster_rows_and_columns(weight, gram.diagonal(), Structure(rows=(4, 3)))
-    return {"row": granularity.row_tiles(weight), "layer": granularity.one_tile(weight),
-            "cluster": granularity.cluster_tiles(*labels)}  # fmt: skip
+    return {
+        "row": granularity.row_tiles(weight),
+        "layer": granularity.one_tile(weight),
+        "cluster": granularity.cluster_tiles(*labels),
+    }
 
 
 @pytest.mark.parametrize("name", ["row", "layer", "cluster"])
@@ -87,13 +91,17 @@ def test_a_budget_that_moves_keeps_its_sum_and_lowers_the_exact_error():
     weight, _, gram = layer(24, 32)
     weight[:8] *= 10  # these rows can spare nothing
     tiles = granularity.cluster_tiles(torch.arange(24) // 8, torch.arange(32) // 16)
-    rank, even = granularity.ranks(wanda(weight, gram.diagonal()), tiles), granularity.even_counts(tiles, 0.5)
+    rank, even = (
+        granularity.ranks(wanda(weight, gram.diagonal()), tiles),
+        granularity.even_counts(tiles, 0.5),
+    )
     moved = granularity.moved_counts(weight, gram, rank, tiles, even)
     assert int(moved.sum()) == int(even.sum())
     assert (moved >= 0).all() and (moved <= tiles.sizes).all()
     assert moved[:2].sum() < even[:2].sum() / 2
     before, after = (
-        layer_error(weight.masked_fill(granularity.kept(rank, tiles, counts), 0), gram) for counts in (even, moved)
+        layer_error(weight.masked_fill(granularity.kept(rank, tiles, counts), 0), gram)
+        for counts in (even, moved)
     )
     assert after < 0.5 * before
 
@@ -101,7 +109,9 @@ def test_a_budget_that_moves_keeps_its_sum_and_lowers_the_exact_error():
 def test_k_means_finds_groups_that_are_apart_from_a_start_that_is_nearly_right():
     generator, truth = torch.Generator().manual_seed(0), torch.arange(40) // 10
     truth[[3, 17, 38]] = torch.tensor([2, 0, 1])
-    points = torch.tensor([[0.0, 0], [9, 0], [0, 9], [9, 9]])[truth] + 0.1 * torch.randn(40, 2, generator=generator)
+    points = torch.tensor([[0.0, 0], [9, 0], [0, 9], [9, 9]])[truth] + 0.1 * torch.randn(
+        40, 2, generator=generator
+    )
     assert torch.equal(k_means(points, start_labels(points, known=(10, 10, 10, 10))), truth)
 
 
@@ -115,5 +125,18 @@ def test_features_and_starts():
     found = features(torch.tensor([[1.0, -1, 1, -1], [0, 0, 0, 2], [3, 3, 3, 3]]))
     assert found[:, 1].argmax() == 1 and found[:, 2].argmax() == 1
     torch.testing.assert_close(found.mean(0), torch.zeros(3), atol=1e-6, rtol=0)
-    assert start_labels(torch.zeros(12, 3), (1,) * 12).tolist() == [0, 0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7]
+    assert start_labels(torch.zeros(12, 3), (1,) * 12).tolist() == [
+        0,
+        0,
+        1,
+        2,
+        2,
+        3,
+        4,
+        4,
+        5,
+        6,
+        6,
+        7,
+    ]
     assert start_labels(torch.tensor([[3.0], [1], [2], [0]]), ()).tolist() == [3, 1, 2, 0]

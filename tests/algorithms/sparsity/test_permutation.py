@@ -13,7 +13,10 @@ PATTERN = pattern_named("2:4")
 
 def random_score(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(rows, columns, generator=generator) * torch.rand(columns, generator=generator).exp()
+    return (
+        torch.rand(rows, columns, generator=generator)
+        * torch.rand(columns, generator=generator).exp()
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -22,7 +25,9 @@ def test_an_order_of_eight_columns_is_near_the_best_of_all(seed):
     rest = set(range(1, 8))
     every = [[0, *some, *sorted(rest - set(some))] for some in itertools.combinations(rest, 3)]
     best = max(kept_score(score, torch.tensor(order), PATTERN) for order in every)
-    found, present = (kept_score(score, o, PATTERN) for o in (column_order(score, PATTERN), torch.arange(8)))
+    found, present = (
+        kept_score(score, o, PATTERN) for o in (column_order(score, PATTERN), torch.arange(8))
+    )
     assert present < found <= best + 1e-4
     assert found - present > 0.7 * (best - present)
 
@@ -37,7 +42,9 @@ def test_important_columns_side_by_side_are_parted():
 
 def test_sections_stay_together():
     order = column_order(random_score(5, 24), PATTERN, sections=3)
-    assert all(sorted(order[8 * n : 8 * n + 8].tolist()) == list(range(8 * n, 8 * n + 8)) for n in range(3))
+    assert all(
+        sorted(order[8 * n : 8 * n + 8].tolist()) == list(range(8 * n, 8 * n + 8)) for n in range(3)
+    )
 
 
 def test_no_exchange_of_two_is_left_that_helps():

@@ -8,7 +8,13 @@ import torch
 from ppcl_engine.algorithms.sparsity.clusters import Structure
 from ppcl_engine.algorithms.sparsity.layer import layer_error
 from ppcl_engine.algorithms.sparsity.patterns import pattern_named
-from ppcl_engine.algorithms.sparsity.pruning import GRANULARITIES, SCORES, Method, plain_score, prune_layer
+from ppcl_engine.algorithms.sparsity.pruning import (
+    GRANULARITIES,
+    SCORES,
+    Method,
+    plain_score,
+    prune_layer,
+)
 
 from .test_scores import layer
 
@@ -18,7 +24,9 @@ KNOWN = Structure(rows=(8, 8), columns=(16, 16))
 
 def pruned(score="energy", granularity="cluster", sparsity=0.5, pattern=DENSE, seed=0, **more):
     weight, _, gram = layer(16, 32, seed)
-    method = Method(pattern=pattern, sparsity=sparsity, score=score, granularity=granularity, **more)
+    method = Method(
+        pattern=pattern, sparsity=sparsity, score=score, granularity=granularity, **more
+    )
     return weight, gram, prune_layer(weight, gram, method, KNOWN)
 
 
@@ -26,8 +34,12 @@ def pruned(score="energy", granularity="cluster", sparsity=0.5, pattern=DENSE, s
 def test_every_score_in_every_granularity(score, granularity):
     weight, gram, found = pruned(score, granularity, sparsity=0.61)
     assert int((~found.stays).sum()) == round(16 * 32 * 0.61)
-    assert (found.weight[~found.stays] == 0).all() and (found.weight != 0).sum() == found.stays.sum()
-    assert found.error == pytest.approx(layer_error(weight - found.weight, gram) / layer_error(weight, gram))
+    assert (found.weight[~found.stays] == 0).all() and (
+        found.weight != 0
+    ).sum() == found.stays.sum()
+    assert found.error == pytest.approx(
+        layer_error(weight - found.weight, gram) / layer_error(weight, gram)
+    )
     if score != "obs":
         assert torch.equal(found.weight, weight * found.stays)
 
@@ -66,5 +78,7 @@ def test_the_surgeon_of_one_layer_beats_what_does_not_compensate():
 
 def test_unknown_scores_list_the_known():
     weight, _, gram = layer()
-    with pytest.raises(ValueError, match="score 'taylor' is unknown; known: magnitude, wanda, ria, obs, energy"):
+    with pytest.raises(
+        ValueError, match="score 'taylor' is unknown; known: magnitude, wanda, ria, obs, energy"
+    ):
         plain_score(weight, gram, "taylor")

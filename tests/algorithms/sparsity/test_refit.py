@@ -22,8 +22,12 @@ def test_it_is_the_least_squares_solution():
 def test_it_beats_the_surgeon_on_the_same_mask():
     weight, _, gram = layer(16, 40)
     stays = weight.abs() > weight.abs().median()
-    surgeon, _ = compensation.compensated(weight, gram, lambda first, part: stays[:, first : first + part.shape[1]])
-    assert layer_error(weight - refitted(weight, gram, stays), gram) < layer_error(weight - surgeon, gram)
+    surgeon, _ = compensation.compensated(
+        weight, gram, lambda first, part: stays[:, first : first + part.shape[1]]
+    )
+    assert layer_error(weight - refitted(weight, gram, stays), gram) < layer_error(
+        weight - surgeon, gram
+    )
 
 
 def test_a_ridge_keeps_weights_where_the_inputs_say_nothing():

@@ -27,9 +27,20 @@ def task(teacher, teacher_file, calibration_of):
 def planted(tmp_path_factory, make_model, save_model, calibration_of):
     model = make_model(seed=7)
     block = model.transformer_blocks[IDENTITY]
-    for last in (block.attn.to_out[0], block.attn.to_add_out, block.img_mlp.net[2], block.txt_mlp.net[2]):
+    for last in (
+        block.attn.to_out[0],
+        block.attn.to_add_out,
+        block.img_mlp.net[2],
+        block.txt_mlp.net[2],
+    ):
         last.weight.zero_()
         last.bias.zero_()
     path = save_model(tmp_path_factory.mktemp("planted") / "teacher.safetensors", model)
     teacher = Teacher(Weights(path), torch.float32, "cpu", streamed=False)
-    return Task(teacher=teacher, calibration=calibration_of(path, batches=2), remove=1, learning_rate=1e-3, seed=0)
+    return Task(
+        teacher=teacher,
+        calibration=calibration_of(path, batches=2),
+        remove=1,
+        learning_rate=1e-3,
+        seed=0,
+    )

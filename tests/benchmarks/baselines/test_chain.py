@@ -1,4 +1,5 @@
-"""A chain of the teacher's own blocks is the teacher; distillation and its budget, counted and to the bit."""
+"""A chain of the teacher's own blocks is the teacher; distillation and its budget, counted and to
+the bit."""
 
 import copy
 
@@ -32,7 +33,9 @@ def student(teacher):
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_the_teachers_own_blocks_are_the_teacher(streamed, teacher_file, architecture, model, padded_inputs):
+def test_the_teachers_own_blocks_are_the_teacher(
+    streamed, teacher_file, architecture, model, padded_inputs
+):
     teacher = Teacher(Weights(teacher_file), torch.float32, "cpu", streamed)
     inputs, seen = padded_inputs(), []
     expected = architecture.call(model, inputs)
@@ -52,7 +55,9 @@ def test_other_outer_layers_embed_without_touching_the_teacher(teacher, padded_i
         outer.img_in.bias += 1
     before = teacher.embed(padded_inputs()).image
     moved = streaming.embed_with(teacher, outer, padded_inputs()).image
-    assert torch.allclose(moved, before + 1, atol=1e-5) and torch.equal(teacher.embed(padded_inputs()).image, before)
+    assert torch.allclose(moved, before + 1, atol=1e-5) and torch.equal(
+        teacher.embed(padded_inputs()).image, before
+    )
 
 
 def test_a_budget_counts_and_refuses():
@@ -74,7 +79,9 @@ def test_the_cost_of_a_step_is_what_runs(steps, teacher, student, calibration):
         distil_velocity(teacher, blocks, outer, calibration, **settings)
     assert counted.passes == steps * step_cost(6, 4)
     with count_passes() as counted:
-        distil_velocity(teacher, blocks, outer, calibration, trainable=blocks[2].parameters(), **settings)
+        distil_velocity(
+            teacher, blocks, outer, calibration, trainable=blocks[2].parameters(), **settings
+        )
     assert counted.passes == steps * step_cost(6, 4, frozen=2)
 
 
@@ -115,7 +122,9 @@ def test_only_what_is_named_is_trained_and_extra_losses_count(teacher, student, 
 
     plain = float(distil_loss(teacher, blocks, outer, chain.step_inputs(calibration, 3, 0)))
     settings = {"steps": 2, "learning_rate": 1e-3, "seed": 3, "extra_loss": extra}
-    losses = distil_velocity(teacher, blocks, outer, calibration, trainable=blocks[1].parameters(), **settings)
+    losses = distil_velocity(
+        teacher, blocks, outer, calibration, trainable=blocks[1].parameters(), **settings
+    )
     assert sizes == [(5, 7)] * 2 and losses[0] > plain
     assert all(same(before, weights(outer, *blocks[:1], *blocks[2:])))
     assert not all(same(moved, weights(blocks[1])))

@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.baselines.chain import Budget, step_inputs
-from benchmarks.baselines.cka_sequential import runs_with_students, sequential_cost, sequential_loss, train_sequential
+from benchmarks.baselines.cka_sequential import (
+    runs_with_students,
+    sequential_cost,
+    sequential_loss,
+    train_sequential,
+)
 from ppcl_engine.algorithms.distillation.losses import direction, relative_mse
 from ppcl_engine.models.streaming import run_blocks
 
@@ -37,7 +42,8 @@ def test_the_loss_is_that_of_the_chain_written_out(loss, task, architecture):
     blocks = [teacher.block(i) for i in range(6)]
     with count_passes() as counted:
         value = sequential_loss(task, {1: (2, blocks[1]), 4: (5, blocks[4])}, inputs, loss)
-    assert counted.passes == 6 + 1 + 1 + 1  # nothing is trained here, so the chain costs its forwards
+    # nothing is trained here, so the chain costs its forwards
+    assert counted.passes == 6 + 1 + 1 + 1
     assert sequential_cost([(1, 2), (4, 5)]) == 6 + 3 * (1 + 1 + 1)
     whole = []
     run_blocks(architecture, blocks, teacher.embed(inputs), whole)
@@ -51,9 +57,10 @@ def test_the_loss_is_that_of_the_chain_written_out(loss, task, architecture):
 def test_intervals_found_elsewhere(task):
     budget = Budget(400)
     pruned = train_sequential(task, budget, [(3, 4), (0, 1)], loss=relative_mse)
-    assert (pruned.removed, list(pruned.blocks)) == ((1, 4), [0, 2, 3, 5]) and budget.left < sequential_cost(
-        [(0, 4)]
-    ) + 9
+    assert (pruned.removed, list(pruned.blocks)) == (
+        (1, 4),
+        [0, 2, 3, 5],
+    ) and budget.left < sequential_cost([(0, 4)]) + 9
     assert pruned.outer is task.teacher.outer
     changed = [
         i
@@ -69,4 +76,7 @@ def test_students_start_from_what_is_given_and_it_stays(task):
     pruned = train_sequential(task, Budget(0), [(1, 2)], students={1: student})
     assert all(map(torch.equal, pruned.blocks[1].parameters(), student.parameters()))
     train_sequential(task, Budget(50), [(1, 2)], students={1: student})
-    assert all(map(torch.equal, before, student.parameters())) and not next(student.parameters()).requires_grad
+    assert (
+        all(map(torch.equal, before, student.parameters()))
+        and not next(student.parameters()).requires_grad
+    )

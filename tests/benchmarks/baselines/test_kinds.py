@@ -27,7 +27,10 @@ def flux_task(architecture, tmp_path_factory, make_model, save_model, calibratio
 
 
 def test_quotas_are_shares_of_each_kind(flux_task):
-    assert [(blocks, count) for blocks, count in flux_task.quotas] == [(range(8), 2), (range(8, 12), 1)]
+    assert [(blocks, count) for blocks, count in flux_task.quotas] == [
+        (range(8), 2),
+        (range(8, 12), 1),
+    ]
     groups = task_groups(flux_task)
     assert [i for blocks, _ in groups for i in blocks] == list(range(12))
     assert not any({7, 8} <= set(blocks) for blocks, _ in groups)

@@ -18,9 +18,17 @@ pytestmark = pytest.mark.parametrize("architecture", ["sd35"], indirect=True)
 
 @pytest.fixture(scope="module")
 def task(architecture, tmp_path_factory, make_model, save_model, calibration_of):
-    path = save_model(tmp_path_factory.mktemp("sd35") / "teacher.safetensors", make_model(num_layers=12))
+    path = save_model(
+        tmp_path_factory.mktemp("sd35") / "teacher.safetensors", make_model(num_layers=12)
+    )
     teacher = Teacher(Weights(path), torch.float32, "cpu", streamed=False)
-    return Task(teacher=teacher, calibration=calibration_of(path, batches=2), remove=7, learning_rate=1e-3, seed=1)
+    return Task(
+        teacher=teacher,
+        calibration=calibration_of(path, batches=2),
+        remove=7,
+        learning_rate=1e-3,
+        seed=1,
+    )
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -29,5 +37,7 @@ def test_the_last_block_stays(task, architecture, padded_inputs, name):
     removed = importlib.import_module(f"benchmarks.baselines.{name}").select(task, Budget(6000))
     assert len(removed) == 7 and max(removed) < 11
     pruned = BASELINES[name](task, Budget(300), removed)
-    velocity = architecture.call(model_of(architecture, task.teacher.config, pruned, 12), padded_inputs())
+    velocity = architecture.call(
+        model_of(architecture, task.teacher.config, pruned, 12), padded_inputs()
+    )
     assert velocity.isfinite().all() and len(pruned.losses) > 1

@@ -1,4 +1,5 @@
-"""What holds for every baseline: blocks removed, teacher untouched, budget exact, same bits again, a real model."""
+"""What holds for every baseline: blocks removed, teacher untouched, budget exact, same bits again,
+a real model."""
 
 import dataclasses
 
@@ -34,7 +35,10 @@ def equal(first, second) -> bool:
 def held_out_error(task, pruned) -> float:
     """Velocity error under noise that training did not draw."""
     inputs = [task.calibration.fresh(step % 2, 10_000 + step) for step in range(8)]
-    return sum(float(distil_loss(task.teacher, list(pruned.blocks.values()), pruned.outer, row)) for row in inputs)
+    return sum(
+        float(distil_loss(task.teacher, list(pruned.blocks.values()), pruned.outer, row))
+        for row in inputs
+    )
 
 
 def test_all_methods_are_there():
@@ -50,21 +54,31 @@ def test_a_method(name, task, architecture, padded_inputs):
     assert counted.passes == budget.spent and PASSES - 40 < budget.spent <= PASSES
     assert equal(before, snapshot(task.teacher))
     kept = list(pruned.blocks)
-    assert len(pruned.removed) == 2 and sorted([*kept, *pruned.removed]) == list(range(6)) and kept == sorted(kept)
+    assert (
+        len(pruned.removed) == 2
+        and sorted([*kept, *pruned.removed]) == list(range(6))
+        and kept == sorted(kept)
+    )
     assert pruned.removed == tuple(sorted(pruned.removed))
     assert all(torch.isfinite(p).all() for p in bits(pruned))
     assert sum(pruned.losses[-6:]) < sum(pruned.losses[:6])
     owned = {p.data_ptr() for block in pruned.blocks.values() for p in block.parameters()}
-    assert not owned & {p.data_ptr() for _, block in task.teacher.walk(0, 5) for p in block.parameters()}
+    assert not owned & {
+        p.data_ptr() for _, block in task.teacher.walk(0, 5) for p in block.parameters()
+    }
 
     again = BASELINES[name](task, Budget(PASSES))
-    assert (again.removed, again.losses) == (pruned.removed, pruned.losses) and equal(bits(again), bits(pruned))
+    assert (again.removed, again.losses) == (pruned.removed, pruned.losses) and equal(
+        bits(again), bits(pruned)
+    )
 
     assert held_out_error(task, pruned) < held_out_error(task, copied(task, pruned.removed))
 
     inputs, blocks = padded_inputs(seed=20), list(pruned.blocks.values())
     model = model_of(architecture, task.teacher.config, pruned, 6)
-    velocity = run_chain(architecture, pruned.outer, blocks, architecture.embed(pruned.outer, inputs))
+    velocity = run_chain(
+        architecture, pruned.outer, blocks, architecture.embed(pruned.outer, inputs)
+    )
     assert float(relative_mse(architecture.call(model, inputs), velocity)) < 1e-10
     assert not len(pruned.outer.transformer_blocks)
 
@@ -75,11 +89,16 @@ def test_removed_blocks_can_be_given(name, task):
         budget = Budget(60)
         pruned = BASELINES[name](task, budget, removed=(0, 3))
     assert counted.passes == budget.spent <= 60
-    assert (pruned.removed, list(pruned.blocks), len(pruned.losses)) == ((0, 3), [1, 2, 4, 5], 60 // _cost(name))
+    assert (pruned.removed, list(pruned.blocks), len(pruned.losses)) == (
+        (0, 3),
+        [1, 2, 4, 5],
+        60 // _cost(name),
+    )
 
 
 def _cost(name: str) -> int:
-    """(1-2 with one student) and (2-3): the teacher to block 3 and two students; else the teacher and four blocks."""
+    """(1-2 with one student) and (2-3): the teacher to block 3 and two students; else the teacher
+    and four blocks."""
     return 4 + 3 * 2 if name == "cka_sequential" else 6 + 3 * 4
 
 
@@ -93,9 +112,13 @@ def test_a_budget_for_nothing_is_refused_or_trains_nothing(name, task):
 
 
 def test_a_streamed_teacher_gives_the_same_bits(task, teacher_file):
-    streamed = dataclasses.replace(task, teacher=Teacher(Weights(teacher_file), torch.float32, "cpu", streamed=True))
+    streamed = dataclasses.replace(
+        task, teacher=Teacher(Weights(teacher_file), torch.float32, "cpu", streamed=True)
+    )
     for name in ("cka_sequential", "hierarchical_prune"):
-        assert equal(bits(BASELINES[name](task, Budget(200))), bits(BASELINES[name](streamed, Budget(200))))
+        assert equal(
+            bits(BASELINES[name](task, Budget(200))), bits(BASELINES[name](streamed, Budget(200)))
+        )
 
 
 def test_each_chain_lacks_its_block(task, architecture):
@@ -107,7 +130,8 @@ def test_each_chain_lacks_its_block(task, architecture):
     assert torch.equal(full.image, run_blocks(architecture, blocks, teacher.embed(inputs)).image)
     for i, state in without.items():
         assert torch.equal(
-            state.image, run_blocks(architecture, blocks[:i] + blocks[i + 1 :], teacher.embed(inputs)).image
+            state.image,
+            run_blocks(architecture, blocks[:i] + blocks[i + 1 :], teacher.embed(inputs)).image,
         )
     assert list(without) == [1, 4, 5]
 

@@ -1,4 +1,5 @@
-"""What each method chooses: a block that does nothing goes first; patterns have the number and place they promise."""
+"""What each method chooses: a block that does nothing goes first; patterns have the number and
+place they promise."""
 
 import math
 
@@ -15,7 +16,12 @@ from benchmarks.baselines.random_contiguous import random_runs
 from ...tiny.block_passes import count_passes
 from .conftest import IDENTITY
 
-CHOICES = {"cosine": cosine, "mse": mse, "cka_sequential": cka_sequential, "hierarchical_prune": hierarchical_prune}
+CHOICES = {
+    "cosine": cosine,
+    "mse": mse,
+    "cka_sequential": cka_sequential,
+    "hierarchical_prune": hierarchical_prune,
+}
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -46,7 +52,9 @@ def test_what_is_frozen_and_what_is_not(task):
         return {name.split(".")[0] for (name, p), q in pairs if not torch.equal(p, q)}
 
     assert changed(pruned.outer, teacher.outer) == {"norm_out", "proj_out"}
-    assert [index for index, block in pruned.blocks.items() if changed(block, teacher.block(index))] == [3, 5]
+    assert [
+        index for index, block in pruned.blocks.items() if changed(block, teacher.block(index))
+    ] == [3, 5]
 
 
 @given(st.data())

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from benchmarks.baselines import tinyfusion
 from benchmarks.baselines.chain import Budget, distil_loss, step_inputs
-from benchmarks.baselines.tinyfusion import Gates, add_low_rank, gated_loss, groups_of, masked_mse, patterns_of
+from benchmarks.baselines.tinyfusion import (
+    Gates,
+    add_low_rank,
+    gated_loss,
+    groups_of,
+    masked_mse,
+    patterns_of,
+)
 from ppcl_engine.algorithms.distillation.losses import relative_mse
 
 from .conftest import IDENTITY
@@ -26,9 +33,18 @@ def test_groups_cover_the_model_and_sum_to_what_is_removed(data):
     assert [i for blocks, _ in groups for i in blocks] == list(range(num_blocks))
     assert sum(count for _, count in groups) == remove
     assert all(0 <= count <= len(blocks) for blocks, count in groups)
-    sizes, shares = [len(blocks) for blocks, _ in groups], [count / len(blocks) for blocks, count in groups]
+    sizes, shares = (
+        [len(blocks) for blocks, _ in groups],
+        [count / len(blocks) for blocks, count in groups],
+    )
     assert max(sizes) - min(sizes) <= 1 and max(sizes) <= 4
-    assert max(abs(share - remove / num_blocks) * size for share, size in zip(shares, sizes, strict=True)) <= 1
+    assert (
+        max(
+            abs(share - remove / num_blocks) * size
+            for share, size in zip(shares, sizes, strict=True)
+        )
+        <= 1
+    )
 
 
 @given(st.integers(1, 4), st.data())
@@ -36,10 +52,12 @@ def test_groups_cover_the_model_and_sum_to_what_is_removed(data):
 def test_every_pattern_removes_the_right_number(size, data):
     remove = data.draw(st.integers(0, size))
     patterns = patterns_of(size, remove)
-    assert patterns.shape == (math.comb(size, remove), size) and len({tuple(row) for row in patterns.tolist()}) == len(
-        patterns
-    )
-    assert ((patterns == 0).sum(1) == remove).all() and ((patterns == 1).sum(1) == size - remove).all()
+    assert patterns.shape == (math.comb(size, remove), size) and len(
+        {tuple(row) for row in patterns.tolist()}
+    ) == len(patterns)
+    assert ((patterns == 0).sum(1) == remove).all() and (
+        (patterns == 1).sum(1) == size - remove
+    ).all()
 
 
 def test_gates_are_hard_with_soft_gradients():
@@ -71,7 +89,10 @@ def test_gates_are_removal(task):
     inputs = step_inputs(task.calibration, task.seed, 3)
     gates = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     kept = [block for block, gate in zip(blocks, gates, strict=True) if gate]
-    assert torch.equal(gated_loss(task, blocks, gates, 3), distil_loss(task.teacher, kept, task.teacher.outer, inputs))
+    assert torch.equal(
+        gated_loss(task, blocks, gates, 3),
+        distil_loss(task.teacher, kept, task.teacher.outer, inputs),
+    )
     assert float(gated_loss(task, blocks, torch.ones(6), 3)) == 0
 
 
@@ -79,7 +100,9 @@ def test_low_rank_updates_start_at_nothing_and_leave_the_weights(task, architect
     block, state = task.teacher.block(1), task.teacher.embed(padded_inputs())
     updated = copy.deepcopy(block)
     added = add_low_rank(updated, 8, torch.Generator().manual_seed(0))
-    assert torch.equal(architecture.run_block(updated, state).image, architecture.run_block(block, state).image)
+    assert torch.equal(
+        architecture.run_block(updated, state).image, architecture.run_block(block, state).image
+    )
     loss = architecture.run_block(updated, state).image.square().sum()
     linears = sum(isinstance(module, torch.nn.Linear) for module in block.modules())
     assert len(added) == 2 * linears and all(min(p.shape) <= 8 for p in added)

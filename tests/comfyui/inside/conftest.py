@@ -1,4 +1,5 @@
-"""A real ComfyUI in this process, with this repository loaded as it loads custom nodes; tiny models as its files."""
+"""A real ComfyUI in this process, with this repository loaded as it loads custom nodes; tiny models
+as its files."""
 
 from __future__ import annotations
 
@@ -64,7 +65,10 @@ def figures(request):
 
     yield note
     if path := request.config.getoption("--figures"):
-        about = {"machine": machine(), "versions": {**versions(), "comfyui": comfyui_version.__version__}}
+        about = {
+            "machine": machine(),
+            "versions": {**versions(), "comfyui": comfyui_version.__version__},
+        }
         write_json(path, {**found, **about, "command": FIGURES.format(path=path)})
 
 
@@ -84,7 +88,8 @@ def models(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def pack(models, figures):
-    """`pack("use.load_model")` is the module nodes/use/load_model.py of the pack as the host imported it."""
+    """`pack("use.load_model")` is the module nodes/use/load_model.py of the pack as the host
+    imported it."""
     path, start = str(ROOT), time.perf_counter()
     assert asyncio.run(host_nodes.load_custom_node(path, module_parent="custom_nodes"))
     figures("start_seconds", time.perf_counter() - start)
@@ -112,13 +117,18 @@ def run_node(pack):
 
 @pytest.fixture(scope="session")
 def empty_host_model(pack):
-    """Of a file's tensors, on the meta device too: the host's model without weights, where each of them has a home."""
+    """Of a file's tensors, on the meta device too: the host's model without weights, where each of
+    them has a home."""
     building = pack("host.building")
 
     def make(host, tensors: dict):
         found = comfy.model_detection.detect_unet_config(dict(tensors), "")
         # what the host's own class says, whether or not it could load the file by itself
-        config = next(c for c in building.config_classes(host) if super(building.PrunedConfig, c).matches(found))(found)
+        config = next(
+            c
+            for c in building.config_classes(host)
+            if super(building.PrunedConfig, c).matches(found)
+        )(found)
         config.set_inference_dtype(torch.bfloat16, None)
         return config.get_model(tensors, "", device=torch.device("meta")).diffusion_model
 
@@ -127,8 +137,9 @@ def empty_host_model(pack):
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What the tests of an architecture run on. file: of its teacher; channels: settings of its tiny model, for latents
-    of the host; frames: whether a latent has a frame; parts: of its plan; pooled, guidance: of its conditioning."""
+    """What the tests of an architecture run on. file: of its teacher; channels: settings of its
+    tiny model, for latents of the host; frames: whether a latent has a frame; parts: of its plan;
+    pooled, guidance: of its conditioning."""
 
     architecture: str
     file: str
@@ -139,10 +150,14 @@ class Case:
     guidance: float | None = None
 
 
-WIDE = {"attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}  # 64 in all: some formats want no less
+# 64 in all: some formats want no less
+WIDE = {"attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}
 CASES = {
     "qwen_image": Case(
-        architecture="qwen_image", file="teacher", channels={"in_channels": 64, "out_channels": 16}, frames=True
+        architecture="qwen_image",
+        file="teacher",
+        channels={"in_channels": 64, "out_channels": 16},
+        frames=True,
     ),
     "flux1": Case(
         architecture="flux1",
@@ -153,7 +168,10 @@ CASES = {
         guidance=3.5,
     ),
     "qwen_image_wide": Case(
-        architecture="qwen_image", file="wide", channels={"in_channels": 64, "out_channels": 16, **WIDE}, frames=True
+        architecture="qwen_image",
+        file="wide",
+        channels={"in_channels": 64, "out_channels": 16, **WIDE},
+        frames=True,
     ),
     "flux1_wide": Case(
         architecture="flux1",
@@ -163,7 +181,9 @@ CASES = {
         pooled=20,
         guidance=3.5,
     ),
-    "sd35": Case(architecture="sd35", file="sd35", channels=SD35_SIZES, parts=SD35_PARTS, pooled=20),
+    "sd35": Case(
+        architecture="sd35", file="sd35", channels=SD35_SIZES, parts=SD35_PARTS, pooled=20
+    ),
     "sd35_large": Case(
         architecture="sd35",
         file="sd35_large",
@@ -174,7 +194,8 @@ CASES = {
 }
 
 
-EDITS = {"text alone": (), "references": ((8, 12), (4, 8))}  # sizes of an edit model's reference latents
+# sizes of an edit model's reference latents
+EDITS = {"text alone": (), "references": ((8, 12), (4, 8))}
 edits = pytest.mark.parametrize("references", EDITS.values(), ids=EDITS, indirect=True)
 
 
@@ -187,7 +208,9 @@ def host_case(request, architecture) -> Case:
 @pytest.fixture(scope="session")
 def teacher(models, make_model, save_model, host_case) -> Path:
     """The tiny random teacher, with latents of 16 channels as the host's."""
-    return save_model(models.diffusion_models / f"{host_case.file}.safetensors", make_model(**host_case.channels))
+    return save_model(
+        models.diffusion_models / f"{host_case.file}.safetensors", make_model(**host_case.channels)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -195,12 +218,16 @@ def host_tensors(teacher) -> dict[str, torch.Tensor]:
     """The teacher by the host's names, as its single files are."""
     weights = Weights(teacher)
     sources = {k: Source(weights.shape(k), lambda k=k: weights.read(k)) for k in weights.keys()}
-    return {name: source.read() for name, source in comfyui_sources(weights.architecture, sources).items()}
+    return {
+        name: source.read()
+        for name, source in comfyui_sources(weights.architecture, sources).items()
+    }
 
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory, teacher, host_case) -> Path:
-    """Students with and without a correction, text and FFN projections of both forms: random, nothing is trained."""
+    """Students with and without a correction, text and FFN projections of both forms: random,
+    nothing is trained."""
     folder = tmp_path_factory.mktemp("run")
     write_parts(Run(folder), teacher, parts=host_case.parts)
     return folder
@@ -210,7 +237,11 @@ def run_folder(tmp_path_factory, teacher, host_case) -> Path:
 def exported(teacher, run_folder):
     def make(folder: Path, layout: str, name: str, variant: str | None = None) -> Path:
         config = {"variant": variant} if variant else {}
-        path = export(ExportConfig(model=teacher, run=run_folder, layout=layout, name=name, store="float32", **config))
+        path = export(
+            ExportConfig(
+                model=teacher, run=run_folder, layout=layout, name=name, store="float32", **config
+            )
+        )
         return path.replace(folder / path.name)
 
     return make
@@ -218,7 +249,9 @@ def exported(teacher, run_folder):
 
 @pytest.fixture(scope="session")
 def bundle(models, exported, host_case) -> Path:
-    return exported(models.ppcl, "bundle", "tiny" if host_case.file == "teacher" else f"tiny_{host_case.file}")
+    return exported(
+        models.ppcl, "bundle", "tiny" if host_case.file == "teacher" else f"tiny_{host_case.file}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -229,22 +262,37 @@ def references(request) -> tuple[tuple[int, int], ...]:
 
 @pytest.fixture(scope="module")
 def inputs(host_case, architecture, references) -> SimpleNamespace:
-    """One forward that host and engine compute alike: batch 1, unpadded text, even grid. more: what the host's
-    conditioning has beside the text; captions: the same for the engine; grid: of all pictures."""
+    """One forward that host and engine compute alike: batch 1, unpadded text, even grid. more: what
+    the host's conditioning has beside the text; captions: the same for the engine; grid: of all
+    pictures."""
     generator = torch.Generator().manual_seed(5)
-    latents, text = torch.randn(1, 16, 1, 8, 12, generator=generator), torch.randn(1, 7, 24, generator=generator)
+    latents, text = (
+        torch.randn(1, 16, 1, 8, 12, generator=generator),
+        torch.randn(1, 7, 24, generator=generator),
+    )
     more, captions = {}, {"encoder_hidden_states": text}
     if host_case.pooled:
-        more["pooled_output"] = captions["pooled_projections"] = torch.randn(1, host_case.pooled, generator=generator)
+        more["pooled_output"] = captions["pooled_projections"] = torch.randn(
+            1, host_case.pooled, generator=generator
+        )
     if host_case.guidance:
-        more["guidance"], captions["guidance"] = host_case.guidance, torch.tensor([host_case.guidance])
+        more["guidance"], captions["guidance"] = (
+            host_case.guidance,
+            torch.tensor([host_case.guidance]),
+        )
     latents = latents if host_case.frames else latents[:, :, 0]
     pictures = [torch.randn(1, 16, 1, *size, generator=generator) for size in references]
     if pictures:
-        more["reference_latents"] = [comfy.latent_formats.Wan21().process_out(picture) for picture in pictures]
-        captions[REFERENCES] = torch.cat([architecture.pack(flat(picture)) for picture in pictures], dim=1)
+        more["reference_latents"] = [
+            comfy.latent_formats.Wan21().process_out(picture) for picture in pictures
+        ]
+        captions[REFERENCES] = torch.cat(
+            [architecture.pack(flat(picture)) for picture in pictures], dim=1
+        )
     grid = torch.cat([architecture.grid(picture) for picture in (latents, *pictures)])
-    return SimpleNamespace(latents=latents, text=text, sigma=0.7, more=more, captions=captions, grid=grid)
+    return SimpleNamespace(
+        latents=latents, text=text, sigma=0.7, more=more, captions=captions, grid=grid
+    )
 
 
 @pytest.fixture(scope="module")
@@ -260,11 +308,18 @@ def velocity(inputs):
             return x
 
         guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(positive or [[inputs.text, inputs.more]], [[inputs.text[:, ::2], inputs.more]])
+        guider.set_conds(
+            positive or [[inputs.text, inputs.more]], [[inputs.text[:, ::2], inputs.more]]
+        )
         guider.set_cfg(cfg)
         empty = torch.zeros_like(inputs.latents)
         with torch.inference_mode():
-            guider.sample(torch.zeros_like(empty), empty, comfy.samplers.KSAMPLER(once), torch.tensor([1.0, 0.0]))
+            guider.sample(
+                torch.zeros_like(empty),
+                empty,
+                comfy.samplers.KSAMPLER(once),
+                torch.tensor([1.0, 0.0]),
+            )
         return flat(found[0]).clone()
 
     return run
@@ -272,12 +327,15 @@ def velocity(inputs):
 
 @pytest.fixture
 def as_loaded(monkeypatch):
-    """Meanwhile sampling loads nothing more: weights stay off the device, and are cast and patched when they are used."""
+    """Meanwhile sampling loads nothing more: weights stay off the device, and are cast and patched
+    when they are used."""
 
     @contextmanager
     def stay():
         with monkeypatch.context() as patch:
-            patch.setattr(comfy.model_management, "load_models_gpu", lambda *arguments, **named: None)
+            patch.setattr(
+                comfy.model_management, "load_models_gpu", lambda *arguments, **named: None
+            )
             yield
 
     return stay
@@ -296,7 +354,8 @@ def engine_velocity(inputs, architecture):
 
 @pytest.fixture
 def saved(models, run_node, monkeypatch):
-    """The file that a Save node of the host writes of a MODEL, among its models while the test lasts."""
+    """The file that a Save node of the host writes of a MODEL, among its models while the test
+    lasts."""
     folder = models.diffusion_models
     monkeypatch.setattr(folder_paths, "output_directory", str(folder))
     there = set(folder.iterdir())
@@ -318,7 +377,11 @@ def opened(load, run_node, engine_velocity, velocity):
 
     def run(path: Path) -> dict[str, torch.Tensor]:
         (stock,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
-        return {"ours": velocity(load(path.name)), "host": velocity(stock), "engine": engine_velocity(path)}
+        return {
+            "ours": velocity(load(path.name)),
+            "host": velocity(stock),
+            "engine": engine_velocity(path),
+        }
 
     return run
 
@@ -335,28 +398,48 @@ def load(run_node):
         "intervals": "",
         "legacy_text": False,
     }
-    return lambda file, **widgets: run_node("PPCL_LoadModel", file=file, **{**defaults, **widgets})[0]
+    return lambda file, **widgets: run_node("PPCL_LoadModel", file=file, **{**defaults, **widgets})[
+        0
+    ]
 
 
 @pytest.fixture(scope="session")
 def switched(run_node):
     """PPCL_Variant with its widgets' defaults; gives the MODEL alone."""
     defaults = {"variant": "as it is", "size": 0.6, "on": "", "off": ""}
-    return lambda model, **widgets: run_node("PPCL_Variant", model=model, **{**defaults, **widgets})[0]
+    return lambda model, **widgets: run_node(
+        "PPCL_Variant", model=model, **{**defaults, **widgets}
+    )[0]
 
 
 @pytest.fixture(scope="module")
 def drawn(run_node, inputs):
     """Latents that the host's own sampler draws."""
 
-    def run(model, steps: int = 3, sampler: str = "euler", samples: int = 1, cfg: float = 2.0, equal: bool = True):
+    def run(
+        model,
+        steps: int = 3,
+        sampler: str = "euler",
+        samples: int = 1,
+        cfg: float = 2.0,
+        equal: bool = True,
+    ):
         text = inputs.text.expand(samples, -1, -1)
         negative = -text if equal else text[:, ::2]
         empty = torch.zeros(samples, *inputs.latents.shape[1:])
         (found,) = run_node(
-            "KSampler", model=model, seed=3, steps=steps, cfg=cfg, sampler_name=sampler, scheduler="simple",
-            positive=[[text, inputs.more]], negative=[[negative, inputs.more]], latent_image={"samples": empty}, denoise=1.0,
-        )  # fmt: skip
+            "KSampler",
+            model=model,
+            seed=3,
+            steps=steps,
+            cfg=cfg,
+            sampler_name=sampler,
+            scheduler="simple",
+            positive=[[text, inputs.more]],
+            negative=[[negative, inputs.more]],
+            latent_image={"samples": empty},
+            denoise=1.0,
+        )
         return found["samples"]
 
     return run
@@ -384,7 +467,8 @@ def of_form(load, bundle, teacher, loose_bound):
 
 
 def fp8_in(layer) -> tuple[torch.Tensor, float]:
-    """(what is stored, its scale) of a scaled fp8 layer: beside the weight in older hosts, in it in newer ones."""
+    """(what is stored, its scale) of a scaled fp8 layer: beside the weight in older hosts, in it in
+    newer ones."""
     if hasattr(layer, "scale_weight"):
         return layer.weight, float(layer.scale_weight)
     stored, scale = (getattr(layer.weight, name) for name in layer.weight.__tensor_flatten__()[0])
@@ -404,7 +488,9 @@ def engine_forward(architecture, model, inputs) -> torch.Tensor:
     tokens = architecture.pack(flat(inputs.latents))
     rows = {"hidden_states": tokens, "timestep": torch.tensor([inputs.sigma]), "grid": inputs.grid}
     with torch.no_grad():
-        tokens = architecture.call(model, {**rows, **inputs.captions, "encoder_hidden_states": inputs.text})
+        tokens = architecture.call(
+            model, {**rows, **inputs.captions, "encoder_hidden_states": inputs.text}
+        )
     return architecture.unpack(tokens, inputs.grid)
 
 

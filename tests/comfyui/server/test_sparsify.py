@@ -1,5 +1,5 @@
-"""Weights to zero from the page: the shipped workflow, the bits of the command line, a job that is stopped, another model's
-calibration."""
+"""Weights to zero from the page: the shipped workflow, the bits of the command line, a job that is
+stopped, another model's calibration."""
 
 import json
 from pathlib import Path
@@ -58,7 +58,9 @@ def test_the_workflow_prunes_loads_and_draws(server, drawn, runs, calibrated, tm
     assert found.dropped == found.weights // 2 > 100_000
     weight = open_model(file).transformer_blocks[5].attn.to_q.weight
     assert int((weight == 0).sum()) == weight.numel() // 2
-    assert file.read_bytes() == by_the_command_line(calibrated, server, tmp_path, path=TEACHER, name="half")
+    assert file.read_bytes() == by_the_command_line(
+        calibrated, server, tmp_path, path=TEACHER, name="half"
+    )
     assert drawn.outputs("PPCL_Sparsify")["images"] and drawn.outputs("PPCL_Compare")["images"]
 
 
@@ -80,8 +82,11 @@ def test_unchanged_inputs_do_not_run_again(server, drawn, runs):
     assert {path.name: len(read_events(path)) for path in runs()} == before
 
 
-def test_a_variant_whose_job_is_stopped_ends_in_the_same_bits(server, known, runs, calibrated, tmp_path):
-    """Of a bundle, on its run's full model; interrupted by the page's own Cancel, then run again."""
+def test_a_variant_whose_job_is_stopped_ends_in_the_same_bits(
+    server, known, runs, calibrated, tmp_path
+):
+    """Of a bundle, on its run's full model; interrupted by the page's own Cancel, then run
+    again."""
     name = f"demo/{BUNDLE.name}"
     settings = {**FAST, "exchange": True, "variant": "small", "pattern": "2:4", "name": "small_2_4"}
     graph = Graph(known, 1100)
@@ -91,7 +96,9 @@ def test_a_variant_whose_job_is_stopped_ends_in_the_same_bits(server, known, run
     before = len(runs("sparse"))
     prompt = server.queue(graph.nodes)
     folder = eventually(lambda: runs("sparse")[before:], "there was no job")[0]
-    eventually(lambda: (state := current_state(folder)).is_final or state.step > 3, "it did not begin")
+    eventually(
+        lambda: (state := current_state(folder)).is_final or state.step > 3, "it did not begin"
+    )
     server.post("/interrupt", {})
     kinds = [kind for kind, _ in server.ended(prompt)["status"]["messages"]]
     assert "execution_interrupted" in kinds and current_state(folder).status == "cancelled"

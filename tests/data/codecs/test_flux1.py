@@ -1,4 +1,5 @@
-"""A FLUX pipeline folder's text encoders, VAE and schedule give what diffusers' own pipeline gives."""
+"""A FLUX pipeline folder's text encoders, VAE and schedule give what diffusers' own pipeline
+gives."""
 
 import pytest
 import torch
@@ -7,7 +8,13 @@ from ppcl_engine.architectures import architecture_named
 from ppcl_engine.data.codecs import open_codec
 
 from ...tiny.flux1_folder import LATENT_CHANNELS, POOLED_WIDTH, TEXT_WIDTH, build_tiny_flux_pipeline
-from ...tiny.pooled_checks import CAPTIONS, calibrated_both_ways, check_drawing, check_latents, check_missing_part
+from ...tiny.pooled_checks import (
+    CAPTIONS,
+    calibrated_both_ways,
+    check_drawing,
+    check_latents,
+    check_missing_part,
+)
 
 FLUX = architecture_named("flux1")
 
@@ -30,8 +37,14 @@ def codec(folder):
 
 
 def test_codec_knows_its_sizes_without_loading_a_model(codec, pipeline):
-    assert codec.pixels_per_latent == pipeline.vae_scale_factor == 4 and codec.latent_channels == LATENT_CHANNELS
-    assert codec.picture_size == (4 * pipeline.default_sample_size,) * 2 and not codec.rescales_guidance
+    assert (
+        codec.pixels_per_latent == pipeline.vae_scale_factor == 4
+        and codec.latent_channels == LATENT_CHANNELS
+    )
+    assert (
+        codec.picture_size == (4 * pipeline.default_sample_size,) * 2
+        and not codec.rescales_guidance
+    )
     assert codec._text_pipeline is None and codec._vae is None
 
 
@@ -54,7 +67,8 @@ def test_latents_are_shifted_and_scaled_and_pictures_undo_it(codec, pipeline):
 
 @pytest.mark.parametrize("steps, guidance", [(2, 3.5), (4, 1.0)])
 def test_a_drawing_is_the_pipelines_own(folder, pipeline, codec, steps, guidance):
-    """Shifted timesteps, guidance as an input: latents and pictures of the pipeline's call from the same noise."""
+    """Shifted timesteps, guidance as an input: latents and pictures of the pipeline's call from the
+    same noise."""
     check_drawing(FLUX, folder, pipeline, codec, steps, guidance, FLUX.pack)
 
 

@@ -1,4 +1,5 @@
-"""A diffusers folder's text encoder, VAE and transformer give what diffusers' own pipeline gives."""
+"""A diffusers folder's text encoder, VAE and transformer give what diffusers' own pipeline
+gives."""
 
 import gc
 import inspect
@@ -99,16 +100,22 @@ def test_long_captions_are_cut_where_the_pipeline_cuts_them(codec, pipeline):
 def test_pictures_are_decoded_as_the_pipeline_decodes_them(codec, pipeline):
     latents = normal(2, LATENT_CHANNELS, 8, 12)
     text, mask = codec.text(CAPTIONS[:2]).values()
-    pipeline.scheduler.step, step = lambda velocity, t, x, return_dict: (x,), pipeline.scheduler.step
+    pipeline.scheduler.step, step = (
+        lambda velocity, t, x, return_dict: (x,),
+        pipeline.scheduler.step,
+    )
     try:  # a scheduler that stands still: the pipeline decodes the latents it was given
         tokens = architecture_named("qwen_image").pack(latents)
         given = {"latents": tokens, "prompt_embeds": text, "prompt_embeds_mask": mask.long()}
-        expected = pipeline(height=32, width=48, num_inference_steps=2, output_type="pt", **given).images
+        expected = pipeline(
+            height=32, width=48, num_inference_steps=2, output_type="pt", **given
+        ).images
     finally:
         pipeline.scheduler.step = step
     pictures = codec.pictures(latents)
     assert pictures.shape == (2, 3, 32, 48) and 0 <= pictures.min() < pictures.max() <= 1
-    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-6)  # batched there, one by one here
+    # batched there, one by one here
+    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-6)
 
 
 def test_latents_are_the_normalised_mode_of_the_posterior(codec, pipeline):
@@ -128,7 +135,9 @@ def test_latents_and_pictures_undo_each_other_normalisation(codec, monkeypatch):
     """With a VAE that changes nothing, there and back is the identity."""
     vae = SimpleNamespace(
         config=codec._open_vae().config,
-        encode=lambda x: SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: torch.cat([x, x[:, :1]], 1))),
+        encode=lambda x: SimpleNamespace(
+            latent_dist=SimpleNamespace(mode=lambda: torch.cat([x, x[:, :1]], 1))
+        ),
         decode=lambda z: SimpleNamespace(sample=z[:, :3]),
     )
     monkeypatch.setattr(codec, "_vae", vae)
@@ -150,35 +159,53 @@ def test_release_frees_both_models_and_the_codec_still_works(folder):
 
 @pytest.mark.parametrize("steps, guidance", [(2, 3.5), (5, 2.0), (3, 1.0)])
 def test_a_drawing_is_the_pipelines_own(folder, pipeline, codec, steps, guidance):
-    """Shifted timesteps and rescaled guidance: latents and pictures of the pipeline's call from the same noise."""
+    """Shifted timesteps and rescaled guidance: latents and pictures of the pipeline's call from the
+    same noise."""
     architecture = architecture_named("qwen_image")
     prompts = encode_prompts(codec, CAPTIONS, height=32, width=48)
     latents = draw_prompts(architecture, open_model(folder), prompts, 7, steps, guidance, 2, "draw")
     noise = torch.stack([seeded_noise(7, i, prompts.latent_shape) for i in range(len(CAPTIONS))])
     call = {"prompt": CAPTIONS, "negative_prompt": [""] * len(CAPTIONS), "true_cfg_scale": guidance}
-    call |= {"height": 32, "width": 48, "num_inference_steps": steps, "latents": architecture.pack(noise)}
+    call |= {
+        "height": 32,
+        "width": 48,
+        "num_inference_steps": steps,
+        "latents": architecture.pack(noise),
+    }
     expected = pipeline(**call, output_type="latent").images
     assert (latents - noise).abs().max() > 0.1
     torch.testing.assert_close(architecture.pack(latents), expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(codec.pictures(latents), pipeline(**call, output_type="pt").images, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        codec.pictures(latents), pipeline(**call, output_type="pt").images, rtol=0, atol=1e-4
+    )
 
 
 def test_timesteps_are_shifted_for_the_pictures_size(folder, codec, tmp_path):
     small, large = codec.timesteps(4, 256), codec.timesteps(4, 8192)
     assert len(small) == len(large) == 5 and small == sorted(small, reverse=True)
     assert small[0] == large[0] == 1 and small[-1] == large[-1] == 0
-    assert small[-2] == pytest.approx(0.02) and all(a < b for a, b in zip(small[1:3], large[1:3], strict=True))
-    with pytest.raises(ValueError, match="has a shift_terminal, which needs 2 steps; raise --steps$"):
+    assert small[-2] == pytest.approx(0.02) and all(
+        a < b for a, b in zip(small[1:3], large[1:3], strict=True)
+    )
+    with pytest.raises(
+        ValueError, match="has a shift_terminal, which needs 2 steps; raise --steps$"
+    ):
         codec.timesteps(1, 256)
     copy = shutil.copytree(folder, tmp_path / "copy")
-    edit_json(copy / "scheduler" / "scheduler_config.json", use_dynamic_shifting=False, shift_terminal=None)
+    edit_json(
+        copy / "scheduler" / "scheduler_config.json",
+        use_dynamic_shifting=False,
+        shift_terminal=None,
+    )
     assert open_codec(copy).timesteps(4, 256) == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert open_codec(copy).timesteps(1, 256) == [1.0, 0.0]
 
 
 def test_sizes_that_do_not_divide_are_refused_before_anything_is_encoded(codec):
     codec.release()
-    with pytest.raises(ValueError, match="^32 x 44 pixels is not a multiple of 8; change --height and --width$"):
+    with pytest.raises(
+        ValueError, match="^32 x 44 pixels is not a multiple of 8; change --height and --width$"
+    ):
         encode_prompts(codec, CAPTIONS, height=32, width=44)
     assert codec._text_pipeline is None
 
@@ -211,15 +238,33 @@ def cut_weights(copy):
             edit_class,
             r"is of a SanaPipeline; known pipelines: QwenImagePipeline, .*FluxPipeline, StableDiffusion3Pipeline$",
         ),
-        (edit_scheduler, r"is of a UniPCMultistepScheduler; known schedulers: FlowMatchEulerDiscreteScheduler$"),
-        (lambda copy: shutil.rmtree(copy / "scheduler"), r"has no scheduler/scheduler_config.json; download"),
+        (
+            edit_scheduler,
+            r"is of a UniPCMultistepScheduler; known schedulers: FlowMatchEulerDiscreteScheduler$",
+        ),
+        (
+            lambda copy: shutil.rmtree(copy / "scheduler"),
+            r"has no scheduler/scheduler_config.json; download",
+        ),
         (lambda copy: shutil.rmtree(copy / "vae"), r"has no vae/config.json; download"),
-        (lambda copy: shutil.rmtree(copy / "text_encoder"), r"has no text_encoder/config.json; download"),
+        (
+            lambda copy: shutil.rmtree(copy / "text_encoder"),
+            r"has no text_encoder/config.json; download",
+        ),
         (lambda copy: shutil.rmtree(copy / "tokenizer"), r"has no tokenizer; download"),
-        (lambda copy: (copy / "tokenizer" / "vocab.json").unlink(), r"tokenizer has neither tokenizer.json nor vocab"),
-        (lambda copy: (copy / "tokenizer" / "vocab.json").write_text("{"), r"tokenizer cannot be read \(.*BPE"),
+        (
+            lambda copy: (copy / "tokenizer" / "vocab.json").unlink(),
+            r"tokenizer has neither tokenizer.json nor vocab",
+        ),
+        (
+            lambda copy: (copy / "tokenizer" / "vocab.json").write_text("{"),
+            r"tokenizer cannot be read \(.*BPE",
+        ),
         (break_merges, r"tokenizer cannot be read \(.*zq"),
-        (lambda copy: (copy / "text_encoder" / "model.safetensors").unlink(), r"text_encoder has no .safetensors file"),
+        (
+            lambda copy: (copy / "text_encoder" / "model.safetensors").unlink(),
+            r"text_encoder has no .safetensors file",
+        ),
         (cut_weights, r"model.safetensors is truncated"),
     ],
 )
@@ -240,7 +285,9 @@ def test_a_missing_shard_of_the_text_encoder_is_named(folder, tmp_path):
     encoder.save_pretrained(copy / "text_encoder", max_shard_size="150KB")
     shards = sorted((copy / "text_encoder").glob("*.safetensors"))
     shards[1].unlink()
-    with pytest.raises(ValueError, match=f"text_encoder cannot be read .*{shards[1].name}.*; download") as error:
+    with pytest.raises(
+        ValueError, match=f"text_encoder cannot be read .*{shards[1].name}.*; download"
+    ) as error:
         open_codec(copy).text(["a"])
     assert "\n" not in str(error.value)
 
@@ -267,7 +314,9 @@ def test_sharded_transformer_is_read_and_equals_diffusers(folder, pipeline, code
 def test_an_all_true_mask_means_the_same_as_the_pipelines_none(pipeline, codec):
     architecture = architecture_named("qwen_image")
     text, mask = codec.text(CAPTIONS[:1]).values()
-    inputs = architecture.random_inputs(dict(pipeline.transformer.config), 1, (1, 4, 6), text.shape[1], "cpu")
+    inputs = architecture.random_inputs(
+        dict(pipeline.transformer.config), 1, (1, 4, 6), text.shape[1], "cpu"
+    )
     inputs |= {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
     without = {name: t for name, t in inputs.items() if name != "encoder_hidden_states_mask"}
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""A Qwen-Image-Edit folder gives what diffusers' own edit pipelines give, with one reference and with several."""
+"""A Qwen-Image-Edit folder gives what diffusers' own edit pipelines give, with one reference and
+with several."""
 
 from __future__ import annotations
 
@@ -13,14 +14,21 @@ from transformers import ProcessorMixin, Qwen2VLProcessor
 from ppcl_engine.architectures import REFERENCES, architecture_named
 from ppcl_engine.data.codecs import open_codec
 from ppcl_engine.data.codecs.pipeline import read_part
-from ppcl_engine.data.draw import draw_prompts, encode_edits, encode_prompts, reference_tokens, seeded_noise
+from ppcl_engine.data.draw import (
+    draw_prompts,
+    encode_edits,
+    encode_prompts,
+    reference_tokens,
+    seeded_noise,
+)
 from ppcl_engine.data.picture_files import load_references
 from ppcl_engine.models.opening import open_model
 
 from ...tiny.qwen_image_edit_folder import build_tiny_edit_pipeline
 
 CAPTIONS = ["make the sky red", "", "a cat by the sea"]
-HEIGHT, WIDTH = 32, 64  # as the pipelines make of a picture twice as wide as high where the area is 2048
+# as the pipelines make of a picture twice as wide as high where the area is 2048
+HEIGHT, WIDTH = 32, 64
 KINDS = {"edit": QwenImageEditPipeline, "plus": QwenImageEditPlusPipeline}
 QWEN = architecture_named("qwen_image")
 
@@ -30,7 +38,9 @@ class WithoutFilms(Qwen2VLProcessor):
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([self.image_token, self.video_token])
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(
+            [self.image_token, self.video_token]
+        )
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
@@ -53,7 +63,11 @@ def codec(folder):
 @pytest.fixture(scope="module")
 def pipeline(folder, kind):
     from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessor
+    from transformers import (
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2Tokenizer,
+        Qwen2VLImageProcessor,
+    )
 
     tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
     return KINDS[kind](
@@ -61,14 +75,17 @@ def pipeline(folder, kind):
         vae=read_part(AutoencoderKLQwenImage, folder / "vae"),
         text_encoder=read_part(Qwen2_5_VLForConditionalGeneration, folder / "text_encoder"),
         tokenizer=tokenizer,
-        processor=WithoutFilms(Qwen2VLImageProcessor.from_pretrained(folder / "processor"), tokenizer),
+        processor=WithoutFilms(
+            Qwen2VLImageProcessor.from_pretrained(folder / "processor"), tokenizer
+        ),
         transformer=open_model(folder),
     )
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, kind):
-    """Of each caption one reference, of the pipeline that reads several two; larger than they are drawn."""
+    """Of each caption one reference, of the pipeline that reads several two; larger than they are
+    drawn."""
     folder, generator = tmp_path_factory.mktemp("references"), torch.Generator().manual_seed(0)
     rows = []
     for i in range(len(CAPTIONS)):
@@ -81,10 +98,13 @@ def files(tmp_path_factory, kind):
 
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch, pipeline):
-    """The pipelines' megapixel made as small as ours: the one constant of theirs that a test cannot afford."""
+    """The pipelines' megapixel made as small as ours: the one constant of theirs that a test cannot
+    afford."""
     monkeypatch.setattr(plus, "VAE_IMAGE_SIZE", HEIGHT * WIDTH)
     calculate = edit.calculate_dimensions
-    monkeypatch.setattr(edit, "calculate_dimensions", lambda area, ratio: calculate(HEIGHT * WIDTH, ratio))
+    monkeypatch.setattr(
+        edit, "calculate_dimensions", lambda area, ratio: calculate(HEIGHT * WIDTH, ratio)
+    )
 
 
 def opened(files, kind):
@@ -119,17 +139,24 @@ def test_reference_tokens_are_the_pipelines(codec, pipeline, files, kind):
     tokens, grid = reference_tokens(QWEN, codec, load_references(files, (HEIGHT, WIDTH)))
     assert grid.tolist() == [[1, 4, 8]] * len(files[0])
     for i, paths in enumerate(files):
-        images = [pipeline.image_processor.preprocess(Image.open(p), HEIGHT, WIDTH).unsqueeze(2) for p in paths]
+        images = [
+            pipeline.image_processor.preprocess(Image.open(p), HEIGHT, WIDTH).unsqueeze(2)
+            for p in paths
+        ]
         given = images if kind == "plus" else images[0]
         with torch.no_grad():
-            _, expected = pipeline.prepare_latents(given, 1, 4, HEIGHT, WIDTH, torch.float32, "cpu", None)
+            _, expected = pipeline.prepare_latents(
+                given, 1, 4, HEIGHT, WIDTH, torch.float32, "cpu", None
+            )
         torch.testing.assert_close(tokens[REFERENCES][i], expected[0], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("guidance", [3.0, 1.0])
 def test_a_drawing_is_the_pipelines_own(folder, codec, pipeline, files, kind, guidance):
-    """References in the sequence, in the text, and in what guidance takes away: the pipeline's call on the same noise."""
-    if kind == "plus":  # its call shrinks the picture for the text encoder from the file, we from what the VAE sees
+    """References in the sequence, in the text, and in what guidance takes away: the pipeline's call
+    on the same noise."""
+    # its call shrinks the picture for the text encoder from the file, we from what the VAE sees
+    if kind == "plus":
         for path in (path for paths in files for path in paths):
             Image.open(path).resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(path)
     prompts = encode_edits(QWEN, codec, CAPTIONS, files, HEIGHT, WIDTH)
@@ -153,11 +180,16 @@ def test_a_drawing_is_the_pipelines_own(folder, codec, pipeline, files, kind, gu
 
 def test_references_are_asked_for_and_counted(codec, files, kind):
     with pytest.raises(
-        ValueError, match="is an edit model, whose captions change pictures: name them with --references$"
+        ValueError,
+        match="is an edit model, whose captions change pictures: name them with --references$",
     ):
         encode_prompts(codec, CAPTIONS, HEIGHT, WIDTH)
     if kind == "edit":
-        with pytest.raises(ValueError, match="pipeline reads one reference with an instruction; 2 are given$"):
+        with pytest.raises(
+            ValueError, match="pipeline reads one reference with an instruction; 2 are given$"
+        ):
             encode_edits(QWEN, codec, CAPTIONS, [row * 2 for row in files], HEIGHT, WIDTH)
-    with pytest.raises(ValueError, match="^30 x 64 pixels is not a multiple of 8; change --height and --width$"):
+    with pytest.raises(
+        ValueError, match="^30 x 64 pixels is not a multiple of 8; change --height and --width$"
+    ):
         encode_edits(QWEN, codec, CAPTIONS, files, 30, WIDTH)

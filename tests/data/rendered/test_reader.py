@@ -15,7 +15,8 @@ def codec():
 
 @pytest.fixture(scope="module")
 def world():
-    """300 captions and their pictures, of a seed that neither training nor the reported accuracy used."""
+    """300 captions and their pictures, of a seed that neither training nor the reported accuracy
+    used."""
     generator = torch.Generator().manual_seed(987_654_321)
     captions = random_captions(300, generator)
     return captions, render(captions, generator)

@@ -1,5 +1,5 @@
-"""The mathematics of folding: the basis is orthonormal and holds the mean, errors are what a projection leaves, a change of
-low rank is projected exactly, marks tell models apart."""
+"""The mathematics of folding: the basis is orthonormal and holds the mean, errors are what a
+projection leaves, a change of low rank is projected exactly, marks tell models apart."""
 
 import pytest
 import torch
@@ -23,7 +23,9 @@ def inputs():
     generator = torch.Generator().manual_seed(0)
     t = torch.linspace(0, 1, 200)[:, None]
     waves = torch.cat([torch.cos(t * f) for f in (1, 2, 3, 5, 8, 13)], dim=1)
-    return F.silu(waves @ torch.randn(6, 24, generator=generator) + torch.randn(24, generator=generator))
+    return F.silu(
+        waves @ torch.randn(6, 24, generator=generator) + torch.randn(24, generator=generator)
+    )
 
 
 @pytest.fixture
@@ -39,7 +41,9 @@ def test_directions_are_the_mean_and_the_leading_ones(inputs):
     torch.testing.assert_close(basis[:, 0], mean / mean.norm())
     rest = inputs.double() - inputs.double() @ basis[:, :1] @ basis[:, :1].T
     best = torch.linalg.svdvals(rest)[5:].square().sum()
-    torch.testing.assert_close((inputs.double() - inputs.double() @ basis @ basis.T).square().sum(), best)
+    torch.testing.assert_close(
+        (inputs.double() - inputs.double() @ basis @ basis.T).square().sum(), best
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 4, 23])
@@ -48,8 +52,13 @@ def test_errors_are_those_of_the_projected_map(inputs, linear, rank):
     basis = directions(inputs, 23)
     found = errors_by_rank(weight, bias, inputs, basis, (rank,))[0]
     here = basis[:, : rank + 1].float()
-    exact, folded = F.linear(inputs, weight, bias), F.linear(inputs @ here, project(weight, here), bias)
-    torch.testing.assert_close(found, (folded - exact).norm(dim=1) / exact.norm(dim=1), rtol=1e-3, atol=1e-5)
+    exact, folded = (
+        F.linear(inputs, weight, bias),
+        F.linear(inputs @ here, project(weight, here), bias),
+    )
+    torch.testing.assert_close(
+        found, (folded - exact).norm(dim=1) / exact.norm(dim=1), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_more_directions_never_hurt_in_all(inputs, linear):
@@ -63,7 +72,9 @@ def test_a_change_of_low_rank_is_projected_exactly(inputs, linear):
     weight, basis = linear[0], directions(inputs, 5)
     generator = torch.Generator().manual_seed(2)
     up, down = torch.randn(30, 3, generator=generator), torch.randn(3, 24, generator=generator)
-    torch.testing.assert_close(project(weight + up @ down, basis), project(weight, basis) + up @ project(down, basis))
+    torch.testing.assert_close(
+        project(weight + up @ down, basis), project(weight, basis) + up @ project(down, basis)
+    )
 
 
 def test_a_wide_map_is_folded_in_parts(inputs, monkeypatch, linear):
@@ -83,10 +94,14 @@ def test_the_smallest_rank_within_the_bound():
     curve = Curve((1, 2, 4))
     curve.add("a", torch.tensor([[0.5, 0.1], [0.1, 0.0], [0.01, 0.0]]))
     curve.add("b", torch.tensor([[0.2, 0.2], [0.05, 0.2], [0.0, 0.02]]))
-    assert curve.worst.tolist() == pytest.approx([0.5, 0.2, 0.02]) and curve.mean.tolist()[0] == pytest.approx(0.25)
+    assert curve.worst.tolist() == pytest.approx([0.5, 0.2, 0.02]) and curve.mean.tolist()[
+        0
+    ] == pytest.approx(0.25)
     assert [curve.smallest_rank(bound) for bound in (0.6, 0.3, 0.02 + 1e-6)] == [1, 2, 4]
     assert curve.worst_part(1) == "a" and curve.worst_part(4) == "b"
-    with pytest.raises(ValueError, match=r"within 0.01: rank 4 leaves 0.02 at worst \(in b\); fold with form table"):
+    with pytest.raises(
+        ValueError, match=r"within 0.01: rank 4 leaves 0.02 at worst \(in b\); fold with form table"
+    ):
         curve.smallest_rank(0.01)
     assert [row["rank"] for row in curve.to_json()["curve"]] == [1, 2, 4]
 
@@ -103,7 +118,11 @@ def test_values_are_the_modulations_own():
 
 
 def test_marks_tell_a_changed_model():
-    tensors = {"a.weight": torch.randn(9, 4), "b.weight": torch.randn(9, 4), "b.bias": torch.randn(9)}
+    tensors = {
+        "a.weight": torch.randn(9, 4),
+        "b.weight": torch.randn(9, 4),
+        "b.bias": torch.randn(9),
+    }
 
     def mark(**changed: torch.Tensor) -> str:
         now = {**tensors, **changed}
@@ -111,4 +130,7 @@ def test_marks_tell_a_changed_model():
 
     merged = tensors["b.weight"] + 1e-3 * torch.randn(9, 1) @ torch.randn(1, 4)  # a LoRA
     last = tensors["b.bias"] + torch.eye(9)[8]
-    assert mark() == mark() and len({mark(), mark(**{"b.weight": merged}), mark(**{"b.bias": last})}) == 3
+    assert (
+        mark() == mark()
+        and len({mark(), mark(**{"b.weight": merged}), mark(**{"b.bias": last})}) == 3
+    )

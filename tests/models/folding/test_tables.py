@@ -1,4 +1,5 @@
-"""Tables: joined, compacted, written and read; what is not a table, or another model's, is one line."""
+"""Tables: joined, compacted, written and read; what is not a table, or another model's, is one
+line."""
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ from ppcl_engine.system.tensor_files import write_tensors
 def table(timesteps, batches=(1,), names=("a", "b"), offset: float = 0.0) -> Table:
     """Column (t, batch) holds t + batch / 1000."""
     rows = torch.tensor([t + b / 1000 for b in batches for t in timesteps])
-    return Table(tuple(timesteps), tuple(batches), {n: rows.expand(3, -1) + offset + i for i, n in enumerate(names)})
+    return Table(
+        tuple(timesteps),
+        tuple(batches),
+        {n: rows.expand(3, -1) + offset + i for i, n in enumerate(names)},
+    )
 
 
 def test_joined_keeps_every_value_in_its_place():
@@ -36,7 +41,11 @@ def test_only_some_in_this_order():
 
 def test_compact_drops_what_equals_the_first():
     one = table((1.0, 0.5), (1,))
-    twice = Table((1.0, 0.5), (1, 2, 4), {n: torch.cat([c, c, c + (n == "b")], dim=1) for n, c in one.columns.items()})
+    twice = Table(
+        (1.0, 0.5),
+        (1, 2, 4),
+        {n: torch.cat([c, c, c + (n == "b")], dim=1) for n, c in one.columns.items()},
+    )
     found = twice.compact()
     assert found.batches == (1, 4) and found.columns["a"].shape == (3, 4)
     assert torch.equal(found.columns["b"][:, 2:], one.columns["b"] + 1)

@@ -15,9 +15,15 @@ def column(name="full", count=1, side=64, **changes) -> Column:
 
 
 def test_words():
-    first, small = column(seconds=2.0), column("small", parameters=10_600_000_000, bytes=21_200_000_000, seconds=1.0)
+    first, small = (
+        column(seconds=2.0),
+        column("small", parameters=10_600_000_000, bytes=21_200_000_000, seconds=1.0),
+    )
     assert first.lines(first) == ["40.86 GB, 20.43 B parameters", "2 s a step"]
-    assert small.lines(first) == ["21.20 GB, 10.60 B parameters (52 %)", "1 s a step (2.00 x as fast)"]
+    assert small.lines(first) == [
+        "21.20 GB, 10.60 B parameters (52 %)",
+        "1 s a step (2.00 x as fast)",
+    ]
     assert column(seconds=None).lines(first)[1] == "seconds a step: not known"
     assert (counted(8.11e6), size_text(16.2e6)) == ("8.11 M", "0.0162 GB")
 

@@ -1,5 +1,5 @@
-"""`ppcl fold`: a table gives the model's own bits, a basis keeps its bound, memory stays small, what does not fit is one
-line."""
+"""`ppcl fold`: a table gives the model's own bits, a basis keeps its bound, memory stays small,
+what does not fit is one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ TIMESTEPS = (1.0, 0.75, 0.5, 0.25)
 @pytest.mark.parametrize("samples", [1, 3])
 def test_a_single_file_as_a_table_gives_the_same_bits(folded, output, teacher_file, samples, t):
     path = folded(teacher_file, "table")
-    assert torch.equal(output(open_model(path), samples, t), output(open_model(teacher_file), samples, t))
+    assert torch.equal(
+        output(open_model(path), samples, t), output(open_model(teacher_file), samples, t)
+    )
 
 
 def test_a_basis_within_its_bound(folded, output, teacher_file, tmp_path):
@@ -43,7 +45,10 @@ def test_a_basis_within_its_bound(folded, output, teacher_file, tmp_path):
 
 def test_a_rank_by_hand(folded, output, teacher_file):
     errors = [
-        relative(output(open_model(folded(teacher_file, "basis", rank=r))), output(open_model(teacher_file)))
+        relative(
+            output(open_model(folded(teacher_file, "basis", rank=r))),
+            output(open_model(teacher_file)),
+        )
         for r in (2, 30)
     ]
     assert errors[0] > 5 * errors[1] > 0
@@ -56,7 +61,8 @@ def test_parameters_and_bytes_go(folded, teacher_file, tmp_path):
     assert parameter_count(model) == full - modulations + 6 * 2 * 192 * len(TIMESTEPS)
     (sizes,) = json.loads((tmp_path / "folded.json").read_text())["sizes"]
     assert sizes["parameters"] == full and sizes["modulations"] == modulations
-    assert sizes["folded_parameters"] == parameter_count(model) + len(TIMESTEPS)  # and the timesteps themselves
+    # and the timesteps themselves
+    assert sizes["folded_parameters"] == parameter_count(model) + len(TIMESTEPS)
 
 
 def test_timesteps_by_hand_and_several_schedules(folded, teacher_file):
@@ -83,7 +89,10 @@ def test_its_precision_is_what_this_machine_generates_in(folded, teacher_file):
     """So that `ppcl fold` and `ppcl generate` fit together with no setting."""
     path = folded(teacher_file, "table", dtype="auto", timesteps="0.3")
     precision = open_model(path).time_text_embed.folding.precision
-    assert precision is torch.float32 and TensorFile(path).dtype("transformer_blocks.0.img_mod.1.weight") is precision
+    assert (
+        precision is torch.float32
+        and TensorFile(path).dtype("transformer_blocks.0.img_mod.1.weight") is precision
+    )
 
 
 def test_a_table_that_lacks_timesteps_asks_its_base(folded, output, teacher_file):
@@ -93,11 +102,14 @@ def test_a_table_that_lacks_timesteps_asks_its_base(folded, output, teacher_file
     assert model.time_text_embed.folding.timesteps.tolist() == pytest.approx([*TIMESTEPS, 0.9, 0.1])
     for t in (0.9, 0.1, *TIMESTEPS):
         for samples in (1, 3):
-            assert torch.equal(output(model, samples, t), output(open_model(teacher_file), samples, t))
+            assert torch.equal(
+                output(model, samples, t), output(open_model(teacher_file), samples, t)
+            )
     untold = open_model(path, base=teacher_file)  # as in anybody's own loop over timesteps
     assert torch.equal(output(untold, 3, 0.6), output(open_model(teacher_file), 3, 0.6))
     with pytest.raises(
-        ValueError, match="no timestep 0.9, and no base file is given; it has 1, 0.75, 0.5, 0.25 in float32"
+        ValueError,
+        match="no timestep 0.9, and no base file is given; it has 1, 0.75, 0.5, 0.25 in float32",
     ):
         known_timesteps(open_model(path), [0.9])
 
@@ -115,11 +127,23 @@ def test_a_table_of_another_model(folded, teacher_file, make_model, save_model, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"form": "basis", "rank": 0}, "--rank 0 leaves nothing to follow the timestep; use 1 or more"),
-        ({"form": "basis", "rank": 32}, "rank .*32.* of 32 inputs saves nothing; fold with --form table"),
+        (
+            {"form": "basis", "rank": 0},
+            "--rank 0 leaves nothing to follow the timestep; use 1 or more",
+        ),
+        (
+            {"form": "basis", "rank": 32},
+            "rank .*32.* of 32 inputs saves nothing; fold with --form table",
+        ),
         ({"form": "basis", "bound": 0.0}, "--bound 0 is no relative error"),
-        ({"form": "basis", "bound": 1e-6}, "no useful rank keeps the error within 1e-06: rank .* fold with form table"),
-        ({"form": "table", "steps": "none"}, "--steps 'none': numbers of sampling steps, as '8 20'"),
+        (
+            {"form": "basis", "bound": 1e-6},
+            "no useful rank keeps the error within 1e-06: rank .* fold with form table",
+        ),
+        (
+            {"form": "table", "steps": "none"},
+            "--steps 'none': numbers of sampling steps, as '8 20'",
+        ),
         ({"form": "table", "timesteps": "7"}, "--timesteps '7': numbers from 0 to 1"),
         ({"form": "table", "samples": "0"}, "--samples '0': whole numbers from 1"),
         ({"form": "table", "name": "../up"}, "letters, digits"),
@@ -139,9 +163,12 @@ def test_files_that_cannot_be_folded(folded, teacher_file, tmp_path):
     with pytest.raises(ValueError, match="was not made by folding a file"):
         folded(teacher_file, "off", base=teacher_file)
     config = {**Weights(teacher_file).config, "guidance_embeds": True}
-    write_tensors(tmp_path / "guided.safetensors", tensors_of(teacher_file), {"config": json.dumps(config)})
+    write_tensors(
+        tmp_path / "guided.safetensors", tensors_of(teacher_file), {"config": json.dumps(config)}
+    )
     with pytest.raises(
-        ValueError, match="modulations read the timestep and guidance: only those that read the timestep"
+        ValueError,
+        match="modulations read the timestep and guidance: only those that read the timestep",
     ):
         folded(tmp_path / "guided.safetensors", "table")
 
@@ -157,16 +184,29 @@ def test_other_architectures_say_why_not(folded, tmp_path, name, reads):
     architecture = architecture_named(name)
     shapes = expected_shapes(architecture, architecture.tiny_config)
     tensors = {key: torch.zeros(shape) for key, shape in shapes.items()}
-    write_tensors(tmp_path / "other.safetensors", tensors, {"config": json.dumps(architecture.tiny_config)})
+    write_tensors(
+        tmp_path / "other.safetensors", tensors, {"config": json.dumps(architecture.tiny_config)}
+    )
     for form in ("table", "basis"):
         with pytest.raises(
-            ValueError, match=f"other.safetensors is {name}, whose modulations read {reads}: only those that"
+            ValueError,
+            match=f"other.safetensors is {name}, whose modulations read {reads}: only those that",
         ):
             folded(tmp_path / "other.safetensors", form)
 
 
 def test_by_the_command_line(teacher_file, tmp_path, capsys):
-    arguments = ["fold", "--path", str(teacher_file), "--form", "basis", "--rank", "3", "--run", str(tmp_path)]
+    arguments = [
+        "fold",
+        "--path",
+        str(teacher_file),
+        "--form",
+        "basis",
+        "--rank",
+        "3",
+        "--run",
+        str(tmp_path),
+    ]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "basis of rank 3: " in out and "% worst" in out and "folded.safetensors" in out

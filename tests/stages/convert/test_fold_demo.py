@@ -1,4 +1,5 @@
-"""The bundled teacher and its bundle, folded: every variant draws the same bits or within the bound, guidance on."""
+"""The bundled teacher and its bundle, folded: every variant draws the same bits or within the
+bound, guidance on."""
 
 from __future__ import annotations
 
@@ -27,9 +28,15 @@ def demo_folded(tmp_path_factory):
     made = {"off": (DEMO / "demo.ppcl.safetensors", DEMO / "teacher.safetensors")}
     for form in ("table", "basis"):
         config = FoldConfig(
-            path=made["off"][0], base=made["off"][1], form=form, steps="2", dtype="float32", samples="2", device="cpu",
+            path=made["off"][0],
+            base=made["off"][1],
+            form=form,
+            steps="2",
+            dtype="float32",
+            samples="2",
+            device="cpu",
             run=tmp_path_factory.mktemp(form),
-        )  # fmt: skip
+        )
         path = fold(config)
         made[form] = path, path.with_name("folded_base.safetensors")
     return made
@@ -37,13 +44,20 @@ def demo_folded(tmp_path_factory):
 
 @pytest.mark.parametrize("variant", ["full", "large", "medium", "small", "smallest"])
 def test_every_variant_of_the_bundled_teacher(demo_folded, architecture, variant):
-    """Two captions, guidance on: a table draws the same bits, a basis of one per cent almost the same picture."""
+    """Two captions, guidance on: a table draws the same bits, a basis of one per cent almost the
+    same picture."""
     codec = open_codec(demo_folded["off"][1])
     prompts = encode_prompts(
-        codec, ["a white K on a blue circle, yellow background", "a red 7 on a white hexagon, green background"]
+        codec,
+        [
+            "a white K on a blue circle, yellow background",
+            "a red 7 on a white hexagon, green background",
+        ],
     )
     drawn = {
-        form: draw_prompts(architecture, open_model(path, variant, base), prompts, 0, 2, 2.0, 2, form)
+        form: draw_prompts(
+            architecture, open_model(path, variant, base), prompts, 0, 2, 2.0, 2, form
+        )
         for form, (path, base) in demo_folded.items()
     }
     assert torch.equal(drawn["table"], drawn["off"])
@@ -62,7 +76,8 @@ def test_a_folded_file_brings_its_codec(demo_folded, tmp_path):
         "a white K on a blue circle, yellow background",
     ]
     assert (
-        main([*arguments, "--steps", "2", "--output", str(tmp_path / "a.png")]) == 0 and (tmp_path / "a.png").exists()
+        main([*arguments, "--steps", "2", "--output", str(tmp_path / "a.png")]) == 0
+        and (tmp_path / "a.png").exists()
     )
     assert main([*arguments, "--steps", "3", "--output", str(tmp_path / "b.png")]) == 2
     base = ["--base", str(DEMO / "teacher.safetensors")]

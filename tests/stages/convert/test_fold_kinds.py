@@ -19,7 +19,14 @@ from ppcl_engine.stages.convert.import_released import import_released
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from ...tiny.folds import relative, same_files, tensors_of
-from ...tiny.released_models import INTERVALS, KEPT, LISTS, TEACHER_BLOCKS, released_state, write_folder
+from ...tiny.released_models import (
+    INTERVALS,
+    KEPT,
+    LISTS,
+    TEACHER_BLOCKS,
+    released_state,
+    write_folder,
+)
 from ...tiny.trained_run import tuned_run, write_parts
 
 VARIANTS = ("full", "small", "smallest", "1-2,text:3-4", "3-4,ffn_image:1", "smallest_tuned")
@@ -27,7 +34,8 @@ VARIANTS = ("full", "small", "smallest", "1-2,text:3-4", "3-4,ffn_image:1", "sma
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, teacher_file, make_run) -> Run:
-    """Students of both forms, projections of all kinds, a tuned variant with a time embedder of its own."""
+    """Students of both forms, projections of all kinds, a tuned variant with a time embedder of its
+    own."""
     return tuned_run(make_run(tmp_path_factory.mktemp("run"), teacher_file), teacher_file)
 
 
@@ -50,10 +58,14 @@ def exported(run, teacher_file):
 
 def test_a_checkpoint_keeps_what_is_beside_the_transformer(folded, output, tmp_path, make_model):
     head_32 = make_model(attention_head_dim=32, axes_dims_rope=[4, 14, 14])
-    tensors = {f"{COMFYUI_PREFIX}{n}": t for n, t in head_32.state_dict().items()} | {"vae.mean": torch.ones(3)}
+    tensors = {f"{COMFYUI_PREFIX}{n}": t for n, t in head_32.state_dict().items()} | {
+        "vae.mean": torch.ones(3)
+    }
     write_tensors(tmp_path / "checkpoint.safetensors", tensors)
     path = folded(tmp_path / "checkpoint.safetensors", "table")
-    assert torch.equal(output(open_model(path)), output(open_model(tmp_path / "checkpoint.safetensors")))
+    assert torch.equal(
+        output(open_model(path)), output(open_model(tmp_path / "checkpoint.safetensors"))
+    )
     assert torch.equal(TensorFile(path).read("vae.mean"), torch.ones(3))
     back = folded(path, "off", base=tmp_path / "checkpoint.safetensors", name="back")
     assert same_files(back, tmp_path / "checkpoint.safetensors")
@@ -86,12 +98,18 @@ def test_a_scaled_fp8_file_keeps_its_precision(folded, output, teacher_file, tmp
     assert kept.dtype("transformer_blocks.0.attn.to_q.weight") is torch.float8_e4m3fn
     assert kept.dtype("transformer_blocks.0.img_mod.1.weight") is torch.float32
     assert "transformer_blocks.0.img_mod.1.scale_weight" not in kept.keys()
-    assert same_files(folded(path, "off", base=tmp_path / "fp8.safetensors", name="back"), tmp_path / "fp8.safetensors")
+    assert same_files(
+        folded(path, "off", base=tmp_path / "fp8.safetensors", name="back"),
+        tmp_path / "fp8.safetensors",
+    )
 
 
 @pytest.mark.parametrize("form", ["table", "basis"])
-def test_an_edit_models_single_file(folded, architecture, make_model, padded_inputs, tmp_path, form):
-    """An empty tensor in it says that the reference's tokens are modulated as at t = 0: the table gets that column too."""
+def test_an_edit_models_single_file(
+    folded, architecture, make_model, padded_inputs, tmp_path, form
+):
+    """An empty tensor in it says that the reference's tokens are modulated as at t = 0: the table
+    gets that column too."""
     model = make_model(attention_head_dim=32, axes_dims_rope=[4, 14, 14], zero_cond_t=True)
     original = tmp_path / "edit.safetensors"
     write_tensors(original, {**model.state_dict(), next(iter(architecture.marks)): torch.empty(0)})
@@ -101,7 +119,13 @@ def test_an_edit_models_single_file(folded, architecture, make_model, padded_inp
     found = open_model(path)
     ours, theirs = (architecture.call(m, inputs) for m in (found, model))
     assert torch.equal(ours, theirs) if form == "table" else 0 < relative(ours, theirs) < 0.5
-    assert form == "basis" or found.time_text_embed.folding.timesteps.tolist() == [1, 0.75, 0.5, 0.25, 0]
+    assert form == "basis" or found.time_text_embed.folding.timesteps.tolist() == [
+        1,
+        0.75,
+        0.5,
+        0.25,
+        0,
+    ]
     assert same_files(folded(path, "off", base=original, name="back"), original)
 
 
@@ -111,7 +135,9 @@ def test_a_released_width_pruned_model(folded, output, architecture, make_model,
     config = architecture.with_blocks(architecture.tiny_config, KEPT)
     state = released_state(make_model(num_layers=TEACHER_BLOCKS), KEPT, LISTS)
     released = write_folder(tmp_path / "released", state, config, LISTS)
-    with pytest.raises(ValueError, match="is width-pruned .*; `ppcl import` makes a bundle or a standalone of it"):
+    with pytest.raises(
+        ValueError, match="is width-pruned .*; `ppcl import` makes a bundle or a standalone of it"
+    ):
         folded(released, form)
     settings = {"layout": "ppcl", "intervals": INTERVALS, "store": "float32", "device": "cpu"}
     path = folded(import_released(ImportConfig(path=released, run=tmp_path, **settings)), form)
@@ -135,7 +161,10 @@ def test_a_bundle_with_its_base(folded, output, exported, teacher_file, tmp_path
     path = folded(original, form, base=teacher_file)
     base = tmp_path / "exports" / "folded_base.safetensors"
     for name in VARIANTS:
-        ours, theirs = output(open_model(path, name, base)), output(open_model(original, name, teacher_file))
+        ours, theirs = (
+            output(open_model(path, name, base)),
+            output(open_model(original, name, teacher_file)),
+        )
         assert torch.equal(ours, theirs) if form == "table" else 0 < relative(ours, theirs) < 0.5
         model = open_model(path, name, base)
         stated = Bundle(path).plan.variant(name).parameters
@@ -148,7 +177,9 @@ def test_a_bundle_with_its_base(folded, output, exported, teacher_file, tmp_path
 def test_a_bundle_and_a_base_that_were_not_folded_together(folded, exported, teacher_file):
     original = exported("bundle")
     path = folded(original, "table", base=teacher_file)
-    with pytest.raises(ValueError, match=r"is folded \(table\), .* is not folded: they were not folded together"):
+    with pytest.raises(
+        ValueError, match=r"is folded \(table\), .* is not folded: they were not folded together"
+    ):
         open_model(path, "small", teacher_file)
     with pytest.raises(ValueError, match="is not folded, .*they were not folded together"):
         open_model(original, "small", path.with_name("folded_base.safetensors"))
@@ -163,15 +194,24 @@ def test_stock_layouts_are_refused(folded, run, teacher_file, tmp_path):
     path = folded(teacher_file, "basis")
     folder = Run(tmp_path / "of_folded")
     write_parts(folder, path)
-    with pytest.raises(ValueError, match="the model is folded, for which stock comfyui has no place"):
+    with pytest.raises(
+        ValueError, match="the model is folded, for which stock comfyui has no place"
+    ):
         export(ExportConfig(model=path, run=folder.folder, layout="comfyui", variant="3-4"))
-    original = export(ExportConfig(model=path, run=folder.folder, layout="bundle", name="of_folded"))
-    with pytest.raises(ValueError, match="was not made by folding a file, so there are no original weights"):
+    original = export(
+        ExportConfig(model=path, run=folder.folder, layout="bundle", name="of_folded")
+    )
+    with pytest.raises(
+        ValueError, match="was not made by folding a file, so there are no original weights"
+    ):
         folded(original, "off", base=teacher_file)
 
 
 def test_inspect_says_it(folded, teacher_file, exported, capsys):
     inspect(InspectConfig(path=folded(teacher_file, "table"), json=True))
-    assert json.loads(capsys.readouterr().out.rpartition("\n{")[2].join(("{", "")))["folded"] == "table of 4 timesteps"
+    assert (
+        json.loads(capsys.readouterr().out.rpartition("\n{")[2].join(("{", "")))["folded"]
+        == "table of 4 timesteps"
+    )
     inspect(InspectConfig(path=folded(exported("ppcl"), "basis", rank=3)))
     assert "basis of 4 coefficients" in capsys.readouterr().out

@@ -1,5 +1,5 @@
-"""The method on a folded teacher: students are folded too, with a third fewer numbers to train, and give the teacher's
-blocks back like any other."""
+"""The method on a folded teacher: students are folded too, with a third fewer numbers to train, and
+give the teacher's blocks back like any other."""
 
 import pytest
 import torch
@@ -31,7 +31,9 @@ def trained(tmp_path_factory, folded_teacher, make_run, run_stages):
     found = {}
     for streamed in (False, True):
         folder = make_run(tmp_path_factory.mktemp("run"), folded_teacher)
-        run = run_stages(folded_teacher, folder, "probe", "detect", "distill_depth", streamed=streamed)
+        run = run_stages(
+            folded_teacher, folder, "probe", "detect", "distill_depth", streamed=streamed
+        )
         common = {"model": folded_teacher, "run": folder, "device": "cpu", "streamed": streamed}
         first = run.load_plan().intervals[0].first
         distill_width(DistillWidthConfig(**common, sites=f"ffn_image:{first}", rounds=1, updates=2))
@@ -47,21 +49,32 @@ def test_students_are_folded(trained, folded_teacher, architecture):
     for interval in run.load_plan().intervals:
         file = TensorFile(run.student(interval.name))
         for kind in ("weight", "first", "second"):  # the weights, and the optimiser's state of them
-            assert file.shape(f"{kind}.img_mod.1.weight") == (6 * architecture.width(config), 1 + RANK)
+            assert file.shape(f"{kind}.img_mod.1.weight") == (
+                6 * architecture.width(config),
+                1 + RANK,
+            )
         assert not any("directions" in name for name in file.keys())
 
 
 def test_streamed_is_the_same_bits(trained):
-    files = [{p.relative_to(run.folder): p.read_bytes() for p in run.students.rglob("*")} for run in trained.values()]
+    files = [
+        {p.relative_to(run.folder): p.read_bytes() for p in run.students.rglob("*")}
+        for run in trained.values()
+    ]
     assert files[0] == files[1]
 
 
 def test_a_bundle_of_it_opens(trained, folded_teacher, architecture, padded_inputs, tmp_path):
-    path = export(ExportConfig(model=folded_teacher, run=trained[False].folder, layout="bundle", store="float32"))
+    path = export(
+        ExportConfig(
+            model=folded_teacher, run=trained[False].folder, layout="bundle", store="float32"
+        )
+    )
     plan, inputs = Bundle(path).plan, padded_inputs()
     teacher = open_model(folded_teacher)
     assert torch.equal(
-        architecture.call(open_model(path, "full", folded_teacher), inputs), architecture.call(teacher, inputs)
+        architecture.call(open_model(path, "full", folded_teacher), inputs),
+        architecture.call(teacher, inputs),
     )
     pruned = [variant for variant in plan.variants if variant.intervals]
     assert {variant.tuned for variant in pruned} == {False, True}
@@ -71,7 +84,11 @@ def test_a_bundle_of_it_opens(trained, folded_teacher, architecture, padded_inpu
         assert not torch.equal(architecture.call(model, inputs), architecture.call(teacher, inputs))
     alone = export(
         ExportConfig(
-            model=folded_teacher, run=trained[False].folder, layout="ppcl", store="float32", variant="smallest"
+            model=folded_teacher,
+            run=trained[False].folder,
+            layout="ppcl",
+            store="float32",
+            variant="smallest",
         )
     )
     assert torch.equal(
@@ -81,7 +98,11 @@ def test_a_bundle_of_it_opens(trained, folded_teacher, architecture, padded_inpu
 
 
 def test_a_table_knows_too_few_timesteps_to_train_on(teacher_file, tmp_path, make_run, run_stages):
-    table = fold(FoldConfig(path=teacher_file, form="table", run=tmp_path, dtype="float32", device="cpu"))
+    table = fold(
+        FoldConfig(path=teacher_file, form="table", run=tmp_path, dtype="float32", device="cpu")
+    )
     folder = make_run(tmp_path / "run", table)
-    with pytest.raises(ValueError, match="the model's table has no timestep .* or fold with form basis"):
+    with pytest.raises(
+        ValueError, match="the model's table has no timestep .* or fold with form basis"
+    ):
         run_stages(table, folder, "probe")

@@ -1,5 +1,5 @@
-"""`ppcl sparsify` on every kind of file: exact shares, the same bits after kill -9, files that every reader reads, and
-what does not fit in one line."""
+"""`ppcl sparsify` on every kind of file: exact shares, the same bits after kill -9, files that
+every reader reads, and what does not fit in one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ from ppcl_engine.system.tensor_files import TensorFile
 
 from ...tiny.trained_run import tuned_run
 
-PLAIN = {"score": "wanda", "granularity": "layer", "exchange": False, "compensate": False}  # where any will do: fast
+# where any will do: fast
+PLAIN = {"score": "wanda", "granularity": "layer", "exchange": False, "compensate": False}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,13 @@ def bundle(run, teacher_file) -> Path:
 @pytest.fixture
 def sparse(run, tmp_path):
     def make(path: Path, **settings) -> Path:
-        given = {"calibration": run.calibration, "run": tmp_path, "device": "cpu", "store": "float32", **PLAIN}
+        given = {
+            "calibration": run.calibration,
+            "run": tmp_path,
+            "device": "cpu",
+            "store": "float32",
+            **PLAIN,
+        }
         return sparsify(SparsifyConfig(path=path, **{**given, **settings}))
 
     return make
@@ -74,7 +81,11 @@ def test_a_full_model_loses_its_share_in_every_layer_and_nothing_else(
 ):
     path = sparse(teacher_file, sparsity=0.3)
     model, dense = open_model(path), open_model(teacher_file)
-    weights = {name: module.weight.numel() for name, module in dense.named_modules() if name in zeros(dense)}
+    weights = {
+        name: module.weight.numel()
+        for name, module in dense.named_modules()
+        if name in zeros(dense)
+    }
     assert zeros(model) == {name: round(0.3 * count) for name, count in weights.items()}
     for name, tensor in dense.state_dict().items():
         ours, stays = model.state_dict()[name], model.state_dict()[name] != 0
@@ -89,7 +100,9 @@ def test_a_full_model_loses_its_share_in_every_layer_and_nothing_else(
 
 @pytest.mark.parametrize("variant", ["small", "smallest", "smallest_tuned", "full", "1-2,text:3-4"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_variants_of_a_bundle(sparse, architecture, bundle, teacher_file, padded_inputs, variant, pattern):
+def test_variants_of_a_bundle(
+    sparse, architecture, bundle, teacher_file, padded_inputs, variant, pattern
+):
     dense = open_model(bundle, variant=variant, base=teacher_file)
     model = open_model(sparse(bundle, base=teacher_file, variant=variant, pattern=pattern))
     assert zeros(model) == {n: count for n, count in zeros(model).items() if count}
@@ -101,10 +114,18 @@ def test_variants_of_a_bundle(sparse, architecture, bundle, teacher_file, padded
 
 
 def test_a_standalone_is_the_variant_that_it_holds(sparse, run, bundle, teacher_file):
-    alone = export(ExportConfig(model=teacher_file, run=run.folder, layout="ppcl", variant="smallest", store="float32"))
+    alone = export(
+        ExportConfig(
+            model=teacher_file, run=run.folder, layout="ppcl", variant="smallest", store="float32"
+        )
+    )
     ours = open_model(sparse(alone, name="one")).state_dict()
-    theirs = open_model(sparse(bundle, base=teacher_file, variant="smallest", name="other")).state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    theirs = open_model(
+        sparse(bundle, base=teacher_file, variant="smallest", name="other")
+    ).state_dict()
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 def test_two_of_four_is_compressed_and_read_as_dense(sparse, teacher_file, tmp_path):
@@ -117,7 +138,11 @@ def test_two_of_four_is_compressed_and_read_as_dense(sparse, teacher_file, tmp_p
     raw = TensorFile(path)
     assert "transformer_blocks.0.attn.to_q.weight" in raw.entries
     said = describe(path)["sparse"]
-    assert said.startswith("2:4 by wanda, 50.0 % of") and "compressed" in said and "another order" in said
+    assert (
+        said.startswith("2:4 by wanda, 50.0 % of")
+        and "compressed" in said
+        and "another order" in said
+    )
 
 
 def test_a_sparse_model_can_be_made_sparse_again(sparse, teacher_file):
@@ -138,14 +163,28 @@ def test_a_stock_host_stops_at_a_compressed_file(sparse, teacher_file):
 
 
 def test_metadata_and_inspect_say_what_was_done(sparse, teacher_file, bundle, run):
-    path = sparse(teacher_file, sparsity=0.6, timesteps="early", skip="mlp", score="energy", granularity="cluster")
+    path = sparse(
+        teacher_file,
+        sparsity=0.6,
+        timesteps="early",
+        skip="mlp",
+        score="energy",
+        granularity="cluster",
+    )
     found = sparsity_of(TensorFile(path).metadata)
-    assert (found.pattern, found.sparsity, found.score, found.granularity) == ("unstructured", 0.6, "energy", "cluster")
+    assert (found.pattern, found.sparsity, found.score, found.granularity) == (
+        "unstructured",
+        0.6,
+        "energy",
+        "cluster",
+    )
     assert "2607.00927" in found.note and found.timesteps == "early"
     assert not found.exchange and not found.compensate
     assert found.calibration == load_calibration(run.calibration).hash
     said = describe(path)["sparse"]
-    assert said.startswith("unstructured by energy in cluster, 60.0 % of") and "reconstruction" in said
+    assert (
+        said.startswith("unstructured by energy in cluster, 60.0 % of") and "reconstruction" in said
+    )
     assert "sparse" not in describe(teacher_file)
     variant = sparse(bundle, base=teacher_file, variant="small", pattern="4:8")
     assert describe(variant)["sparse"].startswith("4:8 by wanda, 50.0 %")
@@ -154,12 +193,17 @@ def test_metadata_and_inspect_say_what_was_done(sparse, teacher_file, bundle, ru
 @pytest.mark.parametrize("feed", ["pruned", "dense"])
 def test_streamed_gives_the_same_bits(sparse, bundle, teacher_file, feed):
     given = {"base": teacher_file, "variant": "smallest", "feed": feed}
-    one, other = (sparse(bundle, name=f"{streamed}", streamed=streamed, **given) for streamed in (False, True))
+    one, other = (
+        sparse(bundle, name=f"{streamed}", streamed=streamed, **given) for streamed in (False, True)
+    )
     assert one.read_bytes() == other.read_bytes()
 
 
 def test_feeds_differ_behind_the_first_block(sparse, teacher_file):
-    one, other = (open_model(sparse(teacher_file, name=feed, feed=feed)).state_dict() for feed in ("pruned", "dense"))
+    one, other = (
+        open_model(sparse(teacher_file, name=feed, feed=feed)).state_dict()
+        for feed in ("pruned", "dense")
+    )
     name = "transformer_blocks.{}.img_mlp.net.2.weight"
     assert torch.equal(one[name.format(0)], other[name.format(0)])
     assert not torch.equal(one[name.format(5)], other[name.format(5)])
@@ -192,7 +236,9 @@ def test_a_run_that_was_stopped_goes_on_at_its_block(sparse, teacher_file, monke
 
 def test_other_settings_begin_again(sparse, teacher_file, monkeypatch):
     expected = sparse(teacher_file, name="alone", sparsity=0.7).read_bytes()
-    monkeypatch.setattr(stage, "write_sparse", lambda *arguments: (_ for _ in ()).throw(SystemError))
+    monkeypatch.setattr(
+        stage, "write_sparse", lambda *arguments: (_ for _ in ()).throw(SystemError)
+    )
     with pytest.raises(SystemError):
         sparse(teacher_file, sparsity=0.5)
     monkeypatch.undo()
@@ -259,25 +305,40 @@ def failing(capsys, run, tmp_path):
 def test_what_does_not_fit_is_one_line(failing, teacher_file, bundle, tmp_path, run):
     for sparsity in ("0", "1", "1.5", "-0.2"):
         assert "between 0 and 1" in failing("--path", teacher_file, "--sparsity", sparsity)
-    assert "2:4 drops 0.5" in failing("--path", teacher_file, "--pattern", "2:4", "--sparsity", "0.6")
+    assert "2:4 drops 0.5" in failing(
+        "--path", teacher_file, "--pattern", "2:4", "--sparsity", "0.6"
+    )
     assert "give the base model" in failing("--path", bundle)
     assert "has no variant 'small'" in failing("--path", teacher_file, "--variant", "small")
-    assert "run calibrate first" in failing("--path", teacher_file, "--calibration", tmp_path / "none")
+    assert "run calibrate first" in failing(
+        "--path", teacher_file, "--calibration", tmp_path / "none"
+    )
     assert "leaves no linear map" in failing("--path", teacher_file, "--skip", "attn mlp mod")
     assert "--run says where it goes" in failing("--path", teacher_file, "--name", "../sparse")
     assert "is no calibration set" in failing("--path", teacher_file, "--calibration", teacher_file)
 
 
-def test_groups_that_do_not_divide_name_the_layer(failing, tmp_path_factory, make_model, save_model, calibration_of):
+def test_groups_that_do_not_divide_name_the_layer(
+    failing, tmp_path_factory, make_model, save_model, calibration_of
+):
     folder = tmp_path_factory.mktemp("odd")
     model = make_model(attention_head_dim=18, num_attention_heads=1, axes_dims_rope=[2, 8, 8])
     teacher = save_model(folder / "teacher.safetensors", model)
     save_calibration(folder / "calibration.safetensors", calibration_of(teacher))
-    given = ("--path", teacher, "--pattern", "2:4", "--calibration", folder / "calibration.safetensors")
+    given = (
+        "--path",
+        teacher,
+        "--pattern",
+        "2:4",
+        "--calibration",
+        folder / "calibration.safetensors",
+    )
     assert "block 0, img_mod.1 reads 18 numbers, which groups of 4 do not divide" in failing(*given)
 
 
-def test_calibration_of_another_model(failing, tmp_path_factory, make_model, save_model, teacher_file, calibration_of):
+def test_calibration_of_another_model(
+    failing, tmp_path_factory, make_model, save_model, teacher_file, calibration_of
+):
     folder = tmp_path_factory.mktemp("other")
     other = save_model(folder / "other.safetensors", make_model(seed=5))
     save_calibration(folder / "calibration.safetensors", calibration_of(other))
@@ -307,21 +368,40 @@ def test_an_edit_model_stays_one(make_model, save_model, calibration_of, tmp_pat
     """Its conditioning has two rows a sample; ComfyUI knows it by a mark."""
     teacher = save_model(tmp_path / "teacher.safetensors", make_model(zero_cond_t=True))
     save_calibration(tmp_path / "calibration.safetensors", calibration_of(teacher))
-    given = {"calibration": tmp_path / "calibration.safetensors", "run": tmp_path, "device": "cpu", **PLAIN}
+    given = {
+        "calibration": tmp_path / "calibration.safetensors",
+        "run": tmp_path,
+        "device": "cpu",
+        **PLAIN,
+    }
     path = sparsify(SparsifyConfig(path=teacher, **given))
-    assert open_model(path).config["zero_cond_t"] and set(QwenImage.marks) <= set(TensorFile(path).keys())
+    assert open_model(path).config["zero_cond_t"] and set(QwenImage.marks) <= set(
+        TensorFile(path).keys()
+    )
     assert all(zeros(open_model(path)).values())
 
 
 @pytest.mark.parametrize("architecture", [a.name for a in ARCHITECTURES], indirect=True)
-def test_every_architecture(architecture, make_model, save_model, calibration_of, padded_inputs, tmp_path):
+def test_every_architecture(
+    architecture, make_model, save_model, calibration_of, padded_inputs, tmp_path
+):
     teacher = save_model(tmp_path / "teacher.safetensors", make_model())
     save_calibration(tmp_path / "calibration.safetensors", calibration_of(teacher))
     for pattern, permute in (("unstructured", False), ("2:4", True)):
-        given = {"calibration": tmp_path / "calibration.safetensors", "run": tmp_path, "device": "cpu", **PLAIN}
-        path = sparsify(SparsifyConfig(path=teacher, pattern=pattern, permute=permute, store="float32", **given))
+        given = {
+            "calibration": tmp_path / "calibration.safetensors",
+            "run": tmp_path,
+            "device": "cpu",
+            **PLAIN,
+        }
+        path = sparsify(
+            SparsifyConfig(path=teacher, pattern=pattern, permute=permute, store="float32", **given)
+        )
         model, dense = open_model(path), open_model(teacher)
         assert zeros(model).keys() == zeros(dense).keys()
-        assert all(2 * count == model.get_submodule(name).weight.numel() for name, count in zeros(model).items())
+        assert all(
+            2 * count == model.get_submodule(name).weight.numel()
+            for name, count in zeros(model).items()
+        )
         ours, theirs = (drawn(architecture, m, padded_inputs()) for m in (model, dense))
         assert 0 < (ours - theirs).norm() < theirs.norm()

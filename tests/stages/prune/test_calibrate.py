@@ -1,4 +1,5 @@
-"""Calibration: the same bits streamed and resident, and after a stop; the whole schedule; empty captions."""
+"""Calibration: the same bits streamed and resident, and after a stop; the whole schedule; empty
+captions."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from ppcl_engine.settings.prune_settings import CalibrateConfig
 from ppcl_engine.stages.prune import calibrate as stage
 from ppcl_engine.stages.prune.calibrate import calibrate, spread_timesteps
 
-CAPTIONS = "a red K on a blue circle, yellow background\na white 7 on a black square, green background\n"
+CAPTIONS = (
+    "a red K on a blue circle, yellow background\na white 7 on a black square, green background\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,9 @@ def prompts(tmp_path_factory):
 
 
 def config(run, **changes) -> CalibrateConfig:
-    return CalibrateConfig(model=TEACHER, run=run, device="cpu", samples=6, batch=2, steps=3, **changes)
+    return CalibrateConfig(
+        model=TEACHER, run=run, device="cpu", samples=6, batch=2, steps=3, **changes
+    )
 
 
 def bits(path) -> dict[str, bytes]:
@@ -42,7 +47,11 @@ def test_drawing_streamed_is_drawing_resident(tmp_path, prompts):
 
 @pytest.mark.parametrize("source", ["prompts", "images"])
 def test_a_stopped_calibration_goes_on_to_the_same_bits(tmp_path, prompts, source, monkeypatch):
-    given = {"prompts": prompts} if source == "prompts" else {"images": render_pictures(tmp_path / "images", 4, 0)}
+    given = (
+        {"prompts": prompts}
+        if source == "prompts"
+        else {"images": render_pictures(tmp_path / "images", 4, 0)}
+    )
     expected = bits(calibrate(config(tmp_path / "whole", **given)))
     name = "_drawn" if source == "prompts" else "_noised"
     make, made = getattr(stage, name), []
@@ -62,13 +71,17 @@ def test_a_stopped_calibration_goes_on_to_the_same_bits(tmp_path, prompts, sourc
 
 def test_pictures_are_noised_at_the_recorded_timestep_with_empty_captions_among_them(tmp_path):
     images = render_pictures(tmp_path / "images", 4, 0)
-    batches = load_calibration(calibrate(config(tmp_path, images=images, empty_captions=0.5))).batches
+    batches = load_calibration(
+        calibrate(config(tmp_path, images=images, empty_captions=0.5))
+    ).batches
     lengths = torch.cat([batch["encoder_hidden_states_mask"].sum(1) for batch in batches])
     assert set(lengths.tolist()) == {1, 9}
     for batch in batches:
         t = batch["timestep"][:, None, None]
         noise = (batch["hidden_states"] - (1 - t) * batch[CLEAN]) / t
-        assert torch.allclose(noised(batch[CLEAN], noise, batch["timestep"]), batch["hidden_states"], atol=1e-5)
+        assert torch.allclose(
+            noised(batch[CLEAN], noise, batch["timestep"]), batch["hidden_states"], atol=1e-5
+        )
         assert 0.5 < float(noise.std()) < 1.5
 
 

@@ -13,7 +13,8 @@ from ppcl_engine.data.calibration import CalibrationSet
 from ppcl_engine.run import Run
 from ppcl_engine.system.tensor_files import TensorFile
 
-PATTERN = "NNLLLNNLLN"  # N strongly nonlinear, L a near-linear step; the probes replace what follows block u
+# N strongly nonlinear, L a near-linear step; the probes replace what follows block u
+PATTERN = "NNLLLNNLLN"
 PLANTED = [(1, 4), (6, 8)]
 REMOVE = sum(last - first for first, last in PLANTED)
 
@@ -35,7 +36,8 @@ def make_linear(block: torch.nn.Module) -> None:
 
 
 def make_nonlinear(block: torch.nn.Module) -> None:
-    """Large even steps: GELU far out on both sides is as good as an absolute value, which no line fits."""
+    """Large even steps: GELU far out on both sides is as good as an absolute value, which no line
+    fits."""
     for mod, mlp in ((block.img_mod, block.img_mlp), (block.txt_mod, block.txt_mlp)):
         set_gates(mod, 1.0, 2.0)
         half = mlp.net[0].proj.weight[:64] * 3
@@ -45,7 +47,9 @@ def make_nonlinear(block: torch.nn.Module) -> None:
 
 
 @pytest.fixture(scope="module", params=[0, 1])
-def planted(request, tmp_path_factory, make_model, save_model, make_run, calibration_of, run_stages):
+def planted(
+    request, tmp_path_factory, make_model, save_model, make_run, calibration_of, run_stages
+):
     """(teacher file, run folder with calibration and probes)"""
     seed = request.param
     model = make_model(seed=seed, num_layers=len(PATTERN))
@@ -71,7 +75,8 @@ def test_the_planted_intervals_are_found_and_no_others(planted, run_stages, meth
     assert all(0 < i.score < 1e-4 for i in plan.intervals)
     curves = TensorFile(run.curves)
     damage = curves.read("error").sum(-1) / curves.read("power").sum()
-    assert damage[0, 1] > 1e-3 and damage[1, 4] > 1e-3  # 0-1 and 1-5 hold a nonlinear block that would go
+    # 0-1 and 1-5 hold a nonlinear block that would go
+    assert damage[0, 1] > 1e-3 and damage[1, 4] > 1e-3
 
 
 def test_budget_and_protection_are_kept(planted, run_stages):
@@ -90,14 +95,21 @@ def test_explain_has_a_line_for_every_interval(planted, run_stages, capsys, meth
     run = run_stages(*planted, "detect", method=method, remove=REMOVE, longest=5, explain=True)
     printed = capsys.readouterr().out
     for first, last in PLANTED:
-        assert sum(line.startswith(f"{method} {first}-{last}: ") for line in printed.splitlines()) == 1
-    assert "ppcl 0-0: ends because D(0,1) =" in printed and "ppcl 1-4: ends because D rises: D(1,5) =" in printed
+        assert (
+            sum(line.startswith(f"{method} {first}-{last}: ") for line in printed.splitlines()) == 1
+        )
+    assert (
+        "ppcl 0-0: ends because D(0,1) =" in printed
+        and "ppcl 1-4: ends because D rises: D(1,5) =" in printed
+    )
     assert json.loads(run.detection.read_text())["explain"] == printed.splitlines()
 
 
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory, teacher_file, make_run, run_stages):
-    return run_stages(teacher_file, make_run(tmp_path_factory.mktemp("probed"), teacher_file), "probe")
+    return run_stages(
+        teacher_file, make_run(tmp_path_factory.mktemp("probed"), teacher_file), "probe"
+    )
 
 
 def copied(probed: Run, folder) -> Run:
@@ -112,7 +124,8 @@ def copied(probed: Run, folder) -> Run:
 def test_curves_are_what_the_method_says(
     tmp_path, architecture, model, teacher_file, probed, calibration_of, run_stages, local
 ):
-    """cka: block 1 real, 2 and 3 by their probes, then the teacher. damage: the best affine map of 1-3 instead."""
+    """cka: block 1 real, 2 and 3 by their probes, then the teacher. damage: the best affine map of
+    1-3 instead."""
     run = run_stages(teacher_file, copied(probed, tmp_path).folder, "detect", tokens=6, local=local)
     boundaries = []
     for inputs in calibration_of(teacher_file).all_inputs():
@@ -128,7 +141,9 @@ def test_curves_are_what_the_method_says(
 
     probed_states = []
     for states in boundaries:
-        state = apply_maps(apply_maps(states[2], load_probe(run.probe(2))), load_probe(run.probe(3)))
+        state = apply_maps(
+            apply_maps(states[2], load_probe(run.probe(2))), load_probe(run.probe(3))
+        )
         probed_states.append(state if local else onward(state, 4))
     ours, theirs = (
         linear_gram(torch.cat([s.image.flatten(0, 1) for s in rows]))
@@ -149,31 +164,48 @@ def test_curves_are_what_the_method_says(
     error = power = 0.0
     for states in boundaries[2:]:
         exact = architecture.finish(model, states[6])
-        error += float((architecture.finish(model, onward(apply_maps(states[2], maps), 4)) - exact).square().sum())
+        error += float(
+            (architecture.finish(model, onward(apply_maps(states[2], maps), 4)) - exact)
+            .square()
+            .sum()
+        )
         power += float(exact.square().sum())
     damage = curves.read("error")[1, 2].sum() / curves.read("power").sum()
     assert float(damage) == pytest.approx(error / power, rel=1e-4) and damage > 0.01
 
 
 @pytest.mark.parametrize("local", [False, True])
-def test_block_passes_is_the_count_of_blocks_that_ran(tmp_path, teacher_file, probed, run_stages, monkeypatch, local):
+def test_block_passes_is_the_count_of_blocks_that_ran(
+    tmp_path, teacher_file, probed, run_stages, monkeypatch, local
+):
     """Held-out batches take both curves, the others only the alignment."""
     counted, run_block = [], QwenImage.run_block
-    monkeypatch.setattr(QwenImage, "run_block", lambda *arguments: counted.append(1) or run_block(*arguments))
+    monkeypatch.setattr(
+        QwenImage, "run_block", lambda *arguments: counted.append(1) or run_block(*arguments)
+    )
     run = run_stages(teacher_file, copied(probed, tmp_path).folder, "detect", local=local)
     full_curves = 0 if local else 1
-    assert len(counted) == 2 * block_passes(6, 4, full_curves) + 2 * block_passes(6, 4, full_curves + 1)
-    assert json.loads(run.detection.read_text())["block_passes_per_batch"] == block_passes(6, 4, full_curves + 1)
-    assert block_passes(3, 3, 1) == 3 + (1 + 0 + 0)  # pairs (0,1) (0,2) (1,2): one block is behind the first
+    assert len(counted) == 2 * block_passes(6, 4, full_curves) + 2 * block_passes(
+        6, 4, full_curves + 1
+    )
+    assert json.loads(run.detection.read_text())["block_passes_per_batch"] == block_passes(
+        6, 4, full_curves + 1
+    )
+    # pairs (0,1) (0,2) (1,2): one block is behind the first
+    assert block_passes(3, 3, 1) == 3 + (1 + 0 + 0)
 
 
-def test_curves_are_measured_once_and_again_for_other_probes(tmp_path, teacher_file, probed, run_stages):
+def test_curves_are_measured_once_and_again_for_other_probes(
+    tmp_path, teacher_file, probed, run_stages
+):
     run = run_stages(teacher_file, copied(probed, tmp_path).folder, "detect", method="budget")
     measured = run.curves.stat().st_mtime_ns, run.curves.read_bytes()
     run_stages(teacher_file, run.folder, "detect", method="ppcl", remove=1)
     assert (run.curves.stat().st_mtime_ns, run.curves.read_bytes()) == measured
     run_stages(teacher_file, run.folder, "probe", "detect", ridge=1e-1)
-    assert not torch.equal(TensorFile(run.curves).read("cka").nan_to_num(), _tensor(measured[1], tmp_path))
+    assert not torch.equal(
+        TensorFile(run.curves).read("cka").nan_to_num(), _tensor(measured[1], tmp_path)
+    )
 
 
 def _tensor(content: bytes, folder) -> torch.Tensor:

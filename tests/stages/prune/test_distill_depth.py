@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from ppcl_engine.algorithms.distillation.losses import interval_loss
-from ppcl_engine.algorithms.distillation.trainer import Diverged, Trainer, cosine_schedule, saved_weights
+from ppcl_engine.algorithms.distillation.trainer import (
+    Diverged,
+    Trainer,
+    cosine_schedule,
+    saved_weights,
+)
 from ppcl_engine.data.calibration import CLEAN, CalibrationSet, load_calibration
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan, parse_intervals
@@ -22,8 +27,13 @@ ALL = ("0-1", "2-4")
 def new_run(tmp_path, architecture, teacher_file, make_run):
     """Run folders with a calibration and a plan, no detection needed."""
 
-    def make(name: str = "run", intervals: str = " ".join(ALL), calibration: CalibrationSet | None = None):
-        run, weights = Run(make_run(tmp_path / name, teacher_file, calibration)), Weights(teacher_file)
+    def make(
+        name: str = "run", intervals: str = " ".join(ALL), calibration: CalibrationSet | None = None
+    ):
+        run, weights = (
+            Run(make_run(tmp_path / name, teacher_file, calibration)),
+            Weights(teacher_file),
+        )
         plan = PruningPlan(
             architecture=architecture.name,
             config=weights.config,
@@ -53,9 +63,18 @@ def students(run: Run) -> dict[str, bytes]:
 @pytest.mark.parametrize("loss", ["direction", "direction_log_norm", "mse"])
 @pytest.mark.parametrize("correction", ["none", "affine"])
 def test_the_loss_falls(new_run, distill, teacher_file, calibration_of, loss, correction):
-    """On pictures that were not seen before: the first pass of round 1 against the first of round 0."""
+    """On pictures that were not seen before: the first pass of round 1 against the first of round
+    0."""
     run = new_run(calibration=calibration_of(teacher_file, samples=32))
-    distill(run, loss=loss, correction=correction, rounds=2, updates=64, learning_rate=1e-3, intervals="2-4")
+    distill(
+        run,
+        loss=loss,
+        correction=correction,
+        rounds=2,
+        updates=64,
+        learning_rate=1e-3,
+        intervals="2-4",
+    )
     history = losses(run, "2-4")
     assert len(history) == 128
     assert sum(history[64:80]) < (0.7 if correction == "none" else 0.95) * sum(history[:16])
@@ -74,15 +93,20 @@ def test_the_affine_start_beats_a_plain_copy_before_any_training(new_run, distil
 @pytest.mark.parametrize("init, origin", [("first", 2), ("middle", 3)])
 def test_a_student_starts_as_the_first_or_middle_block(new_run, distill, model, init, origin):
     run = new_run()
-    distill(run, init=init, correction="none", learning_rate=0.0, rounds=1, updates=2, intervals="2-4")
+    distill(
+        run, init=init, correction="none", learning_rate=0.0, rounds=1, updates=2, intervals="2-4"
+    )
     state = saved_weights(run.student("2-4"))
     expected = model.transformer_blocks[origin].state_dict()
-    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in state)
+    assert state.keys() == expected.keys() and all(
+        torch.equal(state[name], expected[name]) for name in state
+    )
 
 
 @pytest.mark.parametrize("loss", ["direction", "direction_log_norm", "mse"])
 def test_the_first_loss_is_the_copys_own(new_run, distill, architecture, model, loss):
-    """Input: the teacher's own input of block 2; target: its output of block 4; fresh noise of (seed, 0)."""
+    """Input: the teacher's own input of block 2; target: its output of block 4; fresh noise of
+    (seed, 0)."""
     run = new_run()
     distill(run, loss=loss, correction="none", rounds=1, updates=1, intervals="2-4", seed=3)
     state = architecture.embed(model, load_calibration(run.calibration).fresh(0, 3 * 1_000_003))
@@ -92,16 +116,23 @@ def test_the_first_loss_is_the_copys_own(new_run, distill, architecture, model, 
     student = architecture.run_block(model.transformer_blocks[2], states[2])
     expected = interval_loss(loss, student, states[5], ("image", "text"))
     assert losses(run, "2-4")[0] == pytest.approx(float(expected), rel=1e-5)
-    assert float(expected) != pytest.approx(float(interval_loss(loss, student, states[5], ("image",))), rel=1e-3)
+    assert float(expected) != pytest.approx(
+        float(interval_loss(loss, student, states[5], ("image",))), rel=1e-3
+    )
 
 
-@pytest.mark.parametrize("correction, shapes", [("none", []), ("affine", [(32, 32)]), ("3", [(3, 32), (32, 3)])])
+@pytest.mark.parametrize(
+    "correction, shapes", [("none", []), ("affine", [(32, 32)]), ("3", [(3, 32), (32, 3)])]
+)
 def test_the_form_of_the_correction(new_run, distill, correction, shapes):
     run = new_run(intervals="0-1 3-5")
     distill(run, correction=correction, rounds=1, updates=1)
-    for interval, streams in (("0-1", {"image", "text"}), ("3-5", {"image"})):  # nothing reads the last text
+    # nothing reads the last text
+    for interval, streams in (("0-1", {"image", "text"}), ("3-5", {"image"})):
         maps = {
-            n: tuple(t.shape) for n, t in saved_weights(run.student(interval)).items() if n.startswith("correction.")
+            n: tuple(t.shape)
+            for n, t in saved_weights(run.student(interval)).items()
+            if n.startswith("correction.")
         }
         assert {name.split(".")[2] for name in maps} == (streams if shapes else set())
         assert [s for n, s in maps.items() if ".image." in n and len(s) == 2] == shapes
@@ -144,11 +175,14 @@ def interrupt_after(path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_stopped_in_a_round_and_gone_on_is_the_same_bits(new_run, distill, streamed, monkeypatch):
-    before = signal.getsignal(signal.SIGINT)  # a shell's background jobs are started with it ignored
+    # a shell's background jobs are started with it ignored
+    before = signal.getsignal(signal.SIGINT)
     whole, halted = new_run("whole"), new_run("halted")
     distill(whole, updates=40, streamed=streamed)
     interrupt_after(halted.student("0-1"), monkeypatch)
-    with pytest.raises(Stopped, match=r"stopped at step \d+ of interval 2-4; saved. Run the same command to go on"):
+    with pytest.raises(
+        Stopped, match=r"stopped at step \d+ of interval 2-4; saved. Run the same command to go on"
+    ):
         distill(halted, updates=40, streamed=streamed)
     assert 0 < len(losses(halted, "2-4")) < 40 and len(losses(halted, "0-1")) == 40
     assert signal.getsignal(signal.SIGINT) == before
@@ -170,22 +204,29 @@ def test_other_settings_are_refused_by_name(new_run, distill):
     distill(run, rounds=1, updates=2)
     before = students(run)
     with pytest.raises(
-        ValueError, match=r"0-1.safetensors was trained with other settings \(loss 'mse' -> 'direction'\)"
+        ValueError,
+        match=r"0-1.safetensors was trained with other settings \(loss 'mse' -> 'direction'\)",
     ):
         distill(run, rounds=1, updates=2, loss="direction")
     assert students(run) == before
 
 
-def test_a_poisoned_batch_stops_with_the_last_good_file(new_run, distill, teacher_file, calibration_of):
+def test_a_poisoned_batch_stops_with_the_last_good_file(
+    new_run, distill, teacher_file, calibration_of
+):
     """Four updates are one batch a round, so the poison of batch 1 comes in round 1."""
     calibration = calibration_of(teacher_file)
     calibration.batches[1][CLEAN][0, 0, 0] = torch.nan
     run = new_run(calibration=calibration)
-    with pytest.raises(Diverged, match="loss is nan at step 4 of interval 0-1; the last good state is kept"):
+    with pytest.raises(
+        Diverged, match="loss is nan at step 4 of interval 0-1; the last good state is kept"
+    ):
         distill(run, updates=4, rounds=2)
     for interval in ALL:
         file = TensorFile(run.student(interval))
-        assert file.metadata["step"] == "4" and all(t.isfinite().all() for t in file.read_all().values())
+        assert file.metadata["step"] == "4" and all(
+            t.isfinite().all() for t in file.read_all().values()
+        )
 
 
 def test_a_huge_learning_rate_diverges_and_leaves_no_file(new_run, distill):

@@ -1,4 +1,5 @@
-"""Width: closed forms over the whole set, trained further, resumed to the bit, switched with no training."""
+"""Width: closed forms over the whole set, trained further, resumed to the bit, switched with no
+training."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ SITES = "text:2-3 ffn_image:0 ffn_image:4 ffn_text:1"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, teacher_file, make_run, run_stages) -> Run:
     """A run with students for 2-3 and 4-5."""
-    run = run_stages(teacher_file, make_run(tmp_path_factory.mktemp("width"), teacher_file), "probe", "detect")
+    run = run_stages(
+        teacher_file, make_run(tmp_path_factory.mktemp("width"), teacher_file), "probe", "detect"
+    )
     plan = run.load_plan().with_parts(intervals=parse_intervals("2-3 4-5"))
     write_text(run.plan, plan.to_json())
     return run_stages(teacher_file, run.folder, "distill_depth")
@@ -53,7 +56,14 @@ def new_run(trained, tmp_path):
 
 
 def distil(run: Run, teacher_file, **options) -> Run:
-    options = {"rounds": 2, "updates": 6, "warm_up": 2, "learning_rate": 1e-3, "sites": SITES, **options}
+    options = {
+        "rounds": 2,
+        "updates": 6,
+        "warm_up": 2,
+        "learning_rate": 1e-3,
+        "sites": SITES,
+        **options,
+    }
     distill_width(DistillWidthConfig(model=teacher_file, run=run.folder, device="cpu", **options))
     return run
 
@@ -63,10 +73,14 @@ def projection_files(run: Run) -> dict[str, bytes]:
 
 
 def test_the_start_is_the_ridge_solution_over_the_whole_set(new_run, teacher_file, architecture):
-    """An FFN of the teacher's block, one of a student, both forms, and text, against numpy-like algebra."""
+    """An FFN of the teacher's block, one of a student, both forms, and text, against numpy-like
+    algebra."""
     for form in ("paper", "gated"):
         run = distil(new_run(form), teacher_file, rounds=0, form=form)
-        weights, students = Weights(teacher_file), RunStudents(run, Weights(teacher_file).config, architecture)
+        weights, students = (
+            Weights(teacher_file),
+            RunStudents(run, Weights(teacher_file).config, architecture),
+        )
         model = open_model(teacher_file)
         intervals = {i.first: i for i in run.load_plan().intervals}
         for name, index, stream in (
@@ -82,8 +96,14 @@ def test_the_start_is_the_ridge_solution_over_the_whole_set(new_run, teacher_fil
                 for before in range(index):
                     state = architecture.run_block(model.transformer_blocks[before], state)
                 _, seen = architecture.observe(block, state)
-                x, y = (seen[f"{stream}_ffn_input"], seen[f"{stream}_ffn_output"]) if form == "gated" else (
-                    seen[f"{stream}_before_ffn"], seen[f"{stream}_after_ffn"] - seen[f"{stream}_before_ffn"])  # fmt: skip
+                x, y = (
+                    (seen[f"{stream}_ffn_input"], seen[f"{stream}_ffn_output"])
+                    if form == "gated"
+                    else (
+                        seen[f"{stream}_before_ffn"],
+                        seen[f"{stream}_after_ffn"] - seen[f"{stream}_before_ffn"],
+                    )
+                )
                 xs.append(x[state.real(stream)]), ys.append(y[state.real(stream)])
             x, y = torch.cat(xs).double(), torch.cat(ys).double()
             ridge = 1e-4 * float(x.square().sum(0).mean())
@@ -93,19 +113,36 @@ def test_the_start_is_the_ridge_solution_over_the_whole_set(new_run, teacher_fil
             ).T
             saved = saved_weights(run.projections / f"{name}.safetensors")
             torch.testing.assert_close(saved["map.weight"].double(), weight, rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(saved["map.bias"].double(), y.mean(0) - weight @ x.mean(0), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                saved["map.bias"].double(), y.mean(0) - weight @ x.mean(0), rtol=1e-3, atol=1e-3
+            )
 
 
 def test_training_lowers_every_loss_and_leaves_the_rest_alone(new_run, teacher_file):
-    run = distil(new_run(), teacher_file, rounds=1, updates=40)  # four times over the same ten batches
+    # four times over the same ten batches
+    run = distil(new_run(), teacher_file, rounds=1, updates=40)
     names = {path.stem for path in run.projections.iterdir()}
-    assert names == {"2-3.text", "2.text", "3.text", "0.ffn_image", "4-5.ffn_image", "4.ffn_image", "1.ffn_text"}
+    assert names == {
+        "2-3.text",
+        "2.text",
+        "3.text",
+        "0.ffn_image",
+        "4-5.ffn_image",
+        "4.ffn_image",
+        "1.ffn_text",
+    }
     for path in run.projections.iterdir():
         file = TensorFile(path)
         losses = file.read("losses")
-        assert int(file.metadata["step"]) == 40 and losses[-10:].mean() < losses[:10].mean(), path.name
+        assert int(file.metadata["step"]) == 40 and losses[-10:].mean() < losses[:10].mean(), (
+            path.name
+        )
     assert set(saved_weights(run.projections / "2-3.text.safetensors")) == {
-        "map.weight", "map.bias", "step.weight", "step.bias"}  # fmt: skip
+        "map.weight",
+        "map.bias",
+        "step.weight",
+        "step.bias",
+    }
     assert "step.weight" not in saved_weights(run.projections / "2.text.safetensors")
 
 
@@ -140,13 +177,15 @@ def test_streamed_and_resident_are_the_same_bits(new_run, teacher_file):
 
 
 def test_sites_switch_without_training(new_run, teacher_file, architecture, padded_inputs):
-    """Every subset opens from the bundle; giving back an interval inside a group uses its blocks' own projections."""
+    """Every subset opens from the bundle; giving back an interval inside a group uses its blocks'
+    own projections."""
     run = distil(new_run(), teacher_file)
     plan = run.load_plan()
     bundle = export(ExportConfig(model=teacher_file, run=run.folder, store="float32"))
     inputs, full = padded_inputs(3), open_model(teacher_file)
     assert torch.equal(
-        architecture.call(open_model(bundle, "full", teacher_file), inputs), architecture.call(full, inputs)
+        architecture.call(open_model(bundle, "full", teacher_file), inputs),
+        architecture.call(full, inputs),
     )
     students = RunStudents(run, Weights(teacher_file).config, architecture)
     seen = []
@@ -166,19 +205,31 @@ def test_sites_switch_without_training(new_run, teacher_file, architecture, padd
     assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
 
 
-def test_a_standalone_with_everything_on_is_the_variant(new_run, teacher_file, architecture, padded_inputs):
+def test_a_standalone_with_everything_on_is_the_variant(
+    new_run, teacher_file, architecture, padded_inputs
+):
     run = distil(new_run(), teacher_file)
     name = ",".join([*run.load_plan().everything().intervals, *run.load_plan().everything().sites])
     bundle = export(ExportConfig(model=teacher_file, run=run.folder, store="float32"))
     path = export(
-        ExportConfig(model=teacher_file, run=run.folder, layout="ppcl", variant=name, store="float32", name="one")
+        ExportConfig(
+            model=teacher_file,
+            run=run.folder,
+            layout="ppcl",
+            variant=name,
+            store="float32",
+            name="one",
+        )
     )
     ours, inputs = open_model(path), padded_inputs(3)
     assert torch.equal(
-        architecture.call(ours, inputs), architecture.call(open_model(bundle, name, teacher_file), inputs)
+        architecture.call(ours, inputs),
+        architecture.call(open_model(bundle, name, teacher_file), inputs),
     )
     with pytest.raises(ValueError, match="has width site .*stock comfyui has no place"):
-        export(ExportConfig(model=teacher_file, run=run.folder, layout="comfyui", variant="ffn_text:1"))
+        export(
+            ExportConfig(model=teacher_file, run=run.folder, layout="comfyui", variant="ffn_text:1")
+        )
 
 
 def test_without_own_projections_a_group_goes_off_and_says_so(new_run, teacher_file):
@@ -188,7 +239,9 @@ def test_without_own_projections_a_group_goes_off_and_says_so(new_run, teacher_f
     assert layout.notes == ("text:2-3 is off: no projection was trained for block 2",)
 
 
-def test_a_rank_deficient_fit_warns_and_uses_the_ridge(new_run, teacher_file, make_run, calibration_of, capsys):
+def test_a_rank_deficient_fit_warns_and_uses_the_ridge(
+    new_run, teacher_file, make_run, calibration_of, capsys
+):
     few = calibration_of(teacher_file, batches=2, samples=2)
     run = make_run(new_run("few").folder.parent / "tiny", teacher_file, few)
     run = Run(run)
@@ -197,9 +250,13 @@ def test_a_rank_deficient_fit_warns_and_uses_the_ridge(new_run, teacher_file, ma
     distil(run, teacher_file, rounds=0, sites="text:1")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert any(
-        "text of block 1 (map) is rank-deficient: rank" in line and "the ridge decides" in line for line in lines
+        "text of block 1 (map) is rank-deficient: rank" in line and "the ridge decides" in line
+        for line in lines
     )
-    assert all(torch.isfinite(t).all() for t in saved_weights(run.projections / "1.text.safetensors").values())
+    assert all(
+        torch.isfinite(t).all()
+        for t in saved_weights(run.projections / "1.text.safetensors").values()
+    )
 
 
 BAD = {
@@ -225,20 +282,34 @@ def test_no_sites_at_all(new_run, teacher_file):
 @pytest.mark.parametrize("method", ["damage", "cka"])
 def test_detected_sites_meet_the_budget(new_run, teacher_file, method, architecture):
     run = new_run()
-    settings = {"model": teacher_file, "run": run.folder, "device": "cpu", "method": method, "share": 0.55}
+    settings = {
+        "model": teacher_file,
+        "run": run.folder,
+        "device": "cpu",
+        "method": method,
+        "share": 0.55,
+    }
     detect_width(DetectWidthConfig(**settings))
     plan, found = run.load_plan(), json.loads(run.width.read_text())
-    assert plan.sites and {c["name"] for c in found["candidates"] if c["chosen"]} == {s.name for s in plan.switches}
+    assert plan.sites and {c["name"] for c in found["candidates"] if c["chosen"]} == {
+        s.name for s in plan.switches
+    }
     distil(run, teacher_file, sites="", rounds=1)
     students = RunStudents(run, Weights(teacher_file).config, architecture)
-    small = open_variant(Weights(teacher_file), students, plan, plan.everything(), torch.float32, "cpu")
+    small = open_variant(
+        Weights(teacher_file), students, plan, plan.everything(), torch.float32, "cpu"
+    )
     full = sum(p.numel() for p in open_model(teacher_file).parameters())
     assert sum(p.numel() for p in small.parameters()) <= 0.55 * full
     alignment = TensorFile(run.alignment).read_all()
-    assert alignment["text"].shape == (4, 4) and torch.allclose(alignment["text"].diagonal(), torch.ones(4).double())
+    assert alignment["text"].shape == (4, 4) and torch.allclose(
+        alignment["text"].diagonal(), torch.ones(4).double()
+    )
     with pytest.raises(ValueError, match="above --share; raise it"):
         detect_width(DetectWidthConfig(**{**settings, "share": 0.1}))
-    with pytest.raises(ValueError, match="the intervals alone leave .* of the parameters, no more than --share 0.9"):
+    with pytest.raises(
+        ValueError, match="the intervals alone leave .* of the parameters, no more than --share 0.9"
+    ):
         detect_width(DetectWidthConfig(**{**settings, "share": 0.9}))
 
 
@@ -246,9 +317,13 @@ def test_damage_of_a_candidate_is_that_of_its_model(new_run, teacher_file, archi
     """The score in width.json against the assembled models' own forwards."""
     run = new_run()
     detect_width(
-        DetectWidthConfig(model=teacher_file, run=run.folder, device="cpu", share=0.6, samples=1000, form="gated")
+        DetectWidthConfig(
+            model=teacher_file, run=run.folder, device="cpu", share=0.6, samples=1000, form="gated"
+        )
     )
-    chosen = [c for c in json.loads(run.width.read_text())["candidates"] if c["name"] == "ffn_image:0"][0]
+    chosen = [
+        c for c in json.loads(run.width.read_text())["candidates"] if c["name"] == "ffn_image:0"
+    ][0]
     distil(run, teacher_file, sites="ffn_image:0", form="gated", rounds=0)
     plan, weights = run.load_plan(), Weights(teacher_file)
     students = RunStudents(run, weights.config, architecture)
@@ -258,4 +333,6 @@ def test_damage_of_a_candidate_is_that_of_its_model(new_run, teacher_file, archi
     ]
     inputs = load_calibration(run.calibration).all_inputs()
     ours, theirs = (torch.cat([architecture.call(m, row) for row in inputs]) for m in models)
-    assert chosen["score"] == pytest.approx(float((ours - theirs).square().sum() / theirs.square().sum()), rel=1e-3)
+    assert chosen["score"] == pytest.approx(
+        float((ours - theirs).square().sum() / theirs.square().sum()), rel=1e-3
+    )

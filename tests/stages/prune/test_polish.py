@@ -1,4 +1,5 @@
-"""Polished parts serve every variant better, nobody loses the unpolished ones, and stopping changes no bit."""
+"""Polished parts serve every variant better, nobody loses the unpolished ones, and stopping changes
+no bit."""
 
 from __future__ import annotations
 
@@ -20,7 +21,16 @@ from ppcl_engine.stages.prune.variants import variants
 from ppcl_engine.system.interruption import Stopped
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ...tiny.trained_run import PROJECTIONS, SMALL, control_c, files_of, killed, stop_after, velocities, write_parts
+from ...tiny.trained_run import (
+    PROJECTIONS,
+    SMALL,
+    control_c,
+    files_of,
+    killed,
+    stop_after,
+    velocities,
+    write_parts,
+)
 
 NAMES = (
     "1-2",
@@ -36,7 +46,9 @@ TINY = {"steps": 6, "learning_rate": 2e-3, "warm_up": 2, "save_every": 4, "all_o
 @pytest.fixture
 def new_run(tmp_path, teacher_file, make_run, calibration_of):
     def make(name: str = "run", width: bool = True, samples: int = 6) -> Run:
-        run = Run(make_run(tmp_path / name, teacher_file, calibration_of(teacher_file, samples=samples)))
+        run = Run(
+            make_run(tmp_path / name, teacher_file, calibration_of(teacher_file, samples=samples))
+        )
         write_parts(run, teacher_file, width)
         return run
 
@@ -48,7 +60,9 @@ def polished(teacher_file):
     """Polishes a run at tiny settings."""
 
     def work(run: Run, **settings) -> Run:
-        polish(PolishConfig(model=teacher_file, run=run.folder, device="cpu", **{**TINY, **settings}))
+        polish(
+            PolishConfig(model=teacher_file, run=run.folder, device="cpu", **{**TINY, **settings})
+        )
         return run
 
     return work
@@ -70,7 +84,9 @@ def test_every_variant_gets_nearer_the_teacher(new_run, polished, teacher_file):
     after = velocities(run, teacher_file, rows, "full", *NAMES)
     assert torch.equal(before["full"], after["full"])
     for name in NAMES:
-        old, new = ((v[name] - v["full"]).square().sum() / v["full"].square().sum() for v in (before, after))
+        old, new = (
+            (v[name] - v["full"]).square().sum() / v["full"].square().sum() for v in (before, after)
+        )
         assert new < 0.97 * old, name
     history = losses(run)
     assert sum(history[-12:]) < 0.8 * sum(history[:12])
@@ -82,11 +98,19 @@ def test_the_parts_it_came_from_stay_and_come_back_without_it(new_run, polished,
     parts, before = files_of(run, "depth/*", "width/*"), velocities(run, teacher_file, rows, *NAMES)
     polished(run)
     assert files_of(run, "depth/*", "width/*") == parts
-    assert len(files_of(run, "polished/depth/*")) == 2 and len(files_of(run, "polished/width/*")) == len(PROJECTIONS)
-    assert not any(torch.equal(v, before[name]) for name, v in velocities(run, teacher_file, rows, *NAMES).items())
+    assert len(files_of(run, "polished/depth/*")) == 2 and len(
+        files_of(run, "polished/width/*")
+    ) == len(PROJECTIONS)
+    assert not any(
+        torch.equal(v, before[name])
+        for name, v in velocities(run, teacher_file, rows, *NAMES).items()
+    )
     for path in run.polished_parts.rglob("*.safetensors"):
         path.unlink()
-    assert all(torch.equal(v, before[name]) for name, v in velocities(run, teacher_file, rows, *NAMES).items())
+    assert all(
+        torch.equal(v, before[name])
+        for name, v in velocities(run, teacher_file, rows, *NAMES).items()
+    )
 
 
 def test_a_polished_part_of_an_earlier_training_does_not_count(new_run, polished):
@@ -98,7 +122,11 @@ def test_a_polished_part_of_an_earlier_training_does_not_count(new_run, polished
     write_tensors(student, tensors, {"settings": "{}", "step": "0"})
     assert run.best(student) == student and run.best(other) == run.polished(other)
     polished(run)  # starts from the new student, not from its saved state
-    assert run.best(student) == run.polished(student) and losses(run)[0] != first[0] and len(losses(run)) == 6
+    assert (
+        run.best(student) == run.polished(student)
+        and losses(run)[0] != first[0]
+        and len(losses(run)) == 6
+    )
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 5])
@@ -106,7 +134,9 @@ def test_a_polished_part_of_an_earlier_training_does_not_count(new_run, polished
 def test_stopped_and_gone_on_is_the_same_bits(new_run, polished, monkeypatch, step, dtype):
     whole, halted = polished(new_run("whole"), dtype=dtype), new_run("halted")
     stop_after(monkeypatch, step, control_c)
-    with pytest.raises(Stopped, match=f"stopped at step {step} of polish; saved. Run the same command to go on"):
+    with pytest.raises(
+        Stopped, match=f"stopped at step {step} of polish; saved. Run the same command to go on"
+    ):
         polished(halted, dtype=dtype)
     assert TensorFile(halted.polish_state).metadata["step"] == str(step)
     assert not files_of(halted, "polished/depth/*") and len(halted.load_plan().variants) == 2
@@ -141,7 +171,8 @@ def test_a_second_run_changes_nothing_and_the_sizes_stay(new_run, polished, teac
     plan = run.load_plan()
     run.plan.write_text(plan.with_parts(variants=(*plan.variants, tuned)).to_json())
     polished(run)
-    assert run.load_plan() == replace(plan, variants=(tuned,))  # sizes measured on other parts are gone
+    # sizes measured on other parts are gone
+    assert run.load_plan() == replace(plan, variants=(tuned,))
     variants(VariantsConfig(model=teacher_file, run=run.folder, device="cpu"))
     before = results(run)
     assert results(polished(run)) == before and b"large" in before["plan.json"]
@@ -150,26 +181,41 @@ def test_a_second_run_changes_nothing_and_the_sizes_stay(new_run, polished, teac
 def test_a_subset_of_the_parts(new_run, polished):
     run = polished(new_run(), variant="3-4,ffn_image:3")
     trained = {path.name for path in run.polished_parts.rglob("*.safetensors")}
-    assert trained == {"state.safetensors", "3-4.safetensors", "3-4.ffn_image.safetensors", "3.ffn_image.safetensors"}
+    assert trained == {
+        "state.safetensors",
+        "3-4.safetensors",
+        "3-4.ffn_image.safetensors",
+        "3.ffn_image.safetensors",
+    }
     with pytest.raises(ValueError, match=r"was trained with other settings \(parts"):
         polished(run, variant="3-4")
 
 
-def test_depth_alone_and_a_bundle_of_what_is_polished(new_run, polished, teacher_file, architecture, padded_inputs):
+def test_depth_alone_and_a_bundle_of_what_is_polished(
+    new_run, polished, teacher_file, architecture, padded_inputs
+):
     run = polished(new_run(width=False))
     path = export(ExportConfig(model=teacher_file, run=run.folder, store="float32"))
     ours = velocities(run, teacher_file, [padded_inputs(3)], "1-2,3-4")["1-2,3-4"]
-    assert torch.equal(architecture.call(open_model(path, "1-2,3-4", teacher_file), padded_inputs(3)), ours)
+    assert torch.equal(
+        architecture.call(open_model(path, "1-2,3-4", teacher_file), padded_inputs(3)), ours
+    )
 
 
-def test_a_loss_that_is_not_a_number_keeps_the_last_save(new_run, polished, teacher_file, calibration_of, make_run):
+def test_a_loss_that_is_not_a_number_keeps_the_last_save(
+    new_run, polished, teacher_file, calibration_of, make_run
+):
     run, calibration = new_run(), calibration_of(teacher_file)
     calibration.batches[2]["encoder_hidden_states"].fill_(torch.nan)
     make_run(run.folder, teacher_file, calibration)
-    with pytest.raises(Diverged, match="loss is nan at step 2 of polish; the last good state is kept"):
+    with pytest.raises(
+        Diverged, match="loss is nan at step 2 of polish; the last good state is kept"
+    ):
         polished(run, save_every=1)
     file = TensorFile(run.polish_state)
-    assert file.metadata["step"] == "2" and all(t.isfinite().all() for t in file.read_all().values())
+    assert file.metadata["step"] == "2" and all(
+        t.isfinite().all() for t in file.read_all().values()
+    )
 
 
 def test_what_cannot_be_polished(new_run, polished):

@@ -19,12 +19,16 @@ def report(run: Run, block: int) -> dict:
 
 @pytest.fixture
 def linear_teacher(tmp_path, make_model, save_model, calibration_of):
-    """Tokens [s, -s] of signs s have no mean and unit variance, so block 0's layer norm is the identity;
-    without attention and with GELU far to the right the block is exactly x + g (B A x + c)."""
+    """Tokens [s, -s] of signs s have no mean and unit variance, so block 0's layer norm is the
+    identity; without attention and with GELU far to the right the block is exactly x + g (B A x +
+    c)."""
     model = make_model(num_layers=2)
     for linear in (model.img_in, model.txt_in):
         linear.weight.zero_(), linear.bias.zero_()
-        linear.weight[:SIGNS, :SIGNS], linear.weight[SIGNS:, :SIGNS] = torch.eye(SIGNS), -torch.eye(SIGNS)
+        linear.weight[:SIGNS, :SIGNS], linear.weight[SIGNS:, :SIGNS] = (
+            torch.eye(SIGNS),
+            -torch.eye(SIGNS),
+        )
     model.txt_norm.weight.fill_(1)
     block, gate = model.transformer_blocks[0], 0.7
     for mod, mlp in ((block.img_mod, block.img_mlp), (block.txt_mod, block.txt_mlp)):
@@ -64,17 +68,28 @@ def test_padding_never_counts(tmp_path, teacher_file, calibration_of, make_run, 
         assert padding.any()
         batch["encoder_hidden_states"][padding] *= -50
     other.batches[0]["encoder_hidden_states"][0, 0] *= -50
-    runs = [make_run(tmp_path / name, teacher_file, c) for name, c in (("a", plain), ("b", noisy), ("c", other))]
+    runs = [
+        make_run(tmp_path / name, teacher_file, c)
+        for name, c in (("a", plain), ("b", noisy), ("c", other))
+    ]
     a, b, c = (run_stages(teacher_file, run, "probe") for run in runs)
     for block in range(6):
         same = TensorFile(a.probe(block)).read_all()
-        assert all(torch.equal(TensorFile(b.probe(block)).read(name), tensor) for name, tensor in same.items())
-        assert not all(torch.equal(TensorFile(c.probe(block)).read(name), tensor) for name, tensor in same.items())
+        assert all(
+            torch.equal(TensorFile(b.probe(block)).read(name), tensor)
+            for name, tensor in same.items()
+        )
+        assert not all(
+            torch.equal(TensorFile(c.probe(block)).read(name), tensor)
+            for name, tensor in same.items()
+        )
 
 
 def test_the_last_blocks_text_is_left_out(tmp_path, teacher_file, make_run, run_stages):
     run = run_stages(teacher_file, make_run(tmp_path, teacher_file), "probe")
-    assert [set(load_probe(run.probe(block))) for block in range(6)] == [{"image", "text"}] * 5 + [{"image"}]
+    assert [set(load_probe(run.probe(block))) for block in range(6)] == [{"image", "text"}] * 5 + [
+        {"image"}
+    ]
     assert set(report(run, 5)) == {"image"}
 
 
@@ -84,7 +99,9 @@ def test_finished_blocks_are_not_fitted_again(tmp_path, teacher_file, make_run, 
     run.probe(2).unlink()
     run_stages(teacher_file, tmp_path, "probe")
     after = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.probes.iterdir()}
-    assert [path.name for path in before if before[path][0] != after[path][0]] == ["block_002.safetensors"]
+    assert [path.name for path in before if before[path][0] != after[path][0]] == [
+        "block_002.safetensors"
+    ]
     assert [path.name for path in before if before[path][1] != after[path][1]] == []
     run_stages(teacher_file, tmp_path, "probe", ridge=1e-2)
     assert all(path.read_bytes() != content for path, (_, content) in before.items())
@@ -105,23 +122,36 @@ def test_another_models_probes_are_not_taken_for_finished(
 
 def test_training_is_kept_only_where_it_helps(tmp_path, teacher_file, make_run, run_stages):
     plain = run_stages(teacher_file, make_run(tmp_path / "a", teacher_file), "probe")
-    trained = run_stages(teacher_file, make_run(tmp_path / "b", teacher_file), "probe", train_steps=5)
-    wild = run_stages(teacher_file, make_run(tmp_path / "c", teacher_file), "probe", train_steps=3, learning_rate=100.0)
+    trained = run_stages(
+        teacher_file, make_run(tmp_path / "b", teacher_file), "probe", train_steps=5
+    )
+    wild = run_stages(
+        teacher_file,
+        make_run(tmp_path / "c", teacher_file),
+        "probe",
+        train_steps=3,
+        learning_rate=100.0,
+    )
     kept = 0
     for block in range(6):
         for stream, numbers in report(trained, block).items():
             start = report(plain, block)[stream]
             assert start["held_out_trained"] is None and numbers["held_out"] == start["held_out"]
             changed = not torch.equal(
-                load_probe(trained.probe(block))[stream][0], load_probe(plain.probe(block))[stream][0]
+                load_probe(trained.probe(block))[stream][0],
+                load_probe(plain.probe(block))[stream][0],
             )
             assert changed == (numbers["held_out_trained"] < numbers["held_out"])
             kept += changed
-            assert torch.equal(load_probe(wild.probe(block))[stream][0], load_probe(plain.probe(block))[stream][0])
+            assert torch.equal(
+                load_probe(wild.probe(block))[stream][0], load_probe(plain.probe(block))[stream][0]
+            )
     assert kept
 
 
-def test_a_batch_is_held_out_of_the_fit(tmp_path, teacher_file, calibration_of, make_run, run_stages):
+def test_a_batch_is_held_out_of_the_fit(
+    tmp_path, teacher_file, calibration_of, make_run, run_stages
+):
     calibration = calibration_of(teacher_file)
     other = CalibrationSet(calibration_of(teacher_file).batches, calibration.origin)
     other.batches[-1]["hidden_states"] = other.batches[-1]["hidden_states"] * -2

@@ -1,4 +1,5 @@
-"""Damage is what the assembled model shows; named sizes keep their limits; nothing is trained for a switch."""
+"""Damage is what the assembled model shows; named sizes keep their limits; nothing is trained for a
+switch."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def settings(run, teacher_file, **limits) -> VariantsConfig:
     return VariantsConfig(model=teacher_file, run=run.folder, device="cpu", samples=1000, **limits)
 
 
-def test_damage_and_parameters_are_those_of_the_assembled_model(run, teacher_file, architecture, model):
+def test_damage_and_parameters_are_those_of_the_assembled_model(
+    run, teacher_file, architecture, model
+):
     variants(settings(run, teacher_file))
     plan, weights = run.load_plan(), Weights(teacher_file)
     inputs = load_calibration(run.calibration).all_inputs()

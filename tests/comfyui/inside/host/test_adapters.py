@@ -1,6 +1,7 @@
-"""The host's own nodes on pruned models give what they give on the host's full-depth model with student weights at u and the
-blocks behind it skipped, or, where width is pruned, what the engine gives with the LoRA in its weights. Architectures
-whose maps the host fuses; Qwen-Image's own are in `test_stock_nodes.py`."""
+"""The host's own nodes on pruned models give what they give on the host's full-depth model with
+student weights at u and the blocks behind it skipped, or, where width is pruned, what the engine
+gives with the LoRA in its weights. Architectures whose maps the host fuses; Qwen-Image's own are in
+`test_stock_nodes.py`."""
 
 from __future__ import annotations
 
@@ -33,9 +34,10 @@ NAMES = {"fused": "the host's", "split": "diffusers'"}
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted:
-    """depth: variants without width -> their intervals; width: others. blocks: of each of the host's lists. guided: blocks
-    that skip-layer guidance leaves out. control: makes the host's ControlNet of it, small and random. unnamed: part of the
-    names of maps that a LoRA by diffusers' names is not tested with."""
+    """depth: variants without width -> their intervals; width: others. blocks: of each of the
+    host's lists. guided: blocks that skip-layer guidance leaves out. control: makes the host's
+    ControlNet of it, small and random. unnamed: part of the names of maps that a LoRA by diffusers'
+    names is not tested with."""
 
     depth: dict[str, list[str]]
     width: tuple[str, ...]
@@ -51,30 +53,63 @@ class Adapted:
 
 
 def flux_control() -> comfy.controlnet.ControlNet:
-    sizes = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 20, "context_in_dim": 24, "hidden_size": 32}
+    sizes = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "vec_in_dim": 20,
+        "context_in_dim": 24,
+        "hidden_size": 32,
+    }
     if "txt_ids_dims" in inspect.signature(FluxParams).parameters:
         sizes["txt_ids_dims"] = []
     network = ControlNetFlux(
-        **sizes, latent_input=True, mlp_ratio=4.0, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=[2, 6, 8],
-        theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, control_latent_channels=16, dtype=torch.float32,
+        **sizes,
+        latent_input=True,
+        mlp_ratio=4.0,
+        num_heads=2,
+        depth=2,
+        depth_single_blocks=2,
+        axes_dim=[2, 6, 8],
+        theta=10000,
+        patch_size=2,
+        qkv_bias=True,
+        guidance_embed=True,
+        control_latent_channels=16,
+        dtype=torch.float32,
         operations=comfy.ops.disable_weight_init,
-    )  # fmt: skip
+    )
     network.main_model_double, network.main_model_single = FLUX.blocks
     return comfy.controlnet.ControlNet(
-        network, compression_ratio=1, latent_format=comfy.latent_formats.Flux(), load_device=torch.device("cpu"),
+        network,
+        compression_ratio=1,
+        latent_format=comfy.latent_formats.Flux(),
+        load_device=torch.device("cpu"),
         extra_conds=["y", "guidance"],
-    )  # fmt: skip
+    )
 
 
 def sd35_control() -> comfy.controlnet.ControlNet:
-    """As the released ones of the large model: it takes the pooled text's embedding from the model that it guides."""
+    """As the released ones of the large model: it takes the pooled text's embedding from the model
+    that it guides."""
     network = ControlNetEmbedder(
-        img_size=None, patch_size=2, in_chans=16, attention_head_dim=64, num_attention_heads=2, adm_in_channels=20,
-        num_layers=2, main_model_double=SD35.blocks[0], double_y_emb=True, device="cpu", dtype=torch.float32,
+        img_size=None,
+        patch_size=2,
+        in_chans=16,
+        attention_head_dim=64,
+        num_attention_heads=2,
+        adm_in_channels=20,
+        num_layers=2,
+        main_model_double=SD35.blocks[0],
+        double_y_emb=True,
+        device="cpu",
+        dtype=torch.float32,
         operations=comfy.ops.disable_weight_init,
-    )  # fmt: skip
+    )
     return comfy.controlnet.ControlNetSD35(
-        network, compression_ratio=1, latent_format=comfy.latent_formats.SD3(), load_device=torch.device("cpu")
+        network,
+        compression_ratio=1,
+        latent_format=comfy.latent_formats.SD3(),
+        load_device=torch.device("cpu"),
     )
 
 
@@ -103,17 +138,24 @@ def adapted(architecture) -> Adapted:
 
 
 def changes(architecture, teacher, names: str, unnamed: str) -> tuple[dict, dict]:
-    """(a LoRA file's tensors, the change of every matrix in a block by diffusers' names). Names of q, k, v as the host has
-    them, in one map, or as diffusers does, each by itself."""
+    """(a LoRA file's tensors, the change of every matrix in a block by diffusers' names). Names of
+    q, k, v as the host has them, in one map, or as diffusers does, each by itself."""
     generator, stored, found = torch.Generator().manual_seed(2), {}, {}
     shapes = expected_shapes(architecture, Weights(teacher).config)
-    parts = {key: architecture.to_comfyui(key, shapes) for key in shapes if "blocks." in key and len(shapes[key]) == 2}
+    parts = {
+        key: architecture.to_comfyui(key, shapes)
+        for key in shapes
+        if "blocks." in key and len(shapes[key]) == 2
+    }
     wholes = {}
     for key, part in parts.items():
         wholes.setdefault(part.name, (shapes[key][0] // len(part.pieces) * part.of, shapes[key][1]))
 
     def change(name: str, out: int, into: int) -> torch.Tensor:
-        down, up = torch.randn(RANK, into, generator=generator), torch.randn(out, RANK, generator=generator)
+        down, up = (
+            torch.randn(RANK, into, generator=generator),
+            torch.randn(out, RANK, generator=generator),
+        )
         up *= 0.3 / into**0.5
         stored.update({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up})
         return up @ down
@@ -122,7 +164,10 @@ def changes(architecture, teacher, names: str, unnamed: str) -> tuple[dict, dict
         for key in (key for key in parts if unnamed not in key):
             found[key] = change("transformer." + key.removesuffix(".weight"), *shapes[key])
         return stored, found
-    whole = {name: change("diffusion_model." + name.removesuffix(".weight"), *shape) for name, shape in wholes.items()}
+    whole = {
+        name: change("diffusion_model." + name.removesuffix(".weight"), *shape)
+        for name, shape in wholes.items()
+    }
     for key, part in parts.items():
         pieces = whole[part.name].chunk(part.of)
         found[key] = torch.cat([pieces[piece] for piece in part.pieces])
@@ -154,7 +199,8 @@ def whole(load, bundle, teacher):
 
 @pytest.fixture(scope="module")
 def reference(load, bundle, teacher, models, architecture, adapted):
-    """The host's full-depth model with student weights, skipping; a correction is added behind its block."""
+    """The host's full-depth model with student weights, skipping; a correction is added behind its
+    block."""
     parts, weights = Bundle(bundle), Weights(teacher)
     students = {i.name: parts.student(i, torch.float32, "cpu") for i in parts.plan.intervals}
 
@@ -162,9 +208,14 @@ def reference(load, bundle, teacher, models, architecture, adapted):
         def run(args, extra):
             out = extra["original_block"](args)
             if "txt" in out:
-                image, text = (student.correction.correct(s, out[k]) for s, k in (("image", "img"), ("text", "txt")))
+                image, text = (
+                    student.correction.correct(s, out[k])
+                    for s, k in (("image", "img"), ("text", "txt"))
+                )
                 return {"img": image, "txt": text}
-            text, image = out["img"].split([out["img"].shape[1] - IMAGE_TOKENS, IMAGE_TOKENS], dim=1)
+            text, image = out["img"].split(
+                [out["img"].shape[1] - IMAGE_TOKENS, IMAGE_TOKENS], dim=1
+            )
             both = [student.correction.correct(s, x) for s, x in (("text", text), ("image", image))]
             return {"img": torch.cat(both, dim=1)}
 
@@ -176,7 +227,9 @@ def reference(load, bundle, teacher, models, architecture, adapted):
             prefix = architecture.block_prefix(weights.config, parts.plan.interval(name).first)
             own = students[name].state_dict().items()
             grafted |= {prefix + key: t for key, t in own if not key.startswith("correction.")}
-        file = models.diffusion_models / f"{architecture.name}_grafted_{'_'.join(names)}.safetensors"
+        file = (
+            models.diffusion_models / f"{architecture.name}_grafted_{'_'.join(names)}.safetensors"
+        )
         write_tensors(file, grafted, TensorFile(teacher).metadata)
         model = load(file.name).clone()
         for name in names:
@@ -184,7 +237,9 @@ def reference(load, bundle, teacher, models, architecture, adapted):
             for index in others:
                 model.set_model_patch_replace(lambda args, extra: args, "dit", *adapted.slot(index))
             if parts.plan.interval(name).correction != "none":
-                model.set_model_patch_replace(corrected(students[name]), "dit", *adapted.slot(first))
+                model.set_model_patch_replace(
+                    corrected(students[name]), "dit", *adapted.slot(first)
+                )
         return model
 
     return cache(lambda name: make(adapted.depth[name]))
@@ -211,12 +266,25 @@ def test_lora_as_on_the_full_model(whole, switched, patched, velocity, reference
 
 @pytest.mark.parametrize("names", NAMES)
 def test_lora_on_every_kind_of_variant(
-    load, whole, switched, patched, velocity, loras, bundle, teacher, architecture, inputs, adapted, names
+    load,
+    whole,
+    switched,
+    patched,
+    velocity,
+    loras,
+    bundle,
+    teacher,
+    architecture,
+    inputs,
+    adapted,
+    names,
 ):
     """Before the switch, behind it, and on the variant loaded alone: the same, and the engine's."""
     for variant in (*adapted.depth, *adapted.width):
         alone = load(bundle.name, base=teacher.name, variant=variant, switchable=False)
-        expected = _engine_with(loras[names], open_model(bundle, variant, teacher), architecture, inputs)
+        expected = _engine_with(
+            loras[names], open_model(bundle, variant, teacher), architecture, inputs
+        )
         for model in (
             switched(patched(whole, names), variant=variant),
             patched(switched(whole, variant=variant), names),
@@ -230,7 +298,9 @@ def _engine_with(lora, model, architecture, inputs) -> torch.Tensor:
     weights = dict(model.named_parameters())
     for key, change in lora.items():
         projected = (
-            key.endswith("proj_mlp.weight") and weights.get(key) is not None and weights[key].shape != change.shape
+            key.endswith("proj_mlp.weight")
+            and weights.get(key) is not None
+            and weights[key].shape != change.shape
         )
         if key in weights and not projected:
             weights[key].add_(_left(change, weights[key].shape))
@@ -238,8 +308,8 @@ def _engine_with(lora, model, architecture, inputs) -> torch.Tensor:
 
 
 def _left(change: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Of a modulation that was cut to its first half, or loses the middle one of its thirds (attention is twice in it); of a
-    joint map what attention reads."""
+    """Of a modulation that was cut to its first half, or loses the middle one of its thirds
+    (attention is twice in it); of a joint map what attention reads."""
     if 3 * shape[0] == 2 * change.shape[0]:
         first, _, last = change.chunk(3)
         return torch.cat([first, last])
@@ -250,14 +320,20 @@ def test_controlnet_as_on_the_full_model(whole, switched, velocity, reference, c
     for variant in adapted.depth:
         ours = switched(whole, variant=variant)
         found = velocity(ours, positive=control())
-        assert relative_error(found, velocity(reference(variant), positive=control())) < 1e-5, variant
+        assert relative_error(found, velocity(reference(variant), positive=control())) < 1e-5, (
+            variant
+        )
         assert relative_error(found, velocity(ours)) > 0.05, variant
 
 
-def test_skip_layer_guidance_as_on_the_full_model(whole, switched, run_node, velocity, reference, adapted):
+def test_skip_layer_guidance_as_on_the_full_model(
+    whole, switched, run_node, velocity, reference, adapted
+):
     options = {**adapted.guided, "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0}
     for variant in adapted.depth:
-        (ours,) = run_node("SkipLayerGuidanceDiT", model=switched(whole, variant=variant), **options)
+        (ours,) = run_node(
+            "SkipLayerGuidanceDiT", model=switched(whole, variant=variant), **options
+        )
         (full,) = run_node("SkipLayerGuidanceDiT", model=reference(variant), **options)
         found = velocity(ours)
         assert relative_error(found, velocity(full)) < 1e-5, variant
@@ -265,15 +341,27 @@ def test_skip_layer_guidance_as_on_the_full_model(whole, switched, run_node, vel
 
 
 def test_a_sampled_latent_as_on_the_full_model(whole, switched, run_node, reference, inputs):
-    """With prompts of two lengths, so that a single block has to know how much of its sequence is text."""
+    """With prompts of two lengths, so that a single block has to know how much of its sequence is
+    text."""
 
     def sampled(model):
-        options = {"seed": 1, "steps": 3, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+        options = {
+            "seed": 1,
+            "steps": 3,
+            "cfg": 2.0,
+            "sampler_name": "euler",
+            "scheduler": "simple",
+            "denoise": 1.0,
+        }
         negative = [[inputs.text[:, ::2], inputs.more]]
         return run_node(
-            "KSampler", model=model, latent_image={"samples": torch.zeros(1, 16, 8, 12)}, **options,
-            positive=[[inputs.text, inputs.more]], negative=negative,
-        )[0]["samples"]  # fmt: skip
+            "KSampler",
+            model=model,
+            latent_image={"samples": torch.zeros(1, 16, 8, 12)},
+            **options,
+            positive=[[inputs.text, inputs.more]],
+            negative=negative,
+        )[0]["samples"]
 
     ours = sampled(switched(whole, variant="small"))
     assert relative_error(ours, sampled(reference("small"))) < 1e-5

@@ -1,5 +1,6 @@
-"""Hosts that move a weight when it is used (the default on NVIDIA cards since 0.16) build maps without tensors, and fill them
-with those of the file. That can be switched on without such a card, as far as building goes."""
+"""Hosts that move a weight when it is used (the default on NVIDIA cards since 0.16) build maps
+without tensors, and fill them with those of the file. That can be switched on without such a card,
+as far as building goes."""
 
 from __future__ import annotations
 
@@ -51,7 +52,9 @@ def test_a_bundle(load, velocity, building, bundle, teacher, pack, variant, swit
     expected, model = make(), building(make)
     tensors = pack("host.switching").tensors_in
     theirs, ours = tensors(expected.model.diffusion_model), tensors(model.model.diffusion_model)
-    assert ours.keys() == theirs.keys() and all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(tensor, ours[name]) for name, tensor in theirs.items()
+    )
     assert torch.equal(velocity(model), velocity(expected))
 
 
@@ -60,7 +63,9 @@ def test_a_bundle(load, velocity, building, bundle, teacher, pack, variant, swit
 def test_a_standalone(load, velocity, building, exported, models, layout, host_case):
     plain = {"teacher": "3-4", "flux": "9-10", "sd35": "4-5"}[host_case.file]
     name = f"{host_case.file}_dynamic_{layout}"
-    path = exported(models.diffusion_models, layout, name, plain if layout == "comfyui" else "smallest")
+    path = exported(
+        models.diffusion_models, layout, name, plain if layout == "comfyui" else "smallest"
+    )
     expected = velocity(load(path.name))
     assert torch.equal(velocity(building(lambda: load(path.name))), expected)
     tensors = TensorFile(path).read_all()  # the host's own reading of files needs such a card
@@ -75,10 +80,14 @@ def test_folded(load, drawn, building, bundle, teacher, loose_bound, form, switc
     options = {"base": teacher.name, "variant": "smallest", "switchable": switchable}
     expected = drawn(load(bundle.name, **options))
     found = drawn(building(lambda: load(bundle.name, **options, fold=form)))
-    assert torch.equal(found, expected) if form == "table" else relative_error(found, expected) < BOUND
+    assert (
+        torch.equal(found, expected) if form == "table" else relative_error(found, expected) < BOUND
+    )
 
 
-@pytest.mark.parametrize(("architecture", "host_case"), [("flux1", "flux1_wide")], ids=["flux1"], indirect=True)
+@pytest.mark.parametrize(
+    ("architecture", "host_case"), [("flux1", "flux1_wide")], ids=["flux1"], indirect=True
+)
 @pytest.mark.parametrize("kind", ["scaled fp8", "nvfp4"])
 def test_quantised(load, velocity, building, bundle, host_tensors, teacher, models, kind):
     found, _, metadata = stored(host_tensors, KINDS[kind])
@@ -87,14 +96,16 @@ def test_quantised(load, velocity, building, bundle, host_tensors, teacher, mode
     for switchable in (True, False):
         options = {"variant": "smallest", "switchable": switchable, "weight_dtype": "default"}
         expected = velocity(load(bundle.name, base=path.name, **options))
-        assert torch.equal(velocity(building(lambda o=options: load(bundle.name, base=path.name, **o))), expected)
+        assert torch.equal(
+            velocity(building(lambda o=options: load(bundle.name, base=path.name, **o))), expected
+        )
 
 
 @everywhere
 @pytest.mark.usefixtures("loose_bound")
 def test_a_change_on_the_way_to_the_device(load, bundle, teacher, pack, host_case):
-    """Of every map in another form than patches know: cut ones, folded ones. The host hangs its patch on the map, and calls
-    it with the stored weight."""
+    """Of every map in another form than patches know: cut ones, folded ones. The host hangs its
+    patch on the map, and calls it with the stored weight."""
     form = "basis" if host_case.architecture == "qwen_image" else "off"
     model = load(bundle.name, base=teacher.name, variant="smallest", switchable=False, fold=form)
     kind, found = pack("host.adapters").PatchedWhole, 0
@@ -103,10 +114,14 @@ def test_a_change_on_the_way_to_the_device(load, bundle, teacher, pack, host_cas
             continue
         key, whole = f"diffusion_model.{name}.weight", module.whole("weight", module.weight)
         change = torch.randn(whole.shape, generator=torch.Generator().manual_seed(found))
-        patch = comfy.model_patcher.LowVramPatch(key, {key: [(1.0, ("diff", (change,)), 1.0, None, None)]})
+        patch = comfy.model_patcher.LowVramPatch(
+            key, {key: [(1.0, ("diff", (change,)), 1.0, None, None)]}
+        )
         module.weight_lowvram_function, found = patch, found + 1
         with torch.inference_mode():
-            type(module).forward(module, torch.zeros(1, module.in_features * (2 if form == "basis" else 1)))
+            type(module).forward(
+                module, torch.zeros(1, module.in_features * (2 if form == "basis" else 1))
+            )
             expected = module.left("weight", whole + change, module.weight)
             assert relative_error(module.weight_lowvram_function(module.weight), expected) < 1e-6
     assert found
@@ -128,7 +143,8 @@ def test_a_model_without_it(pack, bundle, teacher, monkeypatch):
 
 @everywhere
 def test_a_clone_on_another_copy_of_the_model(load, switched, velocity, bundle, teacher):
-    """As the host makes one without dynamic memory, and one for each device: a variant runs on the clone's own weights."""
+    """As the host makes one without dynamic memory, and one for each device: a variant runs on the
+    clone's own weights."""
     model = switched(load(bundle.name, base=teacher.name, variant="small"), variant="smallest")
     expected = velocity(model)
     clone = model.clone(force_deepcopy=True)

@@ -1,5 +1,6 @@
-"""Folded modulations in the host: a table draws the very same latents, a basis stays within its bound, on every variant,
-with the host's own samplers, guidance on; a new schedule costs one pass, a known one nothing."""
+"""Folded modulations in the host: a table draws the very same latents, a basis stays within its
+bound, on every variant, with the host's own samplers, guidance on; a new schedule costs one pass, a
+known one nothing."""
 
 import json
 import sys
@@ -15,10 +16,14 @@ from ..loading.test_stored_fp8 import scaled  # noqa: F401 - a fixture
 from .test_parity import QWEN
 
 pytestmark = pytest.mark.usefixtures("loose_bound")
-SAMPLERS = [name for name in comfy.samplers.SAMPLER_NAMES if name not in ("dpm_adaptive", "dpm_fast")]
+SAMPLERS = [
+    name for name in comfy.samplers.SAMPLER_NAMES if name not in ("dpm_adaptive", "dpm_fast")
+]
 TRAINED_BOUND = 0.01
 opened: list[str] = []
-sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+sys.addaudithook(
+    lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +33,20 @@ def demo() -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("variant", QWEN.values(), ids=QWEN)
-def test_a_table_draws_the_same_bits(plain, of_form, switched, drawn, load, bundle, teacher, variant):
+def test_a_table_draws_the_same_bits(
+    plain, of_form, switched, drawn, load, bundle, teacher, variant
+):
     for model in (of_form("table"), plain):
-        assert (type(model.model.diffusion_model.transformer_blocks[0].img_mod[1]).__name__ == "TableMap") == (
-            model is not plain
-        )
+        assert (
+            type(model.model.diffusion_model.transformer_blocks[0].img_mod[1]).__name__
+            == "TableMap"
+        ) == (model is not plain)
     expected = drawn(switched(plain, variant=variant))
     assert torch.equal(drawn(switched(of_form("table"), variant=variant)), expected)
     alone = load(bundle.name, base=teacher.name, variant=variant, switchable=False, fold="table")
-    assert torch.equal(drawn(alone), drawn(load(bundle.name, base=teacher.name, variant=variant, switchable=False)))
+    assert torch.equal(
+        drawn(alone), drawn(load(bundle.name, base=teacher.name, variant=variant, switchable=False))
+    )
 
 
 @edits
@@ -44,14 +54,19 @@ def test_a_table_draws_the_same_bits(plain, of_form, switched, drawn, load, bund
 def test_a_basis_stays_near(plain, of_form, switched, drawn, load, bundle, teacher, variant):
     expected = drawn(switched(plain, variant=variant))
     found = drawn(switched(of_form("basis"), variant=variant))
-    alone = drawn(load(bundle.name, base=teacher.name, variant=variant, switchable=False, fold="basis"))
-    assert 0 < relative_error(found, expected) < BOUND and 0 < relative_error(alone, expected) < BOUND
+    alone = drawn(
+        load(bundle.name, base=teacher.name, variant=variant, switchable=False, fold="basis")
+    )
+    assert (
+        0 < relative_error(found, expected) < BOUND and 0 < relative_error(alone, expected) < BOUND
+    )
 
 
 @edits
 @pytest.mark.parametrize(("samples", "equal"), [(1, True), (1, False), (3, True), (3, False)])
 def test_every_number_of_samples(plain, of_form, drawn, samples, equal):
-    """Prompts of equal length go through the model together, others one after the other: other kernels, other bits."""
+    """Prompts of equal length go through the model together, others one after the other: other
+    kernels, other bits."""
     options = {"samples": samples, "equal": equal}
     assert torch.equal(drawn(of_form("table"), **options), drawn(plain, **options))
 
@@ -59,12 +74,15 @@ def test_every_number_of_samples(plain, of_form, drawn, samples, equal):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler(plain, of_form, drawn, sampler):
     """Those too that evaluate between the sigmas of their schedule."""
-    assert torch.equal(drawn(of_form("table"), sampler=sampler, steps=4), drawn(plain, sampler=sampler, steps=4))
+    assert torch.equal(
+        drawn(of_form("table"), sampler=sampler, steps=4), drawn(plain, sampler=sampler, steps=4)
+    )
 
 
 def test_a_sampler_that_decides_on_the_way(of_form, drawn):
     with pytest.raises(
-        ValueError, match="no timestep .*, which this sampler chose on its way: .* or fold with form basis"
+        ValueError,
+        match="no timestep .*, which this sampler chose on its way: .* or fold with form basis",
     ):
         drawn(of_form("table"), sampler="dpm_adaptive")
     assert drawn(of_form("basis"), sampler="dpm_adaptive").isfinite().all()
@@ -76,7 +94,9 @@ def test_a_new_schedule_costs_one_pass_and_a_known_one_nothing(
     steps_of = Counter()  # by total: what the host's progress bars were told
     told = comfy.utils.ProgressBar.update
     monkeypatch.setattr(
-        comfy.utils.ProgressBar, "update", lambda bar, step: (steps_of.update({bar.total: step}), told(bar, step))
+        comfy.utils.ProgressBar,
+        "update",
+        lambda bar, step: (steps_of.update({bar.total: step}), told(bar, step)),
     )
 
     def files(steps: int, model) -> list[str]:
@@ -88,7 +108,8 @@ def test_a_new_schedule_costs_one_pass_and_a_known_one_nothing(
     model = load(bundle.name, base=teacher.name, fold="table")
     first, modulations = files(6, model), len(model.model.diffusion_model.ppcl.later.stored)
     assert steps_of[modulations] == modulations  # a step each
-    assert sum(name.endswith(teacher.name) for name in first) == 2 * 2 * 6  # weight and bias of each, once
+    # weight and bias of each, once
+    assert sum(name.endswith(teacher.name) for name in first) == 2 * 2 * 6
     assert files(6, model) == []
     assert files(5, model) and files(6, model) == [] and files(5, model) == []
     again = load(bundle.name, base=teacher.name, fold="table")  # its table is on disk now
@@ -105,20 +126,36 @@ def demo_drawn(run_node):
     def run(model, steps: int = 2):
         (model,) = run_node("ModelSamplingAuraFlow", model=model, shift=1.0)
         return run_node(
-            "KSampler", model=model, seed=3, steps=steps, cfg=2.0, sampler_name="euler", scheduler="simple",
-            positive=positive, negative=negative, latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
+            "KSampler",
+            model=model,
+            seed=3,
+            steps=steps,
+            cfg=2.0,
+            sampler_name="euler",
+            scheduler="simple",
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
+            denoise=1.0,
+        )[0]["samples"]
 
     return run
 
 
 @pytest.mark.parametrize("switchable", [True, False], ids=["switched", "alone"])
-def test_every_variant_of_the_bundled_teacher(load, switched, demo, demo_drawn, pack, monkeypatch, switchable):
+def test_every_variant_of_the_bundled_teacher(
+    load, switched, demo, demo_drawn, pack, monkeypatch, switchable
+):
     monkeypatch.setattr(pack("loading.fold_on_load"), "BOUND", TRAINED_BOUND)
     models, drawn = {}, {}
     for variant in ("full", "large", "medium", "small", "smallest"):
         for form in ("off", "table", "basis"):
-            options = {"base": demo[1], "weight_dtype": "fp32", "fold": form, "switchable": switchable}
+            options = {
+                "base": demo[1],
+                "weight_dtype": "fp32",
+                "fold": form,
+                "switchable": switchable,
+            }
             if switchable:
                 model = models.setdefault(form, None) or load(demo[0], variant="full", **options)
                 models[form] = model
@@ -136,9 +173,15 @@ def test_only_what_is_left_is_loaded(load, demo, pack, figures, form, variant):
     """Where the model was folded before; of the bundled teacher, whose vectors are few."""
     reading, paths = pack("loading"), pack("paths")
     request = reading.Request(
-        path=paths.model_path(demo[0]), base=paths.model_path(demo[1]), variant=variant, switchable=False, fold=form
+        path=paths.model_path(demo[0]),
+        base=paths.model_path(demo[1]),
+        variant=variant,
+        switchable=False,
+        fold=form,
     )
-    model = load(demo[0], base=demo[1], variant=variant, switchable=False, fold=form, weight_dtype="bf16")
+    model = load(
+        demo[0], base=demo[1], variant=variant, switchable=False, fold=form, weight_dtype="bf16"
+    )
     content = reading.content_of(request, make_fold=pack("loading.fold_on_load").make_fold)
     held = sum(t.nbytes for t in model.model.diffusion_model.state_dict().values())
     figures("folded_load_bytes_ratio", content.bytes_read / held)
@@ -147,24 +190,43 @@ def test_only_what_is_left_is_loaded(load, demo, pack, figures, form, variant):
 
 def test_fp8(load, bundle, teacher, drawn):
     """The table is of the model that would run unfolded; small maps stay as they are."""
-    options = {"base": teacher.name, "variant": "smallest", "switchable": False, "weight_dtype": "fp8_e4m3fn"}
+    options = {
+        "base": teacher.name,
+        "variant": "smallest",
+        "switchable": False,
+        "weight_dtype": "fp8_e4m3fn",
+    }
     plain = load(bundle.name, **options)
     assert torch.equal(drawn(load(bundle.name, **options, fold="table")), drawn(plain))
     basis = load(bundle.name, **options, fold="basis")
-    assert basis.model.diffusion_model.transformer_blocks[0].img_mod[1].weight.dtype is torch.float32
+    assert (
+        basis.model.diffusion_model.transformer_blocks[0].img_mod[1].weight.dtype is torch.float32
+    )
     assert relative_error(drawn(basis), drawn(plain)) < BOUND
 
 
 def test_a_base_that_is_stored_in_scaled_fp8(load, bundle, scaled, drawn):  # noqa: F811
-    options = {"base": scaled.name, "variant": "smallest", "switchable": False, "weight_dtype": "default"}
+    options = {
+        "base": scaled.name,
+        "variant": "smallest",
+        "switchable": False,
+        "weight_dtype": "default",
+    }
     expected = drawn(load(bundle.name, **options))
     assert torch.equal(drawn(load(bundle.name, **options, fold="table")), expected)
     assert 0 < relative_error(drawn(load(bundle.name, **options, fold="basis")), expected) < BOUND
 
 
 def test_bf16(load, bundle, teacher, drawn):
-    options = {"base": teacher.name, "variant": "smallest", "switchable": False, "weight_dtype": "bf16"}
-    assert torch.equal(drawn(load(bundle.name, **options, fold="table")), drawn(load(bundle.name, **options)))
+    options = {
+        "base": teacher.name,
+        "variant": "smallest",
+        "switchable": False,
+        "weight_dtype": "bf16",
+    }
+    assert torch.equal(
+        drawn(load(bundle.name, **options, fold="table")), drawn(load(bundle.name, **options))
+    )
 
 
 def test_counted_without_weights(pack, empty_host_model):
@@ -175,10 +237,18 @@ def test_counted_without_weights(pack, empty_host_model):
 
     architecture, host = architecture_named("qwen_image"), pack("host.qwen_image").HOST
     for form, inputs in (("table", 20), ("basis", 33)):
-        config = {**architecture.model_configs["qwen_image"], "folding": Folding(form=form, inputs=inputs).to_config()}
+        config = {
+            **architecture.model_configs["qwen_image"],
+            "folding": Folding(form=form, inputs=inputs).to_config(),
+        }
         shapes = expected_shapes(architecture, config)
-        tensors = {n: torch.empty(shape, dtype=torch.bfloat16, device="meta") for n, shape in shapes.items()}
-        hints = torch.tensor(list(json.dumps({"folding": config["folding"]}).encode()), dtype=torch.uint8)
+        tensors = {
+            n: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            for n, shape in shapes.items()
+        }
+        hints = torch.tensor(
+            list(json.dumps({"folding": config["folding"]}).encode()), dtype=torch.uint8
+        )
         tensors["ppcl_hints"] = hints
         model = empty_host_model(host, tensors)
         assert 13.6 < sum(p.numel() for p in model.parameters()) / 1e9 < 13.72

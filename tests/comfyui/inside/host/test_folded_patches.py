@@ -1,4 +1,5 @@
-"""LoRA, ControlNet and offloading on folded modulations, by the host's own nodes: as on the unfolded model."""
+"""LoRA, ControlNet and offloading on folded modulations, by the host's own nodes: as on the
+unfolded model."""
 
 import comfy.hooks
 import comfy.utils
@@ -19,13 +20,21 @@ LORA, STRENGTH = "modulations.safetensors", 0.7
 
 @pytest.fixture(scope="module")
 def changes(models, teacher) -> dict[str, torch.Tensor]:
-    """A LoRA file for every modulation, by the names of their tensors what it adds at full strength."""
+    """A LoRA file for every modulation, by the names of their tensors what it adds at full
+    strength."""
     generator, stored, found = torch.Generator().manual_seed(8), {}, {}
     for key in (k for k in TensorFile(teacher).keys() if "_mod.1.weight" in k):
         name, (out, into) = key.removesuffix(".weight"), TensorFile(teacher).shape(key)
         down = torch.randn(2, into, generator=generator) / into**0.5
-        up, bias = 0.5 * torch.randn(out, 2, generator=generator), 0.1 * torch.randn(out, generator=generator)
-        stored |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.diff_b": bias}
+        up, bias = (
+            0.5 * torch.randn(out, 2, generator=generator),
+            0.1 * torch.randn(out, generator=generator),
+        )
+        stored |= {
+            f"{name}.lora_A.weight": down,
+            f"{name}.lora_B.weight": up,
+            f"{name}.diff_b": bias,
+        }
         found |= {key: up @ down, f"{name}.bias": bias}
     write_tensors(models.loras / LORA, stored)
     return found
@@ -41,7 +50,9 @@ def changed(run_node, changes):
 @pytest.mark.parametrize("variant", ["full", "smallest", "3-4,ffn_image:1"])
 def test_a_lora_changes_modulations(plain, of_form, drawn, switched, changed, variant):
     """As in the unfolded model; the branch without it keeps its bits."""
-    expected, without = (drawn(switched(model, variant=variant)) for model in (changed(plain), plain))
+    expected, without = (
+        drawn(switched(model, variant=variant)) for model in (changed(plain), plain)
+    )
     assert relative_error(without, expected) > 0.1
     table, basis = of_form("table"), of_form("basis")
     assert relative_error(drawn(switched(changed(table), variant=variant)), expected) < 1e-4
@@ -51,13 +62,25 @@ def test_a_lora_changes_modulations(plain, of_form, drawn, switched, changed, va
     assert 2 * error < relative_error(without, expected)
 
 
-def test_a_lora_in_a_basis_is_exact(of_form, switched, changed, changes, velocity, engine_velocity, teacher, tmp_path):
+def test_a_lora_in_a_basis_is_exact(
+    of_form, switched, changed, changes, velocity, engine_velocity, teacher, tmp_path
+):
     """(W + dW) P: what the engine gives that folds weights which have the LoRA in them."""
     file, basis = TensorFile(teacher), switched(of_form("basis"), variant="full")
-    merged = {n: t + STRENGTH * changes[n] if n in changes else t for n, t in file.read_all().items()}
+    merged = {
+        n: t + STRENGTH * changes[n] if n in changes else t for n, t in file.read_all().items()
+    }
     write_tensors(tmp_path / "merged.safetensors", merged, file.metadata)
     rank = basis.model.diffusion_model.time_text_embed.folding.directions.shape[1] - 1
-    path = fold(FoldConfig(path=tmp_path / "merged.safetensors", form="basis", rank=rank, run=tmp_path, device="cpu"))
+    path = fold(
+        FoldConfig(
+            path=tmp_path / "merged.safetensors",
+            form="basis",
+            rank=rank,
+            run=tmp_path,
+            device="cpu",
+        )
+    )
     assert (
         relative_error(velocity(changed(basis)), engine_velocity(path))
         < 1e-4
@@ -71,13 +94,20 @@ def small(*shape: int) -> torch.Tensor:
 
 
 KINDS = {
-    "loha": lambda out, into: {"hada_w1_a": small(out, 2), "hada_w1_b": small(2, into), "hada_w2_a": small(out, 3),
-                               "hada_w2_b": small(3, into)},
+    "loha": lambda out, into: {
+        "hada_w1_a": small(out, 2),
+        "hada_w1_b": small(2, into),
+        "hada_w2_a": small(out, 3),
+        "hada_w2_b": small(3, into),
+    },
     "lokr": lambda out, into: {"lokr_w1": small(2, 2), "lokr_w2": small(out // 2, into // 2)},
     "whole": lambda out, into: {"diff": small(out, into)},
-    "with alpha": lambda out, into: {"lora_down.weight": small(2, into), "lora_up.weight": small(out, 2),
-                                     "alpha": torch.tensor(1.0)},
-}  # fmt: skip
+    "with alpha": lambda out, into: {
+        "lora_down.weight": small(2, into),
+        "lora_up.weight": small(out, 2),
+        "alpha": torch.tensor(1.0),
+    },
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,7 +119,12 @@ def test_every_kind_of_file(plain, of_form, drawn, run_node, models, kind):
         for leaf, tensor in KINDS[kind](192, 32).items()
     }
     write_tensors(models.loras / "kind.safetensors", stored)
-    options = {"clip": None, "lora_name": "kind.safetensors", "strength_model": -0.5, "strength_clip": 0.0}
+    options = {
+        "clip": None,
+        "lora_name": "kind.safetensors",
+        "strength_model": -0.5,
+        "strength_clip": 0.0,
+    }
     expected, table, basis = (
         drawn(run_node("LoraLoader", model=model, **options)[0])
         for model in (plain, of_form("table"), of_form("basis"))
@@ -101,7 +136,10 @@ def test_every_kind_of_file(plain, of_form, drawn, run_node, models, kind):
 def test_a_new_schedule_with_a_lora_on(load, bundle, teacher, plain, drawn, changed):
     table = load(bundle.name, base=teacher.name, fold="table")
     for steps in (3, 5, 3):
-        assert relative_error(drawn(changed(table), steps=steps), drawn(changed(plain), steps=steps)) < 1e-4
+        assert (
+            relative_error(drawn(changed(table), steps=steps), drawn(changed(plain), steps=steps))
+            < 1e-4
+        )
         assert torch.equal(drawn(table, steps=steps), drawn(plain, steps=steps))
 
 
@@ -127,9 +165,18 @@ def test_a_lora_on_a_part_of_the_schedule(of_form, plain, drawn, run_node, input
         positive = comfy.hooks.set_hooks_for_conditioning([[inputs.text, {}]], hooks=hooks)
         latent = {"samples": torch.zeros_like(inputs.latents)}
         return run_node(
-            "KSampler", model=model, seed=3, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple",
-            positive=positive, negative=[[inputs.text, {}]], latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
+            "KSampler",
+            model=model,
+            seed=3,
+            steps=2,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            positive=positive,
+            negative=[[inputs.text, {}]],
+            latent_image=latent,
+            denoise=1.0,
+        )[0]["samples"]
 
     expected = hooked(plain)
     assert relative_error(hooked(of_form("table")), expected) < 1e-4
@@ -137,10 +184,19 @@ def test_a_lora_on_a_part_of_the_schedule(of_form, plain, drawn, run_node, input
 
 
 @pytest.mark.parametrize("kind", ["dora", "embedder", "merge"])
-def test_changes_that_cannot_be_followed_are_one_line(of_form, plain, drawn, run_node, models, kind):
-    name = "time_text_embed.timestep_embedder.linear_1" if kind == "embedder" else "transformer_blocks.0.img_mod.1"
+def test_changes_that_cannot_be_followed_are_one_line(
+    of_form, plain, drawn, run_node, models, kind
+):
+    name = (
+        "time_text_embed.timestep_embedder.linear_1"
+        if kind == "embedder"
+        else "transformer_blocks.0.img_mod.1"
+    )
     into, out = (256, 32) if kind == "embedder" else (32, 192)
-    stored = {f"{name}.lora_A.weight": torch.randn(2, into), f"{name}.lora_B.weight": torch.randn(out, 2)}
+    stored = {
+        f"{name}.lora_A.weight": torch.randn(2, into),
+        f"{name}.lora_B.weight": torch.randn(out, 2),
+    }
     if kind == "dora":
         stored[f"{name}.dora_scale"] = torch.ones(out, 1)
     write_tensors(models.loras / "other.safetensors", stored)
@@ -148,7 +204,10 @@ def test_changes_that_cannot_be_followed_are_one_line(of_form, plain, drawn, run
         (model,) = run_node("ModelMergeSimple", model1=of_form("table"), model2=plain, ratio=0.5)
     else:
         (model,) = run_node(
-            "LoraLoaderModelOnly", model=of_form("table"), lora_name="other.safetensors", strength_model=1.0
+            "LoraLoaderModelOnly",
+            model=of_form("table"),
+            lora_name="other.safetensors",
+            strength_model=1.0,
         )
     with pytest.raises(ValueError, match="set fold to off") as error:
         drawn(model)
@@ -163,9 +222,18 @@ def test_a_control_net(control, plain, of_form, switched, run_node, inputs, vari
     def controlled(model):
         latent = {"samples": torch.zeros_like(inputs.latents)}
         return run_node(
-            "KSampler", model=switched(model, variant=variant), seed=3, steps=2, cfg=2.0, sampler_name="euler",
-            scheduler="simple", positive=positive, negative=[[inputs.text, {}]], latent_image=latent, denoise=1.0,
-        )[0]["samples"]  # fmt: skip
+            "KSampler",
+            model=switched(model, variant=variant),
+            seed=3,
+            steps=2,
+            cfg=2.0,
+            sampler_name="euler",
+            scheduler="simple",
+            positive=positive,
+            negative=[[inputs.text, {}]],
+            latent_image=latent,
+            denoise=1.0,
+        )[0]["samples"]
 
     expected = controlled(plain)
     assert torch.equal(controlled(of_form("table")), expected)
@@ -182,17 +250,23 @@ def test_partly_on_the_device(of_form, drawn, form, as_loaded):
         assert torch.equal(drawn(model), expected)
 
 
-def test_nodes_that_show_a_model(load, bundle, teacher, run_node, of_form, switched, plain, changes):
+def test_nodes_that_show_a_model(
+    load, bundle, teacher, run_node, of_form, switched, plain, changes
+):
     words = {"table": "folded: a table of ", "basis": "folded: a basis of rank "}
     for form in ("table", "basis"):
         picture, text = run_node("PPCL_Info", model=switched(of_form(form), variant="small"))
         assert picture.shape[2] == 1800 and "4 of 6 blocks run" in text and words[form] in text
-        reports = [run_node("PPCL_LoraReport", model=m, lora=LORA)[0] for m in (of_form(form), plain)]
+        reports = [
+            run_node("PPCL_LoraReport", model=m, lora=LORA)[0] for m in (of_form(form), plain)
+        ]
         assert reports[0] == reports[1] and "covers 14 of 24" in reports[0]
         alone, both = (
-            load(bundle.name, base=teacher.name, variant="small", switchable=s, fold=form) for s in (False, True)
+            load(bundle.name, base=teacher.name, variant="small", switchable=s, fold=form)
+            for s in (False, True)
         )
         shares = [
-            run_node("PPCL_Info", model=m)[1].splitlines()[0].split(" % of")[0].split()[-1] for m in (alone, both)
+            run_node("PPCL_Info", model=m)[1].splitlines()[0].split(" % of")[0].split()[-1]
+            for m in (alone, both)
         ]
         assert abs(int(shares[0]) - int(shares[1])) <= 1  # a table in the host has a bias for LoRA

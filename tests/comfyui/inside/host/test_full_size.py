@@ -1,4 +1,5 @@
-"""Qwen-Image's real names and shapes on the meta device: every tensor has a home, parameters are as published."""
+"""Qwen-Image's real names and shapes on the meta device: every tensor has a home, parameters are as
+published."""
 
 import comfy.supported_models
 import pytest
@@ -22,7 +23,10 @@ TEN = {  # method.md 6, by the numbers after removal
 
 
 def meta(shapes: dict) -> dict[str, torch.Tensor]:
-    return {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
+    return {
+        name: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for name, shape in shapes.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,9 @@ def released_shapes(lists: dict) -> dict:
     layout = released_layout(QWEN, {**config, **lists}, "test")
     names, shapes, unused = stored_tensors(QWEN, config, layout)
     full = expected_shapes(QWEN, config)
-    return {names[name]: shape for name, shape in shapes.items()} | {name: full[name] for name in unused.values()}
+    return {names[name]: shape for name, shape in shapes.items()} | {
+        name: full[name] for name in unused.values()
+    }
 
 
 def test_the_full_model(host_model):
@@ -55,26 +61,43 @@ def test_the_full_model(host_model):
 
 @pytest.mark.parametrize(("lists", "billions"), [({}, 11.93), (TEN, 10.60)], ids=["12B", "10B"])
 def test_released_models(host_model, lists, billions):
-    """Their blocks come to stand at the original's indices by themselves, since 35 of 60 is a published choice. A
-    text-pruned block's unused attn.to_add_out is counted in the published size and left out here."""
+    """Their blocks come to stand at the original's indices by themselves, since 35 of 60 is a
+    published choice. A text-pruned block's unused attn.to_add_out is counted in the published size
+    and left out here."""
     shapes = released_shapes(lists)
     parameters, blocks = host_model(meta(shapes))
-    unused = sum(torch.Size(shape).numel() for name, shape in shapes.items() if _unused(name, lists))
+    unused = sum(
+        torch.Size(shape).numel() for name, shape in shapes.items() if _unused(name, lists)
+    )
     assert round((parameters + unused) / 1e9, 2) == billions
     removed = {block for interval in parse_intervals(PUBLISHED) for block in interval.blocks[1:]}
-    assert len(blocks) == 60 and kept_blocks(blocks) == [index for index in range(60) if index not in removed]
+    assert len(blocks) == 60 and kept_blocks(blocks) == [
+        index for index in range(60) if index not in removed
+    ]
 
 
 def _unused(name: str, lists: dict) -> bool:
-    return ".attn.to_add_out." in name and int(name.split(".")[1]) in lists.get("single_stream_index", [])
+    return ".attn.to_add_out." in name and int(name.split(".")[1]) in lists.get(
+        "single_stream_index", []
+    )
 
 
 @pytest.mark.parametrize("correction", ["none", "affine", "16"])
 def test_our_own_ten_billion(host_model, correction):
-    intervals = tuple(Interval(first=i.first, last=i.last, correction=correction) for i in parse_intervals(PUBLISHED))
-    sites = parse_sites("text:37 text:41 text:51-59 ffn_image:2 ffn_text:2 ffn_image:58 ffn_image:59")
+    intervals = tuple(
+        Interval(first=i.first, last=i.last, correction=correction)
+        for i in parse_intervals(PUBLISHED)
+    )
+    sites = parse_sites(
+        "text:37 text:41 text:51-59 ffn_image:2 ffn_text:2 ffn_image:58 ffn_image:59"
+    )
     plan = PruningPlan(
-        architecture=QWEN.name, config=REAL, num_blocks=60, fingerprint="f", intervals=intervals, sites=sites
+        architecture=QWEN.name,
+        config=REAL,
+        num_blocks=60,
+        fingerprint="f",
+        intervals=intervals,
+        sites=sites,
     )
     model = empty_model(QWEN, REAL, layout_of(plan, plan.everything()))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -90,8 +113,13 @@ def test_only_what_the_host_cannot_load_is_claimed(pack):
     matches = config.matches
     found = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}
     full, ten = meta(expected_shapes(QWEN, REAL)), meta(released_shapes(TEN))
-    control = {"controlnet_blocks.0.weight": torch.empty(0), "controlnet_x_embedder.weight": torch.empty(0)}
-    assert matches(found, ten) and matches(found, {f"model.diffusion_model.{name}": t for name, t in ten.items()})
+    control = {
+        "controlnet_blocks.0.weight": torch.empty(0),
+        "controlnet_x_embedder.weight": torch.empty(0),
+    }
+    assert matches(found, ten) and matches(
+        found, {f"model.diffusion_model.{name}": t for name, t in ten.items()}
+    )
     assert not matches(found, full) and not matches(found, meta(released_shapes({})))
     assert not matches(found, {**full, **control}) and not matches(found, {**ten, **control})
     assert not matches({"image_model": "flux"}, ten)

@@ -1,4 +1,5 @@
-"""The host finds every other model as it would without this pack, whatever a file holds, and also where it is not as known."""
+"""The host finds every other model as it would without this pack, whatever a file holds, and also
+where it is not as known."""
 
 import asyncio
 import logging
@@ -16,7 +17,13 @@ import nodes as host_nodes
 
 from ..conftest import ROOT
 
-UNET = {"image_size": 32, "in_channels": 4, "out_channels": 4, "num_heads": -1, "num_head_channels": 64}
+UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_heads": -1,
+    "num_head_channels": 64,
+}
 UNET |= {"use_spatial_transformer": True}
 SD = UNET | {
     "num_res_blocks": [2, 2, 2, 2],
@@ -45,12 +52,33 @@ DOUBLE_STREAM = {
     "qkv_bias": True,
 }
 FLUX = DOUBLE_STREAM | {"vec_in_dim": 768, "context_in_dim": 4096, "theta": 10000, "patch_size": 2}
-HUNYUAN = DOUBLE_STREAM | {"vec_in_dim": 768, "context_in_dim": 4096, "theta": 256, "patch_size": [1, 2, 2]}
-HUNYUAN |= {"guidance_embed": True, "byt5": False, "meanflow": False, "use_cond_type_embedding": False}
+HUNYUAN = DOUBLE_STREAM | {
+    "vec_in_dim": 768,
+    "context_in_dim": 4096,
+    "theta": 256,
+    "patch_size": [1, 2, 2],
+}
+HUNYUAN |= {
+    "guidance_embed": True,
+    "byt5": False,
+    "meanflow": False,
+    "use_cond_type_embedding": False,
+}
 CHROMA = DOUBLE_STREAM | {"context_in_dim": 4096, "theta": 10000, "patch_size": 2}
 CHROMA |= {"in_dim": 64, "out_dim": 3072, "hidden_dim": 5120, "n_layers": 5}
-Z_IMAGE = {"n_layers": 3, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [32, 48, 48]}
-Z_IMAGE |= {"axes_lens": [1536, 512, 512], "cap_feat_dim": 2560, "z_image_modulation": True, "qk_norm": True}
+Z_IMAGE = {
+    "n_layers": 3,
+    "n_refiner_layers": 2,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "axes_dims": [32, 48, 48],
+}
+Z_IMAGE |= {
+    "axes_lens": [1536, 512, 512],
+    "cap_feat_dim": 2560,
+    "z_image_modulation": True,
+    "qk_norm": True,
+}
 Z_IMAGE |= {"in_channels": 16, "patch_size": 2, "ffn_dim_multiplier": 8 / 3}
 # what a class's constructor asks for beyond its defaults and what the config class says itself
 ASKED = {
@@ -88,15 +116,33 @@ ASKED = {
     "Chroma": CHROMA | {"txt_ids_dims": [], "vec_in_dim": None},
     "ZImage": Z_IMAGE,
     "Lumina2": Z_IMAGE
-    | {"dim": 2304, "n_heads": 24, "n_kv_heads": 8, "axes_dims": [32] * 3, "z_image_modulation": False},
+    | {
+        "dim": 2304,
+        "n_heads": 24,
+        "n_kv_heads": 8,
+        "axes_dims": [32] * 3,
+        "z_image_modulation": False,
+    },
 }
 SMALL = {
     "Flux": {"depth": 1, "depth_single_blocks": 1},
     "WAN21_T2V": {"dim": 128, "ffn_dim": 256, "num_heads": 1, "num_layers": 2},
 }
-SLOW = {"Stable_Cascade_C", "Stable_Cascade_B"}  # half a minute each: they fill their weights while they are built
+# half a minute each: they fill their weights while they are built
+SLOW = {"Stable_Cascade_C", "Stable_Cascade_B"}
 MUST = {
-    "0.3.75": {"SD15", "SDXL", "Flux", "WAN21_T2V", "HunyuanVideo", "LTXV", "Lumina2", "QwenImage", "SD3", "AuraFlow"},
+    "0.3.75": {
+        "SD15",
+        "SDXL",
+        "Flux",
+        "WAN21_T2V",
+        "HunyuanVideo",
+        "LTXV",
+        "Lumina2",
+        "QwenImage",
+        "SD3",
+        "AuraFlow",
+    },
     "0.30.0": {"Flux2", "ZImage", "Krea2", "Chroma", "WAN22_T2V", "HunyuanImage21"},
 }
 MUST["0.30.0"] |= MUST["0.3.75"]
@@ -105,7 +151,9 @@ LATER = {"txt_ids_dims", "meanflow_sum"}  # 0.3.75 does not know them
 
 def stock_models() -> list[type]:
     """The host's own classes, without this pack's."""
-    return [known for known in comfy.supported_models.models if not known.__name__.startswith("PPCL")]
+    return [
+        known for known in comfy.supported_models.models if not known.__name__.startswith("PPCL")
+    ]
 
 
 def empty_tensors(known: type) -> dict[str, torch.Tensor]:
@@ -145,7 +193,12 @@ def test_the_host_finds_its_own_models_as_without_this_pack(pack, without_pack):
             continue
         try:
             tensors = empty_tensors(known)
-        except (TypeError, KeyError, AssertionError, RuntimeError):  # it asks for more than is known here: see MUST
+        except (
+            TypeError,
+            KeyError,
+            AssertionError,
+            RuntimeError,
+        ):  # it asks for more than is known here: see MUST
             continue
         for prefix in ("", "model.diffusion_model."):  # alone, and in a checkpoint
             named = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
@@ -161,7 +214,8 @@ def class_named(name: str) -> type:
 
 @pytest.mark.parametrize("name", ["Flux", "WAN21_T2V"])
 def test_a_stock_file_loads_as_without_this_pack(pack, monkeypatch, name):
-    """FLUX at its full width, in fp8. SDXL passes too, but can't be built small: its detection asks for the full one."""
+    """FLUX at its full width, in fp8. SDXL passes too, but can't be built small: its detection asks
+    for the full one."""
     monkeypatch.setitem(ASKED, name, {**ASKED.get(name, {}), **SMALL[name]})
     shapes = {key: tensor.shape for key, tensor in empty_tensors(class_named(name)).items()}
     zero = torch.zeros((), dtype=torch.float8_e4m3fn)
@@ -190,10 +244,14 @@ def test_an_error_of_ours_leaves_the_file_to_the_host(pack, monkeypatch, caplog)
     (ours,) = building.config_classes(pack("host.qwen_image").HOST)
 
     def load(unet_path: str) -> bool:
-        return ours.matches({"image_model": "qwen_image"}, tensors, unet_key_prefix_of_the_future="")
+        return ours.matches(
+            {"image_model": "qwen_image"}, tensors, unet_key_prefix_of_the_future=""
+        )
 
     with caplog.at_level(logging.WARNING):
-        monkeypatch.setattr(comfy.supported_models_base.BASE, "matches", classmethod(lambda *_, **__: True))
+        monkeypatch.setattr(
+            comfy.supported_models_base.BASE, "matches", classmethod(lambda *_, **__: True)
+        )
         assert load("/models/odd.safetensors") is False and load("/models/odd.safetensors") is False
     lines = [record.message for record in caplog.records if "PPCL" in record.message]
     assert len(lines) == 1 and "odd.safetensors" in lines[0] and "nested too deep" in lines[0]
@@ -206,10 +264,16 @@ def pack_again(monkeypatch):
     def load() -> tuple[bool, dict]:
         before = dict(host_nodes.NODE_CLASS_MAPPINGS)
         name = str(ROOT).replace(".", "_x_")
-        for module in [module for module in sys.modules if module == name or module.startswith(f"{name}.")]:
+        for module in [
+            module for module in sys.modules if module == name or module.startswith(f"{name}.")
+        ]:
             monkeypatch.delitem(sys.modules, module)
         worked = asyncio.run(host_nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"))
-        found = {key: node for key, node in host_nodes.NODE_CLASS_MAPPINGS.items() if key.startswith("PPCL_")}
+        found = {
+            key: node
+            for key, node in host_nodes.NODE_CLASS_MAPPINGS.items()
+            if key.startswith("PPCL_")
+        }
         host_nodes.NODE_CLASS_MAPPINGS.clear()
         host_nodes.NODE_CLASS_MAPPINGS.update(before)
         return worked, found
@@ -220,7 +284,10 @@ def pack_again(monkeypatch):
 CHANGES = {  # what a later host may have done -> what the user is told of it
     "a class renamed": ("supported_models.QwenImage", "has no QwenImage"),
     "a parameter renamed": ("supported_models_base.BASE.matches", "takes no unet_config"),
-    "a function gone": ("sd.load_diffusion_model_state_dict", "has no load_diffusion_model_state_dict"),
+    "a function gone": (
+        "sd.load_diffusion_model_state_dict",
+        "has no load_diffusion_model_state_dict",
+    ),
     "blocks built otherwise": ("ldm.qwen_image.model.QwenImageTransformerBlock", "takes no dtype"),
 }
 
@@ -236,7 +303,9 @@ def test_an_unknown_host_is_not_touched(pack, pack_again, monkeypatch, changed, 
         monkeypatch.setattr(f"comfy.{changed}", lambda other: None)
     worked, found = pack_again()
     assert worked and comfy.supported_models.models == before
-    assert found.keys() == {key for key in host_nodes.NODE_CLASS_MAPPINGS if key.startswith("PPCL_")}
+    assert found.keys() == {
+        key for key in host_nodes.NODE_CLASS_MAPPINGS if key.startswith("PPCL_")
+    }
     assert "file" in found["PPCL_LoadModel"].INPUT_TYPES()["required"]
     for node in (found["PPCL_LoadModel"], found["PPCL_Detect"]):
         with pytest.raises(ValueError, match="tested with ComfyUI 0.3.75 to") as error:
@@ -252,5 +321,7 @@ def test_a_host_without_a_module_of_ours_goes_on(pack, pack_again, monkeypatch, 
     with caplog.at_level(logging.WARNING):
         worked, found = pack_again()
     assert not worked and comfy.supported_models.models == before
-    (line,) = [record.message for record in caplog.records if "tested with ComfyUI" in record.message]
+    (line,) = [
+        record.message for record in caplog.records if "tested with ComfyUI" in record.message
+    ]
     assert "\n" not in line

@@ -1,5 +1,6 @@
-"""What a variant computes in the host is what the engine computes, to 1e-4 of its size (fp32, one forward, with what else
-an architecture's conditioning has: pooled text, guidance, an edit model's references in the sequence)."""
+"""What a variant computes in the host is what the engine computes, to 1e-4 of its size (fp32, one
+forward, with what else an architecture's conditioning has: pooled text, guidance, an edit model's
+references in the sequence)."""
 
 import pytest
 import torch
@@ -53,7 +54,9 @@ SD35 = {
     "all": "smallest",
 }
 VARIANTS = {"teacher": QWEN, "flux": FLUX, "sd35": SD35, "sd35_large": SD35}
-ROWS = {name: (case.architecture, name, ()) for name, case in CASES.items() if case.file in VARIANTS}
+ROWS = {
+    name: (case.architecture, name, ()) for name, case in CASES.items() if case.file in VARIANTS
+}
 ROWS["qwen_image with references"] = ("qwen_image", "qwen_image", EDITS["references"])
 pytestmark = pytest.mark.parametrize(
     ("architecture", "host_case", "references"), ROWS.values(), ids=ROWS, indirect=True
@@ -70,9 +73,13 @@ def whole(load, bundle, teacher):
     return load(bundle.name, base=teacher.name)
 
 
-def test_variants_of_a_switchable_model(whole, switched, velocity, engine_velocity, bundle, teacher, variants, figures):
+def test_variants_of_a_switchable_model(
+    whole, switched, velocity, engine_velocity, bundle, teacher, variants, figures
+):
     for name, variant in variants.items():
-        error = relative_error(velocity(switched(whole, variant=variant)), engine_velocity(bundle, variant, teacher))
+        error = relative_error(
+            velocity(switched(whole, variant=variant)), engine_velocity(bundle, variant, teacher)
+        )
         figures("parity_relative_error", error)
         assert error < TOLERANCE, name
 

@@ -1,5 +1,5 @@
-"""Real names and shapes on the meta device, of architectures whose maps the host fuses: every tensor has a home, parameters
-are as published."""
+"""Real names and shapes on the meta device, of architectures whose maps the host fuses: every
+tensor has a home, parameters are as published."""
 
 import comfy.supported_models
 import pytest
@@ -10,10 +10,19 @@ from ppcl_engine.models.layout import layout_of
 from ppcl_engine.models.weights import STRUCTURE_TENSOR, expected_shapes
 from ppcl_engine.plan import PruningPlan, parse_intervals, parse_sites
 
-SIZES = {"flux1_dev": 11.901, "flux1_lite": 8.163, "sd35_large": 8.057, "sd35_medium": 2.243}  # billions
+# billions
+SIZES = {"flux1_dev": 11.901, "flux1_lite": 8.163, "sd35_large": 8.057, "sd35_medium": 2.243}
 DETECTED = {
-    "flux1": ("PPCLFlux", {"image_model": "flux", "guidance_embed": True, "in_channels": 16}, "guidance_embed"),
-    "sd35": ("PPCLSD3", {"in_channels": 16, "pos_embed_scaling_factor": None}, "pos_embed_scaling_factor"),
+    "flux1": (
+        "PPCLFlux",
+        {"image_model": "flux", "guidance_embed": True, "in_channels": 16},
+        "guidance_embed",
+    ),
+    "sd35": (
+        "PPCLSD3",
+        {"in_channels": 16, "pos_embed_scaling_factor": None},
+        "pos_embed_scaling_factor",
+    ),
 }
 PRUNED = {
     "flux1_dev": ("3-6 30-37", "text:15-18 ffn_image:1 ffn_joint:40 ffn_joint:50"),
@@ -57,7 +66,9 @@ def test_only_what_the_host_cannot_load_is_claimed(pack, size):
     pruned = {**full, STRUCTURE_TENSOR: torch.zeros(1, dtype=torch.uint8)}
     assert not ours.matches(found, full) and ours.matches(found, pruned)
     assert not ours.matches(found, {**pruned, "controlnet_blocks.0.weight": torch.empty(0)})
-    assert not ours.matches({**found, entry: 7}, pruned) and not ours.matches({"image_model": "qwen_image"}, full)
+    assert not ours.matches({**found, entry: 7}, pruned) and not ours.matches(
+        {"image_model": "qwen_image"}, full
+    )
     assert [m.__name__ for m in comfy.supported_models.models].count(name) == 1
 
 
@@ -69,15 +80,25 @@ def test_a_pruned_model(pack, empty_host_model, host_of, size):
     config, (intervals, sites) = engine.model_configs[size], PRUNED[size]
     first, second = parse_intervals(intervals)
     plan = PruningPlan(
-        architecture=engine.name, config=config, num_blocks=engine.num_blocks(config), fingerprint="f",
-        intervals=(type(first)(**{**vars(first), "correction": "64"}), second), sites=parse_sites(sites),
-    )  # fmt: skip
+        architecture=engine.name,
+        config=config,
+        num_blocks=engine.num_blocks(config),
+        fingerprint="f",
+        intervals=(type(first)(**{**vars(first), "correction": "64"}), second),
+        sites=parse_sites(sites),
+    )
     layout = layout_of(plan, plan.everything())
     with torch.device("meta"):
         model = empty_model(engine, config, layout)
     tensors = {name: t.to("meta", torch.bfloat16) for name, t in model.state_dict().items()}
-    file = type("File", (), {"shape": lambda self, n: tuple(tensors[n].shape), "read": lambda self, n: tensors[n]})()
-    named = reading.in_host_names(host, config, {n: reading.Stored(file, n) for n in tensors}, layout.places)
+    file = type(
+        "File",
+        (),
+        {"shape": lambda self, n: tuple(tensors[n].shape), "read": lambda self, n: tensors[n]},
+    )()
+    named = reading.in_host_names(
+        host, config, {n: reading.Stored(file, n) for n in tensors}, layout.places
+    )
     read = {name: reading.Reader().read(place) for name, place in named.items()}
     read[STRUCTURE_TENSOR] = torch.tensor(list(plan.to_json().encode()), dtype=torch.uint8)
     empty = empty_host_model(host, read)

@@ -1,4 +1,5 @@
-"""What this host does not read is one line that names the format; a matrix of few bits without its scale is an error."""
+"""What this host does not read is one line that names the format; a matrix of few bits without its
+scale is an error."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ BLOCK = "double_blocks.0.img_attn.proj"
 
 @pytest.fixture(scope="module")
 def pruned(exported, tmp_path_factory) -> dict[str, torch.Tensor]:
-    return TensorFile(exported(tmp_path_factory.mktemp("pruned"), "ppcl", "width", "smallest")).read_all()
+    return TensorFile(
+        exported(tmp_path_factory.mktemp("pruned"), "ppcl", "width", "smallest")
+    ).read_all()
 
 
 @pytest.fixture
@@ -42,9 +45,7 @@ def write(models, host_tensors, pruned):
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_format_that_this_host_does_not_read(write, load, run_node, bundle, kind):
     base, pruned = write(kind)
-    message = (
-        f": its weights are stored as {KINDS[kind].name}, which ComfyUI {comfyui_version.__version__} does not read"
-    )
+    message = f": its weights are stored as {KINDS[kind].name}, which ComfyUI {comfyui_version.__version__} does not read"
     for switchable in (True, False):
         with pytest.raises(ValueError, match=base + message) as error:
             load(bundle.name, base=base, switchable=switchable)
@@ -69,17 +70,41 @@ def in_int8_alone(tensors, metadata) -> None:
 
 
 DAMAGE = {
-    "its scale": (without("weight_scale"), "is stored as float8_e4m3fn and lacks its weight_scale; copy"),
+    "its scale": (
+        without("weight_scale"),
+        "is stored as float8_e4m3fn and lacks its weight_scale; copy",
+    ),
     "its format": (without("comfy_quant"), "has a scale, and nothing in the file says its format"),
     "the weight": (without("weight"), "has a scale and is not there; copy or download"),
-    "int8 alone": (in_int8_alone, "is stored in int8 without a scale; take the model in another format"),
-    "scales by row": (with_part("weight_scale", torch.ones(64, 1)), r"with scales of shape \(64, 1\), ComfyUI .* one scale"),
-    "a second scale": (with_part("weight_scale_2", torch.ones(())), "which does not use its weight_scale_2; take"),
-    "unreadable": (with_part("comfy_quant", torch.zeros(3)), "comfy_quant is not readable; copy or download"),
-    "a list": (with_part("comfy_quant", torch.tensor(list(b"[1]"), dtype=torch.uint8)), "comfy_quant is not readable"),
-    "16 bits": (with_part("weight", torch.ones(64, 64).bfloat16()), "is stored as float8_e4m3fn and holds bfloat16 of shape"),
-    "another pack's": (with_part("weight.absmax", torch.ones(9)), "its weights are stored as bitsandbytes, which ComfyUI"),
-}  # fmt: skip
+    "int8 alone": (
+        in_int8_alone,
+        "is stored in int8 without a scale; take the model in another format",
+    ),
+    "scales by row": (
+        with_part("weight_scale", torch.ones(64, 1)),
+        r"with scales of shape \(64, 1\), ComfyUI .* one scale",
+    ),
+    "a second scale": (
+        with_part("weight_scale_2", torch.ones(())),
+        "which does not use its weight_scale_2; take",
+    ),
+    "unreadable": (
+        with_part("comfy_quant", torch.zeros(3)),
+        "comfy_quant is not readable; copy or download",
+    ),
+    "a list": (
+        with_part("comfy_quant", torch.tensor(list(b"[1]"), dtype=torch.uint8)),
+        "comfy_quant is not readable",
+    ),
+    "16 bits": (
+        with_part("weight", torch.ones(64, 64).bfloat16()),
+        "is stored as float8_e4m3fn and holds bfloat16 of shape",
+    ),
+    "another pack's": (
+        with_part("weight.absmax", torch.ones(9)),
+        "its weights are stored as bitsandbytes, which ComfyUI",
+    ),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -96,7 +121,10 @@ def test_a_scale_that_nobody_would_use(write, load, run_node, bundle, damage):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"layers": [1]}', '{"layers": {"a": 1}}'])
 def test_formats_in_metadata_that_cannot_be_read(write, load, bundle, text):
-    base, _ = write("float8_e4m3fn in metadata", lambda tensors, metadata: metadata.update(_quantization_metadata=text))
+    base, _ = write(
+        "float8_e4m3fn in metadata",
+        lambda tensors, metadata: metadata.update(_quantization_metadata=text),
+    )
     with pytest.raises(ValueError, match=f"{base}: its _quantization_metadata is not readable"):
         load(bundle.name, base=base)
 
@@ -114,8 +142,13 @@ def test_operations_that_do_not_use_scales(write, models):
     """Of another pack: what it would make of the weights is noise."""
     _, pruned = write("scaled fp8")
     tensors = TensorFile(models.diffusion_models / pruned).read_all()
-    with pytest.raises(ValueError, match="does not use .* of the file's scales, first .*: its weights would be wrong"):
-        comfy.sd.load_diffusion_model_state_dict(tensors, {"custom_operations": comfy.ops.manual_cast})
+    with pytest.raises(
+        ValueError,
+        match="does not use .* of the file's scales, first .*: its weights would be wrong",
+    ):
+        comfy.sd.load_diffusion_model_state_dict(
+            tensors, {"custom_operations": comfy.ops.manual_cast}
+        )
 
 
 def test_settings_that_are_no_table(write, load, bundle):

@@ -1,4 +1,5 @@
-"""What the host and other nodes do to a model: skipped sources, partial loading, fp8, unloading, copies."""
+"""What the host and other nodes do to a model: skipped sources, partial loading, fp8, unloading,
+copies."""
 
 import comfy.model_management
 import pytest
@@ -96,7 +97,9 @@ def test_unloading_gives_the_weights_back(model_of, lora, velocity, variant):
     before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
     plain, changed = velocity(model), velocity(lora(model))
     comfy.model_management.unload_all_models()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items()
+    )
     assert torch.equal(velocity(model), plain) and not torch.equal(changed, plain)
 
 
@@ -106,9 +109,13 @@ def test_weights_of_other_precision(load, switched, velocity, bundle, teacher, v
     """Switched and alone the same bits; as far from fp32 as such weights are."""
     options = {"base": teacher.name, "weight_dtype": dtype}
     found = velocity(switched(load(bundle.name, **options), variant=variant))
-    assert torch.equal(found, velocity(load(bundle.name, variant=variant, switchable=False, **options)))
+    assert torch.equal(
+        found, velocity(load(bundle.name, variant=variant, switchable=False, **options))
+    )
     exact = velocity(load(bundle.name, base=teacher.name, variant=variant, switchable=False))
-    assert 0 < relative_error(found, exact) < {"bf16": 0.1, "fp8_e4m3fn": 0.5, "fp8_e5m2": 1.0}[dtype]
+    assert (
+        0 < relative_error(found, exact) < {"bf16": 0.1, "fp8_e4m3fn": 0.5, "fp8_e5m2": 1.0}[dtype]
+    )
 
 
 @pytest.mark.parametrize("variant", ["small", "smallest"])
@@ -117,7 +124,9 @@ def test_a_copy_of_the_model_stands_alone(load, velocity, bundle, teacher, varia
     check_copy(model, velocity)
 
 
-def test_a_copy_of_a_switchable_model_runs_its_own_blocks(load, switched, velocity, bundle, teacher):
+def test_a_copy_of_a_switchable_model_runs_its_own_blocks(
+    load, switched, velocity, bundle, teacher
+):
     if not hasattr(ModelPatcher, "deepclone_multigpu"):
         pytest.skip("this ComfyUI loads no second copy of a model")
     check_copy(switched(load(bundle.name, base=teacher.name), variant="small"), velocity)

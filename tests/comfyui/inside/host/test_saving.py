@@ -1,5 +1,6 @@
-"""What the host's own Save nodes write of a pruned model loads again: in our loader, in the host's with and without the
-pack, in the engine. Forms of one architecture alone are in `test_saving_forms.py`."""
+"""What the host's own Save nodes write of a pruned model loads again: in our loader, in the host's
+with and without the pack, in the engine. Forms of one architecture alone are in
+`test_saving_forms.py`."""
 
 from __future__ import annotations
 
@@ -38,8 +39,12 @@ def lora(models, host_tensors, host_case) -> str:
     for name, tensor in host_tensors.items():
         if "blocks." in name and tensor.ndim == 2:
             module, (out, into) = name.removesuffix(".weight"), tensor.shape
-            stored[f"diffusion_model.{module}.lora_A.weight"] = torch.randn(2, into, generator=generator) / into**0.5
-            stored[f"diffusion_model.{module}.lora_B.weight"] = 0.3 * torch.randn(out, 2, generator=generator)
+            stored[f"diffusion_model.{module}.lora_A.weight"] = (
+                torch.randn(2, into, generator=generator) / into**0.5
+            )
+            stored[f"diffusion_model.{module}.lora_B.weight"] = 0.3 * torch.randn(
+                out, 2, generator=generator
+            )
     path = models.loras / f"{host_case.file}_saved.safetensors"
     write_tensors(path, stored)
     return path.name
@@ -47,15 +52,26 @@ def lora(models, host_tensors, host_case) -> str:
 
 def content_of(path) -> dict[str, torch.Tensor]:
     """Of the transformer alone; what it says of itself as an object."""
-    found = {name.removeprefix(COMFYUI_PREFIX): tensor for name, tensor in TensorFile(path).read_all().items()}
-    said = {n: json.loads(bytes(found[n].tolist())) for n in (STRUCTURE_TENSOR, HINTS_TENSOR) if n in found}
+    found = {
+        name.removeprefix(COMFYUI_PREFIX): tensor
+        for name, tensor in TensorFile(path).read_all().items()
+    }
+    said = {
+        n: json.loads(bytes(found[n].tolist()))
+        for n in (STRUCTURE_TENSOR, HINTS_TENSOR)
+        if n in found
+    }
     return found | said
 
 
 def check_alike(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(found[name], value) if isinstance(value, torch.Tensor) else found[name] == value, name
+        assert (
+            torch.equal(found[name], value)
+            if isinstance(value, torch.Tensor)
+            else found[name] == value
+        ), name
 
 
 @pytest.mark.parametrize(
@@ -68,13 +84,17 @@ def test_a_variant_is_as_exported(
     model = load(bundle.name, base=teacher.name, variant=named(variant), switchable=switchable)
     path, expected = saved(model), velocity(model)
     layout = "comfyui" if variant in ("full", "plain") else "ppcl"
-    check_alike(content_of(path), content_of(exported(tmp_path, layout, "exported", named(variant))))
+    check_alike(
+        content_of(path), content_of(exported(tmp_path, layout, "exported", named(variant)))
+    )
     for name, found in opened(path).items():
         assert relative_error(found, expected) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("loader", ["ours", "host"])
-def test_a_file_counted_anew_stays_as_it_is(saved, load, run_node, exported, models, named, host_case, loader):
+def test_a_file_counted_anew_stays_as_it_is(
+    saved, load, run_node, exported, models, named, host_case, loader
+):
     path = exported(models.diffusion_models, "comfyui", f"{host_case.file}_to_save", named("plain"))
     if loader == "ours":
         model = load(path.name)
@@ -95,8 +115,11 @@ def test_a_file_with_a_plan_stays_as_it_is(saved, load, exported, models, host_c
     ("variant", "switchable", "first"),
     [("small", True, "saved"), ("smallest", True, "sampled"), ("smallest", False, "saved")],
 )
-def test_a_lora_is_in_it(saved, opened, load, run_node, velocity, bundle, teacher, lora, variant, switchable, first):
-    """In the students' weights too, whatever the model was used for before, and saving changes nothing of it."""
+def test_a_lora_is_in_it(
+    saved, opened, load, run_node, velocity, bundle, teacher, lora, variant, switchable, first
+):
+    """In the students' weights too, whatever the model was used for before, and saving changes
+    nothing of it."""
     whole = load(bundle.name, base=teacher.name, variant=variant, switchable=switchable)
     (model,) = run_node("LoraLoaderModelOnly", model=whole, lora_name=lora, strength_model=0.7)
     before = velocity(model) if first == "sampled" else None
@@ -107,16 +130,23 @@ def test_a_lora_is_in_it(saved, opened, load, run_node, velocity, bundle, teache
         assert relative_error(found, expected) < TOLERANCE, name
 
 
-def test_a_lora_of_the_teacher_fits_what_was_saved(saved, load, run_node, velocity, bundle, teacher, lora, named):
+def test_a_lora_of_the_teacher_fits_what_was_saved(
+    saved, load, run_node, velocity, bundle, teacher, lora, named
+):
     """Whose blocks are counted anew: in both loaders each finds the LoRA's own."""
     model = load(bundle.name, base=teacher.name, variant=named("plain"))
     path = saved(model)
     (stock,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
     found = []
     for loaded in (model, load(path.name), stock):
-        (patched,) = run_node("LoraLoaderModelOnly", model=loaded, lora_name=lora, strength_model=0.7)
+        (patched,) = run_node(
+            "LoraLoaderModelOnly", model=loaded, lora_name=lora, strength_model=0.7
+        )
         found.append(velocity(patched))
-    assert relative_error(found[1], found[0]) < TOLERANCE and relative_error(found[2], found[0]) < TOLERANCE
+    assert (
+        relative_error(found[1], found[0]) < TOLERANCE
+        and relative_error(found[2], found[0]) < TOLERANCE
+    )
 
 
 def test_branches_of_one_model(saved, load, switched, velocity, bundle, teacher, named):
@@ -131,7 +161,8 @@ def test_branches_of_one_model(saved, load, switched, velocity, bundle, teacher,
 
 @contextmanager
 def stock_host(host, monkeypatch):
-    """Without the pack; it takes a width for granted and knows no small models, so it is told theirs. Blocks it counts."""
+    """Without the pack; it takes a width for granted and knows no small models, so it is told
+    theirs. Blocks it counts."""
     detect = comfy.model_detection.detect_unet_config
 
     def with_sizes(state_dict, *arguments, **named):
@@ -143,12 +174,18 @@ def stock_host(host, monkeypatch):
         yield
 
 
-def test_without_the_pack(saved, load, run_node, velocity, bundle, teacher, named, architecture, monkeypatch, caplog):
-    """What is of whole blocks draws the same there (not SD3.5, of which the host takes the number of blocks from the
-    width); what is not is refused."""
+def test_without_the_pack(
+    saved, load, run_node, velocity, bundle, teacher, named, architecture, monkeypatch, caplog
+):
+    """What is of whole blocks draws the same there (not SD3.5, of which the host takes the number
+    of blocks from the width); what is not is refused."""
     model = load(bundle.name, base=teacher.name, variant=named("plain"))
     structure = model.model.diffusion_model.ppcl.structure
-    sizes, expected, plain = structure.host.arguments(structure.config), velocity(model), saved(model)
+    sizes, expected, plain = (
+        structure.host.arguments(structure.config),
+        velocity(model),
+        saved(model),
+    )
     refused = [saved(load(bundle.name, base=teacher.name, variant="smallest"))]
     with stock_host(sizes, monkeypatch):
         if architecture.name == "sd35":
@@ -167,8 +204,16 @@ def test_without_the_pack(saved, load, run_node, velocity, bundle, teacher, name
 @pytest.fixture(scope="module")
 def beside():
     """A small text encoder and a small VAE, of the host's own classes."""
-    sizes = {"hidden_act": "quick_gelu", "hidden_size": 16, "intermediate_size": 16, "max_position_embeddings": 77,
-             "num_attention_heads": 1, "num_hidden_layers": 1, "vocab_size": 49408, "eos_token_id": 49407}  # fmt: skip
+    sizes = {
+        "hidden_act": "quick_gelu",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "max_position_embeddings": 77,
+        "num_attention_heads": 1,
+        "num_hidden_layers": 1,
+        "vocab_size": 49408,
+        "eos_token_id": 49407,
+    }
 
     class Small(SDClipModel):
         def __init__(self, **named):
@@ -181,7 +226,9 @@ def beside():
     class Target:
         params, clip, tokenizer = {}, Text, SD1Tokenizer
 
-    vae = comfy.sd.VAE({n: t for n, t in TAESD(latent_channels=16).state_dict().items() if n.startswith("taesd")})
+    vae = comfy.sd.VAE(
+        {n: t for n, t in TAESD(latent_channels=16).state_dict().items() if n.startswith("taesd")}
+    )
     return {"clip": comfy.sd.CLIP(Target), "vae": vae}
 
 
@@ -190,6 +237,8 @@ def test_a_checkpoint(saved, opened, load, velocity, bundle, teacher, beside):
     path, expected = saved(model, "CheckpointSave", **beside), velocity(model)
     assert {name.split(".")[0] for name in TensorFile(path).keys()} > {"model"}
     with torch.inference_mode():
-        whole = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]
+        whole = comfy.sd.load_checkpoint_guess_config(
+            str(path), output_vae=False, output_clip=False
+        )[0]
     for name, found in {**opened(path), "checkpoint": velocity(whole)}.items():
         assert relative_error(found, expected) < TOLERANCE, name

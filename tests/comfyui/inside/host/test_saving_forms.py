@@ -1,4 +1,5 @@
-"""Saving models of other forms: folded, released, sparse, quantised, partly loaded; and names that hosts spell otherwise."""
+"""Saving models of other forms: folded, released, sparse, quantised, partly loaded; and names that
+hosts spell otherwise."""
 
 from __future__ import annotations
 
@@ -20,8 +21,14 @@ from ....tiny.released_models import KEPT, LISTS, TEACHER_BLOCKS, released_state
 from ..conftest import BOUND, relative_error
 
 TOLERANCE = 1e-4
-NEWER = hasattr(comfy.utils, "convert_old_quants")  # hosts that keep a quantised weight in a tensor of its own kind
-RELEASED = {"in_channels": 64, "out_channels": 16, "attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}
+# hosts that keep a quantised weight in a tensor of its own kind
+NEWER = hasattr(comfy.utils, "convert_old_quants")
+RELEASED = {
+    "in_channels": 64,
+    "out_channels": 16,
+    "attention_head_dim": 32,
+    "axes_dims_rope": [4, 14, 14],
+}
 FLUX = pytest.mark.parametrize("architecture", ["flux1"], indirect=True)
 
 
@@ -35,22 +42,41 @@ def with_lora(models, run_node, teacher):
         for module in modules:
             out, into = shapes[f"{module}.weight"]
             into = into if into in (32, 160) else 32  # of a folded map the whole one's
-            stored[f"diffusion_model.{module}.lora_A.weight"] = torch.randn(2, into, generator=generator) / into**0.5
-            stored[f"diffusion_model.{module}.lora_B.weight"] = torch.randn(out, 2, generator=generator)
+            stored[f"diffusion_model.{module}.lora_A.weight"] = (
+                torch.randn(2, into, generator=generator) / into**0.5
+            )
+            stored[f"diffusion_model.{module}.lora_B.weight"] = torch.randn(
+                out, 2, generator=generator
+            )
         write_tensors(models.loras / "form.safetensors", stored)
-        return run_node("LoraLoaderModelOnly", model=model, lora_name="form.safetensors", strength_model=strength)[0]
+        return run_node(
+            "LoraLoaderModelOnly",
+            model=model,
+            lora_name="form.safetensors",
+            strength_model=strength,
+        )[0]
 
     return change
 
 
-MODULATIONS = [f"transformer_blocks.{index}.{name}_mod.1" for index in (0, 3) for name in ("img", "txt")]
+MODULATIONS = [
+    f"transformer_blocks.{index}.{name}_mod.1" for index in (0, 3) for name in ("img", "txt")
+]
 
 
-@pytest.mark.parametrize(("variant", "switchable"), [("full", True), ("smallest", True), ("smallest", False)])
-def test_a_folded_basis(saved, opened, load, with_lora, velocity, bundle, teacher, loose_bound, variant, switchable):
-    whole = load(bundle.name, base=teacher.name, variant=variant, switchable=switchable, fold="basis")
+@pytest.mark.parametrize(
+    ("variant", "switchable"), [("full", True), ("smallest", True), ("smallest", False)]
+)
+def test_a_folded_basis(
+    saved, opened, load, with_lora, velocity, bundle, teacher, loose_bound, variant, switchable
+):
+    whole = load(
+        bundle.name, base=teacher.name, variant=variant, switchable=switchable, fold="basis"
+    )
     there = whole.model.diffusion_model.state_dict()
-    model = with_lora(whole, *(name for name in MODULATIONS if len(there.get(f"{name}.weight", ())) == 192))
+    model = with_lora(
+        whole, *(name for name in MODULATIONS if len(there.get(f"{name}.weight", ())) == 192)
+    )
     path, expected = saved(model), velocity(model)
     assert relative_error(velocity(whole), expected) > 0.01
     for name, found in opened(path).items():
@@ -69,9 +95,21 @@ def test_a_table_of_the_schedules_so_far_is_refused(saved, load, drawn, bundle, 
 
 
 def test_a_table_that_came_in_a_file(saved, load, with_lora, drawn, teacher, models, tmp_path):
-    """Draws what it drew, with the LoRA in its values; the unfolded file, which has none, adds no timesteps to it."""
-    path = fold(FoldConfig(path=teacher, form="table", run=tmp_path, dtype="float32", host="comfyui", bound=BOUND,
-                           name="table_to_save", device="cpu", timesteps="1 0.6667 0.3333"))  # fmt: skip
+    """Draws what it drew, with the LoRA in its values; the unfolded file, which has none, adds no
+    timesteps to it."""
+    path = fold(
+        FoldConfig(
+            path=teacher,
+            form="table",
+            run=tmp_path,
+            dtype="float32",
+            host="comfyui",
+            bound=BOUND,
+            name="table_to_save",
+            device="cpu",
+            timesteps="1 0.6667 0.3333",
+        )
+    )
     path = path.replace(models.diffusion_models / path.name)
     whole = load(path.name, base=teacher.name)
     without = drawn(whole)
@@ -84,7 +122,9 @@ def test_a_table_that_came_in_a_file(saved, load, with_lora, drawn, teacher, mod
         load(again.name, base=teacher.name)
 
 
-def test_what_folded_modulations_cannot_follow_is_refused(saved, load, with_lora, bundle, teacher, loose_bound):
+def test_what_folded_modulations_cannot_follow_is_refused(
+    saved, load, with_lora, bundle, teacher, loose_bound
+):
     model = load(bundle.name, base=teacher.name, fold="basis")
     changed = with_lora(model, "time_text_embed.timestep_embedder.linear_2")
     with pytest.raises(ValueError, match="which folded modulations can't follow; set fold to off"):
@@ -108,7 +148,9 @@ def released(models, make_model):
 STEPS = {"given": {}, "missing": {"ehs_proj_index": []}}
 
 
-@pytest.mark.parametrize(("steps", "legacy"), [("given", False), ("given", True), ("missing", False)])
+@pytest.mark.parametrize(
+    ("steps", "legacy"), [("given", False), ("given", True), ("missing", False)]
+)
 def test_a_released_model(saved, opened, released, load, velocity, steps, legacy):
     """By the teacher's numbers that the user gave, in the layout of our own files."""
     name = released(steps, **STEPS[steps])
@@ -160,11 +202,18 @@ def fp8_base(models, host_tensors) -> str:
 
 
 @FLUX
-def test_a_model_in_fp8_stays_so(saved, load, with_lora, velocity, engine_velocity, bundle, teacher, fp8_base, caplog):
+def test_a_model_in_fp8_stays_so(
+    saved, load, with_lora, velocity, engine_velocity, bundle, teacher, fp8_base, caplog
+):
     """In as many bytes, halved modulations too, and with a LoRA in it."""
     options = {"base": fp8_base, "variant": "smallest", "weight_dtype": "default"}
     whole = load(bundle.name, **options)
-    model = with_lora(whole, "double_blocks.1.img_attn.qkv", "single_blocks.2.linear2", "double_blocks.0.txt_mod.lin")
+    model = with_lora(
+        whole,
+        "double_blocks.1.img_attn.qkv",
+        "single_blocks.2.linear2",
+        "double_blocks.0.txt_mod.lin",
+    )
     path, expected = saved(model), velocity(model)
     assert relative_error(velocity(whole), expected) > 0.01
     file, name = TensorFile(path), f"{COMFYUI_PREFIX}double_blocks.0.txt_mod.lin.weight"
@@ -179,9 +228,15 @@ def test_a_model_in_fp8_stays_so(saved, load, with_lora, velocity, engine_veloci
 @pytest.mark.skipif(not NEWER, reason="this host patches all weights before it saves them")
 @FLUX
 def test_partly_loaded(saved, load, with_lora, velocity, bundle, teacher, pack, monkeypatch):
-    """A newer host patches what stays off the device when it is written; students too, and what is cut."""
+    """A newer host patches what stays off the device when it is written; students too, and what is
+    cut."""
     model = load(bundle.name, base=teacher.name, variant="smallest")
-    model = with_lora(model, "double_blocks.1.img_attn.qkv", "single_blocks.1.linear1", "double_blocks.0.txt_mod.lin")
+    model = with_lora(
+        model,
+        "double_blocks.1.img_attn.qkv",
+        "single_blocks.1.linear1",
+        "double_blocks.0.txt_mod.lin",
+    )
     load_whole = comfy.model_management.load_models_gpu
 
     def load_partly(models, **named):
@@ -220,7 +275,9 @@ def test_both_spellings_of_names(
     for layout, variant in (("comfyui", "9-10"), ("ppcl", "smallest")):
         path = exported(models.diffusion_models, layout, f"spelled_{layout}", variant)
         expected, file = engine_velocity(path), TensorFile(path)
-        write_tensors(path, {other_spelling(n): t for n, t in file.read_all().items()}, file.metadata)
+        write_tensors(
+            path, {other_spelling(n): t for n, t in file.read_all().items()}, file.metadata
+        )
         models_of_it = [load(path.name)]
         if NEWER:  # an older host knows no FLUX by these names
             models_of_it += run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
@@ -230,8 +287,11 @@ def test_both_spellings_of_names(
 
 @pytest.mark.skipif(NEWER, reason="newer hosts write it")
 @FLUX
-def test_mixed_precision_that_this_host_cannot_write(saved, run_node, models, host_tensors, teacher):
-    """One map in fp8, named in the metadata: ComfyUI 0.3.75 puts an object between the tensors that it saves."""
+def test_mixed_precision_that_this_host_cannot_write(
+    saved, run_node, models, host_tensors, teacher
+):
+    """One map in fp8, named in the metadata: ComfyUI 0.3.75 puts an object between the tensors that
+    it saves."""
     name, path = "double_blocks.0.img_mlp.0", models.diffusion_models / "mixed.safetensors"
     scale = host_tensors[f"{name}.weight"].abs().max() / 448
     quantised = {f"{name}.weight": (host_tensors[f"{name}.weight"] / scale).to(torch.float8_e4m3fn)}
@@ -245,13 +305,24 @@ def test_mixed_precision_that_this_host_cannot_write(saved, run_node, models, ho
 
 
 @FLUX
-def test_a_merge_of_two_branches(saved, opened, load, run_node, with_lora, velocity, bundle, teacher):
-    """By the host's node, which patches every weight, students' and projections' too: half of a LoRA."""
+def test_a_merge_of_two_branches(
+    saved, opened, load, run_node, with_lora, velocity, bundle, teacher
+):
+    """By the host's node, which patches every weight, students' and projections' too: half of a
+    LoRA."""
     model = load(bundle.name, base=teacher.name, variant="smallest")
     changed = ("double_blocks.1.img_attn.qkv", "single_blocks.3.linear2")
-    other, expected = with_lora(model, *changed), velocity(with_lora(model, *changed, strength=0.35))
+    other, expected = (
+        with_lora(model, *changed),
+        velocity(with_lora(model, *changed, strength=0.35)),
+    )
     (merged,) = run_node("ModelMergeSimple", model1=model, model2=other, ratio=0.5)
     path = saved(merged)
-    assert relative_error(velocity(merged), expected) < TOLERANCE < 0.001 < relative_error(velocity(model), expected)
+    assert (
+        relative_error(velocity(merged), expected)
+        < TOLERANCE
+        < 0.001
+        < relative_error(velocity(model), expected)
+    )
     for name, found in opened(path).items():
         assert relative_error(found, expected) < TOLERANCE, name

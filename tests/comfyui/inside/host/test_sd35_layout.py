@@ -1,4 +1,5 @@
-"""Our SD3.5 tensors in ComfyUI's layout, in ComfyUI's own class: every name is taken, and the velocity is diffusers'."""
+"""Our SD3.5 tensors in ComfyUI's layout, in ComfyUI's own class: every name is taken, and the
+velocity is diffusers'."""
 
 from __future__ import annotations
 
@@ -36,32 +37,46 @@ def model(config):
         model = SD3Transformer2DModel(**config).eval().requires_grad_(False)
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)
-            parameter.copy_(noise / parameter.shape[1] ** 0.5 if parameter.ndim == 2 else parameter + 0.1 * noise)
+            parameter.copy_(
+                noise / parameter.shape[1] ** 0.5
+                if parameter.ndim == 2
+                else parameter + 0.1 * noise
+            )
     return model
 
 
 @pytest.fixture(scope="module")
 def stored(model):
-    sources = {name: Source(tuple(t.shape), lambda t=t: t) for name, t in model.state_dict().items()}
+    sources = {
+        name: Source(tuple(t.shape), lambda t=t: t) for name, t in model.state_dict().items()
+    }
     return {name: source.read() for name, source in comfyui_sources(SD35, sources).items()}
 
 
 def test_the_hosts_class_computes_diffusers_velocity(config, model, stored):
     found = comfy.model_detection.detect_unet_config(stored, "")
-    assert found["depth"] == 4 and found["x_block_self_attn_layers"] == config["dual_attention_layers"]
+    assert (
+        found["depth"] == 4 and found["x_block_self_attn_layers"] == config["dual_attention_layers"]
+    )
     options = {"device": "cpu", "dtype": torch.float32, "operations": comfy.ops.disable_weight_init}
     host = OpenAISignatureMMDITWrapper(**found, **options).eval()
     host.load_state_dict(stored)
     inputs = SD35.random_inputs(config, 2, (1, 4, 6), 7, "cpu")
     latents = SD35.unpack(inputs["hidden_states"], inputs["grid"])
     with torch.no_grad():
-        theirs = host(latents, 1000 * inputs["timestep"], inputs["encoder_hidden_states"], inputs["pooled_projections"])
+        theirs = host(
+            latents,
+            1000 * inputs["timestep"],
+            inputs["encoder_hidden_states"],
+            inputs["pooled_projections"],
+        )
         ours = SD35.unpack(SD35.call(model, inputs), inputs["grid"])
     assert relative_error(theirs, ours) < 1e-5
 
 
 def test_names_are_the_hosts_own(model, stored):
-    """By which it places LoRA files: the same tensors, and the same ones with their halves exchanged."""
+    """By which it places LoRA files: the same tensors, and the same ones with their halves
+    exchanged."""
     theirs = comfy.utils.mmdit_to_diffusers(comfy.model_detection.detect_unet_config(stored, ""))
     keys = set(model.state_dict())
     assert keys <= theirs.keys()

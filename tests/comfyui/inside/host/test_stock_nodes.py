@@ -1,5 +1,6 @@
-"""The host's own nodes on pruned models give what they give on the host's full-depth model with student weights at u
-and the blocks behind it skipped, or, where width is pruned, what the engine gives with the LoRA in its weights; with an edit model's references too."""
+"""The host's own nodes on pruned models give what they give on the host's full-depth model with
+student weights at u and the blocks behind it skipped, or, where width is pruned, what the engine
+gives with the LoRA in its weights; with an edit model's references too."""
 
 import comfy.controlnet
 import comfy.hooks
@@ -32,7 +33,10 @@ def lora(models, teacher) -> dict[str, torch.Tensor]:
     for key in file.keys():
         if key.startswith("transformer_blocks.") and len(file.shape(key)) == 2:
             out, into = file.shape(key)
-            down, up = torch.randn(RANK, into, generator=generator), torch.randn(out, RANK, generator=generator)
+            down, up = (
+                torch.randn(RANK, into, generator=generator),
+                torch.randn(out, RANK, generator=generator),
+            )
             up *= 0.3 / into**0.5
             name = key.removesuffix(".weight")
             stored |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
@@ -48,14 +52,18 @@ def whole(load, bundle, teacher):
 
 @pytest.fixture(scope="module")
 def reference(load, bundle, teacher, models):
-    """The host's full-depth model with student weights, skipping; a correction is added behind its block."""
+    """The host's full-depth model with student weights, skipping; a correction is added behind its
+    block."""
     parts, state = Bundle(bundle), TensorFile(teacher).read_all()
     students = {i.name: parts.student(i, torch.float32, "cpu") for i in parts.plan.intervals}
 
     def corrected(student):
         def run(args, extra):
             out = extra["original_block"](args)
-            image, text = (student.correction.correct(s, out[k]) for s, k in (("image", "img"), ("text", "txt")))
+            image, text = (
+                student.correction.correct(s, out[k])
+                for s, k in (("image", "img"), ("text", "txt"))
+            )
             return {"img": image, "txt": text}
 
         return run
@@ -72,29 +80,48 @@ def reference(load, bundle, teacher, models):
         for name in names:
             interval = parts.plan.interval(name)
             for index in interval.blocks[1:]:
-                model.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", index)
+                model.set_model_patch_replace(
+                    lambda args, extra: args, "dit", "double_block", index
+                )
             if interval.correction != "none":
-                model.set_model_patch_replace(corrected(students[name]), "dit", "double_block", interval.first)
+                model.set_model_patch_replace(
+                    corrected(students[name]), "dit", "double_block", interval.first
+                )
         return model
 
     made = {}
-    return lambda name: made.setdefault(name, make(*(("1-2", "3-4") if name == "small" else (name,))))
+    return lambda name: made.setdefault(
+        name, make(*(("1-2", "3-4") if name == "small" else (name,)))
+    )
 
 
 @pytest.fixture(scope="module")
 def control(run_node, inputs):
-    """Conditioning with a ControlNet: the host's InstantX class built small (width 32, 2 blocks), random."""
+    """Conditioning with a ControlNet: the host's InstantX class built small (width 32, 2 blocks),
+    random."""
     torch.manual_seed(3)
-    sizes = {"in_channels": 64, "num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 24}
+    sizes = {
+        "in_channels": 64,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "joint_attention_dim": 24,
+    }
     network = QwenImageControlNetModel(
-        **sizes, num_layers=2, axes_dims_rope=(2, 6, 8), dtype=torch.float32, operations=comfy.ops.disable_weight_init
+        **sizes,
+        num_layers=2,
+        axes_dims_rope=(2, 6, 8),
+        dtype=torch.float32,
+        operations=comfy.ops.disable_weight_init,
     )
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.15)
     network.main_model_double = BLOCKS
 
     net = comfy.controlnet.ControlNet(
-        network, compression_ratio=1, latent_format=comfy.latent_formats.Wan21(), load_device=torch.device("cpu")
+        network,
+        compression_ratio=1,
+        latent_format=comfy.latent_formats.Wan21(),
+        load_device=torch.device("cpu"),
     )
     return controlled(run_node, inputs, net)
 
@@ -139,7 +166,8 @@ def test_lora_on_every_kind_of_variant(
 def _engine_with(lora, model, architecture, inputs) -> torch.Tensor:
     weights = dict(model.named_parameters())
     for key, change in lora.items():
-        if key in weights:  # a modulation may be cut to its first half; a projection has another shape, and no LoRA
+        # a modulation may be cut to its first half; a projection has another shape, and no LoRA
+        if key in weights:
             weights[key].add_(change[: len(weights[key])])
     return engine_forward(architecture, model, inputs)
 
@@ -155,8 +183,16 @@ def test_controlnet_as_on_the_full_model(whole, switched, velocity, reference, c
 
 @edits
 @pytest.mark.parametrize("variant", DEPTH)
-def test_skip_layer_guidance_as_on_the_full_model(whole, switched, run_node, velocity, reference, variant):
-    options = {"double_layers": "0, 5", "single_layers": "", "scale": 3.0, "start_percent": 0.0, "end_percent": 1.0}
+def test_skip_layer_guidance_as_on_the_full_model(
+    whole, switched, run_node, velocity, reference, variant
+):
+    options = {
+        "double_layers": "0, 5",
+        "single_layers": "",
+        "scale": 3.0,
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+    }
     (ours,) = run_node("SkipLayerGuidanceDiT", model=switched(whole, variant=variant), **options)
     (full,) = run_node("SkipLayerGuidanceDiT", model=reference(variant), **options)
     found = velocity(ours)
@@ -166,13 +202,27 @@ def test_skip_layer_guidance_as_on_the_full_model(whole, switched, run_node, vel
 
 @edits
 @pytest.mark.parametrize("variant", DEPTH)
-def test_a_sampled_latent_as_on_the_full_model(whole, switched, run_node, reference, inputs, variant):
+def test_a_sampled_latent_as_on_the_full_model(
+    whole, switched, run_node, reference, inputs, variant
+):
     def sampled(model):
         (model,) = run_node("ModelSamplingAuraFlow", model=model, shift=3.1)
-        options = {"seed": 1, "steps": 3, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+        options = {
+            "seed": 1,
+            "steps": 3,
+            "cfg": 2.0,
+            "sampler_name": "euler",
+            "scheduler": "simple",
+            "denoise": 1.0,
+        }
         latent = {"samples": torch.zeros(1, 16, 1, 8, 12)}
-        conditioning = {"positive": [[inputs.text, inputs.more]], "negative": [[inputs.text[:, ::2], inputs.more]]}
-        return run_node("KSampler", model=model, latent_image=latent, **conditioning, **options)[0]["samples"]
+        conditioning = {
+            "positive": [[inputs.text, inputs.more]],
+            "negative": [[inputs.text[:, ::2], inputs.more]],
+        }
+        return run_node("KSampler", model=model, latent_image=latent, **conditioning, **options)[0][
+            "samples"
+        ]
 
     ours = sampled(switched(whole, variant=variant))
     assert relative_error(ours, sampled(reference(variant))) < 1e-5

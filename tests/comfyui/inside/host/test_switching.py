@@ -1,4 +1,5 @@
-"""Branches of one loaded model share everything; switching reads nothing; a file's variant reads only itself.
+"""Branches of one loaded model share everything; switching reads nothing; a file's variant reads
+only itself.
 
 On the bundled teacher with random students: sizes and seconds do not depend on what was trained.
 """
@@ -26,7 +27,9 @@ TEACHER = Path(ppcl_engine.demo.__file__).with_name("teacher.safetensors")
 BRANCHES = ("full", "small", "smallest")
 SWITCHES = 1000
 opened: list[str] = []
-sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+sys.addaudithook(
+    lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,9 @@ def demo(models, tmp_path_factory):
     (models.diffusion_models / "demo.safetensors").symlink_to(TEACHER)
     folder = tmp_path_factory.mktemp("demo")
     write_parts(Run(folder), TEACHER)
-    path = export(ExportConfig(model=TEACHER, run=folder, layout="bundle", name="demo", store="bfloat16"))
+    path = export(
+        ExportConfig(model=TEACHER, run=folder, layout="bundle", name="demo", store="bfloat16")
+    )
     path.replace(models.ppcl / "demo.ppcl.safetensors")
     return "demo.ppcl.safetensors", "demo.safetensors"
 
@@ -48,7 +53,9 @@ def whole(load, demo):
 @pytest.fixture
 def text(inputs, monkeypatch):
     """Of the width that the bundled teacher reads."""
-    monkeypatch.setattr(inputs, "text", torch.randn(1, 7, 64, generator=torch.Generator().manual_seed(6)))
+    monkeypatch.setattr(
+        inputs, "text", torch.randn(1, 7, 64, generator=torch.Generator().manual_seed(6))
+    )
 
 
 @contextmanager
@@ -68,8 +75,12 @@ def bytes_read() -> int:
 
 def tensor_bytes() -> int:
     gc.collect()
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    tensors = [
+        o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"
+    ]
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 def run_on_device(model) -> None:
@@ -122,22 +133,28 @@ def test_a_lora_stays_on_its_branch(whole, switched, run_node, velocity, models,
     for index in range(6):
         name = f"transformer_blocks.{index}.attn.to_q"
         stored |= {
-            f"{name}.lora_{a}.weight": torch.randn(s, generator=generator) for a, s in (("A", (2, 96)), ("B", (96, 2)))
+            f"{name}.lora_{a}.weight": torch.randn(s, generator=generator)
+            for a, s in (("A", (2, 96)), ("B", (96, 2)))
         }
     write_tensors(models.loras / "branch.safetensors", stored)
     plain = {name: velocity(switched(whole, variant=name)) for name in BRANCHES}
-    (patched,) = run_node("LoraLoaderModelOnly", model=whole, lora_name="branch.safetensors", strength_model=0.5)
+    (patched,) = run_node(
+        "LoraLoaderModelOnly", model=whole, lora_name="branch.safetensors", strength_model=0.5
+    )
     changed = {}
     for _ in range(2):  # each behind each other
         for name in BRANCHES:
             assert torch.equal(velocity(switched(whole, variant=name)), plain[name])
             found = velocity(switched(patched, variant=name))
-            assert not torch.equal(found, plain[name]) and torch.equal(found, changed.setdefault(name, found))
+            assert not torch.equal(found, plain[name]) and torch.equal(
+                found, changed.setdefault(name, found)
+            )
 
 
 @pytest.mark.parametrize("variant", [*BRANCHES, "1-2,ffn_image:1"])
 def test_a_variant_alone_reads_only_itself(load, demo, variant, figures):
-    load(demo[0], base=demo[1], variant=variant, switchable=False)  # what is imported on the way does not count
+    # what is imported on the way does not count
+    load(demo[0], base=demo[1], variant=variant, switchable=False)
     before = bytes_read()
     model = load(demo[0], base=demo[1], variant=variant, switchable=False)
     read = bytes_read() - before

@@ -1,5 +1,5 @@
-"""The layouts and precisions that a bundle's base, a standalone and the host's own files come in, of architectures whose maps
-the host fuses."""
+"""The layouts and precisions that a bundle's base, a standalone and the host's own files come in,
+of architectures whose maps the host fuses."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,16 @@ from ..conftest import copy_of, relative_error
 
 TOLERANCE, FP8, LARGEST = 1e-4, torch.float8_e4m3fn, 448.0
 VARIANTS = ["full", "small", "smallest"]
-BESIDE = ("text_encoders.t5xxl.transformer.shared.weight", "first_stage_model.decoder.conv_in.weight")
+BESIDE = (
+    "text_encoders.t5xxl.transformer.shared.weight",
+    "first_stage_model.decoder.conv_in.weight",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """plain: an interval without a correction; left: which blocks of its list then have weights; last: of the last block;
+    """plain: an interval without a correction; left: which blocks of its list then have weights;
+    last: of the last block;
     blocks: how many; maps: that a LoRA changes (name, rows, columns), cut ones among them."""
 
     plain: str
@@ -72,7 +76,10 @@ def base_of(host_tensors, models, teacher, host_case):
         for name, tensor in tensors.items():
             if tensor.ndim == 2:
                 scale = tensor.abs().max() / LARGEST
-                found |= {name: (tensor / scale).to(FP8), name.removesuffix("weight") + "scale_weight": scale}
+                found |= {
+                    name: (tensor / scale).to(FP8),
+                    name.removesuffix("weight") + "scale_weight": scale,
+                }
             else:
                 found[name] = tensor.to(torch.bfloat16)
         return found
@@ -80,7 +87,8 @@ def base_of(host_tensors, models, teacher, host_case):
     forms = {
         "fp32": lambda t: t,
         "checkpoint": lambda t: (
-            {COMFYUI_PREFIX + name: tensor for name, tensor in t.items()} | dict.fromkeys(BESIDE, torch.ones(2))
+            {COMFYUI_PREFIX + name: tensor for name, tensor in t.items()}
+            | dict.fromkeys(BESIDE, torch.ones(2))
         ),
         "bf16": lambda t: {name: tensor.bfloat16() for name, tensor in t.items()},
         "fp8": lambda t: {name: tensor.to(FP8) for name, tensor in t.items()},
@@ -98,22 +106,30 @@ def base_of(host_tensors, models, teacher, host_case):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("form", ["fp32", "checkpoint"])
-def test_a_base_by_the_hosts_names(load, switched, velocity, engine_velocity, bundle, teacher, base_of, form, variant):
+def test_a_base_by_the_hosts_names(
+    load, switched, velocity, engine_velocity, bundle, teacher, base_of, form, variant
+):
     base, expected = base_of(form), engine_velocity(bundle, variant, teacher)
-    assert relative_error(velocity(switched(load(bundle.name, base=base), variant=variant)), expected) < TOLERANCE
+    assert (
+        relative_error(velocity(switched(load(bundle.name, base=base), variant=variant)), expected)
+        < TOLERANCE
+    )
     alone = load(bundle.name, base=base, variant=variant, switchable=False)
     assert relative_error(velocity(alone), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("form", "far"), [("bf16", 0.1), ("fp8", 0.3), ("scaled", 0.2)])
-def test_a_base_of_less_precision(load, switched, velocity, bundle, base_of, form, far, variant, caplog):
+def test_a_base_of_less_precision(
+    load, switched, velocity, bundle, base_of, form, far, variant, caplog
+):
     exact = velocity(load(bundle.name, base=base_of("fp32"), variant=variant, switchable=False))
     options = {"base": base_of(form), "weight_dtype": "default"}
     caplog.clear()
     found = velocity(switched(load(bundle.name, **options), variant=variant))
     alone = velocity(load(bundle.name, variant=variant, switchable=False, **options))
-    assert relative_error(found, alone) < 0.02  # what is cut has a scale of its own when it is alone
+    # what is cut has a scale of its own when it is alone
+    assert relative_error(found, alone) < 0.02
     assert 0 < relative_error(found, exact) < far
     assert not [line for line in caplog.messages if "missing" in line]
 
@@ -125,7 +141,9 @@ def test_another_base_is_one_line(load, bundle, host_tensors, models, host_case,
         load(bundle.name, base=f"{host_case.file}_other.safetensors")
     fewer = {n: t for n, t in host_tensors.items() if not n.startswith(known.last)}
     write_tensors(models.diffusion_models / f"{host_case.file}_fewer.safetensors", fewer)
-    with pytest.raises(ValueError, match=f"has {known.blocks - 1} blocks, the bundle's teacher {known.blocks}"):
+    with pytest.raises(
+        ValueError, match=f"has {known.blocks - 1} blocks, the bundle's teacher {known.blocks}"
+    ):
         load(bundle.name, base=f"{host_case.file}_fewer.safetensors")
 
 
@@ -133,7 +151,8 @@ def test_another_base_is_one_line(load, bundle, host_tensors, models, host_case,
 def test_a_depth_pruned_file_of_the_stock_layouts(
     load, velocity, engine_velocity, exported, models, bundle, teacher, layout, host_case, known
 ):
-    """Counted anew, with the teacher's numbers beside: a LoRA of the full model then finds its blocks."""
+    """Counted anew, with the teacher's numbers beside: a LoRA of the full model then finds its
+    blocks."""
     path = exported(
         models.diffusion_models if layout == "comfyui" else models.ppcl,
         layout,
@@ -141,11 +160,15 @@ def test_a_depth_pruned_file_of_the_stock_layouts(
         known.plain,
     )
     model = load(path.name if layout == "comfyui" else f"{path.name}/")
-    assert relative_error(velocity(model), engine_velocity(bundle, known.plain, teacher)) < TOLERANCE
+    assert (
+        relative_error(velocity(model), engine_velocity(bundle, known.plain, teacher)) < TOLERANCE
+    )
     name, _ = known.last.split(".", 1)
     blocks = getattr(model.model.diffusion_model, name)
     found = [any(True for _ in block.parameters()) for block in blocks]
-    assert found == known.left[: len(found)] and len(found) >= len(known.left) - (not known.left[-1])
+    assert found == known.left[: len(found)] and len(found) >= len(known.left) - (
+        not known.left[-1]
+    )
 
 
 def test_a_depth_pruned_file_in_the_hosts_loader(
@@ -154,7 +177,9 @@ def test_a_depth_pruned_file_in_the_hosts_loader(
     """Which drops metadata: a tensor in the file says which blocks of the teacher it has."""
     path = exported(models.diffusion_models, "comfyui", f"{host_case.file}_alone", known.plain)
     (model,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
-    assert relative_error(velocity(model), engine_velocity(bundle, known.plain, teacher)) < TOLERANCE
+    assert (
+        relative_error(velocity(model), engine_velocity(bundle, known.plain, teacher)) < TOLERANCE
+    )
     blocks = getattr(model.model.diffusion_model, known.last.split(".")[0])
     assert [any(True for _ in block.parameters()) for block in blocks] == known.left
 
@@ -169,17 +194,36 @@ def test_a_stock_file_of_another_size(load, velocity, engine_velocity, base_of, 
 @pytest.mark.parametrize("variant", ["small", "smallest"])
 @pytest.mark.parametrize("alone", [False, True])
 def test_weights_that_stay_off_the_device(
-    load, velocity, bundle, teacher, run_node, models, pack, variant, alone, known, host_case, as_loaded
+    load,
+    velocity,
+    bundle,
+    teacher,
+    run_node,
+    models,
+    pack,
+    variant,
+    alone,
+    known,
+    host_case,
+    as_loaded,
 ):
-    """Partly loaded, with a LoRA on every kind of map: the host casts and patches each weight when it is used."""
+    """Partly loaded, with a LoRA on every kind of map: the host casts and patches each weight when
+    it is used."""
     stored, generator = {}, torch.Generator().manual_seed(1)
     for name, out, into in known.maps:
-        stored[f"diffusion_model.{name}.lora_A.weight"] = torch.randn(2, into, generator=generator) / into**0.5
-        stored[f"diffusion_model.{name}.lora_B.weight"] = 0.5 * torch.randn(out, 2, generator=generator)
+        stored[f"diffusion_model.{name}.lora_A.weight"] = (
+            torch.randn(2, into, generator=generator) / into**0.5
+        )
+        stored[f"diffusion_model.{name}.lora_B.weight"] = 0.5 * torch.randn(
+            out, 2, generator=generator
+        )
     write_tensors(models.loras / f"{host_case.file}_four.safetensors", stored)
     model = load(bundle.name, base=teacher.name, variant=variant, switchable=not alone)
     (model,) = run_node(
-        "LoraLoaderModelOnly", model=model, lora_name=f"{host_case.file}_four.safetensors", strength_model=1.0
+        "LoraLoaderModelOnly",
+        model=model,
+        lora_name=f"{host_case.file}_four.safetensors",
+        strength_model=1.0,
     )
     expected = velocity(model)
     comfy.model_management.unload_all_models()

@@ -27,7 +27,12 @@ def stored(tmp_path_factory, teacher, run_folder, models):
     (folder / "plan.json").write_text(plan.with_parts(variants=(chosen,)).to_json())
     found = {}
     for store in ("float8", "float32"):
-        config = {"layout": "comfyui", "variant": "plain", "name": f"exported_{store}", "store": store}
+        config = {
+            "layout": "comfyui",
+            "variant": "plain",
+            "name": f"exported_{store}",
+            "store": store,
+        }
         path = export(ExportConfig(model=teacher, run=folder, **config))
         found[store] = path.replace(models.diffusion_models / path.name)
     return found

@@ -1,4 +1,5 @@
-"""FLUX in files, where blocks of two kinds are counted through (what holds of others too: `test_base_files.py`)."""
+"""FLUX in files, where blocks of two kinds are counted through (what holds of others too:
+`test_base_files.py`)."""
 
 import json
 
@@ -16,8 +17,13 @@ TOLERANCE = 1e-4
 
 
 def test_a_released_model_by_its_intervals(load, velocity, engine_velocity, host_tensors, models):
-    """Double blocks 2 and 3 are gone: what the file calls 2 is the teacher's 4, single blocks keep their numbers."""
-    kept = {n: t for n, t in host_tensors.items() if not n.startswith(("double_blocks.2.", "double_blocks.3."))}
+    """Double blocks 2 and 3 are gone: what the file calls 2 is the teacher's 4, single blocks keep
+    their numbers."""
+    kept = {
+        n: t
+        for n, t in host_tensors.items()
+        if not n.startswith(("double_blocks.2.", "double_blocks.3."))
+    }
     kept = {n.replace("double_blocks.4.", "double_blocks.2."): t for n, t in kept.items()}
     config = FLUX.tiny_config | {"in_channels": 64, "num_layers": 3, "num_single_layers": 6}
     path = models.diffusion_models / "flux_released.safetensors"
@@ -25,9 +31,14 @@ def test_a_released_model_by_its_intervals(load, velocity, engine_velocity, host
     model = load(path.name, preset="by intervals", intervals="1-3")
     assert relative_error(velocity(model), engine_velocity(path)) < TOLERANCE
     transformer = model.model.diffusion_model
-    assert torch.equal(transformer.double_blocks[4].img_mlp[0].weight, host_tensors["double_blocks.4.img_mlp.0.weight"])
+    assert torch.equal(
+        transformer.double_blocks[4].img_mlp[0].weight,
+        host_tensors["double_blocks.4.img_mlp.0.weight"],
+    )
     assert (len(transformer.double_blocks), len(transformer.single_blocks)) == (5, 6)
-    assert torch.equal(transformer.single_blocks[0].linear1.weight, host_tensors["single_blocks.0.linear1.weight"])
+    assert torch.equal(
+        transformer.single_blocks[0].linear1.weight, host_tensors["single_blocks.0.linear1.weight"]
+    )
     with pytest.raises(ValueError, match="the file has 9 blocks, the preset names 46"):
         load(path.name, preset="Flex.1-alpha")
 
@@ -37,14 +48,26 @@ def test_info_and_lora_report(load, run_node, switched, bundle, teacher, models)
     picture, text = run_node("PPCL_Info", model=switched(whole, variant="smallest"))
     assert picture.shape[2] == 1800 and "8 of 11 blocks run; 7 parts are projected" in text
     alone = load(bundle.name, base=teacher.name, variant="smallest", switchable=False)
-    shares = [run_node("PPCL_Info", model=m)[1].splitlines()[0].split(": ")[1].split(";")[0]
-              for m in (alone, switched(whole, variant="smallest"))]  # fmt: skip
+    shares = [
+        run_node("PPCL_Info", model=m)[1].splitlines()[0].split(": ")[1].split(";")[0]
+        for m in (alone, switched(whole, variant="smallest"))
+    ]
     assert shares[0] == shares[1]
     assert "100 % of" in run_node("PPCL_Info", model=load(teacher.name))[1]
-    modules = ["transformer_blocks.2.attn.to_q", "transformer_blocks.3.ff_context.net.2", "transformer_blocks.0.attn.to_k",
-               "single_transformer_blocks.0.proj_mlp", "single_transformer_blocks.0.attn.to_q",
-               "single_transformer_blocks.0.proj_out", "single_transformer_blocks.2.attn.to_v"]  # fmt: skip
-    stored = {f"transformer.{m}.lora_{a}.weight": torch.zeros(1, 1) for m in [*modules, "joint.0"] for a in "AB"}
+    modules = [
+        "transformer_blocks.2.attn.to_q",
+        "transformer_blocks.3.ff_context.net.2",
+        "transformer_blocks.0.attn.to_k",
+        "single_transformer_blocks.0.proj_mlp",
+        "single_transformer_blocks.0.attn.to_q",
+        "single_transformer_blocks.0.proj_out",
+        "single_transformer_blocks.2.attn.to_v",
+    ]
+    stored = {
+        f"transformer.{m}.lora_{a}.weight": torch.zeros(1, 1)
+        for m in [*modules, "joint.0"]
+        for a in "AB"
+    }
     write_tensors(models.loras / "flux_report.safetensors", stored)
     for model in (alone, switched(whole, variant="smallest")):
         (text,) = run_node("PPCL_LoraReport", model=model, lora="flux_report.safetensors")

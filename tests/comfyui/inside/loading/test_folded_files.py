@@ -1,4 +1,5 @@
-"""Folded files of the engine and the host's own tables; what does not belong together is one line."""
+"""Folded files of the engine and the host's own tables; what does not belong together is one
+line."""
 
 import json
 
@@ -12,7 +13,14 @@ from ppcl_engine.settings.convert_settings import FoldConfig
 from ppcl_engine.stages.convert.fold import fold
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ....tiny.released_models import INTERVALS, KEPT, LISTS, TEACHER_BLOCKS, released_state, write_folder
+from ....tiny.released_models import (
+    INTERVALS,
+    KEPT,
+    LISTS,
+    TEACHER_BLOCKS,
+    released_state,
+    write_folder,
+)
 from ..conftest import BOUND, relative_error
 
 pytestmark = pytest.mark.usefixtures("loose_bound")
@@ -24,7 +32,13 @@ def folded_file(teacher, tmp_path_factory, models):
 
     def make(form: str, **settings):
         folder = tmp_path_factory.mktemp("folded")
-        given = {"dtype": "float32", "host": "comfyui", "bound": BOUND, "name": f"folded_{form}", "device": "cpu"}
+        given = {
+            "dtype": "float32",
+            "host": "comfyui",
+            "bound": BOUND,
+            "name": f"folded_{form}",
+            "device": "cpu",
+        }
         path = fold(FoldConfig(path=teacher, form=form, run=folder, **{**given, **settings}))
         return path.replace(models.diffusion_models / path.name)
 
@@ -45,7 +59,9 @@ def test_a_folded_file_in_both_loaders(folded_file, load, run_node, drawn, teach
 def test_the_engines_own_table_has_the_hosts_bits(folded_file, load, drawn, teacher, plain):
     sampling = plain.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 3)
-    path = folded_file("table", timesteps=" ".join(f"{t:.9g}" for t in sigmas[:-1].tolist()), name="same")
+    path = folded_file(
+        "table", timesteps=" ".join(f"{t:.9g}" for t in sigmas[:-1].tolist()), name="same"
+    )
     assert torch.equal(drawn(load(path.name)), drawn(load(teacher.name)))
 
 
@@ -71,10 +87,15 @@ def test_the_engines_own_table_has_the_hosts_bits(folded_file, load, drawn, teac
         ),
     ],
 )
-def test_bad_input_is_one_line(load, bundle, teacher, folded_file, make_model, save_model, models, widgets, message):
+def test_bad_input_is_one_line(
+    load, bundle, teacher, folded_file, make_model, save_model, models, widgets, message
+):
     for form in ("table", "basis"):
         folded_file(form)
-    save_model(models.diffusion_models / "other.safetensors", make_model(1, in_channels=64, out_channels=16))
+    save_model(
+        models.diffusion_models / "other.safetensors",
+        make_model(1, in_channels=64, out_channels=16),
+    )
     given = {"file": bundle.name, "base": teacher.name, **widgets}
     with pytest.raises(ValueError, match=message) as error:
         load(**given)
@@ -89,7 +110,9 @@ def tables(models):
 
 def test_a_bound_that_no_rank_keeps_is_one_line(load, bundle, teacher, pack, monkeypatch):
     monkeypatch.setattr(pack("loading.fold_on_load"), "BOUND", 1e-4)
-    with pytest.raises(ValueError, match=r"no useful rank keeps the error within 0.0001: .* form table") as error:
+    with pytest.raises(
+        ValueError, match=r"no useful rank keeps the error within 0.0001: .* form table"
+    ) as error:
         load(bundle.name, base=teacher.name, fold="basis")
     assert "\n" not in str(error.value)
 
@@ -102,13 +125,16 @@ def test_models_whose_modulations_read_more(load, models, name, form):
     file = models.diffusion_models / f"{name}.safetensors"
     about = {"config": json.dumps(architecture.tiny_config)}
     write_tensors(file, {key: torch.zeros(shape) for key, shape in shapes.items()}, about)
-    with pytest.raises(ValueError, match="read the timestep and pooled text|is known here") as error:
+    with pytest.raises(
+        ValueError, match="read the timestep and pooled text|is known here"
+    ) as error:
         load(file.name, fold=form)
     assert "\n" not in str(error.value)
 
 
 def test_an_edit_models_file(load, drawn, teacher, models):
-    """With the host's mark in it, an empty tensor: references are modulated as at t = 0, so that the table has it."""
+    """With the host's mark in it, an empty tensor: references are modulated as at t = 0, so that
+    the table has it."""
     file = models.diffusion_models / "edit.safetensors"
     mark = {next(iter(architecture_named("qwen_image").marks)): torch.empty(0)}
     write_tensors(file, TensorFile(teacher).read_all() | mark, TensorFile(teacher).metadata)
@@ -135,8 +161,14 @@ def test_tables_are_no_models(models, pack, tables):
 
 
 def test_released_models(load, drawn, models, make_model, model_config):
-    """Of the method's authors, width-pruned, with old and new text projections; no plan, no base."""
-    sizes = {"in_channels": 64, "out_channels": 16, "attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}
+    """Of the method's authors, width-pruned, with old and new text projections; no plan, no
+    base."""
+    sizes = {
+        "in_channels": 64,
+        "out_channels": 16,
+        "attention_head_dim": 32,
+        "axes_dims_rope": [4, 14, 14],
+    }
     state = released_state(make_model(num_layers=TEACHER_BLOCKS, **sizes), KEPT, LISTS)
     config = model_config(make_model(num_layers=len(KEPT), **sizes))
     write_folder(models.ppcl / "to_fold", state, config, LISTS, "sharded")

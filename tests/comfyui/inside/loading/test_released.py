@@ -1,5 +1,5 @@
-"""Files in the layout of the method's authors: folders and single files, old and new text projections, LoRA by the
-original model's block numbers."""
+"""Files in the layout of the method's authors: folders and single files, old and new text
+projections, LoRA by the original model's block numbers."""
 
 import pytest
 import torch
@@ -20,7 +20,12 @@ from ....tiny.released_models import (
 from ..conftest import relative_error
 
 TOLERANCE = 1e-4
-SIZES = {"in_channels": 64, "out_channels": 16, "attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}
+SIZES = {
+    "in_channels": 64,
+    "out_channels": 16,
+    "attention_head_dim": 32,
+    "axes_dims_rope": [4, 14, 14],
+}
 NO_WIDTH = {name: [] for name in LISTS}
 NAMED = {"text_ffn": LISTS, "text": TEXT, "ffn": FFN, "depth": NO_WIDTH}
 
@@ -77,18 +82,27 @@ def test_folders(load, folders, velocity, expected, name, preset):
 @pytest.mark.parametrize("name", ["text", "text_ffn"])
 def test_the_older_form_of_a_text_projection(load, folders, velocity, expected, name):
     found = velocity(load(f"released_{name}/", legacy_text=True))
-    assert relative_error(found, expected(name, legacy=True)) < TOLERANCE < relative_error(found, expected(name))
+    assert (
+        relative_error(found, expected(name, legacy=True))
+        < TOLERANCE
+        < relative_error(found, expected(name))
+    )
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_the_hosts_own_loader_reads_a_single_file(run_node, folders, velocity, expected, name):
-    (model,) = run_node("UNETLoader", unet_name=f"single_{name}.safetensors", weight_dtype="default")
+    (model,) = run_node(
+        "UNETLoader", unet_name=f"single_{name}.safetensors", weight_dtype="default"
+    )
     assert relative_error(velocity(model), expected(name)) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_lora_by_the_original_numbers(load, run_node, folders, velocity, expected, states, models, big, name):
-    """Each of the original's blocks has a change; those of removed blocks and parts have nowhere to go."""
+def test_lora_by_the_original_numbers(
+    load, run_node, folders, velocity, expected, states, models, big, name
+):
+    """Each of the original's blocks has a change; those of removed blocks and parts have nowhere to
+    go."""
     generator, stored = torch.Generator().manual_seed(7), {}
     state = {key: tensor.clone() for key, tensor in states[name].items()}
     for key, weight in big.state_dict().items():
@@ -105,6 +119,9 @@ def test_lora_by_the_original_numbers(load, run_node, folders, velocity, expecte
     write_tensors(models.loras / f"original_{name}.safetensors", stored)
     model = load(f"released_{name}/", preset="by intervals", intervals=INTERVALS)
     (model,) = run_node(
-        "LoraLoaderModelOnly", model=model, lora_name=f"original_{name}.safetensors", strength_model=1.0
+        "LoraLoaderModelOnly",
+        model=model,
+        lora_name=f"original_{name}.safetensors",
+        strength_model=1.0,
     )
     assert relative_error(velocity(model), expected(name, state=state)) < TOLERANCE

@@ -1,4 +1,5 @@
-"""SD3.5 in files, where the host takes the number of blocks from the width (what holds of others too: `test_base_files.py`)."""
+"""SD3.5 in files, where the host takes the number of blocks from the width (what holds of others
+too: `test_base_files.py`)."""
 
 import json
 
@@ -17,9 +18,13 @@ pytestmark = pytest.mark.parametrize("architecture", ["sd35"], indirect=True)
 SD35 = architecture_named("sd35")
 TOLERANCE = 1e-4
 REAL = {  # heads as wide, and for 4 blocks as many, as the host takes for granted
-    "in_channels": 16, "out_channels": 16, "attention_head_dim": 64, "num_attention_heads": 4, "caption_projection_dim": 256,
+    "in_channels": 16,
+    "out_channels": 16,
+    "attention_head_dim": 64,
+    "num_attention_heads": 4,
+    "caption_projection_dim": 256,
     "dual_attention_layers": [0, 1],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,11 @@ def of_depth(models):
         model = tiny_model(SD35, num_layers=blocks, **REAL)
         tensors = comfyui_state(SD35, model) if names == "host" else model.state_dict()
         path = models.diffusion_models / f"sd35_{blocks}_{names}.safetensors"
-        write_tensors(path, tensors, {"config": json.dumps({**SD35.tiny_config, **REAL, "num_layers": blocks})})
+        write_tensors(
+            path,
+            tensors,
+            {"config": json.dumps({**SD35.tiny_config, **REAL, "num_layers": blocks})},
+        )
         return path.name
 
     return make
@@ -40,18 +49,29 @@ def test_a_whole_model_is_the_hosts_own(of_depth, run_node, velocity, engine_vel
     name = of_depth(4)
     (model,) = run_node("UNETLoader", unet_name=name, weight_dtype="default")
     assert not hasattr(model.model.diffusion_model, "ppcl")
-    assert relative_error(velocity(model), engine_velocity(models.diffusion_models / name)) < TOLERANCE
+    assert (
+        relative_error(velocity(model), engine_velocity(models.diffusion_models / name)) < TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("names", ["host", "diffusers"])
-def test_fewer_blocks_that_nothing_is_said_of(of_depth, load, run_node, velocity, engine_velocity, models, names):
-    """The host alone stops where shapes do not fit, and so do its loaders with the pack; our loader knows both layouts."""
+def test_fewer_blocks_that_nothing_is_said_of(
+    of_depth, load, run_node, velocity, engine_velocity, models, names
+):
+    """The host alone stops where shapes do not fit, and so do its loaders with the pack; our loader
+    knows both layouts."""
     name = of_depth(3, names)
     with without_the_pack(), pytest.raises(RuntimeError, match="size mismatch"):
         run_node("UNETLoader", unet_name=name, weight_dtype="default")
-    with pytest.raises(ValueError, match="has 3 blocks, a whole model of its width 4; load it with Load Pruned Model"):
+    with pytest.raises(
+        ValueError,
+        match="has 3 blocks, a whole model of its width 4; load it with Load Pruned Model",
+    ):
         run_node("UNETLoader", unet_name=name, weight_dtype="default")
-    assert relative_error(velocity(load(name)), engine_velocity(models.diffusion_models / name)) < TOLERANCE
+    assert (
+        relative_error(velocity(load(name)), engine_velocity(models.diffusion_models / name))
+        < TOLERANCE
+    )
 
 
 def test_a_depth_pruned_export_in_a_host_without_the_pack(exported, models, run_node):
@@ -60,7 +80,9 @@ def test_a_depth_pruned_export_in_a_host_without_the_pack(exported, models, run_
         run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
 
 
-def test_blocks_that_attend_twice_keep_their_numbers(load, velocity, engine_velocity, host_tensors, host_case, models):
+def test_blocks_that_attend_twice_keep_their_numbers(
+    load, velocity, engine_velocity, host_tensors, host_case, models
+):
     """Block 1 is gone: what the file calls 1 is the teacher's 2."""
     kept = {}
     for name, tensor in host_tensors.items():
@@ -69,26 +91,43 @@ def test_blocks_that_attend_twice_keep_their_numbers(load, velocity, engine_velo
             kept[name] = tensor
         elif where[1] != "1":
             kept[".".join([where[0], str(int(where[1]) - 1), *where[2:]])] = tensor
-    config = {**SD35.tiny_config, **host_case.channels, "num_layers": 7, "dual_attention_layers": [0, 1]}
+    config = {
+        **SD35.tiny_config,
+        **host_case.channels,
+        "num_layers": 7,
+        "dual_attention_layers": [0, 1],
+    }
     path = models.diffusion_models / "sd35_released.safetensors"
-    write_tensors(path, {COMFYUI_PREFIX + n: t for n, t in kept.items()}, {"config": json.dumps(config)})
+    write_tensors(
+        path, {COMFYUI_PREFIX + n: t for n, t in kept.items()}, {"config": json.dumps(config)}
+    )
     model = load(path.name, preset="by intervals", intervals="0-1")
     assert relative_error(velocity(model), engine_velocity(path)) < TOLERANCE
     blocks = model.model.diffusion_model.joint_blocks
     assert len(blocks) == 8 and not list(blocks[1].parameters())
-    assert [hasattr(getattr(block, "x_block", None), "attn2") for block in blocks] == [True, False, True, *[False] * 5]
+    assert [hasattr(getattr(block, "x_block", None), "attn2") for block in blocks] == [
+        True,
+        False,
+        True,
+        *[False] * 5,
+    ]
     name = "joint_blocks.2.x_block.attn2.qkv.weight"
     assert torch.equal(model.model.diffusion_model.state_dict()[name], host_tensors[name])
 
 
 def test_heads_of_another_width_are_one_line(make_model, save_model, load, models):
-    save_model(models.diffusion_models / "sd35_narrow.safetensors", make_model(in_channels=16, out_channels=16))
+    save_model(
+        models.diffusion_models / "sd35_narrow.safetensors",
+        make_model(in_channels=16, out_channels=16),
+    )
     with pytest.raises(ValueError, match="heads of 16: the host runs sd35 with 64 alone"):
         load("sd35_narrow.safetensors")
 
 
 def test_it_has_nothing_to_fold(load, bundle, teacher):
-    with pytest.raises(ValueError, match="no modulations to fold: .* the timestep and pooled text; set fold to off"):
+    with pytest.raises(
+        ValueError, match="no modulations to fold: .* the timestep and pooled text; set fold to off"
+    ):
         load(bundle.name, base=teacher.name, fold="basis")
 
 
@@ -96,11 +135,16 @@ def test_info_and_lora_report(load, run_node, switched, bundle, teacher, models)
     whole = load(bundle.name, base=teacher.name)
     alone = load(bundle.name, base=teacher.name, variant="smallest", switchable=False)
     pictures, texts = zip(
-        *(run_node("PPCL_Info", model=m) for m in (switched(whole, variant="smallest"), alone)), strict=True
+        *(run_node("PPCL_Info", model=m) for m in (switched(whole, variant="smallest"), alone)),
+        strict=True,
     )
-    assert pictures[0].shape[2] == 1800 and all("5 of 8 blocks run; 7 parts are projected" in text for text in texts)
+    assert pictures[0].shape[2] == 1800 and all(
+        "5 of 8 blocks run; 7 parts are projected" in text for text in texts
+    )
     shares = [text.splitlines()[0].split(": ")[1].split(";")[0] for text in texts]
-    assert shares[0] == shares[1] and "100 % of" in run_node("PPCL_Info", model=load(teacher.name))[1]
+    assert (
+        shares[0] == shares[1] and "100 % of" in run_node("PPCL_Info", model=load(teacher.name))[1]
+    )
     modules = [
         "2.attn.to_q",
         "1.attn2.to_k",

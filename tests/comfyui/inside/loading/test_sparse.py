@@ -1,4 +1,5 @@
-"""Files of `ppcl sparsify` in a real host: both loaders give what the engine gives, compressed or not."""
+"""Files of `ppcl sparsify` in a real host: both loaders give what the engine gives, compressed or
+not."""
 
 from pathlib import Path
 
@@ -12,16 +13,28 @@ from ppcl_engine.stages.convert.sparsify import sparsify
 from ..conftest import relative_error
 
 PLAIN = {
-    "base": "none", "variant": "", "switchable": False, "weight_dtype": "fp32", "preset": "auto", "intervals": "",
+    "base": "none",
+    "variant": "",
+    "switchable": False,
+    "weight_dtype": "fp32",
+    "preset": "auto",
+    "intervals": "",
     "legacy_text": False,
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory, models, teacher, bundle, calibration_of, make_model, save_model):
     folder = tmp_path_factory.mktemp("sparse")
-    heads_of_32 = {"attention_head_dim": 32, "num_attention_heads": 1, "axes_dims_rope": [4, 14, 14]}  # told by shapes
-    whole = save_model(folder / "whole.safetensors", make_model(in_channels=64, out_channels=16, **heads_of_32))
+    # told by shapes
+    heads_of_32 = {
+        "attention_head_dim": 32,
+        "num_attention_heads": 1,
+        "axes_dims_rope": [4, 14, 14],
+    }
+    whole = save_model(
+        folder / "whole.safetensors", make_model(in_channels=64, out_channels=16, **heads_of_32)
+    )
 
     def calibrated(model: Path) -> Path:
         calibration = calibration_of(model)
@@ -32,13 +45,24 @@ def sparse(tmp_path_factory, models, teacher, bundle, calibration_of, make_model
         return folder / "calibration.safetensors"
 
     def make(variant: str, pattern: str):
-        source = {"path": whole} if variant == "whole" else {"path": bundle, "base": teacher, "variant": variant}
+        source = (
+            {"path": whole}
+            if variant == "whole"
+            else {"path": bundle, "base": teacher, "variant": variant}
+        )
         path = sparsify(
             SparsifyConfig(
-                **source, run=folder, calibration=calibrated(source.get("base", whole)), pattern=pattern, device="cpu",
-                name=f"sparse_{variant}_{pattern.replace(':', '_')}", score="wanda", granularity="layer", store="float32",
+                **source,
+                run=folder,
+                calibration=calibrated(source.get("base", whole)),
+                pattern=pattern,
+                device="cpu",
+                name=f"sparse_{variant}_{pattern.replace(':', '_')}",
+                score="wanda",
+                granularity="layer",
+                store="float32",
             )
-        )  # fmt: skip
+        )
         return path.replace(models.diffusion_models / path.name)
 
     return make
@@ -46,7 +70,9 @@ def sparse(tmp_path_factory, models, teacher, bundle, calibration_of, make_model
 
 @pytest.mark.parametrize("variant", ["whole", "smallest"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_both_loaders_give_the_engines_model(sparse, run_node, pack, velocity, engine_velocity, variant, pattern):
+def test_both_loaders_give_the_engines_model(
+    sparse, run_node, pack, velocity, engine_velocity, variant, pattern
+):
     path = sparse(variant, pattern)
     expected = engine_velocity(path)
     model, said = run_node("PPCL_LoadModel", file=path.name, **PLAIN)
@@ -57,7 +83,9 @@ def test_both_loaders_give_the_engines_model(sparse, run_node, pack, velocity, e
     name = "full" if variant == "whole" else "pruned"
     assert pack("use.compare").column_name(model) == f"{name}, 50 % zero"
     (stock,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
-    assert relative_error(velocity(stock), expected) < 1e-2 and torch.isfinite(velocity(stock)).all()
+    assert (
+        relative_error(velocity(stock), expected) < 1e-2 and torch.isfinite(velocity(stock)).all()
+    )
 
 
 @pytest.mark.parametrize("variant", ["whole", "smallest"])

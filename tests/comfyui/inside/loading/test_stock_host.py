@@ -1,4 +1,5 @@
-"""What a host without this pack does with our files, at Qwen-Image's real width and one or two blocks (1.4 GB)."""
+"""What a host without this pack does with our files, at Qwen-Image's real width and one or two
+blocks (1.4 GB)."""
 
 import json
 import struct
@@ -44,9 +45,11 @@ def random_numbers() -> torch.Tensor:
     return (0.02 * torch.randn(NUMBERS, generator=torch.Generator().manual_seed(0))).bfloat16()
 
 
-def write_real(path, shapes: dict, small: dict | None = None, metadata: dict | None = None, numbers=None) -> None:
-    """A safetensors file of bf16 tensors: zeros that take no disk, or `numbers` again and again; and `small` tensors as they
-    are."""
+def write_real(
+    path, shapes: dict, small: dict | None = None, metadata: dict | None = None, numbers=None
+) -> None:
+    """A safetensors file of bf16 tensors: zeros that take no disk, or `numbers` again and again;
+    and `small` tensors as they are."""
     header, offset = {"__metadata__": metadata or {}}, 0
     tensors = {name: (torch.bfloat16, shape) for name, shape in shapes.items()}
     tensors |= {name: (t.dtype, tuple(t.shape)) for name, t in (small or {}).items()}
@@ -77,25 +80,38 @@ def removed(models):
 
 @pytest.fixture
 def wide_text(inputs, monkeypatch):
-    monkeypatch.setattr(inputs, "text", torch.randn(1, 7, 3584, generator=torch.Generator().manual_seed(6)))
+    monkeypatch.setattr(
+        inputs, "text", torch.randn(1, 7, 3584, generator=torch.Generator().manual_seed(6))
+    )
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["native standalone", "unstructured sparse"])
 def test_files_in_its_own_layout_load(models, run_node, velocity, wide_text, removed, sparse):
-    """Two random blocks, renumbered, or a full model of one with half of its weights zero: every tensor is the file's, and it
-    runs."""
-    config, path = {**REAL, "num_layers": 1 if sparse else 2}, models.diffusion_models / "real_native.safetensors"
+    """Two random blocks, renumbered, or a full model of one with half of its weights zero: every
+    tensor is the file's, and it runs."""
+    config, path = (
+        {**REAL, "num_layers": 1 if sparse else 2},
+        models.diffusion_models / "real_native.safetensors",
+    )
     metadata = {SPARSITY_KEY: "{}"} if sparse else {MAP_KEY: "[0, 3]"}
     hints = {} if sparse else {HINTS_TENSOR: torch.zeros(40, dtype=torch.uint8)}
     numbers = random_numbers()
     numbers[::2] *= not sparse
-    write_real(path, expected_shapes(QWEN, config), hints, {**metadata, "config": json.dumps(config)}, numbers)
+    write_real(
+        path,
+        expected_shapes(QWEN, config),
+        hints,
+        {**metadata, "config": json.dumps(config)},
+        numbers,
+    )
     with without_the_pack():
         (model,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
     file, found = TensorFile(path), model.model.diffusion_model.state_dict()
     names = [name for name in file.keys() if name != HINTS_TENSOR]
     assert found.keys() == set(names)
-    assert all(torch.equal(found[name][-1], file.read(name)[-1]) for name in (*names[:3], *names[-3:]))
+    assert all(
+        torch.equal(found[name][-1], file.read(name)[-1]) for name in (*names[:3], *names[-3:])
+    )
     velocities = velocity(model)
     assert velocities.isfinite().all() and velocities.std() > 0
 
@@ -110,12 +126,19 @@ def test_other_files_are_refused(models, run_node, removed, blocks, intervals, c
     config = {**REAL, "num_layers": blocks}
     found = [{**vars(i), "correction": correction} for i in parse_intervals(intervals)]
     plan = PruningPlan(
-        architecture=QWEN.name, config=config, num_blocks=blocks, fingerprint="f",
-        intervals=tuple(type(i)(**f) for i, f in zip(parse_intervals(intervals), found, strict=True)),
+        architecture=QWEN.name,
+        config=config,
+        num_blocks=blocks,
+        fingerprint="f",
+        intervals=tuple(
+            type(i)(**f) for i, f in zip(parse_intervals(intervals), found, strict=True)
+        ),
         sites=parse_sites(sites, "gated"),
-    )  # fmt: skip
+    )
     layout = layout_of(plan, plan.everything())
-    shapes = {name: tuple(t.shape) for name, t in empty_model(QWEN, config, layout).state_dict().items()}
+    shapes = {
+        name: tuple(t.shape) for name, t in empty_model(QWEN, config, layout).state_dict().items()
+    }
     small = {
         STRUCTURE_TENSOR: torch.tensor(list(plan.to_json().encode()), dtype=torch.uint8),
         guard_name(plan, layout): torch.zeros(GUARD_SHAPE, dtype=torch.uint8),
@@ -129,15 +152,21 @@ def test_other_files_are_refused(models, run_node, removed, blocks, intervals, c
 
 
 def test_a_compressed_file_is_refused(models, run_node, removed):
-    """2:4: it would find no matrix at all and leave them as memory happened to be. The pack loads the same file."""
+    """2:4: it would find no matrix at all and leave them as memory happened to be. The pack loads
+    the same file."""
     config, path = {**REAL, "num_layers": 1}, models.diffusion_models / "real_sparse.safetensors"
     shapes = expected_shapes(QWEN, config)
-    matrices = [name for name, shape in shapes.items() if name.startswith("transformer_blocks.") and len(shape) == 2]
+    matrices = [
+        name
+        for name, shape in shapes.items()
+        if name.startswith("transformer_blocks.") and len(shape) == 2
+    ]
     small = {min(matrices): torch.zeros(GUARD_SHAPE, dtype=torch.uint8)}
     for name in matrices:
         values, indices = compressed_shapes(shapes.pop(name))
         shapes[name + VALUES] = values
-        small[name + INDICES] = torch.full(indices, 0b0100_0100, dtype=torch.uint8)  # the first two of every four
+        # the first two of every four
+        small[name + INDICES] = torch.full(indices, 0b0100_0100, dtype=torch.uint8)
     write_real(path, shapes, small, {SPARSITY_KEY: "{}", "config": json.dumps(config)})
     with without_the_pack(), pytest.raises(RuntimeError, match="size mismatch"):
         run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
@@ -146,7 +175,8 @@ def test_a_compressed_file_is_refused(models, run_node, removed):
 
 
 def test_an_export_in_fp8_loads(models, run_node, velocity, wide_text, removed, caplog):
-    """As `ppcl export --store float8` writes it: two random blocks run on the host's own fp8 layers."""
+    """As `ppcl export --store float8` writes it: two random blocks run on the host's own fp8
+    layers."""
     config, path = {**REAL, "num_layers": 2}, models.diffusion_models / "real_fp8.safetensors"
     shapes, numbers = expected_shapes(QWEN, config), random_numbers()
 
@@ -155,7 +185,14 @@ def test_an_export_in_fp8_loads(models, run_node, velocity, wide_text, removed, 
         return Source(shape, lambda: numbers.repeat(-(-count // NUMBERS))[:count].reshape(shape))
 
     extra = {FP8_MARK: torch.zeros(2, dtype=FP8)}
-    write_sources(path, {n: source(s) for n, s in shapes.items()}, torch.bfloat16, {"format": "pt"}, extra, scaled=True)
+    write_sources(
+        path,
+        {n: source(s) for n, s in shapes.items()},
+        torch.bfloat16,
+        {"format": "pt"},
+        extra,
+        scaled=True,
+    )
     with without_the_pack():
         (model,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
     assert not [line for line in caplog.messages if "missing" in line or "unexpected" in line]

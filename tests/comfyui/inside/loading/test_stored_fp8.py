@@ -27,7 +27,10 @@ def scaled(teacher, models):
     for name, tensor in TensorFile(teacher).read_all().items():
         if tensor.ndim == 2:
             scale = tensor.abs().max() / LARGEST
-            found |= {name: (tensor / scale).to(FP8), name.removesuffix("weight") + "scale_weight": scale}
+            found |= {
+                name: (tensor / scale).to(FP8),
+                name.removesuffix("weight") + "scale_weight": scale,
+            }
         else:
             found[name] = tensor.to(torch.bfloat16)
     path = models.diffusion_models / "teacher_fp8_scaled.safetensors"
@@ -44,6 +47,7 @@ def test_variants_on_it(load, switched, velocity, bundle, teacher, base, variant
     caplog.clear()
     found = velocity(switched(load(bundle.name, **options), variant=variant))
     alone = velocity(load(bundle.name, variant=variant, switchable=False, **options))
-    assert relative_error(found, alone) < 0.01  # a student's halved modulation has a scale of its own when it is alone
+    # a student's halved modulation has a scale of its own when it is alone
+    assert relative_error(found, alone) < 0.01
     assert 0 < relative_error(found, exact) < 0.1
     assert not [line for line in caplog.messages if "missing" in line]

@@ -1,4 +1,5 @@
-"""A fine-tuned variant has weights of its own: loaded alone it is the engine's, in a switchable model it says how to load it."""
+"""A fine-tuned variant has weights of its own: loaded alone it is the engine's, in a switchable
+model it says how to load it."""
 
 from dataclasses import replace
 
@@ -27,15 +28,24 @@ def tuned_bundle(teacher, models, tmp_path_factory):
     students = RunStudents(run, weights.config, weights.architecture)
     state = open_variant(weights, students, plan, source, torch.float32, "cpu").state_dict()
     generator = torch.Generator().manual_seed(3)
-    moved = {f"weight.{n}": t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in state.items()}
+    moved = {
+        f"weight.{n}": t + 0.02 * torch.randn(t.shape, generator=generator)
+        for n, t in state.items()
+    }
     write_tensors(run.tuned_variant("better"), moved, {"settings": "{}", "step": "1"})
     with_it = plan.with_parts(variants=(*plan.variants, replace(source, name="better", tuned=True)))
     run.plan.write_text(with_it.to_json())
-    path = export(ExportConfig(model=teacher, run=run.folder, layout="bundle", name="with-tuned", store="float32"))
+    path = export(
+        ExportConfig(
+            model=teacher, run=run.folder, layout="bundle", name="with-tuned", store="float32"
+        )
+    )
     return path.replace(models.ppcl / path.name)
 
 
-def test_loaded_alone_it_is_the_engines(load, velocity, engine_velocity, tuned_bundle, teacher, figures):
+def test_loaded_alone_it_is_the_engines(
+    load, velocity, engine_velocity, tuned_bundle, teacher, figures
+):
     model = load(tuned_bundle.name, base=teacher.name, variant="better", switchable=False)
     error = relative_error(velocity(model), engine_velocity(tuned_bundle, "better", teacher))
     figures("parity_relative_error", error)
@@ -45,14 +55,20 @@ def test_loaded_alone_it_is_the_engines(load, velocity, engine_velocity, tuned_b
 
 
 def test_in_a_switchable_model_it_names_the_setting(load, switched, tuned_bundle, teacher):
-    with pytest.raises(ValueError, match="'better' is fine-tuned, with weights of its own; set switchable to off"):
+    with pytest.raises(
+        ValueError, match="'better' is fine-tuned, with weights of its own; set switchable to off"
+    ):
         load(tuned_bundle.name, base=teacher.name, variant="better")
     whole = load(tuned_bundle.name, base=teacher.name, variant="smallest")
-    with pytest.raises(ValueError, match="'better' is fine-tuned, .* load it with switchable set to off"):
+    with pytest.raises(
+        ValueError, match="'better' is fine-tuned, .* load it with switchable set to off"
+    ):
         switched(whole, variant="better")
 
 
-def test_saved_by_the_host_it_keeps_its_weights(saved, opened, load, velocity, tuned_bundle, teacher):
+def test_saved_by_the_host_it_keeps_its_weights(
+    saved, opened, load, velocity, tuned_bundle, teacher
+):
     model = load(tuned_bundle.name, base=teacher.name, variant="better", switchable=False)
     path, expected = saved(model), velocity(model)
     for name, found in opened(path).items():

@@ -1,4 +1,5 @@
-"""Plans by hand: what is kept, what is refused, what is said of their damage; as runs of a store."""
+"""Plans by hand: what is kept, what is refused, what is said of their damage; as runs of a
+store."""
 
 import sys
 
@@ -16,7 +17,10 @@ PLAN = PruningPlan(
     config={"num_layers": 8},
     num_blocks=8,
     fingerprint="f",
-    intervals=(Interval(first=1, last=2, stability=0.5, correction="affine"), Interval(first=5, last=6)),
+    intervals=(
+        Interval(first=1, last=2, stability=0.5, correction="affine"),
+        Interval(first=5, last=6),
+    ),
     sites=(WidthSite(block=0, kind="ffn_image", score=0.25),),
 )
 
@@ -51,10 +55,17 @@ def test_none_removes_all(edited):
 
 
 def test_sites_get_the_damage_that_was_measured(edited):
-    plan = edited(sites="ffn_image:0 ffn_text:3 text:5-6", form="paper", scores={"ffn_text:3": 0.5, "text:5-6": 0.125})
+    plan = edited(
+        sites="ffn_image:0 ffn_text:3 text:5-6",
+        form="paper",
+        scores={"ffn_text:3": 0.5, "text:5-6": 0.125},
+    )
     assert [(s.name, s.score) for s in plan.sites] == [
-        ("ffn_image:0", 0.25), ("ffn_text:3", 0.5), ("text:5", 0.125), ("text:6", 0.125),
-    ]  # fmt: skip
+        ("ffn_image:0", 0.25),
+        ("ffn_text:3", 0.5),
+        ("text:5", 0.125),
+        ("text:6", 0.125),
+    ]
     assert edited(sites="ffn_image:3", form="gated").sites[0].form == "gated"
 
 
@@ -85,9 +96,14 @@ def test_damage_is_said_where_it_was_measured(pack, edited, plan):
     damage[1, 1], damage[5, 1] = 0.0125, 0.5
     text = pack("make.results").plan_text(plan, damage)
     assert text.splitlines()[:3] == [
-        "2 intervals, 2 of 8 blocks removed", "1-2: damage 0.013, found in 50 % of resamples", "5-6: damage 0.5",
-    ]  # fmt: skip
-    assert "damage of all of them together about 0.512 (they nearly add up)" in text and "ffn_image:0 0.25" in text
+        "2 intervals, 2 of 8 blocks removed",
+        "1-2: damage 0.013, found in 50 % of resamples",
+        "5-6: damage 0.5",
+    ]
+    assert (
+        "damage of all of them together about 0.512 (they nearly add up)" in text
+        and "ffn_image:0 0.25" in text
+    )
     longer = pack("make.results").plan_text(edited("1-4"), damage)
     assert "1-4: damage not measured" in longer and "together" not in longer
 
@@ -106,30 +122,50 @@ def store(pack, teacher, tmp_path, monkeypatch):
     plan = write_parts(Run(folder), teacher)
     error = torch.arange(36, dtype=torch.float64).reshape(6, 3, 2)
     tensors = {"error": error, "power": torch.full((2,), 100.0, dtype=torch.float64)}
-    write_tensors(Run(folder).curves, {**tensors, "cka": torch.rand(6, 3, 2, dtype=torch.float64)}, {"settings": "{}"})
-    write_json(folder / "run.json", {"version": 1, "stages": [["detect", {"model": str(teacher)}]], "identity": "x"})
+    write_tensors(
+        Run(folder).curves,
+        {**tensors, "cka": torch.rand(6, 3, 2, dtype=torch.float64)},
+        {"settings": "{}"},
+    )
+    write_json(
+        folder / "run.json",
+        {"version": 1, "stages": [["detect", {"model": str(teacher)}]], "identity": "x"},
+    )
     write_state(folder, JobState(status="done"))
     write_text(Run(folder).plan, plan.with_parts(sites=(), variants=()).to_json())
     return found
 
 
 def test_the_node_makes_a_run(store, run_node):
-    name, picture, text = run_node("PPCL_EditPlan", run="detect-00000000", intervals="1-2", sites="", form="paper")
-    assert picture.shape[-1] == 3 and text.startswith("1 interval, 1 of 6 blocks removed\n1-2: damage 0.085")
+    name, picture, text = run_node(
+        "PPCL_EditPlan", run="detect-00000000", intervals="1-2", sites="", form="paper"
+    )
+    assert picture.shape[-1] == 3 and text.startswith(
+        "1 interval, 1 of 6 blocks removed\n1-2: damage 0.085"
+    )
     folder = store.path(name)
     assert [i.name for i in Run(folder).load_plan().intervals] == ["1-2"]
     assert Run(folder).student("1-2").exists()
-    assert [i.name for i in Run(store.path("detect-00000000")).load_plan().intervals] == ["1-2", "3-4"]
-    again, _, _ = run_node("PPCL_EditPlan", run="detect-00000000", intervals="1-2", sites="", form="paper")
+    assert [i.name for i in Run(store.path("detect-00000000")).load_plan().intervals] == [
+        "1-2",
+        "3-4",
+    ]
+    again, _, _ = run_node(
+        "PPCL_EditPlan", run="detect-00000000", intervals="1-2", sites="", form="paper"
+    )
     assert again == name
 
 
 def test_its_model_is_found_behind_it(store, run_node, pack, teacher):
-    name, _, _ = run_node("PPCL_EditPlan", run="detect-00000000", intervals="3-4", sites="", form="paper")
+    name, _, _ = run_node(
+        "PPCL_EditPlan", run="detect-00000000", intervals="3-4", sites="", form="paper"
+    )
     assert pack("make.runs").model_of(name) == teacher
 
 
-@pytest.mark.parametrize("run", ["../../x", "/etc", "detect-0000000O", "a" * 5000, "", "detect-00000000/..", 7, None])
+@pytest.mark.parametrize(
+    "run", ["../../x", "/etc", "detect-0000000O", "a" * 5000, "", "detect-00000000/..", 7, None]
+)
 def test_forged_runs(store, run_node, run):
     with pytest.raises(ValueError, match="is no name of a run|is not in|connect it"):
         run_node("PPCL_EditPlan", run=run, intervals="", sites="", form="paper")
@@ -138,7 +174,10 @@ def test_forged_runs(store, run_node, run):
 def test_a_model_outside_the_hosts_folders(store, pack, tmp_path):
     """A run's folder may come from anywhere."""
     folder = store.root / "detect-00000000"
-    write_json(folder / "run.json", {"version": 1, "stages": [["detect", {"model": "/etc/passwd"}]], "identity": "x"})
+    write_json(
+        folder / "run.json",
+        {"version": 1, "stages": [["detect", {"model": "/etc/passwd"}]], "identity": "x"},
+    )
     with pytest.raises(ValueError, match="passwd, the model of run detect-00000000, is in none of"):
         pack("make.runs").model_of("detect-00000000")
 
@@ -150,7 +189,9 @@ def test_a_link_out_of_the_runs_is_no_export(store, pack, tmp_path):
     (folder / "exports").mkdir(parents=True)
     (folder / "exports" / "a.safetensors").symlink_to(secret)
     (folder / "exports" / "b.safetensors").write_bytes(b"x")
-    write_json(folder / "run.json", {"version": 1, "stages": [["export", {"model": "m"}]], "identity": "x"})
+    write_json(
+        folder / "run.json", {"version": 1, "stages": [["export", {"model": "m"}]], "identity": "x"}
+    )
     write_state(folder, JobState(status="done"))
     assert list(pack("paths").exported_files()) == ["runs/export-00000000/b.safetensors"]
     with pytest.raises(ValueError, match="is in none of"):

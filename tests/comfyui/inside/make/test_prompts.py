@@ -1,5 +1,5 @@
-"""Calibration from prompts: the words, what the host's own text encoder makes of them, or an edit model's pictures with
-their instructions, in a run that any machine can do."""
+"""Calibration from prompts: the words, what the host's own text encoder makes of them, or an edit
+model's pictures with their instructions, in a run that any machine can do."""
 
 import shutil
 
@@ -20,11 +20,28 @@ from ppcl_engine.system.tensor_files import TensorFile
 from ....tiny.qwen_image_edit_folder import build_tiny_edit_pipeline
 
 PROMPTS = "a red fox\n\n  the same fox, at night, in the rain  \n"
-SMALL = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+SMALL = {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}
 NODE = {
-    "samples": 6, "batch": 2, "empty_captions": 0.5, "steps": 2, "guidance": 2.0, "height": 128, "width": 128, "device": "cpu",
-    "dtype": "float32", "streamed": False, "seed": 0, "wait": True, "start": False, "keep_running": False,
-}  # fmt: skip
+    "samples": 6,
+    "batch": 2,
+    "empty_captions": 0.5,
+    "steps": 2,
+    "guidance": 2.0,
+    "height": 128,
+    "width": 128,
+    "device": "cpu",
+    "dtype": "float32",
+    "streamed": False,
+    "seed": 0,
+    "wait": True,
+    "start": False,
+    "keep_running": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +86,30 @@ def test_a_file_for_each_set_of_prompts(pack):
 
 
 def test_the_words_are_in_the_run(run_node, output, teacher):
-    name, text = run_node("PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts=PROMPTS, **NODE)
+    name, text = run_node(
+        "PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts=PROMPTS, **NODE
+    )
     folder = output.path(name)
     ((stage, settings),) = read_order(folder).stages
-    assert stage == "calibrate" and (folder / settings["prompts"]).read_text().splitlines()[0] == "a red fox"
+    assert (
+        stage == "calibrate"
+        and (folder / settings["prompts"]).read_text().splitlines()[0] == "a red fox"
+    )
     assert text == f"{name}: queued"
-    other, _ = run_node("PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts="a blue fox", **NODE)
-    again, _ = run_node("PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts=PROMPTS, **NODE)
+    other, _ = run_node(
+        "PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts="a blue fox", **NODE
+    )
+    again, _ = run_node(
+        "PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts=PROMPTS, **NODE
+    )
     assert other != name and again == name
 
 
 def test_the_hosts_text_encoder(run_node, output, teacher, clip):
     """What the host would give a sampler is what the teacher draws with."""
-    name, _ = run_node("PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts=PROMPTS, clip=clip, **NODE)
+    name, _ = run_node(
+        "PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts=PROMPTS, clip=clip, **NODE
+    )
     folder = output.path(name)
     ((_, settings),) = read_order(folder).stages
     stored = TensorFile(folder / settings["embeddings"]).read_all()
@@ -100,13 +128,21 @@ def test_the_hosts_text_encoder(run_node, output, teacher, clip):
 def test_sizes_are_asked_for(run_node, output, teacher, clip, pack):
     """Embeddings do not say how large pictures are."""
     name, _ = run_node(
-        "PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts=PROMPTS, clip=clip, **{**NODE, "height": 0}
+        "PPCL_CalibrateFromPrompts",
+        model_file=teacher.name,
+        prompts=PROMPTS,
+        clip=clip,
+        **{**NODE, "height": 0},
     )
     folder = output.path(name)
     with pytest.raises(ValueError, match="give --height and --width") as caught:
         for stage, config in configs(read_order(folder), folder):
             run_stage(stage, config)
-    assert pack("make.waiting").in_words_of_widgets(str(caught.value)).endswith("give height and width")
+    assert (
+        pack("make.waiting")
+        .in_words_of_widgets(str(caught.value))
+        .endswith("give height and width")
+    )
 
 
 @pytest.fixture
@@ -137,8 +173,11 @@ def test_pictures_and_their_instructions(run_node, output, edit_model, pictures)
     folder = output.path(name)
     ((_, settings),) = read_order(folder).stages
     assert sorted(p.name for p in (folder / settings["references"]).iterdir()) == [
-        "cat.png", "cat.txt", "sea.png", "sea.txt",
-    ]  # fmt: skip
+        "cat.png",
+        "cat.txt",
+        "sea.png",
+        "sea.txt",
+    ]
     (pictures / "cat.txt").write_text("make the cat blue")
     assert run_node("PPCL_CalibrateFromPrompts", **given)[0] != name
     for stage, config in configs(read_order(folder), folder):
@@ -152,7 +191,10 @@ def test_references_that_cannot_be(run_node, output, teacher, pictures, tmp_path
     (pictures.parent / "link").symlink_to(tmp_path / "secret")
     given = {"model_file": teacher.name, "prompts": "", **NODE}
     for name in ("../secret", "/etc", "link", "", "before/.."):
-        with pytest.raises(ValueError, match="is not a folder in ComfyUI's input folder; refresh, then choose again"):
+        with pytest.raises(
+            ValueError,
+            match="is not a folder in ComfyUI's input folder; refresh, then choose again",
+        ):
             run_node("PPCL_CalibrateFromPrompts", references=name, **given)
     with pytest.raises(ValueError, match="leave prompts empty and clip without a link"):
         run_node("PPCL_CalibrateFromPrompts", references="before", **{**given, "prompts": "a fox"})

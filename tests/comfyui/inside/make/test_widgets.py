@@ -1,4 +1,5 @@
-"""Widgets of the job nodes: what settings say is what nodes say; their order, which saved workflows hold, never changes."""
+"""Widgets of the job nodes: what settings say is what nodes say; their order, which saved workflows
+hold, never changes."""
 
 import math
 
@@ -40,8 +41,13 @@ SETTINGS = {
     "Export": convert_settings.ExportConfig,
     "Sparsify": convert_settings.SparsifyConfig,
 }
-OTHER = {("DistillWidth", "form"): prune_settings.DetectWidthConfig}  # the search's, which has one choice more
-OWN_WORDS = {("DistillWidth", "sites"), ("CalibrateFromPrompts", "prompts"), ("CalibrateFromPrompts", "references")}
+# the search's, which has one choice more
+OTHER = {("DistillWidth", "form"): prune_settings.DetectWidthConfig}
+OWN_WORDS = {
+    ("DistillWidth", "sites"),
+    ("CalibrateFromPrompts", "prompts"),
+    ("CalibrateFromPrompts", "references"),
+}
 OPTIONAL = {
     ("Sparsify", "sparsity"): 0.5,
     ("Sparsify", "variant"): "",
@@ -68,7 +74,16 @@ def test_the_order_of_widgets_never_changes(widgets, node):
 
 def test_every_making_node_is_here(pack):
     ours = {name for name in host_nodes.NODE_CLASS_MAPPINGS if name.startswith("PPCL_")}
-    loading = {"LoadModel", "Variant", "Info", "LoraReport", "Compare", "DemoCaption", "DemoDecode", "FoldModel"}
+    loading = {
+        "LoadModel",
+        "Variant",
+        "Info",
+        "LoraReport",
+        "Compare",
+        "DemoCaption",
+        "DemoDecode",
+        "FoldModel",
+    }
     assert ours == {f"PPCL_{name}" for name in {*WIDGETS, *loading}}
 
 
@@ -77,7 +92,9 @@ def test_words_and_defaults_are_the_settings(widgets, node):
     found = 0
     for name, widget in widgets(node).items():
         kind = OTHER.get((node, name), SETTINGS[node])
-        owner = next((base for base in kind.__mro__ if name in vars(base).get("__annotations__", {})), None)
+        owner = next(
+            (base for base in kind.__mro__ if name in vars(base).get("__annotations__", {})), None
+        )
         if owner is None or (node, name) in OWN_WORDS:
             continue
         assert widget.tooltip == setting_help(owner, name), (node, name)
@@ -104,10 +121,18 @@ def test_the_settings_take_the_widgets_values(pack, widgets, node):
 @pytest.mark.parametrize(
     "kind, given, message",
     [
-        ("DetectConfig", {"method": "cosine"}, "method 'cosine' is not a choice; choose from ppcl, budget"),
+        (
+            "DetectConfig",
+            {"method": "cosine"},
+            "method 'cosine' is not a choice; choose from ppcl, budget",
+        ),
         ("DistillDepthConfig", {"learning_rate": math.nan}, "learning_rate is nan; give a number"),
         ("DistillDepthConfig", {"cache_gb": math.inf}, "cache_gb is inf; give a number"),
-        ("DetectConfig", {"protect": "1 " * 100_000}, "protect has 200,000 characters; give at most 100,000"),
+        (
+            "DetectConfig",
+            {"protect": "1 " * 100_000},
+            "protect has 200,000 characters; give at most 100,000",
+        ),
     ],
 )
 def test_values_that_no_widget_gives(pack, kind, given, message):
@@ -123,9 +148,12 @@ def test_a_device_is_a_name(pack, name):
 
 
 def test_steps_of_numbers_fit_their_size(widgets):
-    """A learning rate of 0.00001 is not rounded away by the page, which rounds to a widget's step."""
+    """A learning rate of 0.00001 is not rounded away by the page, which rounds to a widget's
+    step."""
     for node in WIDGETS:
         for name, widget in widgets(node).items():
             if widget.io_type == "FLOAT" and widget.default:
                 assert widget.step <= widget.default / 9.9, (node, name)
-                assert abs(widget.default / widget.step - round(widget.default / widget.step)) < 1e-6, (node, name)
+                assert (
+                    abs(widget.default / widget.step - round(widget.default / widget.step)) < 1e-6
+                ), (node, name)

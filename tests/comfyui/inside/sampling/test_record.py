@@ -1,4 +1,5 @@
-"""Recording: what the host's model saw and returned is what the engine's teacher computes; pictures do not change."""
+"""Recording: what the host's model saw and returned is what the engine's teacher computes; pictures
+do not change."""
 
 import pytest
 import torch
@@ -20,7 +21,12 @@ def given(inputs):
     generator = torch.Generator().manual_seed(8)
     text = torch.randn(ROWS, 7, 24, generator=generator)
     latent = {"samples": torch.zeros(ROWS, 16, 1, 8, 12)}
-    return {"positive": [[text, {}]], "negative": [[text[:1, :1], {}]], "latent_image": latent, **SAMPLING}
+    return {
+        "positive": [[text, {}]],
+        "negative": [[text[:1, :1], {}]],
+        "latent_image": latent,
+        **SAMPLING,
+    }
 
 
 @pytest.fixture
@@ -35,7 +41,9 @@ def record(pack, model, teacher, tmp_path):
     def make(model=model, **changes):
         limits = pack("sampling.recording").Limits(**{**LIMITS, **changes})
         path = tmp_path / "calibration.safetensors"
-        return pack("sampling.recorder").Recorder(Weights(teacher), path, limits).around(model), path
+        return pack("sampling.recorder").Recorder(Weights(teacher), path, limits).around(
+            model
+        ), path
 
     return make
 
@@ -52,12 +60,17 @@ def test_pictures_do_not_change(run_node, model, record, given):
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
 def test_the_engine_computes_what_the_host_did(run_node, model, record, given, teacher, sampler):
-    """Every recorded sample through the engine's teacher, and through the host's model in one forward."""
+    """Every recorded sample through the engine's teacher, and through the host's model in one
+    forward."""
     recorded, path = record()
     returned = calls_of(recorded)
     draw(run_node, recorded, given, sampler_name=sampler)
     calibration, weights = load_calibration(path), Weights(teacher)
-    engine, architecture, compared = Teacher(weights, torch.float32, "cpu", False), weights.architecture, 0
+    engine, architecture, compared = (
+        Teacher(weights, torch.float32, "cpu", False),
+        weights.architecture,
+        0,
+    )
     assert calibration.samples == ROWS * LIMITS["each_picture"]
     for row in calibration.all_inputs():
         with torch.no_grad():
@@ -70,7 +83,9 @@ def test_the_engine_computes_what_the_host_did(run_node, model, record, given, t
                 r[j]
                 for xs, t, c, r in returned
                 for j in range(len(xs))
-                if torch.equal(xs[j], x[0]) and t[j] == row["timestep"][i] and torch.equal(c[j], text)
+                if torch.equal(xs[j], x[0])
+                and t[j] == row["timestep"][i]
+                and torch.equal(c[j], text)
             ]
             expected = architecture.unpack(velocity[i : i + 1], row["grid"])[0]
             assert found and float((found[0] - expected).norm() / expected.norm()) < 1e-4
@@ -101,11 +116,14 @@ def test_states_are_spread_over_the_schedule(run_node, record, given):
     recorded, path = record(each_picture=6, samples=100)
     draw(run_node, recorded, given)
     timesteps = torch.cat([batch["timestep"] for batch in load_calibration(path).batches])
-    assert len(timesteps) == 6 * ROWS and len(timesteps.unique()) == 6  # every step of every picture
+    # every step of every picture
+    assert len(timesteps) == 6 * ROWS and len(timesteps.unique()) == 6
 
 
 def test_the_negative_prompts_share(pack):
-    limits = pack("sampling.recording").Limits(**{**LIMITS, "samples": 4000, "each_picture": 10, "empty_captions": 0.1})
+    limits = pack("sampling.recording").Limits(
+        **{**LIMITS, "samples": 4000, "each_picture": 10, "empty_captions": 0.1}
+    )
     wanted = pack("sampling.recording").wanted_states(limits, 0, rows=300, steps=20)
     assert len(wanted) == 3000 and 0.08 < sum(wanted.values()) / len(wanted) < 0.12
     assert wanted == pack("sampling.recording").wanted_states(limits, 0, rows=300, steps=20)
@@ -139,14 +157,27 @@ def test_the_same_seed_records_the_same(run_node, record, given):
     assert hashes[0] == hashes[1]
 
 
-def test_an_unfinished_picture_is_not_recorded(run_node, record, given, pack, model, teacher, tmp_path):
+def test_an_unfinished_picture_is_not_recorded(
+    run_node, record, given, pack, model, teacher, tmp_path
+):
     texts = []
     recorder = pack("sampling.recorder").Recorder(
-        Weights(teacher), tmp_path / "none.safetensors", pack("sampling.recording").Limits(**LIMITS), texts.append
+        Weights(teacher),
+        tmp_path / "none.safetensors",
+        pack("sampling.recording").Limits(**LIMITS),
+        texts.append,
     )
     advanced = {k: v for k, v in given.items() if k != "denoise"}
-    run_node("KSamplerAdvanced", model=recorder.around(model), add_noise="enable", noise_seed=1, start_at_step=0,
-             end_at_step=3, return_with_leftover_noise="enable", **advanced)  # fmt: skip
+    run_node(
+        "KSamplerAdvanced",
+        model=recorder.around(model),
+        add_noise="enable",
+        noise_seed=1,
+        start_at_step=0,
+        end_at_step=3,
+        return_with_leftover_noise="enable",
+        **advanced,
+    )
     assert texts == ["not recorded: this sampling stops before its pictures are clean"]
     assert not recorder.path.exists()
 
@@ -163,7 +194,9 @@ def test_nothing_is_kept_of_a_sampling_that_fails(run_node, record, given):
     assert not path.exists()
 
 
-def test_another_model_is_refused(pack, load, switched, model, teacher, models, make_model, save_model, bundle):
+def test_another_model_is_refused(
+    pack, load, switched, model, teacher, models, make_model, save_model, bundle
+):
     check, full = pack("make.record_calibration").check_same_model, Weights(teacher)
     deeper = make_model(num_layers=7, in_channels=64, out_channels=16)
     deeper = Weights(save_model(models.diffusion_models / "deep.safetensors", deeper))

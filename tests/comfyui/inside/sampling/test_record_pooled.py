@@ -1,5 +1,5 @@
-"""Recording what FLUX and SD3.5 read: pooled text too, on FLUX guidance, and texts of one length in a batch, since they mask
-none."""
+"""Recording what FLUX and SD3.5 read: pooled text too, on FLUX guidance, and texts of one length in
+a batch, since they mask none."""
 
 import signal
 from contextlib import nullcontext
@@ -31,9 +31,13 @@ SAMPLING = {"steps": 6, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simpl
 
 @pytest.fixture
 def given(host_case):
-    """Two pictures of a prompt each; the negative prompt is shorter, and drawn with another guidance where there is one."""
+    """Two pictures of a prompt each; the negative prompt is shorter, and drawn with another
+    guidance where there is one."""
     generator = torch.Generator().manual_seed(8)
-    text, pooled = torch.randn(ROWS, 7, 24, generator=generator), torch.randn(ROWS, 20, generator=generator)
+    text, pooled = (
+        torch.randn(ROWS, 7, 24, generator=generator),
+        torch.randn(ROWS, 20, generator=generator),
+    )
     guidances = [{"guidance": value} if host_case.guidance else {} for value in (3.0, 2.0)]
     positive = [[text, {"pooled_output": pooled, **guidances[0]}]]
     negative = [[text[:1, :2], {"pooled_output": pooled[:1], **guidances[1]}]]
@@ -51,7 +55,11 @@ def record(pack, load, teacher, tmp_path):
     pack("make.record_calibration").check_same_model(model, Weights(teacher))
     path = tmp_path / "calibration.safetensors"
     limits = pack("sampling.recording").Limits(**{**LIMITS, "samples": 100})
-    return model, pack("sampling.recorder").Recorder(Weights(teacher), path, limits).around(model), path
+    return (
+        model,
+        pack("sampling.recorder").Recorder(Weights(teacher), path, limits).around(model),
+        path,
+    )
 
 
 def test_the_engine_computes_what_the_host_did(run_node, record, given, teacher, host_case):
@@ -59,7 +67,9 @@ def test_the_engine_computes_what_the_host_did(run_node, record, given, teacher,
     returned = []
 
     def see(module, arguments, named, result):
-        returned.append((*(tensor.clone() for tensor in arguments), named["context"].clone(), result.clone()))
+        returned.append(
+            (*(tensor.clone() for tensor in arguments), named["context"].clone(), result.clone())
+        )
 
     seen = model.model.diffusion_model.register_forward_hook(see, with_kwargs=True)
     assert torch.equal(draw(run_node, recorded, given), draw(run_node, model, given))
@@ -82,7 +92,9 @@ def test_the_engine_computes_what_the_host_did(run_node, record, given, teacher,
                 result[j]
                 for xs, t, c, result in returned
                 for j in range(len(xs))
-                if torch.equal(xs[j], x) and t[j] == timestep(row["timestep"][i]) and torch.equal(c[j], text)
+                if torch.equal(xs[j], x)
+                and t[j] == timestep(row["timestep"][i])
+                and torch.equal(c[j], text)
             ]
             expected = architecture.unpack(velocity[i : i + 1], row["grid"])[0]
             assert found and float((found[0] - expected).norm() / expected.norm()) < 1e-4
@@ -124,17 +136,26 @@ def test_reference_pictures_are_refused(run_node, record, given, architecture):
 
 def clip_sizes(width: int) -> dict[str, int]:
     return {
-        "hidden_size": width, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3, "projection_dim": width
-    }  # fmt: skip
+        "hidden_size": width,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "projection_dim": width,
+    }
 
 
 T5 = {"d_model": 24, "d_ff": 32, "d_kv": 12, "num_heads": 2, "num_layers": 1}
-ENCODERS = {  # the host's class, its tokenizer, small sizes; what a teacher then reads: SD3.5's fill up to T5's real width
+# the host's class, its tokenizer, small sizes; what a teacher then reads: SD3.5's fill up to T5's
+# real width
+ENCODERS = {
     "flux1": (flux.flux_clip(), flux.FluxTokenizer, {"clip_l": clip_sizes(20), "t5xxl": T5}, {}),
     "sd35": (
-        sd35.sd3_clip(t5=False), sd35.SD3Tokenizer, {"clip_l": clip_sizes(8), "clip_g": clip_sizes(12)}, {"joint_attention_dim": 4096},
+        sd35.sd3_clip(t5=False),
+        sd35.SD3Tokenizer,
+        {"clip_l": clip_sizes(8), "clip_g": clip_sizes(12)},
+        {"joint_attention_dim": 4096},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -167,18 +188,25 @@ def reader(architecture, models, save_model, make_model, host_case):
 def test_the_hosts_text_encoders(run_node, pack, reader, clip, tmp_path, monkeypatch):
     """What they would give a sampler is what the teacher draws with, pooled text included."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    name, _ = run_node("PPCL_CalibrateFromPrompts", model_file=reader.name, prompts=PROMPTS, clip=clip, **NODE)
+    name, _ = run_node(
+        "PPCL_CalibrateFromPrompts", model_file=reader.name, prompts=PROMPTS, clip=clip, **NODE
+    )
     folder = pack("paths").runs().path(name)
     ((_, settings),) = read_order(folder).stages
     stored = TensorFile(folder / settings["embeddings"]).read_all()
     with torch.inference_mode():
         (text, more), *_ = clip.encode_from_tokens_scheduled(clip.tokenize("a red fox"))
-    assert torch.equal(stored["text"][0], text[0]) and torch.equal(stored["pooled"][0], more["pooled_output"][0])
+    assert torch.equal(stored["text"][0], text[0]) and torch.equal(
+        stored["pooled"][0], more["pooled_output"][0]
+    )
     assert stored["empty_pooled"].shape == (1, 20)
     for stage, config in configs(read_order(folder), folder):
         run_stage(stage, config)
     calibration = load_calibration(Run(folder).calibration)
-    assert calibration.samples == 6 and calibration.batches[0]["pooled_projections"].shape == (2, 20)
+    assert calibration.samples == 6 and calibration.batches[0]["pooled_projections"].shape == (
+        2,
+        20,
+    )
 
 
 JOBS = {
@@ -191,7 +219,8 @@ JOBS = {
 
 @pytest.fixture
 def job(run_node, pack):
-    """A job's node at its defaults, its work done in this process; gives all that the node gives then."""
+    """A job's node at its defaults, its work done in this process; gives all that the node gives
+    then."""
 
     def run(kind: str, upstream: str, **settings):
         schema = host_nodes.NODE_CLASS_MAPPINGS[f"PPCL_{kind}"].define_schema()
@@ -214,10 +243,17 @@ def test_from_a_recording_to_a_bundle(
     """The nodes of the method, one behind the other."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     limits = {**LIMITS, "batch": 4}
-    recorded, run = run_node("PPCL_RecordCalibration", model=load(teacher.name), model_file=teacher.name, **limits)
+    recorded, run = run_node(
+        "PPCL_RecordCalibration", model=load(teacher.name), model_file=teacher.name, **limits
+    )
     draw(run_node, recorded, given)
     for kind, settings in JOBS.items():
         run, *found = job(kind, run, **settings)
     file = found[-1]
     path = tmp_path / "ppcl" / file.removeprefix("runs/").replace("/", "/exports/")
-    assert relative_error(velocity(load(file, base=teacher.name)), engine_velocity(path, None, teacher)) < 1e-4
+    assert (
+        relative_error(
+            velocity(load(file, base=teacher.name)), engine_velocity(path, None, teacher)
+        )
+        < 1e-4
+    )

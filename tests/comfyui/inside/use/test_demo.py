@@ -1,4 +1,5 @@
-"""The bundled teacher in the host: core's KSampler draws with it what the engine draws, and a reader reads it right."""
+"""The bundled teacher in the host: core's KSampler draws with it what the engine draws, and a
+reader reads it right."""
 
 import pytest
 import torch
@@ -12,8 +13,15 @@ from ppcl_engine.models.opening import open_model
 from ppcl_engine.models.weights import Weights
 
 STEPS, SEED, CFG = 20, 3, 2.0
-SAMPLING = {"seed": SEED, "cfg": CFG, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-BETWEEN_HOSTS = 1e-3  # two versions of ComfyUI draw the same: each is within half of that of the engine
+SAMPLING = {
+    "seed": SEED,
+    "cfg": CFG,
+    "sampler_name": "euler",
+    "scheduler": "simple",
+    "denoise": 1.0,
+}
+# two versions of ComfyUI draw the same: each is within half of that of the engine
+BETWEEN_HOSTS = 1e-3
 BASE, BUNDLE = "demo/teacher.safetensors", "demo/demo.ppcl.safetensors"
 
 
@@ -55,7 +63,9 @@ def drawn_by_the_engine(model, captions) -> torch.Tensor:
 def test_the_teacher_draws_what_is_asked(load, sampled, run_node, captions):
     (pictures,) = run_node("PPCL_DemoDecode", latent=sampled(load(BASE)), enlarge=1)
     assert tuple(pictures.shape) == (8, 48, 48, 3)
-    scores = score(read(load_reader(), pictures.movedim(-1, 1)), [parse_caption(c) for c in captions])
+    scores = score(
+        read(load_reader(), pictures.movedim(-1, 1)), [parse_caption(c) for c in captions]
+    )
     assert all(right.all() for right in scores.values())
     assert (
         pictures.movedim(-1, 1) - drawn_by_the_engine(open_model(TEACHER), captions)
@@ -63,7 +73,9 @@ def test_the_teacher_draws_what_is_asked(load, sampled, run_node, captions):
 
 
 @pytest.mark.parametrize("variant", ["medium", "small"])
-def test_a_variant_draws_what_the_engine_draws(load, switched, bundle, sampled, run_node, captions, variant):
+def test_a_variant_draws_what_the_engine_draws(
+    load, switched, bundle, sampled, run_node, captions, variant
+):
     model = switched(load(BUNDLE, base=BASE), variant=variant)
     (pictures,) = run_node("PPCL_DemoDecode", latent=sampled(model), enlarge=1)
     expected = drawn_by_the_engine(open_model(bundle, variant, TEACHER), captions)
@@ -90,5 +102,7 @@ def test_bad_captions(run_node, captions, message):
 
 
 def test_a_latent_of_another_size(run_node):
-    with pytest.raises(ValueError, match="this one is 4 x 1 x 64 x 64; use the latent of Demo Caption"):
+    with pytest.raises(
+        ValueError, match="this one is 4 x 1 x 64 x 64; use the latent of Demo Caption"
+    ):
         run_node("PPCL_DemoDecode", latent={"samples": torch.zeros(1, 4, 64, 64)}, enlarge=1)

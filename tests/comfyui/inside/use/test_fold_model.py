@@ -1,4 +1,5 @@
-"""PPCL_FoldModel writes what the loader then reads, with the same bits or within the bound; bad input is one line."""
+"""PPCL_FoldModel writes what the loader then reads, with the same bits or within the bound; bad
+input is one line."""
 
 import json
 
@@ -26,7 +27,9 @@ DEFAULTS = {
 def fold_model(run_node, models):
     """The node with its widgets' defaults; what it writes goes when the test ends."""
     before = set(models.ppcl.iterdir())
-    yield lambda file, **widgets: run_node("PPCL_FoldModel", file=file, **{**DEFAULTS, **widgets})[0]
+    yield lambda file, **widgets: run_node("PPCL_FoldModel", file=file, **{**DEFAULTS, **widgets})[
+        0
+    ]
     for path in set(models.ppcl.iterdir()) - before:
         path.unlink()
 
@@ -34,12 +37,16 @@ def fold_model(run_node, models):
 @pytest.fixture
 def sigmas(run_node, load, teacher):
     model = load(teacher.name)
-    return lambda steps: run_node("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)[0]
+    return lambda steps: run_node(
+        "BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0
+    )[0]
 
 
 def test_a_full_model(fold_model, load, drawn, teacher, sigmas, models):
     text = fold_model(teacher.name, sigmas=sigmas(3))
-    assert text.startswith("written.safetensors in models/ppcl: ") and "table of 3 timesteps" in text
+    assert (
+        text.startswith("written.safetensors in models/ppcl: ") and "table of 3 timesteps" in text
+    )
     assert torch.equal(drawn(load("written.safetensors")), drawn(load(teacher.name)))
     with pytest.raises(ValueError, match="no timestep .*no base file is given"):
         drawn(load("written.safetensors"), steps=4)
@@ -49,13 +56,20 @@ def test_a_full_model(fold_model, load, drawn, teacher, sigmas, models):
 def test_a_bundle_and_its_base(fold_model, load, drawn, bundle, teacher):
     text = fold_model(bundle.name, base=teacher.name, form="basis")
     assert (
-        text.startswith("written.ppcl.safetensors and written_base.safetensors in models/ppcl: ") and "% worst" in text
+        text.startswith("written.ppcl.safetensors and written_base.safetensors in models/ppcl: ")
+        and "% worst" in text
     )
     for variant in ("full", "smallest"):
         for switchable in (True, False):
             options = {"variant": variant, "switchable": switchable}
-            ours = drawn(load("written.ppcl.safetensors", base="written_base.safetensors", **options))
-            assert 0 < relative_error(ours, drawn(load(bundle.name, base=teacher.name, **options))) < BOUND
+            ours = drawn(
+                load("written.ppcl.safetensors", base="written_base.safetensors", **options)
+            )
+            assert (
+                0
+                < relative_error(ours, drawn(load(bundle.name, base=teacher.name, **options)))
+                < BOUND
+            )
 
 
 def test_a_table_of_a_bundle_draws_every_variant(fold_model, load, drawn, bundle, teacher, sigmas):
@@ -94,8 +108,14 @@ def test_a_renumbered_file_keeps_its_map(fold_model, load, exported, models, sig
             {"form": "basis", "base": "tiny.ppcl.safetensors"},
             "is no bundle, so it takes no base model; set base to none",
         ),
-        ({"file": "gone.safetensors", "form": "basis"}, "'gone.safetensors' is in none of models/ppcl"),
-        ({"file": "tiny.ppcl.safetensors", "form": "basis"}, "is a bundle: students only; give the full model"),
+        (
+            {"file": "gone.safetensors", "form": "basis"},
+            "'gone.safetensors' is in none of models/ppcl",
+        ),
+        (
+            {"file": "tiny.ppcl.safetensors", "form": "basis"},
+            "is a bundle: students only; give the full model",
+        ),
     ],
 )
 def test_bad_input_is_one_line(fold_model, bundle, teacher, models, widgets, message):
@@ -106,7 +126,8 @@ def test_bad_input_is_one_line(fold_model, bundle, teacher, models, widgets, mes
 
 
 def test_an_edit_model(fold_model, load, drawn, teacher, sigmas, models):
-    """That modulates references as at t = 0: the table gets that column too, whatever the schedule."""
+    """That modulates references as at t = 0: the table gets that column too, whatever the
+    schedule."""
     file, path = TensorFile(teacher), models.diffusion_models / "edit_to_fold.safetensors"
     config = {**json.loads(file.metadata["config"]), "zero_cond_t": True}
     mark = {next(iter(architecture_named("qwen_image").marks)): torch.empty(0)}
@@ -117,19 +138,28 @@ def test_an_edit_model(fold_model, load, drawn, teacher, sigmas, models):
     assert model.model.diffusion_model.time_text_embed.folding.timesteps[-1] == 0
 
 
-@pytest.mark.parametrize(("name", "reads"), [("flux1", "guidance and pooled text"), ("sd35", "and pooled text")])
+@pytest.mark.parametrize(
+    ("name", "reads"), [("flux1", "guidance and pooled text"), ("sd35", "and pooled text")]
+)
 def test_other_architectures_say_why_not(fold_model, models, name, reads):
     architecture = architecture_named(name)
-    tensors = {k: torch.zeros(shape) for k, shape in expected_shapes(architecture, architecture.tiny_config).items()}
+    tensors = {
+        k: torch.zeros(shape)
+        for k, shape in expected_shapes(architecture, architecture.tiny_config).items()
+    }
     about = {"config": json.dumps(architecture.tiny_config)}
     write_tensors(models.diffusion_models / "other_kind.safetensors", tensors, about)
-    with pytest.raises(ValueError, match=f"is {name}, whose modulations read the timestep.* {reads}: only those"):
+    with pytest.raises(
+        ValueError, match=f"is {name}, whose modulations read the timestep.* {reads}: only those"
+    ):
         fold_model("other_kind.safetensors", form="basis")
 
 
 def test_a_name_that_is_taken(fold_model, teacher):
     fold_model(teacher.name, form="basis")
-    with pytest.raises(ValueError, match="written.safetensors is in models/ppcl already; choose another name"):
+    with pytest.raises(
+        ValueError, match="written.safetensors is in models/ppcl already; choose another name"
+    ):
         fold_model(teacher.name, form="basis")
 
 

@@ -5,7 +5,14 @@ import torch
 
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ....tiny.released_models import INTERVALS, KEPT, LISTS, TEACHER_BLOCKS, released_state, write_folder
+from ....tiny.released_models import (
+    INTERVALS,
+    KEPT,
+    LISTS,
+    TEACHER_BLOCKS,
+    released_state,
+    write_folder,
+)
 
 SAMPLING = {"seed": 1, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
 
@@ -19,9 +26,16 @@ def whole(load, bundle, teacher):
 def small_lora(models):
     """Two maps of every block, by the names of a training tool, and one of another model."""
     stored = {}
-    for module in [f"transformer_blocks.{b}.{p}" for b in range(6) for p in ("attn.to_q", "img_mod.1")] + ["joint.0"]:
-        stored |= {f"{module}.lora_A.weight": torch.zeros(2, 32), f"{module}.lora_B.weight": torch.zeros(32, 2)}
-    write_tensors(models.loras / "small.safetensors", {f"diffusion_model.{n}": t for n, t in stored.items()})
+    for module in [
+        f"transformer_blocks.{b}.{p}" for b in range(6) for p in ("attn.to_q", "img_mod.1")
+    ] + ["joint.0"]:
+        stored |= {
+            f"{module}.lora_A.weight": torch.zeros(2, 32),
+            f"{module}.lora_B.weight": torch.zeros(32, 2),
+        }
+    write_tensors(
+        models.loras / "small.safetensors", {f"diffusion_model.{n}": t for n, t in stored.items()}
+    )
     return "small.safetensors"
 
 
@@ -35,7 +49,8 @@ def test_info(run_node, whole, switched):
 
 
 def test_info_of_single_files(run_node, load, bundle, teacher, pack):
-    """A variant loaded alone, and the plain teacher: the same share of the whole as in the switchable model."""
+    """A variant loaded alone, and the plain teacher: the same share of the whole as in the
+    switchable model."""
     for variant, blocks in (("small", "4 of 6"), ("smallest", "4 of 6")):
         alone = load(bundle.name, base=teacher.name, variant=variant, switchable=False)
         both = load(bundle.name, base=teacher.name, variant=variant)
@@ -47,9 +62,16 @@ def test_info_of_single_files(run_node, load, bundle, teacher, pack):
     assert pack("host.branch").name_of(load(teacher.name)) == "full"
 
 
-@pytest.mark.parametrize("preset, blocks", [("by intervals", TEACHER_BLOCKS), ("as numbered", len(KEPT))])
+@pytest.mark.parametrize(
+    "preset, blocks", [("by intervals", TEACHER_BLOCKS), ("as numbered", len(KEPT))]
+)
 def test_info_of_a_released_model(run_node, load, models, make_model, model_config, preset, blocks):
-    sizes = {"in_channels": 64, "out_channels": 16, "attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}
+    sizes = {
+        "in_channels": 64,
+        "out_channels": 16,
+        "attention_head_dim": 32,
+        "axes_dims_rope": [4, 14, 14],
+    }
     big = make_model(num_layers=TEACHER_BLOCKS, **sizes)
     config = model_config(make_model(num_layers=len(KEPT), **sizes))
     write_folder(models.ppcl / "seen", released_state(big, KEPT, LISTS), config, LISTS, "sharded")
@@ -67,7 +89,10 @@ def test_damage_is_measured_or_added_up(pack, whole, switched):
     plan = whole.model.diffusion_model.ppcl.plan
     scored = plan.with_parts(intervals=tuple(replace(i, score=0.25) for i in plan.intervals))
     small = plan.variant("small")
-    assert branch.damage_text(scored, small) == "small: velocity error about 0.500 (the sum of its parts)"
+    assert (
+        branch.damage_text(scored, small)
+        == "small: velocity error about 0.500 (the sum of its parts)"
+    )
     measured = scored.with_parts(variants=(replace(small, damage=0.3),))
     assert branch.damage_text(measured, small) == "small: velocity error 0.300"
     assert branch.damage_text(plan, small) == ""
@@ -92,7 +117,11 @@ def test_lora_report(run_node, load, small_lora, bundle, teacher, variant, expec
 
 def test_lora_report_on_projected_parts(run_node, load, bundle, teacher, models):
     """As many modules are called reached as the host changes weights."""
-    names = [k.removesuffix(".weight") for k in TensorFile(teacher).keys() if k.startswith("transformer_blocks.")]
+    names = [
+        k.removesuffix(".weight")
+        for k in TensorFile(teacher).keys()
+        if k.startswith("transformer_blocks.")
+    ]
     names = [n for n in names if not n.endswith(".bias") and "norm" not in n]
     stored = {f"transformer.{n}.lora_down.weight": torch.zeros(2, 1) for n in names}
     stored |= {f"transformer.{n}.lora_up.weight": torch.zeros(1, 2) for n in names}
@@ -103,7 +132,9 @@ def test_lora_report_on_projected_parts(run_node, load, bundle, teacher, models)
     for variant in ("smallest", "1-2,text:3-4", "ffn_text:0"):
         model = load(bundle.name, base=teacher.name, variant=variant, switchable=False)
         (text,) = run_node("PPCL_LoraReport", model=model, lora="every.safetensors")
-        (loaded,) = run_node("LoraLoaderModelOnly", model=model, lora_name="every.safetensors", strength_model=1.0)
+        (loaded,) = run_node(
+            "LoraLoaderModelOnly", model=model, lora_name="every.safetensors", strength_model=1.0
+        )
         assert f"covers {len(loaded.patches)} of {len(names)} modules" in text, variant
         both = load(bundle.name, base=teacher.name, variant=variant)
         assert (
