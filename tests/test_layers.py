@@ -2,6 +2,7 @@
 nothing."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -249,3 +250,21 @@ def test_an_unknown_attribute_is_an_error():
     assert ppcl_engine.open_model and ppcl_engine.PruningPlan
     with pytest.raises(AttributeError, match="no attribute 'prune'"):
         ppcl_engine.prune  # noqa: B018
+
+
+PAGE = (PACK / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_where_things_are_names_every_room():
+    named = {name.split("/")[0].removesuffix(".py") for name in re.findall(r"`([\w/.]+)`", PAGE)}
+    rooms = {room for floor in (*ENGINE, *NODES) for room in floor}
+    assert (
+        rooms - {"__init__", "entry", "node", "paths", "widgets", "pictures", "checks", "listing"}
+        <= named
+    )
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`([\w/]+(?:/|\.py))`", PAGE))))
+def test_what_the_page_names_is_there(path):
+    tops = (PACK, ROOT, PACK / "nodes", ROOT / "algorithms", ROOT / "algorithms" / "detection")
+    assert any((top / path).exists() for top in (*tops, ROOT / "stages", ROOT / "system"))
