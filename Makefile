@@ -11,6 +11,8 @@ demo: .venv/ready
 	$(BIN)/ppcl demo
 
 test: .venv/ready $(HOSTS:%=host-%)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 	$(MAKE) --no-print-directory -j 2 --output-sync=target $(foreach suite,$(SUITES),$(HOSTS:%=test-$(suite)-%))
 
