@@ -38,7 +38,7 @@ def _before_sampling(executor, model, *arguments, **named):
     return executor(model, *arguments, **named)
 
 
-def _after_load(model, device, memory: float, force: bool, whole: bool) -> None:
+def _after_load(model, device, memory: float, force: bool, whole: bool, *_, **__) -> None:
     """The arguments are the host's: of the load that has just ended."""
     if not translate_patches(model) or _patches_late(model):
         return

@@ -50,10 +50,11 @@ class PrunedConfig:
     def matches(cls, unet_config, state_dict=None, *arguments, **named) -> bool:
         """The host asks this of every file that it loads: an error of ours is logged, and the next
         class is asked."""
-        if state_dict is None or not super().matches(unet_config, None, *arguments, **named):
+        if state_dict is None:
             return False
         try:
-            return is_ours(cls.host, transformer_of(cls.host, state_dict))
+            known = super().matches(unet_config, None, *arguments, **named)
+            return known and is_ours(cls.host, transformer_of(cls.host, state_dict))
         except (
             Exception
         ) as error:  # whatever the file holds: it is the host's to load, with or without us
@@ -85,13 +86,11 @@ class PrunedConfig:
             check_tensors(self._empty_model(sorted(given)), given | self.marks)
         return model
 
-    def process_unet_state_dict(self, state_dict):
-        named = (
-            self.host_names(self.structure.renamed(self._grouped(decompressed(state_dict))))
-            | self.marks
-        )
+    def process_unet_state_dict(self, state_dict, *arguments, **named):
+        tensors = self.structure.renamed(self._grouped(decompressed(state_dict)))
+        found = self.host_names(tensors, *arguments, **named) | self.marks
         return {
-            name: t for name, t in expanded(named) if IN_FILE or not name.endswith(f".{FORMAT}")
+            name: t for name, t in expanded(found) if IN_FILE or not name.endswith(f".{FORMAT}")
         }
 
     def _grouped(self, tensors: FileTensors) -> dict:
@@ -128,9 +127,9 @@ class PrunedConfig:
             file_of(self.parts, state_dict), *arguments, **named
         )
 
-    def host_names(self, tensors: FileTensors) -> dict[str, torch.Tensor]:
+    def host_names(self, tensors: FileTensors, *arguments, **named) -> dict[str, torch.Tensor]:
         """By the names in this version of the host, which may rename some of a file's."""
-        return super().process_unet_state_dict(dict(tensors))
+        return super().process_unet_state_dict(dict(tensors), *arguments, **named)
 
     def _empty_model(self, names: list[str]) -> nn.Module:
         """The host's transformer on the meta device, on torch's own layers: which tensors it has,

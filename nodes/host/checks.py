@@ -5,12 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 
+import comfy.float
+import comfy.ldm.common_dit
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.patcher_extension
+import comfy.quant_ops
 import comfy.sd
 import comfy.supported_models
 import comfy.supported_models_base
+import comfy.utils
 
 from .base import Host
 
@@ -25,12 +32,29 @@ USED = (  # what is called or overridden -> parameters that are given or taken b
     (_PATCHER, "clone", ()),
     (_PATCHER, "add_object_patch", ("name", "obj")),
     (_PATCHER, "add_wrapper_with_key", ("wrapper_type", "key", "wrapper")),
+    (_PATCHER, "add_callback_with_key", ("call_type", "key", "callback")),
     (_PATCHER, "set_attachments", ("key", "attachment")),
     (_PATCHER, "get_model_object", ("name",)),
     (comfy.ops, "cast_bias_weight", ("input", "offloadable")),
     (comfy.ops, "uncast_bias_weight", ("weight", "bias", "offload_stream")),
+    (comfy.ops, "disable_weight_init", ()),
+    (comfy.ops, "mixed_precision_ops", ()),
+    (comfy.quant_ops, "QUANT_ALGOS", ()),
+    (comfy.quant_ops, "QuantizedTensor", ()),
+    (comfy.float, "stochastic_rounding", ("seed",)),
+    (comfy.ldm.common_dit, "pad_to_patch_size", ()),
+    (comfy.lora, "load_lora", ("log_missing",)),
+    (comfy.lora, "model_lora_keys_unet", ()),
+    (comfy.lora_convert, "convert_lora", ()),
+    (comfy.model_management, "current_loaded_models", ()),
+    (comfy.model_management, "get_torch_device", ()),
+    (comfy.model_management, "get_torch_device_name", ()),
+    (comfy.model_management, "throw_exception_if_processing_interrupted", ()),
+    (comfy.utils, "ProgressBar", ()),
+    (comfy.utils, "load_torch_file", ("safe_load",)),
 )
-WRAPPERS = ("PREPARE_SAMPLING", "OUTER_SAMPLE", "SAMPLER_SAMPLE", "APPLY_MODEL")
+WRAPPERS = ("PREPARE_SAMPLING", "OUTER_SAMPLE", "SAMPLER_SAMPLE", "PREDICT_NOISE", "APPLY_MODEL")
+CALLBACKS = ("ON_LOAD", "ON_CLONE")
 BUILT_WITH = ("dtype", "device", "operations")  # how the host's models and blocks are constructed
 
 
@@ -42,6 +66,8 @@ def differences(hosts: tuple[Host, ...]) -> Iterator[str]:
         yield from _different(owner, name, parameters)
     for wrapper in WRAPPERS:
         yield from _different(comfy.patcher_extension.WrappersMP, wrapper)
+    for callback in CALLBACKS:
+        yield from _different(comfy.patcher_extension.CallbacksMP, callback)
     for host in hosts:
         for name in host.stock:
             yield from _different(comfy.supported_models, name)

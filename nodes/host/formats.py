@@ -5,7 +5,7 @@ error: without it the weights are noise."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import comfy.quant_ops
 import torch
@@ -15,9 +15,11 @@ from ...ppcl_engine.system.float8 import FP8_MARK
 from .quantised import (
     FLOAT8,
     FORMAT,
+    GROUPED,
     HOST,
     IN_FILE,
     INPUT_SCALE,
+    NOT_LISTED,
     OLD_NAMES,
     ONE_SCALE,
     SCALE,
@@ -29,12 +31,15 @@ from .quantised import (
 METADATA = "_quantization_metadata"
 NEW_NAMES = {old: new for new, old in OLD_NAMES.items()}
 COMPANIONS = {FORMAT, *SCALES, *NEW_NAMES}
-NEEDED = (SCALE, "weight_scale_2")  # where a format has them
+NEEDED = (SCALE, "weight_scale_2", *GROUPED)  # where a format has them
 PACKED = (torch.int8, torch.uint8)
 FOREIGN = {
     ".absmax": "bitsandbytes",
+    ".SCB": "bitsandbytes",
     ".qweight": "SVDQuant or GPTQ",
     ".weight_scale_inv": "float8 in blocks",
+    ".weight._data": "Quanto",
+    ".W_q": "HQQ",
 }
 ELSEWHERE = "take the model in another format"
 
@@ -66,6 +71,7 @@ def grouped(
     one `Quantised`. layers: what the file's metadata says; old: of a scaled fp8 file whose mark is
     not among the tensors. Raises ValueError, in one line, for a format that this host does not
     read, and for a matrix of 8 bits or fewer without the scale that it needs."""
+    refuse_foreign(places, where)
     found, companions = _by_module(places, NEW_NAMES)
     mark = places[FP8_MARK].read() if FP8_MARK in places else None
     old = old if mark is None else float8_of(mark)
@@ -136,6 +142,7 @@ def check_matrix(
     else:
         check_format(said["format"], where)
         known = comfy.quant_ops.QUANT_ALGOS[said["format"]]
+        known = {**known, "parameters": NOT_LISTED.get(said["format"], known["parameters"])}
     stored = f"{where} is stored as {said['format']}"
     kinds = PACKED if known["storage_t"] in PACKED else (known["storage_t"],)
     if weight.dtype not in kinds or len(weight.shape) != 2:
@@ -161,11 +168,17 @@ def check_format(name: str, where: str) -> None:
         )
 
 
+def refuse_foreign(names: Iterable[str], where: str) -> None:
+    """Formats that no ComfyUI reads by itself, by what their tensors are called. Raises ValueError
+    that names the format."""
+    for name in names:
+        for ending, kind in FOREIGN.items():
+            if name.endswith(ending):
+                check_format(kind, where)
+
+
 def _check_plain(name: str, place, where: str) -> None:
-    for ending, kind in FOREIGN.items():
-        if name.endswith(ending):
-            check_format(kind, where)
     matrix = name.endswith(".weight") and len(place.shape) == 2 and not isinstance(place, Quantised)
-    if matrix and place.dtype in PACKED:
+    if matrix and not place.dtype.is_floating_point:
         kind = str(place.dtype).removeprefix("torch.")
         raise ValueError(f"{where}: {name} is stored in {kind} without a scale; {ELSEWHERE}")

@@ -29,7 +29,10 @@ FORMAT, SCALE, INPUT_SCALE = (
     "input_scale",
 )  # the last: of inputs, where they are rounded too
 OLD_NAMES = {SCALE: "scale_weight", INPUT_SCALE: "scale_input"}
-SCALES = (SCALE, "weight_scale_2", INPUT_SCALE, "pre_quant_scale")
+GROUPED = ("weight_s_rel", "weight_s_channel")  # of groups of columns, and of rows
+SCALES = (SCALE, "weight_scale_2", INPUT_SCALE, "pre_quant_scale", *GROUPED, "weight_codebook")
+# formats whose scales the host's table does not name
+NOT_LISTED = {"asym_w4a8_int8": {*GROUPED, "weight_codebook"}}
 ONE_SCALE = ((), (1,), (1, 1))  # shapes
 FLOAT8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 # the host looks for a matrix's format in the file itself
@@ -91,6 +94,8 @@ class Quantised:
         rows with one each."""
         if self.cut == Cut():
             return True
+        if SCALE not in self.parts:
+            return False
         rows, scales = self.whole[0], tuple(self.parts[SCALE].shape)
         single = self.whole == tuple(self.parts["weight"].shape) and self.parts.keys() <= {
             "weight",

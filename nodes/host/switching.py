@@ -121,7 +121,7 @@ def with_variant(model, variant: Variant):
     return new
 
 
-def _follow(model, clone) -> None:
+def _follow(model, clone, *_, **__) -> None:
     """The host may clone onto a model of its own, loaded anew: for another GPU, or without dynamic
     memory."""
     if clone.model is not model.model:

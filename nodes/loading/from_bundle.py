@@ -23,7 +23,7 @@ from ...ppcl_engine.system.float8 import FP8_MARK, FP8_SCALE
 from ...ppcl_engine.system.tensor_files import TensorFile
 from ..host import host_named
 from ..host.base import Cut, Host
-from ..host.formats import float8_of
+from ..host.formats import float8_of, refuse_foreign
 from ..host.modulations import OFF, MakeFold, split
 from ..host.quantised import FLOAT8, SCALE, in_fp8
 from ..host.structure import checked_plan, count_blocks, is_surrounding
@@ -39,12 +39,8 @@ def bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold | 
         request.variant if request.variant != SMALLEST or _has(plan, SMALLEST) else None
     )
     if variant.tuned and not request.switchable:
-        wanted = in_host_names(
-            host,
-            plan.config,
-            _under(bundle.file, tuned_prefix(variant.name)),
-            layout_of(plan, variant).places,
-        )
+        places = _under(bundle.file, tuned_prefix(variant.name))
+        wanted = in_host_names(host, plan.config, places, layout_of(plan, variant).places)
         return _content(
             host, reader, wanted, structure_of(plan, variant), {}, variant, (), request, make_fold
         )
@@ -103,9 +99,8 @@ def _content(
     tensors = reader.read_all(wanted)
     if FP8_MARK in wanted:
         folded = modulation_names(tensors, host.engine) if FOLDING in plan.config else ()
-        tensors |= _with_scales(
-            host, tensors, float8_of(wanted[FP8_MARK].read()), {f"{name}.weight" for name in folded}
-        )
+        exact = {f"{name}.weight" for name in folded}
+        tensors |= _with_scales(host, tensors, float8_of(wanted[FP8_MARK].read()), exact)
     tensors |= {STRUCTURE_TENSOR: as_tensor(plan.to_json()), HINTS_TENSOR: as_tensor(hints)}
     content = Content(
         tensors, bytes_read=reader.bytes_read, plan=plan, variant=variant, notes=tuple(notes)
@@ -149,6 +144,7 @@ def _with_scales(
 
 def base_tensors(host: Host, path: Path, stored: dict[str, tuple[object, str]]) -> Places:
     """Of a full model, by its file's names; tables and encoders beside the transformer are left."""
+    refuse_foreign(stored, path.name)
     if not host.engine.detect(stored):
         raise ValueError(
             f"{path.name} is not a {host.engine.name} model; choose the model that the bundle was made from"

@@ -16,6 +16,7 @@ from ...ppcl_engine.models.weights import (
 from ...ppcl_engine.plan import PruningPlan, parse_intervals, plan_from_json
 from ..host import host_of
 from ..host.base import Host
+from ..host.formats import refuse_foreign
 from ..host.modulations import OFF, MakeFold, Modulations, split
 from ..host.structure import blocks_in_text, checked_plan, count_blocks, is_surrounding, text_of
 from .request import (
@@ -39,6 +40,7 @@ def file_content(
     """A standalone of ours, a released file or folder, or a plain model, folded or not. opened: as
     `open_layout` gives it."""
     stored, config = opened[0], opened[1] or hints_in(opened[0]).get("config")
+    refuse_foreign(stored, request.path.name)
     host = host_of(stored, request.path.name)
     wanted = places_in(
         {name: place for name, place in stored.items() if _needed(name)}, request.path.name

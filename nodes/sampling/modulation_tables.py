@@ -52,7 +52,7 @@ def follow(model) -> None:
     model.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, _after_load)
 
 
-def _after_load(patcher, *_) -> None:
+def _after_load(patcher, *_, **__) -> None:
     """Nothing but sampling fails on such changes: a node that saves the model asks
     `Parts.refused`."""
     transformer = patcher.model.diffusion_model

@@ -13,8 +13,11 @@ import torch
 
 # the same numbers; some of them in 16 bits; students in fp8 too
 EXACT, NEAR, ROUNDED = 1e-5, 1e-2, 0.1
-# what a model changes where the host rounds inputs too
-INPUTS = {"int8_tensorwise": 0.05, "convrot_w4a4": 0.5}
+INPUTS = {
+    "int8_tensorwise": 0.05,
+    "convrot_w4a4": 0.5,
+    "asym_w4a8_int8": 0.05,
+}  # what a model changes where the host rounds inputs too
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 KNOWN = comfy.quant_ops.QUANT_ALGOS
 EVERY = 64  # what both sizes of a matrix are multiples of, in all these formats
@@ -103,6 +106,11 @@ KINDS = {
     "convrot_w4a4": Kind(
         name="convrot_w4a4",
         make=lambda w: by_the_host(w, "convrot_w4a4", convrot_groupsize=EVERY),
+        said={"convrot_groupsize": EVERY},
+    ),
+    "asym_w4a8_int8": Kind(
+        name="asym_w4a8_int8",
+        make=lambda w: by_the_host(w, "asym_w4a8_int8", convrot_groupsize=EVERY),
         said={"convrot_groupsize": EVERY},
     ),
     "float7": Kind(name="float7", make=in_int8),

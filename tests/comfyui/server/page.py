@@ -13,7 +13,7 @@ CHROMIUM = next(
 )
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SIZE = {"width": 1920, "height": 1080}
-PATIENCE = 600_000
+PATIENCE = 300_000
 """Milliseconds until a page is given up: beside other work on two cores it takes long to load, and
 a job longer."""
 DESIGNS = {"canvas": False, "modern": True}
@@ -23,6 +23,7 @@ SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # the words of a large graph are drawn, too
     # the view stays where a test puts it: frontend 1.32 misplaces modern nodes when it moves while they are measured
     "Comfy.EnableWorkflowViewRestore": False,
@@ -73,11 +74,16 @@ def new_page(server: Server, browser, design: str):
     server.post("/settings", {**SETTINGS, "Comfy.VueNodes.Enabled": DESIGNS[design]})
     page = browser.new_page(viewport=SIZE)
     page.set_default_timeout(PATIENCE)
+    open_page(page, server)
+    return page
+
+
+def open_page(page, server: Server) -> None:
+    """Anew, if it is open: lists and boxes that it showed are gone."""
     page.goto(server.url)
     page.wait_for_function(READY)
     if (banner := page.locator(BANNER)).count():
         banner.click()
-    return page
 
 
 def open_list(page) -> None:

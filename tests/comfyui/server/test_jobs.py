@@ -192,6 +192,7 @@ class LongJob:
         return folder
 
 
+@pytest.mark.any_host
 def test_whatever_happens_to_it_a_training_ends_in_the_same_bits(server, known, planned, tmp_path):
     job = LongJob(server, known, planned)
     job.left_watched_and_cancelled()

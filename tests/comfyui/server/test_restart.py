@@ -11,6 +11,7 @@ from ppcl_engine.jobs.state import current_state, is_alive, read_events, read_st
 from .conftest import begin, eventually, new_base
 from .graphs import Graph
 
+ROUNDS = 2000  # far more than are done before a slow machine has started its server again
 SETTINGS = {"updates": 25, "learning_rate": 1e-3, "preview_seconds": 0}
 
 
@@ -47,12 +48,13 @@ def at_work(base, rounds: int):
     return eventually(look, "the job did not begin")
 
 
+@pytest.mark.any_host
 def test_a_dead_server(base):
     server, process = begin(base)
     known = server.get("/object_info")
     try:
-        server.queue(training(base, known, rounds=60, keep_running=True))
-        kept = at_work(base, 60)
+        server.queue(training(base, known, rounds=ROUNDS, keep_running=True))
+        kept = at_work(base, ROUNDS)
     finally:
         process.kill()
         process.wait()
@@ -63,15 +65,15 @@ def test_a_dead_server(base):
         watch = Graph(known, 1)
         text = watch.text([watch.add("PPCL_WatchJob", run_name="newest", wait=False), 2])
         assert "distill-depth " in server.run(watch.nodes)["outputs"][text]["text"][0]
-        prompt = server.queue(training(base, known, rounds=60, keep_running=True))
+        prompt = server.queue(training(base, known, rounds=ROUNDS, keep_running=True))
         step = current_state(kept).step
         eventually(lambda: current_state(kept).step > step + 20, "it does not go on")
         server.post("/interrupt", {})
         server.ended(prompt)
         assert current_state(kept).status == "cancelled"
         assert [event["kind"] for event in read_events(kept)].count("started") == 1
-        server.queue(training(base, known, rounds=61))
-        left = at_work(base, 61)
+        server.queue(training(base, known, rounds=ROUNDS + 1))
+        left = at_work(base, ROUNDS + 1)
     finally:
         process.kill()
         process.wait()

@@ -82,6 +82,7 @@ def test_unchanged_inputs_do_not_run_again(server, drawn, runs):
     assert {path.name: len(read_events(path)) for path in runs()} == before
 
 
+@pytest.mark.any_host
 def test_a_variant_whose_job_is_stopped_ends_in_the_same_bits(
     server, known, runs, calibrated, tmp_path
 ):

@@ -3,6 +3,7 @@ where it is not as known."""
 
 import asyncio
 import logging
+import re
 import sys
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import nodes as host_nodes
+from ppcl_engine.system.tensor_files import TensorFile
 
 from ..conftest import ROOT
 
@@ -325,3 +327,78 @@ def test_a_host_without_a_module_of_ours_goes_on(pack, pack_again, monkeypatch, 
         record.message for record in caplog.records if "tested with ComfyUI" in record.message
     ]
     assert "\n" not in line
+
+
+# without them nothing is imported
+AT_IMPORT = {"BASE", "CallbacksMP", "ModelPatcher", "WrappersMP", "manual_cast"}
+
+
+def test_every_name_of_the_host_is_looked_at(pack, monkeypatch):
+    """Whatever the sources call by its full name: where it is gone, nothing is registered, and the
+    user is told."""
+    sources = [path.read_text() for path in sorted((ROOT / "nodes").rglob("*.py"))]
+    used = {
+        found for text in sources for found in re.findall(r"\b(comfy(?:\.[a-z_]+)+)\.(\w+)", text)
+    }
+    used = {
+        (module, name)
+        for module, name in used
+        if module in sys.modules and f"{module}.{name}" not in sys.modules
+    }
+    checks, hosts = pack("host.checks"), pack("host").HOSTS
+    assert len(used) > 20 and not list(checks.differences(hosts))
+    for module, name in sorted(used):
+        if name not in AT_IMPORT:
+            with monkeypatch.context() as patch:
+                patch.delattr(f"{module}.{name}")
+                assert list(checks.differences(hosts)), f"{module}.{name}"
+
+
+class LaterQwenImage(comfy.supported_models.QwenImage):
+    """As a later host may ask for more."""
+
+    @classmethod
+    def matches(cls, unet_config, state_dict=None, *, later):
+        return True
+
+    def get_model(self, state_dict, prefix="", device=None, *, later):
+        return super().get_model(state_dict, prefix, device=device)
+
+    def process_unet_state_dict(self, state_dict, *, later=None):
+        self.heard = later
+        return state_dict
+
+    def process_unet_state_dict_for_saving(self, state_dict, *, later):
+        return state_dict
+
+
+def test_arguments_of_later_hosts(pack, exported, tmp_path):
+    """What a host gives beside what it gives today is passed on."""
+    building, host = pack("host.building"), pack("host.qwen_image").HOST
+    ours = type("PPCLLater", (building.PrunedConfig, LaterQwenImage), {"host": host})
+    tensors = TensorFile(exported(tmp_path, "ppcl", "width", "smallest")).read_all()
+    assert ours.matches({}, tensors, later=1)
+    config = ours(comfy.model_detection.detect_unet_config(dict(tensors), ""))
+    config.set_inference_dtype(torch.float32, None)
+    transformer = config.get_model(tensors, "", device=torch.device("cpu"), later=1).diffusion_model
+    transformer.load_state_dict(config.process_unet_state_dict(tensors, later=1))
+    assert config.heard == 1
+    saved = config.process_unet_state_dict_for_saving(transformer.state_dict(), later=1)
+    assert saved.keys() == tensors.keys()
+
+
+def test_callbacks_of_later_hosts(pack, load, bundle, teacher):
+    """They take more than is known here."""
+    model = load(bundle.name, base=teacher.name)
+    pack("host.adapters")._after_load(model, torch.device("cpu"), 0, False, True, "later", later=1)
+    pack("host.switching")._follow(model, model.clone(), "later", later=1)
+
+
+def test_an_error_of_the_hosts_own_class_is_not_ours(pack, monkeypatch):
+    """Which may want the tensors that ours does not give it."""
+    building, host = pack("host.building"), pack("host.qwen_image").HOST
+    strict = classmethod(lambda cls, unet_config, state_dict: "img_in.weight" in state_dict)
+    later = type("Later", (comfy.supported_models.QwenImage,), {"matches": strict})
+    assert (
+        type("PPCLLater", (building.PrunedConfig, later), {"host": host}).matches({}, {}) is False
+    )

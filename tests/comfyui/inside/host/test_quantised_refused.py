@@ -64,9 +64,12 @@ def with_part(leaf: str, part: torch.Tensor):
     return lambda tensors, metadata: tensors.update({f"{BLOCK}.{leaf}": part})
 
 
-def in_int8_alone(tensors, metadata) -> None:
-    tensors[f"{BLOCK}.weight"] = torch.ones(64, 64, dtype=torch.int8)
-    del tensors[f"{BLOCK}.weight_scale"], tensors[f"{BLOCK}.comfy_quant"]
+def alone(dtype: torch.dtype):
+    def change(tensors, metadata) -> None:
+        tensors[f"{BLOCK}.weight"] = torch.ones(64, 64, dtype=dtype)
+        del tensors[f"{BLOCK}.weight_scale"], tensors[f"{BLOCK}.comfy_quant"]
+
+    return change
 
 
 DAMAGE = {
@@ -77,8 +80,16 @@ DAMAGE = {
     "its format": (without("comfy_quant"), "has a scale, and nothing in the file says its format"),
     "the weight": (without("weight"), "has a scale and is not there; copy or download"),
     "int8 alone": (
-        in_int8_alone,
+        alone(torch.int8),
         "is stored in int8 without a scale; take the model in another format",
+    ),
+    "bool alone": (
+        alone(torch.bool),
+        "is stored in bool without a scale; take the model in another format",
+    ),
+    "int16 alone": (
+        alone(torch.int16),
+        "is stored in int16 without a scale; take the model in another format",
     ),
     "scales by row": (
         with_part("weight_scale", torch.ones(64, 1)),
@@ -156,3 +167,51 @@ def test_settings_that_are_no_table(write, load, bundle):
     base, _ = write("float8_e4m3fn", with_part("comfy_quant", as_json(settings)))
     with pytest.raises(ValueError, match="which ComfyUI .* does not read"):
         load(bundle.name, base=base)
+
+
+def of_weights(make):
+    """Each matrix of a block as another program writes it: name, tensor -> what takes its place."""
+
+    def change(tensors, metadata) -> None:
+        metadata.clear()
+        for name in [n for n in tensors if "_blocks." in n and n.endswith(".weight")]:
+            for leaf in ("weight_scale", "comfy_quant"):
+                tensors.pop(f"{name.removesuffix('weight')}{leaf}", None)
+            tensors.update(make(name, tensors.pop(name)))
+
+    return change
+
+
+def in_bytes(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
+OTHERS = {  # as their files are
+    "bitsandbytes": lambda n, t: {
+        n: in_bytes(t.numel() // 2, 1),
+        f"{n}.absmax": torch.ones(8),
+        f"{n}.quant_map": torch.ones(16),
+    },
+    "bitsandbytes ": lambda n, t: {
+        n: t.to(torch.int8),
+        n.replace("weight", "SCB"): torch.ones(len(t)),
+    },
+    "SVDQuant or GPTQ": lambda n, t: {
+        n.replace("weight", "qweight"): t.to(torch.int32),
+        n.replace("weight", "scales"): t,
+    },
+    "Quanto": lambda n, t: {f"{n}._data": t.to(torch.int8), f"{n}._scale": torch.ones(len(t), 1)},
+    "HQQ": lambda n, t: {
+        n.replace("weight", "W_q"): t.to(torch.int32),
+        n.replace("weight", "meta"): in_bytes(3),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_format_of_other_programs(write, load, bundle, kind):
+    base, pruned = write("float8_e4m3fn", of_weights(OTHERS[kind]))
+    message = f"its weights are stored as {kind.strip()}, which ComfyUI"
+    for load_it in (lambda: load(bundle.name, base=base), lambda: load(base), lambda: load(pruned)):
+        with pytest.raises(ValueError, match=message):
+            load_it()
