@@ -18,7 +18,6 @@ import comfy.sd
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
-import folder_paths
 
 from .base import Host
 
@@ -53,7 +52,6 @@ USED = (  # what is called or overridden -> parameters that are given or taken b
     (comfy.model_management, "throw_exception_if_processing_interrupted", ()),
     (comfy.utils, "ProgressBar", ()),
     (comfy.utils, "load_torch_file", ("safe_load",)),
-    (folder_paths, "add_model_folder_path", ()),
 )
 WRAPPERS = ("PREPARE_SAMPLING", "OUTER_SAMPLE", "SAMPLER_SAMPLE", "PREDICT_NOISE", "APPLY_MODEL")
 CALLBACKS = ("ON_LOAD", "ON_CLONE")
