@@ -24,8 +24,9 @@ from ppcl_engine.data.calibration import CalibrationSet, save_calibration
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan
 from ppcl_engine.run import Run
-from ppcl_engine.settings.prune_settings import DistillDepthConfig, ProbeConfig
+from ppcl_engine.settings.prune_settings import DetectWidthConfig, DistillDepthConfig, ProbeConfig
 from ppcl_engine.system.atomic import write_text
+from ppcl_engine.system.tensor_files import write_tensors
 
 from .shared import output
 from .shared.teachers import (
@@ -41,8 +42,10 @@ from .shared.teachers import (
     random_teacher,
 )
 
-STAGES = ("probe", "distill_depth")
+STAGES = ("probe", "distill_depth", "detect_width")
 IMPORTS = "imports"  # a process that loads the libraries and stops: the floor under every figure
+# of detect-width
+SITES = {"share": 0.5, "longest": 1, "kinds": "text ffn_image", "form": "gated", "cache_gb": 0.1}
 REPEATS = 3  # of streamed runs; resident ones are ruled by the weights
 FLAT, GROWS = 1.05, 2.0  # the goals
 
@@ -86,6 +89,10 @@ def prepare(folder: Path, scale: Scale, depth: int) -> Path:
         intervals=intervals(depth),
     )
     write_text(run.plan, plan.to_json())
+    for interval in plan.intervals:
+        block = weights.block(interval.first, torch.float32, "cpu").state_dict()
+        tensors = {f"weight.{name}": tensor for name, tensor in block.items()}
+        write_tensors(run.student(interval.name), tensors, {"settings": "{}", "step": "0"})
     return model
 
 
@@ -93,6 +100,7 @@ def run_stage(
     stage: str, model: Path, run: Path, streamed: bool, rounds: int, updates: int
 ) -> dict:
     """Runs a stage in this process: {"peak": bytes, "seconds"}."""
+    from ppcl_engine.stages.prune.detect_width import detect_width
     from ppcl_engine.stages.prune.distill_depth import distill_depth
     from ppcl_engine.stages.prune.probe import probe
 
@@ -101,7 +109,10 @@ def run_stage(
     if stage == "probe":
         probe(ProbeConfig(**common))
     elif stage == "distill_depth":
+        shutil.rmtree(Run(run).students)  # other stages' students are copies that were not trained
         distill_depth(DistillDepthConfig(**common, rounds=rounds, updates=updates))
+    elif stage == "detect_width":
+        detect_width(DetectWidthConfig(**common, **SITES, samples=BATCHES * SAMPLES))
     else:
         from diffusers import QwenImageTransformer2DModel  # noqa: F401
     return {"peak": peak_bytes(), "seconds": round(time.perf_counter() - start, 2)}

@@ -13,19 +13,18 @@ from comfy_api.v0_0_2 import io
 
 from ..ppcl_engine.settings.base_settings import hints_of
 from ..ppcl_engine.settings.help_texts import setting_help
+from ..ppcl_engine.settings.ranges import rules_of
 
 MOST_CHARACTERS = 100_000  # of a text: thousands of prompts
 FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
-LARGEST = {int: 1_000_000, float: 1e6}
-WHOLE_SEED = {"max": 2**31 - 1, "control_after_generate": False}
-"""Times a million, a seed still has to be one of torch's; the page would give one that says nothing
-new values."""
+WHOLE_SEED = {"control_after_generate": False}
+"""The page would give a seed that says nothing of it new values."""
 
 
 def inputs(kind: type, names: str, **changes: dict) -> list[io.Input]:
-    """A widget each for these fields of a settings class, in this order. `changes`: name -> what
-    differs from the
-    settings: default, min, max, step, multiline."""
+    """A widget each for these fields of a settings class, in this order, from the least to the most
+    that the settings allow. `changes`: name -> what differs from the settings: default, step,
+    multiline."""
     return [_input(kind, name, **changes.get(name, {})) for name in names.split()]
 
 
@@ -35,10 +34,10 @@ def _input(kind: type, name: str, **changes) -> io.Input:
     given = {"default": defaults(kind)[name], **words, **changes}
     if get_origin(hint) is Literal:
         return io.Combo.Input(name, options=list(get_args(hint)), **given)
-    if hint in LARGEST:
-        return _NUMBERS[hint](
-            name, **{"min": hint(0), "max": LARGEST[hint], **_step(hint, given["default"]), **given}
-        )
+    if hint in _NUMBERS:
+        allowed = rules_of(kind)[name]
+        bounds = {"min": hint(allowed.least), "max": hint(allowed.most)}
+        return _NUMBERS[hint](name, **{**bounds, **_step(hint, given["default"]), **given})
     return {bool: io.Boolean, str: io.String}[hint].Input(name, **given)
 
 

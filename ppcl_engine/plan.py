@@ -13,6 +13,7 @@ from types import UnionType
 from typing import get_args, get_origin
 
 from .settings.base_settings import hints_of
+from .system.json_text import json_text
 
 FORMAT_VERSION = 1
 FORMS = ("paper", "gated")
@@ -277,7 +278,7 @@ class PruningPlan:
             )
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json_text(asdict(self))
 
     def with_parts(self, **parts) -> PruningPlan:
         return replace(self, **parts)

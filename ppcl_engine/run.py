@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from .plan import PruningPlan, plan_from_json
+from .settings.convert_settings import ExportConfig
+from .settings.ranges import OutOfRange, rules_of
 from .system.tensor_files import TensorFile, file_mark
+
+FILE_NAME = rules_of(ExportConfig)["name"]
 
 
 class Run:
@@ -65,7 +68,5 @@ class Run:
 
 def check_file_name(name: str) -> None:
     """Raises ValueError for a name that is a path: files go where the run folder says."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise ValueError(
-            f"--name {name!r}: letters, digits, '-' and '_' only; --run says where it goes"
-        )
+    if not FILE_NAME.holds(name):
+        raise OutOfRange("name", name, FILE_NAME)

@@ -14,6 +14,8 @@ from ppcl_engine.stages import STAGES
 from ppcl_engine.system import atomic
 from ppcl_engine.system.tensor_files import write_tensors
 
+from .tiny.trained_run import poison
+
 EVERY_STAGE = list(STAGES)
 
 
@@ -129,11 +131,15 @@ def test_a_read_only_place_and_a_full_disk(failing, run_folder, teacher_file, mo
     )
 
 
-def test_a_loss_that_is_not_a_number_names_step_and_interval(failing, run_folder, teacher_file):
+def test_a_loss_that_is_not_a_number_names_step_and_interval(
+    failing, run_folder, teacher_file, monkeypatch
+):
     plan_file(run_folder, teacher_file, intervals=[{"first": 1, "last": 2}])
-    arguments = ["--model", teacher_file, "--run", run_folder, "--rounds", 2, "--updates", 4]
-    line = failing("distill-depth", *arguments, "--learning-rate", "1e30", "--warm-up", 0)
-    assert "step" in line and "interval 1-2" in line and "last good state is kept" in line
+    poison(monkeypatch, step=4)
+    line = failing(
+        "distill-depth", "--model", teacher_file, "--run", run_folder, "--rounds", 2, "--updates", 4
+    )
+    assert "step 4 of interval 1-2" in line and "the last good state (step 4) is kept" in line
 
 
 def test_a_run_file_is_checked_before_anything_starts(tmp_path, failing):

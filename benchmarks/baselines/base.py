@@ -40,6 +40,10 @@ class Task:
             raise ValueError(
                 f"selection needs {self.selection_batches} batches of {len(self.calibration)}"
             )
+        if self.teacher.dtype is not torch.float32:  # the kept blocks are trained as they are
+            raise ValueError(
+                f"baselines train in float32, the teacher is {self.teacher.dtype}; open it in float32"
+            )
 
     @property
     def quotas(self) -> tuple[tuple[range, int], ...]:

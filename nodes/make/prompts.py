@@ -37,7 +37,7 @@ class Prompts:
 
     @property
     def lines(self) -> list[str]:
-        return [line.strip() for line in self.text.splitlines() if line.strip()]
+        return [line.strip() for line in self.text.split("\n") if line.strip()]
 
     @property
     def content(self) -> str:

@@ -273,7 +273,7 @@ class DistillWidth(Job):
 
 def _polish_input(name: str) -> io.Input:
     """PolishConfig's, by another name: the node has steps and rates of its own."""
-    (found,) = inputs(PolishConfig, POLISH[name], steps={"default": 300})
+    (found,) = inputs(PolishConfig, POLISH[name], steps={"default": 300, "min": 0})
     found.id = name
     found.tooltip = (
         f"Of the training of all parts together behind it; 0 steps leaves it out. {found.tooltip}"

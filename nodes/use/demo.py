@@ -31,7 +31,7 @@ def codec() -> TableCodec:
 def encode(text: str):
     """(positive, negative, latent) for one picture a line. Raises ValueError, in one line, for what
     it cannot draw."""
-    captions = [line.strip() for line in text.splitlines() if line.strip()]
+    captions = [line.strip() for line in text.split("\n") if line.strip()]
     if not 0 < len(captions) <= MOST:
         raise ValueError(f"{len(captions)} captions are given; write 1 to {MOST}, one a line")
     lengths = {len(codec().tokenize(caption)) for caption in captions}

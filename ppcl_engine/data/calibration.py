@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 from ..architectures import Inputs
+from ..system.finite import check_finite
+from ..system.json_text import json_text
 from ..system.tensor_files import TensorFile, write_tensors
 from . import flow
 
@@ -42,7 +44,7 @@ class CalibrationSet:
 
     @property
     def hash(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.origin, sort_keys=True).encode())
+        digest = hashlib.sha256(json_text(self.origin, sort_keys=True).encode())
         for batch in self.batches:
             for name in sorted(batch):
                 digest.update(
@@ -108,11 +110,12 @@ def save_calibration(path: Path, calibration: CalibrationSet) -> None:
     tensors = {
         f"{i}.{name}": t for i, batch in enumerate(calibration.batches) for name, t in batch.items()
     }
-    write_tensors(path, tensors, {KIND: json.dumps(calibration.origin)})
+    write_tensors(path, tensors, {KIND: json_text(calibration.origin)})
 
 
 def load_calibration(path: Path) -> CalibrationSet:
-    """Raises ValueError when the file is missing, not safetensors, or holds something else."""
+    """Raises ValueError when the file is missing, not safetensors, holds something else, or is not
+    finite."""
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; run calibrate first")
     file = TensorFile(path)
@@ -122,4 +125,6 @@ def load_calibration(path: Path) -> CalibrationSet:
     for key in file.keys():
         number, name = key.split(".", 1)
         batches.setdefault(int(number), {})[name] = file.read(key)
+    for number, batch in batches.items():
+        check_finite(batch, f"{path}, batch {number}", "run calibrate again")
     return CalibrationSet([batches[i] for i in sorted(batches)], json.loads(file.metadata[KIND]))

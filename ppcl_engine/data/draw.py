@@ -10,6 +10,7 @@ import torch
 
 from ..architectures import REFERENCES, Architecture, Inputs, placed
 from ..architectures.folded import known_timesteps
+from ..system.finite import checked_velocity
 from ..system.progress import Progress
 from . import flow
 from .calibration import CLEAN
@@ -84,11 +85,9 @@ def draw(
 ) -> torch.Tensor:
     """noise [n, tokens, channels] -> clean tokens of the n prompts. All on the CPU but the forward
     itself. `seen` is shown every step's number, its state and its t. A model that reads the
-    guidance needs no empty caption."""
-    given, nothing = (
-        with_guidance(architecture, model.config, prompts.given, guidance),
-        expanded(prompts.nothing, len(noise)),
-    )
+    guidance needs no empty caption. Raises ValueError naming the t at which the velocity is not
+    finite."""
+    texts = texts_of(architecture, model.config, prompts, len(noise), guidance)
     parameter = next(model.parameters())
 
     def velocity_of(x, t, text):
@@ -100,16 +99,37 @@ def draw(
         )
 
     def velocity(x, t):
-        caption = velocity_of(x, t, given)
-        if guidance == 1 or GUIDANCE in given:
-            return caption
-        guided = flow.guided(velocity_of(x, t, nothing), caption, guidance)
-        return flow.rescaled(guided, caption) if prompts.rescales_guidance else guided
+        guided = guided_velocity([velocity_of(x, t, text) for text in texts], guidance, prompts)
+        return checked_velocity(guided, f"the model at t = {t:.3g}")
 
     timesteps = prompts.timesteps(steps, noise.shape[1])
     known_timesteps(model, timesteps[:-1])
     with torch.no_grad():
         return flow.euler(velocity, noise, timesteps, seen)
+
+
+def texts_of(
+    architecture: Architecture, config: Mapping, prompts: Prompts, count: int, guidance: float
+) -> tuple[Text, ...]:
+    """What a model reads to draw `count` pictures: the captions, and the empty one where it is
+    guided by both."""
+    given = with_guidance(architecture, config, prompts.given, guidance)
+    return (
+        (given,)
+        if guidance == 1 or GUIDANCE in given
+        else (given, expanded(prompts.nothing, count))
+    )
+
+
+def guided_velocity(
+    velocities: list[torch.Tensor], guidance: float, prompts: Prompts
+) -> torch.Tensor:
+    """Of the velocities that `texts_of` gave."""
+    if len(velocities) == 1:
+        return velocities[0]
+    caption, empty = velocities
+    guided = flow.guided(empty, caption, guidance)
+    return flow.rescaled(guided, caption) if prompts.rescales_guidance else guided
 
 
 def picture_size(codec: Codec, height: int, width: int) -> tuple[int, int]:

@@ -39,5 +39,9 @@ def euler(
     x = noise
     for step, (now, then) in enumerate(zip(timesteps, timesteps[1:], strict=False)):
         seen(step, x, now)
-        x = x + (then - now) * velocity(x, now)
+        x = euler_step(x, velocity(x, now), now, then)
     return x
+
+
+def euler_step(x: torch.Tensor, velocity: torch.Tensor, now: float, then: float) -> torch.Tensor:
+    return x + (then - now) * velocity

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+from ..system.texts import lines_of, read_text
+from .photos import READ, picture_names, read_picture
 
 
 def caption_file(path: Path) -> list[str]:
@@ -15,21 +17,23 @@ def caption_file(path: Path) -> list[str]:
     file."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a text file with one caption a line")
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = lines_of(read_text(path))
     if not lines:
         raise ValueError(f"{path} is empty; write one caption a line")
     return [line.strip() for line in lines]
 
 
 def _pictures(folder: Path) -> list[Path]:
-    found = (
-        sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES)
-        if folder.is_dir()
-        else []
-    )
+    """What else lies there is said."""
+    found, others = picture_names(folder) if folder.is_dir() else ([], [])
     if not found:
         raise ValueError(
-            f"{folder} holds no pictures (.png .jpg .webp); give a folder of pictures with captions"
+            f"{folder} holds no pictures ({' '.join(READ)}); give a folder of pictures with captions"
+        )
+    if others:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        print(
+            f"{folder}: {others[0].name}{more} left out; read are {' '.join(READ)}", file=sys.stderr
         )
     return found
 
@@ -43,10 +47,7 @@ def picture_files(folder: Path) -> list[tuple[Path, str]]:
             raise ValueError(
                 f"{picture} has no caption; write it into {picture.with_suffix('.txt').name}"
             )
-    return [
-        (picture, picture.with_suffix(".txt").read_text(encoding="utf-8").strip())
-        for picture in pictures
-    ]
+    return [(picture, read_text(picture.with_suffix(".txt")).strip()) for picture in pictures]
 
 
 def reference_files(folder: Path, pictures: Sequence[Path]) -> list[list[Path]]:
@@ -81,14 +82,15 @@ def load_references(rows: Sequence[Sequence[Path]], size: tuple[int, int]) -> to
 
 
 def load_pictures(paths: Sequence[Path], size: tuple[int, int]) -> torch.Tensor:
-    """[n, 3, height, width] in [0, 1], each resized to cover `size` and cropped at its centre."""
+    """[n, 3, height, width] in [0, 1], each resized to cover `size` and cropped at its centre. As
+    `photos` reads them."""
     import numpy as np
     from PIL import Image, ImageOps
 
     height, width = size
     rows = [
-        ImageOps.fit(Image.open(p).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-        for p in paths
+        ImageOps.fit(read_picture(path), (width, height), Image.Resampling.LANCZOS)
+        for path in paths
     ]
     return torch.stack(
         [torch.from_numpy(np.asarray(r, dtype=np.float32) / 255) for r in rows]

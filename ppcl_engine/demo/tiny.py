@@ -48,13 +48,16 @@ def tiny_run(name: str, table: dict, stages: list[tuple[str, object]]) -> list[t
     """The stages of a run file on a small teacher, in runs/<name>_tiny. table: its [tiny]:
     `teacher`, and `blocks`, how many the real model has. Raises ValueError where it names no
     teacher."""
-    if table.get("teacher") not in TEACHERS or not isinstance(table.get("blocks"), int):
+    teacher, blocks = table.get("teacher"), table.get("blocks")
+    if not (
+        isinstance(teacher, str) and teacher in TEACHERS and type(blocks) is int and blocks > 0
+    ):
         names = ", ".join(f"'{name}'" for name in TEACHERS)
         raise ValueError(
             f"--tiny needs [tiny] in the run file with teacher = one of {names}, and blocks = how many"
         )
-    run, model = Path("runs") / f"{name}_tiny", bundled(table["teacher"])
-    share = Weights(model).num_blocks / table["blocks"]
+    run, model = Path("runs") / f"{name}_tiny", bundled(teacher)
+    share = Weights(model).num_blocks / blocks
     return [(stage, _tiny(config, run, model, share)) for stage, config in stages]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from ..algorithms.distillation.kept_trainers import SHARE
 from ..algorithms.distillation.quantization import NONE
 from ..algorithms.distillation.rounds import REUSE
 from ..architectures import Architecture
@@ -19,7 +20,7 @@ from ..run import Run
 from ..settings.base_settings import Common
 from ..settings.convert_settings import SparsifyConfig
 from ..settings.prune_settings import CalibrateConfig, DistillDepthConfig, DistillWidthConfig
-from ..system.machine import DTYPES
+from ..system.machine import DTYPES, free_memory, resolve_device
 from ..system.tensor_files import TensorFile
 
 GRID, TEXT_TOKENS = (1, 64, 64), 128  # 1024 x 1024 pixels
@@ -139,9 +140,11 @@ class Count:
             min(self.sizes.blocks) + self.sizes.correction
         ]
 
-    def rounded(self, trained: int, size: int) -> int:
-        """Weights that training reads in the place of its own."""
-        return trained * size if self.config.quant_aware != NONE else 0
+    def read_in_training(self, trained: int) -> int:
+        """Weights that a forward reads in the place of those in training, which are float32:
+        rounded ones, and what mixed precision makes of them."""
+        rounded = trained * FP32 if self.config.quant_aware != NONE else 0
+        return rounded + (trained * self.size if self.size < FP32 else 0)
 
     def kept(self, samples: int) -> int:
         """States of so many samples at one boundary."""
@@ -154,6 +157,19 @@ class Count:
                 cache_gb * 1e9,
                 boundaries * self.samples.batch * self.state * math.ceil(updates / REUSE),
             )
+        )
+
+    def together(self, config, states: int) -> int:
+        """Of what goes through the blocks together, if that much is there."""
+        return int(min(config.cache_gb * 1e9, states))
+
+    def waiting(self, trainers: int) -> int:
+        """Host memory of parts whose round is not there yet; on a GPU's memory they do not
+        count."""
+        return (
+            int(min(SHARE * free_memory(), trainers))
+            if resolve_device(self.config.device) == "cpu"
+            else 0
         )
 
     def rounds(self, config: DistillDepthConfig | DistillWidthConfig, trained: int) -> float:

@@ -17,7 +17,7 @@ from ..settings.convert_settings import SparsifyConfig
 from ..settings.prune_settings import CalibrateConfig
 from ..system.machine import DTYPES, device_memory, flops_a_second, free_disk, resolve_device
 from .advice import STREAMED, last_advice, setting_advice
-from .counts import ACTIVATIONS_PER_TOKEN, GRID, OPTIMISER_COPIES, TEXT_TOKENS, TUNING_COPIES
+from .counts import ACTIVATIONS_PER_TOKEN, FP32, GRID, OPTIMISER_COPIES, TEXT_TOKENS, TUNING_COPIES
 from .needs import needs
 
 # where a stage has no advice of its own
@@ -43,7 +43,7 @@ def estimate(cost: CostModel, dtype: torch.dtype, device: str) -> list[Estimate]
     student = cost.student(Interval(first=first, last=first + 1, correction="affine"))
     tokens = math.prod(GRID) + TEXT_TOKENS
     activations = tokens * cost.architecture.width(cost.config) * ACTIVATIONS_PER_TOKEN * size
-    training = OPTIMISER_COPIES * student.parameters * size + activations
+    training = OPTIMISER_COPIES * student.parameters * FP32 + activations
     sweep = sum(block.flops for block in blocks)
     seconds = (3 * student.flops + sweep / REUSE) / flops_a_second(device, dtype)
     rows = []
@@ -90,7 +90,7 @@ def _print_distilling(rows: list[Estimate], device: str, dtype: str) -> None:
 
 def _tuning_note(parameters: int) -> str:
     """Weights, gradient, two moments and average, all float32."""
-    size = TUNING_COPIES * torch.float32.itemsize
+    size = TUNING_COPIES * FP32
     return (
         f"tuning on the velocity takes more: {size} bytes a trained parameter, {parameters * size / 1e9:.0f} GB if "
         "that is the whole model, and what all blocks keep for their gradients (one block's with --checkpointing)"

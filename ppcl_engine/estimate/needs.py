@@ -69,10 +69,18 @@ def _calibrate(count: Count, config: CalibrateConfig):
     samples = count.samples
     # more than parts and then one file of latents and embeddings take
     disk = 2 * samples.count * count.state
-    if config.images:
-        return "calibrate", 0, samples.batch * count.state, disk, 0
+    if config.images:  # one sample goes through the model, a block at a time
+        return (
+            "calibrate",
+            count.sizes.streamed * count.size,
+            samples.batch * count.state,
+            disk,
+            count.forward,
+        )
     drawn = 2 * config.steps * samples.count * count.forward
-    return "calibrate", count.teacher, samples.batch * count.state, disk, drawn
+    # with a caption and without
+    states = 2 * count.state * (samples.count if config.streamed else samples.batch)
+    return "calibrate", count.teacher, count.together(config, states), disk, drawn
 
 
 def _probe(count: Count, config: ProbeConfig):
@@ -92,17 +100,21 @@ def _detect(count: Count, config: DetectConfig):
         count.blocks - 1 - k for s in sections for u in s for k in s if u < k < u + config.longest
     ]
     passes = count.blocks + (1 if config.local else 2) * sum(pairs)
-    fits = len(pairs) * states / count.size / count.width * 4 * count.width**2
+    chains = len(pairs) * (states if config.local else 2 * states) if config.streamed else 0
+    sums = 6 * 8 * count.width**2  # of both streams: X^T X, its factor and X^T Y
+    fits = len(pairs) * states / count.size / count.width * 3 * count.width**2
     measured = passes * min(config.samples, count.samples.count) * count.forward / count.blocks
-    return "detect", count.teacher + here, 2 * states, disk, measured + fits
+    more = 2 * states + count.together(config, chains) + sums
+    return "detect", count.teacher + here, more, disk, measured + fits
 
 
 def _distill_depth(count: Count, config: DistillDepthConfig):
     boundaries = 2 * len(count.intervals) + 2
     cache = 0 if config.streamed else count.cache(config.updates, config.cache_gb, boundaries)
-    disk = SAVED_COPIES * sum(count.students) * count.size
-    sure = count.teacher + OPTIMISER_COPIES * max(count.students) * count.size
-    more = cache + count.backward + count.rounded(max(count.students), count.size)
+    disk = SAVED_COPIES * sum(count.students) * FP32
+    sure = count.teacher + OPTIMISER_COPIES * max(count.students) * FP32
+    more = cache + count.backward + count.read_in_training(max(count.students))
+    more += count.waiting(SAVED_COPIES * FP32 * (sum(count.students) - max(count.students)))
     return "distill-depth", sure, more, disk, count.rounds(config, len(count.intervals))
 
 
@@ -110,7 +122,9 @@ def _detect_width(count: Count, config: DetectWidthConfig):
     states, equations = count.kept(count.samples.count), 4 * 8 * count.width**2
     fits = 2 * count.blocks
     here, disk = (0, 2 * states) if config.streamed else (2 * states, 0)
-    more = states + min(config.cache_gb * 1e9, fits * equations)
+    solutions = fits * 2 * FP32 * count.width**2
+    more = states + count.together(config, max(fits * equations, fits * states))
+    more, disk = (more, disk + solutions) if config.streamed else (more + solutions, disk)
     flops = (fits * config.samples + 2 * count.samples.count) * count.forward
     return "detect-width", count.teacher + here + equations, more, disk, flops
 
@@ -122,10 +136,13 @@ def _distill_width(count: Count, config: DistillWidthConfig):
     cache = 0 if config.streamed else count.cache(config.updates, config.cache_gb, 4 * sites)
     certain = sites if count.plan is not None else 1
     sure = (
-        count.teacher + (OPTIMISER_COPIES * count.width**2 + 2 * min(count.students)) * count.size
+        count.teacher
+        + OPTIMISER_COPIES * count.width**2 * FP32
+        + 2 * min(count.students) * count.size
     )
-    disk = certain * SAVED_COPIES * count.width**2 * count.size
-    more = cache + count.backward + count.rounded(count.width**2, count.size)
+    disk = certain * SAVED_COPIES * count.width**2 * FP32
+    more = cache + count.backward + count.read_in_training(count.width**2)
+    more += count.waiting(SAVED_COPIES * FP32 * count.width**2 * (certain - 1))
     return "distill-width", sure, more, disk, count.rounds(config, sites)
 
 
@@ -141,8 +158,8 @@ def _finetune(count: Count, config: FinetuneConfig):
 
 def _tuned(count: Count, config: PolishConfig | FinetuneConfig, trained: int):
     """Master weights, gradients, moments and average are float32."""
-    kept = (1 if config.checkpointing else count.blocks) * count.backward + count.rounded(
-        trained, FP32
+    kept = (1 if config.checkpointing else count.blocks) * count.backward + count.read_in_training(
+        trained
     )
     flops = 4 * config.steps * count.samples.batch * count.forward
     disk = 4 * FP32 * trained  # used and raw weights, two moments
@@ -156,7 +173,14 @@ def _variants(count: Count, config: VariantsConfig):
         * min(config.samples, count.samples.count)
         * count.forward
     )
-    return "variants", count.teacher + states, 2 * states, 0, flops
+    models = len(count.intervals) + NAMED_VARIANTS
+    return (
+        "variants",
+        count.teacher + states,
+        states + count.together(config, models * states),
+        0,
+        flops,
+    )
 
 
 def _export(count: Count, config: ExportConfig):

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from ..settings.base_settings import Common, SharedConfig, TuningConfig, from_mapping
 from ..settings.convert_settings import SparsifyConfig
+from ..settings.ranges import Range, Settings
 from ..stages import STAGES
 from ..system.atomic import read_json, write_json
 
@@ -32,7 +33,7 @@ OURS = ("run", "dry_run")  # settings that a job sets by itself
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class Order(Settings):
     """stages: (name, settings) in their order, a stage may come again. parallel: how several
     processes share the training. outlive: go on when the process that launched the worker ends.
     preview_seconds: between pictures; 0 draws none. upstream: the run that its files come from.
@@ -41,7 +42,7 @@ class Order:
     stages: tuple[tuple[str, dict], ...]
     parallel: Literal["data", "intervals"] = "data"
     outlive: bool = False
-    preview_seconds: float = 30.0
+    preview_seconds: Annotated[float, Range(0.0, 3600.0)] = 30.0
     upstream: str = ""
     identity: str = ""
 

@@ -45,6 +45,7 @@ from filelock import FileLock, Timeout
 
 from ..settings.base_settings import from_mapping
 from ..system.atomic import read_json, write_json
+from ..system.json_text import json_text
 
 Status = Literal["queued", "running", "stopping", "done", "failed", "cancelled"]
 STATUSES: tuple[str, ...] = get_args(Status)
@@ -228,7 +229,7 @@ def cancel_asked(folder: Path) -> bool:
 
 
 def append_event(folder: Path, kind: str, **values) -> None:
-    append_line(Path(folder) / EVENTS, json.dumps({"time": time.time(), "kind": kind, **values}))
+    append_line(Path(folder) / EVENTS, json_text({"time": time.time(), "kind": kind, **values}))
 
 
 def read_events(folder: Path) -> list[dict]:

@@ -8,7 +8,6 @@ Every file is replaced whole, never written into, so nothing that a run does can
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -20,6 +19,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..system.atomic import read_json
+from ..system.json_text import json_text
 from .launch import Process, check_name, launch
 from .reuse import (
     CALIBRATION,
@@ -295,7 +295,7 @@ def _state_to_show(path: Path) -> JobState:
 
 
 def _hash(values: dict) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json_text(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _marked(config) -> dict:

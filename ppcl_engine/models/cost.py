@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..architectures import REFERENCES, Architecture, Inputs
+from ..architectures import REFERENCES, Architecture, Inputs, architecture_named
 from ..plan import Interval, PruningPlan, Variant
+from ..system.json_text import json_text
 from .layout import Place, layout_of
 from .surgery import empty_block
 from .weights import parameter_count, stored_count
@@ -53,7 +56,7 @@ class CostModel:
             self.outer_parameters, self.outer_stored = parameter_count(outer), stored_count(outer)
             self._state = _meta_state(architecture, config, [grid, *references], text_tokens)
         self._counted: dict[tuple, Cost] = {}
-        self._kinds: dict[int, Shapes] = {}
+        self._config_text = json_text(config, sort_keys=True)
 
     @classmethod
     def at(cls, architecture: Architecture, config: dict, inputs: Inputs) -> CostModel:
@@ -84,7 +87,8 @@ class CostModel:
         that are built alike."""
         projected = tuple((site.kind, site.form) for site in place.ffn)
         text = (place.text_source is not None, place.steps_text, place.publishes)
-        built = (self._kind(place.index), place.interval, projected, text)
+        kind = _kind_of(self.architecture.name, self._config_text, place.index)
+        built = (kind, place.interval, projected, text)
         if built not in self._counted:
             with torch.device("meta"):
                 self._counted[built] = self._of(
@@ -110,20 +114,19 @@ class CostModel:
         shapes = [(x.numel() // x.shape[-1], x.shape[-1]) for x in read.values()]
         return [(m.out_features, m.in_features) for m in maps], shapes
 
-    def _kind(self, index: int) -> Shapes:
-        """What tells a block of the teacher from those of another kind."""
-        if index not in self._kinds:
-            with torch.device("meta"):
-                block = self.architecture.build_block(self.config, index)
-            self._kinds[index] = tuple(
-                (name, tensor.shape) for name, tensor in block.state_dict().items()
-            )
-        return self._kinds[index]
-
     def _of(self, block: torch.nn.Module) -> Cost:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.architecture.run_block(block, self._state)
         return Cost(parameter_count(block), stored_count(block), float(counter.get_total_flops()))
+
+
+@lru_cache(maxsize=1024)
+def _kind_of(architecture: str, config: str, index: int) -> Shapes:
+    """What tells a block of the teacher from those of another kind. Built once, however many costs
+    are counted."""
+    with torch.device("meta"):
+        block = architecture_named(architecture).build_block(json.loads(config), index)
+    return tuple((name, tensor.shape) for name, tensor in block.state_dict().items())
 
 
 def largest_pair(blocks: Sequence[int]) -> int:

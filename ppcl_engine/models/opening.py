@@ -4,6 +4,7 @@ alone."""
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from .folding.files import give_base
 from .layout import full_layout
 from .released import Released, is_width_pruned, repeated_steps_warning
 from .standalone import open_standalone, standalone_structure
+from .streaming import block_loader
 from .weights import Weights
 
 
@@ -66,6 +68,7 @@ def open_model(
     device: str = "cpu",
     *,
     legacy_txt_proj: bool = False,
+    streamed: bool = False,
 ) -> nn.Module:
     """A model with the same forward as diffusers' class of its architecture.
 
@@ -74,10 +77,51 @@ def open_model(
     variant: a name of the bundle's plan, "full", or intervals and sites as "3-4,8-10,text:51-59";
     None is the smallest. base: also of a folded table, the file that it was folded from, for
     timesteps that it lacks.
-    legacy_txt_proj: the authors' older meaning of a text projection (see `released`). Raises
-    ValueError in one line.
+    legacy_txt_proj: the authors' older meaning of a text projection (see `released`). streamed:
+    blocks of the full model are read from its file when they are called and dropped after, so that
+    little memory holds any model; students of a bundle stay in memory. Raises ValueError in one
+    line; so does the model's save_pretrained, where diffusers could not load what it writes.
     """
-    path = Path(path)
+    model = _opened(
+        Path(path), variant, base and Path(base), dtype, device, legacy_txt_proj, streamed
+    )
+    if streamed or not _is_stock(model):
+        model.save_pretrained = partial(_refuse_to_save, path, streamed)
+    return model
+
+
+def _is_stock(model: nn.Module) -> bool:
+    """Whether diffusers' class builds just these tensors from the model's configuration."""
+    if FOLDING in model.config:
+        return False
+    with torch.device("meta"):
+        stock = type(model).from_config(model.config).state_dict()
+    ours = model.state_dict()
+    return stock.keys() == ours.keys() and all(
+        ours[name].shape == tensor.shape for name, tensor in stock.items()
+    )
+
+
+def _refuse_to_save(path: Path, streamed: bool, *arguments, **named) -> None:
+    if streamed:
+        raise ValueError(
+            f"{path} was opened streamed, so the model has no blocks of its own to save; leave streamed out"
+        )
+    raise ValueError(
+        f"{path} is pruned or folded, which diffusers' classes cannot load, so save_pretrained would write a folder that "
+        "nothing reads; use `ppcl export --layout diffusers` (variants without corrections and width sites), or keep the file"
+    )
+
+
+def _opened(
+    path: Path,
+    variant: str | None,
+    base: Path | None,
+    dtype: torch.dtype,
+    device: str,
+    legacy_txt_proj: bool,
+    streamed: bool,
+) -> nn.Module:
     check_exists(path)
     if legacy_txt_proj and not is_width_pruned(path):
         raise ValueError(
@@ -88,14 +132,21 @@ def open_model(
             raise ValueError(
                 f"{path} is not a bundle, so it has no variant {variant!r}; leave the variant out"
             )
+        structure = standalone_structure(path)
+        if streamed and (structure or is_width_pruned(path) or base is not None):
+            raise ValueError(
+                f"{path} has no streamed form, which full models and bundles have; leave streamed out"
+            )
         if is_width_pruned(path):
             return _open_released(Released(path, legacy_txt_proj), dtype, device)
-        structure = standalone_structure(path)
         if structure:
             return _with_base(open_standalone(path, structure, dtype, device), base, path)
         weights = Weights(path)
+        load = block_loader(weights, dtype, device, streamed)
         return _with_base(
-            assemble(weights, None, full_layout(weights.num_blocks), dtype, device), base, path
+            assemble(weights, None, full_layout(weights.num_blocks), dtype, device, load),
+            base,
+            path,
         )
     if base is None:
         raise ValueError(
@@ -104,7 +155,13 @@ def open_model(
     bundle, weights = Bundle(path), Weights(base)
     _check_folded_alike(bundle, weights)
     bundle.plan.check_teacher(weights.architecture.name, weights.fingerprint, base)
-    return open_variant(weights, bundle, bundle.plan, bundle.plan.variant(variant), dtype, device)
+    chosen = bundle.plan.variant(variant)
+    if streamed and chosen.tuned:
+        raise ValueError(
+            f"variant {chosen.name!r} was fine-tuned whole, so nothing of {base} is streamed; leave streamed out"
+        )
+    load = block_loader(weights, dtype, device, streamed)
+    return open_variant(weights, bundle, bundle.plan, chosen, dtype, device, load)
 
 
 def _check_folded_alike(bundle: Bundle, weights: Weights) -> None:

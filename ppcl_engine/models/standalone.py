@@ -3,7 +3,6 @@ our loaders."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -14,6 +13,7 @@ from torch import nn
 
 from ..architectures import architecture_named
 from ..plan import PruningPlan, TextGroup, Variant, plan_from_json
+from ..system.json_text import json_text
 from ..system.tensor_files import TensorFile
 from .assembly import empty_model, filled
 from .comfyui_names import read_part, variant_parts
@@ -100,7 +100,7 @@ def standalone_structure(path: Path) -> dict | None:
 
 
 def open_standalone(path: Path, structure: dict, dtype: torch.dtype, device: str) -> nn.Module:
-    plan = plan_from_json(json.dumps(structure), path)
+    plan = plan_from_json(json_text(structure), path)
     model = empty_model(
         architecture_named(plan.architecture), plan.config, layout_of(plan, plan.everything())
     )

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..architectures import Architecture, Part, detect_architecture
 from ..system.atomic import read_json
+from ..system.json_text import json_text
 from ..system.pickled_files import PickledFile
 from ..system.tensor_files import TensorFile, check_exists
 
@@ -62,22 +63,26 @@ class Weights:
         shape = file.shape(name)
         return shape if part.of == 1 else (shape[0] // part.of * len(part.pieces), *shape[1:])
 
-    def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The tensor in `dtype` (default: as stored; scaled fp8 then becomes bf16)."""
+    def read(self, key: str, dtype: torch.dtype | None = None, device: str = "cpu") -> torch.Tensor:
+        """The tensor in `dtype` (default: as stored; scaled fp8 then becomes bf16). What becomes
+        larger is moved first and cast on the device: half the bytes to move, and casting fp8 is
+        slow on a CPU."""
         file, name, part = self._tensors[key]
         tensor = _read_part(file, name, part)
+        if dtype is None or tensor.dtype.itemsize <= dtype.itemsize:
+            tensor = tensor.to(device)
         for suffix in SCALE_SUFFIXES:
             scale = self._scales.get(part.name.removesuffix(".weight") + suffix)
             if scale is not None:
-                tensor = (tensor.float() * scale[0].read(scale[1]).float()).to(
+                tensor = (tensor.float() * scale[0].read(scale[1]).to(tensor.device).float()).to(
                     dtype or torch.bfloat16
                 )
-        return tensor if dtype is None else tensor.to(dtype)
+        return (tensor if dtype is None else tensor.to(dtype)).to(device)
 
     def module(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: str) -> nn.Module:
         """Fills a module (of any device, also meta) with the tensors under `prefix`; eval, no
         gradients."""
-        state = {name: self.read(prefix + name, dtype).to(device) for name in module.state_dict()}
+        state = {name: self.read(prefix + name, dtype, device) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
 
@@ -285,7 +290,7 @@ def as_tensor(value: dict | str) -> torch.Tensor:
     """A JSON object, or its text, as a tensor: what hosts keep of a file where they drop
     metadata."""
     return torch.tensor(
-        list((value if isinstance(value, str) else json.dumps(value)).encode()), dtype=torch.uint8
+        list((value if isinstance(value, str) else json_text(value)).encode()), dtype=torch.uint8
     )
 
 

@@ -33,7 +33,7 @@ FIDELITY = {
 
 @dataclass(frozen=True)
 class Results:
-    """What a run folder says, read once. cka, damage: see stages.detect.Curves; losses: interval ->
+    """What a run folder says, read once. cka, damage: see curves.Curves; losses: interval ->
     [updates]."""
 
     plan: PruningPlan

@@ -4,38 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from .base_settings import Common
+from .ranges import Count, Device, Guidance, Pixels, Range, Seed, Settings, Steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Common):
     """Compare variants with the teacher at the same seeds, and write report.html."""
 
-    captions: int = 100
+    captions: Count = 100
     """Pictures drawn a variant."""
     prompts: Path | None = None
     """Captions to draw, one a line; by default the calibration's own task where it has one."""
     references: Path | None = None
     """In their place, for an edit model: folder of pictures to change, each with a .txt instruction
     of the same name."""
-    steps: int = 20
+    steps: Steps = 20
     """Sampling steps."""
-    guidance: float = 2.0
+    guidance: Guidance = 2.0
     """Classifier-free guidance."""
-    batch: int = 50
+    batch: Count = 50
     """Pictures at once."""
     variants: str = ""
     """Names, separated by commas; empty is every named variant."""
-    height: int = 0
+    height: Pixels = 0
     """Height of a picture in pixels; 0 is the model's default."""
-    width: int = 0
+    width: Pixels = 0
     """Width of a picture in pixels; 0 is the model's default."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(Settings):
     """Draw pictures with any model file or bundle."""
 
     path: Path
@@ -50,23 +51,23 @@ class GenerateConfig:
     variant: str | None = None
     """Variant of a bundle."""
     output: Path = Path("runs/generate.png")
-    """The picture to write."""
-    steps: int = 20
+    """The picture to write: .png, .jpg or .jpeg."""
+    steps: Steps = 20
     """Sampling steps."""
-    guidance: float = 2.0
+    guidance: Guidance = 2.0
     """Classifier-free guidance."""
-    seed: int = 0
+    seed: Seed = 0
     """Noise."""
-    height: int = 0
+    height: Pixels = 0
     """Height of a picture in pixels; 0 is the model's default."""
-    width: int = 0
+    width: Pixels = 0
     """Width of a picture in pixels; 0 is the model's default."""
-    device: str = "auto"
+    device: Device = "auto"
     """Where to compute."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig:
+class InspectConfig(Settings):
     """Say what a file holds, or what architectures are known."""
 
     path: Path | None = None
@@ -81,42 +82,42 @@ class InspectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class BenchConfig(Settings):
     """Time a forward of each variant on random inputs, interleaved, on this machine."""
 
     path: Path
     """Bundle, standalone, diffusers folder or single file."""
     base: Path | None = None
     """The base model of a bundle."""
-    rows: int = 6
+    rows: Annotated[int, Range(1, 1024)] = 6
     """Rows of image tokens (a token covers 16 pixels of a full-size model)."""
-    columns: int = 6
+    columns: Annotated[int, Range(1, 1024)] = 6
     """Columns of image tokens."""
-    text_tokens: int = 9
+    text_tokens: Annotated[int, Range(1, 100_000)] = 9
     """Text tokens."""
-    batch: int = 1
+    batch: Count = 1
     """Samples at once."""
-    repeats: int = 10
+    repeats: Count = 10
     """Forwards a variant; the median counts."""
-    device: str = "auto"
+    device: Device = "auto"
     """Where to compute."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig:
+class DemoConfig(Settings):
     """The whole method on a bundled teacher: calibrate to report, no download."""
 
     run: Path | None = None
     """Where everything goes; by default runs/demo, or runs/demo_flux."""
     teacher: Literal["qwen", "flux"] = "qwen"
     """The small teacher: of Qwen-Image's architecture, or of FLUX's (double and single blocks)."""
-    device: str = "auto"
+    device: Device = "auto"
     """Where to compute."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every stage."""
-    captions: int = 200
+    captions: Count = 200
     """Pictures drawn a variant in the evaluation."""
     quick: bool = False
     """Fewest samples and updates: shows in a minute that everything runs; its figures mean
@@ -124,7 +125,7 @@ class DemoConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Settings):
     """Run the stages that a TOML file names, in its order; [common] holds what they share."""
 
     file: Path

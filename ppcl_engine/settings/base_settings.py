@@ -5,22 +5,28 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+
+from ..system.wording import known_names, shown
+from .ranges import Count, CountOrZero, Device, OutOfRange, Range, Rate, Seed, Settings
+
+LARGEST = 10**300
+PATHS_OF_WINDOWS = r"write paths of Windows in single quotes, as 'C:\models\x'"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Common:
+class Common(Settings):
     model: Path
     """The teacher: a diffusers folder, or a ComfyUI single file."""
     run: Path
     """The folder that this stage reads from and writes to."""
-    device: str = "auto"
+    device: Device = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the blocks; statistics are always float64."""
+    """Precision of the blocks; weights in training stay float32, statistics are always float64."""
     streamed: bool = False
     """Read blocks from disk one after the other instead of keeping the whole model in memory."""
-    seed: int = 0
+    seed: Seed = 0
     """Same seed, same files, same machine: same bits."""
     dry_run: bool = False
     """Only print what it would take (blocks, bytes, memory, time a step), resident and streamed;
@@ -64,30 +70,25 @@ class TuningConfig(TrainingConfig):
     """What polish and finetune share; with bfloat16 the trained weights and the optimiser stay
     float32."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Steps (paper: 1,000)."""
-    learning_rate: float = 1e-5
+    learning_rate: Rate = 1e-5
     """Peak learning rate (AdamW 0.9, 0.95), cosine to a thirtieth over all steps."""
-    warm_up: int = 16
+    warm_up: CountOrZero = 16
     """Steps until the peak learning rate."""
-    weight_decay: float = 0.02
+    weight_decay: Rate = 0.02
     """Weight decay of matrices."""
-    ema: float = 0.999
+    ema: Annotated[float, Range(0.0, 0.9999)] = 0.999
     """Decay of the averaged weights, which are what is used; lower in the first steps. 0 takes the
     last weights."""
     checkpointing: bool = False
     """Compute blocks again for their gradients instead of keeping what they saw; with --streamed
     the weights of frozen blocks are not kept either. Same bits."""
-    save_every: int = 100
+    save_every: Count = 100
     """Steps between saves."""
 
     def __post_init__(self):
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"--ema {self.ema} is not a decay; choose 0 up to, not including, 1")
-        if min(self.steps, self.save_every) < 1:
-            raise ValueError(
-                f"--steps {self.steps}, --save-every {self.save_every}: both are at least 1"
-            )
+        super().__post_init__()
         if self.parallel != "data":
             raise ValueError(
                 f"--parallel {self.parallel}: here all parts learn from one loss; use --parallel data"
@@ -107,33 +108,45 @@ def from_mapping(kind: type, values: dict, where: str):
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(
-            f"{where}: unknown setting {unknown[0]!r}; known: {', '.join(sorted(hints))}"
+            f"{where}: unknown setting {shown(unknown[0])}; {known_names(unknown[0], sorted(hints))}"
         )
     missing = [f.name for f in fields(kind) if f.default is MISSING and f.name not in values]
     if missing:
         raise ValueError(f"{where}: setting {missing[0]!r} is missing")
-    return kind(
-        **{
-            name: _converted(hints[name], value, f"{where}: {name}")
-            for name, value in values.items()
-        }
-    )
+    given = {
+        name: _converted(hints[name], value, f"{where}: {name}") for name, value in values.items()
+    }
+    try:
+        return kind(**given)
+    except OutOfRange as error:
+        raise ValueError(
+            f"{where}: {error.name} = {shown(error.value)}; choose {error.wanted}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _converted(hint, value, where: str):
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise ValueError(
-                f"{where} = {value!r}; choose from {', '.join(map(str, get_args(hint)))}"
+                f"{where} = {shown(value)}; choose from {', '.join(map(str, get_args(hint)))}"
             )
         return value
     kinds = get_args(hint) or (hint,)
     if Path in kinds and isinstance(value, str):
+        if not value:
+            raise ValueError(f"{where} is empty; give a path")
+        if any(character < " " for character in value):
+            raise ValueError(
+                f"{where} = {shown(value)} has a control character in it; {PATHS_OF_WINDOWS}"
+            )
         return Path(value)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        # a larger one has no float, and no setting allows it
+        return float(max(-LARGEST, min(LARGEST, value)))
     if type(value) not in kinds:
         raise ValueError(
-            f"{where} = {value!r} is not {' or '.join(getattr(k, '__name__', str(k)) for k in kinds)}"
+            f"{where} = {shown(value)} is not {' or '.join(getattr(k, '__name__', str(k)) for k in kinds)}"
         )
     return value

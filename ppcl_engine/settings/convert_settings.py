@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from .base_settings import Common
+from .ranges import Device, FileName, Pixels, Range, Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class ExportConfig(Common):
     stock hosts (no corrections). ppcl: one variant with the teacher's indices, for our loaders."""
     variant: str = "small"
     """Which variant a file of its own holds."""
-    name: str = "pruned"
+    name: FileName = "pruned"
     """File name without ending: letters, digits, '-', '_'."""
     store: Literal["float32", "bfloat16", "float8"] = "bfloat16"
     """Precision in the file. float8: linear maps in scaled fp8, as ComfyUI reads it (layout
@@ -26,7 +27,7 @@ class ExportConfig(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportConfig:
+class ImportConfig(Settings):
     """Make a bundle or a standalone of ours from a pruned model that the method's authors
     released."""
 
@@ -37,7 +38,7 @@ class ImportConfig:
     it."""
     run: Path = Path("runs/import")
     """The folder that the file is written to."""
-    name: str = "released"
+    name: FileName = "released"
     """File name without ending: letters, digits, '-', '_'."""
     layout: Literal["bundle", "ppcl"] = "bundle"
     """bundle: intervals can be given back to the base. ppcl: the released model alone, with the
@@ -53,7 +54,7 @@ class ImportConfig:
     """Calibration set of the teacher, to refit on; by default the one in the run folder."""
     store: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision in the file."""
-    device: str = "auto"
+    device: Device = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the teacher's blocks while it refits; statistics are always float64."""
@@ -63,7 +64,7 @@ class ImportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoldConfig:
+class FoldConfig(Settings):
     """Fold away the modulations that read the timestep alone: a third of Qwen-Image, with no
     training."""
 
@@ -78,22 +79,22 @@ class FoldConfig:
     coefficients for any timestep, within a bound. off: the original weights again."""
     run: Path = Path("runs/fold")
     """The folder that files and report are written to."""
-    name: str = "folded"
+    name: FileName = "folded"
     """File name without ending: letters, digits, '-', '_'."""
-    bound: float = 0.01
+    bound: Annotated[float, Range(1e-6, 0.99)] = 0.01
     """basis: largest relative error of any modulation at any timestep; the smallest rank that keeps
     it is taken."""
-    rank: int | None = None
+    rank: Annotated[int | None, Range(1, 100_000)] = None
     """basis: this rank instead of the one that the bound asks for."""
     steps: str = "20"
     """table: numbers of sampling steps, as '8 20', on the schedule of the model's own folder or
     file (else equal steps)."""
     timesteps: str = ""
     """table: timesteps themselves in place of steps, as '1 0.75 0.5 0.25'."""
-    height: int = 0
+    height: Pixels = 0
     """table: height in pixels of the pictures, which a schedule may hang on; 0 is the model's
     default."""
-    width: int = 0
+    width: Pixels = 0
     """table: width in pixels."""
     samples: str = "1 2"
     """table: for how many samples at once its values are the model's own to the last bit; for
@@ -104,13 +105,13 @@ class FoldConfig:
     host: Literal["diffusers", "comfyui"] = "diffusers"
     """table: who will run it. diffusers rounds timesteps to the model's precision, ComfyUI does
     not."""
-    device: str = "auto"
+    device: Device = "auto"
     """Where to compute, best where the model will run: kernels of other devices round
     differently."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparsifyConfig:
+class SparsifyConfig(Settings):
     """Set weights of the blocks to zero with no training, from what their layers read on a
     calibration set."""
 
@@ -127,12 +128,12 @@ class SparsifyConfig:
     run: Path = Path("runs/sparsify")
     """The folder that the file and its report are written to, and where an interrupted run goes
     on."""
-    name: str = "sparse"
+    name: FileName = "sparse"
     """File name without ending: letters, digits, '-', '_'."""
     pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
     """unstructured: any weight may go. 2:4: two of every four neighbours stay, for GPUs with
     kernels for it; 4:8: four of eight."""
-    sparsity: float | None = None
+    sparsity: Annotated[float | None, Range(0.0, 1.0)] = None
     """Share of the weights that go, exact in every layer; by default a half. 2:4 and 4:8 bring
     their own."""
     score: Literal["magnitude", "wanda", "ria", "obs", "energy"] = "energy"
@@ -160,7 +161,7 @@ class SparsifyConfig:
     """Linear maps that stay dense, by a part of their names, as 'img_mod txt_mod'."""
     store: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision in the file."""
-    device: str = "auto"
+    device: Device = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision in which blocks run; statistics are always float64."""

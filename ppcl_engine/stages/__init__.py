@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable
 
 from ..settings import assess_settings, convert_settings, prune_settings
+from ..system.early import begin
+from ..system.outputs import check_folder
 
 STAGES: dict[str, tuple[type, str]] = {
     "calibrate": (prune_settings.CalibrateConfig, "prune.calibrate"),
@@ -34,12 +36,17 @@ def run_stage(stage: str, config) -> None:
     """By one process, or by those of a launch together."""
     from ..system.distributed import together
 
+    if getattr(config, "run", None) is not None:
+        check_folder(config.run)
     if getattr(config, "dry_run", False):
         from ..estimate.dry_run import print_estimate
 
+        begin()
         together(print_estimate, config)
         return
-    result = together(function_of(stage), config, getattr(config, "parallel", ""))
+    work = function_of(stage)
+    begin()
+    result = together(work, config, getattr(config, "parallel", ""))
     if result is not None:
         print(f"{stage}: {result}")
 

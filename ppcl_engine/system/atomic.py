@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .json_text import json_text
+from .outputs import check_file
+
 WINDOWS_TRIES, WINDOWS_WAIT = 40, 0.05  # seconds
 
 
@@ -18,9 +21,11 @@ WINDOWS_TRIES, WINDOWS_WAIT = 40, 0.05  # seconds
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it replaces `path`, on failure it goes.
 
-    What a killed process left beside `path` goes too.
+    What a killed process left beside `path` goes too. Raises ValueError for what is no file, such
+    as a device.
     """
     path = Path(path)
+    check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         left.unlink(missing_ok=True)
@@ -31,7 +36,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         _replace(temporary, path)
     except OSError as error:
-        if error.filename is None:  # a full disk does not say where it is full
+        # a full disk does not say where it is full
+        if error.filename is None and error.errno is not None:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
     finally:
@@ -57,7 +63,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, json_text(value, indent=1) + "\n")
 
 
 def read_json(path: Path):

@@ -21,9 +21,10 @@ from typing import TypeVar
 
 import torch
 
+from .early import RANKS
+
 # as torchrun and MPIs name them
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 # a stage may take days; who dies is noticed by the closed connection, not by the clock
 PATIENCE = timedelta(days=30)
 GLANCE = 0.005  # seconds between two looks of a process that waits, so that it hears Ctrl-C

@@ -12,11 +12,14 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..settings.base_settings import Common
+from ..settings.ranges import OutOfRange, rules_of
 from .distributed import processes
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
+DEVICE = rules_of(Common)["device"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -26,6 +29,13 @@ def device_memory(device: str) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     limit = CGROUP.read_text().strip() if CGROUP.exists() else ""
     return min(psutil.virtual_memory().total, int(limit) if limit.isdigit() else 1 << 62)
+
+
+def free_memory() -> int:
+    """Bytes of the host that nobody uses now."""
+    used_here, free = CGROUP.with_name("memory.current"), psutil.virtual_memory().available
+    limit = CGROUP.read_text().strip() if CGROUP.exists() else ""
+    return min(free, int(limit) - int(used_here.read_text())) if limit.isdigit() else free
 
 
 def free_disk(folder: Path) -> int:
@@ -39,7 +49,7 @@ def free_disk(folder: Path) -> int:
 @cache
 def flops_a_second(device: str, dtype: torch.dtype) -> float:
     """Of one large matrix product, measured; real blocks reach about this on large inputs."""
-    size = 1536 if device == "cpu" else 8192
+    size = 1024 if device == "cpu" else 8192
     size = size // 4 if dtype is torch.float64 else size  # in which many GPUs are slow
     a = torch.ones(size, size, device=device, dtype=dtype)
     a @ a
@@ -84,11 +94,22 @@ def _status(field: str) -> int:
 
 
 def resolve_device(device: str) -> str:
-    """Raises ValueError when a device is asked for that this machine does not have."""
+    """Raises ValueError when a device is asked for that this machine does not have, or that is
+    none."""
+    if not DEVICE.holds(device):
+        raise OutOfRange("device", device, DEVICE)
     if device == "auto":
         return processes().gpu if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device} is not on this machine; use --device cpu")
+    if (
+        device.startswith("cuda:")
+        and int(device.removeprefix("cuda:")) >= torch.cuda.device_count()
+    ):
+        last = torch.cuda.device_count() - 1
+        raise ValueError(
+            f"device {device} is not on this machine; its GPUs are cuda:0 to cuda:{last}"
+        )
     if device.startswith("cuda:") and processes().count > 1:
         raise ValueError(
             f"device {device} is one for {processes().count} processes; use --device cuda, one for each"

@@ -67,6 +67,13 @@ class Progress(tqdm):
             yield item
             self._tell(done + 1)
 
+    @classmethod
+    def close_all(cls) -> None:
+        """Ends the lines of bars that an error left open, so that what is said next begins a
+        line."""
+        for bar in list(cls._instances):
+            bar.close()
+
     def _tell(self, done: int | None = None) -> None:
         listener = _LISTENER.get()
         if listener is None or self.disable:

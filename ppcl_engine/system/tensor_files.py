@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 from .atomic import replacing
+from .finite import check_finite
+from .json_text import json_text
 from .two_of_four import decompress, dense_entries
 
 DTYPES = {
@@ -38,27 +40,35 @@ DTYPES = {
 if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7 or newer: powers of two, as scales of blocks
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NOT_WRITTEN = "it was not written; check the model and the calibration set that it comes from"
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    metadata: dict[str, str] | None = None,
+    gaps: bool = False,
 ) -> None:
-    """A safetensors file of tensors that are already in memory."""
+    """A safetensors file of tensors that are already in memory. gaps: NaN stands for what was not
+    measured."""
     entries = [
-        TensorEntry(name, t.dtype, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()
+        TensorEntry(name, t.dtype, tuple(t.shape), lambda t=t: t, gaps)
+        for name, t in tensors.items()
     ]
     write_tensor_stream(path, entries, metadata)
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor to be written: `read` makes it when its turn comes."""
+    """A tensor to be written: `read` makes it when its turn comes. gaps: NaN in it stands for what
+    was not measured."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    gaps: bool = False
 
     @property
     def size(self) -> int:
@@ -68,7 +78,10 @@ class TensorEntry:
 def write_tensor_stream(
     path: Path, entries: list[TensorEntry], metadata: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file written tensor by tensor, so memory holds one tensor at a time."""
+    """A safetensors file written tensor by tensor, so memory holds one tensor at a time.
+
+    Raises ValueError, and leaves what was there, for a tensor that is not finite.
+    """
     header: dict = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for entry in entries:
@@ -87,6 +100,8 @@ def write_tensor_stream(
         for entry in entries:
             tensor = entry.read().detach().to("cpu", entry.dtype).contiguous()
             assert tuple(tensor.shape) == entry.shape, (entry.name, tensor.shape, entry.shape)
+            if not entry.gaps:
+                check_finite({entry.name: tensor}, path, NOT_WRITTEN)
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
@@ -209,7 +224,7 @@ def file_mark(path: Path) -> str:
     """Hash that tells one training's file from another's: metadata, losses and the values of all
     vectors."""
     file = TensorFile(path)
-    digest = hashlib.sha256(json.dumps(file.metadata, sort_keys=True).encode())
+    digest = hashlib.sha256(json_text(file.metadata, sort_keys=True).encode())
     for name in sorted(file.keys()):
         if len(file.shape(name)) == 1:
             digest.update(name.encode() + file.read(name).view(torch.uint8).numpy().tobytes())

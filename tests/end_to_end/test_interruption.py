@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ppcl_engine.__main__ import INTERRUPTED, main
+from ppcl_engine.__main__ import main
+from ppcl_engine.system.early import INTERRUPTED
 
 KILLS = 10
 RUN_FILE = """

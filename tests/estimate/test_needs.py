@@ -14,6 +14,7 @@ from ppcl_engine.estimate.counts import Count
 from ppcl_engine.estimate.dry_run import estimate, print_estimate, refusal
 from ppcl_engine.estimate.needs import _OF, needs
 from ppcl_engine.jobs.spec import ALLOWED, Order, configs
+from ppcl_engine.models.cost import CostModel
 from ppcl_engine.models.opening import model_config
 from ppcl_engine.models.weights import Weights, parameter_count
 from ppcl_engine.settings.convert_settings import ExportConfig, SparsifyConfig
@@ -118,6 +119,22 @@ def test_blocks_of_several_kinds_are_summed_one_by_one(tmp_path, name, parameter
     assert again.teacher == 4 * (parameters - sum(sizes) + sizes[0] + sizes[1])
     resident, streamed = estimate(count.sizes.cost, torch.float32, "cpu")
     assert resident.device_bytes - streamed.device_bytes == count.teacher - again.teacher
+
+
+def test_a_block_is_built_once_however_many_costs_are_counted(monkeypatch):
+    """A dry run counts twice: what the model has, and what the stage takes."""
+    _, architecture, config = model_config(Path("flux1_lite"))
+    built, build = [], type(architecture).build_block
+    monkeypatch.setattr(
+        type(architecture), "build_block", lambda self, c, i: built.append(i) or build(self, c, i)
+    )
+    costs = []
+    for grid in ((1, 4, 4), (1, 6, 6)):
+        cost, before = CostModel(architecture, config, grid, 8), len(built)
+        costs.append([block.parameters for block in cost.blocks()])
+        found = len(built) - before
+    # one of each kind, to count what it does
+    assert costs[0] == costs[1] and len(costs[0]) == 46 and found == 2
 
 
 def test_making_a_model_sparse_counts_its_matrices(teacher_file, make_run, tmp_path):

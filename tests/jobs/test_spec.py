@@ -23,7 +23,7 @@ ORDERS = st.builds(
     ).map(tuple),
     parallel=st.sampled_from(["data", "intervals"]),
     outlive=st.booleans(),
-    preview_seconds=st.floats(0, 1e6),
+    preview_seconds=st.floats(0, 3600),
     upstream=st.text("abc-1", max_size=9),
     identity=st.text("abc1", max_size=9),
 )
@@ -82,7 +82,11 @@ def test_a_model_that_is_made_sparse_is_elsewhere_too(tmp_path):
         ("demo", {}, "unknown stage 'demo'; a job can do: calibrate, probe"),
         ("generate", {"path": "/m"}, "unknown stage 'generate'"),
         ("../probe", {}, "unknown stage '../probe'"),
-        ("probe", {"model": "/m", "ridgee": 1.0}, "stage probe: unknown setting 'ridgee'; known: "),
+        (
+            "probe",
+            {"model": "/m", "ridgee": 1.0},
+            "stage probe: unknown setting 'ridgee'; did you mean 'ridge'? known: ",
+        ),
         ("probe", {"ridge": 1.0}, "stage probe: setting 'model' is missing"),
         ("probe", {"model": "/m", "ridge": "1"}, "stage probe: ridge = '1' is not float"),
         ("probe", {"model": "/m", "run": "/etc"}, "stage probe: 'run' is not a job's to choose"),
@@ -96,7 +100,11 @@ def test_a_model_that_is_made_sparse_is_elsewhere_too(tmp_path):
             {"model": "/m", "method": "guess"},
             "stage detect: method = 'guess'; choose from ppcl, budget",
         ),
-        ("polish", {"model": "/m", "steps": 0}, "--steps 0"),
+        (
+            "polish",
+            {"model": "/m", "steps": 0},
+            "stage polish: steps = 0; choose a whole number from 1 to 1,000,000",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused(tmp_path, stage, settings, line):

@@ -1,6 +1,8 @@
 """Blocks and states from disk or from memory: the same order, the same bits, the same files."""
 
 import json
+import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +77,37 @@ def test_states_come_back_by_key_and_batch(store, architecture, model, padded_in
     assert [store.has(3, 0), store.has(3, 1), store.has("map_3", 0)] == [False, True, True]
     store.clear()
     assert not store.has(3, 1) and not (store.folder and store.folder.exists())
+
+
+def test_states_on_disk_do_not_wait_for_it(
+    tmp_path, architecture, model, padded_inputs, monkeypatch
+):
+    """At full size a detection writes a million of them."""
+    monkeypatch.setattr(os, "fsync", lambda file: pytest.fail("fsync"))
+    state = architecture.embed(model, padded_inputs())
+    for dtype in (torch.float32, torch.bfloat16):
+        kept = replace(
+            state,
+            image=state.image.to(dtype),
+            text=state.text.to(dtype)[:, :0],
+            modulated_text=state.text,
+        )
+        store = StateStore(tmp_path / "states")
+        store.put(1, 0, kept)
+        found = store.get(1, 0, state)
+        for name in ("image", "text", "modulated_text"):
+            assert (
+                torch.equal(getattr(found, name), getattr(kept, name))
+                and found.image.dtype is dtype
+            )
+        store.clear()
+
+
+def test_a_full_disk_names_the_file(tmp_path, architecture, model, padded_inputs):
+    state, store = architecture.embed(model, padded_inputs()), StateStore(tmp_path / "states")
+    (tmp_path / "states" / "state_1_batch_0").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: .*state_1_batch_0"):
+        store.put(1, 0, state)
 
 
 def test_a_sweep_leaves_one_boundary_at_a_time(teacher, store, architecture, model, padded_inputs):

@@ -175,3 +175,55 @@ def test_the_fingerprint_follows_vectors_and_shapes_not_layout(
         for i, other in enumerate(others)
     }
     assert len(marks | {mark}) == 3
+
+
+@pytest.mark.parametrize(
+    "stored, wanted, moved_as",
+    [
+        (torch.float8_e4m3fn, torch.bfloat16, torch.float8_e4m3fn),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_what_is_moved_is_the_smaller_of_what_is_stored_and_what_is_wanted(
+    tmp_path, model, model_config, monkeypatch, stored, wanted, moved_as
+):
+    """To the device "meta", which stands for one that is not the CPU."""
+    state = {n: t.to(stored) if t.ndim > 1 else t for n, t in model.state_dict().items()}
+    write_tensors(tmp_path / "a.safetensors", state, {"config": json.dumps(model_config(model))})
+    weights, moves, to = Weights(tmp_path / "a.safetensors"), [], torch.Tensor.to
+
+    def moving(self, *arguments, **named):
+        if "meta" in arguments and not self.is_meta:
+            moves.append(self.dtype)
+        return to(self, *arguments, **named)
+
+    monkeypatch.setattr(torch.Tensor, "to", moving)
+    key = "transformer_blocks.0.img_mlp.net.2.weight"
+    moved = weights.read(key, wanted, "meta")
+    assert moves == [moved_as] and moved.dtype is wanted and moved.is_meta
+    monkeypatch.undo()
+    assert torch.equal(weights.read(key, wanted), state[key].to(wanted))
+
+
+def test_blocks_of_an_opened_model_are_streamed_where_that_is_asked_for(
+    bundle, teacher_file, architecture, padded_inputs, monkeypatch
+):
+    read, block = [], Weights.block
+    monkeypatch.setattr(
+        Weights,
+        "block",
+        lambda self, index, *given: read.append(index) or block(self, index, *given),
+    )
+    inputs = padded_inputs()
+    for given, blocks in (
+        ((teacher_file,), 6),
+        ((bundle[0], "3-5", teacher_file), 3),
+        ((bundle[0], "full", teacher_file), 6),
+    ):
+        expected = architecture.call(open_model(*given), inputs)
+        read.clear()
+        model = open_model(*given, streamed=True)
+        assert not read
+        assert torch.equal(architecture.call(model, inputs), expected) and len(read) == blocks
+        assert torch.equal(architecture.call(model, inputs), expected) and len(read) == 2 * blocks

@@ -81,6 +81,7 @@ def make_run(folder, intervals=INTERVALS[0], reader=False, bootstrap=3):
         folder / "curves.safetensors",
         curves,
         {"settings": json.dumps({"calibration": "c", "longest": LONGEST, "bootstrap": bootstrap})},
+        gaps=True,
     )
     found = [{"first": u, "last": v, "score": 0.2, "stability": 0.5} for u, v in intervals]
     write_json(

@@ -13,16 +13,18 @@ from pathlib import Path
 import pytest
 
 import ppcl_engine
-from ppcl_engine.__main__ import INTERRUPTED, USER_ERROR, main
+from ppcl_engine.__main__ import USER_ERROR, main
 from ppcl_engine.jobs.attempt import main as worker
 from ppcl_engine.jobs.spec import Order, write_order
 from ppcl_engine.jobs.state import ask_to_cancel, current_state, read_events
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.run import Run
+from ppcl_engine.system.early import INTERRUPTED
 from ppcl_engine.system.tensor_files import TensorFile
 
 from ..tiny.processes import Launched, command, free_port, relative
+from ..tiny.trained_run import poison
 
 TOLERANCE = 1e-4  # of every tensor, relative, after all updates
 RUN_FILE = """
@@ -313,22 +315,18 @@ def test_too_few_rows_are_said_once(tmp_path, planned):
 def test_a_setting_that_does_not_exist_is_said_once(tmp_path, planned):
     _, arguments = planned()
 
-    def work() -> int:
-        with pytest.raises(SystemExit) as end:
-            main([str(a) for a in [*arguments, "--roundz", 3]])
-        return end.value.code
-
-    launch = Launched(tmp_path, 2, work)
+    launch = command(tmp_path, 2, *arguments, "--roundz", 3)
     assert launch.codes() == [USER_ERROR] * 2
     assert ["--roundz" in output.read_text() for output in launch.outputs] == [True, False]
 
 
-def test_a_loss_that_is_no_number_ends_all(tmp_path, planned):
+def test_a_loss_that_is_no_number_ends_all(tmp_path, planned, monkeypatch):
     run, arguments = planned()
-    launch = command(tmp_path, 2, *arguments, "--learning-rate", "1e30", "--warm-up", 0)
+    poison(monkeypatch, step=1)
+    launch = command(tmp_path, 2, *arguments)
     assert launch.codes() == [USER_ERROR] * 2
     (line,) = launch.lines()
-    assert "at step 1 of interval 0-1; the last good state is kept" in line
+    assert "at step 1 of interval 0-1; nothing was saved" in line
 
 
 def test_accelerates_cpu_option_is_refused_since_it_starts_one_process(

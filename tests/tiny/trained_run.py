@@ -4,6 +4,7 @@ nothing is trained."""
 from __future__ import annotations
 
 import copy
+import math
 import os
 import signal
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ppcl_engine.algorithms.distillation.trainer import Trainer
 from ppcl_engine.algorithms.distillation.tuning import AveragedTrainer
 from ppcl_engine.models.assembly import open_variant
 from ppcl_engine.models.surgery import build_student
@@ -126,6 +128,16 @@ def stop_after(monkeypatch, step: int, how) -> None:
             how()
 
     monkeypatch.setattr(AveragedTrainer, "update", stopping)
+
+
+def poison(monkeypatch, step: int) -> None:
+    """The loss of this step of every training is NaN."""
+    update = Trainer.update
+
+    def poisoned(self, loss, *arguments):
+        update(self, loss * math.nan if self.step == step else loss, *arguments)
+
+    monkeypatch.setattr(Trainer, "update", poisoned)
 
 
 def control_c() -> None:

@@ -32,15 +32,28 @@ def reach(first: int, num_blocks: int, longest: int, starts: frozenset[int] = fr
     return min(first + longest, end) - 1
 
 
+def pairs(
+    num_blocks: int, longest: int, starts: frozenset[int] = frozenset()
+) -> list[tuple[int, int]]:
+    """Every (u, k) that an interval may be, in order."""
+    ends = {u: reach(u, num_blocks, longest, starts) for u in range(num_blocks)}
+    return [(u, k) for u, end in ends.items() for k in range(u + 1, end + 1)]
+
+
+def largest_difference(
+    cka: Cka, num_blocks: int, longest: int, starts: frozenset[int] = frozenset()
+) -> float:
+    """Largest D of all curves."""
+    return max(
+        (first_difference(cka, u, k) for u, k in pairs(num_blocks, longest, starts)), default=0.0
+    )
+
+
 def curve_scale(
     cka: Cka, num_blocks: int, longest: int, starts: frozenset[int] = frozenset()
 ) -> float:
-    """Largest D of all curves. Raises ValueError for a degenerate teacher."""
-    ends = {u: reach(u, num_blocks, longest, starts) for u in range(num_blocks - 1)}
-    differences = [
-        first_difference(cka, u, k) for u, end in ends.items() for k in range(u + 1, end + 1)
-    ]
-    scale = max(differences, default=0.0)
+    """`largest_difference`. Raises ValueError for a degenerate teacher."""
+    scale = largest_difference(cka, num_blocks, longest, starts)
     if not scale >= DEGENERATE:
         raise ValueError(
             f"the CKA curves are flat (largest first difference {scale:.1e} < {DEGENERATE:.0e}): "

@@ -15,9 +15,11 @@ import torch
 from ...architectures import BlockState
 from ...data.calibration import CalibrationSet
 from ...models.streaming import StateStore, Teacher
-from ...system.distributed import processes
+from ...system.distributed import processes, tell
+from ...system.machine import free_disk, free_memory
 
 REUSE = 4  # updates from one cached batch
+SPARE = 0.8  # of what is free, at most, is a cache advised to take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,11 @@ class RoundSettings:
     cache_gb: float
     boundaries: int
     seed: int
+
+    @property
+    def wanted_batches(self) -> int:
+        """Of a round, so that a cached batch serves REUSE updates."""
+        return math.ceil(self.updates / REUSE)
 
 
 class FreshStates:
@@ -81,17 +88,48 @@ class FreshStates:
         )
 
     def _sweep_batches(self) -> int:
-        return math.ceil(self.settings.updates / REUSE)
+        return self.settings.wanted_batches
 
     def _batches_that_fit(self, state: BlockState) -> int:
-        of_these_rows = torch.tensor(state.image.nbytes + state.text.nbytes)
-        size = self.settings.boundaries * int(processes().sum(of_these_rows))
+        size = batch_bytes(self.settings, state)
         fitting = int(self.settings.cache_gb * 1e9 // size)
         if not fitting:
             raise ValueError(
                 f"--cache-gb {self.settings.cache_gb} is too small for one batch, which needs {size / 1e9:.2f}"
             )
         return min(self._sweep_batches(), fitting)
+
+
+def batch_bytes(settings: RoundSettings, state: BlockState) -> int:
+    """That a batch takes of the cache, all processes' rows together."""
+    of_these_rows = torch.tensor(state.image.nbytes + state.text.nbytes)
+    return settings.boundaries * int(processes().sum(of_these_rows))
+
+
+def tell_reuse(
+    teacher: Teacher, calibration: CalibrationSet, settings: RoundSettings, folder: Path | None
+) -> None:
+    """Before the first round: that a small cache makes every batch serve more updates, which
+    changes the training; and what would help on the disk that is there (folder None: states stay in
+    memory)."""
+    size, wanted = (
+        batch_bytes(settings, teacher.embed(calibration.inputs(0))),
+        settings.wanted_batches,
+    )
+    fitting = int(settings.cache_gb * 1e9 // size)
+    if not 0 < fitting < wanted:
+        return
+    free = free_memory() if folder is None else free_disk(folder)
+    room = min(wanted, int(SPARE * free // size))
+    advice = "free more, or use fewer --updates"
+    if room > fitting:
+        advice = f"--cache-gb {math.ceil(room * size / 1e8) / 10:g} holds {'all' if room == wanted else room}"
+    where = "of memory" if folder is None else f"at {folder.parent}"
+    tell(
+        f"--cache-gb {settings.cache_gb:g} holds {fitting} of the {wanted} batches that a round is meant to have, so each "
+        f"serves {settings.updates / fitting:.3g} updates in it instead of {REUSE}; {advice} ({free / 1e9:.1f} GB are free "
+        f"{where})"
+    )
 
 
 def unfinished(number: int, updates: int) -> set[int | None]:

@@ -17,6 +17,7 @@ from torch import nn
 from ...settings.base_settings import TrainingConfig
 from ...system import progress
 from ...system.distributed import processes
+from ...system.finite import check_finite, first_not_finite
 from ...system.tensor_files import TensorFile, write_tensors
 from .quantization import NONE
 
@@ -28,7 +29,8 @@ training."""
 
 
 class Diverged(ValueError):
-    """The loss is not a number; the message names step and interval."""
+    """Loss, gradient or weights are not finite; the message names step and interval, and what is
+    kept."""
 
 
 def cosine_schedule(step: int, steps: int, peak: float, warm_up: int) -> float:
@@ -60,7 +62,10 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS)
         self.step = 0
+        self.saved: int | None = None
+        """The step whose state is on disk."""
         self.losses: list[float] = []
+        self.about: dict[str, str] = {}  # of how it began, for people who read its file
 
     def update(self, loss: torch.Tensor, learning_rate: float, where: str) -> None:
         """One step of AdamW. Raises Diverged, before the weights are touched, when loss or gradient
@@ -85,21 +90,38 @@ class Trainer:
 
     def _check_finite(self, what: str, value: float, where: str) -> None:
         if not math.isfinite(value):
-            raise Diverged(
-                f"{what} is {value} at step {self.step} of {where}; the last good state is kept, lower --learning-rate"
-            )
+            raise Diverged(f"{what} is {value} at step {self.step} of {where}; {self._kept()}")
+
+    def _kept(self) -> str:
+        if self.saved is None:
+            return "nothing was saved; lower --learning-rate"
+        return f"the last good state (step {self.saved}) is kept, lower --learning-rate"
 
     def save(self, path: Path, settings: str) -> None:
         """Of processes that share batches, and so have equal weights, the main one writes; the
-        others wait for it."""
+        others wait for it. Raises Diverged as `finite_tensors` does."""
+        tensors = self.finite_tensors(path)
         if processes().writes:
-            write_tensors(path, self.tensors(), {"step": str(self.step), "settings": settings})
+            write_tensors(
+                path, tensors, {**self.about, "step": str(self.step), "settings": settings}
+            )
+        self.saved = self.step
         if processes().by_rows:
             processes().wait()
             if saved_step(path, settings) != self.step:
                 raise ValueError(
                     f"{path} is not what the main process wrote; all machines must share the --run folder"
                 )
+
+    def finite_tensors(self, path: Path) -> dict[str, torch.Tensor]:
+        """Raises Diverged, with what was saved before kept, for weights or moments that are not
+        finite."""
+        tensors = self.tensors()
+        if (name := first_not_finite(tensors)) is not None:
+            raise Diverged(
+                f"{name} is not finite at step {self.step} of {path.stem}; {self._kept()}"
+            )
+        return tensors
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a save holds: weights, moments and losses."""
@@ -115,19 +137,37 @@ class Trainer:
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float32)
         return tensors
 
+    @property
+    def bytes(self) -> int:
+        """Of weights and moments."""
+        return sum(p.nbytes for p in self.module.parameters()) * 3
+
+    def to(self, device: str) -> Trainer:
+        """Itself, moved whole."""
+        self.module.to(device)
+        for state in self.optimizer.state.values():
+            state |= {name: state[name].to(device) for name in ("exp_avg", "exp_avg_sq")}
+        return self
+
     def restore(self, path: Path) -> None:
+        """Raises ValueError for a file whose weights are not finite, as earlier versions wrote
+        them."""
         self.load(TensorFile(path))
+        check_finite(self.tensors(), path, "remove the file, lower --learning-rate and train again")
 
     def load(self, file: TensorFile) -> None:
-        self.step = int(file.metadata["step"])
+        self.step = self.saved = int(file.metadata["step"])
+        self.about = {
+            name: text for name, text in file.metadata.items() if name not in ("step", "settings")
+        }
         self.losses = file.read("losses").tolist()
         for name, parameter in self.module.named_parameters():
             parameter.data.copy_(file.read(f"weight.{name}"))
             if f"first.{name}" in file.entries:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(self.step)),
-                    "exp_avg": file.read(f"first.{name}").to(parameter.device),
-                    "exp_avg_sq": file.read(f"second.{name}").to(parameter.device),
+                    "exp_avg": file.read(f"first.{name}").to(parameter),
+                    "exp_avg_sq": file.read(f"second.{name}").to(parameter),
                 }
 
 
@@ -153,11 +193,15 @@ def saved_step(path: Path, settings: str) -> int | None:
 
 
 def saved_weights(path: Path, stage: str = "distill-depth") -> dict[str, torch.Tensor]:
-    """Raises ValueError naming the stage that writes it when it is not there."""
+    """Raises ValueError naming the stage that writes it when it is not there, or not finite."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; run {stage} first")
     file = TensorFile(path)
-    return {n.removeprefix("weight."): file.read(n) for n in file.keys() if n.startswith("weight.")}
+    weights = {
+        n.removeprefix("weight."): file.read(n) for n in file.keys() if n.startswith("weight.")
+    }
+    check_finite(weights, path, f"remove the file and run {stage} again")
+    return weights
 
 
 def _changed(old: str, new: str) -> str:

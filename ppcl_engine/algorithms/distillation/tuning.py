@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ...data.calibration import CalibrationSet
-from ...models.streaming import Teacher
 from ...settings.base_settings import TuningConfig
 from ...system.distributed import processes
 from ...system.interruption import Stopped, stop_on_interrupt
+from ...system.json_text import json_text
 from ...system.progress import Progress, saved
 from ...system.tensor_files import TensorFile, file_mark
 from .trainer import Trainer, cosine_schedule, recorded, saved_step
@@ -106,7 +105,7 @@ def tune(
             rate = cosine_schedule(trainer.step, config.steps, config.learning_rate, config.warm_up)
             trainer.update(loss_at(trainer.step), rate, what)
             progress.update()
-            progress.set_postfix_str(f"loss {trainer.losses[-1]:.4f}", refresh=False)
+            progress.set_postfix_str(f"loss {trainer.losses[-1]:.3g}", refresh=False)
             done, stop = trainer.step == config.steps, asked()
             if stop or done or trainer.step % config.save_every == 0:
                 trainer.save(path, settings)
@@ -124,7 +123,7 @@ def tuning_settings(
     """What the bits of a training hang on. `sources`: the files of the parts that it starts
     from."""
     marks = {path.name: file_mark(path) for path in sources}
-    return json.dumps(
+    return json_text(
         {
             **recorded(config, SETTINGS),
             **more,
@@ -151,9 +150,3 @@ def step_draw(config: TuningConfig, calibration: CalibrationSet, step: int) -> t
     """(batch, seed) for `CalibrationSet.fresh`: the batches in turn, each time with new noise and
     timesteps."""
     return step % len(calibration), config.seed * 1_000_003 + step
-
-
-def mixed_precision(teacher: Teacher) -> AbstractContextManager:
-    """Master weights stay float32; the forward runs in the teacher's precision."""
-    kind = teacher.device.split(":")[0]
-    return torch.autocast(kind, torch.bfloat16, enabled=teacher.dtype is torch.bfloat16)

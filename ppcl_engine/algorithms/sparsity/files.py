@@ -15,6 +15,7 @@ from ...models.layout import layout_of
 from ...models.standalone import GUARD_SHAPE, STRUCTURE_KEY, guard_name, structure_of
 from ...models.tensor_sources import Source, comfyui_sources
 from ...models.weights import STRUCTURE_TENSOR
+from ...system.json_text import json_text
 from ...system.progress import Progress
 from ...system.tensor_files import TensorEntry, TwoParts, write_tensor_stream
 from ...system.two_of_four import INDICES, VALUES, compress, compressed_shapes
@@ -45,7 +46,7 @@ class Sparsity:
     note: str = ""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json_text(asdict(self))
 
 
 def sparsity_of(metadata: dict[str, str]) -> Sparsity | None:
@@ -79,7 +80,7 @@ def write_sparse(
         dense = {joined[name] for name in tensors if name not in compressed}
         tensors = comfyui_sources(original.architecture, tensors)
         compressed = set(tensors) - dense
-        metadata["config"] = json.dumps(original.config)
+        metadata["config"] = json_text(original.config)
         extra |= marks_of(original.architecture, original.config)
     else:
         structure = structure_of(original.plan, original.variant).to_json()

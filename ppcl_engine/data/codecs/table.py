@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ...architectures import Inputs
+from ...system.json_text import json_text
 from ..flow import euler_timesteps
 from .base import check_references
 
@@ -57,7 +57,7 @@ class TableCodec:
         )
 
     def metadata(self) -> dict[str, str]:
-        return {VOCABULARY_KEY: json.dumps(self.vocabulary)}
+        return {VOCABULARY_KEY: json_text(self.vocabulary)}
 
     def timesteps(self, steps: int, image_tokens: int) -> list[float]:
         """Equal steps, whatever the size."""

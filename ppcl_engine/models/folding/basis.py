@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...system.finite import BAD_MODEL, check_finite
+
 RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # of t in [0, 1]: the embedding's fastest period is 0.0063; the error is measured between
 GRID, OTHER_GRID = 1025, 401
@@ -23,7 +25,9 @@ MARK_ROWS, MARKED = 4, (".weight", ".bias")
 
 def directions(inputs: torch.Tensor, rank: int) -> torch.Tensor:
     """inputs [timesteps, width] -> orthonormal [width, 1 + rank]: the mean's direction, then the
-    `rank` leading ones of what it leaves (Eckart and Young 1936). Float64 inside."""
+    `rank` leading ones of what it leaves (Eckart and Young 1936). Float64 inside. Raises ValueError
+    for inputs that are not finite."""
+    check_finite({"time embedding": inputs}, "the model", BAD_MODEL)
     inputs = inputs.double()
     mean = inputs.mean(dim=0)
     first = mean / mean.norm()
@@ -71,6 +75,8 @@ class Curve:
     by_part: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def add(self, name: str, errors: torch.Tensor) -> None:
+        """Raises ValueError for errors that are not finite, as those of damaged weights are."""
+        check_finite({name: errors}, "the model", BAD_MODEL)
         self.by_part[name] = errors.mean(dim=1), errors.amax(dim=1)
 
     @property

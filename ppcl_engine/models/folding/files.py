@@ -28,6 +28,7 @@ from ...architectures.folded import (
     unfolded_config,
 )
 from ...plan import PruningPlan, plan_from_json
+from ...system.json_text import json_text
 from ...system.progress import Progress
 from ...system.tensor_files import TensorEntry, TensorFile, write_tensor_stream
 from ..bundle import PLAN_KEY, Bundle, is_bundle
@@ -128,7 +129,7 @@ def open_original(path: Path) -> Original:
     stored = {name: place for name, place in stored.items() if name != prefix + STRUCTURE_TENSOR}
     metadata = {} if file is None else file.metadata
     if structure := standalone_structure(path):
-        plan = plan_from_json(json.dumps(structure), path)
+        plan = plan_from_json(json_text(structure), path)
         architecture = architecture_named(plan.architecture)
         return Original(path, architecture, plan.config, stored, metadata, prefix, plan=plan)
     weights = Weights(path)
@@ -261,7 +262,7 @@ def write_folded(path: Path, original: Original, folded: Folded) -> Path:
     metadata = {
         **original.metadata,
         "format": "pt",
-        FOLDED_FROM: json.dumps({"mark": original.mark}),
+        FOLDED_FROM: json_text({"mark": original.mark}),
     }
     if original.is_bundle:
         metadata[PLAN_KEY] = plan.to_json()
@@ -273,7 +274,7 @@ def write_folded(path: Path, original: Original, folded: Folded) -> Path:
             )
         )
         metadata |= (
-            {"config": json.dumps(config)}
+            {"config": json_text(config)}
             if original.plan is None
             else {STRUCTURE_KEY: plan.to_json()}
         )
@@ -294,7 +295,7 @@ def write_unfolded(path: Path, folded: Original, original: Original) -> Path:
     if original.plan is not None and not original.is_bundle:
         name = original.prefix + STRUCTURE_TENSOR
         entries.append(_held(name, TensorFile(original.path).read(name)))
-    described = {} if original.plan is not None else {"config": json.dumps(original.config)}
+    described = {} if original.plan is not None else {"config": json_text(original.config)}
     _write(path, entries, original.metadata or {**described, "format": "pt"})
     return path
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from ...architectures import Architecture
 from ...architectures.folded import TableInputs
+from ...system.json_text import json_text
 from ...system.tensor_files import TensorFile, write_tensors
 from .basis import Conditionings, values_at
 
@@ -97,7 +98,7 @@ def _block(table: Table, values: torch.Tensor, batch: int, places: torch.Tensor)
 def write_table(path: Path, table: Table, key: str) -> None:
     """key: of the model, precision and device whose values these are."""
     about = {"key": key, "timesteps": table.timesteps, "batches": table.batches}
-    write_tensors(path, table.columns, {TABLE_KEY: json.dumps(about), "format": "pt"})
+    write_tensors(path, table.columns, {TABLE_KEY: json_text(about), "format": "pt"})
 
 
 def read_table(path: Path, key: str) -> Table:

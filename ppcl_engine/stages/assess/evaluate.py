@@ -41,6 +41,7 @@ from ...report.run_report import write_report
 from ...run import Run
 from ...settings.assess_settings import EvaluateConfig
 from ...system.atomic import write_json
+from ...system.finite import BAD_PICTURE, check_finite, checked_velocity
 from ...system.machine import DTYPES, PeakMemory, resolve_device
 from ...system.progress import Progress
 from ...system.tensor_files import write_tensors
@@ -141,6 +142,7 @@ class _Judge:
         ours = self._drawn(variant)
         gc.collect()  # the transformer has left memory before the VAE comes
         pictures = ours["pictures"] = self.reading.codec.pictures(ours["latents"])
+        check_finite({"picture": pictures}, f"variant {variant.name!r}", BAD_PICTURE)
         self.reading.codec.release()
         self.shown[variant.name] = (pictures[:SHOWN] * 255).round().byte()
         if not self.teacher:
@@ -199,10 +201,15 @@ class _Judge:
         }
 
     def _velocities(self, model, name: str) -> list[torch.Tensor]:
-        """Predictions on the calibration set."""
+        """Predictions on the calibration set. Raises ValueError where one is not finite."""
         with torch.no_grad():
             batches = Progress(range(len(self.calibration)), desc=f"velocity {name}", unit="batch")
-            return [self._forward(model, self.calibration.inputs(batch)) for batch in batches]
+            return [
+                checked_velocity(
+                    self._forward(model, self.calibration.inputs(batch)), f"variant {name!r}"
+                )
+                for batch in batches
+            ]
 
     def _forward(self, model, inputs) -> torch.Tensor:
         return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ...algorithms.sparsity.files import sparsity_of
@@ -20,6 +19,7 @@ from ...models.released import (
 from ...models.standalone import standalone_structure
 from ...models.weights import Weights, full_parameters
 from ...settings.assess_settings import InspectConfig
+from ...system.json_text import json_text
 from ...system.tensor_files import TensorFile
 
 
@@ -30,7 +30,7 @@ def inspect(config: InspectConfig) -> None:
     found = (
         known_models() if config.architectures else describe(config.path, config.legacy_txt_proj)
     )
-    print(json.dumps(found, indent=1) if config.json else _as_text(found))
+    print(json_text(found, indent=1) if config.json else _as_text(found))
 
 
 def known_models() -> dict[str, dict]:

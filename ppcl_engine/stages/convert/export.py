@@ -3,7 +3,6 @@ own."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -28,10 +27,11 @@ from ...models.surgery import empty_block
 from ...models.tensor_sources import Source, comfyui_sources, write_sources
 from ...models.weights import HINTS_TENSOR, Weights
 from ...plan import PruningPlan, Variant
-from ...run import Run, check_file_name
+from ...run import Run
 from ...settings.convert_settings import ExportConfig
 from ...system.atomic import write_json
 from ...system.float8 import FP8, FP8_MARK
+from ...system.json_text import json_text
 from ...system.machine import DTYPES
 from ...system.tensor_files import TensorEntry, TensorFile
 from ..inputs import RunStudents, open_plan
@@ -43,7 +43,6 @@ def export(config: ExportConfig) -> Path:
     """Returns the file (or diffusers folder). Raises ValueError for a name that is a path, for a
     variant with corrections where the layout is a stock host's, and for students that were not
     trained yet."""
-    check_file_name(config.name)
     scaled = config.store == "float8"
     if scaled and config.layout != "comfyui":
         raise ValueError(
@@ -66,10 +65,10 @@ def export(config: ExportConfig) -> Path:
     block_map = _block_map(plan, variant)
     stock_config = weights.architecture.with_blocks(weights.config, block_map)
     tensors = _renumbered(tensors, weights.architecture, weights.config, stock_config, block_map)
-    metadata = {MAP_KEY: json.dumps(block_map), SOURCE_PLAN_KEY: plan.to_json(), "format": "pt"}
+    metadata = {MAP_KEY: json_text(block_map), SOURCE_PLAN_KEY: plan.to_json(), "format": "pt"}
     if config.layout == "comfyui":
         path = folder / f"{config.name}.safetensors"
-        metadata["config"] = json.dumps(stock_config)
+        metadata["config"] = json_text(stock_config)
         extra = {
             **marks_of(weights.architecture, stock_config),
             HINTS_TENSOR: hints_of(plan, block_map, stock_config),

@@ -7,6 +7,7 @@ second writes, so memory holds less than two blocks whatever the model's size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -47,7 +48,6 @@ from ...models.folding.tables import Table, batches_of, conditionings, make_tabl
 from ...models.weights import Weights
 from ...plan import PruningPlan
 from ...report.folding_report import printed, size_of, write_report
-from ...run import check_file_name
 from ...settings.convert_settings import FoldConfig
 from ...system.machine import DTYPES, resolve_device, return_freed_memory
 from ...system.progress import Progress
@@ -58,8 +58,6 @@ def fold(config: FoldConfig) -> Path:
     """Returns the file; of a bundle its base's folded file is written beside it, as `<name>_base`.
     Raises ValueError for models that cannot be folded, a bound that no useful rank keeps, files
     that do not belong together."""
-    check_file_name(config.name)
-    _check_numbers(config)
     original = open_original(config.path)
     folder = config.run / "exports"
     if config.form == "off":
@@ -75,17 +73,6 @@ def fold(config: FoldConfig) -> Path:
 
 def _path(folder: Path, name: str, original: Original) -> Path:
     return folder / f"{name}{BUNDLE_SUFFIX if original.is_bundle else '.safetensors'}"
-
-
-def _check_numbers(config: FoldConfig) -> None:
-    if config.rank is not None and config.rank < 1:
-        raise ValueError(
-            f"--rank {config.rank} leaves nothing to follow the timestep; use 1 or more, or leave it out"
-        )
-    if not 0 < config.bound < 1:
-        raise ValueError(
-            f"--bound {config.bound:g} is no relative error; choose one between 0 and 1, such as 0.01"
-        )
 
 
 def _precision(dtype: str, device: str) -> str:
@@ -294,7 +281,7 @@ class _Folding:
 
     def _samples(self) -> list[int]:
         numbers = self.config.samples.replace(",", " ").split()
-        if not numbers or not all(number.isdigit() and int(number) for number in numbers):
+        if not numbers or not all(re.fullmatch("[1-9][0-9]{0,4}", number) for number in numbers):
             raise ValueError(f"--samples {self.config.samples!r}: whole numbers from 1, as '1 2'")
         return [int(number) for number in numbers]
 
@@ -326,7 +313,9 @@ def _numbers(text: str) -> list[float]:
 
 def _steps(config: FoldConfig) -> list[int]:
     parts = config.steps.replace(",", " ").split()
-    if not parts or not all(part.isdigit() and 0 < int(part) <= 1000 for part in parts):
+    if not parts or not all(
+        re.fullmatch("[1-9][0-9]{0,3}", part) and int(part) <= 1000 for part in parts
+    ):
         raise ValueError(f"--steps {config.steps!r}: numbers of sampling steps, as '8 20'")
     return [int(part) for part in parts]
 

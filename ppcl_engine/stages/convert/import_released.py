@@ -41,7 +41,7 @@ from ...models.surgery import build_student, empty_block, projection_state
 from ...models.tensor_sources import Source
 from ...models.weights import Weights
 from ...plan import Interval, PruningPlan, Variant, WidthSite, parse_intervals
-from ...run import Run, check_file_name
+from ...run import Run
 from ...settings.convert_settings import ImportConfig
 from ...system.machine import DTYPES, resolve_device
 from ...system.progress import Progress
@@ -54,7 +54,6 @@ VARIANT = "released"
 def import_released(config: ImportConfig) -> Path:
     """Returns the file. Raises ValueError for a folder, intervals or a base that do not fit each
     other."""
-    check_file_name(config.name)
     if config.base is None and (config.refit or config.layout == "bundle"):
         what = "--refit" if config.refit else "--layout bundle"
         raise ValueError(f"{what} needs --base, the teacher that {config.path} was pruned from")

@@ -29,9 +29,11 @@ from ...data.calibration import CalibrationSet, load_calibration
 from ...models.layout import Place
 from ...models.streaming import StateStore
 from ...models.tensor_sources import Source
-from ...run import Run, check_file_name
+from ...run import Run
 from ...settings.convert_settings import SparsifyConfig
 from ...system.atomic import write_json
+from ...system.finite import BAD_MODEL, check_finite
+from ...system.json_text import json_text
 from ...system.machine import DTYPES, resolve_device, return_freed_memory
 from ...system.progress import Progress, measured, saved
 from ...system.tensor_files import TensorFile, write_tensors
@@ -43,7 +45,6 @@ MACHINE_SETTINGS = ("run", "device", "streamed", "calibration", "dry_run")
 def sparsify(config: SparsifyConfig) -> Path:
     """Returns the file. Raises ValueError for a share or pattern that cannot be, a calibration set
     of another model, and a layer that no sample reaches."""
-    check_file_name(config.name)
     pattern = pattern_named(config.pattern)
     method = Method(
         pattern=pattern,
@@ -155,6 +156,7 @@ class _Sparsifying:
     def _prune_block(
         self, block: nn.Module, place: Place, states: _States, weights: list[torch.Tensor]
     ) -> None:
+        check_finite(block.state_dict(), f"{self.config.path}, block {place.name}", BAD_MODEL)
         grams, architecture = (
             watch(self.source.architecture.name, block, self.skip),
             self.source.architecture,
@@ -174,7 +176,7 @@ class _Sparsifying:
         ]
         state = {name: tensor.to("cpu", store) for name, tensor in block.state_dict().items()}
         write_tensors(
-            self._path(place), state, {"settings": self._settings, "report": json.dumps(rows)}
+            self._path(place), state, {"settings": self._settings, "report": json_text(rows)}
         )
 
     def _fill(self, block: nn.Module, place: Place) -> None:
@@ -203,7 +205,7 @@ class _Sparsifying:
         }
         files = [file for path in (config.path, config.base) if path for file in _files(path)]
         marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return json.dumps([values, self.calibration.hash, self.source.fingerprint, marks])
+        return json_text([values, self.calibration.hash, self.source.fingerprint, marks])
 
     def _tensors(self) -> dict[str, Source]:
         """By diffusers' names: the outer ones as they were, the blocks' from their files."""

@@ -7,17 +7,19 @@ with those that they were made from, the references: triples of reference, instr
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from ...algorithms.drawing import Drawing, draw_together, states_of
 from ...architectures import Architecture, Inputs
+from ...architectures.folded import folding_of
 from ...data import draw, flow
-from ...data.calibration import CalibrationSet, save_calibration
+from ...data.calibration import CLEAN, CalibrationSet, save_calibration
 from ...data.codecs import open_codec
 from ...data.codecs.base import Codec, check_references
 from ...data.picture_files import (
@@ -29,14 +31,20 @@ from ...data.picture_files import (
 )
 from ...models.assembly import assemble
 from ...models.layout import full_layout
-from ...models.streaming import block_loader
+from ...models.streaming import Teacher, block_loader, check_states
 from ...models.weights import Weights
 from ...run import Run
 from ...settings.prune_settings import CalibrateConfig
+from ...system.distributed import GRID
+from ...system.finite import check_finite, checked_velocity
+from ...system.json_text import json_text
 from ...system.machine import DTYPES, resolve_device
 from ...system.progress import Progress
 from ...system.tensor_files import TensorFile, write_tensors
 
+BAD_SOURCE = (
+    "what the captions and pictures are encoded with is damaged: download the model's folder again"
+)
 MASK, POOLED = "encoder_hidden_states_mask", "pooled_projections"
 
 
@@ -78,15 +86,49 @@ class _Parts:
     def __init__(self, folder: Path, config: CalibrateConfig, fingerprint: str):
         self.folder = folder
         values = {f.name: str(getattr(config, f.name)) for f in fields(config) if f.name != "run"}
-        self.settings = json.dumps({**values, "fingerprint": fingerprint})
+        self.settings = json_text({**values, "fingerprint": fingerprint})
 
     def done(self, number: int, make: Callable[[], Inputs]) -> Inputs:
+        """Raises ValueError for what the text encoder, the VAE or the drawing gave, where it is not
+        finite."""
         path = self.folder / f"batch_{number}.safetensors"
-        if path.exists() and (file := TensorFile(path)).metadata["settings"] == self.settings:
-            return file.read_all()
+        if self._is_mine(path):
+            return TensorFile(path).read_all()
         inputs = make()
+        check_finite(inputs, f"calibration batch {number}", BAD_SOURCE)
         write_tensors(path, inputs, {"settings": self.settings})
         return inputs
+
+    def have(self, numbers: Sequence[int]) -> bool:
+        return all(self._is_mine(self.folder / f"batch_{number}.safetensors") for number in numbers)
+
+    def keep(self, numbers: Sequence[int], drawings: Sequence[Drawing], step: int) -> None:
+        """Batches that are drawn together, after so many steps: one is hours on a large model."""
+        rows = zip(numbers, drawings, strict=True)
+        tensors = {
+            f"{number}.{name}": t for number, drawing in rows for name, t in drawing.tensors.items()
+        }
+        about = {"settings": self.settings, "step": str(step), "numbers": str(list(numbers))}
+        write_tensors(self._together(numbers), tensors, about)
+
+    def restore(self, numbers: Sequence[int], drawings: Sequence[Drawing]) -> int:
+        """Steps done of batches that are drawn together, which then go on from there."""
+        path = self._together(numbers)
+        if not self._is_mine(path) or TensorFile(path).metadata["numbers"] != str(list(numbers)):
+            return 0
+        file = TensorFile(path)
+        for number, drawing in zip(numbers, drawings, strict=True):
+            drawing.restore({name: file.read(f"{number}.{name}") for name in drawing.tensors})
+        return int(file.metadata["step"])
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        self._together(numbers).unlink(missing_ok=True)
+
+    def _together(self, numbers: Sequence[int]) -> Path:
+        return self.folder / f"together_{numbers[0]}.safetensors"
+
+    def _is_mine(self, path: Path) -> bool:
+        return path.exists() and TensorFile(path).metadata.get("settings") == self.settings
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
@@ -141,8 +183,25 @@ def _from_images(config: CalibrateConfig, weights: Weights, parts: _Parts) -> li
             )
 
         batches.append(parts.done(number, make))
-    codec.release()
+    codec.release()  # before the model comes
+    _check_model(
+        config, weights, {name: tensor for name, tensor in batches[0].items() if name != CLEAN}
+    )
     return batches
+
+
+def _check_model(config: CalibrateConfig, weights: Weights, batch: Inputs) -> None:
+    """Its first sample through the model, a block at a time. Raises ValueError naming the block
+    from which on states are not finite."""
+    teacher = Teacher(weights, DTYPES[config.dtype], resolve_device(config.device), streamed=True)
+    sample = {name: tensor if name == GRID else tensor[:1] for name, tensor in batch.items()}
+    with torch.no_grad():
+        state = teacher.embed(sample)
+        for index, block in teacher.walk(0, teacher.num_blocks - 1):
+            check_states(index, state)
+            state = teacher.architecture.run_block(block, state)
+        check_states(teacher.num_blocks, state)
+        checked_velocity(teacher.architecture.finish(teacher.outer, state))
 
 
 def _noised(
@@ -185,37 +244,106 @@ def _from_drawing(config: CalibrateConfig, weights: Weights, parts: _Parts) -> l
     empty = torch.rand(config.samples, generator=generator) < config.empty_captions
     encode = _stored_prompts if config.embeddings else _encoded_prompts
     prompts = encode(config, weights, empty)
+    kept_steps = torch.randint(config.steps, (config.samples,), generator=generator)
+    drawings = []
+    for chunk in _chunks(config.samples, config.batch):
+        noise, rows = (
+            torch.randn(len(chunk), *prompts.latent_shape, generator=generator),
+            prompts.rows(chunk),
+        )
+        grid, tokens = rows.grid(architecture.grid(noise)), architecture.pack(noise)
+        drawings.append(
+            Drawing(prompts=rows, grid=grid, tokens=tokens, kept_steps=kept_steps[chunk])
+        )
+    folding = folding_of(weights.config)
+    # a table asks its base file for whole schedules
+    if config.streamed and not (folding and folding.form == "table"):
+        teacher = Teacher(weights, DTYPES[config.dtype], device, streamed=True)
+        return _drawn_together(config, teacher, parts, drawings)
+    _check_model(config, weights, _first_sample(config, weights, prompts))
     load = block_loader(weights, DTYPES[config.dtype], device, config.streamed)
     model = assemble(
         weights, None, full_layout(weights.num_blocks), DTYPES[config.dtype], device, load
     )
-    kept_steps = torch.randint(config.steps, (config.samples,), generator=generator)
-    batches = []
-    for number, chunk in enumerate(
-        Progress(_chunks(config.samples, config.batch), desc="calibrate", unit="batch")
-    ):
-        noise = torch.randn(len(chunk), *prompts.latent_shape, generator=generator)
-        given = (prompts.rows(chunk), noise, kept_steps[chunk])
-        batches.append(
-            parts.done(number, lambda given=given: _drawn(config, architecture, model, *given))
-        )
-    return batches
+    shown = Progress(drawings, desc="calibrate", unit="batch")
+    return [
+        parts.done(n, lambda d=d: _drawn(config, architecture, model, d))
+        for n, d in enumerate(shown)
+    ]
 
 
-def _drawn(config, architecture, model, prompts, noise, kept_steps) -> Inputs:
-    """Draws a batch; of each picture one state on its way is kept, and the end as the clean one."""
-    grid, tokens = prompts.grid(architecture.grid(noise)), architecture.pack(noise)
-    kept, times = torch.zeros_like(tokens), torch.zeros(len(tokens))
-
-    def seen(step, x, t):
-        rows = kept_steps == step
-        kept[rows], times[rows] = x[rows], t
-
-    clean = draw.draw(
-        architecture, model, tokens, grid, prompts, config.steps, config.guidance, seen
+def _first_sample(config: CalibrateConfig, weights: Weights, prompts: draw.Prompts) -> Inputs:
+    """What a drawing of the first caption starts from."""
+    architecture, first = weights.architecture, prompts.rows(torch.arange(1))
+    noise = torch.randn(
+        1, *prompts.latent_shape, generator=torch.Generator().manual_seed(config.seed)
     )
-    text = draw.with_guidance(architecture, model.config, prompts.given, config.guidance)
-    return draw.inputs_of(kept, times, text, grid, clean)
+    text = draw.with_guidance(architecture, weights.config, first.given, config.guidance)
+    return draw.inputs_of(
+        architecture.pack(noise), torch.ones(1), text, first.grid(architecture.grid(noise))
+    )
+
+
+def _drawn(config: CalibrateConfig, architecture: Architecture, model, drawing: Drawing) -> Inputs:
+    """Draws a batch; of each picture one state on its way is kept, and the end as the clean one."""
+    given = (
+        drawing.tokens,
+        drawing.grid,
+        drawing.prompts,
+        config.steps,
+        config.guidance,
+        drawing.seen,
+    )
+    drawing.tokens = draw.draw(architecture, model, *given)
+    return _as_inputs(config, architecture, model.config, drawing)
+
+
+def _as_inputs(
+    config: CalibrateConfig, architecture: Architecture, model_config, drawing: Drawing
+) -> Inputs:
+    text = draw.with_guidance(architecture, model_config, drawing.prompts.given, config.guidance)
+    return draw.inputs_of(drawing.kept, drawing.times, text, drawing.grid, drawing.tokens)
+
+
+def _drawn_together(
+    config: CalibrateConfig, teacher: Teacher, parts: _Parts, drawings: list[Drawing]
+) -> list[Inputs]:
+    """The same of as many batches at once as their states fit into memory."""
+    groups = list(_fitting(config, teacher, drawings))
+    each, done = config.steps * teacher.num_blocks, []
+    with Progress(total=len(groups) * each, desc="calibrate", unit="block") as progress:
+        for numbers in groups:
+            group = [drawings[number] for number in numbers]
+            if parts.have(numbers):
+                progress.update(each)
+            else:
+                first = parts.restore(numbers, group)
+                progress.update(first * teacher.num_blocks)
+                keep = partial(parts.keep, numbers, group)
+                draw_together(teacher, group, config.steps, config.guidance, first, progress, keep)
+            make = partial(_as_inputs, config, teacher.architecture, teacher.config)
+            done += [
+                parts.done(n, partial(make, drawing))
+                for n, drawing in zip(numbers, group, strict=True)
+            ]
+            parts.forget(numbers)
+    return done
+
+
+def _fitting(
+    config: CalibrateConfig, teacher: Teacher, drawings: list[Drawing]
+) -> Iterator[list[int]]:
+    """Numbers of batches whose states lie in memory together, one at least."""
+    group, used = [], 0
+    for number, drawing in enumerate(drawings):
+        states = states_of(teacher, drawing, 1.0, config.guidance)
+        size = sum(state.image.nbytes + state.text.nbytes for state in states)
+        if group and used + size > config.cache_gb * 1e9:
+            yield group
+            group, used = [], 0
+        group.append(number)
+        used += size
+    yield group
 
 
 def _encoded_prompts(
@@ -273,6 +401,8 @@ def _stored_prompts(
     given, nothing = (
         {n: t if n == MASK else t.float() for n, t in text.items()} for text in (given, nothing)
     )
+    for text in (given, nothing):
+        check_finite(text, config.embeddings, "encode the captions again")
     for name, tensor in nothing.items():
         given[name][empty_rows] = _as_long(tensor, given[name])
     return draw.Prompts(

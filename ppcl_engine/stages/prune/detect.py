@@ -6,7 +6,8 @@ intervals of least damage for a number of blocks to remove (`budget`).
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,21 +22,27 @@ from ...algorithms.detection.curves import (
     section_starts,
 )
 from ...algorithms.detection.intervals import (
+    DEGENERATE,
     budget_intervals,
     curve_scale,
     first_difference,
     greedy_intervals,
+    largest_difference,
+    pairs,
     reach,
     stability,
 )
+from ...algorithms.least_squares import RIDGE_OF
 from ...plan import Interval, PruningPlan
 from ...run import Run
 from ...settings.prune_settings import DetectConfig
 from ...system.atomic import write_json, write_text
+from ...system.json_text import json_text
 from ...system.tensor_files import TensorFile
 from ..inputs import open_calibration, open_teacher
 
 PUBLISHED_SHARE = 25 / 60
+NO_DAMAGE = 1e-12  # of an interval, relative to the velocity
 
 
 def detect(config: DetectConfig) -> Path:
@@ -59,7 +66,9 @@ def detect(config: DetectConfig) -> Path:
         "dtype",
     )
     measured = {name: getattr(config, name) for name in names}
-    settings = json.dumps({"calibration": calibration.hash, "probes": probes, **measured})
+    settings = json_text(
+        {"calibration": calibration.hash, "probes": probes, "ridge": RIDGE_OF, **measured}
+    )
     curves, measured_blocks = load_curves(run.curves, settings)
     if measured_blocks < teacher.num_blocks - 1:
         batches = max(2, round(config.samples / calibration.samples * len(calibration)))
@@ -103,7 +112,6 @@ def choose(
     """Intervals by the configured rule, their stability over resamples, and both rules'
     explanations."""
     blocks, longest = curves.cka.shape[:2]
-    scale = curve_scale(curves.cka_of(0), blocks, longest, starts)
     remove = config.remove or round(blocks * PUBLISHED_SHARE)
     damage = curves.damage_of(torch.ones_like(curves.power))
     rules = {
@@ -111,14 +119,12 @@ def choose(
         "budget": lambda cost: budget_intervals(cost, blocks, longest, remove, protect, starts),
     }
     curve = curves.cka_of(0)
-    explained = greedy_intervals(
-        curve, blocks, longest, scale, config.eps, config.max_drop, protect, starts
-    )
     resamples = curves.cka.shape[2] - 1
     if config.method == "ppcl":
         chosen = rules["ppcl"](curve)
         again = [rules["ppcl"](curves.cka_of(column)) for column in range(1, resamples + 1)]
     else:
+        check_damage(damage, pairs(blocks, longest, starts))
         chosen = rules["budget"](damage)
         again = [
             rules["budget"](curves.damage_of(weights))
@@ -131,10 +137,20 @@ def choose(
             {"first": u, "last": v, "score": damage(u, v), "stability": share}
             for (u, v), share in zip(chosen, shares, strict=True)
         ],
-        "explain": _explanation(config, explained, chosen, curves, damage, starts),
+        "fits": [{"first": u, "last": v, **curves.fit_of(u, v)} for u, v in chosen],
+        "explain": _explanation(config, protect, chosen, curves, damage, starts),
         "block_passes_per_batch": block_passes(blocks, longest, 1 if config.local else 2, starts),
-        "curve_scale": scale,
+        "curve_scale": largest_difference(curve, blocks, longest, starts),
     }
+
+
+def check_damage(damage: Callable[[int, int], float], candidates: list[tuple[int, int]]) -> None:
+    """Raises ValueError where no interval costs anything, as in a model whose blocks do nothing."""
+    if not max((damage(u, k) for u, k in candidates), default=1.0) > NO_DAMAGE:
+        raise ValueError(
+            "no block can be told from a linear map: the model looks untrained, so any interval would be arbitrary; check "
+            "the model file"
+        )
 
 
 def _greedy(config, blocks, longest, protect, starts, curve) -> list[tuple[int, int]]:
@@ -152,8 +168,8 @@ def _sample_weights(curves: Curves, resamples: int, seed: int) -> list[torch.Ten
     return [torch.bincount(row, minlength=samples).double() for row in choice]
 
 
-def _explanation(config, greedy, chosen, curves: Curves, damage, starts) -> list[str]:
-    lines = [f"ppcl {f.first}-{f.last}: ends because {f.reason}" for f in greedy]
+def _explanation(config, protect, chosen, curves: Curves, damage, starts) -> list[str]:
+    lines = _greedy_explanation(config, protect, curves, starts)
     if config.method == "budget":
         for u, v in chosen:
             last = reach(u, *curves.cka.shape[:2], starts)
@@ -166,9 +182,23 @@ def _explanation(config, greedy, chosen, curves: Curves, damage, starts) -> list
     return [*lines, f"cost: {passes:,} block passes a batch"]
 
 
+def _greedy_explanation(config, protect, curves: Curves, starts) -> list[str]:
+    """What the paper's rule says, whether it is the one that was asked for or not."""
+    blocks, longest = curves.cka.shape[:2]
+    curve, scale = curves.cka_of(0), largest_difference(curves.cka_of(0), blocks, longest, starts)
+    if scale < DEGENERATE:
+        return [
+            f"ppcl finds nothing: the CKA curves are flat (largest first difference {scale:.1e})"
+        ]
+    found = greedy_intervals(
+        curve, blocks, longest, scale, config.eps, config.max_drop, protect, starts
+    )
+    return [f"ppcl {f.first}-{f.last}: ends because {f.reason}" for f in found]
+
+
 def _protected(config: DetectConfig, blocks: int) -> frozenset[int]:
     words = config.protect.replace(",", " ").split()
-    if not all(word.isdigit() and int(word) < blocks for word in words):
+    if not all(re.fullmatch("[0-9]{1,4}", word) and int(word) < blocks for word in words):
         raise ValueError(
             f"--protect {config.protect!r}: give block numbers from 0 to {blocks - 1}, as '0 1'"
         )

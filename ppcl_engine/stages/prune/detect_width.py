@@ -9,7 +9,6 @@ saved parameter until the budget is met.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -27,15 +26,17 @@ from ...algorithms.detection.width_fits import (
     fits_of,
     print_warnings,
     ridge_solutions,
+    standing_block,
 )
-from ...models.assembly import Students, placed_block
+from ...models.assembly import Students
 from ...models.cost import CostModel
-from ...models.layout import Layout, layout_of
+from ...models.layout import Layout, Place, layout_of
 from ...models.streaming import StateStore, Teacher, sweep
 from ...plan import FORMS_OF, SITE_KINDS, PruningPlan, TextGroup, WidthSite
 from ...run import Run
 from ...settings.prune_settings import DetectWidthConfig
 from ...system.atomic import write_json, write_text
+from ...system.json_text import json_text
 from ...system.progress import Progress
 from ...system.tensor_files import write_tensors
 from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
@@ -45,13 +46,14 @@ FORMS = {"best": ("paper", "gated"), "paper": ("paper",), "gated": ("gated",)}
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Sites that switch as one. score: damage or 1 - CKA; saving: parameters; explained: share of
-    variance, by block."""
+    """Sites that switch as one. score: damage or 1 - CKA; saving: parameters; by block, explained:
+    share of variance; worst: what is left of the variance of the channel that is fitted worst."""
 
     sites: tuple[WidthSite, ...]
     saving: int
     score: float = 0.0
     explained: tuple[float, ...] = ()
+    worst: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
@@ -79,15 +81,15 @@ def detect_width(config: DetectWidthConfig) -> Path:
             print_warnings(solutions)
             batches = max(1, round(config.samples / calibration.samples * len(calibration)))
             candidates = list(
-                _measured(teacher, students, plan, inputs[-batches:], candidates, solutions)
+                _measured(config, teacher, students, plan, inputs[-batches:], candidates, solutions)
             )
+            solutions.clear()
         else:
             candidates = [replace(c, score=_misaligned(plan, c, alignment)) for c in candidates]
     chosen = choose(candidates, saving, plan)
     sites = tuple(replace(site, score=c.score) for c in chosen for site in c.sites)
-    write_tensors(
-        run.alignment, alignment, {"places": json.dumps([p.name for p in _natural(plan).places])}
-    )
+    metadata = {"places": json_text([p.name for p in _natural(plan).places])}
+    write_tensors(run.alignment, alignment, metadata, gaps=True)
     write_json(run.width, _summary(config, candidates, chosen))
     write_text(run.plan, plan.with_parts(sites=sites).to_json() + "\n")
     return run.plan
@@ -209,20 +211,8 @@ def _fits(plan: PruningPlan, candidate: Candidate) -> list[Fit]:
     return fits_of(pruned, _natural(pruned))
 
 
-class _Fitted:
-    """The run's students with closed-form projections that are in no file."""
-
-    def __init__(self, students: Students):
-        self.student, self.tuned = students.student, students.tuned
-        self.states: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-
-    def projection(
-        self, place: str, kind: str, dtype: torch.dtype, device: str
-    ) -> dict[str, torch.Tensor]:
-        return {name: t.to(device, dtype) for name, t in self.states[place, kind].items()}
-
-
 def _measured(
+    config: DetectWidthConfig,
     teacher: Teacher,
     students: Students,
     plan: PruningPlan,
@@ -232,14 +222,29 @@ def _measured(
 ) -> Iterator[Candidate]:
     """Each with the error that it adds to the velocity of the depth-pruned model, relative to that
     velocity."""
-    fitted = _Fitted(students)
-    damage = Damage(teacher, fitted, plan, inputs, reference=plan.everything())
-    for candidate in Progress(candidates, desc="detect-width", unit="site"):
-        pruned, fits = plan.with_parts(sites=candidate.sites), _fits(plan, candidate)
-        fitted.states = {(f.place.name, f.kind): as_state(solutions[f]) for f in fits}
-        error, power = damage.per_sample(_natural(pruned))
-        shares = tuple(explained(solutions[f]["map"]) for f in fits)
-        yield replace(candidate, score=float(error.sum() / power.sum()), explained=shares)
+    layouts = [_natural(plan.with_parts(sites=candidate.sites)) for candidate in candidates]
+    fits = [_fits(plan, candidate) for candidate in candidates]
+    standing: dict[tuple[Place, str], Fit] = {}
+    for layout, some in zip(layouts, fits, strict=True):
+        places = {place.index: place for place in layout.places}
+        standing |= {(places[fit.place.index], fit.kind): fit for fit in some}
+
+    def projections(place: Place, kind: str) -> dict[str, torch.Tensor]:
+        state = as_state(solutions[standing[place, kind]])
+        return {name: tensor.to(teacher.device, teacher.dtype) for name, tensor in state.items()}
+
+    everything = plan.everything()
+    damage = Damage(teacher, students, plan, inputs, everything, projections, config.cache_gb)
+    damage.measure(layouts, "detect-width")
+    known = solutions.without_maps()
+    for candidate, layout, some in zip(candidates, layouts, fits, strict=True):
+        error, power = damage.per_sample(layout)
+        yield replace(
+            candidate,
+            score=float(error.sum() / power.sum()),
+            explained=tuple(explained(known[fit]["map"]) for fit in some),
+            worst=tuple(known[fit]["map"].report["worst"] for fit in some),
+        )
 
 
 def _alignment(
@@ -252,14 +257,12 @@ def _alignment(
     embedded = [teacher.embed(row) for row in inputs]
     at = {place.index: (row, place) for row, place in enumerate(places)}
     blocks = sweep(teacher, embedded, store, teacher.num_blocks - 1)
-    for index, _, batches in Progress(
+    for index, walked, batches in Progress(
         blocks, total=teacher.num_blocks, desc="alignment", unit="block"
     ):
         if index in at:
             row, place = at[index]
-            block = placed_block(
-                teacher.weights, students, place, teacher.dtype, teacher.device, {}
-            )
+            block = standing_block(teacher, students, place, walked)
             states = [store.get(index, batch, embedded[batch]) for batch in batches]
             seen = [teacher.architecture.observe(block, state)[1] for state in states]
             for name in seen[0]:
@@ -323,6 +326,7 @@ def _summary(
             "score": c.score,
             "saving": c.saving,
             "explained": list(c.explained),
+            "worst": list(c.worst),
             "chosen": id(c) in taken,
         }
         for c in candidates

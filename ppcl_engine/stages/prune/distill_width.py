@@ -7,7 +7,6 @@ output against what it replaces. Inputs are the teacher's own states, as in dist
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +17,7 @@ from torch import nn
 
 from ...algorithms.detection.width_fits import (
     Fit,
+    Solutions,
     as_state,
     counted,
     fits_of,
@@ -25,10 +25,13 @@ from ...algorithms.detection.width_fits import (
     own_pair,
     print_warnings,
     ridge_solutions,
+    standing_block,
 )
+from ...algorithms.distillation.kept_trainers import KeptTrainers
 from ...algorithms.distillation.losses import relative_mse
 from ...algorithms.distillation.quantization import quantised_in_training
-from ...algorithms.distillation.rounds import FreshStates, RoundSettings, unfinished
+from ...algorithms.distillation.rounds import FreshStates, RoundSettings, tell_reuse, unfinished
+from ...algorithms.distillation.trainable import twin
 from ...algorithms.distillation.trainer import (
     Trainer,
     cosine_schedule,
@@ -38,9 +41,8 @@ from ...algorithms.distillation.trainer import (
 )
 from ...architectures import BlockState
 from ...data.calibration import CalibrationSet
-from ...models.assembly import placed_block
 from ...models.layout import Place, layout_of
-from ...models.streaming import StateStore, Teacher
+from ...models.streaming import StateStore, Teacher, mixed_precision
 from ...models.surgery import project, projection_modules
 from ...plan import PruningPlan, WidthSite, parse_sites
 from ...run import Run
@@ -48,7 +50,8 @@ from ...settings.prune_settings import DistillWidthConfig
 from ...system.atomic import write_text
 from ...system.distributed import processes
 from ...system.interruption import Stopped, stop_on_interrupt
-from ...system.progress import Progress, saved
+from ...system.json_text import json_text
+from ...system.progress import Progress
 from ...system.tensor_files import TensorFile
 from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
 
@@ -107,7 +110,7 @@ def _settings(
         "steps": fit.steps,
         "student": student,
     }
-    return json.dumps({**recorded(config, names), **what, "calibration": calibration.hash[:16]})
+    return json_text({**recorded(config, names), **what, "calibration": calibration.hash[:16]})
 
 
 @dataclass
@@ -132,11 +135,13 @@ class _Work:
     def start(self) -> None:
         """Saves the ridge solutions of the projections that are not there yet, as step 0."""
         missing = [fit for fit in self.own if self._step(fit) is None]
-        if not missing:
-            return
         store = StateStore(
             processes().folder(self.run.states / "width") if self.config.streamed else None
         )
+        if not missing:
+            # what a process left that was killed when all were saved
+            store.clear(), Solutions.beside(store).clear()
+            return
         inputs = self.calibration.all_inputs()
         with torch.no_grad():
             solutions = ridge_solutions(
@@ -146,19 +151,37 @@ class _Work:
         for fit, parts in solutions.items():
             trainer = self._trainer(fit)
             trainer.module.load_state_dict(as_state(parts))
+            trainer.about["fit"] = json_text(
+                {part: solution.report for part, solution in parts.items()}
+            )
             trainer.save(self._path(fit), self.settings[fit])
+        solutions.clear()
 
     def train(self) -> None:
         config, done = self.config, sum(self._step(fit) for fit in self.own)
         total = config.rounds * config.updates * len(self.own)
+        if done < total:
+            folder = self.run.states if config.streamed else None
+            tell_reuse(self.teacher, self.calibration, self.round_settings, folder)
         progress = Progress(total=total, initial=done, desc="distill-width", unit="update")
-        with stop_on_interrupt() as asked, progress:
+        kept = KeptTrainers(self._path, self.settings.__getitem__, config.rounds)
+        with stop_on_interrupt() as asked, progress, kept.saved_when_stopped():
             for number in range(config.rounds):
                 due = [
-                    fit for fit in self.own if self._step(fit) in unfinished(number, config.updates)
+                    fit for fit in self.own if kept.step(fit) in unfinished(number, config.updates)
                 ]
                 if due:
-                    _Round(self, due, number, progress, asked).work()
+                    _Round(self, due, number, kept, progress, asked).work()
+
+    @property
+    def round_settings(self) -> RoundSettings:
+        config, boundaries = self.config, 4 * len(self.fits)
+        return RoundSettings(
+            updates=config.updates,
+            cache_gb=config.cache_gb,
+            boundaries=boundaries,
+            seed=config.seed,
+        )
 
     def _path(self, fit: Fit) -> Path:
         return self.run.projection(fit.place.name, fit.kind)
@@ -166,14 +189,17 @@ class _Work:
     def _step(self, fit: Fit) -> int | None:
         return saved_step(self._path(fit), self.settings[fit])
 
+    def restored(self, fit: Fit) -> Trainer:
+        trainer = self._trainer(fit)
+        trainer.restore(self._path(fit))
+        return trainer
+
     def _trainer(self, fit: Fit) -> Trainer:
         width, options = (
             self.teacher.architecture.width(self.teacher.config),
             {"device": self.teacher.device},
         )
-        maps = {
-            part: nn.Linear(width, width, dtype=self.teacher.dtype, **options) for part in fit.parts
-        }
+        maps = {part: nn.Linear(width, width, dtype=torch.float32, **options) for part in fit.parts}
         return Trainer(nn.ModuleDict(maps), self.config.weight_decay)
 
 
@@ -181,7 +207,7 @@ def _trained_on(run: Run, fit: Fit) -> str:
     """Settings of the students that a projection is fitted to, so that it is trained again when
     they are."""
     places = [p for p in (fit.place, fit.source) if p and p.interval]
-    return json.dumps([_origin(run.student(place.name)) for place in places])
+    return json_text([_origin(run.student(place.name)) for place in places])
 
 
 def _origin(student: Path) -> str:
@@ -198,6 +224,7 @@ class _Round:
     job: _Work
     fits: list[Fit]
     number: int
+    kept: KeptTrainers
     progress: Progress
     asked: Callable[[], bool]
 
@@ -210,13 +237,7 @@ class _Round:
             if p
             for b in (p.index, p.last + 1)
         }
-        boundaries = 4 * len(self.job.fits)
-        settings = RoundSettings(
-            updates=config.updates,
-            cache_gb=config.cache_gb,
-            boundaries=boundaries,
-            seed=config.seed,
-        )
+        settings = self.job.round_settings
         place = processes().folder(self.job.run.states / f"width_round_{self.number}")
         folder = place if config.streamed else None
         self.states = FreshStates(
@@ -225,13 +246,12 @@ class _Round:
         for fit in self.fits:
             self._train(fit)
         self.states.clear()
-        saved()
+        self.kept.end_round(self.number)
 
     def _train(self, fit: Fit) -> None:
         config, job = self.job.config, self.job
-        path, end = job._path(fit), (self.number + 1) * config.updates
-        trainer = job._trainer(fit)
-        trainer.restore(path)
+        end = (self.number + 1) * config.updates
+        trainer = self.kept.take(fit, job.teacher.device) or job.restored(fit)
         lesson = _Lesson(job, fit, self.states, trainer.module)
         while trainer.step < end:
             total = config.rounds * config.updates
@@ -242,14 +262,14 @@ class _Round:
             )
             self.progress.update()
             self.progress.set_postfix_str(
-                f"{fit.name} loss {trainer.losses[-1]:.4f}", refresh=False
+                f"{fit.name} loss {trainer.losses[-1]:.3g}", refresh=False
             )
             if self.asked():
-                trainer.save(path, job.settings[fit])
+                self.kept.save(fit, trainer)
                 raise Stopped(
                     f"stopped at step {trainer.step} of {fit.name}; saved. Run the same command to go on"
                 )
-        trainer.save(path, job.settings[fit])
+        self.kept.put(fit, trainer)
 
 
 class _Lesson:
@@ -275,7 +295,7 @@ class _Lesson:
         state, target = self.states.state(self.fit.place.index, batch), self._target(batch)
         if source is not None:
             state = replace(state, text=source["text"], modulated_text=source["text_modulated"])
-        with quantised_in_training(self.pruned, bits):
+        with quantised_in_training(self.pruned, bits), mixed_precision(self.teacher):
             output = self.architecture.run_block(self.pruned, state)
             outputs = {part: self.maps[part](x) for part, (x, _) in pairs.items()}
         error = partial(relative_mse, whole=processes().sum)
@@ -316,12 +336,15 @@ class _Lesson:
         real = counted(fit, target, self.used)
         pairs = {"map": (x[real], y[real])}
         if fit.steps:
-            pairs["step"] = (source["text"][real], (target.text - source["text"])[real])
+            pairs["step"] = (
+                source["text"][real],
+                (target.text.float() - source["text"].float())[real],
+            )
         return pairs, source
 
     def _block(self, job: _Work, place: Place) -> nn.Module:
-        teacher = self.teacher
-        return placed_block(teacher.weights, job.students, place, teacher.dtype, teacher.device, {})
+        block = None if place.interval else self.teacher.block(place.index)
+        return standing_block(self.teacher, job.students, place, block)
 
     def _projected(self, job: _Work) -> nn.Module:
         """A frozen block whose maps are the ones in training."""
@@ -333,7 +356,7 @@ class _Lesson:
         )
         source = fit.source.index if fit.source else None
         place = replace(fit.place, ffn=ffn, text_source=source, steps_text=fit.steps)
-        block = project(self.architecture, self._block(job, fit.place), place, {})
+        block = project(self.architecture, twin(self.plain), place, {})
         names = self.architecture.projection_names[fit.kind]
         for part in projection_modules(self.architecture, block, fit.kind):
             parent, _, child = names[part].rpartition(".")

@@ -23,7 +23,6 @@ from ...algorithms.distillation.trainer import rounding
 from ...algorithms.distillation.tuning import (
     AveragedTrainer,
     forget_if_stale,
-    mixed_precision,
     step_draw,
     tune,
     tuning_settings,
@@ -32,7 +31,7 @@ from ...data.calibration import CalibrationSet
 from ...models.assembly import open_variant
 from ...models.cost import STORED_BYTES, CostModel
 from ...models.layout import Layout, layout_of
-from ...models.streaming import Teacher, embed_with, teacher_velocity
+from ...models.streaming import Teacher, embed_with, mixed_precision, teacher_velocity
 from ...models.weights import parameter_count, stored_count
 from ...plan import FULL, PruningPlan, Variant
 from ...run import Run

@@ -23,18 +23,18 @@ from ...algorithms.distillation.trainer import rounding
 from ...algorithms.distillation.tuning import (
     AveragedTrainer,
     forget_if_stale,
-    mixed_precision,
     step_draw,
     tune,
     tuning_settings,
 )
 from ...models.layout import Layout, layout_of
-from ...models.streaming import Teacher, run_blocks, run_chain
+from ...models.streaming import Teacher, mixed_precision, run_blocks, run_chain
 from ...plan import PruningPlan, Variant
 from ...run import Run
 from ...settings.prune_settings import PolishConfig
 from ...system.atomic import write_text
 from ...system.distributed import processes
+from ...system.finite import checked_velocity
 from ...system.tensor_files import file_mark, write_tensors
 from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
 
@@ -119,6 +119,7 @@ def subset_loss(
         target = run_chain(
             architecture, teacher.outer, (b for _, b in teacher.walk(first, last)), front
         )
+        checked_velocity(target)
     with mixed_precision(teacher):
         state = run_made(
             architecture, parts.blocks(layout, teacher)[changed:], front, checkpointing, bits

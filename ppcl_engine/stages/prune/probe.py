@@ -6,16 +6,16 @@ trained on the same error as in the paper. A stream that nothing reads later is 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
-from ...algorithms.least_squares import NormalEquations, Solution
+from ...algorithms.least_squares import RIDGE_OF, NormalEquations, Solution
 from ...models.streaming import StateStore, Teacher, sweep
 from ...run import Run
 from ...settings.prune_settings import ProbeConfig
 from ...system.distributed import processes
+from ...system.json_text import json_text
 from ...system.progress import Progress
 from ...system.tensor_files import TensorFile, write_tensors
 from ..inputs import open_calibration, open_teacher
@@ -30,9 +30,8 @@ def probe(config: ProbeConfig) -> Path:
     run, teacher = Run(config.run), open_teacher(config)
     calibration = open_calibration(config, teacher.weights)
     calibration.split(config.held_out)
-    settings = json.dumps(
-        [calibration.hash, config.ridge, config.train_steps, config.learning_rate, config.held_out]
-    )
+    numbers = [config.ridge, RIDGE_OF, config.train_steps, config.learning_rate, config.held_out]
+    settings = json_text([calibration.hash, *numbers])
     store = StateStore(processes().folder(run.states / "probe") if config.streamed else None)
     own = set(processes().own(range(teacher.num_blocks)))
     with torch.no_grad():
@@ -66,14 +65,14 @@ def _fit_block(
                 weight, bias = candidate
         tensors |= {f"{stream}.weight": weight.float(), f"{stream}.bias": bias.float()}
         report[stream] = {
-            "residual": solution.residual,
+            **solution.report,
             "rank": solution.rank,
             "rows": solution.rows,
             "held_out": held_out,
             "held_out_trained": trained,
         }
     if processes().writes:
-        write_tensors(path, tensors, {"settings": settings, "report": json.dumps(report)})
+        write_tensors(path, tensors, {"settings": settings, "report": json_text(report)})
 
 
 class _Pairs:
@@ -95,7 +94,7 @@ def _ridge(pairs: _Pairs, batches: range, ridge: float) -> Solution:
     equations = NormalEquations(width, width, pairs.teacher.device)
     for batch in batches:
         equations.add(*pairs[batch])
-    return equations.shared(processes().sum).solve(ridge)
+    return equations.shared(processes().sum).solve(ridge, rank=True)
 
 
 def _error(pairs: _Pairs, batches: range, weight: torch.Tensor, bias: torch.Tensor) -> float:

@@ -17,11 +17,11 @@ import torch
 from ...algorithms.detection.damage import Damage
 from ...algorithms.detection.intervals import least_damage
 from ...models.cost import STORED_BYTES, CostModel
+from ...models.layout import layout_of
 from ...plan import FULL, Interval, PruningPlan, Variant
 from ...run import Run
 from ...settings.prune_settings import VariantsConfig
 from ...system.atomic import write_text
-from ...system.progress import Progress
 from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
 
 SHARES = {"large": 1 / 3, "medium": 2 / 3, "small": 1.0}
@@ -35,14 +35,14 @@ def variants(config: VariantsConfig) -> Path:
     batches = max(1, round(config.samples / calibration.samples * len(calibration)))
     inputs = calibration.all_inputs()[-batches:]
     with torch.no_grad():
-        measured = Damage(
-            teacher, RunStudents(run, teacher.config, teacher.architecture), plan, inputs
-        )
+        students = RunStudents(run, teacher.config, teacher.architecture)
+        measured = Damage(teacher, students, plan, inputs, cache_gb=config.cache_gb)
         cost = CostModel.at(teacher.architecture, teacher.config, inputs[0])
+        measured.measure(
+            [layout_of(plan, _alone(interval)) for interval in plan.intervals], "intervals"
+        )
         plan = plan.with_parts(
-            intervals=tuple(
-                _interval(i, measured, cost) for i in Progress(plan.intervals, desc="variants")
-            )
+            intervals=tuple(_interval(i, measured, cost) for i in plan.intervals)
         )
         tuned = tuple(v for v in plan.variants if v.tuned)
         plan = plan.with_parts(variants=(*_named(config, plan, measured, cost), *tuned))
@@ -50,9 +50,14 @@ def variants(config: VariantsConfig) -> Path:
     return run.plan
 
 
+def _alone(interval: Interval) -> Variant:
+    return Variant(name=interval.name, intervals=(interval.name,))
+
+
 def _interval(interval: Interval, measured: Damage, cost: CostModel) -> Interval:
-    alone = Variant(name=interval.name, intervals=(interval.name,))
-    return replace(interval, score=measured.of(alone), parameters=cost.student(interval).parameters)
+    return replace(
+        interval, score=measured.of(_alone(interval)), parameters=cost.student(interval).parameters
+    )
 
 
 def _named(
@@ -85,6 +90,7 @@ def _named(
     named = [Variant(name=name, intervals=chosen) for name, chosen in sets.items()]
     if plan.sites:
         named.append(replace(plan.everything(), name="smallest"))
+    measured.measure([layout_of(measured.plan, variant) for variant in named], "variants")
     return [_measured(variant, plan, cost, milliseconds, measured) for variant in named]
 
 

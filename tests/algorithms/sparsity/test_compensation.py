@@ -74,3 +74,20 @@ def test_inputs_that_never_vary_are_no_obstacle():
     gram[2], gram[:, 2] = 0, 0
     new, _ = compensation.compensated(weight, gram, lambda first, part: part > part.median())
     assert torch.isfinite(new).all()
+
+
+@pytest.mark.parametrize("size", [1e3, 1e4])
+def test_one_large_input_changes_nothing_for_the_others(size):
+    """A column of inputs `size` times as large, its weights that much smaller: the same layer, so
+    the same choice and the same weights."""
+    weight, _, gram = layer(6, 24)
+    scale = torch.ones(24, dtype=torch.float64)
+    scale[5] = size
+
+    def choose(first, part):
+        return part >= part.median(1, keepdim=True).values
+
+    new, stays = compensation.compensated(weight, gram, choose)
+    scaled, stays_too = compensation.compensated(weight / scale, gram * scale.outer(scale), choose)
+    assert torch.equal(stays, stays_too)
+    torch.testing.assert_close(scaled * scale, new)

@@ -1,5 +1,6 @@
 """The refit against least squares, row by row."""
 
+import pytest
 import torch
 
 from ppcl_engine.algorithms.sparsity import compensation
@@ -44,3 +45,13 @@ def test_nothing_to_do_and_nothing_left():
     weight, _, gram = layer(4, 8)
     assert torch.equal(refitted(weight, gram, torch.ones_like(weight, dtype=torch.bool)), weight)
     assert not refitted(weight, gram, torch.zeros_like(weight, dtype=torch.bool)).any()
+
+
+@pytest.mark.parametrize("size", [1e3, 1e4])
+def test_one_large_input_changes_nothing_for_the_others(size):
+    weight, _, gram = layer(6, 24)
+    stays = weight.abs() > weight.abs().median()
+    scale = torch.ones(24, dtype=torch.float64)
+    scale[5] = size
+    scaled = refitted(weight / scale, gram * scale.outer(scale), stays)
+    torch.testing.assert_close(scaled * scale, refitted(weight, gram, stays))

@@ -149,3 +149,13 @@ def test_a_task_that_cannot_be_is_refused(task):
     with pytest.raises(ValueError, match="3 batches of 2"):
         dataclasses.replace(task, selection_batches=3)
     assert isinstance(task, Task)
+
+
+def test_a_teacher_in_bfloat16_is_refused(task, teacher_file):
+    """Its blocks would be trained in bfloat16, where steps of the usual size are lost."""
+    half = Teacher(Weights(teacher_file), torch.bfloat16, "cpu", streamed=False)
+    with pytest.raises(
+        ValueError,
+        match="baselines train in float32, the teacher is torch.bfloat16; open it in float32",
+    ):
+        dataclasses.replace(task, teacher=half)

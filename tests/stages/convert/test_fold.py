@@ -127,15 +127,12 @@ def test_a_table_of_another_model(folded, teacher_file, make_model, save_model, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"form": "basis", "rank": 0},
-            "--rank 0 leaves nothing to follow the timestep; use 1 or more",
-        ),
+        ({"form": "basis", "rank": 0}, "--rank 0: choose a whole number from 1 to 100,000"),
         (
             {"form": "basis", "rank": 32},
             "rank .*32.* of 32 inputs saves nothing; fold with --form table",
         ),
-        ({"form": "basis", "bound": 0.0}, "--bound 0 is no relative error"),
+        ({"form": "basis", "bound": 0.0}, "--bound 0.0: choose a number from 1e-06 to 0.99"),
         (
             {"form": "basis", "bound": 1e-6},
             "no useful rank keeps the error within 1e-06: rank .* fold with form table",

@@ -6,12 +6,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ppcl_engine.data import flow
 from ppcl_engine.data.calibration import CLEAN, load_calibration
 from ppcl_engine.data.flow import noised
 from ppcl_engine.demo.bundled import TEACHER, render_pictures
+from ppcl_engine.models.streaming import Teacher
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.settings.prune_settings import CalibrateConfig
 from ppcl_engine.stages.prune import calibrate as stage
 from ppcl_engine.stages.prune.calibrate import calibrate, spread_timesteps
+from ppcl_engine.system.progress import Progress
 
 CAPTIONS = (
     "a red K on a blue circle, yellow background\na white 7 on a black square, green background\n"
@@ -43,6 +47,48 @@ def test_drawing_streamed_is_drawing_resident(tmp_path, prompts):
     resident = calibrate(config(tmp_path / "a", prompts=prompts))
     streamed = calibrate(config(tmp_path / "b", prompts=prompts, streamed=True))
     assert bits(resident) == bits(streamed)
+
+
+def test_a_step_reads_the_model_once_for_all_pictures(tmp_path, prompts, monkeypatch):
+    """Three batches, with a caption and without; with less memory, once for as many as fit."""
+    read, load = [], Teacher._load
+    monkeypatch.setattr(
+        Teacher, "_load", lambda self, index: read.append(index) or load(self, index)
+    )
+    moved = []
+    monkeypatch.setattr(Progress, "update", lambda self, n=1: moved.append(n))
+    expected = bits(calibrate(config(tmp_path / "a", prompts=prompts)))
+    blocks = Weights(TEACHER).num_blocks
+    assert len(read) == blocks  # a look at whether it is finite
+    for cache_gb, groups in ((8.0, 1), (1.5e-4, 2), (1e-6, 3)):
+        read.clear(), moved.clear()
+        path = calibrate(
+            config(tmp_path / str(cache_gb), prompts=prompts, streamed=True, cache_gb=cache_gb)
+        )
+        assert bits(path) == expected
+        assert len(read) == groups * 3 * blocks
+        # block by block
+        assert sum(moved) == groups * 3 * blocks and moved.count(1) == groups * 3 * blocks
+
+
+def test_drawing_together_goes_on_where_it_was_stopped(tmp_path, prompts, monkeypatch):
+    """Killed in the second step of the second group: what is done is not drawn again."""
+    whole = bits(calibrate(config(tmp_path / "whole", prompts=prompts)))
+    step, done = flow.euler_step, []
+
+    def stops(*arguments):
+        done.append(1)
+        if len(done) == 8:  # 2 batches of 3 steps together, then one step of the third alone
+            raise SystemError("killed")
+        return step(*arguments)
+
+    settings = config(tmp_path / "run", prompts=prompts, streamed=True, cache_gb=1.5e-4)
+    monkeypatch.setattr(flow, "euler_step", stops)
+    with pytest.raises(SystemError):
+        calibrate(settings)
+    assert bits(calibrate(settings)) == whole
+    assert len(done) == 8 + 2
+    assert not (tmp_path / "run" / "states" / "calibrate").exists()
 
 
 @pytest.mark.parametrize("source", ["prompts", "images"])

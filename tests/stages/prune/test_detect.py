@@ -6,12 +6,21 @@ import pytest
 import torch
 
 from ppcl_engine.algorithms.detection.alignment import cka, linear_gram
-from ppcl_engine.algorithms.detection.curves import RIDGE, apply_maps, block_passes, load_probe
-from ppcl_engine.algorithms.least_squares import NormalEquations
+from ppcl_engine.algorithms.detection.curves import (
+    RIDGE,
+    Part,
+    apply_maps,
+    block_passes,
+    blocks_read,
+    grouped,
+    load_probe,
+)
+from ppcl_engine.algorithms.least_squares import InputMoments, NormalEquations
 from ppcl_engine.architectures.qwen_image import QwenImage
 from ppcl_engine.data.calibration import CalibrationSet
+from ppcl_engine.models.streaming import Teacher
 from ppcl_engine.run import Run
-from ppcl_engine.system.tensor_files import TensorFile
+from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 # N strongly nonlinear, L a near-linear step; the probes replace what follows block u
 PATTERN = "NNLLLNNLLN"
@@ -150,7 +159,7 @@ def test_curves_are_what_the_method_says(
         for rows in (probed_states, [states[4 if local else 6] for states in boundaries])
     )
     curves = TensorFile(run.curves)
-    assert float(curves.read("cka")[1, 2, 0]) == pytest.approx(float(cka(ours, theirs)), abs=1e-9)
+    assert float(curves.read("cka")[1, 2, 0]) == pytest.approx(float(cka(ours, theirs)), abs=1e-6)
     assert float(cka(ours, theirs)) < 0.999
 
     maps = {}
@@ -195,6 +204,61 @@ def test_block_passes_is_the_count_of_blocks_that_ran(
     assert block_passes(3, 3, 1) == 3 + (1 + 0 + 0)
 
 
+def test_parts_share_a_walk_as_far_as_their_states_fit():
+    parts = [Part(u=u, end=u + 1, batch=batch, bytes=3.0) for u in range(3) for batch in range(2)]
+    by_limit = {
+        limit: [len(group) for group in grouped(parts, limit)] for limit in (0, 5, 6, 9, 18, 100)
+    }
+    assert by_limit == {0: [1] * 6, 5: [1] * 6, 6: [2, 2, 2], 9: [3, 3], 18: [6], 100: [6]}
+    assert blocks_read(grouped(parts, 100), 10) == 10 + 9 and blocks_read(
+        grouped(parts, 0), 10
+    ) == 10 + 2 * (9 + 8 + 7)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_any_cache_gives_the_same_curves_in_as_few_reads_as_it_holds(
+    tmp_path, teacher_file, probed, run_stages, monkeypatch, local
+):
+    """With room for all, the blocks are read twice: by the teacher's sweep, and by the walk of all
+    chains."""
+    curves, reads, loaded, load = {}, {}, [], Teacher._load
+    monkeypatch.setattr(
+        Teacher, "_load", lambda self, index: loaded.append(index) or load(self, index)
+    )
+    for cache_gb in (8.0, 1e-4, 1e-6):
+        loaded.clear()
+        run = copied(probed, tmp_path / str(cache_gb))
+        run_stages(
+            teacher_file, run.folder, "detect", local=local, streamed=True, cache_gb=cache_gb
+        )
+        curves[cache_gb], reads[cache_gb] = run.curves.read_bytes(), len(loaded)
+        assert not run.states.exists() or not list(run.states.iterdir())
+    resident = copied(probed, tmp_path / "resident")
+    run_stages(teacher_file, resident.folder, "detect", local=local)
+    assert set(curves.values()) == {resident.curves.read_bytes()}
+    assert (
+        reads[8.0] == 6 + 5
+        and reads[1e-6] == 6 + 4 * (5 + 4 + 3 + 2 + 1) > reads[1e-4] > reads[8.0]
+    )
+
+
+def test_what_a_block_gives_is_summed_once_for_all_its_pairs(
+    tmp_path, teacher_file, probed, run_stages, monkeypatch
+):
+    """X^T X and its factor hang on u and the stream alone."""
+    made, factored = [], []
+    init, factor = InputMoments.__init__, torch.linalg.cholesky_ex
+    monkeypatch.setattr(
+        InputMoments, "__init__", lambda self, *given: made.append(1) or init(self, *given)
+    )
+    monkeypatch.setattr(
+        torch.linalg, "cholesky_ex", lambda matrix: factored.append(1) or factor(matrix)
+    )
+    run_stages(teacher_file, copied(probed, tmp_path).folder, "detect")
+    # of block 4 only the image: nothing reads the last text
+    assert len(made) == len(factored) == 4 * 2 + 1
+
+
 def test_curves_are_measured_once_and_again_for_other_probes(
     tmp_path, teacher_file, probed, run_stages
 ):
@@ -235,8 +299,31 @@ def test_an_untrained_model_is_refused(tmp_path, make_model, save_model, make_ru
     folder = make_run(tmp_path / "run", teacher)
     run_stages(teacher, folder, "probe")
     with pytest.raises(ValueError, match="curves are flat .* looks untrained"):
-        run_stages(teacher, folder, "detect")
+        run_stages(teacher, folder, "detect", method="ppcl")
+    with pytest.raises(
+        ValueError, match="no block can be told from a linear map: the model looks untrained"
+    ):
+        run_stages(teacher, folder, "detect", method="budget")
     assert not Run(folder).plan.exists()
+
+
+def test_the_budget_needs_no_cka(planted, run_stages):
+    """A model whose curves are flat, yet whose intervals cost different sums: measured curves with
+    all CKA at 1."""
+    run = run_stages(*planted, "detect", method="budget", remove=REMOVE, longest=5)
+    file = TensorFile(run.curves)
+    flat = {**file.read_all(), "cka": torch.where(file.read("cka").isnan(), torch.nan, 1.0)}
+    write_tensors(run.curves, flat, file.metadata, gaps=True)
+    run_stages(*planted, "detect", method="budget", remove=REMOVE, longest=5)
+    result = json.loads(run.detection.read_text())
+    assert [(row["first"], row["last"]) for row in result["intervals"]] == PLANTED
+    assert (
+        result["explain"][0]
+        == "ppcl finds nothing: the CKA curves are flat (largest first difference 0.0e+00)"
+    )
+    with pytest.raises(ValueError, match="curves are flat"):
+        run_stages(*planted, "detect", method="ppcl", remove=REMOVE, longest=5)
+    run.curves.unlink()  # the fixture is shared
 
 
 def test_what_is_missing_is_named(tmp_path, teacher_file, make_run, run_stages, calibration_of):

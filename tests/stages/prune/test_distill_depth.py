@@ -6,6 +6,8 @@ import signal
 import pytest
 import torch
 
+from ppcl_engine.algorithms.distillation import kept_trainers, rounds
+from ppcl_engine.algorithms.distillation.kept_trainers import KeptTrainers
 from ppcl_engine.algorithms.distillation.losses import interval_loss
 from ppcl_engine.algorithms.distillation.trainer import (
     Diverged,
@@ -13,12 +15,15 @@ from ppcl_engine.algorithms.distillation.trainer import (
     cosine_schedule,
     saved_weights,
 )
-from ppcl_engine.data.calibration import CLEAN, CalibrationSet, load_calibration
+from ppcl_engine.data.calibration import CalibrationSet, load_calibration
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.run import Run
+from ppcl_engine.stages.prune import distill_depth as stage
 from ppcl_engine.system.interruption import Stopped
 from ppcl_engine.system.tensor_files import TensorFile
+
+from ...tiny.trained_run import poison
 
 ALL = ("0-1", "2-4")
 
@@ -141,7 +146,7 @@ def test_the_form_of_the_correction(new_run, distill, correction, shapes):
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "full", ""])
 def test_other_corrections_are_refused(new_run, distill, wrong):
-    with pytest.raises(ValueError, match="is not affine, none or a rank such as 16"):
+    with pytest.raises(ValueError, match="choose affine, none or a rank such as 16"):
         distill(new_run(), correction=wrong)
 
 
@@ -155,22 +160,44 @@ def test_any_order_and_any_subset_give_the_same_students(new_run, distill, cache
     assert together.load_plan() == apart.load_plan()
 
 
+def test_a_cache_that_changes_the_training_is_told_of_first(new_run, distill, capfd, monkeypatch):
+    """12 updates are meant to have 3 batches; with one, each is used 12 times. What helps hangs on
+    what is free."""
+    roomy, tight = new_run("roomy"), new_run("tight")
+    distill(roomy, updates=12, rounds=1)
+    assert "--cache-gb" not in capfd.readouterr().err
+    distill(tight, updates=12, rounds=1, cache_gb=7e-5, streamed=True)
+    said = [line for line in capfd.readouterr().err.splitlines() if "--cache-gb" in line]
+    assert len(said) == 1 and said[0].startswith(
+        "--cache-gb 7e-05 holds 1 of the 3 batches that a round is meant to have, so each serves 12 updates in it instead "
+        "of 4; --cache-gb 0.1 holds all ("
+    )
+    assert said[0].endswith(f" GB are free at {tight.folder})")
+    distill(tight, updates=12, rounds=1, cache_gb=7e-5, streamed=True)
+    assert "--cache-gb" not in capfd.readouterr().err  # nothing is left to do
+    monkeypatch.setattr(rounds, "free_memory", lambda: 60_000)
+    distill(new_run("small"), updates=12, rounds=1, cache_gb=7e-5)
+    said = capfd.readouterr().err
+    assert "instead of 4; free more, or use fewer --updates (0.0 GB are free of memory)" in said
+
+
 def test_a_cache_that_holds_no_batch_is_refused(new_run, distill):
     with pytest.raises(ValueError, match="--cache-gb 1e-06 is too small for one batch"):
         distill(new_run(), cache_gb=1e-6)
 
 
-def interrupt_after(path, monkeypatch) -> None:
-    """One Ctrl-C as soon as this file is saved: the next interval is in its updates by then."""
-    save = Trainer.save
+def interrupt_after(interval: str, monkeypatch) -> None:
+    """One Ctrl-C as soon as this interval has had its updates: the next one is in its own by
+    then."""
+    put = KeptTrainers.put
 
-    def save_and_interrupt(trainer: Trainer, place, settings: str) -> None:
-        save(trainer, place, settings)
-        if place == path:
-            monkeypatch.setattr(Trainer, "save", save)
+    def put_and_interrupt(self, name: str, trainer: Trainer) -> None:
+        put(self, name, trainer)
+        if name == interval:
+            monkeypatch.setattr(KeptTrainers, "put", put)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Trainer, "save", save_and_interrupt)
+    monkeypatch.setattr(KeptTrainers, "put", put_and_interrupt)
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -179,7 +206,7 @@ def test_stopped_in_a_round_and_gone_on_is_the_same_bits(new_run, distill, strea
     before = signal.getsignal(signal.SIGINT)
     whole, halted = new_run("whole"), new_run("halted")
     distill(whole, updates=40, streamed=streamed)
-    interrupt_after(halted.student("0-1"), monkeypatch)
+    interrupt_after("0-1", monkeypatch)
     with pytest.raises(
         Stopped, match=r"stopped at step \d+ of interval 2-4; saved. Run the same command to go on"
     ):
@@ -189,6 +216,78 @@ def test_stopped_in_a_round_and_gone_on_is_the_same_bits(new_run, distill, strea
     distill(halted, updates=40, streamed=streamed)
     assert students(halted) == students(whole)
     assert not any(halted.states.rglob("*.safetensors"))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often a block of the teacher is read, a student is built with numbers in it, and a
+    training restored and saved."""
+    done = {"read": 0, "initialised": 0, "restored": 0, "saved": 0}
+
+    def count(owner, method: str, name: str) -> None:
+        original = getattr(owner, method)
+
+        def counting(*arguments, **named):
+            done[name] += 1
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(owner, method, counting)
+
+    count(Weights, "block", "read")
+    count(Trainer, "restore", "restored")
+    count(Trainer, "save", "saved")
+    build = stage.build_student
+
+    def building(*arguments):
+        done["initialised"] += torch.empty(0).device.type != "meta"
+        return build(*arguments)
+
+    monkeypatch.setattr(stage, "build_student", building)
+    return done
+
+
+def test_students_stay_in_memory_and_are_copied_once(new_run, distill, counted):
+    run = new_run()
+    distill(run, rounds=3)
+    # the resident teacher reads six blocks
+    assert counted == {"read": 6 + 2, "initialised": 0, "restored": 0, "saved": 3 * 2}
+
+
+def test_students_that_do_not_fit_are_the_same_bits(new_run, distill, counted, monkeypatch):
+    roomy, tight, narrow = new_run("roomy"), new_run("tight"), new_run("narrow")
+    distill(roomy, rounds=3)
+    monkeypatch.setattr(kept_trainers, "free_memory", lambda: 0)
+    distill(tight, rounds=3)
+    assert counted["restored"] == 2 * 2
+    one = sum(t.nbytes for t in saved_weights(roomy.student("0-1")).values()) * 3
+    monkeypatch.setattr(kept_trainers, "free_memory", lambda: 2 * one + 1)
+    distill(narrow, rounds=3, streamed=True)
+    assert counted["restored"] == 2 * 2 + 2  # one of the two stays
+    assert students(tight) == students(roomy) == students(narrow)
+
+
+def test_large_students_are_saved_seldom_and_on_the_way_out(new_run, distill, counted, monkeypatch):
+    """As many rounds lie between saves as keep all of them within what may be written, a tenth of
+    the rounds at most."""
+    monkeypatch.setattr(kept_trainers, "MOST_WRITTEN", 1)
+    whole, halted = new_run("whole"), new_run("halted")
+    distill(whole, rounds=30, updates=1)
+    assert counted["saved"] == 2 * 10
+    updates = []
+
+    def stop(self, *arguments):
+        update(self, *arguments)
+        updates.append(1)
+        if len(updates) == 9:  # the first student's update of round 4
+            signal.raise_signal(signal.SIGINT)
+
+    update = Trainer.update
+    monkeypatch.setattr(Trainer, "update", stop)
+    with pytest.raises(Stopped):
+        distill(halted, rounds=30, updates=1)
+    assert [int(TensorFile(halted.student(name)).metadata["step"]) for name in ALL] == [5, 4]
+    distill(halted, rounds=30, updates=1)
+    assert students(halted) == students(whole)
 
 
 def test_what_is_finished_is_left_alone(new_run, distill):
@@ -211,15 +310,13 @@ def test_other_settings_are_refused_by_name(new_run, distill):
     assert students(run) == before
 
 
-def test_a_poisoned_batch_stops_with_the_last_good_file(
-    new_run, distill, teacher_file, calibration_of
-):
-    """Four updates are one batch a round, so the poison of batch 1 comes in round 1."""
-    calibration = calibration_of(teacher_file)
-    calibration.batches[1][CLEAN][0, 0, 0] = torch.nan
-    run = new_run(calibration=calibration)
+def test_a_loss_that_is_not_a_number_stops_with_the_last_good_file(new_run, distill, monkeypatch):
+    """Step 4 is in round 1, when all intervals have been saved in round 0."""
+    run = new_run()
+    poison(monkeypatch, step=4)
     with pytest.raises(
-        Diverged, match="loss is nan at step 4 of interval 0-1; the last good state is kept"
+        Diverged,
+        match=r"loss is nan at step 4 of interval 0-1; the last good state \(step 4\) is kept",
     ):
         distill(run, updates=4, rounds=2)
     for interval in ALL:
@@ -229,10 +326,15 @@ def test_a_poisoned_batch_stops_with_the_last_good_file(
         )
 
 
-def test_a_huge_learning_rate_diverges_and_leaves_no_file(new_run, distill):
+def test_a_loss_that_is_not_a_number_before_the_first_save_leaves_no_file(
+    new_run, distill, monkeypatch
+):
     run = new_run()
-    with pytest.raises(Diverged, match="at step 1 of interval 0-1; .* lower --learning-rate"):
-        distill(run, learning_rate=1e30)
+    poison(monkeypatch, step=1)
+    with pytest.raises(
+        Diverged, match="at step 1 of interval 0-1; nothing was saved; lower --learning-rate"
+    ):
+        distill(run)
     assert not run.students.exists() or students(run) == {}
     assert issubclass(Diverged, ValueError)
 

@@ -8,6 +8,8 @@ import json
 import pytest
 import torch
 
+from ppcl_engine.algorithms import least_squares
+from ppcl_engine.algorithms.detection import width_fits
 from ppcl_engine.algorithms.distillation.trainer import saved_weights
 from ppcl_engine.data.calibration import load_calibration
 from ppcl_engine.models.assembly import open_variant, placed_block
@@ -106,11 +108,9 @@ def test_the_start_is_the_ridge_solution_over_the_whole_set(new_run, teacher_fil
                 )
                 xs.append(x[state.real(stream)]), ys.append(y[state.real(stream)])
             x, y = torch.cat(xs).double(), torch.cat(ys).double()
-            ridge = 1e-4 * float(x.square().sum(0).mean())
             centred, target = x - x.mean(0), y - y.mean(0)
-            weight = torch.linalg.solve(
-                centred.T @ centred + ridge * torch.eye(32, dtype=torch.float64), centred.T @ target
-            ).T
+            ridge = torch.diag(1e-4 * centred.square().sum(0))
+            weight = torch.linalg.solve(centred.T @ centred + ridge, centred.T @ target).T
             saved = saved_weights(run.projections / f"{name}.safetensors")
             torch.testing.assert_close(saved["map.weight"].double(), weight, rtol=1e-3, atol=1e-4)
             torch.testing.assert_close(
@@ -311,6 +311,80 @@ def test_detected_sites_meet_the_budget(new_run, teacher_file, method, architect
         ValueError, match="the intervals alone leave .* of the parameters, no more than --share 0.9"
     ):
         detect_width(DetectWidthConfig(**{**settings, "share": 0.9}))
+
+
+def test_any_memory_gives_the_same_candidates(new_run, teacher_file, monkeypatch):
+    """Fits are summed in one sweep or in many, their maps lie in memory or on disk, models go
+    through the blocks together or apart."""
+    found, chunks, chunked = {}, [], width_fits._chunks
+    monkeypatch.setattr(
+        width_fits,
+        "_chunks",
+        lambda *given: [chunks.append(1) or chunk for chunk in chunked(*given)],
+    )
+    for name, options in (
+        ("resident", {}),
+        ("streamed", {"streamed": True}),
+        ("tight", {"streamed": True, "cache_gb": 4e-5}),
+    ):
+        run = new_run(name)
+        chunks.clear()
+        detect_width(
+            DetectWidthConfig(
+                model=teacher_file, run=run.folder, device="cpu", share=0.6, **options
+            )
+        )
+        found[name] = (run.width.read_bytes(), run.alignment.read_bytes(), run.plan.read_bytes())
+        assert len(chunks) > 5 if name == "tight" else len(chunks) == 1
+        assert not run.states.exists() or not list(run.states.iterdir())
+    assert found["resident"] == found["streamed"] == found["tight"]
+
+
+def test_maps_leave_the_device_in_float32_and_sources_are_let_go(
+    new_run, teacher_file, monkeypatch
+):
+    """62.7 GB at full size otherwise: every solution in float64, the text of every source to the
+    end."""
+    held, step = [], width_fits._Accumulation._step
+
+    def count(self, *given):
+        held.append(len({place for place, _ in self.source_seen}))
+        return step(self, *given)
+
+    monkeypatch.setattr(width_fits._Accumulation, "_step", count)
+    run = new_run()
+    config = DetectWidthConfig(
+        model=teacher_file, run=run.folder, device="cpu", share=0.65, longest=1, kinds="text"
+    )
+    kept, add = [], width_fits.Solutions.add
+    monkeypatch.setattr(
+        width_fits.Solutions, "add", lambda self, *given: add(self, *given) or kept.append(self)
+    )
+    detect_width(config)
+    assert max(held) == 2  # a source, and the one that its own group reads from
+    for parts in kept[-1].without_maps().values():
+        for solution in parts.values():
+            assert {t.dtype for t in (solution.weight, solution.bias)} == {torch.float32}
+            assert solution.weight.device.type == "cpu"
+
+
+def test_inputs_of_a_source_are_summed_once(new_run, teacher_file, monkeypatch):
+    made, init = [], least_squares.InputMoments.__init__
+    monkeypatch.setattr(
+        least_squares.InputMoments,
+        "__init__",
+        lambda self, *given: made.append(1) or init(self, *given),
+    )
+    run = new_run()
+    detect_width(
+        DetectWidthConfig(
+            model=teacher_file, run=run.folder, device="cpu", share=0.6, kinds="text ffn_image"
+        )
+    )
+    candidates = json.loads(run.width.read_text())["candidates"]
+    ffns = sum(c["name"].startswith("ffn") for c in candidates)
+    # of each of three sources: what groups read, and what their ends step from
+    assert ffns < len(made) <= ffns + 2 * 3
 
 
 def test_damage_of_a_candidate_is_that_of_its_model(new_run, teacher_file, architecture):

@@ -22,7 +22,15 @@ from ppcl_engine.stages.prune.variants import variants
 from ppcl_engine.system.interruption import Stopped
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ...tiny.trained_run import control_c, files_of, killed, stop_after, velocities, write_parts
+from ...tiny.trained_run import (
+    control_c,
+    files_of,
+    killed,
+    poison,
+    stop_after,
+    velocities,
+    write_parts,
+)
 
 OTHERS = ("full", "small", "smallest", "1-2", "3-4", "1-2,3-4,ffn_image:1,text:3-4")
 TINY = {"variant": "smallest", "steps": 6, "learning_rate": 2e-3, "warm_up": 2, "save_every": 4}
@@ -244,15 +252,12 @@ def test_names_that_are_taken_or_are_none(new_run, tuned):
     assert not run.tuned.exists()
 
 
-def test_a_loss_that_is_not_a_number_keeps_the_last_save(
-    new_run, tuned, teacher_file, calibration_of, make_run
-):
-    run, calibration = new_run(), calibration_of(teacher_file)
-    calibration.batches[2]["encoder_hidden_states"].fill_(torch.nan)
-    make_run(run.folder, teacher_file, calibration)
+def test_a_loss_that_is_not_a_number_keeps_the_last_save(new_run, tuned, monkeypatch):
+    run = new_run()
+    poison(monkeypatch, step=2)
     with pytest.raises(
         Diverged,
-        match="loss is nan at step 2 of finetune smallest_tuned; the last good state is kept",
+        match=r"loss is nan at step 2 of finetune smallest_tuned; the last good state \(step 2\) is kept",
     ):
         tuned(run, save_every=1)
     file = TensorFile(run.tuned_variant("smallest_tuned"))

@@ -6,8 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ppcl_engine.architectures.qwen_image import QwenImage
 from ppcl_engine.data.calibration import load_calibration
 from ppcl_engine.models.assembly import open_variant
+from ppcl_engine.models.streaming import Teacher
 from ppcl_engine.models.weights import Weights, parameter_count
 from ppcl_engine.settings.prune_settings import VariantsConfig
 from ppcl_engine.stages.inputs import RunStudents
@@ -61,3 +63,42 @@ def test_limits_are_kept_at_the_least_damage(run, teacher_file):
     assert plan.variant("within_megabytes").intervals == ()  # the teacher itself fits
     with pytest.raises(ValueError, match="above this limit; raise it"):
         variants(settings(run, teacher_file, most_parameters=small / 2e6))
+
+
+def damages(run) -> list:
+    plan = run.load_plan()
+    return [i.score for i in plan.intervals] + [v.damage for v in plan.variants]
+
+
+def test_models_go_through_the_blocks_together(run, teacher_file, monkeypatch):
+    """Streamed: one reading of the blocks for the teacher, one for all intervals, one for all named
+    sizes; with less memory more of them, and the same figures to the bit."""
+    variants(settings(run, teacher_file))
+    expected, read, loaded = damages(run), {}, []
+    load = Teacher._load
+    monkeypatch.setattr(
+        Teacher, "_load", lambda self, index: loaded.append(index) or load(self, index)
+    )
+    for cache_gb in (8.0, 2e-5, 1e-6):
+        loaded.clear()
+        variants(settings(run, teacher_file, streamed=True, cache_gb=cache_gb))
+        read[cache_gb] = len(loaded) - 1  # the time of a block is measured on one
+        assert damages(run) == expected
+    assert read[8.0] <= 3 * 6 < read[2e-5] < read[1e-6]
+
+
+def test_what_is_known_is_not_walked_again(run, teacher_file, monkeypatch):
+    """The full model is the reference; medium may be what large is; an interval alone may be a
+    named size."""
+    passes, run_block = [], QwenImage.run_block
+    count = lambda self, block, state: (
+        passes.append(state.image.device.type) or run_block(self, block, state)
+    )  # noqa: E731
+    monkeypatch.setattr(QwenImage, "run_block", count)
+    variants(settings(run, teacher_file))
+    plan, batches = run.load_plan(), 4
+    sets = {v.intervals for v in plan.variants if v.intervals and len(v.intervals) > 1}
+    most = 6 + sum(6 - i.removed for i in plan.intervals)  # the teacher, and each interval alone
+    most += sum(6 - sum(plan.interval(name).removed for name in chosen) for chosen in sets)
+    timed = 5  # repeats of one block
+    assert passes.count("cpu") <= batches * most + timed

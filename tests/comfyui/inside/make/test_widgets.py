@@ -9,6 +9,7 @@ import nodes as host_nodes
 from ppcl_engine.settings import convert_settings, prune_settings
 from ppcl_engine.settings.base_settings import from_mapping
 from ppcl_engine.settings.help_texts import setting_help
+from ppcl_engine.settings.ranges import Range, rules_of
 
 COMMON = "device dtype streamed seed wait start keep_running"
 WIDGETS = {
@@ -52,6 +53,11 @@ OPTIONAL = {
     ("Sparsify", "sparsity"): 0.5,
     ("Sparsify", "variant"): "",
 }  # left out on the command line; here there is a value
+BY_ANOTHER_NAME = {
+    # 0 leaves the polish out
+    ("DistillWidth", "polish_steps"): (prune_settings.PolishConfig, "steps", 0),
+    ("DistillWidth", "polish_learning_rate"): (prune_settings.PolishConfig, "learning_rate", 0.0),
+}
 SCALARS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
@@ -114,6 +120,8 @@ def test_the_settings_take_the_widgets_values(pack, widgets, node):
         }
         if node == "DistillWidth":
             given["form"] = "paper"
+        if node == "CalibrateFromPrompts":  # the node writes its text to a file
+            given["prompts"] = "prompts.txt"
         model = "path" if node == "Sparsify" else "model"
         from_mapping(kind, {**values(kind, given), model: "m", "run": "r"}, node)
 
@@ -145,6 +153,21 @@ def test_values_that_no_widget_gives(pack, kind, given, message):
 def test_a_device_is_a_name(pack, name):
     with pytest.raises(ValueError, match="is none; choose auto, cpu, cuda or cuda:1"):
         pack("make.base").check_device(name)
+
+
+@pytest.mark.parametrize("node", [*SETTINGS, "RecordCalibration"])
+def test_bounds_are_the_settings(widgets, node):
+    """What a page takes is what a run file and the command line take."""
+    found = 0
+    for name, widget in widgets(node).items():
+        kind = OTHER.get((node, name), SETTINGS.get(node, prune_settings.CalibrateConfig))
+        if (node, name) in BY_ANOTHER_NAME:
+            kind, name, least = BY_ANOTHER_NAME[node, name]
+            assert widget.min == least, (node, name)
+        elif isinstance(rule := rules_of(kind).get(name), Range):
+            assert (widget.min, widget.max) == (rule.least, rule.most), (node, name)
+            found += 1
+    assert found or node == "Export"
 
 
 def test_steps_of_numbers_fit_their_size(widgets):
