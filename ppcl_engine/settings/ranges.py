@@ -10,7 +10,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Annotated, get_type_hints
 
-from ..system.wording import shown
+from ..system.wording import DEVICE_FORM, DEVICES, shown
 
 MOST = 1_000_000
 
@@ -54,7 +54,7 @@ class OutOfRange(ValueError):
 
 
 _FILE_NAME = "letters, digits, '-' and '_' only, at most 80 of them"
-Device = Annotated[str, Pattern(r"auto|cpu|cuda(:[0-9]{1,3})?", "auto, cpu, cuda or cuda:1")]
+Device = Annotated[str, Pattern(DEVICE_FORM, DEVICES)]
 FileName = Annotated[str, Pattern(r"[A-Za-z0-9_-]{1,80}", _FILE_NAME)]
 FileNameOrEmpty = Annotated[str, Pattern(r"[A-Za-z0-9_-]{0,80}", _FILE_NAME)]
 Seed = Annotated[int, Range(0, 2**31 - 1)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import shutil
 import time
 from functools import cache
@@ -12,14 +13,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..settings.base_settings import Common
-from ..settings.ranges import OutOfRange, rules_of
 from .distributed import processes
+from .wording import DEVICE_FORM, DEVICES, shown
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
-DEVICE = rules_of(Common)["device"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -94,10 +93,9 @@ def _status(field: str) -> int:
 
 
 def resolve_device(device: str) -> str:
-    """Raises ValueError when a device is asked for that this machine does not have, or that is
-    none."""
-    if not DEVICE.holds(device):
-        raise OutOfRange("device", device, DEVICE)
+    """Raises ValueError for a device that this machine does not have, and for a name of none."""
+    if not re.fullmatch(DEVICE_FORM, device):
+        raise ValueError(f"--device {shown(device)}: choose {DEVICES}")
     if device == "auto":
         return processes().gpu if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+DEVICE_FORM, DEVICES = r"auto|cpu|cuda(:[0-9]{1,3})?", "auto, cpu, cuda or cuda:1"
 MOST_SHOWN = 80  # characters of what somebody gave
 QUOTED = re.compile(rf"(?<![^\s(\[=:{{])(['\"])(?![\s,;:.)])((?:(?!\1).){{{MOST_SHOWN + 1},}})\1")
 """Opened behind a space or the like: a quote may close there too, and what is between two quoted

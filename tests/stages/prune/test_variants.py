@@ -91,9 +91,11 @@ def test_what_is_known_is_not_walked_again(run, teacher_file, monkeypatch):
     """The full model is the reference; medium may be what large is; an interval alone may be a
     named size."""
     passes, run_block = [], QwenImage.run_block
-    count = lambda self, block, state: (
-        passes.append(state.image.device.type) or run_block(self, block, state)
-    )  # noqa: E731
+
+    def count(self, block, state):
+        passes.append(state.image.device.type)
+        return run_block(self, block, state)
+
     monkeypatch.setattr(QwenImage, "run_block", count)
     variants(settings(run, teacher_file))
     plan, batches = run.load_plan(), 4
