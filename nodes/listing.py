@@ -106,15 +106,15 @@ def remembered(memory: dict, key: object, times: tuple[int, ...], make: Callable
 def stat_of(path: Path) -> Stat | None:
     """None: it is not there, or cannot be seen."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except (OSError, ValueError):  # ValueError: what can't be a name in this system
         return None
-    return found.st_mtime_ns, found.st_size
+    return stat.st_mtime_ns, stat.st_size
 
 
 def changed_at(folder: Path) -> int:
-    found = stat_of(folder)
-    return found[0] if found else 0
+    stat = stat_of(folder)
+    return stat[0] if stat else 0
 
 
 def found_in(root: Path, endings: tuple[str, ...]) -> Found:
@@ -123,8 +123,8 @@ def found_in(root: Path, endings: tuple[str, ...]) -> Found:
     key = (root, endings)
     if key not in _listings or not _listings[key].is_current:
         made, changed = time.time_ns(), {}
-        found = guarded(root, None, lambda: _walked(root, endings, changed), Found())
-        _listings[key] = Listing(found, made, changed)
+        contents = guarded(root, None, lambda: _walked(root, endings, changed), Found())
+        _listings[key] = Listing(contents, made, changed)
     return _listings[key].found
 
 
@@ -194,12 +194,12 @@ def _folders(root: Path, changed: dict[Path, int]) -> Iterator[tuple[Folder, lis
 
 def _below(folder: Folder, entries: list[Path]) -> list[Folder]:
     in_pipeline = folder.depth > 0 and any(entry.name == PIPELINE for entry in entries)
-    found = [
+    real_paths = [
         guarded(entry, None, lambda entry=entry: _real(folder, entry), None) for entry in entries
     ]
     return [
         Folder(entry, (*folder.above, real), in_pipeline)
-        for entry, real in zip(entries, found, strict=True)
+        for entry, real in zip(entries, real_paths, strict=True)
         if real and real not in folder.above
     ]
 

@@ -67,5 +67,5 @@ def _files(path: Path) -> list[Path]:
     follow."""
     if not path.is_dir():
         return [path.resolve()]
-    found = {*path.rglob("*"), *transformer_folder(path).glob("*")}
-    return sorted({guarded(file, None, file.resolve, file) for file in found})
+    files = {*path.rglob("*"), *transformer_folder(path).glob("*")}
+    return sorted({guarded(file, None, file.resolve, file) for file in files})

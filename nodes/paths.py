@@ -63,21 +63,21 @@ def model_files() -> dict[str, Path]:
 
 @lru_cache(maxsize=4)
 def _named(parts: tuple[Found, ...]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    named: dict[str, Path] = {}
     for part in parts:
         files = (
             n
             for n in part.files
             if n.endswith(ENDINGS) and n not in part.shards and Path(n).parts[0] != TABLES
         )
-        found = {**found, **{name: part.files[name] for name in files if name not in found}}
-        found = {**found, **{name: path for name, path in part.models.items() if name not in found}}
+        named = {**named, **{name: part.files[name] for name in files if name not in named}}
+        named = {**named, **{name: path for name, path in part.models.items() if name not in named}}
     demo = {
         name: DEMO / file
         for name, file in DEMO_FILES.items()
-        if name not in found and (DEMO / file).exists()
+        if name not in named and (DEMO / file).exists()
     }
-    return {**found, **demo}
+    return {**named, **demo}
 
 
 def runs() -> RunStore:
@@ -101,16 +101,16 @@ def _runs_seen() -> dict[Path, Seen]:
     root = runs().root
     there = guarded(root, None, root.is_dir, False)
     entries = guarded(root, changed_at(root), lambda: list(root.iterdir()), []) if there else []
-    found = {}
+    seen = {}
     for entry in entries:
         times = (changed_at(entry), changed_at(entry / EXPORTS))
         look = partial(guarded, entry, times, partial(_look_at_run, entry), Seen())
-        found[entry] = remembered(_seen, entry, times, look)
-    for entry in _seen.keys() - found.keys():
+        seen[entry] = remembered(_seen, entry, times, look)
+    for entry in _seen.keys() - seen.keys():
         del _seen[entry]
     return dict(
         sorted(
-            ((e, s) for e, s in found.items() if s.made), key=lambda row: row[1].made, reverse=True
+            ((e, s) for e, s in seen.items() if s.made), key=lambda row: row[1].made, reverse=True
         )
     )
 
@@ -156,14 +156,14 @@ def teacher_files() -> list[str]:
 def known_model(path: Path, run: str) -> Path:
     """A path that a run's files name, as a combo would give it; a link may lead there another way.
     Raises ValueError for one that no combo gives."""
-    found = next(
+    known = next(
         (file for file in model_files().values() if file.resolve() == path.resolve()), None
     )
-    if found is None:
+    if known is None:
         raise ValueError(
             f"{path.name}, the model of run {run}, is in none of models/ppcl and models/diffusion_models"
         )
-    return found
+    return known
 
 
 def model_path(name: str) -> Path:

@@ -18,9 +18,9 @@ def tensor_of(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
 
 
-def stacked(found: list[torch.Tensor]) -> torch.Tensor:
+def stacked(pictures: list[torch.Tensor]) -> torch.Tensor:
     """Pictures of one width, one below the other."""
-    return torch.cat(found, dim=1)
+    return torch.cat(pictures, dim=1)
 
 
 def text_card(text: str, colour: str) -> torch.Tensor:

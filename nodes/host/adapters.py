@@ -62,13 +62,13 @@ def translate_patches(model) -> bool:
     names = {f"diffusion_model.{name}" for name, _ in transformer.named_parameters()}
     of_block = _of_block(transformer.ppcl.structure.host)
     # hooks: LoRA on a part of the conditioning or schedule
-    for found in (model.patches, *model.hook_patches.values()):
-        for key, patches in list(found.items()):
+    for by_key in (model.patches, *model.hook_patches.values()):
+        for key, patches in list(by_key.items()):
             match = of_block.match(key)
             if match and (student := f"{match[1]}student.{match[2]}") in names:
-                own = found.get(student, [])
-                found[student] = _of_student(patches, own)
-                new |= found is model.patches and not _alike(found[student], own)
+                own = by_key.get(student, [])
+                by_key[student] = _of_student(patches, own)
+                new |= by_key is model.patches and not _alike(by_key[student], own)
     return new
 
 
@@ -77,13 +77,13 @@ def _of_student(patches: list[tuple], own: list[tuple]) -> list[tuple]:
     weight, and what changes that one, as a list: each has its own weight there, and the teacher's
     changes."""
     merges = iter([patch for patch in own if isinstance(patch[1], list)])
-    found = []
+    translated = []
     for patch in patches:
         if not isinstance(patch[1], list):
-            found.append(patch)
+            translated.append(patch)
         elif merge := next(merges, None):
-            found.append((patch[0], [merge[1][0], *patch[1][1:]], *patch[2:]))
-    return found
+            translated.append((patch[0], [merge[1][0], *patch[1][1:]], *patch[2:]))
+    return translated
 
 
 def _alike(patches: list[tuple], others: list[tuple]) -> bool:

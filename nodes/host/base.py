@@ -132,10 +132,10 @@ class Host:
 
     def ranges(self, config: Mapping) -> dict[str, range]:
         """List -> the teacher's indices of its blocks."""
-        found, start = {}, 0
+        by_list, start = {}, 0
         for blocks in self.lists:
-            found[blocks.name] = range(start, start := start + config[blocks.depth])
-        return found
+            by_list[blocks.name] = range(start, start := start + config[blocks.depth])
+        return by_list
 
     def list_of(self, config: Mapping, index: int) -> BlockList:
         return next(blocks for blocks in self.lists if index in self.ranges(config)[blocks.name])

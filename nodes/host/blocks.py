@@ -178,11 +178,11 @@ def run_part(linear: nn.Module, x: torch.Tensor, width_out: int, width_in: int) 
     own = comfy.ops.disable_weight_init.Linear.forward_comfy_cast_weights
     if type(linear).forward_comfy_cast_weights is own and not isinstance(linear, PatchedWhole):
         weight, bias, stream = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
-        found = F.linear(
+        outputs = F.linear(
             x, weight[:width_out, :width_in], None if bias is None else bias[:width_out]
         )
         comfy.ops.uncast_bias_weight(linear, weight, bias, stream)
-        return found
+        return outputs
     return type(linear).forward(linear, F.pad(x, (0, linear.in_features - width_in)))[
         ..., :width_out
     ]

@@ -99,12 +99,12 @@ class PrunedConfig:
         does not read."""
         held = {name: Held(tensor) for name, tensor in tensors.items()}
         if self.custom_operations is not None:
-            found = passed_on(held)
+            by_name = passed_on(held)
         else:
-            found = grouped(held, file_being_loaded(), *self.told)
+            by_name = grouped(held, file_being_loaded(), *self.told)
         return {
             name: place.tensor if isinstance(place, Held) else place
-            for name, place in found.items()
+            for name, place in by_name.items()
         }
 
     def _name_formats(self, named: dict) -> None:
@@ -310,14 +310,14 @@ def _with_all_parts(
         if interval.first == index:
             block.student = _correct(make(), interval, structure, texts, linear)
     width = structure.host.engine.width(structure.config)
-    found: dict[str, dict[str, dict[str, nn.Module]]] = {}
+    projections: dict[str, dict[str, dict[str, nn.Module]]] = {}
     prefix = f"{structure.prefix(index)}projections."
     for name in names:
         if name.startswith(prefix) and name.endswith(".weight"):
             place, kind, part, _ = name.removeprefix(prefix).split(".")
-            found.setdefault(place, {}).setdefault(kind, {})[part] = linear(width, width)
-    if found:
-        block.projections = _module_dict(found)
+            projections.setdefault(place, {}).setdefault(kind, {})[part] = linear(width, width)
+    if projections:
+        block.projections = _module_dict(projections)
     return block
 
 

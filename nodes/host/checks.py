@@ -55,13 +55,13 @@ def _different(owner, name: str, parameters: tuple[str, ...] = ()) -> Iterator[s
         if inspect.isclass(owner)
         else owner.__name__
     )
-    found = getattr(owner, name, None)
-    if found is None:
+    member = getattr(owner, name, None)
+    if member is None:
         yield f"{where} has no {name}"
         return
     if not parameters:
         return
-    known = inspect.signature(found).parameters.values()
+    known = inspect.signature(member).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known)
     lacking = [name for name in parameters if name not in {parameter.name for parameter in known}]
     if lacking and not takes_any:

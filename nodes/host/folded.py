@@ -91,9 +91,9 @@ class BasisMap(FoldedMap):
     def forward_comfy_cast_weights(self, carried: torch.Tensor) -> torch.Tensor:
         exact = coefficients(carried)
         weight, bias, stream = comfy.ops.cast_bias_weight(self, exact, offloadable=True)
-        found = F.linear(exact, weight, bias).to(carried.dtype)
+        outputs = F.linear(exact, weight, bias).to(carried.dtype)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-        return found
+        return outputs
 
     def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
         return stored @ self.projection(stored).T if name == "weight" else stored
@@ -110,9 +110,9 @@ class TableMap(FoldedMap):
 
     def forward_comfy_cast_weights(self, carried: torch.Tensor) -> torch.Tensor:
         weight, bias, stream = comfy.ops.cast_bias_weight(self, carried, offloadable=True)
-        found = picked(weight, carried, self.batches) + bias
+        outputs = picked(weight, carried, self.batches) + bias
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-        return found
+        return outputs
 
     def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
         return (

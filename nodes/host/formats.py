@@ -66,12 +66,12 @@ def grouped(
     one `Quantised`. layers: what the file's metadata says; old: of a scaled fp8 file whose mark is
     not among the tensors. Raises ValueError, in one line, for a format that this host does not
     read, and for a matrix of 8 bits or fewer without the scale that it needs."""
-    found, companions = _by_module(places, NEW_NAMES)
+    by_name, companions = _by_module(places, NEW_NAMES)
     mark = places[FP8_MARK].read() if FP8_MARK in places else None
     old = old if mark is None else float8_of(mark)
     exact = {"full_precision_matrix_mult": True} if mark is not None and mark.numel() == 2 else {}
     for module in {**companions, **dict.fromkeys(layers or ())}:
-        parts, weight = companions.get(module, {}), found.get(f"{module}.weight")
+        parts, weight = companions.get(module, {}), by_name.get(f"{module}.weight")
         if weight is None and not parts:
             continue  # the metadata names more than the transformer's
         said = _said(parts.pop(FORMAT, None), (layers or {}).get(module), f"{where}: {module}")
@@ -83,32 +83,32 @@ def grouped(
             )
             said = {**(said or exact), "format": kind}
         check_matrix(weight, parts, said, marked, f"{where}: {module}.weight")
-        found[f"{module}.weight"] = Quantised({"weight": weight, **parts}, said, marked)
-    for name, place in found.items():
+        by_name[f"{module}.weight"] = Quantised({"weight": weight, **parts}, said, marked)
+    for name, place in by_name.items():
         _check_plain(name, place, where)
-    return found
+    return by_name
 
 
 def passed_on(places: Mapping) -> dict:
     """As `grouped`, for a model on another pack's operations: nothing is checked, and nothing
     changes."""
-    found, companions = _by_module(places, {})
+    by_name, companions = _by_module(places, {})
     for module, parts in companions.items():
-        if weight := found.get(f"{module}.weight"):
-            found[f"{module}.weight"] = Quantised({"weight": weight, **parts})
-    return found
+        if weight := by_name.get(f"{module}.weight"):
+            by_name[f"{module}.weight"] = Quantised({"weight": weight, **parts})
+    return by_name
 
 
 def _by_module(places: Mapping, new_names: Mapping[str, str]) -> tuple[dict, dict[str, dict]]:
     """(all but what belongs to a weight, module -> leaf -> what belongs to its weight)"""
-    found, companions = {}, {}
+    others, companions = {}, {}
     for name, place in places.items():
         module, _, leaf = name.rpartition(".")
         if leaf in COMPANIONS and module:
             companions.setdefault(module, {})[new_names.get(leaf, leaf)] = place
         else:
-            found[name] = place
-    return found, companions
+            others[name] = place
+    return others, companions
 
 
 def _said(place, said: dict | None, where: str) -> dict | None:

@@ -110,14 +110,14 @@ class Quantised:
         """What is left, as numbers, by the host's own arithmetic."""
         parts = {leaf: part.read() for leaf, part in self.parts.items()}
         if self.old is not None:
-            found = parts["weight"].float() * parts[SCALE].float()
+            numbers = parts["weight"].float() * parts[SCALE].float()
         else:
-            found = _filled(
+            numbers = _filled(
                 _linear_kind(self.settings, dtype), self.whole, parts, self.settings
             ).weight.dequantize()
         if "pre_quant_scale" in parts:  # inputs are multiplied by it
-            found = found.float() * parts["pre_quant_scale"].float()
-        return self.cut.of(found.to(dtype))
+            numbers = numbers.float() * parts["pre_quant_scale"].float()
+        return self.cut.of(numbers.to(dtype))
 
     def read(self) -> torch.Tensor:
         return self.values(torch.bfloat16)
@@ -230,10 +230,10 @@ def read_settings(tensor: torch.Tensor) -> dict:
     return json.loads(bytes(tensor.tolist()))
 
 
-def refuse_unused_scales(module: nn.Module, found) -> None:
+def refuse_unused_scales(module: nn.Module, incompatible) -> None:
     """After a model was filled: a scale that nobody took means weights that are read wrong."""
     kinds = {*SCALES, OLD_NAMES[SCALE]} - {INPUT_SCALE}
-    unused = [name for name in found.unexpected_keys if name.rpartition(".")[2] in kinds]
+    unused = [name for name in incompatible.unexpected_keys if name.rpartition(".")[2] in kinds]
     if unused:
         raise ValueError(
             f"{HOST} does not use {len(unused)} of the file's scales, first {unused[0]}: its weights would be wrong; take "

@@ -82,14 +82,14 @@ class QwenImageHost(Host):
         self, transformer: nn.Module, config, method: str | None, pictures: int
     ) -> None:
         own = getattr(transformer, METHOD, None)
-        found, wanted = method or own or INDEX, AT_ZERO if config.get("zero_cond_t") else INDEX
-        if found in OFFSETS and pictures == 1:
-            found = INDEX
-        if found == wanted == AT_ZERO and own is None:
-            found = f"{AT_ZERO}, which it does not know"
-        if found != wanted:
+        used, wanted = method or own or INDEX, AT_ZERO if config.get("zero_cond_t") else INDEX
+        if used in OFFSETS and pictures == 1:
+            used = INDEX
+        if used == wanted == AT_ZERO and own is None:
+            used = f"{AT_ZERO}, which it does not know"
+        if used != wanted:
             raise ValueError(
-                f"ComfyUI reads the reference pictures by the method {found}, this model reads them by {wanted}; take out "
+                f"ComfyUI reads the reference pictures by the method {used}, this model reads them by {wanted}; take out "
                 "the node that chooses the method, or update ComfyUI"
             )
 
@@ -104,11 +104,11 @@ class QwenImageHost(Host):
             "joint_attention_dim",
             "axes_dims_rope",
         )
-        found = {name: config[name] for name in names}
+        arguments = {name: config[name] for name in names}
         known = inspect.signature(host_module.QwenImageTransformer2DModel).parameters
         if config.get("zero_cond_t") and METHOD in known:
-            found[METHOD] = AT_ZERO
-        return found
+            arguments[METHOD] = AT_ZERO
+        return arguments
 
     def time_embedder(self, width: int, **options) -> nn.Module:
         return host_module.QwenTimestepProjEmbeddings(width, 768, **options)

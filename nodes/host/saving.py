@@ -129,16 +129,16 @@ def _running(structure: Structure, layout: Layout, state: FileTensors) -> Tensor
         structure.config,
         {place.index: place for place in layout.places},
     )
-    found = {}
+    running = {}
     for name, tensor in state.items():
         where = host.block_of(config, name)
         if where is None:
-            found[name] = tensor
+            running[name] = tensor
         elif (place := places.get(where[0])) and (part := _part_that_runs(host, place, where[1])):
-            found[host.prefix(config, place.index) + part] = tensor
+            running[host.prefix(config, place.index) + part] = tensor
     for place in layout.places:
-        _cut(structure, place, found)
-    return found
+        _cut(structure, place, running)
+    return running
 
 
 def _part_that_runs(host: Host, place: Place, part: str) -> str | None:
@@ -184,7 +184,7 @@ def _with_steps(structure: Structure, layout: Layout, tensors: Tensors) -> Tenso
     """A file of the method's authors lists the places that move a group's text on; a plan has one,
     at the end of each group: where the file has none there, a step of zero. Raises ValueError for
     one elsewhere."""
-    found = dict(tensors)
+    stepped = dict(tensors)
     for given, place in zip(structure.layout.places, layout.places, strict=True):
         maps = structure.host.engine.comfyui_projections.get("text", {})
         step, like = (
@@ -196,24 +196,24 @@ def _with_steps(structure: Structure, layout: Layout, tensors: Tensors) -> Tenso
                 "it cannot be saved"
             )
         if given.steps_text and not place.steps_text:
-            found = {
-                name: tensor for name, tensor in found.items() if not name.startswith(f"{step}.")
+            stepped = {
+                name: tensor for name, tensor in stepped.items() if not name.startswith(f"{step}.")
             }
         if place.steps_text and not given.steps_text:
-            found |= {
-                f"{step}.{leaf}": torch.zeros_like(found[f"{like}.{leaf}"].to("cpu"))
+            stepped |= {
+                f"{step}.{leaf}": torch.zeros_like(stepped[f"{like}.{leaf}"].to("cpu"))
                 for leaf in ("weight", "bias")
             }
-    return found
+    return stepped
 
 
 def _without_biases(host: Host, tensors: Tensors) -> Tensors:
     """A table's values hold theirs; the host's maps have one beside them for a LoRA to change."""
-    found = dict(tensors)
+    joined = dict(tensors)
     for name in modulation_names(tensors, host.engine):
-        bias = found.pop(f"{name}.bias").to("cpu")
-        found[f"{name}.weight"] = found[f"{name}.weight"].to("cpu") + bias[:, None]
-    return found
+        bias = joined.pop(f"{name}.bias").to("cpu")
+        joined[f"{name}.weight"] = joined[f"{name}.weight"].to("cpu") + bias[:, None]
+    return joined
 
 
 def _scales_alone(tensors: Tensors) -> Tensors:
@@ -241,11 +241,11 @@ def _counted_anew(
     prefixes = dict(
         zip(map(structure.prefix, indices), _prefixes_anew(structure, indices), strict=True)
     )
-    found = {HINTS_TENSOR: hints_of(plan, indices, host.engine.with_blocks(plan.config, indices))}
+    renamed = {HINTS_TENSOR: hints_of(plan, indices, host.engine.with_blocks(plan.config, indices))}
     for name, tensor in tensors.items():
         match = host.block_name.match(name)
-        found[f"{prefixes[f'{match[1]}.{match[2]}.']}{match[3]}" if match else name] = tensor
-    return found
+        renamed[f"{prefixes[f'{match[1]}.{match[2]}.']}{match[3]}" if match else name] = tensor
+    return renamed
 
 
 def _prefixes_anew(structure: Structure, indices: Iterable[int]) -> list[str]:
@@ -256,7 +256,7 @@ def _prefixes_anew(structure: Structure, indices: Iterable[int]) -> list[str]:
 
 
 def _with_plan(plan: PruningPlan, layout: Layout, tensors: Tensors) -> Tensors:
-    found = {**tensors, STRUCTURE_TENSOR: as_tensor(plan.to_json())}
+    marked = {**tensors, STRUCTURE_TENSOR: as_tensor(plan.to_json())}
     if guard := guard_name(plan, layout):
-        found[guard] = torch.zeros(GUARD_SHAPE, dtype=torch.uint8)
-    return found
+        marked[guard] = torch.zeros(GUARD_SHAPE, dtype=torch.uint8)
+    return marked

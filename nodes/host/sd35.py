@@ -34,9 +34,9 @@ class PaddedModulation(nn.Sequential):
         self.width, self.dual = width, dual
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        found, third = super().forward(conditioning), 3 * self.width
-        first = padded(found[..., :third])
-        return torch.cat([first, found[..., -third:]], dim=-1) if self.dual else first
+        modulation, third = super().forward(conditioning), 3 * self.width
+        first = padded(modulation[..., :third])
+        return torch.cat([first, modulation[..., -third:]], dim=-1) if self.dual else first
 
 
 class FixedShiftAndScale(FixedModulation):
@@ -152,8 +152,8 @@ class SD35Host(Host):
 
 def _dual(config: Mapping) -> list[int]:
     """Blocks that attend twice to the image."""
-    found = config.get("dual_attention_layers")
-    return list(found) if isinstance(found, list | tuple) else []
+    blocks = config.get("dual_attention_layers")
+    return list(blocks) if isinstance(blocks, list | tuple) else []
 
 
 def modulated_text(block: nn.Module, fixed: FixedModulation, text: torch.Tensor) -> torch.Tensor:

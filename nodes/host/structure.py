@@ -64,22 +64,22 @@ class Structure:
 
     def renamed(self, tensors: FileTensors) -> dict[str, torch.Tensor]:
         """The tensors by the names of the model that is built."""
-        found = {}
+        renamed = {}
         for name, tensor in ((shown(name), tensor) for name, tensor in tensors.items()):
             new = self.names.get(name, name)
             if new is not None and not is_surrounding(name) and tuple(tensor.shape) != GUARD_SHAPE:
                 new = usual_name(self.host.engine, new)
-                found[new] = _without_identity(tensor) if name in self.legacy else tensor
-        return found | self._zero_biases(found)
+                renamed[new] = _without_identity(tensor) if name in self.legacy else tensor
+        return renamed | self._zero_biases(renamed)
 
     def _zero_biases(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """A table's values hold theirs; a map has one for a LoRA to change."""
         if self.folding is None or self.folding.form != "table":
             return {}
-        found = {
+        tables = {
             name: tensors[f"{name}.weight"] for name in modulation_names(tensors, self.host.engine)
         }
-        return {f"{name}.bias": table.new_zeros(len(table)) for name, table in found.items()}
+        return {f"{name}.bias": table.new_zeros(len(table)) for name, table in tables.items()}
 
 
 def hidden(tensors: FileTensors) -> dict[str, torch.Tensor]:
@@ -129,17 +129,17 @@ def config_of(host: Host, tensors: FileTensors, known: Mapping | None = None) ->
     """The engine's, from shapes and marks; how many blocks there are, how rotary axes are shared,
     and what else no shape tells, from `known` where it says."""
     shapes, marks = engine_shapes(host.engine, tensors), host.engine.marks
-    found = host.engine.infer_config(
+    config = host.engine.infer_config(
         shapes.__getitem__, [*shapes, *(mark for mark in marks if mark in tensors)]
     )
     entries = (*(blocks.depth for blocks in host.lists), AXES, *marks.values(), *host.told)
     told = {key: known[key] for key in entries if known and key in known}
-    axes = told.get(AXES, found.get(AXES))
-    if AXES in found and (not isinstance(axes, list) or sum(axes) != found["attention_head_dim"]):
+    axes = told.get(AXES, config.get(AXES))
+    if AXES in config and (not isinstance(axes, list) or sum(axes) != config["attention_head_dim"]):
         raise ValueError(
-            f"rotary axes {axes} do not make up a head of {found['attention_head_dim']}; is the file whole?"
+            f"rotary axes {axes} do not make up a head of {config['attention_head_dim']}; is the file whole?"
         )
-    return {**found, **told}
+    return {**config, **told}
 
 
 def engine_shapes(engine: Architecture, tensors: FileTensors) -> dict[str, tuple[int, ...]]:
@@ -157,11 +157,11 @@ def engine_shapes(engine: Architecture, tensors: FileTensors) -> dict[str, tuple
 
 def blocks_in(host: Host, names: Iterable[str]) -> dict[str, list[int]]:
     """List -> the numbers of the blocks that are there."""
-    found: dict[str, set[int]] = {blocks.name: set() for blocks in host.lists}
+    by_list: dict[str, set[int]] = {blocks.name: set() for blocks in host.lists}
     for match in map(host.block_name.match, names):
         if match:
-            found[match[1]].add(int(match[2]))
-    return {name: sorted(numbers) for name, numbers in found.items()}
+            by_list[match[1]].add(int(match[2]))
+    return {name: sorted(numbers) for name, numbers in by_list.items()}
 
 
 def count_blocks(host: Host, names: Iterable[str]) -> int:

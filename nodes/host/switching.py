@@ -154,19 +154,19 @@ def size_of(transformer: nn.Module, layout: Layout | None) -> tuple[int, int]:
     if layout is None:
         return _total([_counted(p) for p in transformer.parameters()])
     host, config = transformer.ppcl.structure.host, transformer.ppcl.structure.config
-    found = [
+    counts = [
         _counted(p) for name, p in transformer.named_parameters() if not host.block_name.match(name)
     ]
     places = {place.index: place for place in layout.places}
     for place in layout.places:
         block = view_of_block(host, block_at(transformer, place, places.get(place.text_source)))
-        found += [_counted(p) for p in block.parameters()]
+        counts += [_counted(p) for p in block.parameters()]
         for site in place.ffn:
             cuts = host.cuts_at(config, site).items()
-            found += [
+            counts += [
                 _unused(_bare(transformer, place).get_submodule(name), cut) for name, cut in cuts
             ]
-    return _total(found)
+    return _total(counts)
 
 
 def tensors_in(transformer: nn.Module) -> dict[str, torch.Tensor]:
@@ -180,8 +180,8 @@ def tensors_in(transformer: nn.Module) -> dict[str, torch.Tensor]:
     )
 
 
-def _total(found: list[tuple[int, int]]) -> tuple[int, int]:
-    return sum(count for count, _ in found), sum(size for _, size in found)
+def _total(counts: list[tuple[int, int]]) -> tuple[int, int]:
+    return sum(count for count, _ in counts), sum(size for _, size in counts)
 
 
 def _counted(parameter: nn.Parameter) -> tuple[int, int]:
@@ -195,8 +195,8 @@ def _counted(parameter: nn.Parameter) -> tuple[int, int]:
 
 def _unused(linear: nn.Module, cut: Cut) -> tuple[int, int]:
     """Of what a view still holds of a map that the place leaves a part of, negative."""
-    found = []
+    counts = []
     for parameter in linear.parameters(recurse=False):
         share = 1 - cut.share(parameter.ndim)
-        found.append(tuple(-round(share * number) for number in _counted(parameter)))
-    return _total(found)
+        counts.append(tuple(-round(share * number) for number in _counted(parameter)))
+    return _total(counts)

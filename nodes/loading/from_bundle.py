@@ -133,7 +133,7 @@ def _with_scales(
 ) -> dict[str, torch.Tensor]:
     """Matrices of blocks without a scale (students, projections), as the base keeps its own: fp8
     and a scale each. `exact`: folded maps, which stay as they are."""
-    found = {}
+    scaled = {}
     for name, tensor in tensors.items():
         plain = (
             host.block_name.match(name)
@@ -143,8 +143,8 @@ def _with_scales(
         )
         module = name.removesuffix("weight")
         if plain and not tensors.keys() & {module + SCALE, module + FP8_SCALE.removeprefix(".")}:
-            found |= {module + leaf: part for leaf, part in in_fp8(tensor, dtype).items()}
-    return found
+            scaled |= {module + leaf: part for leaf, part in in_fp8(tensor, dtype).items()}
+    return scaled
 
 
 def base_tensors(host: Host, path: Path, stored: dict[str, tuple[object, str]]) -> Places:
@@ -185,10 +185,10 @@ def check_base(
 
 def _under(file: TensorFile, prefix: str, name: str = "") -> Places:
     """The file's tensors under a prefix, by names that begin with `name` instead."""
-    found = places_in(
+    stored = places_in(
         {key: (file, key) for key in file.keys() if key.startswith(prefix)}, file.path.name
     )
-    return {name + key.removeprefix(prefix): place for key, place in found.items()}
+    return {name + key.removeprefix(prefix): place for key, place in stored.items()}
 
 
 def _student(host: Host, bundle: Bundle, interval: Interval) -> Places:
@@ -200,38 +200,38 @@ def _student(host: Host, bundle: Bundle, interval: Interval) -> Places:
 
 def _all_parts(host: Host, bundle: Bundle) -> Places:
     """Students and projections by the names that a switchable model gives them."""
-    found, config = {}, bundle.plan.config
+    wanted, config = {}, bundle.plan.config
     for interval in bundle.plan.intervals:
         prefix = host.prefix(config, interval.first)
         parts = _student(host, bundle, interval)
-        found |= {
+        wanted |= {
             f"{prefix}student.{name.removeprefix(prefix)}": place for name, place in parts.items()
         }
     for name, stored in _under(bundle.file, "projections.").items():
         index = name.split(".")[0].split("-")[0]
-        found[f"{host.prefix(config, int(index))}projections.{name}"] = stored
-    return found
+        wanted[f"{host.prefix(config, int(index))}projections.{name}"] = stored
+    return wanted
 
 
 def _variant_parts(host: Host, base: Places, bundle: Bundle, layout: Layout) -> Places:
     """Just what one variant runs."""
     config, places = bundle.plan.config, {place.index: place for place in layout.places}
-    found = {name: stored for name, stored in base.items() if not host.block_name.match(name)}
+    wanted = {name: stored for name, stored in base.items() if not host.block_name.match(name)}
     blocks = {name: where for name in base if (where := host.block_of(config, name))}
     for name, (index, part) in blocks.items():
         if index in places and not places[index].interval:
-            found |= _kept(host, config, places[index], name, part, base[name])
+            wanted |= _kept(host, config, places[index], name, part, base[name])
     for place in layout.places:
         prefix = host.prefix(config, place.index)
         if place.interval:
             for name, stored in _student(host, bundle, place.interval).items():
-                found |= _kept(host, config, place, name, name.removeprefix(prefix), stored)
+                wanted |= _kept(host, config, place, name, name.removeprefix(prefix), stored)
         for kind in place.projections:
             for part, stored in _under(bundle.file, projection_prefix(place.name, kind)).items():
                 name, leaf = part.split(".")
                 if name != "step" or place.steps_text:
-                    found[f"{prefix}{host.engine.comfyui_projections[kind][name]}.{leaf}"] = stored
-    return found
+                    wanted[f"{prefix}{host.engine.comfyui_projections[kind][name]}.{leaf}"] = stored
+    return wanted
 
 
 def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored) -> Places:

@@ -82,13 +82,13 @@ def open_base(path: Path) -> dict[str, tuple[LoadedFile, str]]:
     holds something else."""
     read = pack().gguf_sd_loader
     try:
-        found = read(str(path))
+        loaded = read(str(path))
     except Exception as error:  # another pack's reader: a file that is cut off ends it in many ways
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
             f"ComfyUI-GGUF cannot read {path.name} ({said}): it is cut off, or not a diffusion model; copy or download it again"
         ) from error
-    tensors = found[0] if isinstance(found, tuple) else found  # newer ones give more beside it
+    tensors = loaded[0] if isinstance(loaded, tuple) else loaded  # newer ones give more beside it
     file = LoadedFile(path, tensors)
     return {name: (file, name) for name in tensors}
 

@@ -98,21 +98,21 @@ class Reader:
         """By their names; a matrix of few bits is several."""
         if isinstance(stored, Stored) or isinstance(stored, Joined) and not stored.quantised:
             return {name: self.read(stored)}
-        found = {
+        tensors = {
             name.removesuffix("weight") + leaf: tensor for leaf, tensor in stored.tensors().items()
         }
-        self.bytes_read += sum(tensor.nbytes for tensor in found.values())
-        return found
+        self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
+        return tensors
 
     def read_all(
         self, wanted: Mapping[str, Stored | Joined | Quantised]
     ) -> dict[str, torch.Tensor]:
         """For the host. Where each matrix says its format, the mark of scaled fp8 has no use."""
-        found: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, place in wanted.items():
             if name != FP8_MARK or not IN_FILE:
-                found |= self.tensors(name, place)
-        return found
+                tensors |= self.tensors(name, place)
+        return tensors
 
     def read(self, stored: Stored | Joined) -> torch.Tensor:
         if isinstance(stored, Joined):
@@ -143,7 +143,10 @@ def places_in(
 def metadata_in(stored: Mapping[str, tuple[object, str]]) -> dict[str, str]:
     """Of these files, but what `places_in` has read of it."""
     return {
-        key: text for found in _metadata(stored) for key, text in found.items() if key != METADATA
+        key: text
+        for metadata in _metadata(stored)
+        for key, text in metadata.items()
+        if key != METADATA
     }
 
 
@@ -160,15 +163,15 @@ def in_host_names(
 ) -> dict[str, Stored | Joined | Quantised]:
     """Tensors by diffusers' names or by the host's -> by the host's. `places`: of a file whose
     blocks are projected. What is no tensor of the full model keeps its name."""
-    found, pieces = {}, {}
+    named, pieces = {}, {}
     own = _own_modules(host, config, places)
     for name, place in stored.items():
         module, _, leaf = name.rpartition(".")
         part = None if module in own else _part(host, name, stored)
         if module in own:
-            found[f"{own[module]}.{leaf}"] = place
+            named[f"{own[module]}.{leaf}"] = place
         elif part is None:
-            found[_correction(host, config, usual_name(host.engine, name))] = place
+            named[_correction(host, config, usual_name(host.engine, name))] = place
         else:
             for position, piece in enumerate(part.pieces):
                 cut = Cut(rows=((position,), len(part.pieces)))
@@ -177,8 +180,8 @@ def in_host_names(
                 )
     for name, parts in pieces.items():
         ordered = tuple(parts[piece] for piece in sorted(parts))
-        found[name] = ordered[0] if len(ordered) == 1 else Joined(ordered)
-    return found
+        named[name] = ordered[0] if len(ordered) == 1 else Joined(ordered)
+    return named
 
 
 def _part(host: Host, name: str, names: Iterable[str]) -> Part | None:
@@ -191,7 +194,7 @@ def _part(host: Host, name: str, names: Iterable[str]) -> Part | None:
 
 def _own_modules(host: Host, config: Mapping, places: Iterable[Place]) -> dict[str, str]:
     """A projection's linear map, by diffusers' name of where it stands -> by the host's."""
-    found = {}
+    modules = {}
     for place in places:
         ours, theirs = (
             host.engine.block_prefix(config, place.index),
@@ -199,11 +202,11 @@ def _own_modules(host: Host, config: Mapping, places: Iterable[Place]) -> dict[s
         )
         for kind in place.projections:
             parts = host.engine.projection_names[kind].items()
-            found |= {
+            modules |= {
                 ours + name: theirs + host.engine.comfyui_projections[kind][part]
                 for part, name in parts
             }
-    return found
+    return modules
 
 
 def _correction(host: Host, config: Mapping, name: str) -> str:

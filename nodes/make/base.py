@@ -142,16 +142,20 @@ class Job(Node):
         done says how it stands in every picture."""
         state = current_state(folder)
         if state.status == "done":
-            found = show(folder)
+            produced = show(folder)
         else:
             card = results.state_picture(folder, state)
-            found = [*[card] * len(cls.PICTURES), progress_text(folder, state), *cls.nothing()]
-        screen_of(cls).say(next(value for value in found if isinstance(value, str)))
+            produced = [*[card] * len(cls.PICTURES), progress_text(folder, state), *cls.nothing()]
+        screen_of(cls).say(next(value for value in produced if isinstance(value, str)))
         shown = next(
-            (ui.PreviewImage(value, cls=cls) for value in found if isinstance(value, torch.Tensor)),
+            (
+                ui.PreviewImage(value, cls=cls)
+                for value in produced
+                if isinstance(value, torch.Tensor)
+            ),
             None,
         )
-        return io.NodeOutput(folder.name, *found, ui=shown)
+        return io.NodeOutput(folder.name, *produced, ui=shown)
 
     @classmethod
     def nothing(cls) -> list:

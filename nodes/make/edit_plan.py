@@ -56,9 +56,9 @@ def _sites(
 ) -> tuple[WidthSite, ...]:
     """With what was measured of them; a text group's score is that of the whole group."""
     known = {(site.kind, site.block, site.form): site for site in plan.sites}
-    found = tuple(known.get((s.kind, s.block, s.form), s) for s in sites)
-    named = {site.name: f"{group.name}" for group in _groups(plan, found) for site in group.sites}
-    return tuple(replace(s, score=scores.get(named.get(s.name, s.name), s.score)) for s in found)
+    chosen = tuple(known.get((s.kind, s.block, s.form), s) for s in sites)
+    named = {site.name: f"{group.name}" for group in _groups(plan, chosen) for site in group.sites}
+    return tuple(replace(s, score=scores.get(named.get(s.name, s.name), s.score)) for s in chosen)
 
 
 def _groups(plan: PruningPlan, sites: tuple[WidthSite, ...]):

@@ -82,15 +82,15 @@ class EncodedPrompts:
         rows = [*self.given, self.nothing]
         masks = [torch.ones(len(row.text), dtype=torch.bool) for row in rows]
         text, mask = (_padded(part) for part in ([row.text for row in rows], masks))
-        found = {
+        tensors = {
             "text": text[:-1].clone(),
             "mask": mask[:-1].clone(),
             "empty": self.nothing.text[None],
         }
         if self.nothing.pooled is None:
-            return found
+            return tensors
         pooled = torch.stack([row.pooled for row in self.given])
-        return {**found, "pooled": pooled, "empty_pooled": self.nothing.pooled[None].clone()}
+        return {**tensors, "pooled": pooled, "empty_pooled": self.nothing.pooled[None].clone()}
 
     @property
     def file(self) -> str:

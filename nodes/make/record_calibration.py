@@ -36,10 +36,10 @@ def check_same_model(model, weights: Weights) -> None:
     parts = {key: weights.architecture.to_comfyui(key, weights.keys()) for key in weights.keys()}
     names = names_in_model(model, [part.name for part in parts.values()])
     for key, part in parts.items():
-        shape, found = weights.shape(key), own.get(names[part.name])
+        shape, actual = weights.shape(key), own.get(names[part.name])
         whole = (shape[0] // len(part.pieces) * part.of, *shape[1:]) if part.of > 1 else shape
-        if found != whole:
-            text = f"is {found}, not {whole}" if found else "is not there"
+        if actual != whole:
+            text = f"is {actual}, not {whole}" if actual else "is not there"
             raise ValueError(f"the MODEL's {names[part.name]} {text}; {advice}")
     if not all(place.is_teacher for place in layout_in(model).places):
         raise ValueError(f"the MODEL runs as the variant {name_of(model)!r}; {advice}")

@@ -39,14 +39,14 @@ def calibration_text(folder: Path) -> str:
 
 def probe_errors(folder: Path) -> dict[str, dict[int, float]]:
     """stream -> block -> squared error on held-out samples, relative to the block's own step."""
-    found: dict[str, dict[int, float]] = {}
+    by_stream: dict[str, dict[int, float]] = {}
     for path in sorted(Run(folder).probes.glob("block_*.safetensors")):
         for stream, row in json.loads(TensorFile(path).metadata["report"]).items():
             errors = [
                 row[name] for name in ("held_out", "held_out_trained") if row[name] is not None
             ]
-            found.setdefault(stream, {})[int(path.stem.removeprefix("block_"))] = min(errors)
-    return found
+            by_stream.setdefault(stream, {})[int(path.stem.removeprefix("block_"))] = min(errors)
+    return by_stream
 
 
 def probe_text(errors: dict[str, dict[int, float]]) -> str:
@@ -157,8 +157,8 @@ def losses_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
         paths = [
             Run(folder).student(interval.name) for interval in Run(folder).load_plan().intervals
         ]
-    found = {path.stem: TensorFile(path).read("losses") for path in paths if path.exists()}
-    return {name: losses for name, losses in found.items() if len(losses)}
+    by_part = {path.stem: TensorFile(path).read("losses") for path in paths if path.exists()}
+    return {name: losses for name, losses in by_part.items() if len(losses)}
 
 
 def losses_text(losses: dict[str, torch.Tensor]) -> str:

@@ -273,12 +273,12 @@ class DistillWidth(Job):
 
 def _polish_input(name: str) -> io.Input:
     """PolishConfig's, by another name: the node has steps and rates of its own."""
-    (found,) = inputs(PolishConfig, POLISH[name], steps={"default": 300})
-    found.id = name
-    found.tooltip = (
-        f"Of the training of all parts together behind it; 0 steps leaves it out. {found.tooltip}"
+    (widget,) = inputs(PolishConfig, POLISH[name], steps={"default": 300})
+    widget.id = name
+    widget.tooltip = (
+        f"Of the training of all parts together behind it; 0 steps leaves it out. {widget.tooltip}"
     )
-    return found
+    return widget
 
 
 def _width_stages(choose: str, given: dict) -> list[tuple[type, str, dict]]:

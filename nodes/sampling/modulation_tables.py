@@ -76,14 +76,14 @@ def check_patches(patcher, inputs) -> None:
     """Raises ValueError, in one line, for changes that folded modulations can't follow."""
     engine = patcher.model.diffusion_model.ppcl.structure.host.engine
     for patches in (patcher.patches, *patcher.hook_patches.values()):
-        for key, found in patches.items():
+        for key, changes in patches.items():
             if key.startswith(f"diffusion_model.{engine.time_embedder}."):
                 raise ValueError(
                     f"a LoRA changes {key}, which folded modulations can't follow; set fold to off"
                 )
             module = key.rpartition(".")[0].removeprefix("diffusion_model.")
             if module.endswith(engine.timestep_modulations) and not all(
-                _adds(p, inputs) for p in found
+                _adds(p, inputs) for p in changes
             ):
                 raise ValueError(
                     f"a change of {key} depends on the weight itself (DoRA, a merge), which is folded away; set fold to off"
@@ -143,9 +143,9 @@ def unload(patcher) -> None:
     """Takes the model off its device, whichever branch of it is loaded: what it holds is about to
     change."""
     loaded = comfy.model_management.current_loaded_models
-    for found in [m for m in loaded if m.model is not None and m.model.model is patcher.model]:
-        found.model_unload()
-        loaded.remove(found)
+    for one in [m for m in loaded if m.model is not None and m.model.model is patcher.model]:
+        one.model_unload()
+        loaded.remove(one)
 
 
 def stored_table(

@@ -113,7 +113,7 @@ class Recorder:
 
     def _captions(self, given: dict, rows: int) -> Inputs:
         """By diffusers' names, a row each. The host gives no mask where all tokens are real."""
-        found = {}
+        captions = {}
         for name, theirs in self.reads.items():
             tensor = given.get(theirs)
             if name == MASK:
@@ -123,8 +123,8 @@ class Recorder:
                 raise ValueError(
                     f"the conditioning lacks what {self.architecture.name} reads as {name}; use its own encoders"
                 )
-            found[name] = tensor.expand(rows, *tensor.shape[1:])
-        return found
+            captions[name] = tensor.expand(rows, *tensor.shape[1:])
+        return captions
 
     def _references(self, given: dict) -> tuple[Inputs, tuple[tuple[int, ...], ...]]:
         """Tokens of all reference pictures behind each other, a row each, and the pictures' sizes

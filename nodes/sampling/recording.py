@@ -37,16 +37,16 @@ Wanted = dict[tuple[int, int], bool]
 def wanted_states(limits: Limits, number: int, rows: int, steps: int) -> Wanted:
     """Of each row one state in each of `each_picture` equal parts of the schedule. The same for the
     same seed and `number` of the sampling."""
-    generator, found = _generator(limits, number), {}
+    generator, wanted = _generator(limits, number), {}
     kept = min(limits.each_picture, steps)
     for row in range(rows):
         places = (torch.arange(kept) + torch.rand(kept, generator=generator)) / kept * steps
         negative = torch.rand(kept, generator=generator) < limits.empty_captions
-        found |= {
+        wanted |= {
             (row, step): empty
             for step, empty in zip(places.int().tolist(), negative.tolist(), strict=True)
         }
-    return found
+    return wanted
 
 
 def _generator(limits: Limits, number: int) -> torch.Generator:
@@ -158,12 +158,12 @@ def recorded(path: Path, origin: dict) -> CalibrationSet:
     """What is there so far. Raises ValueError where the file is another recording's."""
     if not path.exists():
         return CalibrationSet([], origin)
-    found = load_calibration(path)
-    if found.origin != origin:
+    calibration = load_calibration(path)
+    if calibration.origin != origin:
         raise ValueError(
             f"{path} was recorded with other settings; remove its folder, or change seed"
         )
-    return found
+    return calibration
 
 
 def append(path: Path, origin: dict, batches: list[Inputs]) -> CalibrationSet:

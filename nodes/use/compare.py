@@ -81,5 +81,5 @@ class Compare(Node):
                 )
             if model is not None:
                 models, pictures = [*models, model], [*pictures, picture]
-        found = compared(models, pictures)
-        return io.NodeOutput(found, ui=ui.PreviewImage(found, cls=cls))
+        picture_sheet = compared(models, pictures)
+        return io.NodeOutput(picture_sheet, ui=ui.PreviewImage(picture_sheet, cls=cls))

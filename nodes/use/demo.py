@@ -58,9 +58,9 @@ def decode(samples: torch.Tensor, enlarge: int) -> torch.Tensor:
     if samples.ndim == 4:
         samples = samples.unsqueeze(2)
     if tuple(samples.shape[1:]) != (CHANNELS, 1, ROWS, COLUMNS):
-        found = " x ".join(map(str, samples.shape[1:]))
+        shape = " x ".join(map(str, samples.shape[1:]))
         raise ValueError(
-            f"the demo's latents are {CHANNELS} x 1 x {ROWS} x {COLUMNS}, this one is {found}; "
+            f"the demo's latents are {CHANNELS} x 1 x {ROWS} x {COLUMNS}, this one is {shape}; "
             "use the latent of Demo Caption (PPCL)"
         )
     latents = Wan21().process_in(samples.float().cpu())[:, :, 0]

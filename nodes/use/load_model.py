@@ -92,14 +92,14 @@ def follow_folded(model, content: Content) -> None:
 
 def note_sparsity(model, path: Path) -> tuple[str, ...]:
     """What weights of a file are zero, in words; Compare Variants names its column by it."""
-    found = (
+    sparsity = (
         sparsity_of(TensorFile(path).metadata) if path.is_file() and path.suffix != GGUF else None
     )
-    if found is None:
+    if sparsity is None:
         return ()
-    share = f"{100 * found.dropped / found.weights:.3g} %"
+    share = f"{100 * sparsity.dropped / sparsity.weights:.3g} %"
     model.model.ppcl_sparsity = f"{share} zero"
-    return (f"{share} of {found.weights:,} weights in its blocks are zero ({found.pattern})",)
+    return (f"{share} of {sparsity.weights:,} weights in its blocks are zero ({sparsity.pattern})",)
 
 
 def _patcher_alone(request: Request, weight_dtype: str, disable_dynamic: bool = False):

@@ -45,13 +45,13 @@ def _engine_names(engine: Architecture, target, shapes: dict) -> list[str]:
     if rows is None:
         return list(keys)
     _, start, count = rows
-    found = []
+    names = []
     for key in keys:
         part = engine.to_comfyui(key, shapes)
         first = min(part.pieces) * shapes[key][0] // len(part.pieces)
         if start < first + shapes[key][0] and first < start + count:
-            found.append(key)
-    return found
+            names.append(key)
+    return names
 
 
 class LoraReport(Node):
