@@ -161,7 +161,7 @@ def known_model(path: Path, run: str) -> Path:
     )
     if known is None:
         raise ValueError(
-            f"{path.name}, the model of run {run}, is in none of models/ppcl and models/diffusion_models"
+            f"{path.name}, the model of run {run}, is neither in models/ppcl nor in models/diffusion_models; put it back there"
         )
     return known
 
@@ -171,7 +171,7 @@ def model_path(name: str) -> Path:
     files = model_files()
     if name not in files:
         raise ValueError(
-            f"{name[:200]!r} is in none of models/ppcl and models/diffusion_models; refresh, then choose again"
+            f"{name[:200]!r} is neither in models/ppcl nor in models/diffusion_models; refresh, then choose again"
         )
     return files[name]
 

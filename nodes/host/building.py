@@ -373,7 +373,7 @@ def check_tensors(model: nn.Module, tensors: FileTensors) -> None:
         n for n in given.keys() - expected.keys() if not is_surrounding(n) and n not in marks
     ):
         raise ValueError(
-            f"the file has {len(unknown)} tensors with no home, first {unknown[0]}; is it another model?"
+            f"the file has {len(unknown)} tensors that this model does not use, first {unknown[0]}; is it another model's?"
         )
     for name, shape in expected.items():
         if given[name] != shape:

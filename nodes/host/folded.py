@@ -55,7 +55,7 @@ class Table(TableInputs):
     def ask(self, missing: list[float]) -> None:
         """The schedule's were looked up before sampling (`tables`), so these were chosen since."""
         raise ValueError(
-            f"the model's table has no timestep {missing[0]:.6g}, which this sampler chose on its way: take a sampler that "
+            f"the model's table has no timestep {missing[0]:.6g}, which this sampler chose on its way: choose a sampler that "
             "keeps to its schedule, or fold with form basis"
         )
 

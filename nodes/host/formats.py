@@ -36,7 +36,7 @@ FOREIGN = {
     ".qweight": "SVDQuant or GPTQ",
     ".weight_scale_inv": "float8 in blocks",
 }
-ELSEWHERE = "take the model in another format"
+ELSEWHERE = "use the model in another format"
 
 
 def float8_of(mark: torch.Tensor) -> torch.dtype:
@@ -126,10 +126,12 @@ def check_matrix(
 ) -> None:
     """Raises ValueError, in one line, where this host would read it wrong. where: file and name."""
     if weight is None:
-        raise ValueError(f"{where} has a scale and is not there; copy or download the file again")
+        raise ValueError(
+            f"{where} is missing, though its scale is there; copy or download the file again"
+        )
     if said is None:
         raise ValueError(
-            f"{where} has a scale, and nothing in the file says its format (no {FORMAT}, no {FP8_MARK}); {ELSEWHERE}"
+            f"{where} has a scale, but nothing in the file names its format (no {FORMAT}, no {FP8_MARK}); {ELSEWHERE}"
         )
     if old is not None and not IN_FILE:
         known = {"storage_t": old, "parameters": {SCALE}}
@@ -140,14 +142,14 @@ def check_matrix(
     kinds = PACKED if known["storage_t"] in PACKED else (known["storage_t"],)
     if weight.dtype not in kinds or len(weight.shape) != 2:
         kind = str(weight.dtype).removeprefix("torch.")
-        raise ValueError(f"{stored} and holds {kind} of shape {tuple(weight.shape)}; {ELSEWHERE}")
+        raise ValueError(f"{stored} but holds {kind} of shape {tuple(weight.shape)}; {ELSEWHERE}")
     if missing := [leaf for leaf in NEEDED if leaf in known["parameters"] and leaf not in parts]:
-        raise ValueError(f"{stored} and lacks its {missing[0]}; copy or download the file again")
+        raise ValueError(f"{stored} but lacks its {missing[0]}; copy or download the file again")
     if unused := sorted(parts.keys() - known["parameters"] - {INPUT_SCALE}):
         raise ValueError(f"{stored}, which does not use its {unused[0]}; {ELSEWHERE}")
     if said["format"] in FLOAT8.values() and tuple(parts[SCALE].shape) not in ONE_SCALE:
         raise ValueError(
-            f"{stored} with scales of shape {tuple(parts[SCALE].shape)}, {HOST} reads one scale; {ELSEWHERE}"
+            f"{stored} with scales of shape {tuple(parts[SCALE].shape)}, but {HOST} reads a single scale; {ELSEWHERE}"
         )
 
 

@@ -236,6 +236,6 @@ def refuse_unused_scales(module: nn.Module, incompatible) -> None:
     unused = [name for name in incompatible.unexpected_keys if name.rpartition(".")[2] in kinds]
     if unused:
         raise ValueError(
-            f"{HOST} does not use {len(unused)} of the file's scales, first {unused[0]}: its weights would be wrong; take "
+            f"{HOST} does not use {len(unused)} of the file's scales, first {unused[0]}: its weights would be wrong; use "
             "the model in another format"
         )

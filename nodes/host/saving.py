@@ -68,8 +68,8 @@ def check(parts: Parts, state: FileTensors) -> None:
     folding = parts.structure.folding
     if folding is not None and folding.form == "table" and not folding.inputs:
         raise ValueError(
-            "the modulations of this model are folded into a table of the schedules that it was sampled with, so a file of it "
-            "would draw with no other; set fold to off or basis in Load Pruned Model (PPCL), then save"
+            "the modulations of this model are folded into a table of the schedules that it was sampled with, so a saved "
+            "file would work with no other schedule; set fold to off or basis in Load Pruned Model (PPCL), then save"
         )
 
 
@@ -192,7 +192,7 @@ def _with_steps(structure: Structure, layout: Layout, tensors: Tensors) -> Tenso
         )
         if given.steps_text and not place.steps_text and place.last < layout.num_blocks - 1:
             raise ValueError(
-                f"this model steps the text inside a text group, at block {place.index}, for which a file with a plan has no place; "
+                f"this model moves the text on inside a text group, at block {place.index}, which a file with a plan cannot describe; "
                 "it cannot be saved"
             )
         if given.steps_text and not place.steps_text:

@@ -86,7 +86,7 @@ class SD35Host(Host):
         heads, blocks = self._counted(tensors)
         if blocks != heads:
             raise ValueError(
-                f"the file has {blocks} blocks, a whole model of its width {heads}; load it with Load Pruned Model (PPCL)"
+                f"the file has {blocks} blocks, a full model of its width {heads}; load it with Load Pruned Model (PPCL)"
             )
 
     def _counted(self, tensors) -> tuple[int, int]:
@@ -129,7 +129,7 @@ class SD35Host(Host):
     def arguments(self, config) -> dict:
         if config["attention_head_dim"] != HEAD:
             raise ValueError(
-                f"heads of {config['attention_head_dim']}: the host runs {self.engine.name} with {HEAD} alone"
+                f"ComfyUI runs {self.engine.name} with heads of {HEAD} only, this model has heads of {config['attention_head_dim']}"
             )
         width, positions = self.engine.width(config), config["pos_embed_max_size"]
         context = {"in_features": config["joint_attention_dim"], "out_features": width}

@@ -137,7 +137,7 @@ def config_of(host: Host, tensors: FileTensors, known: Mapping | None = None) ->
     axes = told.get(AXES, config.get(AXES))
     if AXES in config and (not isinstance(axes, list) or sum(axes) != config["attention_head_dim"]):
         raise ValueError(
-            f"rotary axes {axes} do not make up a head of {config['attention_head_dim']}; is the file whole?"
+            f"rotary axes {axes} do not add up to a head of {config['attention_head_dim']}; is the file complete?"
         )
     return {**config, **told}
 
@@ -205,8 +205,8 @@ def checked_plan(host: Host, plan: PruningPlan) -> PruningPlan:
     )
     if not whole or not 0 < plan.num_blocks <= MAX_BLOCKS:
         raise ValueError(
-            f"the file's plan says {plan.num_blocks} blocks and a configuration of {' + '.join(map(str, counts))}; "
-            f"both must be the same, 1-{MAX_BLOCKS}"
+            f"the file's plan names {plan.num_blocks} blocks, its configuration {' + '.join(map(str, counts))}; "
+            f"they must agree, from 1 to {MAX_BLOCKS}: export the file again"
         )
     for interval in plan.intervals:
         rank = interval.correction
@@ -226,7 +226,7 @@ def _released_structure(host: Host, tensors: FileTensors, hints: dict) -> Struct
         or count > MAX_BLOCKS
     ):
         raise ValueError(
-            "the file's blocks are not counted from 0 without gaps, and it carries no plan; is it whole?"
+            "the file's blocks are not numbered from 0 without gaps, and it carries no plan; is it complete?"
         )
     known = hints.get("config") or _read_json(tensors, STRUCTURE_TENSOR).get("config") or {}
     config = config_of(
@@ -245,7 +245,7 @@ def _released_structure(host: Host, tensors: FileTensors, hints: dict) -> Struct
         or indices[0] < 0
     ):
         raise ValueError(
-            f"the file has {count} blocks, the preset names {len(indices)}; choose the one of this model"
+            f"the file has {count} blocks, the preset names {len(indices)}; choose this model's preset"
         )
     blocks = max(blocks, indices[-1] + 1)
     whole = host.spread(config, indices, blocks)

@@ -48,7 +48,7 @@ def _variants(path: Path, size: int) -> tuple[str, ...]:
         length = int.from_bytes(file.read(LENGTH), "little")
         if length > size - LENGTH:
             raise ValueError(
-                "it is not a safetensors file, or not whole; copy or download it again"
+                "it is not a safetensors file, or not complete; copy or download it again"
             )
         if length > LONGEST_HEADER:
             raise ValueError(

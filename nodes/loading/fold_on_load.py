@@ -59,7 +59,9 @@ def _basis(modulations: Modulations) -> Fold:
         _write_basis(path, key, modulations)
     file = TensorFile(path)
     if file.metadata.get(BASIS_KEY) != key:
-        raise ValueError(f"{path} is the basis of another model; remove it, and it is made again")
+        raise ValueError(
+            f"{path} is the basis of another model; delete it, and it will be made again"
+        )
     tensors = file.read_all()
     folding = Folding(
         form="basis", inputs=tensors[_name(modulations, DIRECTIONS)].shape[1], mark=modulations.mark

@@ -62,7 +62,7 @@ def bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold | 
     base = in_host_names(host, plan.config, stored)
     if (count := count_blocks(host, base)) != plan.num_blocks:
         raise ValueError(
-            f"{request.base.name} has {count} blocks, the bundle's teacher {plan.num_blocks}; choose its own base"
+            f"{request.base.name} has {count} blocks, the bundle's teacher has {plan.num_blocks}; choose the base it was made from"
         )
     notes, hints, structure = (
         check_base(host, reader, stored, plan, request.base),
@@ -123,8 +123,8 @@ def check_folded_alike(host: Host, plan: PruningPlan, base: Places, request: Req
             else (request.base.name, request.path.name)
         )
         raise ValueError(
-            f"{which[0]} is not folded, {which[1]} is: they do not belong together; choose both as they were folded "
-            "together, or both as they were before"
+            f"{which[0]} is not folded, {which[1]} is: they do not belong together; choose the two that were folded "
+            "together, or the two from before"
         )
 
 

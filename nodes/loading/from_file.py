@@ -79,7 +79,7 @@ def _later(host: Host, request: Request, folding: Folding | None) -> Modulations
         return None
     if folding is None or folding.form != "table":
         raise ValueError(
-            f"{request.path.name} is no bundle, so it takes no base model; set base to none"
+            f"{request.path.name} is not a bundle, so it takes no base model; set base to none"
         )
     stored, _ = open_layout(request.base)
     places = places_in(
@@ -89,7 +89,7 @@ def _later(host: Host, request: Request, folding: Folding | None) -> Modulations
     _, modulations = split(host.engine, places)
     if modulations.mark != folding.mark:
         raise ValueError(
-            f"{request.base.name} is another model than {request.path.name} was folded from; choose the very file, or none"
+            f"{request.path.name} was not folded from {request.base.name}; choose the file it was folded from, or none"
         )
     return modulations
 
@@ -117,7 +117,7 @@ def _indices(host: Host, request: Request, stored: dict, wanted: Places) -> dict
         blocks, kept, intervals = RELEASES[request.preset]
         if count != kept:
             raise ValueError(
-                f"the file has {count} blocks, the preset names {kept}; choose the one of this model"
+                f"the file has {count} blocks, the preset names {kept}; choose this model's preset"
             )
         return {"indices": teacher_indices(count, parse_intervals(intervals)), "blocks": blocks}
     if request.preset != AUTO:

@@ -164,9 +164,9 @@ class Job(Node):
 
 
 def check_device(name: str) -> None:
-    """Raises ValueError for what is no device's name."""
+    """Raises ValueError for a text that does not name a device."""
     if not DEVICE.fullmatch(name):
-        raise ValueError(f"device {name[:50]!r} is none; choose auto, cpu, cuda or cuda:1")
+        raise ValueError(f"{name[:50]!r} is not a device; choose auto, cpu, cuda or cuda:1")
 
 
 def how_of(given: dict) -> Start:

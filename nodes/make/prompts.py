@@ -158,7 +158,7 @@ def _encode(clip, text: str) -> Encoded:
     embedding, more = conditioning[0]
     if len(conditioning) != 1 or embedding.ndim != 3:
         raise ValueError(
-            "this CLIP gives no plain text embedding; connect the text encoder of model_file"
+            "this CLIP does not give a plain text embedding; connect the text encoder of model_file"
         )
     mask = more.get("attention_mask")
     mask = (

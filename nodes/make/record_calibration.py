@@ -39,7 +39,7 @@ def check_same_model(model, weights: Weights) -> None:
         shape, actual = weights.shape(key), own.get(names[part.name])
         whole = (shape[0] // len(part.pieces) * part.of, *shape[1:]) if part.of > 1 else shape
         if actual != whole:
-            text = f"is {actual}, not {whole}" if actual else "is not there"
+            text = f"is {actual}, not {whole}" if actual else "is missing"
             raise ValueError(f"the MODEL's {names[part.name]} {text}; {advice}")
     if not all(place.is_teacher for place in layout_in(model).places):
         raise ValueError(f"the MODEL runs as the variant {name_of(model)!r}; {advice}")

@@ -48,7 +48,7 @@ def model_of(name: str) -> Path:
         if named:
             return known_model(Path(str(named[-1])), name)
         name = order.upstream or name
-    raise ValueError(f"run {first} does not say of which model it is; make it again")
+    raise ValueError(f"run {first} does not name the model it is about; make it again")
 
 
 def _recorded_model(recording: Path) -> Path:
@@ -56,7 +56,7 @@ def _recorded_model(recording: Path) -> Path:
         case {"model": str(model)}:
             return Path(model)
     raise ValueError(
-        f"{recording} does not say which model was recorded; remove the folder, and record again"
+        f"{recording} does not say which model was recorded; delete the folder, and record again"
     )
 
 

@@ -115,7 +115,7 @@ def source_of(prompts: str, clip, references: str) -> Prompts | EncodedPrompts |
     if prompts.strip() or clip is not None:
         raise ValueError(
             "references bring their own instructions, and the model's own text encoder sees the pictures: leave prompts "
-            "empty and clip without a link"
+            "empty and clip unconnected"
         )
     return References(folder)
 
@@ -289,7 +289,7 @@ def _width_stages(choose: str, given: dict) -> list[tuple[type, str, dict]]:
     if choose == NAMED:
         if not given["sites"].strip():
             raise ValueError(
-                f"choose is {NAMED!r}, but sites names none; write them as 'ffn_image:2 text:51-59'"
+                f"choose is {NAMED!r}, but sites is empty; write them as 'ffn_image:2 text:51-59'"
             )
         form = "paper" if given["form"] == "best" else given["form"]
         return [

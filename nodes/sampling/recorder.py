@@ -98,7 +98,7 @@ class Recorder:
         """Rows of a forward: all rows of one prompt, then all of the next."""
         if latents.shape[-1] % 2 or latents.shape[-2] % 2:
             raise ValueError(
-                f"latents of {latents.shape[-2]} x {latents.shape[-1]} are no whole tokens; "
+                f"latents of {latents.shape[-2]} x {latents.shape[-1]} do not divide into tokens of 2 x 2; "
                 "draw pictures whose sides are multiples of 16"
             )
         schedule, sigma = options["sample_sigmas"], float(options["sigmas"].flatten()[0])
@@ -121,7 +121,7 @@ class Recorder:
                 tensor = torch.ones(shape, dtype=torch.bool) if tensor is None else tensor.bool()
             if tensor is None:
                 raise ValueError(
-                    f"the conditioning lacks what {self.architecture.name} reads as {name}; use its own encoders"
+                    f"the conditioning lacks what {self.architecture.name} reads as {name}; use its own text encoders"
                 )
             captions[name] = tensor.expand(rows, *tensor.shape[1:])
         return captions

@@ -161,7 +161,7 @@ def recorded(path: Path, origin: dict) -> CalibrationSet:
     calibration = load_calibration(path)
     if calibration.origin != origin:
         raise ValueError(
-            f"{path} was recorded with other settings; remove its folder, or change seed"
+            f"{path} was recorded with other settings; delete its folder, or change seed"
         )
     return calibration
 

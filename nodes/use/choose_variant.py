@@ -31,7 +31,7 @@ def switchable_plan(model) -> PruningPlan:
     """Raises ValueError for a model whose parts are not all there."""
     parts = getattr(model.model.diffusion_model, "ppcl", None)
     if parts is None or parts.plan is None:
-        raise ValueError("this MODEL is no PPCL bundle; load one with Load Pruned Model (PPCL)")
+        raise ValueError("this MODEL is not a PPCL bundle; load one with Load Pruned Model (PPCL)")
     if not parts.structure.switchable:
         raise ValueError(
             "only one variant of this model was loaded; set switchable to on in Load Pruned Model (PPCL)"

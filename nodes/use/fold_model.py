@@ -68,7 +68,7 @@ def write(
         f"{name}{ending}" for ending in (".safetensors", ".ppcl.safetensors", "_base.safetensors")
     ]
     if taken := [one for one in wanted if (folder / one).exists()]:
-        raise ValueError(f"{taken[0]} is in models/ppcl already; choose another name, or remove it")
+        raise ValueError(f"{taken[0]} is in models/ppcl already; choose another name, or delete it")
     timesteps = (
         "" if sigmas is None else " ".join(f"{float(sigma):.9g}" for sigma in sigmas if sigma > 0)
     )
@@ -172,7 +172,7 @@ class FoldModel(Node):
         path, full = model_path(file), base_path(base)
         if full is not None and not is_bundle(path):
             raise ValueError(
-                f"{path.name} is no bundle, so it takes no base model; set base to none"
+                f"{path.name} is not a bundle, so it takes no base model; set base to none"
             )
         with torch.inference_mode(False):
             return io.NodeOutput(write(path, full, form, name, bound, sigmas, precision, samples))

@@ -67,7 +67,7 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
     model = host_loads(content.tensors, model_options=options, **known)
     if model is None:
         raise ValueError(
-            f"{request.path.name}: the host knows no model with these tensors; is the file whole?"
+            f"{request.path.name}: ComfyUI does not know a model with these tensors; is the file complete?"
         )
     model = gguf.patched(model) if quantised else model
     model.cached_patcher_init = (_patcher_alone, (request, weight_dtype))

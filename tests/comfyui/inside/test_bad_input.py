@@ -61,12 +61,12 @@ def files(models, bundle, teacher, make_model, save_model):
 
 
 WRONG = {
-    "no such file": ({"file": "../secrets.safetensors"}, "is in none of"),
+    "no such file": ({"file": "../secrets.safetensors"}, "is neither in"),
     "truncated": ({"file": "truncated.safetensors"}, "is truncated"),
     "no model": ({"file": "text.safetensors"}, "not a safetensors file"),
     "another model": (
         {"file": "other_model.safetensors"},
-        "is no model of an architecture that is known here",
+        "is not a model of a supported architecture",
     ),
     "a tensor is missing": ({"file": "short.safetensors"}, "lacks 2 tensors"),
     "broken plan": ({"file": "broken_plan.safetensors"}, "plan is not readable"),
@@ -75,7 +75,7 @@ WRONG = {
     "base of another teacher": ({"base": "other_teacher.safetensors"}, "is not the teacher"),
     "base of another depth": (
         {"base": "shallow.safetensors"},
-        "has 3 blocks, the bundle's teacher 6",
+        "has 3 blocks, the bundle's teacher has 6",
     ),
     "a base where none belongs": ({"file": "shallow.safetensors"}, "takes no base model"),
     "unknown variant": ({"variant": "huge"}, "variant 'huge' is not in the plan"),
@@ -139,7 +139,7 @@ def test_switches_that_make_no_sense(load, switched, files):
     ):
         with pytest.raises(ValueError, match=message):
             switched(model, **widgets)
-    with pytest.raises(ValueError, match="no PPCL bundle"):
+    with pytest.raises(ValueError, match="not a PPCL bundle"):
         switched(plain, variant="full")
 
 

@@ -300,7 +300,9 @@ def test_a_name_is_looked_up(base, pack, name):
     folder(base / "ppcl" / "repo" / "m", TRANSFORMER)
     folder(base / "secret", TRANSFORMER)
     assert pack("paths").model_path("repo/m/")
-    with pytest.raises(ValueError, match="is in none of models/ppcl and models/diffusion_models"):
+    with pytest.raises(
+        ValueError, match="is neither in models/ppcl nor in models/diffusion_models"
+    ):
         pack("paths").model_path(name)
 
 

@@ -75,11 +75,11 @@ def test_the_engines_own_table_has_the_hosts_bits(folded_file, load, drawn, teac
         ),
         (
             {"file": "folded_table.safetensors", "base": "other.safetensors"},
-            "is another model than folded_table.safetensors was",
+            "folded_table.safetensors was not folded from",
         ),
         (
             {"file": "folded_basis.safetensors", "base": "teacher.safetensors"},
-            "is no bundle, so it takes no base model",
+            "is not a bundle, so it takes no base model",
         ),
         (
             {"base": "folded_basis.safetensors"},

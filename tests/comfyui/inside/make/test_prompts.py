@@ -196,7 +196,7 @@ def test_references_that_cannot_be(run_node, output, teacher, pictures, tmp_path
             match="is not a folder in ComfyUI's input folder; refresh, then choose again",
         ):
             run_node("PPCL_CalibrateFromPrompts", references=name, **given)
-    with pytest.raises(ValueError, match="leave prompts empty and clip without a link"):
+    with pytest.raises(ValueError, match="leave prompts empty and clip unconnected"):
         run_node("PPCL_CalibrateFromPrompts", references="before", **{**given, "prompts": "a fox"})
     (pictures / "sea.txt").unlink()
     with pytest.raises(ValueError, match="sea.png has no caption; write it into sea.txt"):

@@ -143,7 +143,7 @@ def test_values_that_no_widget_gives(pack, kind, given, message):
 
 @pytest.mark.parametrize("name", ["; rm -rf /", "cuda:0; ls", "mps0", "cuda:", "", "../cpu"])
 def test_a_device_is_a_name(pack, name):
-    with pytest.raises(ValueError, match="is none; choose auto, cpu, cuda or cuda:1"):
+    with pytest.raises(ValueError, match="is not a device; choose auto, cpu, cuda or cuda:1"):
         pack("make.base").check_device(name)
 
 

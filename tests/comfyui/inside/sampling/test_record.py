@@ -204,7 +204,7 @@ def test_another_model_is_refused(
     check(model, full)
     check(switched(both, variant="full"), full)
     for given, weights, found in (
-        (model, deeper, "transformer_blocks.6.img_mod.1.weight is not there"),
+        (model, deeper, "transformer_blocks.6.img_mod.1.weight is missing"),
         (
             load(bundle.name, base=teacher.name, switchable=False),
             full,
@@ -218,5 +218,5 @@ def test_another_model_is_refused(
 
 def test_sides_that_are_no_whole_tokens(run_node, record, given):
     recorded, _ = record()
-    with pytest.raises(ValueError, match="latents of 7 x 12 are no whole tokens"):
+    with pytest.raises(ValueError, match="latents of 7 x 12 do not divide into tokens"):
         draw(run_node, recorded, given, latent_image={"samples": torch.zeros(ROWS, 16, 1, 7, 12)})

@@ -106,11 +106,11 @@ def test_a_renumbered_file_keeps_its_map(fold_model, load, exported, models, sig
         ({"form": "basis", "bound": 0.001}, "no useful rank keeps the error within 0.001"),
         (
             {"form": "basis", "base": "tiny.ppcl.safetensors"},
-            "is no bundle, so it takes no base model; set base to none",
+            "is not a bundle, so it takes no base model; set base to none",
         ),
         (
             {"file": "gone.safetensors", "form": "basis"},
-            "'gone.safetensors' is in none of models/ppcl",
+            "'gone.safetensors' is neither in models/ppcl",
         ),
         (
             {"file": "tiny.ppcl.safetensors", "form": "basis"},
