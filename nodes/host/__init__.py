@@ -9,7 +9,7 @@ import torch
 
 from . import checks, flux1, qwen_image, sd35
 from .base import Host
-from .building import PrunedConfig, config_classes
+from .entries import PrunedConfig, config_classes
 
 HOSTS: tuple[Host, ...] = (qwen_image.HOST, flux1.HOST, sd35.HOST)
 

@@ -1,5 +1,5 @@
-"""SD3.5 in the host: joint blocks of two halves, whose maps of q, k, v are fused; the last gives no
-text, some attend twice to the image."""
+"""SD3.5 in the host: joint blocks of two halves with fused q, k, v maps. The last block returns no
+text; some blocks attend to the image twice."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from .blocks import FixedModulation, ProjectedText, Texts
 
 HALVES = {"ffn_image": "x_block", "ffn_text": "context_block"}
 MODULATION = "adaLN_modulation"
-HEAD = 64  # what the host takes for granted; and as many blocks as heads, where it is not told
+HEAD = 64  # the only size the host supports; by itself it assumes as many blocks as heads
 OUTER_THIRDS = Cut(rows=((0, 2), 3))
-"""What the paper's form of an FFN leaves of a modulation where a block attends twice: the FFN's
-third is in the middle"""
+"""what the paper's form of an FFN projection leaves of a modulation in a block that attends twice:
+the FFN's third is the middle one"""
 
 
 class PaddedModulation(nn.Sequential):
-    """A modulation without its FFN, cut or not: what the block reads of the FFN's is shift 0, scale
-    0, gate 1."""
+    """A modulation whose FFN entries are shift 0, scale 0 and gate 1, whether or not it was cut."""
 
     def __init__(self, width: int, dual: bool, *parts: nn.Module):
         super().__init__(*parts)
@@ -40,7 +39,7 @@ class PaddedModulation(nn.Sequential):
 
 
 class FixedShiftAndScale(FixedModulation):
-    """Of the last block, which modulates its text and does nothing else with it."""
+    """For the last block, which only modulates its text."""
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
         return super().forward(conditioning)[..., : 2 * self.width]
@@ -81,8 +80,8 @@ class SD35Host(Host):
         return blocks == heads or not self.engine.detect(tensors)
 
     def check_told(self, tensors) -> None:
-        """Where the host made its names of diffusers', it took another block for the last, and the
-        last one's modulation of the text is wrong."""
+        """The host may have converted diffusers' names. It then took the wrong block for the last
+        one, whose text modulation differs from that of the others."""
         heads, blocks = self._counted(tensors)
         if blocks != heads:
             raise ValueError(
@@ -90,7 +89,7 @@ class SD35Host(Host):
             )
 
     def _counted(self, tensors) -> tuple[int, int]:
-        """(heads, and so the blocks of a whole model of this width; blocks that are there)"""
+        """(heads, which is the number of blocks of a full model of this width; blocks in the file)"""
         numbers = {match[2] for match in map(self.block_name.match, tensors) if match}
         return tensors["x_embedder.proj.weight"].shape[0] // HEAD, len(numbers)
 
@@ -151,7 +150,7 @@ class SD35Host(Host):
 
 
 def _dual(config: Mapping) -> list[int]:
-    """Blocks that attend twice to the image."""
+    """Indices of the blocks that attend to the image twice."""
     blocks = config.get("dual_attention_layers")
     return list(blocks) if isinstance(blocks, list | tuple) else []
 

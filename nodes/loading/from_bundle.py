@@ -27,8 +27,17 @@ from ..host.formats import float8_of
 from ..host.modulations import OFF, MakeFold, split
 from ..host.quantised import FLOAT8, SCALE, in_fp8
 from ..host.structure import checked_plan, count_blocks, is_surrounding
-from .request import GGUF, SMALLEST, Content, OpenBase, Places, Request, check_not_folded, with_fold
-from .stored import Reader, in_host_names, metadata_in, places_in
+from .request import (
+    GGUF,
+    SMALLEST,
+    Content,
+    Locations,
+    OpenBase,
+    Request,
+    check_not_folded,
+    with_fold,
+)
+from .stored import Reader, in_host_names, locations_in, metadata_in
 
 
 def bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold | None) -> Content:
@@ -86,7 +95,7 @@ def _has(plan: PruningPlan, name: str) -> bool:
 def _content(
     host: Host,
     reader: Reader,
-    wanted: Places,
+    wanted: Locations,
     plan,
     hints: dict,
     variant: Variant,
@@ -113,7 +122,7 @@ def _content(
     return with_fold(content, fold)
 
 
-def check_folded_alike(host: Host, plan: PruningPlan, base: Places, request: Request) -> None:
+def check_folded_alike(host: Host, plan: PruningPlan, base: Locations, request: Request) -> None:
     """A folded bundle has students for its own folded base alone."""
     folded_base = any(name.startswith(f"{host.engine.time_embedder}.{FOLDING}.") for name in base)
     if (FOLDING in plan.config) != folded_base:
@@ -147,19 +156,19 @@ def _with_scales(
     return scaled
 
 
-def base_tensors(host: Host, path: Path, stored: dict[str, tuple[object, str]]) -> Places:
+def base_tensors(host: Host, path: Path, stored: dict[str, tuple[object, str]]) -> Locations:
     """Of a full model, by its file's names; tables and encoders beside the transformer are left."""
     if not host.engine.detect(stored):
         raise ValueError(
             f"{path.name} is not a {host.engine.name} model; choose the model that the bundle was made from"
         )
-    return places_in(
-        {name: place for name, place in stored.items() if not is_surrounding(name)}, path.name
+    return locations_in(
+        {name: location for name, location in stored.items() if not is_surrounding(name)}, path.name
     )
 
 
 def check_base(
-    host: Host, reader: Reader, base: Places, plan: PruningPlan, path: Path
+    host: Host, reader: Reader, base: Locations, plan: PruningPlan, path: Path
 ) -> tuple[str, ...]:
     """Whether this is the plan's teacher. Quantised values differ, so only names and shapes can be
     compared, by the host when it loads them: then a note says so."""
@@ -183,29 +192,30 @@ def check_base(
     return ()
 
 
-def _under(file: TensorFile, prefix: str, name: str = "") -> Places:
+def _under(file: TensorFile, prefix: str, name: str = "") -> Locations:
     """The file's tensors under a prefix, by names that begin with `name` instead."""
-    stored = places_in(
+    stored = locations_in(
         {key: (file, key) for key in file.keys() if key.startswith(prefix)}, file.path.name
     )
-    return {name + key.removeprefix(prefix): place for key, place in stored.items()}
+    return {name + key.removeprefix(prefix): location for key, location in stored.items()}
 
 
-def _student(host: Host, bundle: Bundle, interval: Interval) -> Places:
+def _student(host: Host, bundle: Bundle, interval: Interval) -> Locations:
     """By the host's names for a block at its first index."""
     config = bundle.plan.config
     prefix = host.engine.block_prefix(config, interval.first)
     return in_host_names(host, config, _under(bundle.file, student_prefix(interval), prefix))
 
 
-def _all_parts(host: Host, bundle: Bundle) -> Places:
+def _all_parts(host: Host, bundle: Bundle) -> Locations:
     """Students and projections by the names that a switchable model gives them."""
     wanted, config = {}, bundle.plan.config
     for interval in bundle.plan.intervals:
         prefix = host.prefix(config, interval.first)
         parts = _student(host, bundle, interval)
         wanted |= {
-            f"{prefix}student.{name.removeprefix(prefix)}": place for name, place in parts.items()
+            f"{prefix}student.{name.removeprefix(prefix)}": location
+            for name, location in parts.items()
         }
     for name, stored in _under(bundle.file, "projections.").items():
         index = name.split(".")[0].split("-")[0]
@@ -213,7 +223,7 @@ def _all_parts(host: Host, bundle: Bundle) -> Places:
     return wanted
 
 
-def _variant_parts(host: Host, base: Places, bundle: Bundle, layout: Layout) -> Places:
+def _variant_parts(host: Host, base: Locations, bundle: Bundle, layout: Layout) -> Locations:
     """Just what one variant runs."""
     config, places = bundle.plan.config, {place.index: place for place in layout.places}
     wanted = {name: stored for name, stored in base.items() if not host.block_name.match(name)}
@@ -234,7 +244,7 @@ def _variant_parts(host: Host, base: Places, bundle: Bundle, layout: Layout) -> 
     return wanted
 
 
-def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored) -> Places:
+def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored) -> Locations:
     """A block's tensor, if the place's projections leave it; a part of it where they leave a
     part."""
     if part.startswith(host.vacated(place)):

@@ -16,8 +16,9 @@ from ...ppcl_engine.models.weights import (
 from ...ppcl_engine.plan import PruningPlan, parse_intervals, plan_from_json
 from ..host import host_of
 from ..host.base import Host
+from ..host.detecting import blocks_in_text
 from ..host.modulations import OFF, MakeFold, Modulations, split
-from ..host.structure import blocks_in_text, checked_plan, count_blocks, is_surrounding, text_of
+from ..host.structure import checked_plan, count_blocks, is_surrounding, text_of
 from .request import (
     AS_NUMBERED,
     AUTO,
@@ -25,12 +26,12 @@ from .request import (
     PRESETS,
     RELEASES,
     Content,
-    Places,
+    Locations,
     Request,
     check_not_folded,
     with_fold,
 )
-from .stored import Reader, in_host_names, metadata_in, places_in
+from .stored import Reader, in_host_names, locations_in, metadata_in
 
 
 def file_content(
@@ -40,8 +41,8 @@ def file_content(
     `open_layout` gives it."""
     stored, config = opened[0], opened[1] or hints_in(opened[0]).get("config")
     host = host_of(stored, request.path.name)
-    wanted = places_in(
-        {name: place for name, place in stored.items() if _needed(name)}, request.path.name
+    wanted = locations_in(
+        {name: location for name, location in stored.items() if _needed(name)}, request.path.name
     )
     plan = None
     if STRUCTURE_TENSOR in wanted:
@@ -82,11 +83,11 @@ def _later(host: Host, request: Request, folding: Folding | None) -> Modulations
             f"{request.path.name} is not a bundle, so it takes no base model; set base to none"
         )
     stored, _ = open_layout(request.base)
-    places = places_in(
-        {name: place for name, place in stored.items() if not is_surrounding(name)},
+    locations = locations_in(
+        {name: location for name, location in stored.items() if not is_surrounding(name)},
         request.base.name,
     )
-    _, modulations = split(host.engine, places)
+    _, modulations = split(host.engine, locations)
     if modulations.mark != folding.mark:
         raise ValueError(
             f"{request.path.name} was not folded from {request.base.name}; choose the file it was folded from, or none"
@@ -94,7 +95,7 @@ def _later(host: Host, request: Request, folding: Folding | None) -> Modulations
     return modulations
 
 
-def _of_file(host: Host, stored: Places, plan: PruningPlan | None) -> Places:
+def _of_file(host: Host, stored: Locations, plan: PruningPlan | None) -> Locations:
     """By the host's names. A file without a plan has no blocks that are not whole, but those that
     the authors released."""
     if plan is None:
@@ -106,7 +107,7 @@ def _needed(name: str) -> bool:
     return not is_surrounding(name) or name == STRUCTURE_TENSOR
 
 
-def _indices(host: Host, request: Request, stored: dict, wanted: Places) -> dict:
+def _indices(host: Host, request: Request, stored: dict, wanted: Locations) -> dict:
     """The teacher's index of every block, where the preset or the file itself says it."""
     count = count_blocks(host, wanted)
     if request.preset == AS_NUMBERED:

@@ -23,7 +23,7 @@ SMALLEST, AUTO, AS_NUMBERED, BY_INTERVALS = "smallest", "auto", "as numbered", "
 RELEASES = {name: known for host in HOSTS for name, known in host.presets.items()}
 PRESETS = (AUTO, AS_NUMBERED, *RELEASES, BY_INTERVALS)
 
-Places = dict[str, Stored | Joined | Quantised]
+Locations = dict[str, Stored | Joined | Quantised]
 """the host's name of a tensor -> where it is"""
 OpenBase = Callable[[Path], dict[str, tuple[object, str]]]
 """path -> name of each tensor -> (open file, name in it), as `open_layout` gives them"""

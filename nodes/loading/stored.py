@@ -109,9 +109,9 @@ class Reader:
     ) -> dict[str, torch.Tensor]:
         """For the host. Where each matrix says its format, the mark of scaled fp8 has no use."""
         tensors: dict[str, torch.Tensor] = {}
-        for name, place in wanted.items():
+        for name, location in wanted.items():
             if name != FP8_MARK or not IN_FILE:
-                tensors |= self.tensors(name, place)
+                tensors |= self.tensors(name, location)
         return tensors
 
     def read(self, stored: Stored | Joined) -> torch.Tensor:
@@ -126,22 +126,24 @@ class Reader:
         return self._vectors[stored]
 
 
-def places_in(
+def locations_in(
     stored: Mapping[str, tuple[object, str]], where: str
 ) -> dict[str, Stored | Quantised]:
     """Of files as `open_layout` gives them, every matrix of few bits as one. What another pack
     reads is as it gives it."""
-    places = {name: Stored(file, key) for name, (file, key) in stored.items()}
-    if not all(isinstance(place.file, TensorFile | PickledFile) for place in places.values()):
-        return places
+    locations = {name: Stored(file, key) for name, (file, key) in stored.items()}
+    if not all(
+        isinstance(location.file, TensorFile | PickledFile) for location in locations.values()
+    ):
+        return locations
     layers = {}
     for metadata in _metadata(stored):
         layers |= layers_in(metadata, where)
-    return grouped(places, where, layers)
+    return grouped(locations, where, layers)
 
 
 def metadata_in(stored: Mapping[str, tuple[object, str]]) -> dict[str, str]:
-    """Of these files, but what `places_in` has read of it."""
+    """Of these files, but what `locations_in` has read of it."""
     return {
         key: text
         for metadata in _metadata(stored)
@@ -165,18 +167,18 @@ def in_host_names(
     blocks are projected. What is no tensor of the full model keeps its name."""
     named, pieces = {}, {}
     own = _own_modules(host, config, places)
-    for name, place in stored.items():
+    for name, location in stored.items():
         module, _, leaf = name.rpartition(".")
         part = None if module in own else _part(host, name, stored)
         if module in own:
-            named[f"{own[module]}.{leaf}"] = place
+            named[f"{own[module]}.{leaf}"] = location
         elif part is None:
-            named[_correction(host, config, usual_name(host.engine, name))] = place
+            named[_correction(host, config, usual_name(host.engine, name))] = location
         else:
             for position, piece in enumerate(part.pieces):
                 cut = Cut(rows=((position,), len(part.pieces)))
                 pieces.setdefault(part.name, {})[piece] = (
-                    place.with_cut(cut) if part.of > 1 else place
+                    location.with_cut(cut) if part.of > 1 else location
                 )
     for name, parts in pieces.items():
         ordered = tuple(parts[piece] for piece in sorted(parts))

@@ -55,8 +55,8 @@ def _sites(
     plan: PruningPlan, sites: tuple[WidthSite, ...], scores: dict[str, float]
 ) -> tuple[WidthSite, ...]:
     """With what was measured of them; a text group's score is that of the whole group."""
-    known = {(site.kind, site.block, site.form): site for site in plan.sites}
-    chosen = tuple(known.get((s.kind, s.block, s.form), s) for s in sites)
+    planned = {(site.kind, site.block, site.form): site for site in plan.sites}
+    chosen = tuple(planned.get((s.kind, s.block, s.form), s) for s in sites)
     named = {site.name: f"{group.name}" for group in _groups(plan, chosen) for site in group.sites}
     return tuple(replace(s, score=scores.get(named.get(s.name, s.name), s.score)) for s in chosen)
 

@@ -95,10 +95,10 @@ def _adds(patch: tuple, inputs) -> bool:
     that is left of W."""
     _, value, strength_model, _, _ = patch
     if isinstance(value, WeightAdapterBase):
-        place = LOW_RANK.get(value.name)
+        scale = LOW_RANK.get(value.name)
         return (
-            place is not None
-            and value.weights[place] is None
+            scale is not None
+            and value.weights[scale] is None
             and (strength_model == 1 or _scales(inputs))
         )
     if isinstance(value, list) or strength_model != 1:

@@ -106,8 +106,8 @@ class Recorder:
         captions = self._captions(given, len(latents))
         tokens, sizes = self._references(given)
         captions |= tokens
-        for place, prompt in enumerate(options["cond_or_uncond"]):
-            part = slice(place * rows, (place + 1) * rows)
+        for number, prompt in enumerate(options["cond_or_uncond"]):
+            part = slice(number * rows, (number + 1) * rows)
             own = {name: tensor[part] for name, tensor in captions.items()}
             self.sampling.see(step, prompt == 1, latents[part], t[part], own, sizes)
 

@@ -40,11 +40,11 @@ def wanted_states(limits: Limits, number: int, rows: int, steps: int) -> Wanted:
     generator, wanted = _generator(limits, number), {}
     kept = min(limits.each_picture, steps)
     for row in range(rows):
-        places = (torch.arange(kept) + torch.rand(kept, generator=generator)) / kept * steps
+        positions = (torch.arange(kept) + torch.rand(kept, generator=generator)) / kept * steps
         negative = torch.rand(kept, generator=generator) < limits.empty_captions
         wanted |= {
             (row, step): empty
-            for step, empty in zip(places.int().tolist(), negative.tolist(), strict=True)
+            for step, empty in zip(positions.int().tolist(), negative.tolist(), strict=True)
         }
     return wanted
 
@@ -109,7 +109,7 @@ class Sampling:
         where a mask says so, and references of the same sizes. clean [rows, c, h, w]."""
         keys = sorted(self.states)
         order = torch.randperm(len(keys), generator=_generator(self.limits, self.number))[:most]
-        keys = [keys[place] for place in order.tolist()]
+        keys = [keys[position] for position in order.tolist()]
         clean = clean.float().cpu()
         chunks, alike = [], {}
         for key in keys:

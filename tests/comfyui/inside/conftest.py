@@ -119,15 +119,13 @@ def run_node(pack):
 def empty_host_model(pack):
     """Of a file's tensors, on the meta device too: the host's model without weights, where each of
     them has a home."""
-    building = pack("host.building")
+    entries = pack("host.entries")
 
     def make(host, tensors: dict):
         found = comfy.model_detection.detect_unet_config(dict(tensors), "")
         # what the host's own class says, whether or not it could load the file by itself
         config = next(
-            c
-            for c in building.config_classes(host)
-            if super(building.PrunedConfig, c).matches(found)
+            c for c in entries.config_classes(host) if super(entries.PrunedConfig, c).matches(found)
         )(found)
         config.set_inference_dtype(torch.bfloat16, None)
         return config.get_model(tensors, "", device=torch.device("meta")).diffusion_model

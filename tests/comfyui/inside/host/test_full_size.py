@@ -109,7 +109,7 @@ def test_our_own_ten_billion(host_model, correction):
 
 def test_only_what_the_host_cannot_load_is_claimed(pack):
     """Not the full model, not a native standalone, not a ControlNet, pruned or not."""
-    (config,) = pack("host.building").config_classes(pack("host.qwen_image").HOST)
+    (config,) = pack("host.entries").config_classes(pack("host.qwen_image").HOST)
     matches = config.matches
     found = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}
     full, ten = meta(expected_shapes(QWEN, REAL)), meta(released_shapes(TEN))

@@ -234,14 +234,14 @@ def test_a_stock_file_loads_as_without_this_pack(pack, monkeypatch, name):
 
 def test_an_error_of_ours_leaves_the_file_to_the_host(pack, monkeypatch, caplog):
     """Whatever a file holds: the log names it, once, and the host goes on."""
-    building = pack("host.building")
+    entries = pack("host.entries")
 
     def broken(*_):
         raise RecursionError("nested too deep")
 
-    monkeypatch.setattr(building, "transformer_of", broken)
+    monkeypatch.setattr(entries, "transformer_of", broken)
     tensors = {"txt_norm.weight": torch.zeros(4), "img_in.weight": torch.zeros(4, 4)}
-    (ours,) = building.config_classes(pack("host.qwen_image").HOST)
+    (ours,) = entries.config_classes(pack("host.qwen_image").HOST)
 
     def load(unet_path: str) -> bool:
         return ours.matches(

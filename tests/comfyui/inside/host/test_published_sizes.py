@@ -61,7 +61,7 @@ def test_only_what_the_host_cannot_load_is_claimed(pack, size):
     module = pack(f"host.{size.split('_')[0]}")
     engine = module.HOST.engine
     name, found, entry = DETECTED[engine.name]
-    (ours,) = (c for c in pack("host.building").config_classes(module.HOST) if c.__name__ == name)
+    (ours,) = (c for c in pack("host.entries").config_classes(module.HOST) if c.__name__ == name)
     full = meta(engine, expected_shapes(engine, engine.model_configs[size]))
     pruned = {**full, STRUCTURE_TENSOR: torch.zeros(1, dtype=torch.uint8)}
     assert not ours.matches(found, full) and ours.matches(found, pruned)
