@@ -1,4 +1,4 @@
-"""Pictures as the host's IMAGE: from the bytes of a PNG, stacked, and a card of text."""
+"""Pictures as the host's IMAGE: from the bytes of a PNG, stacked, or a card with text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..ppcl_engine.report.drawings.canvas import INK
 
-# pixels across, and of a line; lines of the card above a preview
+# of a card: its width and the height of a line in pixels; number of lines
 CARD, LINE, MOST_LINES = 900, 26, 4
 
 

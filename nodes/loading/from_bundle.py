@@ -27,14 +27,14 @@ from ..host.formats import float8_of
 from ..host.modulations import OFF, MakeFold, split
 from ..host.quantised import FLOAT8, SCALE, in_fp8
 from ..host.structure import checked_plan, count_blocks, is_surrounding
+from ..paths import GGUF
 from .request import (
-    GGUF,
-    SMALLEST,
     Content,
     Locations,
     OpenBase,
     Request,
     check_not_folded,
+    variant_in,
     with_fold,
 )
 from .stored import Reader, in_host_names, locations_in, metadata_in
@@ -44,9 +44,7 @@ def bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold | 
     bundle, reader = Bundle(request.path), Reader()
     host = host_named(bundle.plan.architecture)
     plan = checked_plan(host, bundle.plan)
-    variant = plan.variant(
-        request.variant if request.variant != SMALLEST or _has(plan, SMALLEST) else None
-    )
+    variant = variant_in(plan, request.variant)
     if variant.tuned and not request.switchable:
         wanted = in_host_names(
             host,
@@ -88,10 +86,6 @@ def bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold | 
     return content
 
 
-def _has(plan: PruningPlan, name: str) -> bool:
-    return any(variant.name == name for variant in plan.variants)
-
-
 def _content(
     host: Host,
     reader: Reader,
@@ -123,7 +117,8 @@ def _content(
 
 
 def check_folded_alike(host: Host, plan: PruningPlan, base: Locations, request: Request) -> None:
-    """A folded bundle has students for its own folded base alone."""
+    """Raises ValueError unless bundle and base are both folded or both not: students of a folded
+    bundle only fit its own folded base."""
     folded_base = any(name.startswith(f"{host.engine.time_embedder}.{FOLDING}.") for name in base)
     if (FOLDING in plan.config) != folded_base:
         which = (
@@ -140,8 +135,8 @@ def check_folded_alike(host: Host, plan: PruningPlan, base: Locations, request: 
 def _with_scales(
     host: Host, tensors: dict[str, torch.Tensor], dtype: torch.dtype, exact: set[str]
 ) -> dict[str, torch.Tensor]:
-    """Matrices of blocks without a scale (students, projections), as the base keeps its own: fp8
-    and a scale each. `exact`: folded maps, which stay as they are."""
+    """Matrices of blocks that have no scale (of students and projections) in scaled fp8, like those
+    of the base. exact: folded maps, which stay as they are."""
     scaled = {}
     for name, tensor in tensors.items():
         plain = (
@@ -157,7 +152,7 @@ def _with_scales(
 
 
 def base_tensors(host: Host, path: Path, stored: dict[str, tuple[object, str]]) -> Locations:
-    """Of a full model, by its file's names; tables and encoders beside the transformer are left."""
+    """Where the tensors of a full model are, by the file's names, without a text encoder or VAE."""
     if not host.engine.detect(stored):
         raise ValueError(
             f"{path.name} is not a {host.engine.name} model; choose the model that the bundle was made from"
@@ -170,8 +165,9 @@ def base_tensors(host: Host, path: Path, stored: dict[str, tuple[object, str]]) 
 def check_base(
     host: Host, reader: Reader, base: Locations, plan: PruningPlan, path: Path
 ) -> tuple[str, ...]:
-    """Whether this is the plan's teacher. Quantised values differ, so only names and shapes can be
-    compared, by the host when it loads them: then a note says so."""
+    """Raises ValueError unless this base is the plan's teacher. The values of a quantised base
+    differ, so it can only be compared by names and shapes, which the host does when it loads them;
+    the returned note says so."""
     marks = (FP8_MARK, *host.engine.marks)
     parts = parts_in(host.engine, (n for n in base if n not in marks))
     shapes = {
@@ -181,7 +177,7 @@ def check_base(
     vectors = {base[part.name] for key, part in parts.items() if len(shapes[key]) == 1}
     if path.suffix == GGUF or any(stored.dtype in FLOAT8 for stored in vectors):
         return (
-            f"{path.name} is quantised: whether it is the very teacher of this bundle cannot be seen",
+            f"{path.name} is quantised: whether it is the teacher of this bundle cannot be checked",
         )
 
     def read(key: str) -> torch.Tensor:
@@ -193,7 +189,7 @@ def check_base(
 
 
 def _under(file: TensorFile, prefix: str, name: str = "") -> Locations:
-    """The file's tensors under a prefix, by names that begin with `name` instead."""
+    """Where the file's tensors under a prefix are, by names with `name` in place of the prefix."""
     stored = locations_in(
         {key: (file, key) for key in file.keys() if key.startswith(prefix)}, file.path.name
     )
@@ -201,14 +197,14 @@ def _under(file: TensorFile, prefix: str, name: str = "") -> Locations:
 
 
 def _student(host: Host, bundle: Bundle, interval: Interval) -> Locations:
-    """By the host's names for a block at its first index."""
+    """Where a student's tensors are, by the host's names for the block at the interval's start."""
     config = bundle.plan.config
     prefix = host.engine.block_prefix(config, interval.first)
     return in_host_names(host, config, _under(bundle.file, student_prefix(interval), prefix))
 
 
 def _all_parts(host: Host, bundle: Bundle) -> Locations:
-    """Students and projections by the names that a switchable model gives them."""
+    """Where all students and projections are, by their names in a switchable model."""
     wanted, config = {}, bundle.plan.config
     for interval in bundle.plan.intervals:
         prefix = host.prefix(config, interval.first)
@@ -224,7 +220,7 @@ def _all_parts(host: Host, bundle: Bundle) -> Locations:
 
 
 def _variant_parts(host: Host, base: Locations, bundle: Bundle, layout: Layout) -> Locations:
-    """Just what one variant runs."""
+    """Where the tensors are that one variant runs, by the host's names."""
     config, places = bundle.plan.config, {place.index: place for place in layout.places}
     wanted = {name: stored for name, stored in base.items() if not host.block_name.match(name)}
     blocks = {name: where for name in base if (where := host.block_of(config, name))}
@@ -245,8 +241,8 @@ def _variant_parts(host: Host, base: Locations, bundle: Bundle, layout: Layout) 
 
 
 def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored) -> Locations:
-    """A block's tensor, if the place's projections leave it; a part of it where they leave a
-    part."""
+    """A block's tensor, or the part of it that the place's projections leave; nothing where they
+    leave nothing."""
     if part.startswith(host.vacated(place)):
         return {}
     module, _, leaf = part.rpartition(".")

@@ -1,4 +1,4 @@
-"""What a loader reads of a file that is a model by itself: standalone, released or plain."""
+"""What a loader reads from a file that holds a whole model: standalone, released or plain."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from .stored import Reader, in_host_names, locations_in, metadata_in
 def file_content(
     request: Request, make_fold: MakeFold | None, opened: tuple[dict, dict | None]
 ) -> Content:
-    """A standalone of ours, a released file or folder, or a plain model, folded or not. opened: as
-    `open_layout` gives it."""
+    """The content of our own standalone file, a released file or folder, or a plain model, folded or
+    not. opened: as `open_layout` gives it."""
     stored, config = opened[0], opened[1] or hints_in(opened[0]).get("config")
     host = host_of(stored, request.path.name)
     wanted = locations_in(
@@ -74,8 +74,8 @@ def file_content(
 
 
 def _later(host: Host, request: Request, folding: Folding | None) -> Modulations | None:
-    """Of a folded table: the file that it was folded from, where that is given as base, for
-    timesteps that it lacks."""
+    """For a folded table whose original file is given as base: the modulations there, which give the
+    timesteps that the table lacks."""
     if request.base is None:
         return None
     if folding is None or folding.form != "table":
@@ -96,8 +96,8 @@ def _later(host: Host, request: Request, folding: Folding | None) -> Modulations
 
 
 def _of_file(host: Host, stored: Locations, plan: PruningPlan | None) -> Locations:
-    """By the host's names. A file without a plan has no blocks that are not whole, but those that
-    the authors released."""
+    """Locations by the host's names. A file without a plan has whole blocks only, or is one that the
+    authors released."""
     if plan is None:
         return in_host_names(host, {blocks.depth: 0 for blocks in host.lists}, stored)
     return in_host_names(host, plan.config, stored, layout_of(plan, plan.everything()).places)
@@ -108,7 +108,7 @@ def _needed(name: str) -> bool:
 
 
 def _indices(host: Host, request: Request, stored: dict, wanted: Locations) -> dict:
-    """The teacher's index of every block, where the preset or the file itself says it."""
+    """Hints with the teacher's index of every block, if the preset or the file itself gives them."""
     count = count_blocks(host, wanted)
     if request.preset == AS_NUMBERED:
         return {"indices": list(range(count))}

@@ -1,5 +1,4 @@
-"""PPCL_LoadModel: a bundle with its base model, a standalone, or a released pruned model ->
-MODEL."""
+"""PPCL_LoadModel: loads a bundle with its base model, a standalone file, or a released pruned model."""
 
 from __future__ import annotations
 
@@ -22,9 +21,9 @@ from ..host.switching import size_of, variant_of, with_variant
 from ..loading import content_of, gguf
 from ..loading.bundles import variant_names
 from ..loading.fold_on_load import make_fold
-from ..loading.request import AUTO, GGUF, PRESETS, Content, Request
+from ..loading.request import AUTO, PRESETS, Content, Request
 from ..node import Node
-from ..paths import NO_BASE, base_path, model_files, model_path
+from ..paths import GGUF, NO_BASE, base_path, model_files, model_path
 from ..sampling.modulation_tables import follow
 from ..sampling.step_timer import watch
 
@@ -44,8 +43,8 @@ WEIGHT_DTYPES = {
 
 
 def load_patcher(request: Request, weight_dtype: str = "default", disable_dynamic: bool = False):
-    """(the host's patcher, what it holds in words). disable_dynamic: of hosts that move weights
-    when they are used."""
+    """(the host's patcher, what it holds in words). disable_dynamic: for hosts that move weights when
+    they are used; passed on to their loader."""
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(
             f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}"
@@ -83,7 +82,7 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
 
 
 def follow_folded(model, content: Content) -> None:
-    """A folded model is checked, and its table filled, when sampling starts."""
+    """Makes a folded model check its patches, and fill its table, when sampling starts."""
     parts = getattr(model.model.diffusion_model, "ppcl", None)
     if parts is not None and parts.structure.folding is not None:
         parts.later = content.later
@@ -91,7 +90,8 @@ def follow_folded(model, content: Content) -> None:
 
 
 def note_sparsity(model, path: Path) -> tuple[str, ...]:
-    """What weights of a file are zero, in words; Compare Variants names its column by it."""
+    """How many weights of a sparsified file are zero, in words, for the loader's text; the share is
+    kept for Compare Variants."""
     sparsity = (
         sparsity_of(TensorFile(path).metadata) if path.is_file() and path.suffix != GGUF else None
     )
@@ -102,12 +102,13 @@ def note_sparsity(model, path: Path) -> tuple[str, ...]:
     return (f"{share} of {sparsity.weights:,} weights in its blocks are zero ({sparsity.pattern})",)
 
 
+# newer hosts call this to load the model again, for another GPU or without dynamic memory
 def _patcher_alone(request: Request, weight_dtype: str, disable_dynamic: bool = False):
     return load_patcher(request, weight_dtype, disable_dynamic)[0]
 
 
 def described(model) -> str:
-    """ "small: 11.93 B parameters, 23.9 GB" of what a branch runs."""
+    """What a branch runs, such as "small: 11.93 B parameters, 23.90 GB in use; switchable"."""
     transformer = model.model.diffusion_model
     parts = getattr(transformer, "ppcl", None)
     if parts is not None and parts.structure.switchable:
