@@ -1,5 +1,4 @@
-"""PPCL_RecordCalibration: a MODEL that keeps what samplers feed it, as the calibration set of a
-run."""
+"""PPCL_RecordCalibration: records what samplers feed a MODEL as the calibration set of a run."""
 
 from __future__ import annotations
 
@@ -29,8 +28,8 @@ from .waiting import screen_of
 
 
 def check_same_model(model, weights: Weights) -> None:
-    """Raises ValueError where a MODEL has other weights than its file, by names and shapes, or runs
-    pruned."""
+    """Raises ValueError for a MODEL that, by the names and shapes of its weights, is not the one in
+    the file, and for one that runs pruned."""
     own = {name: tuple(t.shape) for name, t in tensors_in(model.model.diffusion_model).items()}
     advice = f"record with the full model of {weights.path.name}, or choose the file that the MODEL was loaded from"
     parts = {key: weights.architecture.to_comfyui(key, weights.keys()) for key in weights.keys()}
@@ -46,8 +45,8 @@ def check_same_model(model, weights: Weights) -> None:
 
 
 def recording(weights: Weights, limits: Limits) -> Path:
-    """The folder of the run for a model and limits: the same ones find it again, with what is in
-    it."""
+    """The folder of the run for this model and these limits. The same ones find it again, with what
+    was recorded so far."""
     asked = json.dumps({"fingerprint": weights.fingerprint, **asdict(limits)}, sort_keys=True)
     folder = runs().root / f"record-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
     if not (folder / RECORDING).exists():

@@ -31,17 +31,11 @@ def compared(models: list, pictures: list[torch.Tensor]) -> torch.Tensor:
 
 
 def column_name(model) -> str:
-    """ "small, folded: table", "full, 50 % zero" """
-    folding, sparsity = (
-        folding_in(model.model.diffusion_model),
-        getattr(model.model, "ppcl_sparsity", None),
-    )
-    parts = [
-        name_of(model),
-        *([f"folded: {folding.form}"] if folding else []),
-        *([sparsity] if sparsity else []),
-    ]
-    return ", ".join(parts)
+    """What a column shows, such as "small, folded: table" or "full, 50 % zero"."""
+    folding = folding_in(model.model.diffusion_model)
+    folded = f"folded: {folding.form}" if folding else None
+    sparsity = getattr(model.model, "ppcl_sparsity", None)
+    return ", ".join(filter(None, (name_of(model), folded, sparsity)))
 
 
 class Compare(Node):

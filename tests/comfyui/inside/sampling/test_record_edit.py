@@ -192,7 +192,7 @@ def test_a_job_of_an_older_workflow_has_the_settings_default(job, recording):
 
 
 def test_both_stages_of_width_have_it(pack):
-    width = pack("make.stages")._width_stages("by share", {**WIDTH, "target_tokens_only": True})
+    width = pack("make.distil")._width_stages("by share", {**WIDTH, "target_tokens_only": True})
     assert [settings["target_tokens_only"] for _, _, settings in width] == [True, True]
 
 
