@@ -13,7 +13,8 @@ import torch
 
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import BOUND, relative_error
+from ..conftest import BOUND
+from ..forwards import relative_error
 from ..quantised import KINDS, stored
 
 memory = pytest.importorskip("comfy.memory_management", reason="this host has no dynamic memory")

@@ -5,7 +5,8 @@ references in the sequence)."""
 import pytest
 import torch
 
-from ..conftest import CASES, EDITS, relative_error
+from ..cases import CASES, EDITS
+from ..forwards import relative_error
 
 TOLERANCE = 1e-4
 QWEN = {
@@ -66,11 +67,6 @@ pytestmark = pytest.mark.parametrize(
 @pytest.fixture
 def variants(host_case) -> dict[str, str]:
     return VARIANTS[host_case.file]
-
-
-@pytest.fixture(scope="module")
-def whole(load, bundle, teacher):
-    return load(bundle.name, base=teacher.name)
 
 
 def test_variants_of_a_switchable_model(

@@ -13,7 +13,8 @@ from ppcl_engine.models.weights import COMFYUI_PREFIX, Weights
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from ....tiny.released_models import KEPT, LISTS, TEACHER_BLOCKS, released_state
-from ..conftest import BOUND, relative_error
+from ..conftest import BOUND
+from ..forwards import relative_error
 from ..quantised import EXACT, KINDS, NEAR, NEWER, READ, ROUNDED, Kind, numbers, stored
 
 CASES = {"qwen_image": "qwen_image_wide", "flux1": "flux1_wide", "sd35": "sd35"}

@@ -8,14 +8,10 @@ from comfy.model_patcher import ModelPatcher
 
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import copy_of, relative_error
+from ..conftest import copy_of
+from ..forwards import relative_error
 
 TEXT = "1-2,3-4,text:3-4"
-
-
-@pytest.fixture(scope="module")
-def whole(load, bundle, teacher):
-    return load(bundle.name, base=teacher.name)
 
 
 @pytest.fixture(scope="module", params=["switched", "alone"])

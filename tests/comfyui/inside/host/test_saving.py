@@ -17,7 +17,7 @@ from comfy.taesd.taesd import TAESD
 from ppcl_engine.models.weights import COMFYUI_PREFIX, HINTS_TENSOR, STRUCTURE_TENSOR
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import relative_error
+from ..forwards import relative_error
 from ..loading.test_stock_host import without_the_pack
 
 TOLERANCE = 1e-4

@@ -18,7 +18,8 @@ from ppcl_engine.system.float8 import FP8_MARK
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from ....tiny.released_models import KEPT, LISTS, TEACHER_BLOCKS, released_state
-from ..conftest import BOUND, relative_error
+from ..conftest import BOUND
+from ..forwards import relative_error
 
 TOLERANCE = 1e-4
 # hosts that keep a quantised weight in a tensor of its own kind

@@ -14,7 +14,7 @@ from diffusers import SD3Transformer2DModel
 from ppcl_engine.architectures import architecture_named
 from ppcl_engine.models.tensor_sources import Source, comfyui_sources
 
-from ..conftest import relative_error
+from ..forwards import relative_error
 
 SD35 = architecture_named("sd35")
 HOST = {

@@ -15,8 +15,9 @@ from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.models.opening import open_model
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import edits, engine_forward, relative_error
+from ..cases import edits
 from ..controlled import controlled
+from ..forwards import engine_forward, relative_error
 
 TOLERANCE = 1e-4
 WIDTH, BLOCKS, RANK = 32, 6, 3
@@ -43,11 +44,6 @@ def lora(models, teacher) -> dict[str, torch.Tensor]:
             changes[key] = up @ down
     write_tensors(models.loras / "random.safetensors", stored)
     return changes
-
-
-@pytest.fixture(scope="module")
-def whole(load, bundle, teacher):
-    return load(bundle.name, base=teacher.name)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import torch
 from ppcl_engine.models.weights import COMFYUI_PREFIX
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import copy_of, relative_error
+from ..conftest import copy_of
+from ..forwards import relative_error
 
 TOLERANCE, FP8, LARGEST = 1e-4, torch.float8_e4m3fn, 448.0
 VARIANTS = ["full", "small", "smallest"]
@@ -191,6 +192,22 @@ def test_a_stock_file_of_another_size(load, velocity, engine_velocity, base_of, 
     assert relative_error(velocity(load(teacher.name)), expected) < TOLERANCE
 
 
+@pytest.fixture
+def lora_on_maps(models, known, host_case) -> str:
+    """Name of a LoRA file that changes a map of every kind."""
+    stored, generator = {}, torch.Generator().manual_seed(1)
+    for name, out, into in known.maps:
+        down = torch.randn(2, into, generator=generator) / into**0.5
+        up = 0.5 * torch.randn(out, 2, generator=generator)
+        stored |= {
+            f"diffusion_model.{name}.lora_A.weight": down,
+            f"diffusion_model.{name}.lora_B.weight": up,
+        }
+    file = f"{host_case.file}_four.safetensors"
+    write_tensors(models.loras / file, stored)
+    return file
+
+
 @pytest.mark.parametrize("variant", ["small", "smallest"])
 @pytest.mark.parametrize("alone", [False, True])
 def test_weights_that_stay_off_the_device(
@@ -199,31 +216,17 @@ def test_weights_that_stay_off_the_device(
     bundle,
     teacher,
     run_node,
-    models,
     pack,
     variant,
     alone,
-    known,
-    host_case,
+    lora_on_maps,
     as_loaded,
 ):
     """Partly loaded, with a LoRA on every kind of map: the host casts and patches each weight when
     it is used."""
-    stored, generator = {}, torch.Generator().manual_seed(1)
-    for name, out, into in known.maps:
-        stored[f"diffusion_model.{name}.lora_A.weight"] = (
-            torch.randn(2, into, generator=generator) / into**0.5
-        )
-        stored[f"diffusion_model.{name}.lora_B.weight"] = 0.5 * torch.randn(
-            out, 2, generator=generator
-        )
-    write_tensors(models.loras / f"{host_case.file}_four.safetensors", stored)
     model = load(bundle.name, base=teacher.name, variant=variant, switchable=not alone)
     (model,) = run_node(
-        "LoraLoaderModelOnly",
-        model=model,
-        lora_name=f"{host_case.file}_four.safetensors",
-        strength_model=1.0,
+        "LoraLoaderModelOnly", model=model, lora_name=lora_on_maps, strength_model=1.0
     )
     expected = velocity(model)
     comfy.model_management.unload_all_models()

@@ -10,7 +10,8 @@ from ppcl_engine.run import Run
 from ppcl_engine.settings.convert_settings import ExportConfig
 from ppcl_engine.stages.convert.export import export
 
-from ..conftest import fp8_in, relative_error
+from ..conftest import fp8_in
+from ..forwards import relative_error
 
 
 @pytest.fixture(scope="module")

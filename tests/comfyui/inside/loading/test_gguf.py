@@ -18,7 +18,7 @@ import nodes as host_nodes
 from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.system.tensor_files import TensorFile
 
-from ..conftest import relative_error
+from ..forwards import relative_error
 
 two = pytest.mark.parametrize("architecture", ["qwen_image", "flux1"], indirect=True)
 three = pytest.mark.parametrize("architecture", ["qwen_image", "flux1", "sd35"], indirect=True)

@@ -17,7 +17,7 @@ from ....tiny.released_models import (
     released_state,
     write_folder,
 )
-from ..conftest import relative_error
+from ..forwards import relative_error
 
 TOLERANCE = 1e-4
 SIZES = {

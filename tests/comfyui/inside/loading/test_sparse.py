@@ -10,7 +10,7 @@ from ppcl_engine.data.calibration import save_calibration
 from ppcl_engine.settings.convert_settings import SparsifyConfig
 from ppcl_engine.stages.convert.sparsify import sparsify
 
-from ..conftest import relative_error
+from ..forwards import relative_error
 
 PLAIN = {
     "base": "none",

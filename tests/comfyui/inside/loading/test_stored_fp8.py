@@ -5,7 +5,7 @@ import torch
 
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import relative_error
+from ..forwards import relative_error
 
 FP8, LARGEST = torch.float8_e4m3fn, 448.0
 

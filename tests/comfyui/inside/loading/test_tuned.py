@@ -15,7 +15,7 @@ from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.system.tensor_files import write_tensors
 
 from ....tiny.trained_run import write_parts
-from ..conftest import relative_error
+from ..forwards import relative_error
 from ..host.test_parity import TOLERANCE
 
 

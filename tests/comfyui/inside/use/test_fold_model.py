@@ -10,7 +10,8 @@ from ppcl_engine.architectures import architecture_named
 from ppcl_engine.models.weights import expected_shapes
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import BOUND, relative_error
+from ..conftest import BOUND
+from ..forwards import relative_error
 
 pytestmark = pytest.mark.usefixtures("loose_bound")
 DEFAULTS = {
