@@ -11,6 +11,7 @@ from ...ppcl_engine.algorithms.sparsity.patterns import checked_sparsity, patter
 from ...ppcl_engine.algorithms.sparsity.source import open_source
 from ...ppcl_engine.data.calibration import load_calibration
 from ...ppcl_engine.models.bundle import BUNDLE_SUFFIX, is_bundle
+from ...ppcl_engine.report.numbers import size_text
 from ...ppcl_engine.run import Run
 from ...ppcl_engine.settings.convert_settings import SparsifyConfig
 from ..paths import EXPORTS, exported_name, files_of_the_engine, model_path
@@ -104,7 +105,5 @@ def bundle_of(run: str) -> Path | None:
 def _pruned(folder: Path) -> list:
     report = results.sparse_report(folder)
     (file,) = (folder / EXPORTS).glob("*.safetensors")
-    text = (
-        f"{exported_name(file)}: {file.stat().st_size / 1e9:.4g} GB\n{results.sparse_text(report)}"
-    )
+    text = f"{exported_name(file)}: {size_text(file.stat().st_size)}\n{results.sparse_text(report)}"
     return [results.sparse_picture(report), text, exported_name(file)]
