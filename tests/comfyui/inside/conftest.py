@@ -60,10 +60,10 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def figures(request):
     """name -> what a test measured; of several, the largest."""
-    found: dict[str, float] = {}
+    measured: dict[str, float] = {}
 
     def note(name: str, value: float) -> None:
-        found[name] = max(value, found.get(name, value))
+        measured[name] = max(value, measured.get(name, value))
 
     yield note
     if path := request.config.getoption("--figures"):
@@ -71,7 +71,7 @@ def figures(request):
             "machine": machine(),
             "versions": {**versions(), "comfyui": comfyui_version.__version__},
         }
-        write_json(path, {**found, **about, "command": FIGURES.format(path=path)})
+        write_json(path, {**measured, **about, "command": FIGURES.format(path=path)})
 
 
 @pytest.fixture(scope="session")
@@ -79,13 +79,13 @@ def models(tmp_path_factory) -> SimpleNamespace:
     """Empty folders in place of the host's models/..., by their names there."""
     root = tmp_path_factory.mktemp("models")
     folder_paths.models_dir = str(root)
-    found = {}
+    folders = {}
     for name in ("diffusion_models", "loras", "controlnet", "ppcl"):
         (root / name).mkdir()
-        found[name] = root / name
+        folders[name] = root / name
         if name != "ppcl":  # the pack registers its own
             folder_paths.folder_names_and_paths[name] = ([str(root / name)], {".safetensors"})
-    return SimpleNamespace(**found)
+    return SimpleNamespace(**folders)
 
 
 @pytest.fixture(scope="session")
@@ -124,11 +124,13 @@ def empty_host_model(pack):
     entries = pack("host.entries")
 
     def make(host, tensors: dict):
-        found = comfy.model_detection.detect_unet_config(dict(tensors), "")
+        detected = comfy.model_detection.detect_unet_config(dict(tensors), "")
         # what the host's own class says, whether or not it could load the file by itself
         config = next(
-            c for c in entries.config_classes(host) if super(entries.PrunedConfig, c).matches(found)
-        )(found)
+            c
+            for c in entries.config_classes(host)
+            if super(entries.PrunedConfig, c).matches(detected)
+        )(detected)
         config.set_inference_dtype(torch.bfloat16, None)
         return config.get_model(tensors, "", device=torch.device("meta")).diffusion_model
 

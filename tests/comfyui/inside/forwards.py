@@ -63,11 +63,11 @@ def velocity(inputs):
     """One forward of a MODEL by the host's own way of sampling: loaded, patched, wrapped."""
 
     def run(model, positive=None, cfg: float = 1.0) -> torch.Tensor:
-        found = []
+        velocities = []
 
         def once(wrapped, x, sigmas, extra_args=None, callback=None, disable=None):
             denoised = wrapped(inputs.latents, torch.full((1,), inputs.sigma), **(extra_args or {}))
-            found.append((inputs.latents - denoised) / inputs.sigma)
+            velocities.append((inputs.latents - denoised) / inputs.sigma)
             return x
 
         guider = comfy.samplers.CFGGuider(model)
@@ -83,7 +83,7 @@ def velocity(inputs):
                 comfy.samplers.KSAMPLER(once),
                 torch.tensor([1.0, 0.0]),
             )
-        return flat(found[0]).clone()
+        return flat(velocities[0]).clone()
 
     return run
 
@@ -145,7 +145,7 @@ def drawn(run_node, inputs):
         text = inputs.text.expand(samples, -1, -1)
         negative = -text if equal else text[:, ::2]
         empty = torch.zeros(samples, *inputs.latents.shape[1:])
-        (found,) = run_node(
+        (latents,) = run_node(
             "KSampler",
             model=model,
             seed=3,
@@ -158,7 +158,7 @@ def drawn(run_node, inputs):
             latent_image={"samples": empty},
             denoise=1.0,
         )
-        return found["samples"]
+        return latents["samples"]
 
     return run
 

@@ -73,27 +73,27 @@ def test_a_large_model_s_graph_runs_with_a_small_one(server, small_files, workfl
     """As shipped: loaded switchable, a variant chosen, guided. Exchanged: files, captions,
     pictures."""
     prompt, names = shipped(workflow), small_files(workflow)
-    found = {number: node for number, node in prompt.items() if node["class_type"] not in ENCODERS}
-    for number, node in list(found.items()):
+    graph = {number: node for number, node in prompt.items() if node["class_type"] not in ENCODERS}
+    for number, node in list(graph.items()):
         inputs = node["inputs"]
         inputs |= {name: names[value] for name, value in inputs.items() if str(value) in names}
         match node["class_type"]:
             case "CLIPTextEncode":
-                found[number] = {
+                graph[number] = {
                     "class_type": "PPCL_DemoCaption",
                     "inputs": {"captions": CAPTIONS.splitlines()[0]},
                 }
             case "EmptySD3LatentImage":
                 inputs |= {"width": 96, "height": 96}
             case "VAEDecode":
-                found[number] = {
+                graph[number] = {
                     "class_type": "PPCL_DemoDecode",
                     "inputs": {"latent": inputs["samples"], "enlarge": 4},
                 }
-    entry = server.run(found)
+    entry = server.run(graph)
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
     save, info = (
-        [n for n, node in found.items() if node["class_type"] == kind][0]
+        [n for n, node in graph.items() if node["class_type"] == kind][0]
         for kind in ("SaveImage", "PPCL_Info")
     )
     assert len(entry["outputs"][save]["images"]) == 1 and len(entry["outputs"][info]["images"]) == 1
@@ -105,22 +105,22 @@ def test_the_edit_graph_runs_with_the_bundled_teacher(server):
     a text encoder and a VAE."""
     prompt = shipped("ppcl-qwen-image-edit")
     gone = {"CLIPLoader", "VAELoader", "LoadImage", "FluxKontextImageScale", "VAEEncode"}
-    found = {number: node for number, node in prompt.items() if node["class_type"] not in gone}
+    graph = {number: node for number, node in prompt.items() if node["class_type"] not in gone}
     instructions = [
-        n for n, node in found.items() if node["class_type"] == "TextEncodeQwenImageEditPlus"
+        n for n, node in graph.items() if node["class_type"] == "TextEncodeQwenImageEditPlus"
     ]
     for output, number in enumerate(instructions):
         given = {"conditioning": ["words", output], "latent": ["picture", 0]}
-        found[number] = {"class_type": "ReferenceLatent", "inputs": given}
+        graph[number] = {"class_type": "ReferenceLatent", "inputs": given}
     size = {"width": 64, "height": 64, "length": 1, "batch_size": 1}
-    found |= {
+    graph |= {
         "words": {
             "class_type": "PPCL_DemoCaption",
             "inputs": {"captions": CAPTIONS.splitlines()[0]},
         },
         "picture": {"class_type": "EmptyHunyuanLatentVideo", "inputs": size},
     }
-    for number, node in list(found.items()):
+    for number, node in list(graph.items()):
         inputs = node["inputs"]
         match node["class_type"]:
             case "PPCL_LoadModel":
@@ -128,13 +128,13 @@ def test_the_edit_graph_runs_with_the_bundled_teacher(server):
             case "KSampler":
                 inputs |= {"latent_image": ["words", 2], "steps": 4}
             case "VAEDecode":
-                found[number] = {
+                graph[number] = {
                     "class_type": "PPCL_DemoDecode",
                     "inputs": {"latent": inputs["samples"], "enlarge": 4},
                 }
-    entry = server.run(found)
+    entry = server.run(graph)
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
-    save = next(number for number, node in found.items() if node["class_type"] == "SaveImage")
+    save = next(number for number, node in graph.items() if node["class_type"] == "SaveImage")
     assert len(instructions) == 2 and len(entry["outputs"][save]["images"]) == 1
 
 
@@ -147,8 +147,8 @@ def with_the_bundled_teacher(prompt: dict) -> dict:
         number for number, node in prompt.items() if node["class_type"] == "CLIPTextEncode"
     )
     gone = {"CLIPLoader", "VAELoader", "EmptySD3LatentImage"}
-    found = {number: node for number, node in prompt.items() if node["class_type"] not in gone}
-    for number, node in list(found.items()):
+    graph = {number: node for number, node in prompt.items() if node["class_type"] not in gone}
+    for number, node in list(graph.items()):
         inputs = node["inputs"]
         inputs |= {
             name: TEACHER
@@ -160,7 +160,7 @@ def with_the_bundled_teacher(prompt: dict) -> dict:
                 del inputs["clip"]
                 inputs |= {"height": 0, "width": 0}
             case "CLIPTextEncode":
-                found[number] = {"class_type": "PPCL_DemoCaption", "inputs": {"captions": CAPTIONS}}
+                graph[number] = {"class_type": "PPCL_DemoCaption", "inputs": {"captions": CAPTIONS}}
             case "KSampler":
                 inputs |= {
                     "positive": [words, 0],
@@ -168,11 +168,11 @@ def with_the_bundled_teacher(prompt: dict) -> dict:
                     "latent_image": [words, 2],
                 }
             case "VAEDecode":
-                found[number] = {
+                graph[number] = {
                     "class_type": "PPCL_DemoDecode",
                     "inputs": {"latent": inputs["samples"], "enlarge": 4},
                 }
-    return found
+    return graph
 
 
 def test_the_large_model_s_graph_runs_with_the_bundled_teacher(server):

@@ -39,13 +39,13 @@ def inputs_of(node: dict) -> dict[str, tuple[str, dict]]:
     """name -> (type, options). A list of choices, in either of the two forms that hosts give it, is
     in `options`."""
     rows = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
-    found = {}
+    inputs = {}
     for name, (kind, *more) in rows.items():
         options = more[0] if more else {}
-        found[name] = (
+        inputs[name] = (
             (kind, options) if isinstance(kind, str) else ("COMBO", {**options, "options": kind})
         )
-    return found
+    return inputs
 
 
 def widgets_of(node: dict) -> list[str]:

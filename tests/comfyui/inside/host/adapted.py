@@ -1,5 +1,5 @@
-"""What `test_adapters.py` tries the host's nodes on: variants, blocks and a ControlNet for each
-architecture."""
+"""What the host's own nodes are tried on, and what they are compared with: variants, blocks and a
+ControlNet for each architecture; the host's full-depth model; the engine with a LoRA."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ import torch
 from comfy.cldm.dit_embedder import ControlNetEmbedder
 from comfy.ldm.flux.controlnet import ControlNetFlux
 from comfy.ldm.flux.model import FluxParams
+
+from ppcl_engine.models.bundle import Bundle
+from ppcl_engine.models.weights import Weights
+from ppcl_engine.system.tensor_files import TensorFile, write_tensors
+
+from ..forwards import engine_forward
+
+IMAGE_TOKENS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,3 +124,73 @@ SD35 = Adapted(
     unnamed="norm1_context",  # the host takes the last block from the width: `test_sd35_layout.py`
 )
 ADAPTED = {"flux1": FLUX, "sd35": SD35}
+
+
+def corrected(student):
+    """A patch for a block that adds the student's correction to what the block returns."""
+
+    def run(args, extra):
+        out = extra["original_block"](args)
+        if "txt" in out:
+            image, text = (
+                student.correction.correct(s, out[k])
+                for s, k in (("image", "img"), ("text", "txt"))
+            )
+            return {"img": image, "txt": text}
+        text, image = out["img"].split([out["img"].shape[1] - IMAGE_TOKENS, IMAGE_TOKENS], dim=1)
+        both = [student.correction.correct(s, x) for s, x in (("text", text), ("image", image))]
+        return {"img": torch.cat(both, dim=1)}
+
+    return run
+
+
+def full_depth_reference(load, bundle, teacher, models, architecture, slot):
+    """Intervals -> the host's full-depth model with the students' weights, which skips the blocks
+    behind each student and adds its correction. slot: a block's key in `patches_replace`."""
+    parts, weights = Bundle(bundle), Weights(teacher)
+    students = {i.name: parts.student(i, torch.float32, "cpu") for i in parts.plan.intervals}
+
+    def make(names: list[str]):
+        grafted = {key: weights.read(key) for key in weights.keys()}
+        for name in names:
+            prefix = architecture.block_prefix(weights.config, parts.plan.interval(name).first)
+            own = students[name].state_dict().items()
+            grafted |= {prefix + key: t for key, t in own if not key.startswith("correction.")}
+        file = (
+            models.diffusion_models / f"{architecture.name}_grafted_{'_'.join(names)}.safetensors"
+        )
+        write_tensors(file, grafted, TensorFile(teacher).metadata)
+        model = load(file.name).clone()
+        for name in names:
+            first, *others = parts.plan.interval(name).blocks
+            for index in others:
+                model.set_model_patch_replace(lambda args, extra: args, "dit", *slot(index))
+            if parts.plan.interval(name).correction != "none":
+                model.set_model_patch_replace(corrected(students[name]), "dit", *slot(first))
+        return model
+
+    return make
+
+
+def engine_with(lora, model, architecture, inputs) -> torch.Tensor:
+    """The engine's velocity with the changes of a LoRA added to its weights: a map may be cut, and a
+    projection takes no LoRA."""
+    weights = dict(model.named_parameters())
+    for key, change in lora.items():
+        projected = (
+            key.endswith("proj_mlp.weight")
+            and weights.get(key) is not None
+            and weights[key].shape != change.shape
+        )
+        if key in weights and not projected:
+            weights[key].add_(_left(change, weights[key].shape))
+    return engine_forward(architecture, model, inputs)
+
+
+def _left(change: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Of a modulation that was cut to its first half, or loses the middle one of its thirds
+    (attention is twice in it); of a joint map what attention reads."""
+    if 3 * shape[0] == 2 * change.shape[0]:
+        first, _, last = change.chunk(3)
+        return torch.cat([first, last])
+    return change[: shape[0], : shape[1]]

@@ -55,12 +55,12 @@ def test_a_table_draws_the_same_bits(
 @pytest.mark.parametrize("variant", ["full", "small", "smallest", "1-2,text:3-4"])
 def test_a_basis_stays_near(whole, of_form, switched, drawn, load, bundle, teacher, variant):
     expected = drawn(switched(whole, variant=variant))
-    found = drawn(switched(of_form("basis"), variant=variant))
+    actual = drawn(switched(of_form("basis"), variant=variant))
     alone = drawn(
         load(bundle.name, base=teacher.name, variant=variant, switchable=False, fold="basis")
     )
     assert (
-        0 < relative_error(found, expected) < BOUND and 0 < relative_error(alone, expected) < BOUND
+        0 < relative_error(actual, expected) < BOUND and 0 < relative_error(alone, expected) < BOUND
     )
 
 

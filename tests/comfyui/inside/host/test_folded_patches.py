@@ -23,7 +23,7 @@ LORA, STRENGTH = "modulations.safetensors", 0.7
 def changes(models, teacher) -> dict[str, torch.Tensor]:
     """A LoRA file for every modulation, by the names of their tensors what it adds at full
     strength."""
-    generator, stored, found = torch.Generator().manual_seed(8), {}, {}
+    generator, stored, by_key = torch.Generator().manual_seed(8), {}, {}
     for key in (k for k in TensorFile(teacher).keys() if "_mod.1.weight" in k):
         name, (out, into) = key.removesuffix(".weight"), TensorFile(teacher).shape(key)
         down = torch.randn(2, into, generator=generator) / into**0.5
@@ -36,9 +36,9 @@ def changes(models, teacher) -> dict[str, torch.Tensor]:
             f"{name}.lora_B.weight": up,
             f"{name}.diff_b": bias,
         }
-        found |= {key: up @ down, f"{name}.bias": bias}
+        by_key |= {key: up @ down, f"{name}.bias": bias}
     write_tensors(models.loras / LORA, stored)
-    return found
+    return by_key
 
 
 @pytest.fixture(scope="module")

@@ -89,9 +89,9 @@ def test_variants_loaded_alone(load, velocity, engine_velocity, bundle, teacher,
 
 
 def test_variants_differ(whole, switched, velocity, variants):
-    found = [velocity(switched(whole, variant=variant)) for variant in variants.values()]
-    for i, one in enumerate(found):
-        assert all(relative_error(one, other) > 10 * TOLERANCE for other in found[:i])
+    velocities = [velocity(switched(whole, variant=variant)) for variant in variants.values()]
+    for i, one in enumerate(velocities):
+        assert all(relative_error(one, other) > 10 * TOLERANCE for other in velocities[:i])
 
 
 @pytest.mark.parametrize("variant", ["small", "smallest"])

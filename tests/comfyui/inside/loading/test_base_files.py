@@ -23,15 +23,17 @@ BESIDE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """plain: an interval without a correction; left: which blocks of its list then have weights;
-    last: of the last block;
-    blocks: how many; maps: that a LoRA changes (name, rows, columns), cut ones among them."""
+    """What is known of an architecture's tiny teacher."""
 
     plain: str
+    """an interval without a correction"""
     left: list[bool]
+    """which blocks of that interval's list have weights once it is replaced"""
     last: str
+    """of the last block"""
     blocks: int
     maps: tuple[tuple[str, int, int], ...]
+    """(name, rows, columns) of maps that a LoRA changes, cut ones among them"""
 
 
 FILES = {
@@ -127,11 +129,11 @@ def test_a_base_of_less_precision(
     exact = velocity(load(bundle.name, base=base_of("fp32"), variant=variant, switchable=False))
     options = {"base": base_of(form), "weight_dtype": "default"}
     caplog.clear()
-    found = velocity(switched(load(bundle.name, **options), variant=variant))
+    actual = velocity(switched(load(bundle.name, **options), variant=variant))
     alone = velocity(load(bundle.name, variant=variant, switchable=False, **options))
     # what is cut has a scale of its own when it is alone
-    assert relative_error(found, alone) < 0.02
-    assert 0 < relative_error(found, exact) < far
+    assert relative_error(actual, alone) < 0.02
+    assert 0 < relative_error(actual, exact) < far
     assert not [line for line in caplog.messages if "missing" in line]
 
 
@@ -143,7 +145,7 @@ def test_another_base_is_one_line(load, bundle, host_tensors, models, host_case,
     fewer = {n: t for n, t in host_tensors.items() if not n.startswith(known.last)}
     write_tensors(models.diffusion_models / f"{host_case.file}_fewer.safetensors", fewer)
     with pytest.raises(
-        ValueError, match=f"has {known.blocks - 1} blocks, the bundle's teacher {known.blocks}"
+        ValueError, match=f"has {known.blocks - 1} blocks, the bundle's teacher has {known.blocks}"
     ):
         load(bundle.name, base=f"{host_case.file}_fewer.safetensors")
 
@@ -166,10 +168,10 @@ def test_a_depth_pruned_file_of_the_stock_layouts(
     )
     name, _ = known.last.split(".", 1)
     blocks = getattr(model.model.diffusion_model, name)
-    found = [any(True for _ in block.parameters()) for block in blocks]
-    assert found == known.left[: len(found)] and len(found) >= len(known.left) - (
-        not known.left[-1]
-    )
+    have_weights = [any(True for _ in block.parameters()) for block in blocks]
+    assert have_weights == known.left[: len(have_weights)] and len(have_weights) >= len(
+        known.left
+    ) - (not known.left[-1])
 
 
 def test_a_depth_pruned_file_in_the_hosts_loader(

@@ -153,7 +153,7 @@ def test_sizes_of_a_base_in_gguf(load, bundle, teacher, gguf_file, pack):
 
 @pytest.fixture
 def alone(models, exported, gguf_file):
-    """One variant, in a file of ours and as a tool makes GGUF of it: (name, name in GGUF)."""
+    """One variant, in a standalone file and as a tool makes GGUF of it: (name, name in GGUF)."""
     made = []
 
     def make(layout: str, variant: str) -> tuple[str, str]:

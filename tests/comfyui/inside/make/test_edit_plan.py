@@ -116,8 +116,8 @@ def store(pack, teacher, tmp_path, monkeypatch):
     from ....tiny.trained_run import write_parts
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    found = pack("paths").runs()
-    folder = found.root / "detect-00000000"
+    runs = pack("paths").runs()
+    folder = runs.root / "detect-00000000"
     folder.mkdir(parents=True)
     plan = write_parts(Run(folder), teacher)
     error = torch.arange(36, dtype=torch.float64).reshape(6, 3, 2)
@@ -133,7 +133,7 @@ def store(pack, teacher, tmp_path, monkeypatch):
     )
     write_state(folder, JobState(status="done"))
     write_text(Run(folder).plan, plan.with_parts(sites=(), variants=()).to_json())
-    return found
+    return runs
 
 
 def test_the_node_makes_a_run(store, run_node):

@@ -54,14 +54,14 @@ def clip():
         tokenizer = qwen.QwenImageTokenizer
 
     config = {"qwen25_7b_model_config": {**SMALL, "num_key_value_heads": 1}}
-    found = comfy.sd.CLIP(Target, model_options={**config, "dtype": torch.float32})
-    language = found.cond_stage_model.qwen25_7b.transformer
+    encoder = comfy.sd.CLIP(Target, model_options={**config, "dtype": torch.float32})
+    language = encoder.cond_stage_model.qwen25_7b.transformer
     del language.visual  # hundreds of megabytes that no text goes through
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in language.parameters():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return found
+    return encoder
 
 
 @pytest.fixture

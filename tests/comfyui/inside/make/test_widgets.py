@@ -89,7 +89,7 @@ def test_every_making_node_is_here(pack):
 
 @pytest.mark.parametrize("node", SETTINGS)
 def test_words_and_defaults_are_the_settings(widgets, node):
-    found = 0
+    count = 0
     for name, widget in widgets(node).items():
         kind = OTHER.get((node, name), SETTINGS[node])
         owner = next(
@@ -99,8 +99,8 @@ def test_words_and_defaults_are_the_settings(widgets, node):
             continue
         assert widget.tooltip == setting_help(owner, name), (node, name)
         assert widget.default == OPTIONAL.get((node, name), getattr(kind, name)), (node, name)
-        found += 1
-    assert found > 5
+        count += 1
+    assert count > 5
 
 
 @pytest.mark.parametrize("node", SETTINGS)

@@ -63,14 +63,18 @@ WIDTH = {
 def given(run_node):
     """Three pictures, each with references of its own; the negative prompt is shorter and has less
     of them."""
-    generator, found = torch.Generator().manual_seed(8), {}
+    generator, conditionings = torch.Generator().manual_seed(8), {}
     for name, tokens in (("positive", 7), ("negative", 2)):
         conditioning = [[torch.randn(ROWS, tokens, 24, generator=generator), {}]]
         for size in SIZES[tokens]:
             latent = {"samples": torch.randn(ROWS, 16, 1, *size, generator=generator)}
             (conditioning,) = run_node("ReferenceLatent", conditioning=conditioning, latent=latent)
-        found[name] = conditioning
-    return {**found, "latent_image": {"samples": torch.zeros(ROWS, 16, 1, 8, 12)}, **SAMPLING}
+        conditionings[name] = conditioning
+    return {
+        **conditionings,
+        "latent_image": {"samples": torch.zeros(ROWS, 16, 1, 8, 12)},
+        **SAMPLING,
+    }
 
 
 @pytest.fixture

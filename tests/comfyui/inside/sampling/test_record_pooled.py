@@ -164,12 +164,12 @@ def clip(architecture):
         tokenizer = reads_tokens
 
     small = {f"{name}_model_config": config for name, config in sizes.items()}
-    found = comfy.sd.CLIP(Target, model_options={**small, "dtype": torch.float32})
+    encoder = comfy.sd.CLIP(Target, model_options={**small, "dtype": torch.float32})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in found.cond_stage_model.parameters():
+        for parameter in encoder.cond_stage_model.parameters():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return found
+    return encoder
 
 
 @pytest.fixture
