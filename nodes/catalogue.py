@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+from .make.calibrate_from_prompts import CalibrateFromPrompts
+from .make.detect import Detect, Probe
+from .make.distil import DistillDepth, DistillWidth, FineTune
 from .make.edit_plan import EditPlan
+from .make.export import Export
 from .make.record_calibration import RecordCalibration
 from .make.sparsify import Sparsify
-from .make.stages import (
-    CalibrateFromPrompts,
-    Detect,
-    DistillDepth,
-    DistillWidth,
-    Export,
-    FineTune,
-    Probe,
-)
 from .make.watch_and_cancel import CancelJob, PrepareRun, WatchJob
 from .use.choose_variant import ChooseVariant
 from .use.compare import Compare

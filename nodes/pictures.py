@@ -1,4 +1,4 @@
-"""Pictures as the host's IMAGE: from the bytes of a PNG, stacked, and a card of text."""
+"""Pictures as the host's IMAGE: from the bytes of a PNG, stacked, or a card with text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..ppcl_engine.report.drawings.canvas import INK
 
-# pixels across, and of a line; lines of the card above a preview
+# of a card: its width and the height of a line in pixels; number of lines
 CARD, LINE, MOST_LINES = 900, 26, 4
 
 
@@ -18,9 +18,9 @@ def tensor_of(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
 
 
-def stacked(found: list[torch.Tensor]) -> torch.Tensor:
+def stacked(pictures: list[torch.Tensor]) -> torch.Tensor:
     """Pictures of one width, one below the other."""
-    return torch.cat(found, dim=1)
+    return torch.cat(pictures, dim=1)
 
 
 def text_card(text: str, colour: str) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""Widgets made from the fields of a settings class: type, default and words are the command
-line's."""
+"""Widgets made from the fields of a settings class. Type, default and tooltip are the same as on the
+command line: this is where a widget's tooltip comes from."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from comfy_api.v0_0_2 import io
 from ..ppcl_engine.settings.base_settings import hints_of
 from ..ppcl_engine.settings.help_texts import setting_help
 from ..ppcl_engine.settings.ranges import rules_of
+from .checks import MOST_CHARACTERS
 
-MOST_CHARACTERS = 100_000  # of a text: thousands of prompts
 FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 WHOLE_SEED = {"control_after_generate": False}
-"""The page would give a seed that says nothing of it new values."""
+"""without it the page would change the seed after each run"""
 
 
 def inputs(kind: type, names: str, **changes: dict) -> list[io.Input]:
-    """A widget each for these fields of a settings class, in this order, from the least to the most
-    that the settings allow. `changes`: name -> what differs from the settings: default, step,
-    multiline."""
+    """Widgets for these fields of a settings class, in this order, from the least to the most that
+    the settings allow. changes: name -> what differs from the settings (default, step, multiline,
+    tooltip)."""
     return [_input(kind, name, **changes.get(name, {})) for name in names.split()]
 
 
@@ -42,8 +42,7 @@ def _input(kind: type, name: str, **changes) -> io.Input:
 
 
 def _plain(hint):
-    """Of a setting that may be left out what it is when it is not; its widget needs a default among
-    `changes`."""
+    """The type of an optional setting when it is given. Its widget needs a default in `changes`."""
     return (
         next(of for of in get_args(hint) if of is not NoneType)
         if isinstance(hint, UnionType)
@@ -52,7 +51,7 @@ def _plain(hint):
 
 
 def help_of(kind: type, name: str) -> str:
-    """From the class of settings that has the field, which may be one that this one builds on."""
+    """The help text of a setting, which may be a field of a base class."""
     owner = next(base for base in kind.__mro__ if name in vars(base).get("__annotations__", {}))
     return setting_help(owner, name)
 
@@ -61,8 +60,8 @@ _NUMBERS = {int: io.Int.Input, float: io.Float.Input}
 
 
 def _step(hint: type, default: float) -> dict:
-    """A tenth of the default's own size, so that a learning rate of 0.00001 is shown and changed as
-    such."""
+    """A tenth of the default's order of magnitude, so that a learning rate of 0.00001 can be shown
+    and changed."""
     if hint is int or not default:
         return {} if hint is int else {"step": 0.01}
     return {"step": 10.0 ** (math.floor(math.log10(default)) - 1)}
@@ -73,8 +72,8 @@ def defaults(kind: type) -> dict:
 
 
 def values(kind: type, given: dict) -> dict:
-    """What of a node's widgets are settings of this class. Raises ValueError for a value that no
-    widget gives: the server checks neither choices nor whether a number is one."""
+    """Those of a node's values that are settings of this class. Raises ValueError for a value that
+    no widget allows: some servers check neither choices nor whether a number is finite."""
     hints = hints_of(kind)
     return {
         name: _checked(hints[name], name, value) for name, value in given.items() if name in hints
@@ -99,7 +98,7 @@ def check_length(name: str, text: str) -> None:
 
 
 def check_file_name(name: str) -> None:
-    """Before a job starts that would find it out. Raises ValueError for what could be a path."""
+    """Raises ValueError for a name that could be a path, before a job is started with it."""
     if not FILE_NAME.fullmatch(name):
         raise ValueError(
             f"name {name[:40]!r}: letters, digits, '-' and '_' only, at most 80 of them"

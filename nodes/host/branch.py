@@ -1,5 +1,5 @@
-"""What a branch of the graph runs: its layout, name, size and damage; of a pruned model, one
-variant's, or a plain one."""
+"""What a branch of the graph runs: layout, name, size and damage of a variant of a pruned model, or
+of a plain model."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import torch
 from ...ppcl_engine.architectures.folded import FOLDING
 from ...ppcl_engine.models.layout import Layout, full_layout, layout_of
 from ...ppcl_engine.models.weights import parameter_count
-from ...ppcl_engine.plan import FULL, Interval, PruningPlan, Variant, WidthSite
+from ...ppcl_engine.plan import FULL, PruningPlan, Variant
 from ...ppcl_engine.report.numbers import counted, size_text
 from . import host_of_model
 from .base import Host
 from .folded import folding_in
-from .structure import config_of
+from .structure import config_of, plan_of_layout
 from .switching import size_of, tensors_in, variant_of
 
 PREFIX = "diffusion_model."
 
 
 def layout_in(model) -> Layout:
-    """What a branch runs."""
+    """What stands where in the model that a branch runs."""
     parts = _parts(model)
     if parts is None:
-        return full_layout(known(model)[0].engine.num_blocks(known(model)[1]))
+        host, config = known(model)
+        return full_layout(host.engine.num_blocks(config))
     if parts.structure.switchable:
         return layout_of(parts.plan, variant_of(model))
     return parts.structure.layout
@@ -35,8 +36,8 @@ def _parts(model):
 
 
 def known(model) -> tuple[Host, dict]:
-    """(its architecture, the engine's configuration of the whole model). Raises ValueError for one
-    that is not known."""
+    """(the host of its architecture, the engine's configuration of the full model). Raises
+    ValueError for an architecture that is not supported."""
     if parts := _parts(model):
         return parts.structure.host, parts.structure.config
     host = host_of_model(model)
@@ -61,10 +62,10 @@ def sizes(model) -> tuple[int, int]:
 
 
 def plan_in(model) -> tuple[PruningPlan, list[Variant]]:
-    """(plan, the branch's variant and then the named ones). Of a file without a plan, one is made
-    of its layout."""
+    """(plan, variants: the branch's own first, then the named ones). For a file without a plan, one
+    is made from its layout."""
     parts = _parts(model)
-    plan = parts.plan if parts and parts.plan else _plan_of(*known(model), layout_in(model))
+    plan = parts.plan if parts and parts.plan else plan_of_layout(*known(model), layout_in(model))
     if _switchable(model):
         own = variant_of(model)
         return plan, [own, *(v for v in plan.variants if v.name != own.name and not v.tuned)]
@@ -74,28 +75,9 @@ def plan_in(model) -> tuple[PruningPlan, list[Variant]]:
     ]
 
 
-def _plan_of(host: Host, config: dict, layout: Layout) -> PruningPlan:
-    """A block before a gap stands for the gap."""
-    ends = [place.index for place in layout.places[1:]] + [layout.num_blocks]
-    spans = zip(layout.places, ends, strict=True)
-    intervals = tuple(
-        Interval(first=p.index, last=end - 1) for p, end in spans if end - p.index > 1
-    )
-    sites = [site for place in layout.places for site in place.ffn]
-    for place, end in zip(layout.places, ends, strict=True):
-        if place.text_source is not None:
-            sites += [WidthSite(block=block, kind="text") for block in range(place.index, end)]
-    about = {
-        "architecture": host.engine.name,
-        "config": config,
-        "num_blocks": layout.num_blocks,
-        "fingerprint": "",
-    }
-    return PruningPlan(**about, intervals=intervals, sites=tuple(sites))
-
-
 def full_parameters(model) -> int:
-    """Of the whole teacher; where only one variant was loaded, from the shapes of what is there."""
+    """Parameters of the full model; where only one variant was loaded, they are computed from its
+    configuration."""
     transformer, layout = model.model.diffusion_model, layout_in(model)
     if _switchable(model):
         return size_of(transformer, full_layout(layout.num_blocks))[0]
@@ -114,7 +96,7 @@ def full_parameters(model) -> int:
 
 
 def about(model) -> str:
-    """Parameters, size, damage, in lines."""
+    """Parameters, size and damage, one line each."""
     plan, variants = plan_in(model)
     parameters, size = sizes(model)
     full = full_parameters(model)
@@ -131,18 +113,18 @@ def about(model) -> str:
 
 
 def folding_text(transformer) -> str:
-    """ "" where nothing is folded."""
+    """How modulations are folded, in words; "" where they are not."""
     folding = folding_in(transformer)
     if folding is None:
         return ""
     if folding.form == "basis":
         return f"modulations are folded: a basis of rank {folding.inputs - 1}"
-    return f"modulations are folded: a table of {folding.inputs} timesteps, filled when a schedule is sampled first"
+    return f"modulations are folded: a table of {folding.inputs} timesteps, filled the first time a schedule is sampled"
 
 
 def damage_text(plan: PruningPlan, variant: Variant) -> str:
-    """Measured for the variant as a whole, else the sum of its parts, which is near where there are
-    few."""
+    """The damage measured for the variant as a whole, else the sum over its parts, which is close
+    while they are few; "" where neither was measured."""
     known = next((v for v in plan.variants if v.name == variant.name), variant)
     if known.damage is not None:
         return f"{variant.name}: velocity error {known.damage:.3f}"

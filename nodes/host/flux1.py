@@ -15,8 +15,8 @@ from ...ppcl_engine.models.layout import Place
 from .base import HALF, BlockList, Cut, Host, Maps
 from .blocks import FixedModulation, ProjectedText, Texts, run_part
 
-STREAMS = {"ffn_image": "img", "ffn_text": "txt"}  # as the names of a double block's parts begin
-STOCK_WIDTH = 24 * 128  # what the host takes for granted
+STREAMS = {"ffn_image": "img", "ffn_text": "txt"}  # prefixes of a double block's attributes
+STOCK_WIDTH = 24 * 128  # the only width that the host supports
 PATCH = 2
 
 
@@ -40,7 +40,7 @@ class Flux1Host(Host):
             gives=("joint",),
         ),
     )
-    # as its author's own LoRA loader maps FLUX.1-dev's blocks
+    # the intervals are those by which its author's LoRA loader maps FLUX.1-dev's blocks
     presets = {"Flex.1-alpha": (57, 46, "4-15")}
     mark = "vector_in.in_layer.weight"
     text_map = "txt_attn.qkv"
@@ -70,7 +70,7 @@ class Flux1Host(Host):
     }
 
     def is_stock(self, tensors) -> bool:
-        """ControlNets, which are built from a part of the model, have no final layer."""
+        """Without a final layer it is a ControlNet, which is built from a part of the model."""
         return (
             "final_layer.linear.weight" not in tensors
             or tensors["img_in.weight"].shape[0] == STOCK_WIDTH
@@ -123,8 +123,8 @@ class Flux1Host(Host):
         }
 
     def watch(self, transformer: nn.Module, texts: Texts) -> None:
-        """As the text leaves the double blocks; where another node runs in place of the last one,
-        as it came in."""
+        """Counts the text as it leaves the double blocks, or as it came in, if another node runs in
+        place of the last one."""
         transformer.txt_in.register_forward_hook(partial(_come_in, texts))
         transformer.double_blocks[-1].register_forward_hook(partial(_leave, texts))
 
@@ -145,13 +145,13 @@ def modulated_text(block: nn.Module, fixed: FixedModulation, text: torch.Tensor)
 
 
 def _padded(linear: nn.Module, width: int, activated: torch.Tensor) -> torch.Tensor:
-    """A modulation without the FFN's half."""
+    """A modulation of which only the attention's half is computed."""
     return padded(run_part(linear, activated, 3 * width, width))
 
 
 def _attention_and_input(linear: nn.Module, width: int, x: torch.Tensor) -> torch.Tensor:
-    """q, k, v, and x itself in place of the MLP's first map: what stands for its activation is the
-    projection of x."""
+    """q, k, v and then x itself, in place of the MLP's first map: the projection stands where its
+    activation was, and reads x."""
     return torch.cat([run_part(linear, x, 3 * width, width), x], dim=-1)
 
 

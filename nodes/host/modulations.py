@@ -1,5 +1,5 @@
-"""The modulations of a model that a loader folds away: where they are stored, read one at a time.
-Knows files, not the host."""
+"""The modulations that a loader folds away: where files store them, read one at a time. Knows
+nothing of ComfyUI."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ FOLDS = (OFF, *FORMS)
 
 @dataclass(frozen=True, eq=False)
 class Modulations:
-    """stored: a module's name in the file -> its tensors' names in it ("weight", "bias") -> where
-    each is;
-    embedder: the time embedder's, by their whole names; architecture: that they are of. float8:
-    what a scaled base keeps matrices in, and the unfolded model those of its students too."""
+    """The modulations of one model."""
 
     architecture: Architecture
     stored: dict[str, dict[str, object]]
+    """module's name in the file -> "weight" or "bias" -> where that tensor is"""
     embedder: dict[str, object]
+    """the time embedder's tensors by their full names -> where each is"""
     float8: torch.dtype | None = None
+    """dtype of the matrices of a scaled fp8 base; an unfolded model keeps its students' matrices in
+    it too"""
 
     @property
     def shapes(self) -> list[tuple]:
-        """Which modulations there are, which are cut to their first half, and the formats of those
-        of few bits."""
+        """What tells one set of modulations from another: names, shapes (some may be cut to their
+        first half), and the formats of quantised ones."""
         return sorted((name, tuple(self.shape(name)), *self._format(name)) for name in self.stored)
 
     def _format(self, name: str) -> tuple[str, ...]:
@@ -49,7 +50,7 @@ class Modulations:
         return self.stored[name]["weight"].shape
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
-        """As the unfolded model has them."""
+        """ "weight" and "bias" (and scales) as the unfolded model has them."""
         weight, bias = self.stored[name]["weight"], {"bias": self.stored[name]["bias"].read()}
         if isinstance(weight, Quantised):
             return weight.tensors() | bias
@@ -58,7 +59,7 @@ class Modulations:
         ) | bias
 
     def values(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias, a scale applied."""
+        """Weight and bias as plain numbers, with any scale applied."""
         return _values(self.stored[name]["weight"]), self.stored[name]["bias"].read()
 
     def read_embedder(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -67,31 +68,35 @@ class Modulations:
 
     @cached_property
     def mark(self) -> str:
-        """As the engine's of a whole file."""
-        places = {
+        """The same mark as the engine computes from the whole file."""
+        locations = {
             name + leaf: leaves[leaf[1:]] for name, leaves in self.stored.items() for leaf in MARKED
         }
-        places |= {name: place for name, place in self.embedder.items() if name.endswith(MARKED)}
+        locations |= {
+            name: location for name, location in self.embedder.items() if name.endswith(MARKED)
+        }
         return mark_of(
-            places,
-            lambda name, rows: places[name].first_rows(rows) if rows else places[name].read(),
+            locations,
+            lambda name, rows: locations[name].first_rows(rows) if rows else locations[name].read(),
         )
 
 
-def _values(place) -> torch.Tensor:
-    return place.values(torch.float32) if isinstance(place, Quantised) else place.read()
+def _values(location) -> torch.Tensor:
+    return location.values(torch.float32) if isinstance(location, Quantised) else location.read()
 
 
 @dataclass(frozen=True)
 class Fold:
-    """What stands for the modulations: `tensors` by the file's names. later: what a table is filled
-    from."""
+    """What stands for folded modulations."""
 
     folding: Folding
     tensors: dict[str, torch.Tensor]
+    """by the file's names"""
     bytes_read: int = 0
     notes: tuple[str, ...] = ()
+    """for the user, a line each"""
     later: Modulations | None = None
+    """what a table is filled from when a schedule is sampled"""
 
 
 MakeFold = Callable[[str, Modulations], Fold]
@@ -101,8 +106,8 @@ MakeFold = Callable[[str, Modulations], Fold]
 def split(
     architecture: Architecture, wanted: dict[str, object]
 ) -> tuple[dict[str, object], Modulations]:
-    """(everything else, the modulations) of tensors by name. Raises ValueError for a model that has
-    none."""
+    """Divides a model's tensors into (all others, its modulations). Raises ValueError for a model
+    without modulations."""
     names = modulation_names(wanted, architecture)
     if not names:
         raise ValueError(
@@ -111,15 +116,15 @@ def split(
         )
     stored: dict[str, dict[str, object]] = {name: {} for name in names}
     rest = {}
-    for name, place in wanted.items():
+    for name, location in wanted.items():
         module, _, leaf = name.rpartition(".")
         if module in stored:
-            stored[module][leaf] = place
+            stored[module][leaf] = location
         else:
-            rest[name] = place
+            rest[name] = location
     embedder = {
-        name: place
-        for name, place in wanted.items()
+        name: location
+        for name, location in wanted.items()
         if name.startswith(f"{architecture.time_embedder}.")
     }
     float8 = float8_of(wanted[FP8_MARK].read()) if FP8_MARK in wanted else None

@@ -1,8 +1,9 @@
-"""A weight of few bits in a format of this host: what it stands for, what is left of it when it is
-cut, how it is handed over.
+"""A quantised weight in one of the host's formats: the numbers it stands for, what is left of it when
+it is cut, and how the host wants it.
 
-ComfyUI 0.3.75 reads scaled fp8 (a mark, and a scale for every matrix) and fp8 that its settings
-name by layer; newer hosts read many formats, each matrix's in a `comfy_quant` tensor beside it.
+ComfyUI 0.3.75 reads scaled fp8 (a mark, and a scale for every matrix) and fp8 whose layers are named
+in its settings. Newer versions read many formats; a `comfy_quant` tensor beside each matrix names
+its format.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ SCALES = (SCALE, "weight_scale_2", INPUT_SCALE, "pre_quant_scale", *GROUPED, "we
 NOT_LISTED = {"asym_w4a8_int8": {*GROUPED, "weight_codebook"}}
 ONE_SCALE = ((), (1,), (1, 1))  # shapes
 FLOAT8 = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
-# the host looks for a matrix's format in the file itself
+# newer hosts find the format of a matrix in the file itself; older ones are told by layer
 IN_FILE = hasattr(comfy.utils, "convert_old_quants")
 HOST = f"ComfyUI {comfyui_version.__version__}"
 
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor in memory, as those of files are given."""
+    """A tensor in memory, with the same methods as the location of one in a file."""
 
     tensor: torch.Tensor
 
@@ -60,15 +61,17 @@ class Held:
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """A linear map's weight. parts: "weight" and its scales -> where each is (`.shape`, `.dtype`,
-    `.read()`). settings: of its format, as `comfy_quant` has them; None: another pack's, passed on
-    as it is. old: of a scaled fp8 file, and what that keeps matrices in. cut: what is left of
-    it."""
+    """A linear map's weight."""
 
     parts: dict
+    """"weight" and its scales -> where each is: an object with `.shape`, `.dtype`, `.read()`"""
     settings: dict | None = None
+    """of its format, as `comfy_quant` has them; None: in another pack's format, passed on as it
+    is"""
     old: torch.dtype | None = None
+    """dtype of the matrices, if it is from a scaled fp8 file"""
     cut: Cut = Cut()
+    """what is left of it"""
 
     @property
     def format(self) -> str | None:
@@ -76,6 +79,7 @@ class Quantised:
 
     @property
     def whole(self) -> tuple[int, int]:
+        """Shape of the full matrix that it stands for."""
         rows, columns = self.parts["weight"].shape
         packed = self.settings is not None and self.old is None
         return rows, columns * (columns_in_one(self.format) if packed else 1)
@@ -90,8 +94,8 @@ class Quantised:
 
     @property
     def keeps(self) -> bool:
-        """Whether what is left can stay in its format: all, or numbers that share one scale, or
-        rows with one each."""
+        """Whether what is left can stay in its format. It can if nothing was cut off, if all numbers
+        share one scale, or if rows were cut off that have a scale each."""
         if self.cut == Cut():
             return True
         if SCALE not in self.parts:
@@ -108,27 +112,27 @@ class Quantised:
         )
 
     def first_rows(self, rows: int) -> torch.Tensor:
-        """As they are stored."""
+        """The first rows of the weight as they are stored."""
         return self.parts["weight"].first_rows(rows)
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """What is left, as numbers, by the host's own arithmetic."""
+        """What is left of the weight, as numbers that the host's own code computes."""
         parts = {leaf: part.read() for leaf, part in self.parts.items()}
         if self.old is not None:
-            found = parts["weight"].float() * parts[SCALE].float()
+            numbers = parts["weight"].float() * parts[SCALE].float()
         else:
-            found = _filled(
+            numbers = _filled(
                 _linear_kind(self.settings, dtype), self.whole, parts, self.settings
             ).weight.dequantize()
         if "pre_quant_scale" in parts:  # inputs are multiplied by it
-            found = found.float() * parts["pre_quant_scale"].float()
-        return self.cut.of(found.to(dtype))
+            numbers = numbers.float() * parts["pre_quant_scale"].float()
+        return self.cut.of(numbers.to(dtype))
 
     def read(self) -> torch.Tensor:
         return self.values(torch.bfloat16)
 
     def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | Quantised:
-        """What is left, with other numbers."""
+        """What is left of the weight with `change` applied to its numbers."""
         weight = change(self.read())
         if self.old is None or IN_FILE:
             return weight
@@ -136,7 +140,8 @@ class Quantised:
         return replace(self, parts={"weight": Held(values), SCALE: Held(scale)}, cut=Cut())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Leaf -> tensor, as this host reads them."""
+        """What is left of the weight and its scales: last part of the name -> tensor, as this host
+        reads them."""
         if self.keeps:
             return spelled({leaf: self._left(leaf) for leaf in self.parts}, self.settings, self.old)
         return plain_tensors(self.read(), self.old)
@@ -150,7 +155,7 @@ class Quantised:
 def spelled(
     parts: dict[str, torch.Tensor], settings: dict | None, old: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
-    """A matrix and its scales as this host wants them."""
+    """A matrix and its scales by the names that this host has for them."""
     if settings is None:
         return parts
     if old is None or IN_FILE:
@@ -164,19 +169,20 @@ def spelled(
 
 
 def in_fp8(weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A matrix rounded to scaled fp8, and its scale, as this host reads them."""
     values, scale = scaled_fp8(weight, dtype)
     settings = {"format": FLOAT8[dtype], "full_precision_matrix_mult": True}
     return spelled({"weight": values, SCALE: scale}, settings, dtype)
 
 
 def plain_tensors(weight: torch.Tensor, old: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Of a matrix that had to leave its format. A host that has scaled fp8 (`old`) for all matrices
-    or none gets it in that."""
+    """A matrix that could not stay in its format. An older host wants all matrices in scaled fp8 or
+    none, so there it gets that (`old`: its dtype)."""
     return {"weight": weight} if old is None or IN_FILE else in_fp8(weight, old)
 
 
 def expanded(tensors: Mapping) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name -> tensor, of such among which matrices of few bits are."""
+    """(name, tensor) of all, each `Quantised` as its weight and scales."""
     for name, tensor in tensors.items():
         if isinstance(tensor, Quantised):
             module = name.removesuffix("weight")
@@ -187,8 +193,8 @@ def expanded(tensors: Mapping) -> Iterator[tuple[str, torch.Tensor]]:
 
 @cache
 def columns_in_one(name: str) -> int:
-    """How many columns of a matrix one column of what is stored holds: the host's own code packs
-    them."""
+    """How many columns of a matrix are packed into one stored column. The host's own code packs a
+    small matrix to find out."""
     layout = comfy.quant_ops.QUANT_ALGOS[name]["comfy_tensor_layout"]
     probe = torch.ones(256, 256)
     stored = comfy.quant_ops.QuantizedTensor.from_float(probe, layout)._qdata
@@ -196,13 +202,13 @@ def columns_in_one(name: str) -> int:
 
 
 def _rotated(settings: dict) -> bool:
-    """Neighbouring columns are then mixed."""
+    """Whether the format mixes neighbouring columns, so that none can be cut off."""
     more = settings.get("params")
     return bool({**(more if isinstance(more, dict) else {}), **settings}.get("convrot"))
 
 
 def _linear_kind(settings: dict, dtype: torch.dtype, **options) -> type[nn.Module]:
-    """The host's linear maps for a matrix of this format, computing in `dtype`."""
+    """The host's class of linear maps for a matrix of this format, computing in `dtype`."""
     return comfy.ops.mixed_precision_ops({} if IN_FILE else {"": settings}, dtype, **options).Linear
 
 
@@ -217,9 +223,10 @@ def _filled(
 def filled_linear(
     new_linear, shape: tuple[int, int], tensors: dict[str, torch.Tensor]
 ) -> nn.Module:
-    """One of a model's linear maps by itself; `tensors` as `Quantised.tensors` and a bias."""
+    """One of a model's linear maps by itself. tensors: as `Quantised.tensors` gives them, and a
+    bias."""
     linear = new_linear(shape[1], shape[0], device="cpu")
-    # those of this host find their formats by their own names in the model
+    # an older host finds a layer's format by its name in the model, which a single map has not
     if FORMAT in tensors and not IN_FILE:
         settings = read_settings(tensors[FORMAT])
         options = {"full_precision_mm": linear._full_precision_mm}
@@ -235,12 +242,13 @@ def read_settings(tensor: torch.Tensor) -> dict:
     return json.loads(bytes(tensor.tolist()))
 
 
-def refuse_unused_scales(module: nn.Module, found) -> None:
-    """After a model was filled: a scale that nobody took means weights that are read wrong."""
+def refuse_unused_scales(module: nn.Module, incompatible) -> None:
+    """Called when a model was filled: a scale that no layer took means that its weights are read
+    wrongly. Raises ValueError then."""
     kinds = {*SCALES, OLD_NAMES[SCALE]} - {INPUT_SCALE}
-    unused = [name for name in found.unexpected_keys if name.rpartition(".")[2] in kinds]
+    unused = [name for name in incompatible.unexpected_keys if name.rpartition(".")[2] in kinds]
     if unused:
         raise ValueError(
-            f"{HOST} does not use {len(unused)} of the file's scales, first {unused[0]}: its weights would be wrong; take "
+            f"{HOST} does not use {len(unused)} of the file's scales, first {unused[0]}: its weights would be wrong; use "
             "the model in another format"
         )

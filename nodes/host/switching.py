@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from comfy.patcher_extension import CallbacksMP
@@ -19,12 +18,9 @@ from ...ppcl_engine.models.layout import Layout, Place, layout_of
 from ...ppcl_engine.plan import FULL, PruningPlan, Variant
 from .base import BlockList, Cut
 from .blocks import Skip, Texts, project, view_of_block
+from .folded import Basis, Table
+from .modulations import Modulations
 from .structure import Structure
-
-if TYPE_CHECKING:
-    from .folded import Basis, Table
-    from .modulations import Modulations
-
 
 ATTACHMENT = "ppcl_variant"
 # where the host puts the variant of the branch that it loads
@@ -33,17 +29,19 @@ LOADED = "diffusion_model.ppcl.variant"
 
 @dataclass
 class Parts:
-    """On the host's transformer as `ppcl`; the modules themselves are the transformer's. folded:
-    its inputs, where modulations are folded; later: the modulations that a table is filled from.
-    variant: of the branch that is loaded, while it is; refused: why what is loaded cannot be
-    saved."""
+    """What a pruned transformer of the host has as its attribute `ppcl`. The modules themselves are
+    the transformer's."""
 
     structure: Structure
     texts: Texts
     folded: Basis | Table | None = None
+    """what folded modulations read"""
     later: Modulations | None = None
+    """the modulations that a table is filled from when a schedule is sampled"""
     variant: Variant = Variant(name=FULL)
+    """of the branch that the host has loaded; the host itself patches it in"""
     refused: str = ""
+    """why what is loaded cannot be saved; empty: it can"""
 
     @property
     def plan(self) -> PruningPlan | None:
@@ -51,8 +49,8 @@ class Parts:
 
 
 class Route:
-    """The forward of a block in a variant: of its student, or of a projected view. `source`: the
-    place that its text reads from."""
+    """Stands for the forward of a block in a variant: runs the block's student, or a projected view
+    of it. `source`: the place that its text reads from."""
 
     def __init__(self, transformer: nn.Module, place: Place, source: Place | None):
         self.transformer, self.place, self.source = transformer, place, source
@@ -66,7 +64,7 @@ class Route:
 
 
 class NoRoute:
-    """The forward of a block that a variant has not."""
+    """Stands for the forward of a block that a variant leaves out."""
 
     def __init__(self, blocks: BlockList):
         self.skip = Skip(blocks)
@@ -76,8 +74,8 @@ class NoRoute:
 
 
 def block_at(transformer: nn.Module, place: Place, source: Place | None) -> nn.Module:
-    """What runs at a place of a variant, on the weights that are there; made anew for every call,
-    so never stale."""
+    """The module that runs at a place of a variant, on the weights that are loaded. It is made anew
+    for every call, so that it always sees the block's current modules."""
     block = _bare(transformer, place)
     if not place.projections and not place.publishes:
         return block
@@ -107,7 +105,7 @@ def _bare(transformer: nn.Module, place: Place) -> nn.Module:
 
 
 def variant_of(model) -> Variant:
-    """What a branch runs."""
+    """The variant that a branch runs."""
     return model.attachments.get(ATTACHMENT, Variant(name=FULL))
 
 
@@ -149,29 +147,29 @@ def route(new, variant: Variant) -> None:
 
 
 def size_of(transformer: nn.Module, layout: Layout | None) -> tuple[int, int]:
-    """(parameters, bytes) of what a variant of a switchable model runs; of all there is without a
-    layout."""
+    """(parameters, bytes) of what a variant of a switchable model runs; without a layout, of the
+    whole transformer."""
     if layout is None:
         return _total([_counted(p) for p in transformer.parameters()])
     host, config = transformer.ppcl.structure.host, transformer.ppcl.structure.config
-    found = [
+    counts = [
         _counted(p) for name, p in transformer.named_parameters() if not host.block_name.match(name)
     ]
     places = {place.index: place for place in layout.places}
     for place in layout.places:
         block = view_of_block(host, block_at(transformer, place, places.get(place.text_source)))
-        found += [_counted(p) for p in block.parameters()]
+        counts += [_counted(p) for p in block.parameters()]
         for site in place.ffn:
             cuts = host.cuts_at(config, site).items()
-            found += [
+            counts += [
                 _unused(_bare(transformer, place).get_submodule(name), cut) for name, cut in cuts
             ]
-    return _total(found)
+    return _total(counts)
 
 
 def tensors_in(transformer: nn.Module) -> dict[str, torch.Tensor]:
-    """By name, of a model that is loaded: in whatever form the host keeps them, each has the shape
-    of the numbers that it stands for."""
+    """The tensors of a loaded model by name. In whatever form the host keeps them, each has the
+    shape of the numbers that it stands for."""
     return dict(
         (
             *transformer.named_parameters(remove_duplicate=False),
@@ -180,13 +178,13 @@ def tensors_in(transformer: nn.Module) -> dict[str, torch.Tensor]:
     )
 
 
-def _total(found: list[tuple[int, int]]) -> tuple[int, int]:
-    return sum(count for count, _ in found), sum(size for _, size in found)
+def _total(counts: list[tuple[int, int]]) -> tuple[int, int]:
+    return sum(count for count, _ in counts), sum(size for _, size in counts)
 
 
 def _counted(parameter: nn.Parameter) -> tuple[int, int]:
-    """(numbers, bytes); of a quantised tensor the shape says the numbers, and its scales have bytes
-    too."""
+    """(parameters, bytes). A quantised tensor's shape tells its parameters; its bytes include its
+    scales."""
     if not hasattr(parameter, "__tensor_flatten__"):
         return math.prod(parameter.shape), parameter.nbytes
     inner, _ = parameter.__tensor_flatten__()
@@ -194,9 +192,9 @@ def _counted(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def _unused(linear: nn.Module, cut: Cut) -> tuple[int, int]:
-    """Of what a view still holds of a map that the place leaves a part of, negative."""
-    found = []
+    """(parameters, bytes), negative, that a view still holds of a map but the place does not use."""
+    counts = []
     for parameter in linear.parameters(recurse=False):
         share = 1 - cut.share(parameter.ndim)
-        found.append(tuple(-round(share * number) for number in _counted(parameter)))
-    return _total(found)
+        counts.append(tuple(-round(share * number) for number in _counted(parameter)))
+    return _total(counts)

@@ -1,21 +1,25 @@
-"""Files to tensors by the names of the host's model. Knows files and plans, not the host."""
+"""From files to tensors by the host's names. Knows files and plans, but does not call ComfyUI."""
 
 from __future__ import annotations
 
 from ...ppcl_engine.models.bundle import is_bundle
 from ...ppcl_engine.models.weights import open_layout
 from ..host.modulations import FOLDS, MakeFold
+from ..paths import GGUF
 from .from_bundle import bundle_content
 from .from_file import file_content
-from .request import GGUF, Content, OpenBase, Request, open_file
+from .request import Content, OpenBase, Request, open_file
 
 
 def content_of(
     request: Request, open_base: OpenBase = open_file, make_fold: MakeFold | None = None
 ) -> Content:
-    """`open_base` opens the base model's file, and any in GGUF; `make_fold` gives what stands for
-    modulations that are folded away. Raises ValueError, in one line, for files that do not belong
-    together or are not what they should be."""
+    """The tensors that a loader node asks for.
+
+    open_base: opens the base model's file, and any GGUF file; make_fold: gives what stands for folded
+    modulations. Raises ValueError, in one line, for files that do not belong together or are not
+    what they should be.
+    """
     if request.fold not in FOLDS:
         raise ValueError(f"fold {request.fold!r} is unknown; known: {', '.join(FOLDS)}")
     if request.path.suffix == GGUF:

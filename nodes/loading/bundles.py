@@ -1,4 +1,4 @@
-"""Which variants the bundles have that the host can see: from their headers, each read once."""
+"""The variants of all bundles that the host lists, from the files' headers. Each is read once."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..listing import Stat, guarded, stat_of
 from ..paths import model_files
 from .request import SMALLEST
 
-LONGEST_HEADER = 20_000_000  # bytes; those of the largest models have about one million
+LONGEST_HEADER = 20_000_000  # bytes; the largest models have about one million
 LONGEST_NAME = 200  # characters
 ENDING = ".safetensors"
-LENGTH = 8  # bytes: how long the header is
+LENGTH = 8  # bytes that say how long the header is
 OF_HEADER = PLAN_KEY.encode()
 
 _read: dict[Path, tuple[Stat, tuple[str, ...]]] = {}
 
 
 def variant_names() -> list[str]:
-    """For a combo, of all bundles that the host can see; a node checks its own. A file that is no
-    bundle has none, and one that is damaged has none either: it says what is wrong with it when it
-    is loaded."""
+    """Choices for a combo: the variants of all bundles that the host lists. A node checks that its
+    own bundle has the chosen one. A damaged file adds none; what is wrong with it is said when it is
+    loaded."""
     names = {SMALLEST: None, FULL: None}
     paths = [path for path in model_files().values() if path.suffix == ENDING]
     seen = {path: stat for path in paths if (stat := stat_of(path)) is not None}
@@ -48,7 +48,7 @@ def _variants(path: Path, size: int) -> tuple[str, ...]:
         length = int.from_bytes(file.read(LENGTH), "little")
         if length > size - LENGTH:
             raise ValueError(
-                "it is not a safetensors file, or not whole; copy or download it again"
+                "it is not a safetensors file, or not complete; copy or download it again"
             )
         if length > LONGEST_HEADER:
             raise ValueError(
@@ -64,7 +64,7 @@ def _variants(path: Path, size: int) -> tuple[str, ...]:
 
 
 def _names(plan: object) -> tuple[str, ...]:
-    """The plan itself is checked when the bundle is loaded."""
+    """Names of the variants in a plan, which itself is only checked when the bundle is loaded."""
     match plan:
         case {"variants": [*rows]}:
             names = [row.get("name") for row in rows if isinstance(row, dict)]

@@ -1,5 +1,5 @@
-"""Folds modulations away while a model is loaded: an empty table that sampling fills, or a basis at
-once."""
+"""Folds modulations away while a model is loaded: into an empty table that sampling will fill, or at
+once into a basis."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_fold(form: str, modulations: Modulations) -> Fold:
 
 
 def _empty_table(modulations: Modulations) -> Fold:
-    """Which timesteps are needed is known when sampling starts."""
+    """A table without timesteps: which ones are needed is only known when sampling starts."""
     folding = Folding(form="table", inputs=0, mark=modulations.mark)
     tensors = {_name(modulations, TIMESTEPS): torch.zeros(0)}
     for name in modulations.stored:
@@ -52,14 +52,16 @@ def _empty_table(modulations: Modulations) -> Fold:
 
 
 def _basis(modulations: Modulations) -> Fold:
-    """From models/ppcl/tables where this model was folded before."""
+    """The basis of these modulations; read from models/ppcl/tables if this model was folded before."""
     key = hashlib.sha256(f"{modulations.mark} {modulations.shapes} {BOUND}".encode()).hexdigest()
     path = tables_folder() / f"{key[:24]}-basis.safetensors"
     if not path.exists():
         _write_basis(path, key, modulations)
     file = TensorFile(path)
     if file.metadata.get(BASIS_KEY) != key:
-        raise ValueError(f"{path} is the basis of another model; remove it, and it is made again")
+        raise ValueError(
+            f"{path} is the basis of another model; delete it, and it will be made again"
+        )
     tensors = file.read_all()
     folding = Folding(
         form="basis", inputs=tensors[_name(modulations, DIRECTIONS)].shape[1], mark=modulations.mark
@@ -70,8 +72,8 @@ def _basis(modulations: Modulations) -> Fold:
 
 
 def _write_basis(path: Path, key: str, modulations: Modulations) -> None:
-    """Two passes over the stored modulations, one in memory at a time: the first measures, the
-    second folds."""
+    """Two passes over the stored modulations, one in memory at a time: the first measures the error
+    of each rank, the second folds with the smallest one within the bound."""
     device = comfy.model_management.get_torch_device()
     width = modulations.embedder[
         f"{modulations.architecture.time_embedder}.timestep_embedder.linear_2.weight"
@@ -90,12 +92,12 @@ def _write_basis(path: Path, key: str, modulations: Modulations) -> None:
         weight, bias = (tensor.to(device) for tensor in modulations.values(name))
         curve.add(name, errors_by_rank(weight, bias, given, basis, ranks))
     rank = curve.smallest_rank(BOUND)
-    place, basis = ranks.index(rank), basis[:, : 1 + rank]
+    row, basis = ranks.index(rank), basis[:, : 1 + rank]
     tensors = {_name(modulations, DIRECTIONS): basis.cpu()}
     for name in _each(modulations, bar):
         weight, bias = modulations.values(name)
         tensors |= {f"{name}.weight": project(weight.to(device), basis).cpu(), f"{name}.bias": bias}
-    note = f"folded, basis of rank {rank}: error {curve.mean[place]:.2%} mean, {curve.worst[place]:.2%} worst"
+    note = f"folded, basis of rank {rank}: error {curve.mean[row]:.2%} mean, {curve.worst[row]:.2%} worst"
     write_tensors(path, tensors, {BASIS_KEY: key, NOTE_KEY: note, "format": "pt"})
 
 
@@ -110,12 +112,12 @@ def _each(modulations: Modulations, bar):
 def inputs_at(
     modulations: Modulations, width: int, timesteps: torch.Tensor, dtype, device
 ) -> torch.Tensor:
-    """silu(conditioning) [timesteps, width] in float32, of a model of this precision."""
+    """silu(conditioning) [timesteps, width] in float32, as a model of this precision computes it."""
     operations = comfy.ops.disable_weight_init
     host = host_named(modulations.architecture.name)
     embedder = host.time_embedder(width, dtype=dtype, device=device, operations=operations)
     prefix = f"{modulations.architecture.time_embedder}."
-    # its maps may have no weights before
+    # by name: the embedder's own maps may have no weights until they are loaded
     names = [name for name in modulations.embedder if name.endswith(MARKED)]
     embedder.load_state_dict(
         {n.removeprefix(prefix): modulations.read_embedder(n, dtype) for n in names}

@@ -27,17 +27,24 @@ from ..host.formats import float8_of, refuse_foreign
 from ..host.modulations import OFF, MakeFold, split
 from ..host.quantised import FLOAT8, SCALE, in_fp8
 from ..host.structure import checked_plan, count_blocks, is_surrounding
-from .request import GGUF, SMALLEST, Content, OpenBase, Places, Request, check_not_folded, with_fold
-from .stored import Reader, in_host_names, metadata_in, places_in
+from ..paths import GGUF
+from .request import (
+    Content,
+    Locations,
+    OpenBase,
+    Request,
+    check_not_folded,
+    variant_in,
+    with_fold,
+)
+from .stored import Reader, in_host_names, locations_in, metadata_in
 
 
 def bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold | None) -> Content:
     bundle, reader = Bundle(request.path), Reader()
     host = host_named(bundle.plan.architecture)
     plan = checked_plan(host, bundle.plan)
-    variant = plan.variant(
-        request.variant if request.variant != SMALLEST or _has(plan, SMALLEST) else None
-    )
+    variant = variant_in(plan, request.variant)
     if variant.tuned and not request.switchable:
         places = _under(bundle.file, tuned_prefix(variant.name))
         wanted = in_host_names(host, plan.config, places, layout_of(plan, variant).places)
@@ -58,7 +65,7 @@ def bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold | 
     base = in_host_names(host, plan.config, stored)
     if (count := count_blocks(host, base)) != plan.num_blocks:
         raise ValueError(
-            f"{request.base.name} has {count} blocks, the bundle's teacher {plan.num_blocks}; choose its own base"
+            f"{request.base.name} has {count} blocks, the bundle's teacher has {plan.num_blocks}; choose the base it was made from"
         )
     notes, hints, structure = (
         check_base(host, reader, stored, plan, request.base),
@@ -75,14 +82,10 @@ def bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold | 
     return content
 
 
-def _has(plan: PruningPlan, name: str) -> bool:
-    return any(variant.name == name for variant in plan.variants)
-
-
 def _content(
     host: Host,
     reader: Reader,
-    wanted: Places,
+    wanted: Locations,
     plan,
     hints: dict,
     variant: Variant,
@@ -108,8 +111,9 @@ def _content(
     return with_fold(content, fold)
 
 
-def check_folded_alike(host: Host, plan: PruningPlan, base: Places, request: Request) -> None:
-    """A folded bundle has students for its own folded base alone."""
+def check_folded_alike(host: Host, plan: PruningPlan, base: Locations, request: Request) -> None:
+    """Raises ValueError unless bundle and base are both folded or both not: students of a folded
+    bundle only fit its own folded base."""
     folded_base = any(name.startswith(f"{host.engine.time_embedder}.{FOLDING}.") for name in base)
     if (FOLDING in plan.config) != folded_base:
         which = (
@@ -118,17 +122,17 @@ def check_folded_alike(host: Host, plan: PruningPlan, base: Places, request: Req
             else (request.base.name, request.path.name)
         )
         raise ValueError(
-            f"{which[0]} is not folded, {which[1]} is: they do not belong together; choose both as they were folded "
-            "together, or both as they were before"
+            f"{which[0]} is not folded, {which[1]} is: they do not belong together; choose the two that were folded "
+            "together, or the two from before"
         )
 
 
 def _with_scales(
     host: Host, tensors: dict[str, torch.Tensor], dtype: torch.dtype, exact: set[str]
 ) -> dict[str, torch.Tensor]:
-    """Matrices of blocks without a scale (students, projections), as the base keeps its own: fp8
-    and a scale each. `exact`: folded maps, which stay as they are."""
-    found = {}
+    """Matrices of blocks that have no scale (of students and projections) in scaled fp8, like those
+    of the base. exact: folded maps, which stay as they are."""
+    scaled = {}
     for name, tensor in tensors.items():
         plain = (
             host.block_name.match(name)
@@ -138,27 +142,28 @@ def _with_scales(
         )
         module = name.removesuffix("weight")
         if plain and not tensors.keys() & {module + SCALE, module + FP8_SCALE.removeprefix(".")}:
-            found |= {module + leaf: part for leaf, part in in_fp8(tensor, dtype).items()}
-    return found
+            scaled |= {module + leaf: part for leaf, part in in_fp8(tensor, dtype).items()}
+    return scaled
 
 
-def base_tensors(host: Host, path: Path, stored: dict[str, tuple[object, str]]) -> Places:
-    """Of a full model, by its file's names; tables and encoders beside the transformer are left."""
+def base_tensors(host: Host, path: Path, stored: dict[str, tuple[object, str]]) -> Locations:
+    """Where the tensors of a full model are, by the file's names, without a text encoder or VAE."""
     refuse_foreign(stored, path.name)
     if not host.engine.detect(stored):
         raise ValueError(
             f"{path.name} is not a {host.engine.name} model; choose the model that the bundle was made from"
         )
-    return places_in(
-        {name: place for name, place in stored.items() if not is_surrounding(name)}, path.name
+    return locations_in(
+        {name: location for name, location in stored.items() if not is_surrounding(name)}, path.name
     )
 
 
 def check_base(
-    host: Host, reader: Reader, base: Places, plan: PruningPlan, path: Path
+    host: Host, reader: Reader, base: Locations, plan: PruningPlan, path: Path
 ) -> tuple[str, ...]:
-    """Whether this is the plan's teacher. Quantised values differ, so only names and shapes can be
-    compared, by the host when it loads them: then a note says so."""
+    """Raises ValueError unless this base is the plan's teacher. The values of a quantised base
+    differ, so it can only be compared by names and shapes, which the host does when it loads them;
+    the returned note says so."""
     marks = (FP8_MARK, *host.engine.marks)
     parts = parts_in(host.engine, (n for n in base if n not in marks))
     shapes = {
@@ -168,7 +173,7 @@ def check_base(
     vectors = {base[part.name] for key, part in parts.items() if len(shapes[key]) == 1}
     if path.suffix == GGUF or any(stored.dtype in FLOAT8 for stored in vectors):
         return (
-            f"{path.name} is quantised: whether it is the very teacher of this bundle cannot be seen",
+            f"{path.name} is quantised: whether it is the teacher of this bundle cannot be checked",
         )
 
     def read(key: str) -> torch.Tensor:
@@ -179,60 +184,61 @@ def check_base(
     return ()
 
 
-def _under(file: TensorFile, prefix: str, name: str = "") -> Places:
-    """The file's tensors under a prefix, by names that begin with `name` instead."""
-    found = places_in(
+def _under(file: TensorFile, prefix: str, name: str = "") -> Locations:
+    """Where the file's tensors under a prefix are, by names with `name` in place of the prefix."""
+    stored = locations_in(
         {key: (file, key) for key in file.keys() if key.startswith(prefix)}, file.path.name
     )
-    return {name + key.removeprefix(prefix): place for key, place in found.items()}
+    return {name + key.removeprefix(prefix): location for key, location in stored.items()}
 
 
-def _student(host: Host, bundle: Bundle, interval: Interval) -> Places:
-    """By the host's names for a block at its first index."""
+def _student(host: Host, bundle: Bundle, interval: Interval) -> Locations:
+    """Where a student's tensors are, by the host's names for the block at the interval's start."""
     config = bundle.plan.config
     prefix = host.engine.block_prefix(config, interval.first)
     return in_host_names(host, config, _under(bundle.file, student_prefix(interval), prefix))
 
 
-def _all_parts(host: Host, bundle: Bundle) -> Places:
-    """Students and projections by the names that a switchable model gives them."""
-    found, config = {}, bundle.plan.config
+def _all_parts(host: Host, bundle: Bundle) -> Locations:
+    """Where all students and projections are, by their names in a switchable model."""
+    wanted, config = {}, bundle.plan.config
     for interval in bundle.plan.intervals:
         prefix = host.prefix(config, interval.first)
         parts = _student(host, bundle, interval)
-        found |= {
-            f"{prefix}student.{name.removeprefix(prefix)}": place for name, place in parts.items()
+        wanted |= {
+            f"{prefix}student.{name.removeprefix(prefix)}": location
+            for name, location in parts.items()
         }
     for name, stored in _under(bundle.file, "projections.").items():
         index = name.split(".")[0].split("-")[0]
-        found[f"{host.prefix(config, int(index))}projections.{name}"] = stored
-    return found
+        wanted[f"{host.prefix(config, int(index))}projections.{name}"] = stored
+    return wanted
 
 
-def _variant_parts(host: Host, base: Places, bundle: Bundle, layout: Layout) -> Places:
-    """Just what one variant runs."""
+def _variant_parts(host: Host, base: Locations, bundle: Bundle, layout: Layout) -> Locations:
+    """Where the tensors are that one variant runs, by the host's names."""
     config, places = bundle.plan.config, {place.index: place for place in layout.places}
-    found = {name: stored for name, stored in base.items() if not host.block_name.match(name)}
+    wanted = {name: stored for name, stored in base.items() if not host.block_name.match(name)}
     blocks = {name: where for name in base if (where := host.block_of(config, name))}
     for name, (index, part) in blocks.items():
         if index in places and not places[index].interval:
-            found |= _kept(host, config, places[index], name, part, base[name])
+            wanted |= _kept(host, config, places[index], name, part, base[name])
     for place in layout.places:
         prefix = host.prefix(config, place.index)
         if place.interval:
             for name, stored in _student(host, bundle, place.interval).items():
-                found |= _kept(host, config, place, name, name.removeprefix(prefix), stored)
+                wanted |= _kept(host, config, place, name, name.removeprefix(prefix), stored)
         for kind in place.projections:
             for part, stored in _under(bundle.file, projection_prefix(place.name, kind)).items():
                 name, leaf = part.split(".")
                 if name != "step" or place.steps_text:
-                    found[f"{prefix}{host.engine.comfyui_projections[kind][name]}.{leaf}"] = stored
-    return found
+                    wanted[f"{prefix}{host.engine.comfyui_projections[kind][name]}.{leaf}"] = stored
+    return wanted
 
 
-def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored) -> Places:
-    """A block's tensor, if the place's projections leave it; a part of it where they leave a
-    part."""
+def _kept(host: Host, config: dict, place: Place, name: str, part: str, stored) -> Locations:
+    """A block's tensor, or the part of it that the place's projections leave; nothing where they
+    leave nothing."""
     if part.startswith(host.vacated(place)):
         return {}
     module, _, leaf = part.rpartition(".")

@@ -1,4 +1,4 @@
-"""What a loader reads of a file that is a model by itself: standalone, released or plain."""
+"""What a loader reads from a file that holds a whole model: standalone, released or plain."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from ...ppcl_engine.models.weights import (
 from ...ppcl_engine.plan import PruningPlan, parse_intervals, plan_from_json
 from ..host import host_of
 from ..host.base import Host
+from ..host.detecting import blocks_in_text
 from ..host.formats import refuse_foreign
 from ..host.modulations import OFF, MakeFold, Modulations, split
-from ..host.structure import blocks_in_text, checked_plan, count_blocks, is_surrounding, text_of
+from ..host.structure import checked_plan, count_blocks, is_surrounding, text_of
 from .request import (
     AS_NUMBERED,
     AUTO,
@@ -26,24 +27,24 @@ from .request import (
     PRESETS,
     RELEASES,
     Content,
-    Places,
+    Locations,
     Request,
     check_not_folded,
     with_fold,
 )
-from .stored import Reader, in_host_names, metadata_in, places_in
+from .stored import Reader, in_host_names, locations_in, metadata_in
 
 
 def file_content(
     request: Request, make_fold: MakeFold | None, opened: tuple[dict, dict | None]
 ) -> Content:
-    """A standalone of ours, a released file or folder, or a plain model, folded or not. opened: as
-    `open_layout` gives it."""
+    """The content of our own standalone file, a released file or folder, or a plain model, folded or
+    not. opened: as `open_layout` gives it."""
     stored, config = opened[0], opened[1] or hints_in(opened[0]).get("config")
     refuse_foreign(stored, request.path.name)
     host = host_of(stored, request.path.name)
-    wanted = places_in(
-        {name: place for name, place in stored.items() if _needed(name)}, request.path.name
+    wanted = locations_in(
+        {name: location for name, location in stored.items() if _needed(name)}, request.path.name
     )
     plan = None
     if STRUCTURE_TENSOR in wanted:
@@ -75,30 +76,30 @@ def file_content(
 
 
 def _later(host: Host, request: Request, folding: Folding | None) -> Modulations | None:
-    """Of a folded table: the file that it was folded from, where that is given as base, for
-    timesteps that it lacks."""
+    """For a folded table whose original file is given as base: the modulations there, which give the
+    timesteps that the table lacks."""
     if request.base is None:
         return None
     if folding is None or folding.form != "table":
         raise ValueError(
-            f"{request.path.name} is no bundle, so it takes no base model; set base to none"
+            f"{request.path.name} is not a bundle, so it takes no base model; set base to none"
         )
     stored, _ = open_layout(request.base)
-    places = places_in(
-        {name: place for name, place in stored.items() if not is_surrounding(name)},
+    locations = locations_in(
+        {name: location for name, location in stored.items() if not is_surrounding(name)},
         request.base.name,
     )
-    _, modulations = split(host.engine, places)
+    _, modulations = split(host.engine, locations)
     if modulations.mark != folding.mark:
         raise ValueError(
-            f"{request.base.name} is another model than {request.path.name} was folded from; choose the very file, or none"
+            f"{request.path.name} was not folded from {request.base.name}; choose the file it was folded from, or none"
         )
     return modulations
 
 
-def _of_file(host: Host, stored: Places, plan: PruningPlan | None) -> Places:
-    """By the host's names. A file without a plan has no blocks that are not whole, but those that
-    the authors released."""
+def _of_file(host: Host, stored: Locations, plan: PruningPlan | None) -> Locations:
+    """Locations by the host's names. A file without a plan has whole blocks only, or is one that the
+    authors released."""
     if plan is None:
         return in_host_names(host, {blocks.depth: 0 for blocks in host.lists}, stored)
     return in_host_names(host, plan.config, stored, layout_of(plan, plan.everything()).places)
@@ -108,8 +109,8 @@ def _needed(name: str) -> bool:
     return not is_surrounding(name) or name == STRUCTURE_TENSOR
 
 
-def _indices(host: Host, request: Request, stored: dict, wanted: Places) -> dict:
-    """The teacher's index of every block, where the preset or the file itself says it."""
+def _indices(host: Host, request: Request, stored: dict, wanted: Locations) -> dict:
+    """Hints with the teacher's index of every block, if the preset or the file itself gives them."""
     count = count_blocks(host, wanted)
     if request.preset == AS_NUMBERED:
         return {"indices": list(range(count))}
@@ -119,7 +120,7 @@ def _indices(host: Host, request: Request, stored: dict, wanted: Places) -> dict
         blocks, kept, intervals = RELEASES[request.preset]
         if count != kept:
             raise ValueError(
-                f"the file has {count} blocks, the preset names {kept}; choose the one of this model"
+                f"the file has {count} blocks, the preset names {kept}; choose this model's preset"
             )
         return {"indices": teacher_indices(count, parse_intervals(intervals)), "blocks": blocks}
     if request.preset != AUTO:

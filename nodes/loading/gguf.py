@@ -1,5 +1,5 @@
-"""A model in GGUF, the base of a bundle or a pruned one by itself: read and run by ComfyUI-GGUF
-where that pack is installed."""
+"""Models in GGUF, the base of a bundle or a pruned model by itself. ComfyUI-GGUF reads and runs them,
+if that pack is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import nodes as host_nodes
 
 from ..host.modulations import OFF
-from .request import GGUF as ENDING
+from ..paths import GGUF
 from .request import Request
 
 LOADER = "UnetLoaderGGUF"
@@ -20,10 +20,11 @@ LOADER = "UnetLoaderGGUF"
 
 @dataclass(frozen=True, eq=False)
 class LoadedFile:
-    """Tensors that another pack holds, read as those of a file are."""
+    """Tensors that another pack has loaded, with the methods of an open file."""
 
     path: Path
     tensors: dict[str, torch.Tensor]
+    """in that pack's own form"""
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
@@ -40,22 +41,17 @@ def is_installed() -> bool:
 
 
 def files_last(names: list[str]) -> list[str]:
-    """What a loader offers, of these files: those in GGUF behind all others, where they can be
-    read."""
-    others, ours = (
-        [n for n in names if n.endswith(ENDING) == of_gguf] for of_gguf in (False, True)
-    )
-    return [*others, *ours] if is_installed() else others
+    """What a loader offers of these files: those in GGUF last, and only if they can be read."""
+    in_gguf = [name for name in names if name.endswith(GGUF)]
+    others = [name for name in names if not name.endswith(GGUF)]
+    return [*others, *in_gguf] if is_installed() else others
 
 
 def is_needed(request: Request, weight_dtype: str) -> bool:
-    """Raises ValueError for settings that a file in GGUF does not go with."""
+    """Whether the model or its base is in GGUF. Raises ValueError for settings that such a file does
+    not support."""
     file = next(
-        (
-            path
-            for path in (request.path, request.base)
-            if path is not None and path.suffix == ENDING
-        ),
+        (path for path in (request.path, request.base) if path is not None and path.suffix == GGUF),
         None,
     )
     if file is None:
@@ -68,8 +64,8 @@ def is_needed(request: Request, weight_dtype: str) -> bool:
 
 
 def pack():
-    """The module of ComfyUI-GGUF with its loader, operations and patcher. Raises ValueError where
-    it is not installed."""
+    """ComfyUI-GGUF's module, with its loader, operations and patcher. Raises ValueError if that pack
+    is not installed."""
     if not is_installed():
         raise ValueError(
             "a model in GGUF needs ComfyUI-GGUF; install that node pack, or choose a .safetensors file"
@@ -78,17 +74,17 @@ def pack():
 
 
 def open_base(path: Path) -> dict[str, tuple[LoadedFile, str]]:
-    """As `open_layout` gives a file. Raises ValueError, in one line, for a file that is damaged or
-    holds something else."""
+    """A GGUF file as `open_layout` gives others. Raises ValueError, in one line, for a file that is
+    damaged or not a diffusion model."""
     read = pack().gguf_sd_loader
     try:
-        found = read(str(path))
+        loaded = read(str(path))
     except Exception as error:  # another pack's reader: a file that is cut off ends it in many ways
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(
             f"ComfyUI-GGUF cannot read {path.name} ({said}): it is cut off, or not a diffusion model; copy or download it again"
         ) from error
-    tensors = found[0] if isinstance(found, tuple) else found  # newer ones give more beside it
+    tensors = loaded[0] if isinstance(loaded, tuple) else loaded  # newer versions return a tuple
     file = LoadedFile(path, tensors)
     return {name: (file, name) for name in tensors}
 
@@ -98,5 +94,5 @@ def model_options() -> dict:
 
 
 def patched(model):
-    """The host's patcher as that pack needs it."""
+    """The host's patcher turned into that pack's own."""
     return pack().GGUFModelPatcher.clone(model)

@@ -1,5 +1,4 @@
-"""Where a loader's tensors are in files, and by which names the host knows them. Knows files, not
-the host."""
+"""Where a loader's tensors are in files, and what the host calls them. Does not call ComfyUI."""
 
 from __future__ import annotations
 
@@ -21,11 +20,14 @@ from ..host.quantised import IN_FILE, Quantised, plain_tensors
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor is; what is read of it."""
+    """Where a tensor is in a file."""
 
     file: object
+    """open, with the methods `shape`, `dtype` and `read` by name"""
     name: str
+    """in the file"""
     cut: Cut = Cut()
+    """what is read of it"""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -36,6 +38,7 @@ class Stored:
         return self.file.dtype(self.name)
 
     def read(self) -> torch.Tensor:
+        # where only first rows are kept, the others need not be read
         kept, of = self.cut.rows
         if self.cut.columns == ALL and kept == tuple(range(len(kept))):
             return (
@@ -59,10 +62,10 @@ class Stored:
 
 @dataclass(frozen=True)
 class Joined:
-    """One of the host's tensors whose rows are stored as several: pieces of one size, one below the
-    other."""
+    """One of the host's tensors, whose rows a file stores as several tensors of the same size."""
 
     pieces: tuple[Stored | Quantised, ...]
+    """from the first rows to the last"""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,7 +75,7 @@ class Joined:
     def with_cut(self, cut: Cut) -> Joined:
         kept, of = cut.rows
         assert of == len(self.pieces) and cut.columns == ALL, (
-            "a tensor is cut where its pieces meet"
+            "a joined tensor is only cut between its pieces"
         )
         return Joined(tuple(self.pieces[piece] for piece in kept))
 
@@ -81,38 +84,39 @@ class Joined:
         return [piece for piece in self.pieces if isinstance(piece, Quantised)]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Of pieces of few bits, which have scales of their own: in 16 bits."""
+        """The tensor in 16 bits, since quantised pieces have scales of their own."""
         return plain_tensors(
             torch.cat([piece.read() for piece in self.pieces]), self.quantised[0].old
         )
 
 
 class Reader:
-    """Reads each tensor once and counts bytes; vectors stay, since a fingerprint needs them before
-    the model does."""
+    """Reads each tensor once, and counts bytes. Vectors are kept, since they are needed twice: for a
+    fingerprint and then for the model."""
 
     def __init__(self):
         self.bytes_read, self._vectors = 0, {}
 
     def tensors(self, name: str, stored: Stored | Joined | Quantised) -> dict[str, torch.Tensor]:
-        """By their names; a matrix of few bits is several."""
+        """The tensors at a location by their names; a quantised matrix is several."""
         if isinstance(stored, Stored) or isinstance(stored, Joined) and not stored.quantised:
             return {name: self.read(stored)}
-        found = {
+        tensors = {
             name.removesuffix("weight") + leaf: tensor for leaf, tensor in stored.tensors().items()
         }
-        self.bytes_read += sum(tensor.nbytes for tensor in found.values())
-        return found
+        self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
+        return tensors
 
     def read_all(
         self, wanted: Mapping[str, Stored | Joined | Quantised]
     ) -> dict[str, torch.Tensor]:
-        """For the host. Where each matrix says its format, the mark of scaled fp8 has no use."""
-        found: dict[str, torch.Tensor] = {}
-        for name, place in wanted.items():
+        """All these tensors for the host. The mark of scaled fp8 is left out where the host finds
+        the format of each matrix beside it."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, location in wanted.items():
             if name != FP8_MARK or not IN_FILE:
-                found |= self.tensors(name, place)
-        return found
+                tensors |= self.tensors(name, location)
+        return tensors
 
     def read(self, stored: Stored | Joined) -> torch.Tensor:
         if isinstance(stored, Joined):
@@ -126,24 +130,29 @@ class Reader:
         return self._vectors[stored]
 
 
-def places_in(
+def locations_in(
     stored: Mapping[str, tuple[object, str]], where: str
 ) -> dict[str, Stored | Quantised]:
-    """Of files as `open_layout` gives them, every matrix of few bits as one. What another pack
-    reads is as it gives it."""
-    places = {name: Stored(file, key) for name, (file, key) in stored.items()}
-    if not all(isinstance(place.file, TensorFile | PickledFile) for place in places.values()):
-        return places
+    """Where the tensors of opened files are (as `open_layout` gives them); a quantised matrix and its
+    scales are one. What another pack reads is left as that gives it."""
+    locations = {name: Stored(file, key) for name, (file, key) in stored.items()}
+    if not all(
+        isinstance(location.file, TensorFile | PickledFile) for location in locations.values()
+    ):
+        return locations
     layers = {}
     for metadata in _metadata(stored):
         layers |= layers_in(metadata, where)
-    return grouped(places, where, layers)
+    return grouped(locations, where, layers)
 
 
 def metadata_in(stored: Mapping[str, tuple[object, str]]) -> dict[str, str]:
-    """Of these files, but what `places_in` has read of it."""
+    """The metadata of these files, without what `locations_in` reads from it."""
     return {
-        key: text for found in _metadata(stored) for key, text in found.items() if key != METADATA
+        key: text
+        for metadata in _metadata(stored)
+        for key, text in metadata.items()
+        if key != METADATA
     }
 
 
@@ -158,31 +167,31 @@ def in_host_names(
     stored: Mapping[str, Stored | Quantised],
     places: Iterable[Place] = (),
 ) -> dict[str, Stored | Joined | Quantised]:
-    """Tensors by diffusers' names or by the host's -> by the host's. `places`: of a file whose
-    blocks are projected. What is no tensor of the full model keeps its name."""
-    found, pieces = {}, {}
+    """Locations by the host's names, of tensors by diffusers' names or the host's. places: of a file
+    whose blocks have projections. A tensor that the full model has not keeps its name."""
+    named, pieces = {}, {}
     own = _own_modules(host, config, places)
-    for name, place in stored.items():
+    for name, location in stored.items():
         module, _, leaf = name.rpartition(".")
         part = None if module in own else _part(host, name, stored)
         if module in own:
-            found[f"{own[module]}.{leaf}"] = place
+            named[f"{own[module]}.{leaf}"] = location
         elif part is None:
-            found[_correction(host, config, usual_name(host.engine, name))] = place
+            named[_correction(host, config, usual_name(host.engine, name))] = location
         else:
             for position, piece in enumerate(part.pieces):
                 cut = Cut(rows=((position,), len(part.pieces)))
                 pieces.setdefault(part.name, {})[piece] = (
-                    place.with_cut(cut) if part.of > 1 else place
+                    location.with_cut(cut) if part.of > 1 else location
                 )
     for name, parts in pieces.items():
         ordered = tuple(parts[piece] for piece in sorted(parts))
-        found[name] = ordered[0] if len(ordered) == 1 else Joined(ordered)
-    return found
+        named[name] = ordered[0] if len(ordered) == 1 else Joined(ordered)
+    return named
 
 
 def _part(host: Host, name: str, names: Iterable[str]) -> Part | None:
-    """None: not one of diffusers' names for the full model."""
+    """Where the host has a tensor of the full model; None if this is not diffusers' name for one."""
     try:
         return host.engine.to_comfyui(name, names)
     except KeyError:
@@ -190,8 +199,8 @@ def _part(host: Host, name: str, names: Iterable[str]) -> Part | None:
 
 
 def _own_modules(host: Host, config: Mapping, places: Iterable[Place]) -> dict[str, str]:
-    """A projection's linear map, by diffusers' name of where it stands -> by the host's."""
-    found = {}
+    """Diffusers' name of each projection's linear map -> the host's name."""
+    modules = {}
     for place in places:
         ours, theirs = (
             host.engine.block_prefix(config, place.index),
@@ -199,15 +208,16 @@ def _own_modules(host: Host, config: Mapping, places: Iterable[Place]) -> dict[s
         )
         for kind in place.projections:
             parts = host.engine.projection_names[kind].items()
-            found |= {
+            modules |= {
                 ours + name: theirs + host.engine.comfyui_projections[kind][part]
                 for part, name in parts
             }
-    return found
+    return modules
 
 
 def _correction(host: Host, config: Mapping, name: str) -> str:
-    """A correction's tensors are named alike, behind their block's name."""
+    """The host's name of a tensor that belongs to a correction, which is the same as diffusers' but
+    for the block's prefix; any other name is returned as it is."""
     prefix, mark, rest = name.partition("correction.")
     if not mark:
         return name

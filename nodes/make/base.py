@@ -1,5 +1,5 @@
-"""What the nodes that do stages share: widgets at the end, the run that they prepare and wait for,
-their outputs."""
+"""What the nodes of jobs share: their last widgets, the run that they prepare and wait for, and their
+outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import results
 from .runs import RunType, model_of, progress_text
 from .waiting import Start, finish_upstream, run_job, screen_of
 
-# io.Combo's own output has the type of its choices, which no combo input takes
+# a combo's own output type is the list of its choices, which no combo input accepts
 FileType = io.Custom("COMBO")
 CATEGORY = "PPCL/make"
 COMMON = ("device", "dtype", "streamed", "seed")
@@ -28,9 +28,9 @@ HOW = ("wait", "start", "keep_running", "preview_seconds")
 
 
 def common_inputs(seed: bool, previews: bool, states: bool, kind: type) -> list[io.Input]:
-    """The last widgets of every job. seed: where results hang on one. previews: where something is
-    trained. states: where states between blocks are measured or learned from. kind: of settings,
-    whose words they have."""
+    """The last widgets of every job. seed: whether results depend on one; previews: whether something
+    is trained; states: whether states between blocks are measured or learned from; kind: the class
+    of settings whose help texts are the tooltips."""
     devices = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
     picture = io.Int.Input(
         "preview_seconds",
@@ -65,7 +65,7 @@ def common_inputs(seed: bool, previews: bool, states: bool, kind: type) -> list[
 
 
 def outputs(*names: str) -> list[io.Output]:
-    """The run, pictures, a text."""
+    """A run, pictures of these names, and a text."""
     return [
         RunType.Output(display_name="run"),
         *(io.Image.Output(display_name=name) for name in names),
@@ -74,10 +74,10 @@ def outputs(*names: str) -> list[io.Output]:
 
 
 class Job(Node):
-    """What the nodes share; `schema` gives theirs. PICTURES: names of its outputs between the run
-    and the text."""
+    """A node that does stages in a process of its own: it prepares a run, starts it, and waits."""
 
     PICTURES = ("preview",)
+    """names of the outputs between the run and the text"""
     FILES = {"run": model_of}
     LOOKED_UP = ("device",)
 
@@ -95,8 +95,8 @@ class Job(Node):
         last: tuple[io.Input, ...] = (),
         kind: type = Common,
     ) -> io.Schema:
-        """last: settings that came after the first release, since saved workflows hold values by
-        position."""
+        """The node's schema. last: widgets added after the first release; they come last, since saved
+        workflows hold values by position."""
         return io.Schema(
             node_id=f"PPCL_{name}",
             display_name=f"{display_name} (PPCL)",
@@ -110,7 +110,7 @@ class Job(Node):
 
     @classmethod
     def fingerprint_inputs(cls, **given):
-        """A run that is not waited for is looked at again every time."""
+        """A node that does not wait for its run looks at it again every time."""
         waited_for = given.get("wait", True) and given.get("start", True)
         return super().fingerprint_inputs(**given) if waited_for else time.time()
 
@@ -124,7 +124,8 @@ class Job(Node):
         model: Path,
         **bring,
     ) -> Path:
-        """stages: (settings class, name, settings beyond those that all share)."""
+        """Prepares the run, and starts it and waits as the widgets say; returns its folder. stages:
+        (settings class, name, settings beyond those that all share)."""
         check_device(given["device"])
         shared = {name: given[name] for name in COMMON if name in given} | {"model": str(model)}
         ready = [(name, values(kind_of, {**shared, **own})) for kind_of, name, own in stages]
@@ -132,37 +133,41 @@ class Job(Node):
 
     @classmethod
     def ready(cls, run: str, given: dict) -> Path:
-        """Waits for the run before, if it may. Returns the full model that it is about."""
+        """Waits for the run before this one, if the widgets allow it. Returns its full model."""
         finish_upstream(run, how_of(given).wait, screen_of(cls))
         return model_of(run)
 
     @classmethod
     def output(cls, folder: Path, show: Callable[[Path], list]) -> io.NodeOutput:
-        """`show(folder)`: what a done run gives behind its name, a picture first. One that is not
-        done says how it stands in every picture."""
+        """The node's outputs. show(folder): those of a finished run, behind its name, a picture
+        first. Of a run that is not finished, every picture says how it stands."""
         state = current_state(folder)
         if state.status == "done":
-            found = show(folder)
+            produced = show(folder)
         else:
             card = results.state_picture(folder, state)
-            found = [*[card] * len(cls.PICTURES), progress_text(folder, state), *cls.nothing()]
-        screen_of(cls).say(next(value for value in found if isinstance(value, str)))
+            produced = [*[card] * len(cls.PICTURES), progress_text(folder, state), *cls.nothing()]
+        screen_of(cls).say(next(value for value in produced if isinstance(value, str)))
         shown = next(
-            (ui.PreviewImage(value, cls=cls) for value in found if isinstance(value, torch.Tensor)),
+            (
+                ui.PreviewImage(value, cls=cls)
+                for value in produced
+                if isinstance(value, torch.Tensor)
+            ),
             None,
         )
-        return io.NodeOutput(folder.name, *found, ui=shown)
+        return io.NodeOutput(folder.name, *produced, ui=shown)
 
     @classmethod
     def nothing(cls) -> list:
-        """In the place of outputs behind the text."""
+        """What stands in place of the outputs behind the text while the run is not finished."""
         return []
 
 
 def check_device(name: str) -> None:
-    """Raises ValueError for what is no device's name."""
+    """Raises ValueError for a text that does not name a device."""
     if not DEVICE.fullmatch(name):
-        raise ValueError(f"device {name[:50]!r} is none; choose auto, cpu, cuda or cuda:1")
+        raise ValueError(f"{name[:50]!r} is not a device; choose auto, cpu, cuda or cuda:1")
 
 
 def how_of(given: dict) -> Start:

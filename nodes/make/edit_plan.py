@@ -1,5 +1,4 @@
-"""PPCL_EditPlan: intervals and width sites by hand, checked; the plan goes on as a run of its
-own."""
+"""PPCL_EditPlan: a plan whose intervals and width sites were chosen by hand, checked, as a new run."""
 
 from __future__ import annotations
 
@@ -27,11 +26,11 @@ NONE = "none"
 def edited(
     plan: PruningPlan, intervals: str, sites: str, form: str, scores: dict[str, float]
 ) -> PruningPlan:
-    """Empty text keeps what is there, "none" removes all. scores: of width sites that were
-    measured.
+    """The plan with these intervals and sites. An empty text keeps what the plan has, "none" removes
+    all of it. scores: measured damage of width sites, by name.
 
-    Raises ValueError, in one line, for what is no interval or site, for what overlaps and for what
-    does not fit.
+    Raises ValueError, in one line, for a text that does not name intervals or sites, and for those
+    that overlap or do not fit the model.
     """
     known = {interval.name: interval for interval in plan.intervals}
     chosen, groups = plan.intervals, plan.sites
@@ -54,11 +53,11 @@ def _parsed(parse, text: str) -> tuple[Interval, ...] | tuple[WidthSite, ...]:
 def _sites(
     plan: PruningPlan, sites: tuple[WidthSite, ...], scores: dict[str, float]
 ) -> tuple[WidthSite, ...]:
-    """With what was measured of them; a text group's score is that of the whole group."""
-    known = {(site.kind, site.block, site.form): site for site in plan.sites}
-    found = tuple(known.get((s.kind, s.block, s.form), s) for s in sites)
-    named = {site.name: f"{group.name}" for group in _groups(plan, found) for site in group.sites}
-    return tuple(replace(s, score=scores.get(named.get(s.name, s.name), s.score)) for s in found)
+    """The sites with their measured damage; for a text site, that of its whole group."""
+    planned = {(site.kind, site.block, site.form): site for site in plan.sites}
+    chosen = tuple(planned.get((s.kind, s.block, s.form), s) for s in sites)
+    named = {site.name: f"{group.name}" for group in _groups(plan, chosen) for site in group.sites}
+    return tuple(replace(s, score=scores.get(named.get(s.name, s.name), s.score)) for s in chosen)
 
 
 def _groups(plan: PruningPlan, sites: tuple[WidthSite, ...]):
@@ -68,7 +67,7 @@ def _groups(plan: PruningPlan, sites: tuple[WidthSite, ...]):
 
 
 def measured_sites(folder: Path) -> dict[str, float]:
-    """Damage of every candidate of a search for width sites, by name."""
+    """Damage of every candidate in the search for width sites, by name; empty without a search."""
     path = Run(folder).width
     rows = read_json(path)["candidates"] if path.exists() else []
     return {row["name"]: row["score"] for row in rows}

@@ -1,5 +1,5 @@
-"""Prompts for a calibration, as a file in its run: the words, or what the host's text encoder makes
-of them; or, for an edit model, pictures with an instruction each."""
+"""Prompts for a calibration, as a file in its run: as words, as embeddings by the host's text encoder,
+or, for an edit model, as pictures with an instruction each."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ MOST = 10_000
 
 @dataclass(frozen=True)
 class Prompts:
-    """Its file's name holds a hash of what is in it, so that a run of other prompts is another
-    run."""
+    """Prompts as words. The name of the file has a hash of its content, so that other prompts make
+    another run."""
 
     text: str
+    """one prompt a line"""
 
     setting = "prompts"
 
@@ -52,45 +53,48 @@ class Prompts:
             write_text(folder / self.file, self.content)
 
     def encoded(self, clip) -> EncodedPrompts:
-        """By the host's text encoder."""
-        return EncodedPrompts(
-            tuple(map(lambda text: _encode(clip, text), self.lines)), _encode(clip, "")
-        )
+        """The same prompts, encoded by the host's text encoder."""
+        positive = tuple(_encode(clip, line) for line in self.lines)
+        return EncodedPrompts(positive, _encode(clip, ""))
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """text [tokens, width]; pooled [width] where the encoder gives it."""
+    """One prompt as the host's text encoder gives it."""
 
     text: torch.Tensor
+    """[tokens, width]"""
     pooled: torch.Tensor | None = None
+    """[width], if the encoder gives it"""
 
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """given: each prompt; nothing: the empty one."""
+    """Prompts as embeddings."""
 
-    given: tuple[Encoded, ...]
-    nothing: Encoded
+    positive: tuple[Encoded, ...]
+    """each prompt"""
+    negative: Encoded
+    """the empty prompt"""
 
     setting = "embeddings"
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As `CalibrateConfig.embeddings` says; padded to one length, the empty one's if that is
-        the longest."""
-        rows = [*self.given, self.nothing]
+        """The tensors of the file, as `CalibrateConfig.embeddings` describes it. Prompts are padded to
+        the longest of all, the empty one included."""
+        rows = [*self.positive, self.negative]
         masks = [torch.ones(len(row.text), dtype=torch.bool) for row in rows]
         text, mask = (_padded(part) for part in ([row.text for row in rows], masks))
-        found = {
+        tensors = {
             "text": text[:-1].clone(),
             "mask": mask[:-1].clone(),
-            "empty": self.nothing.text[None],
+            "empty": self.negative.text[None],
         }
-        if self.nothing.pooled is None:
-            return found
-        pooled = torch.stack([row.pooled for row in self.given])
-        return {**found, "pooled": pooled, "empty_pooled": self.nothing.pooled[None].clone()}
+        if self.negative.pooled is None:
+            return tensors
+        pooled = torch.stack([row.pooled for row in self.positive])
+        return {**tensors, "pooled": pooled, "empty_pooled": self.negative.pooled[None].clone()}
 
     @property
     def file(self) -> str:
@@ -109,10 +113,11 @@ class EncodedPrompts:
 
 @dataclass(frozen=True)
 class References:
-    """A folder of pictures, each with its .txt, copied into the run: its name holds a hash of what
-    is in it."""
+    """Pictures to edit, copied into the run. The name of the copy has a hash of its content, so that
+    other pictures make another run."""
 
     folder: Path
+    """with pictures, and a .txt of the same name for each"""
 
     setting = "references"
 
@@ -124,8 +129,8 @@ class References:
 
     @cached_property
     def files(self) -> list[Path]:
-        """Raises ValueError for a folder without pictures, and naming one without an
-        instruction."""
+        """Pictures and their instructions. Raises ValueError for a folder without pictures and for a
+        picture without an instruction."""
         return [
             file
             for picture, _ in picture_files(self.folder)
@@ -152,13 +157,13 @@ def _padded(rows: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _encode(clip, text: str) -> Encoded:
-    """Without the padding that some encoders give. Raises ValueError for an encoder of more than
-    text tokens."""
+    """A prompt, without the padding that some encoders add. Raises ValueError for an encoder that
+    gives anything but text tokens."""
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     embedding, more = conditioning[0]
     if len(conditioning) != 1 or embedding.ndim != 3:
         raise ValueError(
-            "this CLIP gives no plain text embedding; connect the text encoder of model_file"
+            "this CLIP does not give a plain text embedding; connect the text encoder of model_file"
         )
     mask = more.get("attention_mask")
     mask = (

@@ -1,5 +1,4 @@
-"""PPCL_RecordCalibration: a MODEL that keeps what samplers feed it, as the calibration set of a
-run."""
+"""PPCL_RecordCalibration: records what samplers feed a MODEL as the calibration set of a run."""
 
 from __future__ import annotations
 
@@ -29,25 +28,25 @@ from .waiting import screen_of
 
 
 def check_same_model(model, weights: Weights) -> None:
-    """Raises ValueError where a MODEL has other weights than its file, by names and shapes, or runs
-    pruned."""
+    """Raises ValueError for a MODEL that, by the names and shapes of its weights, is not the one in
+    the file, and for one that runs pruned."""
     own = {name: tuple(t.shape) for name, t in tensors_in(model.model.diffusion_model).items()}
     advice = f"record with the full model of {weights.path.name}, or choose the file that the MODEL was loaded from"
     parts = {key: weights.architecture.to_comfyui(key, weights.keys()) for key in weights.keys()}
     names = names_in_model(model, [part.name for part in parts.values()])
     for key, part in parts.items():
-        shape, found = weights.shape(key), own.get(names[part.name])
+        shape, actual = weights.shape(key), own.get(names[part.name])
         whole = (shape[0] // len(part.pieces) * part.of, *shape[1:]) if part.of > 1 else shape
-        if found != whole:
-            text = f"is {found}, not {whole}" if found else "is not there"
+        if actual != whole:
+            text = f"is {actual}, not {whole}" if actual else "is missing"
             raise ValueError(f"the MODEL's {names[part.name]} {text}; {advice}")
     if not all(place.is_teacher for place in layout_in(model).places):
         raise ValueError(f"the MODEL runs as the variant {name_of(model)!r}; {advice}")
 
 
 def recording(weights: Weights, limits: Limits) -> Path:
-    """The folder of the run for a model and limits: the same ones find it again, with what is in
-    it."""
+    """The folder of the run for this model and these limits. The same ones find it again, with what
+    was recorded so far."""
     asked = json.dumps({"fingerprint": weights.fingerprint, **asdict(limits)}, sort_keys=True)
     folder = runs().root / f"record-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
     if not (folder / RECORDING).exists():

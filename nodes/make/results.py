@@ -1,5 +1,5 @@
-"""What runs hold, as pictures and short text: errors of probes, a plan's map and curves, losses,
-how a job stands."""
+"""The results of runs as pictures and short texts: errors of probes, a plan's map and curves, losses,
+the state of a job."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ...ppcl_engine.system.tensor_files import TensorFile
 from ..pictures import CARD, picture_of, stacked, tensor_of, text_card
 from .runs import progress_text
 
-GRID, TEXT_TOKENS = (1, 2, 2), 2  # parameters do not hang on them
+GRID, TEXT_TOKENS = (1, 2, 2), 2  # any will do: numbers of parameters do not depend on them
 
 
 def calibration_text(folder: Path) -> str:
@@ -38,15 +38,15 @@ def calibration_text(folder: Path) -> str:
 
 
 def probe_errors(folder: Path) -> dict[str, dict[int, float]]:
-    """stream -> block -> squared error on held-out samples, relative to the block's own step."""
-    found: dict[str, dict[int, float]] = {}
+    """Stream -> block -> squared error on held-out samples, relative to what the block adds."""
+    by_stream: dict[str, dict[int, float]] = {}
     for path in sorted(Run(folder).probes.glob("block_*.safetensors")):
         for stream, row in json.loads(TensorFile(path).metadata["report"]).items():
             errors = [
                 row[name] for name in ("held_out", "held_out_trained") if row[name] is not None
             ]
-            found.setdefault(stream, {})[int(path.stem.removeprefix("block_"))] = min(errors)
-    return found
+            by_stream.setdefault(stream, {})[int(path.stem.removeprefix("block_"))] = min(errors)
+    return by_stream
 
 
 def probe_text(errors: dict[str, dict[int, float]]) -> str:
@@ -69,8 +69,8 @@ def _listed(blocks: list[int]) -> str:
 
 
 def damage_table(folder: Path) -> torch.Tensor | None:
-    """[blocks, longest]: measured damage of replacing [u, u + j]; NaN where none was; None before
-    detection."""
+    """Measured damage of replacing blocks u to u + j [blocks, longest]; NaN where it was not measured;
+    None before detection."""
     path = Run(folder).curves
     if not path.exists():
         return None
@@ -79,8 +79,8 @@ def damage_table(folder: Path) -> torch.Tensor | None:
 
 
 def curves_picture(folder: Path, plan: PruningPlan) -> torch.Tensor:
-    """Alignment and its first differences from each interval's start, then the damage of every
-    interval."""
+    """The alignment curve from each interval's start and its first differences; below, the damage of
+    every interval."""
     if not plan.intervals:
         return text_card("The plan has no interval.", QUIET)
     drawn = [line_charts.cka_curves(plan, TensorFile(Run(folder).curves).read("cka"))]
@@ -89,7 +89,8 @@ def curves_picture(folder: Path, plan: PruningPlan) -> torch.Tensor:
 
 
 def map_picture(plan: PruningPlan) -> torch.Tensor:
-    """The named variants; before there are any, the full model and all that the plan replaces."""
+    """The layer map of the named variants; before there are any, of the full model and of everything
+    that the plan replaces."""
     everything = plan.everything()
     variants = list(plan.variants) or [Variant(name=FULL)] + [
         Variant(name=name, intervals=everything.intervals, sites=sites)
@@ -103,7 +104,8 @@ def map_picture(plan: PruningPlan) -> torch.Tensor:
 
 
 def plan_text(plan: PruningPlan, damage: torch.Tensor | None) -> str:
-    """One line an interval and site: what it costs, how sure it is."""
+    """One line for each interval, and one for all width sites: their damage, and how stable they
+    are."""
     removed = sum(interval.removed for interval in plan.intervals)
     lines = [
         f"{_counted(plan.intervals, 'interval')}, {removed} of {plan.num_blocks} blocks removed"
@@ -129,7 +131,7 @@ def _counted(things: tuple, name: str) -> str:
 
 
 def _damage_of(interval, damage: torch.Tensor | None) -> float | None:
-    """Measured when intervals were searched for, where it was; else what the plan says."""
+    """The damage measured in the search for intervals, if it was; else what the plan says."""
     if damage is not None and interval.removed < damage.shape[1]:
         value = float(damage[interval.first, interval.removed])
         if math.isfinite(value):
@@ -150,19 +152,19 @@ def variants_text(plan: PruningPlan) -> str:
 
 
 def losses_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Loss of every update of each trained part; kind: "depth", "width" or "tuned". Of depth, the
-    plan's alone: what it does not name may have been trained for another one."""
+    """Losses of all updates of each trained part. kind: "depth", "width" or "tuned". Of depth only
+    the plan's intervals: others may have been trained for an earlier plan."""
     paths = sorted((folder / kind).glob("*.safetensors"), key=lambda path: path.stem)
     if kind == "depth":
         paths = [
             Run(folder).student(interval.name) for interval in Run(folder).load_plan().intervals
         ]
-    found = {path.stem: TensorFile(path).read("losses") for path in paths if path.exists()}
-    return {name: losses for name, losses in found.items() if len(losses)}
+    by_part = {path.stem: TensorFile(path).read("losses") for path in paths if path.exists()}
+    return {name: losses for name, losses in by_part.items() if len(losses)}
 
 
 def losses_text(losses: dict[str, torch.Tensor]) -> str:
-    """From the mean of the first tenth to that of the last."""
+    """A line for each part: the mean loss of the first tenth of the updates and of the last."""
     lines = []
     for name, values in losses.items():
         tenth = max(1, len(values) // 10)
@@ -173,7 +175,7 @@ def losses_text(losses: dict[str, torch.Tensor]) -> str:
 
 
 def training_picture(folder: Path, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The job's last preview; where it drew none, its losses."""
+    """The job's last preview, or, if it drew none, its losses."""
     if (folder / PREVIEW).exists():
         return picture_of((folder / PREVIEW).read_bytes())
     return (
@@ -184,13 +186,13 @@ def training_picture(folder: Path, losses: dict[str, torch.Tensor]) -> torch.Ten
 
 
 def sparse_report(folder: Path) -> dict:
-    """What sparsify says of the file that it wrote."""
+    """The report that sparsify wrote beside its file."""
     (path,) = (folder / "exports").glob("*.json")
     return read_json(path)
 
 
 def sparse_picture(report: dict) -> torch.Tensor:
-    """A line a linear map: its error in every block."""
+    """A line for each linear map: its error in every block."""
     blocks = list(dict.fromkeys(row["block"] for row in report["layers"]))
     curves: dict[str, dict[int, float]] = {}
     for row in report["layers"]:
@@ -221,7 +223,7 @@ def state_picture(folder: Path, state: JobState) -> torch.Tensor:
 
 
 def report_of(folder: Path) -> str:
-    """Where the comparison with the full model is, if there was one."""
+    """Where the comparison with the full model is; "" if there was none."""
     if not Run(folder).evaluation.exists():
         return ""
     rows = read_json(Run(folder).evaluation)["variants"]

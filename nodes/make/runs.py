@@ -1,5 +1,5 @@
-"""Runs as nodes see them: a name in ComfyUI's output folder, the model behind it, what its state
-says in words."""
+"""Runs as nodes see them: a name in ComfyUI's output folder, the model it is about, and its state in
+words."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from ...ppcl_engine.jobs.spec import read_order
 from ...ppcl_engine.jobs.state import METRICS, JobState
 from ...ppcl_engine.report.numbers import duration_text, speed_text
 from ...ppcl_engine.run import Run
+from ...ppcl_engine.settings.prune_settings import VariantsConfig
 from ...ppcl_engine.system.atomic import read_json
 from ..paths import known_model, runs
 
 RunType = io.Custom("PPCL_RUN")
-RECORDING = "recording.json"  # in a run that was recorded: the model it is of
-TAIL = 300  # bytes of a file's end that hold its last line
+RECORDING = "recording.json"  # in a recorded run: its model and limits
+TAIL = 300  # bytes at the end of a file that contain its last line
 TRAINING = {"distill-depth", "distill-width", "polish", "finetune"}
 LONGEST_ERROR = 500  # characters: a state file may come from anywhere
 
@@ -28,15 +29,16 @@ def run_input(
 
 
 def folder_of(name: str) -> Path:
-    """Raises ValueError for what is no run of ours."""
+    """The folder of a run. Raises ValueError for a name that no run has."""
     if not isinstance(name, str):
         raise ValueError("run is the output of another PPCL node; connect it")
     return runs().path(name)
 
 
 def model_of(name: str) -> Path:
-    """The full model that a run is about: its own order's, its recording's, or that of the run
-    before it. Raises ValueError where nothing says it, or the file is not the host's any more."""
+    """The full model that a run is about: named in its own job file, in its recording, or by the run
+    before it. Raises ValueError if none of them names it, or if the host no longer lists the
+    file."""
     first, seen = name, set()
     while name not in seen:
         seen.add(name)
@@ -48,7 +50,15 @@ def model_of(name: str) -> Path:
         if named:
             return known_model(Path(str(named[-1])), name)
         name = order.upstream or name
-    raise ValueError(f"run {first} does not say of which model it is; make it again")
+    raise ValueError(f"run {first} does not name the model it is about; make it again")
+
+
+def measured(run: str) -> list[tuple[type, str, dict]]:
+    """The stage that measures the variants, unless an earlier run has done so."""
+    plan = Run(folder_of(run)).load_plan()
+    if any(not variant.tuned for variant in plan.variants):
+        return []
+    return [(VariantsConfig, "variants", {})]
 
 
 def _recorded_model(recording: Path) -> Path:
@@ -56,7 +66,7 @@ def _recorded_model(recording: Path) -> Path:
         case {"model": str(model)}:
             return Path(model)
     raise ValueError(
-        f"{recording} does not say which model was recorded; remove the folder, and record again"
+        f"{recording} does not say which model was recorded; delete the folder, and record again"
     )
 
 
@@ -94,7 +104,7 @@ def _place(state: JobState) -> str:
 
 
 def last_line(path: Path) -> str:
-    """The last whole line of a text file; "" where there is none."""
+    """The last line of a text file; "" if there is none."""
     if not path.is_file():
         return ""
     with open(path, "rb") as file:
@@ -104,7 +114,7 @@ def last_line(path: Path) -> str:
 
 
 def last_loss(folder: Path) -> float | None:
-    """Of the update that was written last."""
+    """The loss of the update that was written last; None before the first."""
     *_, value = last_line(folder / METRICS).split(",")
     try:
         return float(value)

@@ -1,5 +1,5 @@
-"""PPCL_Sparsify: weights of a model become zero with no training, as a job, by what its layers read
-in a run's calibration."""
+"""PPCL_Sparsify: a job that sets weights of a model to zero without training, chosen by what its layers
+read in a run's calibration."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ...ppcl_engine.algorithms.sparsity.patterns import checked_sparsity, patter
 from ...ppcl_engine.algorithms.sparsity.source import open_source
 from ...ppcl_engine.data.calibration import load_calibration
 from ...ppcl_engine.models.bundle import BUNDLE_SUFFIX, is_bundle
+from ...ppcl_engine.report.numbers import size_text
 from ...ppcl_engine.run import Run
 from ...ppcl_engine.settings.convert_settings import SparsifyConfig
-from ..loading import request
-from ..paths import EXPORTS, exported_name, model_files, model_path
+from ..paths import EXPORTS, exported_name, files_of_the_engine, model_path
 from ..widgets import check_file_name, help_of, inputs
 from . import results
 from .base import FileType, Job
@@ -26,7 +26,8 @@ SETTINGS = "pattern sparsity score granularity exchange compensate permute skip 
 
 
 def named_file(name: str) -> Path | None:
-    """None for the run's own. Raises ValueError for a name that is not in the list."""
+    """Path of the file, None for the run's own. Raises ValueError for a name that is not in the
+    list."""
     return None if name == OWN else model_path(name)
 
 
@@ -36,7 +37,7 @@ class Sparsify(Job):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = [name for name in model_files() if not name.endswith(request.GGUF)]
+        files = files_of_the_engine()
         return cls.schema(
             "Sparsify",
             "Sparsify",
@@ -84,9 +85,9 @@ class Sparsify(Job):
 
 
 def check(run: str, path: Path, base: Path | None, variant: str | None) -> None:
-    """Before a process starts that would find it out. Raises ValueError, in the words of the
-    widgets, for a file or variant that cannot be pruned and for a calibration of another model;
-    kilobytes of the file are read."""
+    """Checks, before a process is started, what that would find out: only kilobytes of the file are
+    read. Raises ValueError, with the widgets' names, for a file or variant that cannot be pruned and
+    for a calibration of another model."""
     try:
         source = open_source(path, base, variant)
         load_calibration(Run(folder_of(run)).calibration).check_model(
@@ -97,14 +98,12 @@ def check(run: str, path: Path, base: Path | None, variant: str | None) -> None:
 
 
 def bundle_of(run: str) -> Path | None:
-    """That the run exported."""
+    """The bundle that the run exported, if any."""
     return next(iter(sorted((folder_of(run) / EXPORTS).glob(f"*{BUNDLE_SUFFIX}"))), None)
 
 
 def _pruned(folder: Path) -> list:
     report = results.sparse_report(folder)
     (file,) = (folder / EXPORTS).glob("*.safetensors")
-    text = (
-        f"{exported_name(file)}: {file.stat().st_size / 1e9:.4g} GB\n{results.sparse_text(report)}"
-    )
+    text = f"{exported_name(file)}: {size_text(file.stat().st_size)}\n{results.sparse_text(report)}"
     return [results.sparse_picture(report), text, exported_name(file)]

@@ -1,7 +1,7 @@
-"""A node that waits for a job: what it shows, and how the job ends with it.
+"""A node that waits for a job: what it shows meanwhile, and how it stops the job.
 
-The work itself is done by a process of its own (`ppcl_engine.jobs`), in a folder that says how it
-stands.
+The work is done by another process (`ppcl_engine.jobs`), and the files in the run's folder say how
+it stands.
 """
 
 from __future__ import annotations
@@ -21,25 +21,29 @@ from ...ppcl_engine.jobs.state import LOG, PREVIEW, JobState, ask_to_cancel, cur
 from ..paths import runs
 from .runs import check_recorded, folder_of, last_line, one_line, progress_text
 
-EVERY = 0.2  # seconds between two looks
-PATIENCE = 30.0  # seconds for a save
+EVERY = 0.2  # seconds between two looks at the state
+PATIENCE = 30.0  # seconds that a job has to save and end
 WIDEST = 1024  # pixels of a preview
 FLAG = re.compile(r"--([a-z][a-z-]*)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """wait: until the job has ended. start: now. keep_running: also when ComfyUI is closed."""
+    """How a job is started."""
 
     wait: bool = True
+    """until it has ended"""
     start: bool = True
+    """now; otherwise it is only prepared"""
     keep_running: bool = False
+    """even when ComfyUI is closed"""
     preview_seconds: float = 30.0
+    """between two previews; 0: none"""
 
 
 class Screen:
-    """What the page shows of a node while it works: a bar, a picture, a line. Only what has changed
-    is sent."""
+    """What the page shows of a node while it works: a bar, a picture and a line. Only changes are
+    sent."""
 
     def __init__(self, node_id: str | None):
         self.node_id = node_id
@@ -62,7 +66,8 @@ class Screen:
 
     def say(self, text: str) -> None:
         if self.node_id is not None and self._changed("text", text):
-            from server import PromptServer  # there is none where nodes are called by a program
+            # imported here: programs that call nodes without a server do not have it
+            from server import PromptServer
 
             PromptServer.instance.send_progress_text(text, self.node_id)
 
@@ -79,10 +84,10 @@ def run_job(
     screen: Screen,
     bring=lambda folder: None,
 ) -> Path:
-    """The folder of the run that does these stages: found again, prepared, started or done, as
-    `how` says. `bring(folder)` puts files there that the stages read.
+    """Prepares the run of these stages, or finds it again, and starts it and waits as `how` says.
+    Returns its folder. bring(folder): puts files there that the stages read.
 
-    Raises ValueError with the job's own line where it fails, the host's interrupt where the user
+    Raises ValueError with the job's own message if it fails, and the host's interrupt if the user
     stops it.
     """
     options = {"outlive": how.keep_running, "preview_seconds": how.preview_seconds}
@@ -98,8 +103,8 @@ def run_job(
 
 
 def finish_upstream(name: str, wait: bool, screen: Screen) -> None:
-    """Raises ValueError for a run before this one that is not done, unless it is at work and this
-    one may wait."""
+    """Makes sure that the run before this one is finished: waits for it if it is at work and `wait` is
+    on, else raises ValueError."""
     check_recorded(name)
     folder = folder_of(name)
     if not (folder / "state.json").exists():  # a recording
@@ -121,21 +126,23 @@ def finish_upstream(name: str, wait: bool, screen: Screen) -> None:
 
 
 def leave_memory() -> None:
-    """A job needs the device: the host's own models go."""
+    """Unloads the host's own models: a job needs the device's memory."""
     memory.unload_all_models()
     memory.soft_empty_cache()
 
 
 @dataclass
 class Worker:
-    """A job's process that this node answers for, as `RunStore.start` gives it; None where another
-    one started it."""
+    """A job that this node has to stop when its wait ends."""
 
     path: Path
+    """the run's folder"""
     process: object | None
+    """as `RunStore.start` gives it; None if something else started the job"""
 
     def stop(self) -> JobState:
-        """Asked to save and end; harder means follow where the process is ours."""
+        """Asks the job to save and end, and waits for that; a process of this node is killed if it
+        does not. Returns the last state."""
         if self.process is not None:
             stop(self.process, PATIENCE)
         else:
@@ -146,12 +153,13 @@ class Worker:
         return state
 
     def leave(self) -> None:
-        """Whatever its state file says: a process of ours is told to save and end."""
+        """Tells the process, if it is this node's, to save and end, and does not wait for it."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
 
     def gone(self) -> None:
-        """Its memory is free when the process has ended, a moment after its state says so."""
+        """Waits until the process has ended and freed its memory, a moment after its state says that
+        the job has ended."""
         end = time.monotonic() + PATIENCE
         while self.process is not None and self.process.poll() is None:
             if time.monotonic() > end:
@@ -160,11 +168,11 @@ class Worker:
 
 
 def follow(path: Path, screen: Screen, worker: Worker | None = None) -> JobState:
-    """Shows a job until it has ended. With `worker`, whatever ends this wait ends the job; without,
-    the job goes on.
+    """Shows a job until it has ended. With `worker`, whatever ends this wait also ends the job;
+    without it, the job goes on.
 
-    Raises ValueError with the job's line when it failed, the host's interrupt when the user pressed
-    cancel.
+    Raises ValueError with the job's own message if it failed, and the host's interrupt if the user
+    pressed Cancel.
     """
     try:
         while not (state := current_state(path)).is_final:
@@ -195,7 +203,7 @@ def _stopped(worker: Worker) -> str:
 
 
 def failure_text(path: Path, state: JobState) -> str:
-    """One line, in the words of the widgets."""
+    """Why a job did not finish, in one line, with the widgets' names."""
     if state.status == "cancelled":
         return f"{path.name} was cancelled at {state.step:,} of {state.steps:,} of {state.stage}; press Run to go on"
     said = last_line(path / LOG) if "worker ended" in state.error else ""
@@ -204,7 +212,7 @@ def failure_text(path: Path, state: JobState) -> str:
 
 
 def in_words_of_widgets(text: str) -> str:
-    """--learning-rate is the widget learning_rate."""
+    """A message with the widgets' names for settings: --learning-rate becomes learning_rate."""
     return FLAG.sub(lambda match: match[1].replace("-", "_"), text)
 
 
@@ -219,6 +227,6 @@ def _thumbnail(path: Path) -> Image.Image:
 
 
 def screen_of(node: type) -> Screen:
-    """Of a node at work; the host tells it its place in the graph."""
+    """The screen of a node at work, by the id that the host gives it."""
     hidden: Callable | None = getattr(node, "hidden", None)
     return Screen(getattr(hidden, "unique_id", None))

@@ -1,4 +1,5 @@
-"""Jobs from the side: look at one, stop one, do one by hand on another machine."""
+"""PPCL_WatchJob, PPCL_CancelJob, PPCL_PrepareRun: look at a job, stop one, or run one by hand on another
+machine."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ MOST_PROCESSES = 64
 
 
 def chosen(run_name: str, run: str | None) -> str:
-    """A connected run goes before the name. Raises ValueError where there is no run yet."""
+    """Name of the chosen run: a connected run is used instead of the name, and NEWEST is the one at
+    work, else the last. Raises ValueError if there is no run yet."""
     if run is not None:
         return run
     if run_name != NEWEST:
@@ -167,8 +169,8 @@ class PrepareRun(Node):
 
 
 def how_to_start(run: str, processes: int, parallel: str) -> str:
-    """Writes `parallel` into an order that nobody has begun. Raises ValueError for a run that is
-    not to be started."""
+    """Writes `parallel` into a job that has not been started; returns what to do with it. Raises
+    ValueError for a run that has been started."""
     folder = folder_of(run)
     state = current_state(folder)
     if state.status != "queued" or state.pid is not None:

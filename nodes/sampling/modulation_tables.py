@@ -1,9 +1,9 @@
-"""Tables of folded modulations while the host samples: a new schedule costs one pass over the
-stored weights, a known one nothing.
+"""Fills tables of folded modulations when the host starts to sample: a new schedule costs one pass over
+the stored weights, a known one nothing.
 
-When sampling starts its sigmas are known. What the model's table lacks comes from
-models/ppcl/tables, or is computed from the modulations in the files that the model was loaded from,
-one in memory at a time, by the very modules that the unfolded model would run, on the same device.
+The sigmas are known then. Timesteps that the model's table lacks come from models/ppcl/tables, or are
+computed from the modulations in the files that the model was loaded from. One modulation is in memory
+at a time; it runs as in the unfolded model, on the same device, so that the values are the same bits.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from ..paths import tables_folder
 from .timesteps import timesteps_of
 
 KEY = "ppcl_fold"
-MOST_TIMESTEPS = 512  # in one model; older ones go, and come back from their file
+MOST_TIMESTEPS = 512  # in one model's table; older ones are dropped and can be read again
 LOW_RANK = {"lora": 4, "loha": 7, "lokr": 8}
-"""adapters that add to a weight whatever it is -> where they keep a scale (DoRA) that depends on
-it"""
+"""adapters whose change does not depend on the weight -> index, in their weights, of a DoRA scale,
+with which it does"""
 
 
 def follow(model) -> None:
-    """Of this folded MODEL and every clone of it: checks what is about to be sampled, fills its
-    table."""
+    """From now on this folded MODEL, and every clone of it, checks its patches and fills its table
+    when sampling starts."""
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _before_sampling)
     model.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, _after_load)
 
 
 def _after_load(patcher, *_, **__) -> None:
-    """Nothing but sampling fails on such changes: a node that saves the model asks
-    `Parts.refused`."""
+    """Notes in `Parts.refused` why a node could not save what is loaded. Loading must not fail, only
+    sampling and saving."""
     transformer = patcher.model.diffusion_model
     try:
         check_patches(patcher, folded.inputs_in(transformer))
@@ -73,17 +73,17 @@ def _before_sampling(executor, noise, latent_image, sampler, sigmas, *arguments,
 
 
 def check_patches(patcher, inputs) -> None:
-    """Raises ValueError, in one line, for changes that folded modulations can't follow."""
+    """Raises ValueError, in one line, for patches that cannot be made on folded modulations."""
     engine = patcher.model.diffusion_model.ppcl.structure.host.engine
     for patches in (patcher.patches, *patcher.hook_patches.values()):
-        for key, found in patches.items():
+        for key, changes in patches.items():
             if key.startswith(f"diffusion_model.{engine.time_embedder}."):
                 raise ValueError(
                     f"a LoRA changes {key}, which folded modulations can't follow; set fold to off"
                 )
             module = key.rpartition(".")[0].removeprefix("diffusion_model.")
             if module.endswith(engine.timestep_modulations) and not all(
-                _adds(p, inputs) for p in found
+                _adds(p, inputs) for p in changes
             ):
                 raise ValueError(
                     f"a change of {key} depends on the weight itself (DoRA, a merge), which is folded away; set fold to off"
@@ -91,14 +91,14 @@ def check_patches(patcher, inputs) -> None:
 
 
 def _adds(patch: tuple, inputs) -> bool:
-    """Whether a patch adds the same to any weight. A basis takes merges too, since it knows all
-    that is left of W."""
+    """Whether a patch can be made on folded modulations: a table only takes those that add the same
+    to any weight; a basis, which has all that is left of W, takes merges too."""
     _, value, strength_model, _, _ = patch
     if isinstance(value, WeightAdapterBase):
-        place = LOW_RANK.get(value.name)
+        scale = LOW_RANK.get(value.name)
         return (
-            place is not None
-            and value.weights[place] is None
+            scale is not None
+            and value.weights[scale] is None
             and (strength_model == 1 or _scales(inputs))
         )
     if isinstance(value, list) or strength_model != 1:
@@ -111,8 +111,9 @@ def _scales(inputs) -> bool:
 
 
 def know(patcher, inputs: folded.Table, timesteps: list[float], samples: int) -> None:
-    """The model's table has these timesteps, or ValueError in one line. Rows: with guidance both
-    prompts may go through the model at once."""
+    """Fills the model's table with the timesteps that it lacks. Raises ValueError, in one line, if
+    there is nothing to fill it from."""
+    # with guidance both prompts may go through the model at once
     rows = (samples, 2 * samples)
     known = inputs.timesteps.tolist()
     if inputs.stored is None:
@@ -122,7 +123,8 @@ def know(patcher, inputs: folded.Table, timesteps: list[float], samples: int) ->
         return
     later = patcher.model.diffusion_model.ppcl.later
     if later is None:
-        if lacking := [t for t in missing if t != 0]:  # the schedule's end, which is not evaluated
+        # 0 is the schedule's end, where the model is not evaluated
+        if lacking := [t for t in missing if t != 0]:
             refuse_timesteps(lacking, known, inputs.precision)
         return
     new = stored_table(patcher, inputs, later, missing, rows)
@@ -136,22 +138,22 @@ def know(patcher, inputs: folded.Table, timesteps: list[float], samples: int) ->
     inputs.asked = {(t, r) for t, r in inputs.asked if keeps and t not in missing} | {
         (t, rows) for t in missing
     }
-    patcher.size = 0  # counted anew
+    patcher.size = 0  # makes the host measure the model again
 
 
 def unload(patcher) -> None:
-    """Takes the model off its device, whichever branch of it is loaded: what it holds is about to
+    """Takes the model off its device, whichever branch is loaded, since its weights are about to
     change."""
     loaded = comfy.model_management.current_loaded_models
-    for found in [m for m in loaded if m.model is not None and m.model.model is patcher.model]:
-        found.model_unload()
-        loaded.remove(found)
+    for one in [m for m in loaded if m.model is not None and m.model.model is patcher.model]:
+        one.model_unload()
+        loaded.remove(one)
 
 
 def stored_table(
     patcher, inputs: folded.Table, later: Modulations, timesteps: list[float], rows: tuple
 ) -> Table:
-    """From models/ppcl/tables, or computed and put there."""
+    """The table of these timesteps, from models/ppcl/tables; otherwise computed, and written there."""
     key = _key(patcher, inputs, later, rows)
     for path in sorted(tables_folder().glob(f"{key[:24]}-*.safetensors")):
         about = json.loads(TensorFile(path).metadata.get(TABLE_KEY, "{}"))
@@ -164,7 +166,7 @@ def stored_table(
 
 
 def _key(patcher, inputs: folded.Table, later: Modulations, rows: tuple) -> str:
-    """Of everything that a value's bits hang on."""
+    """A hash of everything that the bits of a value depend on."""
     linear, names = inputs.new_linear, sorted(_host_names(patcher, later))
     parts = (
         later.mark,
@@ -200,8 +202,8 @@ def computed(
 
 @contextmanager
 def cast_when_used(module: nn.Module) -> Iterator[nn.Module]:
-    """Runs on its inputs' device, wherever its weights are: the host moves them, in whatever form
-    it keeps them."""
+    """Meanwhile the module runs on its inputs' device, wherever its weights are: the host casts and
+    moves them when they are used."""
     parts = [part for part in module.modules() if hasattr(part, "comfy_cast_weights")]
     old = [part.comfy_cast_weights for part in parts]
     try:
@@ -214,7 +216,7 @@ def cast_when_used(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _host_names(patcher, later: Modulations) -> dict[str, str]:
-    """Name of a modulation in the host's model -> in the file."""
+    """Name of each modulation in the host's model -> its name in the file."""
     names = patcher.model.diffusion_model.ppcl.structure.names
     return {
         (names.get(f"{n}.weight") or f"{n}.weight").removesuffix(".weight"): n for n in later.stored
@@ -234,6 +236,6 @@ def _opened(
 def _modulation(
     inputs: folded.Table, later: Modulations, name: str, device: torch.device
 ) -> nn.Module:
-    """As the host builds it in an unfolded block."""
+    """A modulation as the host builds it in an unfolded block."""
     linear = filled_linear(inputs.new_linear, later.shape(name), later.read(name))
     return nn.Sequential(nn.SiLU(), linear).to(device).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Hooks around one branch's sampling that keep what the model is fed."""
+"""Hooks that record what the model is fed while one branch is sampled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..host import host_named
 from .recording import MASK, Limits, Sampling, append, recorded
 
 KEY = "ppcl_record"
-CONDITIONS = {  # what a model reads of captions, by diffusers' names -> by the host's
+CONDITIONS = {  # diffusers' name for what a model reads of a caption -> the host's name
     "encoder_hidden_states": "c_crossattn",
     "encoder_hidden_states_mask": "attention_mask",
     "pooled_projections": "y",
@@ -23,8 +23,8 @@ CONDITIONS = {  # what a model reads of captions, by diffusers' names -> by the 
 
 
 class Recorder:
-    """Wrappers around one branch's sampling. Only copies are taken: the pictures stay as they are,
-    to the bit."""
+    """Wrappers around the sampling of one branch. They only take copies, so pictures stay the same to
+    the bit."""
 
     def __init__(self, weights: Weights, path: Path, limits: Limits, tell=lambda text: None):
         self.architecture, self.path, self.limits, self.tell = (
@@ -82,8 +82,8 @@ class Recorder:
         transformer_options=None,
         **named,
     ):
-        """Before the host turns sigma, which is our t, into what the architecture calls a
-        timestep."""
+        """Wraps the host's call of the model, where t is still sigma; further inside the host turns it
+        into the architecture's timestep."""
         options = transformer_options or {}
         if self.sampling is not None:
             if c_concat is not None:
@@ -95,10 +95,10 @@ class Recorder:
         return executor(x, t, c_concat, c_crossattn, control, options, **named)
 
     def _see(self, latents: torch.Tensor, t: torch.Tensor, given: dict, options: dict) -> None:
-        """Rows of a forward: all rows of one prompt, then all of the next."""
+        """Records one forward, whose rows are all rows of one prompt, then all of the next."""
         if latents.shape[-1] % 2 or latents.shape[-2] % 2:
             raise ValueError(
-                f"latents of {latents.shape[-2]} x {latents.shape[-1]} are no whole tokens; "
+                f"latents of {latents.shape[-2]} x {latents.shape[-1]} do not divide into tokens of 2 x 2; "
                 "draw pictures whose sides are multiples of 16"
             )
         schedule, sigma = options["sample_sigmas"], float(options["sigmas"].flatten()[0])
@@ -106,14 +106,15 @@ class Recorder:
         captions = self._captions(given, len(latents))
         tokens, sizes = self._references(given)
         captions |= tokens
-        for place, prompt in enumerate(options["cond_or_uncond"]):
-            part = slice(place * rows, (place + 1) * rows)
+        for number, prompt in enumerate(options["cond_or_uncond"]):
+            part = slice(number * rows, (number + 1) * rows)
             own = {name: tensor[part] for name, tensor in captions.items()}
             self.sampling.see(step, prompt == 1, latents[part], t[part], own, sizes)
 
     def _captions(self, given: dict, rows: int) -> Inputs:
-        """By diffusers' names, a row each. The host gives no mask where all tokens are real."""
-        found = {}
+        """What the model reads of captions, by diffusers' names, one row for each row of the
+        forward. The host gives no mask if no token is padding."""
+        captions = {}
         for name, theirs in self.reads.items():
             tensor = given.get(theirs)
             if name == MASK:
@@ -121,14 +122,13 @@ class Recorder:
                 tensor = torch.ones(shape, dtype=torch.bool) if tensor is None else tensor.bool()
             if tensor is None:
                 raise ValueError(
-                    f"the conditioning lacks what {self.architecture.name} reads as {name}; use its own encoders"
+                    f"the conditioning lacks what {self.architecture.name} reads as {name}; use its own text encoders"
                 )
-            found[name] = tensor.expand(rows, *tensor.shape[1:])
-        return found
+            captions[name] = tensor.expand(rows, *tensor.shape[1:])
+        return captions
 
     def _references(self, given: dict) -> tuple[Inputs, tuple[tuple[int, ...], ...]]:
-        """Tokens of all reference pictures behind each other, a row each, and the pictures' sizes
-        in tokens."""
+        """(tokens of all reference pictures, one after the other, sizes of the pictures in tokens)."""
         if not (pictures := given.get("ref_latents")):
             return {}, ()
         self.host.check_references(
@@ -146,8 +146,8 @@ class Recorder:
 
 
 def flat(latents: torch.Tensor) -> torch.Tensor:
-    """Latents of pictures, without the frame that video models have. Raises ValueError for several
-    frames."""
+    """Latents of pictures without the dimension of frames that video models have. Raises ValueError
+    for several frames."""
     if latents.ndim == 4:
         return latents
     if latents.shape[2] > 1:
@@ -158,5 +158,5 @@ def flat(latents: torch.Tensor) -> torch.Tensor:
 
 
 def whole_tokens(latents: torch.Tensor) -> torch.Tensor:
-    """Filled up as the host does it."""
+    """Latents padded to whole tokens as the host pads them."""
     return comfy.ldm.common_dit.pad_to_patch_size(latents, (2, 2))

@@ -1,8 +1,8 @@
-"""What a sampler feeds a model, kept as a calibration set. Knows tensors and files, not the host.
+"""What a sampler feeds a model, kept as a calibration set. Does not call ComfyUI.
 
-Of every picture that is drawn a few states are kept, spread over the schedule, most of them with
-the prompt and some with the negative one; the picture itself, as latents, becomes the clean one of
-each. An edit model's references are kept with every state.
+A few states of every picture are kept, spread over the schedule: most with the prompt, some with the
+negative prompt. The finished picture, as latents, becomes the clean end of each. An edit model's
+references are kept with every state.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from ...ppcl_engine.data.draw import inputs_of
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """samples: of the whole set. each_picture: of one picture. batch: samples that go through a
-    block at once."""
+    """How much is recorded."""
 
     samples: int
+    """in the whole set"""
     each_picture: int
+    """samples of one picture"""
     batch: int
+    """samples that go through a block at once"""
     empty_captions: float
+    """share of samples with the negative prompt"""
     seed: int
+    """of the choice of samples"""
 
 
 TEXT, MASK = "encoder_hidden_states", "encoder_hidden_states_mask"
@@ -35,18 +39,18 @@ Wanted = dict[tuple[int, int], bool]
 
 
 def wanted_states(limits: Limits, number: int, rows: int, steps: int) -> Wanted:
-    """Of each row one state in each of `each_picture` equal parts of the schedule. The same for the
-    same seed and `number` of the sampling."""
-    generator, found = _generator(limits, number), {}
+    """For each row, one random state in each of `each_picture` equal parts of the schedule. The same
+    seed and number of the sampling give the same choice."""
+    generator, wanted = _generator(limits, number), {}
     kept = min(limits.each_picture, steps)
     for row in range(rows):
-        places = (torch.arange(kept) + torch.rand(kept, generator=generator)) / kept * steps
+        positions = (torch.arange(kept) + torch.rand(kept, generator=generator)) / kept * steps
         negative = torch.rand(kept, generator=generator) < limits.empty_captions
-        found |= {
+        wanted |= {
             (row, step): empty
-            for step, empty in zip(places.int().tolist(), negative.tolist(), strict=True)
+            for step, empty in zip(positions.int().tolist(), negative.tolist(), strict=True)
         }
-    return found
+    return wanted
 
 
 def _generator(limits: Limits, number: int) -> torch.Generator:
@@ -55,16 +59,18 @@ def _generator(limits: Limits, number: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class State:
-    """One row of a forward, on the CPU in float32: latents [1, c, h, w], t, captions: what the
-    model reads beside them, by diffusers' names (text [tokens, width], mask [tokens], pooled text
-    [width], guidance [], tokens of all references [tokens, channels]), references: sizes of those
-    (frames, rows, columns)."""
+    """One row of a forward, on the CPU in float32."""
 
     latents: torch.Tensor
+    """[1, channels, height, width]"""
     t: float
     captions: Inputs
+    """what the model reads beside the latents, by diffusers' names: text [tokens, width], mask
+    [tokens], pooled text [width], guidance [], tokens of all references [tokens, channels]"""
     negative: bool
+    """whether the prompt is the negative one"""
     references: tuple[tuple[int, ...], ...]
+    """size of each reference in tokens (frames, rows, columns)"""
 
     @property
     def tokens(self) -> int:
@@ -72,7 +78,7 @@ class State:
 
 
 class Sampling:
-    """The states kept of one sampling, while it runs."""
+    """The states kept of one sampling while it runs."""
 
     def __init__(self, limits: Limits, number: int, rows: int, steps: int):
         self.limits, self.number, self.rows, self.steps = limits, number, rows, steps
@@ -88,11 +94,11 @@ class Sampling:
         captions: Inputs,
         references=(),
     ) -> None:
-        """A forward's rows of one prompt: latents [rows, c, h, w], t [rows], captions as a `State`
-        has them, a row each; references as it has them.
+        """Keeps what is wanted of the rows of one prompt in a forward: latents [rows, channels,
+        height, width], t [rows], captions and references as in `State`, one row each.
 
-        The first forward of a step counts; the other prompt's is kept where the wanted one never
-        comes (guidance 1).
+        Only the first forward of a step counts. A state with the other prompt is kept until one with
+        the wanted prompt comes, which never happens at guidance 1.
         """
         for row in range(self.rows):
             kept = self.states.get((row, step))
@@ -105,11 +111,12 @@ class Sampling:
                 )
 
     def batches(self, architecture: Architecture, clean: torch.Tensor, most: int) -> list[Inputs]:
-        """At most `most` of the samples, shuffled, texts of a batch of one length, or padded to it
-        where a mask says so, and references of the same sizes. clean [rows, c, h, w]."""
+        """At most `most` of the samples, shuffled, in batches. Within a batch, references have the
+        same sizes, and texts the same length unless a mask allows padding. clean: the finished
+        pictures [rows, channels, height, width]."""
         keys = sorted(self.states)
         order = torch.randperm(len(keys), generator=_generator(self.limits, self.number))[:most]
-        keys = [keys[place] for place in order.tolist()]
+        keys = [keys[position] for position in order.tolist()]
         clean = clean.float().cpu()
         chunks, alike = [], {}
         for key in keys:
@@ -140,7 +147,7 @@ class Sampling:
 
 
 def _stacked(rows: list[torch.Tensor]) -> torch.Tensor:
-    """Padded with zeros where the first dimension differs."""
+    """Rows stacked, padded with zeros if their first dimensions differ."""
     return (
         torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         if rows[0].ndim
@@ -155,19 +162,19 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def recorded(path: Path, origin: dict) -> CalibrationSet:
-    """What is there so far. Raises ValueError where the file is another recording's."""
+    """What was recorded so far. Raises ValueError if the file is from another recording."""
     if not path.exists():
         return CalibrationSet([], origin)
-    found = load_calibration(path)
-    if found.origin != origin:
+    calibration = load_calibration(path)
+    if calibration.origin != origin:
         raise ValueError(
-            f"{path} was recorded with other settings; remove its folder, or change seed"
+            f"{path} was recorded with other settings; delete its folder, or change seed"
         )
-    return found
+    return calibration
 
 
 def append(path: Path, origin: dict, batches: list[Inputs]) -> CalibrationSet:
-    """Writes the set with these batches behind those that are there; the file appears whole."""
+    """Adds batches to the set and writes it; the file is replaced as a whole."""
     grown = CalibrationSet([*recorded(path, origin).batches, *batches], origin)
     save_calibration(path, grown)
     return grown

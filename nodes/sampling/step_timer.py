@@ -1,4 +1,4 @@
-"""Seconds a step of a MODEL, taken while the host samples with it."""
+"""Measures the seconds per step of a MODEL while the host samples with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def watch(model) -> None:
 
 
 def seconds_a_step(model) -> float | None:
-    """Median of the last run with this very MODEL; None before it was sampled with."""
+    """Median over the last sampling with this MODEL (not a clone); None before the first."""
     steps = _steps.get(model)
     return median(steps) if steps else None
 

@@ -1,4 +1,4 @@
-"""Which timesteps a sampler will ask the model for, known before it starts."""
+"""Finds out, before a sampler starts, for which timesteps it will ask the model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ HOSTS_OWN = "comfy."
 
 
 def timesteps_of(patcher, sampler, sigmas: torch.Tensor) -> list[float]:
-    """As the model is given them, in float32, each once; 0 is among them, as edit models read it
-    for their reference.
+    """The timesteps as the model is given them, in float32, each once. 0 is always among them: edit
+    models read it for their references.
 
-    Some samplers evaluate between the sigmas of their schedule. Where they do depends on the
-    schedule alone, so the host's own are run on a model that does nothing. Those that decide on the
-    way (dpm_adaptive) can't be known.
+    Some samplers evaluate the model between the sigmas of their schedule. Where they do so depends on
+    the schedule alone, so the host's own samplers are run on a model that does nothing. The timesteps
+    of samplers that decide on their way (dpm_adaptive) cannot be known.
     """
     sampling = patcher.get_model_object("model_sampling")
     sigmas = sigmas.to(patcher.load_device, torch.float32)
@@ -24,8 +24,8 @@ def timesteps_of(patcher, sampler, sigmas: torch.Tensor) -> list[float]:
 
 
 def between(patcher, sampler, sigmas: torch.Tensor) -> list[torch.Tensor]:
-    """What the host's own sampler asks a model for [1] each; nothing of samplers that come from
-    elsewhere."""
+    """The sigmas that one of the host's own samplers asks a model for, [1] each; empty for samplers
+    from other packs."""
     function = getattr(sampler, "sampler_function", None)
     if len(sigmas) < 2 or not getattr(function, "__module__", "").startswith(HOSTS_OWN):
         return []
@@ -47,8 +47,8 @@ def between(patcher, sampler, sigmas: torch.Tensor) -> list[torch.Tensor]:
 
 
 class Nothing:
-    """A model that denoises everything to zero and remembers what it was asked for. Samplers look
-    for the host's model and patcher inside it."""
+    """A model that denoises everything to zero and remembers the sigmas it was asked for. It has the
+    host's model and patcher where samplers look for them."""
 
     def __init__(self, patcher):
         guider = SimpleNamespace(inner_model=patcher.model, model_patcher=patcher, model_options={})

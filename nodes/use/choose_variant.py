@@ -1,4 +1,4 @@
-"""PPCL_Variant: another size of a switchable model, on a branch of its own; nothing is read."""
+"""PPCL_Variant: another size of a switchable model, on a branch of its own, without reading a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...ppcl_engine.models.layout import layout_of
 from ...ppcl_engine.plan import PruningPlan, Variant
 from ..host.switching import size_of, variant_of, with_variant
 from ..loading.bundles import variant_names
-from ..loading.request import SMALLEST
+from ..loading.request import variant_in
 from ..node import Node
 from .load_model import described
 
@@ -18,8 +18,8 @@ KEEP, BY_SIZE = "as it is", "by size"
 
 
 def choose(model, variant: str, size: float, on: str, off: str):
-    """(branch, what it runs in words). `size`: largest share of the full model's parameters, for
-    "by size"."""
+    """(the new branch, what it runs in words). size: for BY_SIZE, the largest share of the full
+    model's parameters; on, off: names of parts to switch."""
     plan = switchable_plan(model)
     chosen = _by_name(model, plan, variant, size)
     chosen = with_parts(plan, chosen, on.replace(",", " ").split(), off.replace(",", " ").split())
@@ -28,10 +28,10 @@ def choose(model, variant: str, size: float, on: str, off: str):
 
 
 def switchable_plan(model) -> PruningPlan:
-    """Raises ValueError for a model whose parts are not all there."""
+    """The plan of a switchable model. Raises ValueError for any other model."""
     parts = getattr(model.model.diffusion_model, "ppcl", None)
     if parts is None or parts.plan is None:
-        raise ValueError("this MODEL is no PPCL bundle; load one with Load Pruned Model (PPCL)")
+        raise ValueError("this MODEL is not a PPCL bundle; load one with Load Pruned Model (PPCL)")
     if not parts.structure.switchable:
         raise ValueError(
             "only one variant of this model was loaded; set switchable to on in Load Pruned Model (PPCL)"
@@ -44,9 +44,7 @@ def _by_name(model, plan: PruningPlan, name: str, size: float) -> Variant:
         return variant_of(model)
     if name == BY_SIZE:
         return by_size(model, plan, size)
-    variant = plan.variant(
-        None if name == SMALLEST and all(v.name != SMALLEST for v in plan.variants) else name
-    )
+    variant = variant_in(plan, name)
     if variant.tuned:
         raise ValueError(
             f"variant {name!r} is fine-tuned, with weights of its own; load it with switchable set to off"
@@ -55,8 +53,8 @@ def _by_name(model, plan: PruningPlan, name: str, size: float) -> Variant:
 
 
 def by_size(model, plan: PruningPlan, share: float) -> Variant:
-    """Parts are switched on in the order of their measured damage until the parameters are within
-    the share; those that were not measured come last."""
+    """Replaces parts of the full model, those with the least measured damage first, until its
+    parameters are within the share. Parts that were not measured come last."""
     transformer, names = model.model.diffusion_model, []
     full, _ = size_of(transformer, layout_of(plan, Variant(name="full")))
     parts = sorted(
@@ -71,8 +69,8 @@ def by_size(model, plan: PruningPlan, share: float) -> Variant:
 
 
 def with_parts(plan: PruningPlan, variant: Variant, on: list[str], off: list[str]) -> Variant:
-    """The variant with single intervals and sites switched on or given back. Raises ValueError for
-    unknown names."""
+    """The variant with single intervals and sites switched on, or given back to the teacher. Raises
+    ValueError for unknown names."""
     for name in (*on, *off):
         plan.site(name) if ":" in name else plan.interval(name)
     if not on and not off:
@@ -82,6 +80,7 @@ def with_parts(plan: PruningPlan, variant: Variant, on: list[str], off: list[str
 
 
 def _of(names: list[str]) -> Variant:
+    """The variant that these intervals and sites make."""
     intervals, sites = (tuple(n for n in names if (":" in n) == site) for site in (False, True))
     return Variant(name=",".join(names) or "full", intervals=intervals, sites=sites)
 

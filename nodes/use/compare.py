@@ -31,17 +31,11 @@ def compared(models: list, pictures: list[torch.Tensor]) -> torch.Tensor:
 
 
 def column_name(model) -> str:
-    """ "small, folded: table", "full, 50 % zero" """
-    folding, sparsity = (
-        folding_in(model.model.diffusion_model),
-        getattr(model.model, "ppcl_sparsity", None),
-    )
-    parts = [
-        name_of(model),
-        *([f"folded: {folding.form}"] if folding else []),
-        *([sparsity] if sparsity else []),
-    ]
-    return ", ".join(parts)
+    """What a column shows, such as "small, folded: table" or "full, 50 % zero"."""
+    folding = folding_in(model.model.diffusion_model)
+    folded = f"folded: {folding.form}" if folding else None
+    sparsity = getattr(model.model, "ppcl_sparsity", None)
+    return ", ".join(filter(None, (name_of(model), folded, sparsity)))
 
 
 class Compare(Node):
@@ -81,5 +75,5 @@ class Compare(Node):
                 )
             if model is not None:
                 models, pictures = [*models, model], [*pictures, picture]
-        found = compared(models, pictures)
-        return io.NodeOutput(found, ui=ui.PreviewImage(found, cls=cls))
+        picture_sheet = compared(models, pictures)
+        return io.NodeOutput(picture_sheet, ui=ui.PreviewImage(picture_sheet, cls=cls))

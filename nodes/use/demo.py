@@ -29,8 +29,8 @@ def codec() -> TableCodec:
 
 
 def encode(text: str):
-    """(positive, negative, latent) for one picture a line. Raises ValueError, in one line, for what
-    it cannot draw."""
+    """(positive, negative, latent) for one picture per line. Raises ValueError, in one line, for
+    captions that the teacher cannot draw."""
     captions = [line.strip() for line in text.split("\n") if line.strip()]
     if not 0 < len(captions) <= MOST:
         raise ValueError(f"{len(captions)} captions are given; write 1 to {MOST}, one a line")
@@ -45,22 +45,21 @@ def encode(text: str):
 
 
 def conditioning(captions: list[str]) -> list:
-    """With the mean of the words, for a model that reads pooled text."""
+    """The host's conditioning. Its pooled text, which some models read, is the mean of the words."""
     text = codec().text(captions)
     words, mask = text["encoder_hidden_states"], text["encoder_hidden_states_mask"][..., None]
     return [[words, {"pooled_output": (words * mask).sum(1) / mask.sum(1)}]]
 
 
 def decode(samples: torch.Tensor, enlarge: int) -> torch.Tensor:
-    """The host's latents -> pictures [n, height, width, 3]. The host scales latents of this
-    architecture as its own VAE needs it when sampling ends; the demo's tables do not, so that is
-    undone."""
+    """Pictures [n, height, width, 3] from the host's latents. When sampling ends, the host scales
+    latents of this architecture for its own VAE; the demo's tables need them unscaled."""
     if samples.ndim == 4:
         samples = samples.unsqueeze(2)
     if tuple(samples.shape[1:]) != (CHANNELS, 1, ROWS, COLUMNS):
-        found = " x ".join(map(str, samples.shape[1:]))
+        shape = " x ".join(map(str, samples.shape[1:]))
         raise ValueError(
-            f"the demo's latents are {CHANNELS} x 1 x {ROWS} x {COLUMNS}, this one is {found}; "
+            f"the demo's latents are {CHANNELS} x 1 x {ROWS} x {COLUMNS}, this one is {shape}; "
             "use the latent of Demo Caption (PPCL)"
         )
     latents = Wan21().process_in(samples.float().cpu())[:, :, 0]

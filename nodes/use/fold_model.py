@@ -1,4 +1,4 @@
-"""PPCL_FoldModel: writes a model without the modulations that read the timestep alone, for good."""
+"""PPCL_FoldModel: writes a file of a model whose timestep modulations are folded away."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from ...ppcl_engine.settings.help_texts import setting_help
 from ...ppcl_engine.stages.convert.fold import fold
 from ...ppcl_engine.system.atomic import read_json
 from ...ppcl_engine.system.progress import listening
-from ..loading import request
 from ..node import Node
-from ..paths import NO_BASE, base_path, model_files, model_path, written_folder
+from ..paths import NO_BASE, base_path, files_of_the_engine, model_path, written_folder
 
 PRECISIONS = ("bfloat16", "float32")
 NAME = "folded"
 
 
 class HostProgress:
-    """The engine's progress on the host's bar; the host's stop button ends the work."""
+    """A listener that shows the engine's progress on the host's bar and lets its Cancel end the work."""
 
     def __init__(self):
         self.bar = None
@@ -56,8 +55,8 @@ def write(
     precision: str,
     samples: str,
 ) -> str:
-    """What is in models/ppcl now, in words. Raises ValueError, in one line, for what cannot be
-    folded and for a name that is taken."""
+    """Writes the folded files to models/ppcl; returns what they are, in words. Raises ValueError, in
+    one line, for a model that cannot be folded and for a name that is taken."""
     check_file_name(name)
     if form == "table" and sigmas is None:
         raise ValueError(
@@ -68,7 +67,7 @@ def write(
         f"{name}{ending}" for ending in (".safetensors", ".ppcl.safetensors", "_base.safetensors")
     ]
     if taken := [one for one in wanted if (folder / one).exists()]:
-        raise ValueError(f"{taken[0]} is in models/ppcl already; choose another name, or remove it")
+        raise ValueError(f"{taken[0]} is in models/ppcl already; choose another name, or delete it")
     timesteps = (
         "" if sigmas is None else " ".join(f"{float(sigma):.9g}" for sigma in sigmas if sigma > 0)
     )
@@ -118,7 +117,7 @@ class FoldModel(Node):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = [name for name in model_files() if not name.endswith(request.GGUF)]
+        files = files_of_the_engine()
         return io.Schema(
             node_id="PPCL_FoldModel",
             display_name="Fold Model (PPCL)",
@@ -159,7 +158,7 @@ class FoldModel(Node):
                 io.Sigmas.Input(
                     "sigmas",
                     optional=True,
-                    tooltip="table: the schedule it is made for, from any scheduler node.",
+                    tooltip="Of a table: the schedule it is made for, from any scheduler node.",
                 ),
             ],
             outputs=[io.String.Output(display_name="text")],
@@ -172,7 +171,7 @@ class FoldModel(Node):
         path, full = model_path(file), base_path(base)
         if full is not None and not is_bundle(path):
             raise ValueError(
-                f"{path.name} is no bundle, so it takes no base model; set base to none"
+                f"{path.name} is not a bundle, so it takes no base model; set base to none"
             )
         with torch.inference_mode(False):
             return io.NodeOutput(write(path, full, form, name, bound, sigmas, precision, samples))

@@ -15,8 +15,8 @@ from ..pictures import picture_of
 
 
 def map_of(model) -> torch.Tensor:
-    """Picture [1, height, width, 3]: this branch in the first row, the file's named variants below
-    it."""
+    """The layer map [1, height, width, 3]: this branch in the first row, below it the file's named
+    variants."""
     plan, variants = plan_in(model)
     parameters = {v.name: parameters_of(model, plan, v) for v in variants if v.parameters}
     parameters[variants[0].name] = sizes(model)[0]
@@ -24,7 +24,7 @@ def map_of(model) -> torch.Tensor:
 
 
 def parameters_of(model, plan, variant) -> int:
-    """As the plan says; where modulations were folded away since, as they are counted here."""
+    """A variant's parameters as the plan says; counted here if modulations were folded since."""
     transformer = model.model.diffusion_model
     if folding_in(transformer) is None or not transformer.ppcl.structure.switchable:
         return variant.parameters

@@ -1,5 +1,4 @@
-"""PPCL_LoadModel: a bundle with its base model, a standalone, or a released pruned model ->
-MODEL."""
+"""PPCL_LoadModel: loads a bundle with its base model, a standalone file, or a released pruned model."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from comfy_api.v0_0_2 import io
 
 from ...ppcl_engine.algorithms.sparsity.files import sparsity_of
 from ...ppcl_engine.models.layout import layout_of
+from ...ppcl_engine.report.numbers import counted, size_text
 from ...ppcl_engine.settings.convert_settings import ImportConfig
 from ...ppcl_engine.settings.help_texts import setting_help
 from ...ppcl_engine.system.tensor_files import TensorFile
@@ -22,9 +22,9 @@ from ..host.switching import size_of, variant_of, with_variant
 from ..loading import content_of, gguf
 from ..loading.bundles import variant_names
 from ..loading.fold_on_load import make_fold
-from ..loading.request import AUTO, GGUF, PRESETS, Content, Request
+from ..loading.request import AUTO, PRESETS, Content, Request
 from ..node import Node
-from ..paths import NO_BASE, base_path, model_files, model_path
+from ..paths import GGUF, NO_BASE, base_path, model_files, model_path
 from ..sampling.modulation_tables import follow
 from ..sampling.step_timer import watch
 
@@ -44,8 +44,8 @@ WEIGHT_DTYPES = {
 
 
 def load_patcher(request: Request, weight_dtype: str = "default", disable_dynamic: bool = False):
-    """(the host's patcher, what it holds in words). disable_dynamic: of hosts that move weights
-    when they are used."""
+    """(the host's patcher, what it holds in words). disable_dynamic: for hosts that move weights when
+    they are used; passed on to their loader."""
     if weight_dtype not in WEIGHT_DTYPES:
         raise ValueError(
             f"weight dtype {weight_dtype!r} is unknown; known: {', '.join(WEIGHT_DTYPES)}"
@@ -67,7 +67,7 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
     model = host_loads(content.tensors, model_options=options, **known)
     if model is None:
         raise ValueError(
-            f"{request.path.name}: the host knows no model with these tensors; is the file whole?"
+            f"{request.path.name}: ComfyUI does not know a model with these tensors; is the file complete?"
         )
     model = gguf.patched(model) if quantised else model
     model.cached_patcher_init = (_patcher_alone, (request, weight_dtype))
@@ -78,12 +78,12 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
         prepare(model)
         model = with_variant(model, variant)
         content.notes += layout_of(plan, variant).notes
-    lines = [described(model), f"read {content.bytes_read / 1e9:.2f} GB", *content.notes]
+    lines = [described(model), f"read {size_text(content.bytes_read)}", *content.notes]
     return model, "\n".join(lines)
 
 
 def follow_folded(model, content: Content) -> None:
-    """A folded model is checked, and its table filled, when sampling starts."""
+    """Makes a folded model check its patches, and fill its table, when sampling starts."""
     parts = getattr(model.model.diffusion_model, "ppcl", None)
     if parts is not None and parts.structure.folding is not None:
         parts.later = content.later
@@ -91,35 +91,33 @@ def follow_folded(model, content: Content) -> None:
 
 
 def note_sparsity(model, path: Path) -> tuple[str, ...]:
-    """What weights of a file are zero, in words; Compare Variants names its column by it."""
-    found = (
+    """How many weights of a sparsified file are zero, in words, for the loader's text; the share is
+    kept for Compare Variants."""
+    sparsity = (
         sparsity_of(TensorFile(path).metadata) if path.is_file() and path.suffix != GGUF else None
     )
-    if found is None:
+    if sparsity is None:
         return ()
-    share = f"{100 * found.dropped / found.weights:.3g} %"
+    share = f"{100 * sparsity.dropped / sparsity.weights:.3g} %"
     model.model.ppcl_sparsity = f"{share} zero"
-    return (f"{share} of {found.weights:,} weights in its blocks are zero ({found.pattern})",)
+    return (f"{share} of {sparsity.weights:,} weights in its blocks are zero ({sparsity.pattern})",)
 
 
+# newer hosts call this to load the model again, for another GPU or without dynamic memory
 def _patcher_alone(request: Request, weight_dtype: str, disable_dynamic: bool = False):
     return load_patcher(request, weight_dtype, disable_dynamic)[0]
 
 
 def described(model) -> str:
-    """ "small: 11.93 B parameters, 23.9 GB" of what a branch runs."""
+    """What a branch runs, such as "small: 11.93 B parameters, 23.90 GB in use; switchable"."""
     transformer = model.model.diffusion_model
     parts = getattr(transformer, "ppcl", None)
     if parts is not None and parts.structure.switchable:
         variant = variant_of(model)
         parameters, size = size_of(transformer, layout_of(parts.plan, variant))
-        return f"{variant.name}: {_counted(parameters)} parameters, {size / 1e9:.2f} GB in use; switchable"
+        return f"{variant.name}: {counted(parameters)} parameters, {size_text(size)} in use; switchable"
     parameters, size = size_of(transformer, None)
-    return f"{_counted(parameters)} parameters, {size / 1e9:.2f} GB"
-
-
-def _counted(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
+    return f"{counted(parameters)} parameters, {size_text(size)}"
 
 
 class LoadModel(Node):

@@ -22,7 +22,8 @@ SUFFIX = re.compile(
 
 
 def lora_report(model, tensors: dict[str, torch.Tensor]) -> Coverage:
-    """By the host's own reading of LoRA files, against the names of the full model."""
+    """What of a LoRA reaches a model, as the host itself reads the file against the full model's
+    names."""
     host, config = known(model)
     shapes = expected_shapes(host.engine, config)
     whole = copy.copy(model.model)
@@ -38,20 +39,20 @@ def lora_report(model, tensors: dict[str, torch.Tensor]) -> Coverage:
 
 
 def _engine_names(engine: Architecture, target, shapes: dict) -> list[str]:
-    """diffusers' names of what a change reaches. The host names rows of a weight as (name, (0,
-    first, count), ...)."""
+    """Diffusers' names of the tensors that a change reaches. A target is a name, or, for some rows of
+    a weight, (name, (0, first, count), ...)."""
     name, rows = (target, None) if isinstance(target, str) else target[:2]
     keys = engine.from_comfyui(name.removeprefix(PREFIX))
     if rows is None:
         return list(keys)
     _, start, count = rows
-    found = []
+    names = []
     for key in keys:
         part = engine.to_comfyui(key, shapes)
         first = min(part.pieces) * shapes[key][0] // len(part.pieces)
         if start < first + shapes[key][0] and first < start + count:
-            found.append(key)
-    return found
+            names.append(key)
+    return names
 
 
 class LoraReport(Node):

@@ -80,7 +80,7 @@ def test_the_entry_imports_nothing_when_it_is_imported():
 
 
 def imported_at_once(path: Path) -> tuple[set[str], set[Path]]:
-    """(other packages, files of ours) that importing a file imports; not what its functions import
+    """(other packages, files of this repository) that importing a file imports; not what its functions import
     when they are called."""
     others, ours = set(), set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -166,7 +166,7 @@ def calls_of(path: Path) -> list[ast.Call]:
 
 
 def test_one_file_of_the_whole_pack_starts_processes():
-    """Its command is this interpreter, the worker's file and a folder of ours."""
+    """Its command is this interpreter, the worker's file and a folder of this repository."""
     starting = {
         path for path in PACK if any(m.split(".")[0] == "subprocess" for _, m in imports_of(path))
     }
@@ -206,14 +206,14 @@ def test_no_shell_no_network_no_evaluated_text_in_the_whole_pack():
 
 def test_no_widget_reaches_a_command():
     """Nodes know the launcher's two functions: stop a process, show a command."""
-    found = {
+    imported = {
         alias.name
         for path in NODES
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom) and (node.module or "").endswith("jobs.launch")
         for alias in node.names
     }
-    assert found == {"stop", "prepared_command"}
+    assert imported == {"stop", "prepared_command"}
 
 
 def shipped_files() -> list[str]:

@@ -63,15 +63,18 @@ def for_other_inputs(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """name: the host's; make: weight -> (its parts in a file, the numbers that they stand for);
-    said: the rest of what the file says of it. old: scaled fp8, all of it. in_metadata: where the
-    file says it."""
+    """A format of quantised matrices."""
 
     name: str
+    """the host's"""
     make: Callable[[torch.Tensor], tuple[Parts, torch.Tensor]]
+    """weight -> (its tensors in a file, the numbers that they stand for)"""
     said: dict | None = None
+    """further settings that the file has for it"""
     old: torch.dtype | None = None
+    """dtype of the matrices, if all of the file is scaled fp8"""
     in_metadata: bool = False
+    """whether the file has the settings in its metadata"""
 
     @property
     def is_read(self) -> bool:

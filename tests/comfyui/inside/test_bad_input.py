@@ -11,8 +11,14 @@ from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 
 @pytest.fixture(scope="module")
-def files(models, bundle, teacher, make_model, save_model):
-    """Broken and foreign files beside the good ones."""
+def files(broken_files, hostile_bundles, bundle, teacher) -> tuple[str, str]:
+    """The good bundle and its base, with the others beside them."""
+    return bundle.name, teacher.name
+
+
+@pytest.fixture(scope="module")
+def broken_files(models, teacher, make_model, save_model) -> None:
+    """Files that are damaged, or that hold something else."""
     folder = models.diffusion_models
     data = teacher.read_bytes()
     (folder / "truncated.safetensors").write_bytes(data[: len(data) // 2])
@@ -24,6 +30,21 @@ def files(models, bundle, teacher, make_model, save_model):
     save_model(
         folder / "shallow.safetensors", make_model(num_layers=3, in_channels=64, out_channels=16)
     )
+    broken = TensorFile(teacher).read_all() | {
+        STRUCTURE_TENSOR: torch.full((8,), 200, dtype=torch.uint8)
+    }
+    write_tensors(folder / "broken_plan.safetensors", broken)
+    short = {
+        name: tensor
+        for name, tensor in TensorFile(teacher).read_all().items()
+        if ".3.attn.to_k" not in name
+    }
+    write_tensors(folder / "short.safetensors", short, TensorFile(teacher).metadata)
+
+
+@pytest.fixture(scope="module")
+def hostile_bundles(models, bundle) -> None:
+    """Bundles whose plan describes no model."""
     file = TensorFile(bundle)
     plan, tensors = json.loads(file.metadata[PLAN_KEY]), file.read_all()
 
@@ -47,26 +68,15 @@ def files(models, bundle, teacher, make_model, save_model):
     hostile("config", {"config": {}})
     less = {name: tensor for name, tensor in tensors.items() if "1-2.attn.to_q" not in name}
     write_tensors(models.ppcl / "lacking.ppcl.safetensors", less, {PLAN_KEY: json.dumps(plan)})
-    broken = TensorFile(teacher).read_all() | {
-        STRUCTURE_TENSOR: torch.full((8,), 200, dtype=torch.uint8)
-    }
-    write_tensors(folder / "broken_plan.safetensors", broken)
-    short = {
-        name: tensor
-        for name, tensor in TensorFile(teacher).read_all().items()
-        if ".3.attn.to_k" not in name
-    }
-    write_tensors(folder / "short.safetensors", short, TensorFile(teacher).metadata)
-    return bundle.name, teacher.name
 
 
 WRONG = {
-    "no such file": ({"file": "../secrets.safetensors"}, "is in none of"),
+    "no such file": ({"file": "../secrets.safetensors"}, "is neither in"),
     "truncated": ({"file": "truncated.safetensors"}, "is truncated"),
     "no model": ({"file": "text.safetensors"}, "not a safetensors file"),
     "another model": (
         {"file": "other_model.safetensors"},
-        "is no model of an architecture that is known here",
+        "is not a model of a supported architecture",
     ),
     "a tensor is missing": ({"file": "short.safetensors"}, "lacks 2 tensors"),
     "broken plan": ({"file": "broken_plan.safetensors"}, "plan is not readable"),
@@ -75,7 +85,7 @@ WRONG = {
     "base of another teacher": ({"base": "other_teacher.safetensors"}, "is not the teacher"),
     "base of another depth": (
         {"base": "shallow.safetensors"},
-        "has 3 blocks, the bundle's teacher 6",
+        "has 3 blocks, the bundle's teacher has 6",
     ),
     "a base where none belongs": ({"file": "shallow.safetensors"}, "takes no base model"),
     "unknown variant": ({"variant": "huge"}, "variant 'huge' is not in the plan"),
@@ -139,7 +149,7 @@ def test_switches_that_make_no_sense(load, switched, files):
     ):
         with pytest.raises(ValueError, match=message):
             switched(model, **widgets)
-    with pytest.raises(ValueError, match="no PPCL bundle"):
+    with pytest.raises(ValueError, match="not a PPCL bundle"):
         switched(plain, variant="full")
 
 

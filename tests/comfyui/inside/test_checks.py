@@ -38,7 +38,7 @@ WRONG = {
 
 @pytest.fixture
 def schemas(pack):
-    """Of every node of ours, by its id."""
+    """The schema of every node of this pack, by its id."""
     ours = [name for name in host_nodes.NODE_CLASS_MAPPINGS if name.startswith("PPCL_")]
     return {name: host_nodes.NODE_CLASS_MAPPINGS[name].define_schema() for name in ours}
 

@@ -229,9 +229,10 @@ def test_links_in_circles(base, choices):
     assert {f"folder{number}/model.safetensors" for number in range(10)} <= set(names)
 
 
-def test_releases_as_they_are_downloaded(base, choices, pack):
-    """A repository with a folder a model, a hub cache, a transformer alone, a pipeline, and links
-    to folders elsewhere."""
+@pytest.fixture
+def releases(base) -> Path:
+    """models/ppcl with releases as they are downloaded: a repository with several models, a hub cache,
+    a transformer alone, a pipeline, and links to folders elsewhere."""
     ppcl, other = base / "ppcl", base / "elsewhere"
     folder(ppcl / "plain", {"any": "thing"})  # directly in models/ppcl whatever has a configuration
     for name in ("Qwen-Image-12B", "Qwen-Image-13B"):
@@ -254,8 +255,12 @@ def test_releases_as_they_are_downloaded(base, choices, pack):
     (ppcl / "linked").symlink_to(other / "linked", target_is_directory=True)
     (base / "diffusion_models" / "disk").symlink_to(other, target_is_directory=True)
     write_tensors(other / "single.safetensors", {"a": torch.zeros(1)})
-    found = {name for name in choices("PPCL_LoadModel", "file") if not name.startswith("demo/")}
-    assert found - {"models--ORG--NAME/blobs/made/"} == {
+    return ppcl
+
+
+def test_releases_are_listed_as_they_are_downloaded(releases, choices):
+    listed = {name for name in choices("PPCL_LoadModel", "file") if not name.startswith("demo/")}
+    expected = {
         "plain/",
         "repo/Qwen-Image-12B/",
         "repo/Qwen-Image-13B/",
@@ -267,10 +272,13 @@ def test_releases_as_they_are_downloaded(base, choices, pack):
         "disk/linked/",
         "disk/single.safetensors",
     }
-    assert found < set(choices("PPCL_RecordCalibration", "model_file")) | {
-        "demo/demo.ppcl.safetensors"
-    }
-    assert pack("paths").model_path("repo/Qwen-Image-12B/") == ppcl / "repo" / "Qwen-Image-12B"
+    assert listed - {"models--ORG--NAME/blobs/made/"} == expected
+    assert listed <= set(choices("PPCL_RecordCalibration", "model_file"))
+
+
+def test_a_release_is_found_by_its_name(releases, pack):
+    path = pack("paths").model_path("repo/Qwen-Image-12B/")
+    assert path == releases / "repo" / "Qwen-Image-12B"
 
 
 @pytest.mark.parametrize(
@@ -300,7 +308,9 @@ def test_a_name_is_looked_up(base, pack, name):
     folder(base / "ppcl" / "repo" / "m", TRANSFORMER)
     folder(base / "secret", TRANSFORMER)
     assert pack("paths").model_path("repo/m/")
-    with pytest.raises(ValueError, match="is in none of models/ppcl and models/diffusion_models"):
+    with pytest.raises(
+        ValueError, match="is neither in models/ppcl nor in models/diffusion_models"
+    ):
         pack("paths").model_path(name)
 
 

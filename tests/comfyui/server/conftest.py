@@ -88,21 +88,23 @@ def eventually(look: Callable[[], object], otherwise: str, seconds: float = RUN_
     """What `look` gives as soon as it gives something."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if found := look():
-            return found
+        if result := look():
+            return result
         time.sleep(0.1)
     raise AssertionError(otherwise)
 
 
 @dataclass
 class Heard:
-    """What a page would hear on the websocket. progress: (node, value, max); texts: (node, line);
-    previews: nodes."""
+    """What a page would hear on the websocket."""
 
     client: str
     progress: list[tuple[str, float, float]] = field(default_factory=list)
+    """(node, value, maximum)"""
     texts: list[tuple[str, str]] = field(default_factory=list)
+    """(node, line)"""
     previews: list[str] = field(default_factory=list)
+    """nodes that sent one"""
 
     def json(self, message: dict) -> None:
         if message["type"] == "progress_state":
@@ -239,12 +241,14 @@ def demo() -> dict:
 
 @dataclass(frozen=True)
 class Made:
-    """What a run of a workflow was asked, what the server answered and what a page would have
-    heard."""
+    """A workflow that was run."""
 
     prompt: dict
+    """what the server was asked"""
     entry: dict
+    """what it answered"""
     heard: Heard
+    """what a page would have heard meanwhile"""
 
     def numbers(self, kind: str) -> list[str]:
         return [number for number, node in self.prompt.items() if node["class_type"] == kind]

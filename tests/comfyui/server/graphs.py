@@ -61,30 +61,31 @@ def quickly(prompt: dict) -> dict:
 
 @dataclass
 class Graph:
-    """known: the server's /object_info. first: number of the first node; another one, and nothing
-    is cached."""
+    """A graph in the making."""
 
     known: dict
+    """the server's /object_info"""
     first: int = 1
+    """number of the first node; with another number the server uses no cached result"""
     nodes: dict[str, dict] = field(default_factory=dict)
 
     def add(self, kind: str, **inputs) -> str:
-        """With the widgets' own defaults. Its number."""
+        """Adds a node, whose widgets keep their defaults unless given; returns its number."""
         number = str(self.first + len(self.nodes))
         self.nodes[number] = {"class_type": kind, "inputs": {**self.defaults(kind), **inputs}}
         return number
 
     def defaults(self, kind: str) -> dict:
         rows = self.known[kind]["input"]
-        found = {}
+        defaults = {}
         for name, (of, *more) in {**rows.get("required", {}), **rows.get("optional", {})}.items():
             options = more[0] if more else {}
             choices = of if isinstance(of, list) else options.get("options")
             if "default" in options:
-                found[name] = options["default"]
+                defaults[name] = options["default"]
             elif choices:
-                found[name] = choices[0]
-        return found
+                defaults[name] = choices[0]
+        return defaults
 
     def text(self, link: Link) -> str:
         """The number of a node that shows a text, so that the history has it."""

@@ -77,12 +77,12 @@ def test_forged_runs(server, known, kind, run, nothing_else_changes):
         (
             "CalibrateFromPrompts",
             {"model_file": "../../../etc/passwd"},
-            "is in none of models/ppcl and models/diffusion_models",
+            "is neither in models/ppcl nor in models/diffusion_models",
         ),
         (
             "CalibrateFromPrompts",
             {"model_file": "/etc/passwd"},
-            "is in none of models/ppcl and models/diffusion_models",
+            "is neither in models/ppcl nor in models/diffusion_models",
         ),
         (
             "CalibrateFromPrompts",
@@ -95,14 +95,14 @@ def test_forged_runs(server, known, kind, run, nothing_else_changes):
         (
             "CalibrateFromPrompts",
             {"device": "cuda:0; rm -rf ~"},
-            "device 'cuda:0; rm -rf ~' is none",
+            "'cuda:0; rm -rf ~' is not a device",
         ),
         ("Detect", {"method": "../x"}, "method '../x' is not a choice"),
         ("EditPlan", {"intervals": "$(ls)"}, "'$(ls)' is not an interval"),
         ("EditPlan", {"sites": "../../x:1"}, "is not a width site"),
         ("DistillDepth", {"intervals": "9-1"}, "interval '9-1' is not in the plan"),
         ("DistillWidth", {"choose": "by magic"}, "choose 'by magic' is not a choice"),
-        ("DistillWidth", {"choose": "by name", "sites": " "}, "sites names none"),
+        ("DistillWidth", {"choose": "by name", "sites": " "}, "sites is empty"),
         ("FineTune", {"name": "../../evil"}, "name '../../evil': letters, digits"),
         ("Export", {"name": "../../evil"}, "name '../../evil': letters, digits"),
         ("Export", {"name": LONG}, "letters, digits"),
@@ -122,7 +122,7 @@ def test_forged_runs(server, known, kind, run, nothing_else_changes):
         (
             "Sparsify",
             {"file": "../../../etc/passwd"},
-            "is in none of models/ppcl and models/diffusion_models",
+            "is neither in models/ppcl nor in models/diffusion_models",
         ),
         ("Sparsify", {"variant": "small"}, "has no variant 'small'; leave the variant out"),
         ("Sparsify", {"name": "../../evil"}, "name '../../evil': letters, digits"),

@@ -212,7 +212,7 @@ def test_whatever_happens_to_it_a_training_ends_in_the_same_bits(server, known, 
 
 
 def workers_in(root: Path) -> list[int]:
-    """Processes that do jobs of the runs in this folder; other servers' are none of ours."""
+    """Processes that do jobs of the runs in this folder; not those of other servers."""
     return [
         p.pid
         for p in psutil.process_iter(["cmdline"])

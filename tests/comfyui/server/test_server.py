@@ -77,7 +77,7 @@ def test_the_demo_draws(server, demo):
         (
             "PPCL_LoadModel",
             {"file": "gone.ppcl.safetensors"},
-            "'gone.ppcl.safetensors' is in none of models/ppcl",
+            "'gone.ppcl.safetensors' is neither in models/ppcl",
         ),
         (
             "PPCL_LoadModel",

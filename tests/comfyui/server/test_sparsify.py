@@ -54,8 +54,8 @@ def by_the_command_line(calibrated: str, server, folder: Path, **settings) -> by
 
 def test_the_workflow_prunes_loads_and_draws(server, drawn, runs, calibrated, tmp_path):
     file = exported(runs("sparse")[0])
-    found = sparsity_of(TensorFile(file).metadata)
-    assert found.dropped == found.weights // 2 > 100_000
+    sparsity = sparsity_of(TensorFile(file).metadata)
+    assert sparsity.dropped == sparsity.weights // 2 > 100_000
     weight = open_model(file).transformer_blocks[5].attn.to_q.weight
     assert int((weight == 0).sum()) == weight.numel() // 2
     assert file.read_bytes() == by_the_command_line(

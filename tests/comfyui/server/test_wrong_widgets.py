@@ -1,4 +1,4 @@
-"""Anything that a program may post for an input of ours: a refusal by the server, or one line of
+"""Anything that a program may post for an input of these nodes: a refusal by the server, or one line of
 ours; no job begins."""
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ REFUSALS = {
     "return_type_mismatch",
     "required_input_missing",
 }
-"""The server's own words for what it checks; an exception of ours while it checks would be another
+"""The server's own words for what it checks; an exception in this pack while it checks would be another
 one."""
 WITHOUT_A_JOB = {"start": False, "wait": False}
 
 
 @pytest.fixture(scope="module")
 def graph_of(known):
-    """A node of ours with inputs that fit, as far as there are any without a job; its number."""
+    """One of these nodes with inputs that fit, as far as there are any without a job; its number."""
 
     def make(kind: str) -> tuple[Graph, str]:
         graph = Graph(known, FIRST)
@@ -140,8 +140,8 @@ def said_of(entry: dict) -> tuple[str, str]:
 
 
 def test_every_input_of_every_node(server, known, graph_of):
-    """The server checks and converts what it can before a node sees it; what comes through is a
-    line of ours."""
+    """The server checks and converts what it can before a node sees it; what comes through gets
+    one line from the node."""
     queued, refused, wrong = {}, 0, []
     for kind, name, value in cases(known):
         graph, number = graph_of(kind)

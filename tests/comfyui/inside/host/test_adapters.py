@@ -5,130 +5,24 @@ gives with the LoRA in its weights. Architectures whose maps the host fuses; Qwe
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 
-import comfy.controlnet
-import comfy.latent_formats
-import comfy.ops
 import pytest
 import torch
-from comfy.cldm.dit_embedder import ControlNetEmbedder
-from comfy.ldm.flux.controlnet import ControlNetFlux
-from comfy.ldm.flux.model import FluxParams
 
-from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.models.opening import open_model
 from ppcl_engine.models.weights import Weights, expected_shapes
-from ppcl_engine.system.tensor_files import TensorFile, write_tensors
+from ppcl_engine.system.tensor_files import write_tensors
 
-from ..conftest import engine_forward, relative_error
 from ..controlled import controlled
+from ..forwards import relative_error
+from .adapted import ADAPTED, Adapted, engine_with, full_depth_reference
 
 TOLERANCE = 1e-4
-RANK, IMAGE_TOKENS = 3, 24
+RANK = 3
 NAMES = {"fused": "the host's", "split": "diffusers'"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adapted:
-    """depth: variants without width -> their intervals; width: others. blocks: of each of the
-    host's lists. guided: blocks that skip-layer guidance leaves out. control: makes the host's
-    ControlNet of it, small and random. unnamed: part of the names of maps that a LoRA by diffusers'
-    names is not tested with."""
-
-    depth: dict[str, list[str]]
-    width: tuple[str, ...]
-    blocks: tuple[int, ...]
-    guided: dict[str, str]
-    control: Callable[[], comfy.controlnet.ControlNet]
-    unnamed: str = "no such name"
-
-    def slot(self, index: int) -> tuple[str, int]:
-        """Of `patches_replace`."""
-        first = self.blocks[0]
-        return ("double_block", index) if index < first else ("single_block", index - first)
-
-
-def flux_control() -> comfy.controlnet.ControlNet:
-    sizes = {
-        "in_channels": 16,
-        "out_channels": 16,
-        "vec_in_dim": 20,
-        "context_in_dim": 24,
-        "hidden_size": 32,
-    }
-    if "txt_ids_dims" in inspect.signature(FluxParams).parameters:
-        sizes["txt_ids_dims"] = []
-    network = ControlNetFlux(
-        **sizes,
-        latent_input=True,
-        mlp_ratio=4.0,
-        num_heads=2,
-        depth=2,
-        depth_single_blocks=2,
-        axes_dim=[2, 6, 8],
-        theta=10000,
-        patch_size=2,
-        qkv_bias=True,
-        guidance_embed=True,
-        control_latent_channels=16,
-        dtype=torch.float32,
-        operations=comfy.ops.disable_weight_init,
-    )
-    network.main_model_double, network.main_model_single = FLUX.blocks
-    return comfy.controlnet.ControlNet(
-        network,
-        compression_ratio=1,
-        latent_format=comfy.latent_formats.Flux(),
-        load_device=torch.device("cpu"),
-        extra_conds=["y", "guidance"],
-    )
-
-
-def sd35_control() -> comfy.controlnet.ControlNet:
-    """As the released ones of the large model: it takes the pooled text's embedding from the model
-    that it guides."""
-    network = ControlNetEmbedder(
-        img_size=None,
-        patch_size=2,
-        in_chans=16,
-        attention_head_dim=64,
-        num_attention_heads=2,
-        adm_in_channels=20,
-        num_layers=2,
-        main_model_double=SD35.blocks[0],
-        double_y_emb=True,
-        device="cpu",
-        dtype=torch.float32,
-        operations=comfy.ops.disable_weight_init,
-    )
-    return comfy.controlnet.ControlNetSD35(
-        network,
-        compression_ratio=1,
-        latent_format=comfy.latent_formats.SD3(),
-        load_device=torch.device("cpu"),
-    )
-
-
-FLUX = Adapted(
-    depth={"1-2": ["1-2"], "6-7": ["6-7"], "9-10": ["9-10"], "small": ["1-2", "6-7", "9-10"]},
-    width=("full", "1-2,text:3-4", "6-7,ffn_joint:6", "smallest"),
-    blocks=(5, 6),
-    guided={"double_layers": "0, 4", "single_layers": "0, 3"},
-    control=flux_control,
-)
-SD35 = Adapted(
-    depth={"1-3": ["1-3"], "4-5": ["4-5"], "small": ["1-3", "4-5"]},
-    width=("full", "1-3,text:4-5", "1-3,ffn_image:1", "smallest"),
-    blocks=(8,),
-    guided={"double_layers": "0, 6", "single_layers": ""},
-    control=sd35_control,
-    unnamed="norm1_context",  # the host takes the last block from the width: `test_sd35_layout.py`
-)
-ADAPTED = {"flux1": FLUX, "sd35": SD35}
 pytestmark = pytest.mark.parametrize("architecture", [*ADAPTED], indirect=True)
 
 
@@ -140,7 +34,7 @@ def adapted(architecture) -> Adapted:
 def changes(architecture, teacher, names: str, unnamed: str) -> tuple[dict, dict]:
     """(a LoRA file's tensors, the change of every matrix in a block by diffusers' names). Names of
     q, k, v as the host has them, in one map, or as diffusers does, each by itself."""
-    generator, stored, found = torch.Generator().manual_seed(2), {}, {}
+    generator, stored, by_key = torch.Generator().manual_seed(2), {}, {}
     shapes = expected_shapes(architecture, Weights(teacher).config)
     parts = {
         key: architecture.to_comfyui(key, shapes)
@@ -162,25 +56,25 @@ def changes(architecture, teacher, names: str, unnamed: str) -> tuple[dict, dict
 
     if names == "split":
         for key in (key for key in parts if unnamed not in key):
-            found[key] = change("transformer." + key.removesuffix(".weight"), *shapes[key])
-        return stored, found
+            by_key[key] = change("transformer." + key.removesuffix(".weight"), *shapes[key])
+        return stored, by_key
     whole = {
         name: change("diffusion_model." + name.removesuffix(".weight"), *shape)
         for name, shape in wholes.items()
     }
     for key, part in parts.items():
         pieces = whole[part.name].chunk(part.of)
-        found[key] = torch.cat([pieces[piece] for piece in part.pieces])
-    return stored, found
+        by_key[key] = torch.cat([pieces[piece] for piece in part.pieces])
+    return stored, by_key
 
 
 @pytest.fixture(scope="module")
 def loras(models, architecture, teacher, adapted) -> dict[str, dict]:
-    found = {}
+    by_names = {}
     for names in NAMES:
-        stored, found[names] = changes(architecture, teacher, names, adapted.unnamed)
+        stored, by_names[names] = changes(architecture, teacher, names, adapted.unnamed)
         write_tensors(models.loras / f"{architecture.name}_{names}.safetensors", stored)
-    return found
+    return by_names
 
 
 @pytest.fixture(scope="module")
@@ -193,55 +87,9 @@ def patched(run_node, loras, architecture):
 
 
 @pytest.fixture(scope="module")
-def whole(load, bundle, teacher):
-    return load(bundle.name, base=teacher.name)
-
-
-@pytest.fixture(scope="module")
 def reference(load, bundle, teacher, models, architecture, adapted):
-    """The host's full-depth model with student weights, skipping; a correction is added behind its
-    block."""
-    parts, weights = Bundle(bundle), Weights(teacher)
-    students = {i.name: parts.student(i, torch.float32, "cpu") for i in parts.plan.intervals}
-
-    def corrected(student):
-        def run(args, extra):
-            out = extra["original_block"](args)
-            if "txt" in out:
-                image, text = (
-                    student.correction.correct(s, out[k])
-                    for s, k in (("image", "img"), ("text", "txt"))
-                )
-                return {"img": image, "txt": text}
-            text, image = out["img"].split(
-                [out["img"].shape[1] - IMAGE_TOKENS, IMAGE_TOKENS], dim=1
-            )
-            both = [student.correction.correct(s, x) for s, x in (("text", text), ("image", image))]
-            return {"img": torch.cat(both, dim=1)}
-
-        return run
-
-    def make(names: list[str]):
-        grafted = {key: weights.read(key) for key in weights.keys()}
-        for name in names:
-            prefix = architecture.block_prefix(weights.config, parts.plan.interval(name).first)
-            own = students[name].state_dict().items()
-            grafted |= {prefix + key: t for key, t in own if not key.startswith("correction.")}
-        file = (
-            models.diffusion_models / f"{architecture.name}_grafted_{'_'.join(names)}.safetensors"
-        )
-        write_tensors(file, grafted, TensorFile(teacher).metadata)
-        model = load(file.name).clone()
-        for name in names:
-            first, *others = parts.plan.interval(name).blocks
-            for index in others:
-                model.set_model_patch_replace(lambda args, extra: args, "dit", *adapted.slot(index))
-            if parts.plan.interval(name).correction != "none":
-                model.set_model_patch_replace(
-                    corrected(students[name]), "dit", *adapted.slot(first)
-                )
-        return model
-
+    """variant -> the host's full-depth model that it has to match"""
+    make = full_depth_reference(load, bundle, teacher, models, architecture, adapted.slot)
     return cache(lambda name: make(adapted.depth[name]))
 
 
@@ -259,9 +107,9 @@ def control(run_node, inputs, adapted):
 @pytest.mark.parametrize("names", NAMES)
 def test_lora_as_on_the_full_model(whole, switched, patched, velocity, reference, adapted, names):
     for variant in adapted.depth:
-        found = velocity(patched(switched(whole, variant=variant), names))
-        assert relative_error(found, velocity(patched(reference(variant), names))) < 1e-5, variant
-        assert relative_error(found, velocity(switched(whole, variant=variant))) > 0.05, variant
+        actual = velocity(patched(switched(whole, variant=variant), names))
+        assert relative_error(actual, velocity(patched(reference(variant), names))) < 1e-5, variant
+        assert relative_error(actual, velocity(switched(whole, variant=variant))) > 0.05, variant
 
 
 @pytest.mark.parametrize("names", NAMES)
@@ -282,7 +130,7 @@ def test_lora_on_every_kind_of_variant(
     """Before the switch, behind it, and on the variant loaded alone: the same, and the engine's."""
     for variant in (*adapted.depth, *adapted.width):
         alone = load(bundle.name, base=teacher.name, variant=variant, switchable=False)
-        expected = _engine_with(
+        expected = engine_with(
             loras[names], open_model(bundle, variant, teacher), architecture, inputs
         )
         for model in (
@@ -293,37 +141,14 @@ def test_lora_on_every_kind_of_variant(
             assert relative_error(velocity(model), expected) < TOLERANCE, variant
 
 
-def _engine_with(lora, model, architecture, inputs) -> torch.Tensor:
-    """A map may be cut; a projection has no LoRA."""
-    weights = dict(model.named_parameters())
-    for key, change in lora.items():
-        projected = (
-            key.endswith("proj_mlp.weight")
-            and weights.get(key) is not None
-            and weights[key].shape != change.shape
-        )
-        if key in weights and not projected:
-            weights[key].add_(_left(change, weights[key].shape))
-    return engine_forward(architecture, model, inputs)
-
-
-def _left(change: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Of a modulation that was cut to its first half, or loses the middle one of its thirds
-    (attention is twice in it); of a joint map what attention reads."""
-    if 3 * shape[0] == 2 * change.shape[0]:
-        first, _, last = change.chunk(3)
-        return torch.cat([first, last])
-    return change[: shape[0], : shape[1]]
-
-
 def test_controlnet_as_on_the_full_model(whole, switched, velocity, reference, control, adapted):
     for variant in adapted.depth:
         ours = switched(whole, variant=variant)
-        found = velocity(ours, positive=control())
-        assert relative_error(found, velocity(reference(variant), positive=control())) < 1e-5, (
+        actual = velocity(ours, positive=control())
+        assert relative_error(actual, velocity(reference(variant), positive=control())) < 1e-5, (
             variant
         )
-        assert relative_error(found, velocity(ours)) > 0.05, variant
+        assert relative_error(actual, velocity(ours)) > 0.05, variant
 
 
 def test_skip_layer_guidance_as_on_the_full_model(
@@ -335,9 +160,9 @@ def test_skip_layer_guidance_as_on_the_full_model(
             "SkipLayerGuidanceDiT", model=switched(whole, variant=variant), **options
         )
         (full,) = run_node("SkipLayerGuidanceDiT", model=reference(variant), **options)
-        found = velocity(ours)
-        assert relative_error(found, velocity(full)) < 1e-5, variant
-        assert relative_error(found, velocity(switched(whole, variant=variant))) > 0.05, variant
+        actual = velocity(ours)
+        assert relative_error(actual, velocity(full)) < 1e-5, variant
+        assert relative_error(actual, velocity(switched(whole, variant=variant))) > 0.05, variant
 
 
 def test_a_sampled_latent_as_on_the_full_model(whole, switched, run_node, reference, inputs):

@@ -13,7 +13,8 @@ import torch
 
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import BOUND, relative_error
+from ..conftest import BOUND
+from ..forwards import relative_error
 from ..quantised import KINDS, stored
 
 memory = pytest.importorskip("comfy.memory_management", reason="this host has no dynamic memory")
@@ -79,9 +80,11 @@ def test_a_standalone(load, velocity, building, exported, models, layout, host_c
 def test_folded(load, drawn, building, bundle, teacher, loose_bound, form, switchable):
     options = {"base": teacher.name, "variant": "smallest", "switchable": switchable}
     expected = drawn(load(bundle.name, **options))
-    found = drawn(building(lambda: load(bundle.name, **options, fold=form)))
+    actual = drawn(building(lambda: load(bundle.name, **options, fold=form)))
     assert (
-        torch.equal(found, expected) if form == "table" else relative_error(found, expected) < BOUND
+        torch.equal(actual, expected)
+        if form == "table"
+        else relative_error(actual, expected) < BOUND
     )
 
 
@@ -90,9 +93,9 @@ def test_folded(load, drawn, building, bundle, teacher, loose_bound, form, switc
 )
 @pytest.mark.parametrize("kind", ["scaled fp8", "nvfp4"])
 def test_quantised(load, velocity, building, bundle, host_tensors, teacher, models, kind):
-    found, _, metadata = stored(host_tensors, KINDS[kind])
+    tensors, _, metadata = stored(host_tensors, KINDS[kind])
     path = models.diffusion_models / f"dynamic {kind}.safetensors"
-    write_tensors(path, found, TensorFile(teacher).metadata | metadata)
+    write_tensors(path, tensors, TensorFile(teacher).metadata | metadata)
     for switchable in (True, False):
         options = {"variant": "smallest", "switchable": switchable, "weight_dtype": "default"}
         expected = velocity(load(bundle.name, base=path.name, **options))
@@ -108,23 +111,23 @@ def test_a_change_on_the_way_to_the_device(load, bundle, teacher, pack, host_cas
     patch on the map, and calls it with the stored weight."""
     form = "basis" if host_case.architecture == "qwen_image" else "off"
     model = load(bundle.name, base=teacher.name, variant="smallest", switchable=False, fold=form)
-    kind, found = pack("host.adapters").PatchedWhole, 0
+    kind, count = pack("host.adapters").PatchedWhole, 0
     for name, module in model.model.diffusion_model.named_modules():
         if not isinstance(module, kind):
             continue
         key, whole = f"diffusion_model.{name}.weight", module.whole("weight", module.weight)
-        change = torch.randn(whole.shape, generator=torch.Generator().manual_seed(found))
+        change = torch.randn(whole.shape, generator=torch.Generator().manual_seed(count))
         patch = comfy.model_patcher.LowVramPatch(
             key, {key: [(1.0, ("diff", (change,)), 1.0, None, None)]}
         )
-        module.weight_lowvram_function, found = patch, found + 1
+        module.weight_lowvram_function, count = patch, count + 1
         with torch.inference_mode():
             type(module).forward(
                 module, torch.zeros(1, module.in_features * (2 if form == "basis" else 1))
             )
             expected = module.left("weight", whole + change, module.weight)
             assert relative_error(module.weight_lowvram_function(module.weight), expected) < 1e-6
-    assert found
+    assert count
 
 
 def test_a_model_without_it(pack, bundle, teacher, monkeypatch):

@@ -11,7 +11,9 @@ import comfy.utils
 import pytest
 import torch
 
-from ..conftest import BOUND, edits, relative_error
+from ..cases import edits
+from ..conftest import BOUND
+from ..forwards import relative_error
 from ..loading.test_stored_fp8 import scaled  # noqa: F401 - a fixture
 from .test_parity import QWEN
 
@@ -34,14 +36,14 @@ def demo() -> tuple[str, str]:
 
 @pytest.mark.parametrize("variant", QWEN.values(), ids=QWEN)
 def test_a_table_draws_the_same_bits(
-    plain, of_form, switched, drawn, load, bundle, teacher, variant
+    whole, of_form, switched, drawn, load, bundle, teacher, variant
 ):
-    for model in (of_form("table"), plain):
+    for model in (of_form("table"), whole):
         assert (
             type(model.model.diffusion_model.transformer_blocks[0].img_mod[1]).__name__
             == "TableMap"
-        ) == (model is not plain)
-    expected = drawn(switched(plain, variant=variant))
+        ) == (model is not whole)
+    expected = drawn(switched(whole, variant=variant))
     assert torch.equal(drawn(switched(of_form("table"), variant=variant)), expected)
     alone = load(bundle.name, base=teacher.name, variant=variant, switchable=False, fold="table")
     assert torch.equal(
@@ -51,31 +53,31 @@ def test_a_table_draws_the_same_bits(
 
 @edits
 @pytest.mark.parametrize("variant", ["full", "small", "smallest", "1-2,text:3-4"])
-def test_a_basis_stays_near(plain, of_form, switched, drawn, load, bundle, teacher, variant):
-    expected = drawn(switched(plain, variant=variant))
-    found = drawn(switched(of_form("basis"), variant=variant))
+def test_a_basis_stays_near(whole, of_form, switched, drawn, load, bundle, teacher, variant):
+    expected = drawn(switched(whole, variant=variant))
+    actual = drawn(switched(of_form("basis"), variant=variant))
     alone = drawn(
         load(bundle.name, base=teacher.name, variant=variant, switchable=False, fold="basis")
     )
     assert (
-        0 < relative_error(found, expected) < BOUND and 0 < relative_error(alone, expected) < BOUND
+        0 < relative_error(actual, expected) < BOUND and 0 < relative_error(alone, expected) < BOUND
     )
 
 
 @edits
 @pytest.mark.parametrize(("samples", "equal"), [(1, True), (1, False), (3, True), (3, False)])
-def test_every_number_of_samples(plain, of_form, drawn, samples, equal):
+def test_every_number_of_samples(whole, of_form, drawn, samples, equal):
     """Prompts of equal length go through the model together, others one after the other: other
     kernels, other bits."""
     options = {"samples": samples, "equal": equal}
-    assert torch.equal(drawn(of_form("table"), **options), drawn(plain, **options))
+    assert torch.equal(drawn(of_form("table"), **options), drawn(whole, **options))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler(plain, of_form, drawn, sampler):
+def test_every_sampler(whole, of_form, drawn, sampler):
     """Those too that evaluate between the sigmas of their schedule."""
     assert torch.equal(
-        drawn(of_form("table"), sampler=sampler, steps=4), drawn(plain, sampler=sampler, steps=4)
+        drawn(of_form("table"), sampler=sampler, steps=4), drawn(whole, sampler=sampler, steps=4)
     )
 
 
@@ -89,7 +91,7 @@ def test_a_sampler_that_decides_on_the_way(of_form, drawn):
 
 
 def test_a_new_schedule_costs_one_pass_and_a_known_one_nothing(
-    load, bundle, teacher, drawn, plain, models, monkeypatch
+    load, bundle, teacher, drawn, whole, models, monkeypatch
 ):
     steps_of = Counter()  # by total: what the host's progress bars were told
     told = comfy.utils.ProgressBar.update
@@ -101,7 +103,7 @@ def test_a_new_schedule_costs_one_pass_and_a_known_one_nothing(
 
     def files(steps: int, model) -> list[str]:
         start = len(opened)
-        assert torch.equal(drawn(model, steps=steps), drawn(plain, steps=steps))
+        assert torch.equal(drawn(model, steps=steps), drawn(whole, steps=steps))
         roots = (str(models.ppcl), str(models.diffusion_models))
         return [name for name in opened[start:] if name.startswith(roots)]
 
@@ -196,13 +198,13 @@ def test_fp8(load, bundle, teacher, drawn):
         "switchable": False,
         "weight_dtype": "fp8_e4m3fn",
     }
-    plain = load(bundle.name, **options)
-    assert torch.equal(drawn(load(bundle.name, **options, fold="table")), drawn(plain))
+    whole = load(bundle.name, **options)
+    assert torch.equal(drawn(load(bundle.name, **options, fold="table")), drawn(whole))
     basis = load(bundle.name, **options, fold="basis")
     assert (
         basis.model.diffusion_model.transformer_blocks[0].img_mod[1].weight.dtype is torch.float32
     )
-    assert relative_error(drawn(basis), drawn(plain)) < BOUND
+    assert relative_error(drawn(basis), drawn(whole)) < BOUND
 
 
 def test_a_base_that_is_stored_in_scaled_fp8(load, bundle, scaled, drawn):  # noqa: F811

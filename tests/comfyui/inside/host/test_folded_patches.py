@@ -11,7 +11,8 @@ from ppcl_engine.settings.convert_settings import FoldConfig
 from ppcl_engine.stages.convert.fold import fold
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import BOUND, relative_error
+from ..conftest import BOUND
+from ..forwards import relative_error
 from .test_stock_nodes import control  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.usefixtures("loose_bound")
@@ -22,7 +23,7 @@ LORA, STRENGTH = "modulations.safetensors", 0.7
 def changes(models, teacher) -> dict[str, torch.Tensor]:
     """A LoRA file for every modulation, by the names of their tensors what it adds at full
     strength."""
-    generator, stored, found = torch.Generator().manual_seed(8), {}, {}
+    generator, stored, by_key = torch.Generator().manual_seed(8), {}, {}
     for key in (k for k in TensorFile(teacher).keys() if "_mod.1.weight" in k):
         name, (out, into) = key.removesuffix(".weight"), TensorFile(teacher).shape(key)
         down = torch.randn(2, into, generator=generator) / into**0.5
@@ -35,9 +36,9 @@ def changes(models, teacher) -> dict[str, torch.Tensor]:
             f"{name}.lora_B.weight": up,
             f"{name}.diff_b": bias,
         }
-        found |= {key: up @ down, f"{name}.bias": bias}
+        by_key |= {key: up @ down, f"{name}.bias": bias}
     write_tensors(models.loras / LORA, stored)
-    return found
+    return by_key
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,10 @@ def changed(run_node, changes):
 
 
 @pytest.mark.parametrize("variant", ["full", "smallest", "3-4,ffn_image:1"])
-def test_a_lora_changes_modulations(plain, of_form, drawn, switched, changed, variant):
+def test_a_lora_changes_modulations(whole, of_form, drawn, switched, changed, variant):
     """As in the unfolded model; the branch without it keeps its bits."""
     expected, without = (
-        drawn(switched(model, variant=variant)) for model in (changed(plain), plain)
+        drawn(switched(model, variant=variant)) for model in (changed(whole), whole)
     )
     assert relative_error(without, expected) > 0.1
     table, basis = of_form("table"), of_form("basis")
@@ -111,7 +112,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_file(plain, of_form, drawn, run_node, models, kind):
+def test_every_kind_of_file(whole, of_form, drawn, run_node, models, kind):
     stored = {
         f"transformer.transformer_blocks.{block}.{name}.1.{leaf}": tensor
         for block in range(6)
@@ -127,36 +128,36 @@ def test_every_kind_of_file(plain, of_form, drawn, run_node, models, kind):
     }
     expected, table, basis = (
         drawn(run_node("LoraLoader", model=model, **options)[0])
-        for model in (plain, of_form("table"), of_form("basis"))
+        for model in (whole, of_form("table"), of_form("basis"))
     )
-    assert relative_error(drawn(plain), expected) > 1e-3
+    assert relative_error(drawn(whole), expected) > 1e-3
     assert relative_error(table, expected) < 1e-4 and relative_error(basis, expected) < BOUND
 
 
-def test_a_new_schedule_with_a_lora_on(load, bundle, teacher, plain, drawn, changed):
+def test_a_new_schedule_with_a_lora_on(load, bundle, teacher, whole, drawn, changed):
     table = load(bundle.name, base=teacher.name, fold="table")
     for steps in (3, 5, 3):
         assert (
-            relative_error(drawn(changed(table), steps=steps), drawn(changed(plain), steps=steps))
+            relative_error(drawn(changed(table), steps=steps), drawn(changed(whole), steps=steps))
             < 1e-4
         )
-        assert torch.equal(drawn(table, steps=steps), drawn(plain, steps=steps))
+        assert torch.equal(drawn(table, steps=steps), drawn(whole, steps=steps))
 
 
-def test_lora_on_the_way_to_the_device(plain, of_form, drawn, changed, as_loaded):
+def test_lora_on_the_way_to_the_device(whole, of_form, drawn, changed, as_loaded):
     """Too little memory for the model: weights are patched when they are used."""
-    expected = drawn(changed(plain))
+    expected = drawn(changed(whole))
     for form in ("table", "basis"):
         model = changed(of_form(form))
-        whole = drawn(model)
+        loaded = drawn(model)
         model.partially_unload(torch.device("cpu"), 10**12)
         assert model.model.model_lowvram
         with as_loaded():
-            assert relative_error(drawn(model), whole) < 1e-4
-        assert form == "basis" or relative_error(whole, expected) < 1e-4
+            assert relative_error(drawn(model), loaded) < 1e-4
+        assert form == "basis" or relative_error(loaded, expected) < 1e-4
 
 
-def test_a_lora_on_a_part_of_the_schedule(of_form, plain, drawn, run_node, inputs, changes):
+def test_a_lora_on_a_part_of_the_schedule(of_form, whole, drawn, run_node, inputs, changes):
     """The host's hooks patch while it samples."""
     lora = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", LORA))
 
@@ -178,14 +179,14 @@ def test_a_lora_on_a_part_of_the_schedule(of_form, plain, drawn, run_node, input
             denoise=1.0,
         )[0]["samples"]
 
-    expected = hooked(plain)
+    expected = hooked(whole)
     assert relative_error(hooked(of_form("table")), expected) < 1e-4
-    assert relative_error(drawn(of_form("table")), drawn(plain)) == 0
+    assert relative_error(drawn(of_form("table")), drawn(whole)) == 0
 
 
 @pytest.mark.parametrize("kind", ["dora", "embedder", "merge"])
 def test_changes_that_cannot_be_followed_are_one_line(
-    of_form, plain, drawn, run_node, models, kind
+    of_form, whole, drawn, run_node, models, kind
 ):
     name = (
         "time_text_embed.timestep_embedder.linear_1"
@@ -201,7 +202,7 @@ def test_changes_that_cannot_be_followed_are_one_line(
         stored[f"{name}.dora_scale"] = torch.ones(out, 1)
     write_tensors(models.loras / "other.safetensors", stored)
     if kind == "merge":
-        (model,) = run_node("ModelMergeSimple", model1=of_form("table"), model2=plain, ratio=0.5)
+        (model,) = run_node("ModelMergeSimple", model1=of_form("table"), model2=whole, ratio=0.5)
     else:
         (model,) = run_node(
             "LoraLoaderModelOnly",
@@ -215,7 +216,7 @@ def test_changes_that_cannot_be_followed_are_one_line(
 
 
 @pytest.mark.parametrize("variant", ["full", "small", "smallest"])
-def test_a_control_net(control, plain, of_form, switched, run_node, inputs, variant):  # noqa: F811
+def test_a_control_net(control, whole, of_form, switched, run_node, inputs, variant):  # noqa: F811
     """Its residuals land as in the unfolded model."""
     positive = control()
 
@@ -235,7 +236,7 @@ def test_a_control_net(control, plain, of_form, switched, run_node, inputs, vari
             denoise=1.0,
         )[0]["samples"]
 
-    expected = controlled(plain)
+    expected = controlled(whole)
     assert torch.equal(controlled(of_form("table")), expected)
     assert 0 < relative_error(controlled(of_form("basis")), expected) < BOUND
 
@@ -251,14 +252,14 @@ def test_partly_on_the_device(of_form, drawn, form, as_loaded):
 
 
 def test_nodes_that_show_a_model(
-    load, bundle, teacher, run_node, of_form, switched, plain, changes
+    load, bundle, teacher, run_node, of_form, switched, whole, changes
 ):
     words = {"table": "folded: a table of ", "basis": "folded: a basis of rank "}
     for form in ("table", "basis"):
         picture, text = run_node("PPCL_Info", model=switched(of_form(form), variant="small"))
         assert picture.shape[2] == 1800 and "4 of 6 blocks run" in text and words[form] in text
         reports = [
-            run_node("PPCL_LoraReport", model=m, lora=LORA)[0] for m in (of_form(form), plain)
+            run_node("PPCL_LoraReport", model=m, lora=LORA)[0] for m in (of_form(form), whole)
         ]
         assert reports[0] == reports[1] and "covers 14 of 24" in reports[0]
         alone, both = (

@@ -109,19 +109,19 @@ def test_our_own_ten_billion(host_model, correction):
 
 def test_only_what_the_host_cannot_load_is_claimed(pack):
     """Not the full model, not a native standalone, not a ControlNet, pruned or not."""
-    (config,) = pack("host.building").config_classes(pack("host.qwen_image").HOST)
+    (config,) = pack("host.entries").config_classes(pack("host.qwen_image").HOST)
     matches = config.matches
-    found = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}
+    detected = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}
     full, ten = meta(expected_shapes(QWEN, REAL)), meta(released_shapes(TEN))
     control = {
         "controlnet_blocks.0.weight": torch.empty(0),
         "controlnet_x_embedder.weight": torch.empty(0),
     }
-    assert matches(found, ten) and matches(
-        found, {f"model.diffusion_model.{name}": t for name, t in ten.items()}
+    assert matches(detected, ten) and matches(
+        detected, {f"model.diffusion_model.{name}": t for name, t in ten.items()}
     )
-    assert not matches(found, full) and not matches(found, meta(released_shapes({})))
-    assert not matches(found, {**full, **control}) and not matches(found, {**ten, **control})
+    assert not matches(detected, full) and not matches(detected, meta(released_shapes({})))
+    assert not matches(detected, {**full, **control}) and not matches(detected, {**ten, **control})
     assert not matches({"image_model": "flux"}, ten)
 
 

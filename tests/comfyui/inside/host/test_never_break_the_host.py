@@ -189,7 +189,7 @@ def without_pack(pack, monkeypatch):
 
 
 def test_the_host_finds_its_own_models_as_without_this_pack(pack, without_pack):
-    found = {}
+    classes = {}
     for known in stock_models():
         if known.__name__ in SLOW:
             continue
@@ -205,8 +205,8 @@ def test_the_host_finds_its_own_models_as_without_this_pack(pack, without_pack):
         for prefix in ("", "model.diffusion_model."):  # alone, and in a checkpoint
             named = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
             assert detected(named, prefix) == without_pack(named, prefix), known
-        found[known.__name__] = without_pack(tensors, "")[0]
-    recognised = {name for name, chosen in found.items() if name == chosen}
+        classes[known.__name__] = without_pack(tensors, "")[0]
+    recognised = {name for name, chosen in classes.items() if name == chosen}
     assert recognised >= MUST["0.30.0" if recent() else "0.3.75"]
 
 
@@ -236,14 +236,14 @@ def test_a_stock_file_loads_as_without_this_pack(pack, monkeypatch, name):
 
 def test_an_error_of_ours_leaves_the_file_to_the_host(pack, monkeypatch, caplog):
     """Whatever a file holds: the log names it, once, and the host goes on."""
-    building = pack("host.building")
+    entries = pack("host.entries")
 
     def broken(*_):
         raise RecursionError("nested too deep")
 
-    monkeypatch.setattr(building, "transformer_of", broken)
+    monkeypatch.setattr(entries, "transformer_of", broken)
     tensors = {"txt_norm.weight": torch.zeros(4), "img_in.weight": torch.zeros(4, 4)}
-    (ours,) = building.config_classes(pack("host.qwen_image").HOST)
+    (ours,) = entries.config_classes(pack("host.qwen_image").HOST)
 
     def load(unet_path: str) -> bool:
         return ours.matches(
@@ -321,7 +321,7 @@ def test_a_host_without_a_module_of_ours_goes_on(pack, pack_again, monkeypatch, 
     before = list(comfy.supported_models.models)
     monkeypatch.setitem(sys.modules, "comfy.patcher_extension", SimpleNamespace())
     with caplog.at_level(logging.WARNING):
-        worked, found = pack_again()
+        worked, nodes = pack_again()
     assert not worked and comfy.supported_models.models == before
     (line,) = [
         record.message for record in caplog.records if "tested with ComfyUI" in record.message

@@ -5,7 +5,8 @@ references in the sequence)."""
 import pytest
 import torch
 
-from ..conftest import CASES, EDITS, relative_error
+from ..cases import CASES, EDITS
+from ..forwards import relative_error
 
 TOLERANCE = 1e-4
 QWEN = {
@@ -68,11 +69,6 @@ def variants(host_case) -> dict[str, str]:
     return VARIANTS[host_case.file]
 
 
-@pytest.fixture(scope="module")
-def whole(load, bundle, teacher):
-    return load(bundle.name, base=teacher.name)
-
-
 def test_variants_of_a_switchable_model(
     whole, switched, velocity, engine_velocity, bundle, teacher, variants, figures
 ):
@@ -93,9 +89,9 @@ def test_variants_loaded_alone(load, velocity, engine_velocity, bundle, teacher,
 
 
 def test_variants_differ(whole, switched, velocity, variants):
-    found = [velocity(switched(whole, variant=variant)) for variant in variants.values()]
-    for i, one in enumerate(found):
-        assert all(relative_error(one, other) > 10 * TOLERANCE for other in found[:i])
+    velocities = [velocity(switched(whole, variant=variant)) for variant in variants.values()]
+    for i, one in enumerate(velocities):
+        assert all(relative_error(one, other) > 10 * TOLERANCE for other in velocities[:i])
 
 
 @pytest.mark.parametrize("variant", ["small", "smallest"])

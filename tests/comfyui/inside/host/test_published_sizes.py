@@ -33,12 +33,12 @@ PRUNED = {
 
 def meta(engine, shapes: dict) -> dict[str, torch.Tensor]:
     """By the host's names, which fuse several of diffusers'."""
-    found = {}
+    tensors = {}
     for key, shape in shapes.items():
         part = engine.to_comfyui(key, shapes)
         whole = shape if part.of == 1 else (shape[0] // len(part.pieces) * part.of, *shape[1:])
-        found[part.name] = torch.empty(whole, dtype=torch.bfloat16, device="meta")
-    return found
+        tensors[part.name] = torch.empty(whole, dtype=torch.bfloat16, device="meta")
+    return tensors
 
 
 @pytest.fixture
@@ -60,13 +60,13 @@ def test_only_what_the_host_cannot_load_is_claimed(pack, size):
     """Not the full models, in the host's lists by themselves; nor ControlNets."""
     module = pack(f"host.{size.split('_')[0]}")
     engine = module.HOST.engine
-    name, found, entry = DETECTED[engine.name]
-    (ours,) = (c for c in pack("host.building").config_classes(module.HOST) if c.__name__ == name)
+    name, detected, entry = DETECTED[engine.name]
+    (ours,) = (c for c in pack("host.entries").config_classes(module.HOST) if c.__name__ == name)
     full = meta(engine, expected_shapes(engine, engine.model_configs[size]))
     pruned = {**full, STRUCTURE_TENSOR: torch.zeros(1, dtype=torch.uint8)}
-    assert not ours.matches(found, full) and ours.matches(found, pruned)
-    assert not ours.matches(found, {**pruned, "controlnet_blocks.0.weight": torch.empty(0)})
-    assert not ours.matches({**found, entry: 7}, pruned) and not ours.matches(
+    assert not ours.matches(detected, full) and ours.matches(detected, pruned)
+    assert not ours.matches(detected, {**pruned, "controlnet_blocks.0.weight": torch.empty(0)})
+    assert not ours.matches({**detected, entry: 7}, pruned) and not ours.matches(
         {"image_model": "qwen_image"}, full
     )
     assert [m.__name__ for m in comfy.supported_models.models].count(name) == 1

@@ -13,7 +13,8 @@ from ppcl_engine.models.weights import COMFYUI_PREFIX, Weights
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from ....tiny.released_models import KEPT, LISTS, TEACHER_BLOCKS, released_state
-from ..conftest import BOUND, relative_error
+from ..conftest import BOUND
+from ..forwards import relative_error
 from ..quantised import EXACT, KINDS, NEAR, NEWER, READ, ROUNDED, Kind, numbers, stored
 
 CASES = {"qwen_image": "qwen_image_wide", "flux1": "flux1_wide", "sd35": "sd35"}
@@ -234,8 +235,8 @@ def test_a_lora_on_top(load, run_node, velocity, bundle, base_of, lora, name, as
         options = {"variant": "smallest", "switchable": switchable}
         bare = load(bundle.name, base=exact, **options)
         patched, model = (
-            run_node("LoraLoaderModelOnly", model=found, lora_name=lora, strength_model=1.0)[0]
-            for found in (bare, load(bundle.name, base=base, **options, weight_dtype="default"))
+            run_node("LoraLoaderModelOnly", model=quantised, lora_name=lora, strength_model=1.0)[0]
+            for quantised in (bare, load(bundle.name, base=base, **options, weight_dtype="default"))
         )
         expected = velocity(patched)
         changed = relative_error(velocity(bare), expected)
@@ -243,9 +244,9 @@ def test_a_lora_on_top(load, run_node, velocity, bundle, base_of, lora, name, as
         comfy.model_management.unload_all_models()
         model.patch_model(device_to=torch.device("cpu"), lowvram_model_memory=1)
         with as_loaded():
-            found = velocity(model)
+            quantised = velocity(model)
         model.unpatch_model(torch.device("cpu"))
-        assert relative_error(found, expected) < kind.far(
+        assert relative_error(quantised, expected) < kind.far(
             NEAR if NEWER and not kind.old else ROUNDED
         )
 

@@ -75,29 +75,29 @@ def alone(dtype: torch.dtype):
 DAMAGE = {
     "its scale": (
         without("weight_scale"),
-        "is stored as float8_e4m3fn and lacks its weight_scale; copy",
+        "is stored as float8_e4m3fn but lacks its weight_scale; copy",
     ),
-    "its format": (without("comfy_quant"), "has a scale, and nothing in the file says its format"),
-    "the weight": (without("weight"), "has a scale and is not there; copy or download"),
+    "its format": (without("comfy_quant"), "has a scale, but nothing in the file names its format"),
+    "the weight": (without("weight"), "is missing, though its scale is there; copy"),
     "int8 alone": (
         alone(torch.int8),
-        "is stored in int8 without a scale; take the model in another format",
+        "is stored in int8 without a scale; use the model in another format",
     ),
     "bool alone": (
         alone(torch.bool),
-        "is stored in bool without a scale; take the model in another format",
+        "is stored in bool without a scale; use the model in another format",
     ),
     "int16 alone": (
         alone(torch.int16),
-        "is stored in int16 without a scale; take the model in another format",
+        "is stored in int16 without a scale; use the model in another format",
     ),
     "scales by row": (
         with_part("weight_scale", torch.ones(64, 1)),
-        r"with scales of shape \(64, 1\), ComfyUI .* one scale",
+        r"with scales of shape \(64, 1\), but ComfyUI .* reads a single scale",
     ),
     "a second scale": (
         with_part("weight_scale_2", torch.ones(())),
-        "which does not use its weight_scale_2; take",
+        "which does not use its weight_scale_2; use",
     ),
     "unreadable": (
         with_part("comfy_quant", torch.zeros(3)),
@@ -109,7 +109,7 @@ DAMAGE = {
     ),
     "16 bits": (
         with_part("weight", torch.ones(64, 64).bfloat16()),
-        "is stored as float8_e4m3fn and holds bfloat16 of shape",
+        "is stored as float8_e4m3fn but holds bfloat16 of shape",
     ),
     "another pack's": (
         with_part("weight.absmax", torch.ones(9)),
@@ -143,9 +143,9 @@ def test_formats_in_metadata_that_cannot_be_read(write, load, bundle, text):
 def test_scales_without_a_word(write, load, run_node, bundle):
     """As the file is where the metadata was lost."""
     base, pruned = write("float8_e4m3fn in metadata", lambda tensors, metadata: metadata.clear())
-    with pytest.raises(ValueError, match="has a scale, and nothing in the file says its format"):
+    with pytest.raises(ValueError, match="has a scale, but nothing in the file names its format"):
         load(bundle.name, base=base)
-    with pytest.raises(ValueError, match="has a scale, and nothing in the file says its format"):
+    with pytest.raises(ValueError, match="has a scale, but nothing in the file names its format"):
         run_node("UNETLoader", unet_name=pruned, weight_dtype="default")
 
 

@@ -8,14 +8,10 @@ from comfy.model_patcher import ModelPatcher
 
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import copy_of, relative_error
+from ..conftest import copy_of
+from ..forwards import relative_error
 
 TEXT = "1-2,3-4,text:3-4"
-
-
-@pytest.fixture(scope="module")
-def whole(load, bundle, teacher):
-    return load(bundle.name, base=teacher.name)
 
 
 @pytest.fixture(scope="module", params=["switched", "alone"])
@@ -83,8 +79,8 @@ def test_weights_that_stay_off_the_device(model_of, lora, velocity, pack, inputs
         assert model.model.lowvram_patch_counter > 10
         timestep = torch.full((1,), inputs.sigma)
         with torch.inference_mode():
-            found = model.model.diffusion_model(inputs.latents, timestep, inputs.text)[:, :, 0]
-        assert relative_error(found, expected) < 1e-5
+            actual = model.model.diffusion_model(inputs.latents, timestep, inputs.text)[:, :, 0]
+        assert relative_error(actual, expected) < 1e-5
     finally:
         model.unpatch_model(torch.device("cpu"))
     assert torch.equal(velocity(model), expected)  # loaded again, in full
@@ -108,13 +104,13 @@ def test_unloading_gives_the_weights_back(model_of, lora, velocity, variant):
 def test_weights_of_other_precision(load, switched, velocity, bundle, teacher, variant, dtype):
     """Switched and alone the same bits; as far from fp32 as such weights are."""
     options = {"base": teacher.name, "weight_dtype": dtype}
-    found = velocity(switched(load(bundle.name, **options), variant=variant))
+    actual = velocity(switched(load(bundle.name, **options), variant=variant))
     assert torch.equal(
-        found, velocity(load(bundle.name, variant=variant, switchable=False, **options))
+        actual, velocity(load(bundle.name, variant=variant, switchable=False, **options))
     )
     exact = velocity(load(bundle.name, base=teacher.name, variant=variant, switchable=False))
     assert (
-        0 < relative_error(found, exact) < {"bf16": 0.1, "fp8_e4m3fn": 0.5, "fp8_e5m2": 1.0}[dtype]
+        0 < relative_error(actual, exact) < {"bf16": 0.1, "fp8_e4m3fn": 0.5, "fp8_e5m2": 1.0}[dtype]
     )
 
 

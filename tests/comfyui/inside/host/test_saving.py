@@ -17,7 +17,7 @@ from comfy.taesd.taesd import TAESD
 from ppcl_engine.models.weights import COMFYUI_PREFIX, HINTS_TENSOR, STRUCTURE_TENSOR
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import relative_error
+from ..forwards import relative_error
 from ..loading.test_stock_host import without_the_pack
 
 TOLERANCE = 1e-4
@@ -64,13 +64,13 @@ def content_of(path) -> dict[str, torch.Tensor]:
     return found | said
 
 
-def check_alike(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
+def check_alike(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
         assert (
-            torch.equal(found[name], value)
+            torch.equal(actual[name], value)
             if isinstance(value, torch.Tensor)
-            else found[name] == value
+            else actual[name] == value
         ), name
 
 
@@ -87,8 +87,8 @@ def test_a_variant_is_as_exported(
     check_alike(
         content_of(path), content_of(exported(tmp_path, layout, "exported", named(variant)))
     )
-    for name, found in opened(path).items():
-        assert relative_error(found, expected) < TOLERANCE, name
+    for name, actual in opened(path).items():
+        assert relative_error(actual, expected) < TOLERANCE, name
 
 
 @pytest.mark.parametrize("loader", ["ours", "host"])
@@ -100,10 +100,10 @@ def test_a_file_counted_anew_stays_as_it_is(
         model = load(path.name)
     else:
         (model,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
-    found, expected = content_of(saved(model)), content_of(path)
-    for content in (found, expected):
+    actual, expected = content_of(saved(model)), content_of(path)
+    for content in (actual, expected):
         content[HINTS_TENSOR]["config"].pop("sample_size", None)  # which nothing in a file tells
-    check_alike(found, expected)
+    check_alike(actual, expected)
 
 
 def test_a_file_with_a_plan_stays_as_it_is(saved, load, exported, models, host_case):
@@ -126,8 +126,8 @@ def test_a_lora_is_in_it(
     path, expected = saved(model), velocity(model)
     assert before is None or torch.equal(before, expected)
     assert relative_error(velocity(whole), expected) > 10 * TOLERANCE
-    for name, found in opened(path).items():
-        assert relative_error(found, expected) < TOLERANCE, name
+    for name, actual in opened(path).items():
+        assert relative_error(actual, expected) < TOLERANCE, name
 
 
 def test_a_lora_of_the_teacher_fits_what_was_saved(
@@ -166,8 +166,8 @@ def stock_host(host, monkeypatch):
     detect = comfy.model_detection.detect_unet_config
 
     def with_sizes(state_dict, *arguments, **named):
-        found = detect(state_dict, *arguments, **named)
-        return found | {name: size for name, size in host.items() if name not in DEPTHS}
+        detected = detect(state_dict, *arguments, **named)
+        return detected | {name: size for name, size in host.items() if name not in DEPTHS}
 
     with without_the_pack(), monkeypatch.context() as patched:
         patched.setattr(comfy.model_detection, "detect_unet_config", with_sizes)
@@ -240,5 +240,5 @@ def test_a_checkpoint(saved, opened, load, velocity, bundle, teacher, beside):
         whole = comfy.sd.load_checkpoint_guess_config(
             str(path), output_vae=False, output_clip=False
         )[0]
-    for name, found in {**opened(path), "checkpoint": velocity(whole)}.items():
-        assert relative_error(found, expected) < TOLERANCE, name
+    for name, actual in {**opened(path), "checkpoint": velocity(whole)}.items():
+        assert relative_error(actual, expected) < TOLERANCE, name

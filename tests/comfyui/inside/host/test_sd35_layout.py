@@ -14,7 +14,7 @@ from diffusers import SD3Transformer2DModel
 from ppcl_engine.architectures import architecture_named
 from ppcl_engine.models.tensor_sources import Source, comfyui_sources
 
-from ..conftest import relative_error
+from ..forwards import relative_error
 
 SD35 = architecture_named("sd35")
 HOST = {
@@ -54,12 +54,13 @@ def stored(model):
 
 
 def test_the_hosts_class_computes_diffusers_velocity(config, model, stored):
-    found = comfy.model_detection.detect_unet_config(stored, "")
+    detected = comfy.model_detection.detect_unet_config(stored, "")
     assert (
-        found["depth"] == 4 and found["x_block_self_attn_layers"] == config["dual_attention_layers"]
+        detected["depth"] == 4
+        and detected["x_block_self_attn_layers"] == config["dual_attention_layers"]
     )
     options = {"device": "cpu", "dtype": torch.float32, "operations": comfy.ops.disable_weight_init}
-    host = OpenAISignatureMMDITWrapper(**found, **options).eval()
+    host = OpenAISignatureMMDITWrapper(**detected, **options).eval()
     host.load_state_dict(stored)
     inputs = SD35.random_inputs(config, 2, (1, 4, 6), 7, "cpu")
     latents = SD35.unpack(inputs["hidden_states"], inputs["grid"])

@@ -2,6 +2,8 @@
 student weights at u and the blocks behind it skipped, or, where width is pruned, what the engine
 gives with the LoRA in its weights; with an edit model's references too."""
 
+from functools import cache
+
 import comfy.controlnet
 import comfy.hooks
 import comfy.latent_formats
@@ -11,12 +13,13 @@ import torch
 from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel
 from safetensors.torch import load_file
 
-from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.models.opening import open_model
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import edits, engine_forward, relative_error
+from ..cases import edits
 from ..controlled import controlled
+from ..forwards import relative_error
+from .adapted import engine_with, full_depth_reference
 
 TOLERANCE = 1e-4
 WIDTH, BLOCKS, RANK = 32, 6, 3
@@ -46,53 +49,12 @@ def lora(models, teacher) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def whole(load, bundle, teacher):
-    return load(bundle.name, base=teacher.name)
-
-
-@pytest.fixture(scope="module")
-def reference(load, bundle, teacher, models):
-    """The host's full-depth model with student weights, skipping; a correction is added behind its
-    block."""
-    parts, state = Bundle(bundle), TensorFile(teacher).read_all()
-    students = {i.name: parts.student(i, torch.float32, "cpu") for i in parts.plan.intervals}
-
-    def corrected(student):
-        def run(args, extra):
-            out = extra["original_block"](args)
-            image, text = (
-                student.correction.correct(s, out[k])
-                for s, k in (("image", "img"), ("text", "txt"))
-            )
-            return {"img": image, "txt": text}
-
-        return run
-
-    def make(*names: str):
-        grafted = dict(state)
-        for name in names:
-            for key, tensor in students[name].state_dict().items():
-                if not key.startswith("correction."):
-                    grafted[f"transformer_blocks.{parts.plan.interval(name).first}.{key}"] = tensor
-        file = models.diffusion_models / f"grafted_{'_'.join(names)}.safetensors"
-        write_tensors(file, grafted, TensorFile(teacher).metadata)
-        model = load(file.name).clone()
-        for name in names:
-            interval = parts.plan.interval(name)
-            for index in interval.blocks[1:]:
-                model.set_model_patch_replace(
-                    lambda args, extra: args, "dit", "double_block", index
-                )
-            if interval.correction != "none":
-                model.set_model_patch_replace(
-                    corrected(students[name]), "dit", "double_block", interval.first
-                )
-        return model
-
-    made = {}
-    return lambda name: made.setdefault(
-        name, make(*(("1-2", "3-4") if name == "small" else (name,)))
+def reference(load, bundle, teacher, models, architecture):
+    """variant -> the host's full-depth model that it has to match"""
+    make = full_depth_reference(
+        load, bundle, teacher, models, architecture, lambda index: ("double_block", index)
     )
+    return cache(lambda name: make(["1-2", "3-4"] if name == "small" else [name]))
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +93,9 @@ def control(run_node, inputs):
 def test_lora_as_on_the_full_model(whole, switched, run_node, velocity, reference, lora, variant):
     (expected,) = run_node("LoraLoaderModelOnly", model=reference(variant), **BIG)
     (ours,) = run_node("LoraLoaderModelOnly", model=switched(whole, variant=variant), **BIG)
-    found = velocity(ours)
-    assert relative_error(found, velocity(expected)) < 1e-5
-    assert relative_error(found, velocity(switched(whole, variant=variant))) > 0.05
+    actual = velocity(ours)
+    assert relative_error(actual, velocity(expected)) < 1e-5
+    assert relative_error(actual, velocity(switched(whole, variant=variant))) > 0.05
 
 
 @pytest.mark.parametrize("variant", DEPTH)
@@ -158,27 +120,18 @@ def test_lora_on_every_kind_of_variant(
     (last,) = run_node("LoraLoaderModelOnly", model=switched(whole, variant=variant), **BIG)
     alone = load(bundle.name, base=teacher.name, variant=variant, switchable=False)
     (alone,) = run_node("LoraLoaderModelOnly", model=alone, **BIG)
-    expected = _engine_with(lora, open_model(bundle, variant, teacher), architecture, inputs)
+    expected = engine_with(lora, open_model(bundle, variant, teacher), architecture, inputs)
     for model in (switched(first, variant=variant), last, alone):
         assert relative_error(velocity(model), expected) < TOLERANCE
-
-
-def _engine_with(lora, model, architecture, inputs) -> torch.Tensor:
-    weights = dict(model.named_parameters())
-    for key, change in lora.items():
-        # a modulation may be cut to its first half; a projection has another shape, and no LoRA
-        if key in weights:
-            weights[key].add_(change[: len(weights[key])])
-    return engine_forward(architecture, model, inputs)
 
 
 @edits
 @pytest.mark.parametrize("variant", DEPTH)
 def test_controlnet_as_on_the_full_model(whole, switched, velocity, reference, control, variant):
     ours = switched(whole, variant=variant)
-    found = velocity(ours, positive=control())
-    assert relative_error(found, velocity(reference(variant), positive=control())) < 1e-5
-    assert relative_error(found, velocity(ours)) > 0.05
+    actual = velocity(ours, positive=control())
+    assert relative_error(actual, velocity(reference(variant), positive=control())) < 1e-5
+    assert relative_error(actual, velocity(ours)) > 0.05
 
 
 @edits
@@ -195,9 +148,9 @@ def test_skip_layer_guidance_as_on_the_full_model(
     }
     (ours,) = run_node("SkipLayerGuidanceDiT", model=switched(whole, variant=variant), **options)
     (full,) = run_node("SkipLayerGuidanceDiT", model=reference(variant), **options)
-    found = velocity(ours)
-    assert relative_error(found, velocity(full)) < 1e-5
-    assert relative_error(found, velocity(switched(whole, variant=variant))) > 0.05
+    actual = velocity(ours)
+    assert relative_error(actual, velocity(full)) < 1e-5
+    assert relative_error(actual, velocity(switched(whole, variant=variant))) > 0.05
 
 
 @edits

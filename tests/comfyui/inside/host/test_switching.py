@@ -89,10 +89,10 @@ def run_on_device(model) -> None:
 
 def test_the_counters_see_a_load(load, demo, models):
     before = bytes_read()
-    with files_of_models(models) as found:
+    with files_of_models(models) as files:
         load(demo[0], base=demo[1])
     size = (models.ppcl / demo[0]).stat().st_size + TEACHER.stat().st_size
-    assert any("demo.ppcl" in name for name in found)
+    assert any("demo.ppcl" in name for name in files)
     assert bytes_read() - before > 0.95 * size
 
 
@@ -102,8 +102,10 @@ def test_three_branches_weigh_as_one(load, demo, switched, velocity, text, figur
     velocity(model)
     one = tensor_bytes() - before
     branches = [switched(model, variant=name) for name in BRANCHES]
-    found = [velocity(branch) for branch in branches]
-    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    velocities = [velocity(branch) for branch in branches]
+    assert not torch.equal(velocities[0], velocities[1]) and not torch.equal(
+        velocities[1], velocities[2]
+    )
     ratio = (tensor_bytes() - before) / one
     figures("branches_memory_ratio", ratio)
     assert ratio < 1.05
@@ -112,7 +114,7 @@ def test_three_branches_weigh_as_one(load, demo, switched, velocity, text, figur
 def test_a_thousand_switches(whole, switched, velocity, models, text, figures):
     first = {name: velocity(switched(whole, variant=name)) for name in BRANCHES}
     memory, seconds = tensor_bytes(), []
-    with files_of_models(models) as found:
+    with files_of_models(models) as files:
         for count in range(SWITCHES):
             name = BRANCHES[count % len(BRANCHES)]
             start = time.perf_counter()
@@ -122,9 +124,9 @@ def test_a_thousand_switches(whole, switched, velocity, models, text, figures):
             if count % 100 < len(BRANCHES):
                 assert torch.equal(velocity(branch), first[name])
     growth, middle = tensor_bytes() / memory - 1, sorted(seconds)[SWITCHES // 2]
-    for name, value in (("seconds", middle), ("bytes_read", len(found)), ("memory_growth", growth)):
+    for name, value in (("seconds", middle), ("bytes_read", len(files)), ("memory_growth", growth)):
         figures(f"switch_{name}", value)
-    assert found == []  # no file was opened, is open or is mapped: nothing was read
+    assert files == []  # no file was opened, is open or is mapped: nothing was read
     assert growth <= 0.01 and middle < 0.1
 
 
@@ -145,9 +147,9 @@ def test_a_lora_stays_on_its_branch(whole, switched, run_node, velocity, models,
     for _ in range(2):  # each behind each other
         for name in BRANCHES:
             assert torch.equal(velocity(switched(whole, variant=name)), plain[name])
-            found = velocity(switched(patched, variant=name))
-            assert not torch.equal(found, plain[name]) and torch.equal(
-                found, changed.setdefault(name, found)
+            actual = velocity(switched(patched, variant=name))
+            assert not torch.equal(actual, plain[name]) and torch.equal(
+                actual, changed.setdefault(name, actual)
             )
 
 

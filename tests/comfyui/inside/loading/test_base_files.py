@@ -10,7 +10,8 @@ import torch
 from ppcl_engine.models.weights import COMFYUI_PREFIX
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import copy_of, relative_error
+from ..conftest import copy_of
+from ..forwards import relative_error
 
 TOLERANCE, FP8, LARGEST = 1e-4, torch.float8_e4m3fn, 448.0
 VARIANTS = ["full", "small", "smallest"]
@@ -22,15 +23,17 @@ BESIDE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Files:
-    """plain: an interval without a correction; left: which blocks of its list then have weights;
-    last: of the last block;
-    blocks: how many; maps: that a LoRA changes (name, rows, columns), cut ones among them."""
+    """What is known of an architecture's tiny teacher."""
 
     plain: str
+    """an interval without a correction"""
     left: list[bool]
+    """which blocks of that interval's list have weights once it is replaced"""
     last: str
+    """of the last block"""
     blocks: int
     maps: tuple[tuple[str, int, int], ...]
+    """(name, rows, columns) of maps that a LoRA changes, cut ones among them"""
 
 
 FILES = {
@@ -126,11 +129,11 @@ def test_a_base_of_less_precision(
     exact = velocity(load(bundle.name, base=base_of("fp32"), variant=variant, switchable=False))
     options = {"base": base_of(form), "weight_dtype": "default"}
     caplog.clear()
-    found = velocity(switched(load(bundle.name, **options), variant=variant))
+    actual = velocity(switched(load(bundle.name, **options), variant=variant))
     alone = velocity(load(bundle.name, variant=variant, switchable=False, **options))
     # what is cut has a scale of its own when it is alone
-    assert relative_error(found, alone) < 0.02
-    assert 0 < relative_error(found, exact) < far
+    assert relative_error(actual, alone) < 0.02
+    assert 0 < relative_error(actual, exact) < far
     assert not [line for line in caplog.messages if "missing" in line]
 
 
@@ -142,7 +145,7 @@ def test_another_base_is_one_line(load, bundle, host_tensors, models, host_case,
     fewer = {n: t for n, t in host_tensors.items() if not n.startswith(known.last)}
     write_tensors(models.diffusion_models / f"{host_case.file}_fewer.safetensors", fewer)
     with pytest.raises(
-        ValueError, match=f"has {known.blocks - 1} blocks, the bundle's teacher {known.blocks}"
+        ValueError, match=f"has {known.blocks - 1} blocks, the bundle's teacher has {known.blocks}"
     ):
         load(bundle.name, base=f"{host_case.file}_fewer.safetensors")
 
@@ -165,10 +168,10 @@ def test_a_depth_pruned_file_of_the_stock_layouts(
     )
     name, _ = known.last.split(".", 1)
     blocks = getattr(model.model.diffusion_model, name)
-    found = [any(True for _ in block.parameters()) for block in blocks]
-    assert found == known.left[: len(found)] and len(found) >= len(known.left) - (
-        not known.left[-1]
-    )
+    have_weights = [any(True for _ in block.parameters()) for block in blocks]
+    assert have_weights == known.left[: len(have_weights)] and len(have_weights) >= len(
+        known.left
+    ) - (not known.left[-1])
 
 
 def test_a_depth_pruned_file_in_the_hosts_loader(
@@ -191,6 +194,22 @@ def test_a_stock_file_of_another_size(load, velocity, engine_velocity, base_of, 
     assert relative_error(velocity(load(teacher.name)), expected) < TOLERANCE
 
 
+@pytest.fixture
+def lora_on_maps(models, known, host_case) -> str:
+    """Name of a LoRA file that changes a map of every kind."""
+    stored, generator = {}, torch.Generator().manual_seed(1)
+    for name, out, into in known.maps:
+        down = torch.randn(2, into, generator=generator) / into**0.5
+        up = 0.5 * torch.randn(out, 2, generator=generator)
+        stored |= {
+            f"diffusion_model.{name}.lora_A.weight": down,
+            f"diffusion_model.{name}.lora_B.weight": up,
+        }
+    file = f"{host_case.file}_four.safetensors"
+    write_tensors(models.loras / file, stored)
+    return file
+
+
 @pytest.mark.parametrize("variant", ["small", "smallest"])
 @pytest.mark.parametrize("alone", [False, True])
 def test_weights_that_stay_off_the_device(
@@ -199,31 +218,17 @@ def test_weights_that_stay_off_the_device(
     bundle,
     teacher,
     run_node,
-    models,
     pack,
     variant,
     alone,
-    known,
-    host_case,
+    lora_on_maps,
     as_loaded,
 ):
     """Partly loaded, with a LoRA on every kind of map: the host casts and patches each weight when
     it is used."""
-    stored, generator = {}, torch.Generator().manual_seed(1)
-    for name, out, into in known.maps:
-        stored[f"diffusion_model.{name}.lora_A.weight"] = (
-            torch.randn(2, into, generator=generator) / into**0.5
-        )
-        stored[f"diffusion_model.{name}.lora_B.weight"] = 0.5 * torch.randn(
-            out, 2, generator=generator
-        )
-    write_tensors(models.loras / f"{host_case.file}_four.safetensors", stored)
     model = load(bundle.name, base=teacher.name, variant=variant, switchable=not alone)
     (model,) = run_node(
-        "LoraLoaderModelOnly",
-        model=model,
-        lora_name=f"{host_case.file}_four.safetensors",
-        strength_model=1.0,
+        "LoraLoaderModelOnly", model=model, lora_name=lora_on_maps, strength_model=1.0
     )
     expected = velocity(model)
     comfy.model_management.unload_all_models()

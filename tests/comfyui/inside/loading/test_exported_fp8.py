@@ -10,7 +10,8 @@ from ppcl_engine.run import Run
 from ppcl_engine.settings.convert_settings import ExportConfig
 from ppcl_engine.stages.convert.export import export
 
-from ..conftest import fp8_in, relative_error
+from ..conftest import fp8_in
+from ..forwards import relative_error
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def stored(tmp_path_factory, teacher, run_folder, models):
         (folder / file.name).symlink_to(file)
     (folder / "plan.json").unlink()
     (folder / "plan.json").write_text(plan.with_parts(variants=(chosen,)).to_json())
-    found = {}
+    tensors = {}
     for store in ("float8", "float32"):
         config = {
             "layout": "comfyui",
@@ -34,8 +35,8 @@ def stored(tmp_path_factory, teacher, run_folder, models):
             "store": store,
         }
         path = export(ExportConfig(model=teacher, run=folder, **config))
-        found[store] = path.replace(models.diffusion_models / path.name)
-    return found
+        tensors[store] = path.replace(models.diffusion_models / path.name)
+    return tensors
 
 
 def test_the_host_runs_it_on_its_own_fp8_layers(stored, load, velocity, caplog):

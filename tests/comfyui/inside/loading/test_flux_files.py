@@ -9,7 +9,7 @@ import torch
 from ppcl_engine.architectures import architecture_named
 from ppcl_engine.system.tensor_files import write_tensors
 
-from ..conftest import relative_error
+from ..forwards import relative_error
 
 pytestmark = pytest.mark.parametrize("architecture", ["flux1"], indirect=True)
 FLUX = architecture_named("flux1")
@@ -43,17 +43,25 @@ def test_a_released_model_by_its_intervals(load, velocity, engine_velocity, host
         load(path.name, preset="Flex.1-alpha")
 
 
-def test_info_and_lora_report(load, run_node, switched, bundle, teacher, models):
-    whole = load(bundle.name, base=teacher.name)
-    picture, text = run_node("PPCL_Info", model=switched(whole, variant="smallest"))
-    assert picture.shape[2] == 1800 and "8 of 11 blocks run; 7 parts are projected" in text
+@pytest.fixture(scope="module")
+def smallest(load, switched, whole, bundle, teacher) -> tuple:
+    """The same variant: loaded alone, and a branch of the switchable bundle."""
     alone = load(bundle.name, base=teacher.name, variant="smallest", switchable=False)
-    shares = [
-        run_node("PPCL_Info", model=m)[1].splitlines()[0].split(": ")[1].split(";")[0]
-        for m in (alone, switched(whole, variant="smallest"))
-    ]
+    return alone, switched(whole, variant="smallest")
+
+
+def test_info(load, run_node, smallest, teacher):
+    shares = []
+    for model in smallest:
+        picture, text = run_node("PPCL_Info", model=model)
+        assert picture.shape[2] == 1800
+        assert "8 of 11 blocks run; 7 parts are projected" in text
+        shares.append(text.splitlines()[0].split(": ")[1].split(";")[0])
     assert shares[0] == shares[1]
     assert "100 % of" in run_node("PPCL_Info", model=load(teacher.name))[1]
+
+
+def test_lora_report(run_node, smallest, models):
     modules = [
         "transformer_blocks.2.attn.to_q",
         "transformer_blocks.3.ff_context.net.2",
@@ -69,7 +77,7 @@ def test_info_and_lora_report(load, run_node, switched, bundle, teacher, models)
         for a in "AB"
     }
     write_tensors(models.loras / "flux_report.safetensors", stored)
-    for model in (alone, switched(whole, variant="smallest")):
+    for model in smallest:
         (text,) = run_node("PPCL_LoraReport", model=model, lora="flux_report.safetensors")
         assert text.splitlines()[0].endswith(
             "covers 3 of 8 modules; 2 belong to removed blocks; 2 belong to projected parts; 1 are not of this model"

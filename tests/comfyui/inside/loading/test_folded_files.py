@@ -21,7 +21,8 @@ from ....tiny.released_models import (
     released_state,
     write_folder,
 )
-from ..conftest import BOUND, relative_error
+from ..conftest import BOUND
+from ..forwards import relative_error
 
 pytestmark = pytest.mark.usefixtures("loose_bound")
 
@@ -56,8 +57,8 @@ def test_a_folded_file_in_both_loaders(folded_file, load, run_node, drawn, teach
     assert torch.equal(drawn(stock), drawn(load(basis.name)))
 
 
-def test_the_engines_own_table_has_the_hosts_bits(folded_file, load, drawn, teacher, plain):
-    sampling = plain.get_model_object("model_sampling")
+def test_the_engines_own_table_has_the_hosts_bits(folded_file, load, drawn, teacher, whole):
+    sampling = whole.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 3)
     path = folded_file(
         "table", timesteps=" ".join(f"{t:.9g}" for t in sigmas[:-1].tolist()), name="same"
@@ -75,11 +76,11 @@ def test_the_engines_own_table_has_the_hosts_bits(folded_file, load, drawn, teac
         ),
         (
             {"file": "folded_table.safetensors", "base": "other.safetensors"},
-            "is another model than folded_table.safetensors was",
+            "folded_table.safetensors was not folded from",
         ),
         (
             {"file": "folded_basis.safetensors", "base": "teacher.safetensors"},
-            "is no bundle, so it takes no base model",
+            "is not a bundle, so it takes no base model",
         ),
         (
             {"base": "folded_basis.safetensors"},

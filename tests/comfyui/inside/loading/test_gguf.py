@@ -18,7 +18,7 @@ import nodes as host_nodes
 from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.system.tensor_files import TensorFile
 
-from ..conftest import relative_error
+from ..forwards import relative_error
 
 two = pytest.mark.parametrize("architecture", ["qwen_image", "flux1"], indirect=True)
 three = pytest.mark.parametrize("architecture", ["qwen_image", "flux1", "sd35"], indirect=True)
@@ -153,7 +153,7 @@ def test_sizes_of_a_base_in_gguf(load, bundle, teacher, gguf_file, pack):
 
 @pytest.fixture
 def alone(models, exported, gguf_file):
-    """One variant, in a file of ours and as a tool makes GGUF of it: (name, name in GGUF)."""
+    """One variant, in a standalone file and as a tool makes GGUF of it: (name, name in GGUF)."""
     made = []
 
     def make(layout: str, variant: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from ....tiny.released_models import (
     released_state,
     write_folder,
 )
-from ..conftest import relative_error
+from ..forwards import relative_error
 
 TOLERANCE = 1e-4
 SIZES = {
@@ -81,11 +81,11 @@ def test_folders(load, folders, velocity, expected, name, preset):
 
 @pytest.mark.parametrize("name", ["text", "text_ffn"])
 def test_the_older_form_of_a_text_projection(load, folders, velocity, expected, name):
-    found = velocity(load(f"released_{name}/", legacy_text=True))
+    actual = velocity(load(f"released_{name}/", legacy_text=True))
     assert (
-        relative_error(found, expected(name, legacy=True))
+        relative_error(actual, expected(name, legacy=True))
         < TOLERANCE
-        < relative_error(found, expected(name))
+        < relative_error(actual, expected(name))
     )
 
 

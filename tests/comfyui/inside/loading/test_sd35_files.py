@@ -11,7 +11,7 @@ from ppcl_engine.models.weights import COMFYUI_PREFIX
 from ppcl_engine.system.tensor_files import write_tensors
 
 from ....tiny.models import comfyui_state, tiny_model
-from ..conftest import relative_error
+from ..forwards import relative_error
 from .test_stock_host import without_the_pack
 
 pytestmark = pytest.mark.parametrize("architecture", ["sd35"], indirect=True)
@@ -65,7 +65,7 @@ def test_fewer_blocks_that_nothing_is_said_of(
         run_node("UNETLoader", unet_name=name, weight_dtype="default")
     with pytest.raises(
         ValueError,
-        match="has 3 blocks, a whole model of its width 4; load it with Load Pruned Model",
+        match="has 3 blocks, a full model of its width 4; load it with Load Pruned Model",
     ):
         run_node("UNETLoader", unet_name=name, weight_dtype="default")
     assert (
@@ -120,7 +120,9 @@ def test_heads_of_another_width_are_one_line(make_model, save_model, load, model
         models.diffusion_models / "sd35_narrow.safetensors",
         make_model(in_channels=16, out_channels=16),
     )
-    with pytest.raises(ValueError, match="heads of 16: the host runs sd35 with 64 alone"):
+    with pytest.raises(
+        ValueError, match="ComfyUI runs sd35 with heads of 64 only, this model has heads of 16"
+    ):
         load("sd35_narrow.safetensors")
 
 
@@ -131,20 +133,25 @@ def test_it_has_nothing_to_fold(load, bundle, teacher):
         load(bundle.name, base=teacher.name, fold="basis")
 
 
-def test_info_and_lora_report(load, run_node, switched, bundle, teacher, models):
-    whole = load(bundle.name, base=teacher.name)
+@pytest.fixture(scope="module")
+def smallest(load, switched, whole, bundle, teacher) -> tuple:
+    """The same variant: loaded alone, and a branch of the switchable bundle."""
     alone = load(bundle.name, base=teacher.name, variant="smallest", switchable=False)
-    pictures, texts = zip(
-        *(run_node("PPCL_Info", model=m) for m in (switched(whole, variant="smallest"), alone)),
-        strict=True,
-    )
-    assert pictures[0].shape[2] == 1800 and all(
-        "5 of 8 blocks run; 7 parts are projected" in text for text in texts
-    )
-    shares = [text.splitlines()[0].split(": ")[1].split(";")[0] for text in texts]
-    assert (
-        shares[0] == shares[1] and "100 % of" in run_node("PPCL_Info", model=load(teacher.name))[1]
-    )
+    return alone, switched(whole, variant="smallest")
+
+
+def test_info(load, run_node, smallest, teacher):
+    shares = []
+    for model in smallest:
+        picture, text = run_node("PPCL_Info", model=model)
+        assert picture.shape[2] == 1800
+        assert "5 of 8 blocks run; 7 parts are projected" in text
+        shares.append(text.splitlines()[0].split(": ")[1].split(";")[0])
+    assert shares[0] == shares[1]
+    assert "100 % of" in run_node("PPCL_Info", model=load(teacher.name))[1]
+
+
+def test_lora_report(run_node, smallest, models):
     modules = [
         "2.attn.to_q",
         "1.attn2.to_k",
@@ -159,7 +166,7 @@ def test_info_and_lora_report(load, run_node, switched, bundle, teacher, models)
         for a in "AB"
     }
     write_tensors(models.loras / "sd35_report.safetensors", stored)
-    for model in (alone, switched(whole, variant="smallest")):
+    for model in smallest:
         (text,) = run_node("PPCL_LoraReport", model=model, lora="sd35_report.safetensors")
         assert text.splitlines()[0].endswith(
             "covers 3 of 7 modules; 1 belong to removed blocks; 2 belong to projected parts; 1 are not of this model"

@@ -10,7 +10,7 @@ from ppcl_engine.data.calibration import save_calibration
 from ppcl_engine.settings.convert_settings import SparsifyConfig
 from ppcl_engine.stages.convert.sparsify import sparsify
 
-from ..conftest import relative_error
+from ..forwards import relative_error
 
 PLAIN = {
     "base": "none",
@@ -93,7 +93,7 @@ def test_saved_by_the_host_it_is_dense(sparse, saved, load, opened, velocity, va
     """With its zeros, in all loaders."""
     model = load(sparse(variant, "2:4").name)
     path, expected = saved(model), velocity(model)
-    for name, found in opened(path).items():
-        assert relative_error(found, expected) < 1e-5, name
+    for name, actual in opened(path).items():
+        assert relative_error(actual, expected) < 1e-5, name
     weight = load(path.name).model.diffusion_model.transformer_blocks[0].attn.to_q.weight
     assert int((weight == 0).sum()) == weight.numel() // 2

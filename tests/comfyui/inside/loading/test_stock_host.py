@@ -22,7 +22,8 @@ from ppcl_engine.system.float8 import FP8, FP8_MARK
 from ppcl_engine.system.tensor_files import TensorFile
 from ppcl_engine.system.two_of_four import INDICES, VALUES, compressed_shapes
 
-from ..conftest import fp8_in, relative_error
+from ..conftest import fp8_in
+from ..forwards import relative_error
 
 QWEN = architecture_named("qwen_image")
 REAL = QWEN.model_configs["qwen_image"]

@@ -5,7 +5,7 @@ import torch
 
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import relative_error
+from ..forwards import relative_error
 
 FP8, LARGEST = torch.float8_e4m3fn, 448.0
 
@@ -45,9 +45,9 @@ def test_variants_on_it(load, switched, velocity, bundle, teacher, base, variant
     exact = velocity(load(bundle.name, base=teacher.name, variant=variant, switchable=False))
     options = {"base": path.name, "weight_dtype": "default"}
     caplog.clear()
-    found = velocity(switched(load(bundle.name, **options), variant=variant))
+    actual = velocity(switched(load(bundle.name, **options), variant=variant))
     alone = velocity(load(bundle.name, variant=variant, switchable=False, **options))
     # a student's halved modulation has a scale of its own when it is alone
-    assert relative_error(found, alone) < 0.01
-    assert 0 < relative_error(found, exact) < 0.1
+    assert relative_error(actual, alone) < 0.01
+    assert 0 < relative_error(actual, exact) < 0.1
     assert not [line for line in caplog.messages if "missing" in line]

@@ -15,7 +15,7 @@ from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.system.tensor_files import write_tensors
 
 from ....tiny.trained_run import write_parts
-from ..conftest import relative_error
+from ..forwards import relative_error
 from ..host.test_parity import TOLERANCE
 
 
@@ -71,5 +71,5 @@ def test_saved_by_the_host_it_keeps_its_weights(
 ):
     model = load(tuned_bundle.name, base=teacher.name, variant="better", switchable=False)
     path, expected = saved(model), velocity(model)
-    for name, found in opened(path).items():
-        assert relative_error(found, expected) < TOLERANCE, name
+    for name, actual in opened(path).items():
+        assert relative_error(actual, expected) < TOLERANCE, name

@@ -116,8 +116,8 @@ def store(pack, teacher, tmp_path, monkeypatch):
     from ....tiny.trained_run import write_parts
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    found = pack("paths").runs()
-    folder = found.root / "detect-00000000"
+    runs = pack("paths").runs()
+    folder = runs.root / "detect-00000000"
     folder.mkdir(parents=True)
     plan = write_parts(Run(folder), teacher)
     error = torch.arange(36, dtype=torch.float64).reshape(6, 3, 2)
@@ -133,7 +133,7 @@ def store(pack, teacher, tmp_path, monkeypatch):
     )
     write_state(folder, JobState(status="done"))
     write_text(Run(folder).plan, plan.with_parts(sites=(), variants=()).to_json())
-    return found
+    return runs
 
 
 def test_the_node_makes_a_run(store, run_node):
@@ -178,7 +178,7 @@ def test_a_model_outside_the_hosts_folders(store, pack, tmp_path):
         folder / "run.json",
         {"version": 1, "stages": [["detect", {"model": "/etc/passwd"}]], "identity": "x"},
     )
-    with pytest.raises(ValueError, match="passwd, the model of run detect-00000000, is in none of"):
+    with pytest.raises(ValueError, match="passwd, the model of run detect-00000000, is neither in"):
         pack("make.runs").model_of("detect-00000000")
 
 
@@ -194,5 +194,5 @@ def test_a_link_out_of_the_runs_is_no_export(store, pack, tmp_path):
     )
     write_state(folder, JobState(status="done"))
     assert list(pack("paths").exported_files()) == ["runs/export-00000000/b.safetensors"]
-    with pytest.raises(ValueError, match="is in none of"):
+    with pytest.raises(ValueError, match="is neither in"):
         pack("paths").model_path("runs/export-00000000/a.safetensors")

@@ -54,14 +54,14 @@ def clip():
         tokenizer = qwen.QwenImageTokenizer
 
     config = {"qwen25_7b_model_config": {**SMALL, "num_key_value_heads": 1}}
-    found = comfy.sd.CLIP(Target, model_options={**config, "dtype": torch.float32})
-    language = found.cond_stage_model.qwen25_7b.transformer
+    encoder = comfy.sd.CLIP(Target, model_options={**config, "dtype": torch.float32})
+    language = encoder.cond_stage_model.qwen25_7b.transformer
     del language.visual  # hundreds of megabytes that no text goes through
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in language.parameters():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return found
+    return encoder
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_references_that_cannot_be(run_node, output, teacher, pictures, tmp_path
             match="is not a folder in ComfyUI's input folder; refresh, then choose again",
         ):
             run_node("PPCL_CalibrateFromPrompts", references=name, **given)
-    with pytest.raises(ValueError, match="leave prompts empty and clip without a link"):
+    with pytest.raises(ValueError, match="leave prompts empty and clip unconnected"):
         run_node("PPCL_CalibrateFromPrompts", references="before", **{**given, "prompts": "a fox"})
     (pictures / "sea.txt").unlink()
     with pytest.raises(ValueError, match="sea.png has no caption; write it into sea.txt"):

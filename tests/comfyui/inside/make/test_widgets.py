@@ -95,7 +95,7 @@ def test_every_making_node_is_here(pack):
 
 @pytest.mark.parametrize("node", SETTINGS)
 def test_words_and_defaults_are_the_settings(widgets, node):
-    found = 0
+    count = 0
     for name, widget in widgets(node).items():
         kind = OTHER.get((node, name), SETTINGS[node])
         owner = next(
@@ -105,8 +105,8 @@ def test_words_and_defaults_are_the_settings(widgets, node):
             continue
         assert widget.tooltip == setting_help(owner, name), (node, name)
         assert widget.default == OPTIONAL.get((node, name), getattr(kind, name)), (node, name)
-        found += 1
-    assert found > 5
+        count += 1
+    assert count > 5
 
 
 @pytest.mark.parametrize("node", SETTINGS)
@@ -151,7 +151,7 @@ def test_values_that_no_widget_gives(pack, kind, given, message):
 
 @pytest.mark.parametrize("name", ["; rm -rf /", "cuda:0; ls", "mps0", "cuda:", "", "../cpu"])
 def test_a_device_is_a_name(pack, name):
-    with pytest.raises(ValueError, match="is none; choose auto, cpu, cuda or cuda:1"):
+    with pytest.raises(ValueError, match="is not a device; choose auto, cpu, cuda or cuda:1"):
         pack("make.base").check_device(name)
 
 

@@ -8,7 +8,7 @@ from ppcl_engine.data.calibration import load_calibration
 from ppcl_engine.models.streaming import Teacher
 from ppcl_engine.models.weights import Weights
 
-from ..conftest import calls_of
+from ..forwards import calls_of, relative_error, velocity_of
 
 SAMPLING = {"steps": 6, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
 LIMITS = {"samples": 24, "each_picture": 4, "batch": 5, "empty_captions": 0.4, "seed": 3}
@@ -66,11 +66,8 @@ def test_the_engine_computes_what_the_host_did(run_node, model, record, given, t
     returned = calls_of(recorded)
     draw(run_node, recorded, given, sampler_name=sampler)
     calibration, weights = load_calibration(path), Weights(teacher)
-    engine, architecture, compared = (
-        Teacher(weights, torch.float32, "cpu", False),
-        weights.architecture,
-        0,
-    )
+    engine, architecture = Teacher(weights, torch.float32, "cpu", False), weights.architecture
+    compared = 0
     assert calibration.samples == ROWS * LIMITS["each_picture"]
     for row in calibration.all_inputs():
         with torch.no_grad():
@@ -79,16 +76,9 @@ def test_the_engine_computes_what_the_host_did(run_node, model, record, given, t
             length = int(row["encoder_hidden_states_mask"][i].sum())
             x = architecture.unpack(row["hidden_states"][i : i + 1], row["grid"])
             text = row["encoder_hidden_states"][i, :length]
-            found = [
-                r[j]
-                for xs, t, c, r in returned
-                for j in range(len(xs))
-                if torch.equal(xs[j], x[0])
-                and t[j] == row["timestep"][i]
-                and torch.equal(c[j], text)
-            ]
+            host = velocity_of(returned, x[0], row["timestep"][i], text)
             expected = architecture.unpack(velocity[i : i + 1], row["grid"])[0]
-            assert found and float((found[0] - expected).norm() / expected.norm()) < 1e-4
+            assert relative_error(host, expected) < 1e-4
             compared += 1
     assert compared == calibration.samples
 
@@ -204,7 +194,7 @@ def test_another_model_is_refused(
     check(model, full)
     check(switched(both, variant="full"), full)
     for given, weights, found in (
-        (model, deeper, "transformer_blocks.6.img_mod.1.weight is not there"),
+        (model, deeper, "transformer_blocks.6.img_mod.1.weight is missing"),
         (
             load(bundle.name, base=teacher.name, switchable=False),
             full,
@@ -218,5 +208,5 @@ def test_another_model_is_refused(
 
 def test_sides_that_are_no_whole_tokens(run_node, record, given):
     recorded, _ = record()
-    with pytest.raises(ValueError, match="latents of 7 x 12 are no whole tokens"):
+    with pytest.raises(ValueError, match="latents of 7 x 12 do not divide into tokens"):
         draw(run_node, recorded, given, latent_image={"samples": torch.zeros(ROWS, 16, 1, 7, 12)})

@@ -17,7 +17,7 @@ from ppcl_engine.run import Run
 from ppcl_engine.stages import run_stage
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import calls_of
+from ..forwards import calls_of, relative_error, velocity_of
 from .test_record import LIMITS, ROWS, SAMPLING, draw, engine_velocity
 
 # tokens of a prompt -> latents of its references, odd ones too
@@ -63,14 +63,18 @@ WIDTH = {
 def given(run_node):
     """Three pictures, each with references of its own; the negative prompt is shorter and has less
     of them."""
-    generator, found = torch.Generator().manual_seed(8), {}
+    generator, conditionings = torch.Generator().manual_seed(8), {}
     for name, tokens in (("positive", 7), ("negative", 2)):
         conditioning = [[torch.randn(ROWS, tokens, 24, generator=generator), {}]]
         for size in SIZES[tokens]:
             latent = {"samples": torch.randn(ROWS, 16, 1, *size, generator=generator)}
             (conditioning,) = run_node("ReferenceLatent", conditioning=conditioning, latent=latent)
-        found[name] = conditioning
-    return {**found, "latent_image": {"samples": torch.zeros(ROWS, 16, 1, 8, 12)}, **SAMPLING}
+        conditionings[name] = conditioning
+    return {
+        **conditionings,
+        "latent_image": {"samples": torch.zeros(ROWS, 16, 1, 8, 12)},
+        **SAMPLING,
+    }
 
 
 @pytest.fixture
@@ -100,11 +104,8 @@ def test_the_engine_computes_what_the_host_did(run_node, record, given, teacher)
     model, recorded, path = record
     returned = calls_of(recorded)
     assert torch.equal(draw(run_node, recorded, given), draw(run_node, model, given))
-    calibration, weights, compared = (
-        load_calibration(path),
-        Weights(teacher),
-        dict.fromkeys(SIZES, 0),
-    )
+    calibration, weights = load_calibration(path), Weights(teacher)
+    compared = dict.fromkeys(SIZES, 0)
     engine, architecture = Teacher(weights, torch.float32, "cpu", False), weights.architecture
     for row in calibration.all_inputs():
         with torch.no_grad():
@@ -114,20 +115,11 @@ def test_the_engine_computes_what_the_host_did(run_node, record, given, teacher)
         x = architecture.unpack(row["hidden_states"], row["grid"])
         expected = architecture.unpack(velocity, row["grid"])
         for i, text in enumerate(row["encoder_hidden_states"]):
-            (found,) = (
-                result[j]
-                for xs, t, c, result in returned
-                for j in range(len(xs))
-                if torch.equal(xs[j], x[i])
-                and t[j] == row["timestep"][i]
-                and torch.equal(c[j], text)
-            )
-            assert float((found - expected[i]).norm() / expected[i].norm()) < 1e-4
+            host = velocity_of(returned, x[i], row["timestep"][i], text)
+            assert relative_error(host, expected[i]) < 1e-4
             compared[length] += 1
-    assert (
-        sum(compared.values()) == calibration.samples == ROWS * LIMITS["each_picture"]
-        and min(compared.values()) > 1
-    )
+    assert sum(compared.values()) == calibration.samples == ROWS * LIMITS["each_picture"]
+    assert min(compared.values()) > 1
 
 
 def test_each_picture_keeps_its_own(run_node, record, given, architecture):
@@ -192,7 +184,7 @@ def test_a_job_of_an_older_workflow_has_the_settings_default(job, recording):
 
 
 def test_both_stages_of_width_have_it(pack):
-    width = pack("make.stages")._width_stages("by share", {**WIDTH, "target_tokens_only": True})
+    width = pack("make.distil")._width_stages("by share", {**WIDTH, "target_tokens_only": True})
     assert [settings["target_tokens_only"] for _, _, settings in width] == [True, True]
 
 

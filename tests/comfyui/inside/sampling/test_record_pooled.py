@@ -20,7 +20,8 @@ from ppcl_engine.run import Run
 from ppcl_engine.stages import run_stage
 from ppcl_engine.system.tensor_files import TensorFile
 
-from ..conftest import host_nodes, relative_error
+from ..conftest import host_nodes
+from ..forwards import relative_error, velocity_of
 from ..make.test_prompts import NODE, PROMPTS
 from .test_record import LIMITS, draw, engine_velocity
 
@@ -88,18 +89,12 @@ def test_the_engine_computes_what_the_host_did(run_node, record, given, teacher,
             x = architecture.unpack(row["hidden_states"][i : i + 1], row["grid"])[0]
             text = row["encoder_hidden_states"][i]
             assert not host_case.guidance or row["guidance"][i] == (3.0 if len(text) == 7 else 2.0)
-            found = [
-                result[j]
-                for xs, t, c, result in returned
-                for j in range(len(xs))
-                if torch.equal(xs[j], x)
-                and t[j] == timestep(row["timestep"][i])
-                and torch.equal(c[j], text)
-            ]
+            host = velocity_of(returned, x, timestep(row["timestep"][i]), text)
             expected = architecture.unpack(velocity[i : i + 1], row["grid"])[0]
-            assert found and float((found[0] - expected).norm() / expected.norm()) < 1e-4
+            assert relative_error(host, expected) < 1e-4
             compared += 1
-    assert compared == calibration.samples and lengths == {2, 7}
+    assert compared == calibration.samples
+    assert lengths == {2, 7}
 
 
 CUT = {
@@ -169,12 +164,12 @@ def clip(architecture):
         tokenizer = reads_tokens
 
     small = {f"{name}_model_config": config for name, config in sizes.items()}
-    found = comfy.sd.CLIP(Target, model_options={**small, "dtype": torch.float32})
+    encoder = comfy.sd.CLIP(Target, model_options={**small, "dtype": torch.float32})
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in found.cond_stage_model.parameters():
+        for parameter in encoder.cond_stage_model.parameters():
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return found
+    return encoder
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from ppcl_engine.architectures import architecture_named
 from ppcl_engine.models.weights import expected_shapes
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
-from ..conftest import BOUND, relative_error
+from ..conftest import BOUND
+from ..forwards import relative_error
 
 pytestmark = pytest.mark.usefixtures("loose_bound")
 DEFAULTS = {
@@ -106,11 +107,11 @@ def test_a_renumbered_file_keeps_its_map(fold_model, load, exported, models, sig
         ({"form": "basis", "bound": 0.001}, "no useful rank keeps the error within 0.001"),
         (
             {"form": "basis", "base": "tiny.ppcl.safetensors"},
-            "is no bundle, so it takes no base model; set base to none",
+            "is not a bundle, so it takes no base model; set base to none",
         ),
         (
             {"file": "gone.safetensors", "form": "basis"},
-            "'gone.safetensors' is in none of models/ppcl",
+            "'gone.safetensors' is neither in models/ppcl",
         ),
         (
             {"file": "tiny.ppcl.safetensors", "form": "basis"},

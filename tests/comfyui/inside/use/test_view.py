@@ -18,11 +18,6 @@ SAMPLING = {"seed": 1, "cfg": 2.0, "sampler_name": "euler", "scheduler": "simple
 
 
 @pytest.fixture(scope="module")
-def whole(load, bundle, teacher):
-    return load(bundle.name, base=teacher.name)
-
-
-@pytest.fixture(scope="module")
 def small_lora(models):
     """Two maps of every block, by the names of a training tool, and one of another model."""
     stored = {}
