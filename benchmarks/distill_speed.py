@@ -51,7 +51,7 @@ TUNING_SEED = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What all recipes are given. `updates`: of one round of ours, and the grain of all
+    """What all recipes are given. `updates`: of one PPCL round, and the grain of all
     horizons."""
 
     model: Path
@@ -376,7 +376,7 @@ def main(arguments: list[str] | None = None) -> Path:
         "--steps", type=int, help="steps of the plain recipe that set the target (300)"
     )
     parser.add_argument(
-        "--updates", type=int, help="updates of a round of ours, and the grain of the search (40)"
+        "--updates", type=int, help="updates of one PPCL round, and the grain of the search (40)"
     )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument(

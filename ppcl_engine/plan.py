@@ -67,6 +67,11 @@ class WidthSite:
     def name(self) -> str:
         return f"{self.kind}:{self.block}"
 
+    @property
+    def sites(self) -> tuple[WidthSite, ...]:
+        """Itself: a switch of one site, as a TextGroup is one of several."""
+        return (self,)
+
 
 @dataclass(frozen=True)
 class TextGroup:
@@ -74,6 +79,8 @@ class TextGroup:
     text."""
 
     sites: tuple[WidthSite, ...]
+    kind = "text"
+    """of every site in it, as `WidthSite.kind`"""
 
     @property
     def first(self) -> int:
@@ -86,6 +93,10 @@ class TextGroup:
     @property
     def name(self) -> str:
         return f"text:{self.first}-{self.last}"
+
+    @property
+    def form(self) -> str:
+        return self.sites[0].form
 
     @property
     def score(self) -> float | None:

@@ -6,7 +6,7 @@ import torch
 from comfy_api.v0_0_2 import io, ui
 
 from ...ppcl_engine.models.layout import layout_of
-from ...ppcl_engine.report.drawings.maps import layer_map
+from ...ppcl_engine.report.drawings.layer_map import layer_map
 from ..host.branch import about, full_parameters, plan_in, sizes
 from ..host.folded import folding_in
 from ..host.switching import size_of

@@ -95,8 +95,8 @@ class ReleasedNames:
 
 @dataclass(frozen=True)
 class Part:
-    """Where a tensor of ours lies in ComfyUI's layout: in the tensor `name`, whose rows are cut
-    into `of` equal parts. `pieces`: those that are ours, in our order."""
+    """Where one of diffusers' tensors lies in ComfyUI's layout: in the tensor `name`, whose rows are cut
+    into `of` equal parts. `pieces`: those that make up the tensor, in its order."""
 
     name: str
     pieces: tuple[int, ...] = (0,)

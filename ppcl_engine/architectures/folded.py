@@ -46,7 +46,7 @@ class Folding:
             or not 0 <= self.inputs <= MOST_INPUTS
         ):
             raise ValueError(
-                f"folding {self.form!r} with {self.inputs!r} inputs is none of {', '.join(FORMS)}"
+                f"folding {self.form!r} with {self.inputs!r} inputs is unknown; known forms: {', '.join(FORMS)}, with 0 to {MOST_INPUTS} inputs"
             )
         if not self.batches or any(not isinstance(rows, int) or rows < 1 for rows in self.batches):
             raise ValueError(
@@ -66,7 +66,7 @@ class Folding:
 
 
 def folding_of(config: dict) -> Folding | None:
-    """None: nothing is folded. Raises ValueError for an entry that is no folding."""
+    """None: nothing is folded. Raises ValueError for an entry that does not describe one."""
     values = config.get(FOLDING)
     if values is None:
         return None

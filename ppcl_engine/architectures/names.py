@@ -13,8 +13,8 @@ NUMBERED = re.compile(r"(\w+)\.(\d+)\.(.+)")  # the block's number stands behind
 LINEAR = {"weight": "weight", "bias": "bias"}
 
 Modules = Mapping[str, str | tuple[str, tuple[int, ...], int]]
-"""diffusers' module -> ComfyUI's, or (ComfyUI's, pieces, of) where several of ours lie in one of
-its tensors"""
+"""diffusers' module -> ComfyUI's, or (ComfyUI's, pieces, of) where several of diffusers' lie in
+one of its tensors"""
 
 
 def tensors_of(

@@ -263,7 +263,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--no-compile", action="store_true", help="plain blocks, where there is no C++ compiler"
+        "--no-compile",
+        action="store_true",
+        help="run the blocks uncompiled, for a machine without a C++ compiler",
     )
     options = parser.parse_args()
     recipe = replace(RECIPES[options.teacher], seed=options.seed)

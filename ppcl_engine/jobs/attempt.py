@@ -198,8 +198,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _taken(options: argparse.Namespace, held: ExitStack) -> Job:
-    """Raises ValueError, in one line, for what is no folder of a job, and for one that has ended or
-    is at work."""
+    """Raises ValueError, in one line, for a folder that is not a job's, and for a job that has
+    ended or is at work."""
     folder = options.run.absolute()
     if options.again:
         folder = RunStore(folder.parent).again(folder.name).path

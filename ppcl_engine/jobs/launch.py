@@ -36,10 +36,10 @@ Process = subprocess.Popen
 
 
 def check_name(name: str) -> str:
-    """Raises ValueError for what is no name of a run."""
+    """Raises ValueError for text that cannot name a run."""
     if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
         raise ValueError(
-            f"{name[:LONGEST_NAME]!r} is no name of a run (a-z, 0-9 and '-'); choose one from the list"
+            f"{name[:LONGEST_NAME]!r} is not the name of a run (a-z, 0-9 and '-'); choose one from the list"
         )
     return name
 
@@ -48,7 +48,7 @@ def launch(folder: Path, outlive: bool) -> Process:
     """Starts the worker on a queued run, or on one whose worker is gone. It ends with this process
     unless `outlive`.
 
-    Raises ValueError for a folder without a name of ours, for a run that is at work and for one
+    Raises ValueError for a folder that is not named like a run, for a run that is at work and for one
     that has ended.
     """
     folder = Path(folder).absolute()

@@ -118,7 +118,7 @@ def can_paint(config: Common) -> bool:
 
 
 def _worded(inputs: Inputs) -> torch.Tensor:
-    """Rows whose caption is not empty, as far as a mask shows it; the first where there is none."""
+    """Rows whose caption is not empty, as far as a mask shows it; else the first row."""
     mask = inputs.get("encoder_hidden_states_mask")
     if mask is None:
         return torch.arange(len(inputs["hidden_states"]))

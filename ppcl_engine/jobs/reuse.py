@@ -33,7 +33,7 @@ SCRATCH, RESUMED = "states", "calibrate"
 OF_ONE_JOB = {ORDER, STATE, EVENTS, CANCEL, LOCK, LOG, PREVIEW}
 COPIED = {".json", ".jsonl", ".csv", ".txt", ".html"}
 NOT_THE_STUDENTS = {"model", "run", "device", "streamed", "dry_run", "intervals", "parallel"}
-"""Settings of distill-depth that no single student hangs on."""
+"""Settings of distill-depth that change no student."""
 
 
 def seed_from_upstream(
@@ -116,7 +116,7 @@ def _made_anew(order: Order, depth_made_with: dict | None) -> set[str]:
 
 
 def _lesson(settings: dict) -> dict:
-    """All settings of distill-depth that a student hangs on, defaults filled in."""
+    """All settings of distill-depth that change its students, defaults filled in."""
     order = Order(stages=(("distill-depth", settings),))
     config = configs(order, Path())[0][1]
     return {name: value for name, value in vars(config).items() if name not in NOT_THE_STUDENTS}

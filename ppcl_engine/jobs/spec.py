@@ -58,13 +58,17 @@ def write_order(folder: Path, order: Order) -> None:
 
 def read_order(folder: Path) -> Order:
     """Raises ValueError, in one line, for a missing file, rubbish, an unknown field and a stage
-    that is no job's."""
+    that jobs do not run."""
     path = Path(folder) / ORDER
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; this is no folder of a job")
+        raise ValueError(
+            f"{Path(folder)} is not a job folder: it has no {ORDER}; choose one from output/ppcl"
+        )
     values = read_json(path)
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is no order of a job: not a JSON object")
+        raise ValueError(
+            f"{path} is not a job's order: it holds no JSON object; prepare the run again"
+        )
     if values.pop("version", None) != VERSION:
         raise ValueError(
             f"{path} is of another version than {VERSION}; prepare the run again, or update ComfyUI-PPCL"

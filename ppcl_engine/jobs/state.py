@@ -90,18 +90,18 @@ class JobState:
 
 
 def read_state(folder: Path) -> JobState:
-    """As it is on disk. Raises ValueError, in one line, for a missing file, rubbish, or a status
-    that is none."""
+    """As it is on disk. Raises ValueError, in one line, for a missing file, rubbish, or an unknown
+    status."""
     path = Path(folder) / STATE
     if not path.is_file():
         raise ValueError(f"{path} does not exist; prepare the run first")
     if path.stat().st_size > LARGEST:
         raise ValueError(
-            f"{path} is no job's state: it has {path.stat().st_size:,} bytes; remove the folder"
+            f"{path} is not a job's state: it has {path.stat().st_size:,} bytes; remove the folder"
         )
     values = read_json(path)
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is no job's state: not a JSON object; remove the folder")
+        raise ValueError(f"{path} is not a job's state: it holds no JSON object; remove the folder")
     return from_mapping(JobState, values, str(path))
 
 
@@ -233,7 +233,7 @@ def append_event(folder: Path, kind: str, **values) -> None:
 
 
 def read_events(folder: Path) -> list[dict]:
-    """Oldest first; none where there is no file. Raises ValueError naming a line that is no event.
+    """Oldest first; empty without a file. Raises ValueError naming a line that is not an event.
 
     A last line without an end is one that a killed worker had begun: it does not count.
     """
@@ -281,7 +281,7 @@ def _event(line: str, where: str) -> dict:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
-        raise ValueError(f"{where} is no event; remove the file, or the folder")
+        raise ValueError(f"{where} is not an event; remove the file, or the folder")
     return value
 
 

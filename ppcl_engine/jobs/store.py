@@ -1,4 +1,4 @@
-"""A folder of runs, each named by a hash of all that its results hang on: the same request finds
+"""A folder of runs, each named by a hash of all that decides its results: the same request finds
 the same run.
 
 A new run begins with the files of the run before it, as hard links: nothing is computed twice.
@@ -67,8 +67,8 @@ class RunStore:
         self.root = Path(root).resolve()
 
     def path(self, name: str) -> Path:
-        """Raises ValueError, in one line, for what is no name of ours or no real folder of this
-        root."""
+        """Raises ValueError, in one line, for text that cannot name a run, and unless it names a real
+        folder of this root."""
         folder = self.root / check_name(name)
         if folder.is_symlink() or not folder.is_dir() or folder.resolve().parent != self.root:
             raise ValueError(f"run {name} is not in {self.root}; choose one from the list")
@@ -261,7 +261,7 @@ class RunStore:
 
 def _base(kind: str, identity: str) -> str:
     if not KIND.fullmatch(kind):
-        raise ValueError(f"{kind!r} is no kind of run; use a-z, 0-9 and '-'")
+        raise ValueError(f"{kind!r} is not a kind of run; use a-z, 0-9 and '-'")
     return f"{kind}-{identity[:8]}"
 
 
@@ -299,7 +299,7 @@ def _hash(values: dict) -> str:
 
 
 def _marked(config) -> dict:
-    """Settings that results hang on; a file or folder counts by name, sizes and times, not by where
+    """Settings that decide the results; a file or folder counts by name, sizes and times, not by where
     it is."""
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in SAME_BITS}
     return {name: [v.name, _mark(v)] if isinstance(v, Path) else v for name, v in values.items()}

@@ -111,7 +111,7 @@ def layout_of(plan: PruningPlan, variant: Variant) -> Layout:
             notes.append(f"{name} is off: {reason}")
             continue
         on.append(name)
-        if isinstance(site := plan.site(name), TextGroup):
+        if (site := plan.site(name)).kind == "text":
             text |= _text_places(plan, site, here)
         else:
             ffn.setdefault(site.block, []).append(site)
@@ -155,15 +155,13 @@ def _misfit(
 ) -> str | None:
     """Why the site cannot be on with what stands here; None when it can."""
     site = plan.site(name)
-    if isinstance(site, TextGroup):
-        fitted = {s.block: s.fitted for s in site.sites}
+    fitted = {s.block: s.fitted for s in site.sites}
+    if site.kind == "text":
         source = max(index for index in here if index < site.first)
         if here[source] != everything.get(source):
             return f"the block before it ({here[source]}) is not the one that it was trained behind"
-    else:
-        fitted = {site.block: site.fitted}
-        if site.block not in here:
-            return f"block {site.block} is replaced"
+    elif site.block not in here:
+        return f"block {site.block} is replaced"
     for block, names in fitted.items():
         if block in here and here[block] != everything.get(block) and here[block] not in names:
             return f"no projection was trained for block {here[block]}"

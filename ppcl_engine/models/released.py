@@ -36,7 +36,9 @@ class Released:
     def __init__(self, path: str | Path, legacy_txt_proj: bool = False):
         self.path = Path(path)
         if not self.path.is_dir():
-            raise ValueError(f"{path} is no folder; give the released folder, config.json included")
+            raise ValueError(
+                f"{path} is not a folder; give the released folder, config.json included"
+            )
         self._stored, config = open_layout(self.path)
         self.architecture: Architecture = detect_architecture(self._stored, self.path)
         self.layout = released_layout(self.architecture, config, self.path)
@@ -244,7 +246,7 @@ def _indices(config: dict, name: str | None, count: int, where: object) -> set[i
         type(index) is int and 0 <= index < count for index in indices
     ):
         raise ValueError(
-            f"{where}: {name} = {indices!r} is no list of blocks 0-{count - 1}; restore its config.json"
+            f"{where}: {name} = {indices!r} is not a list of blocks 0-{count - 1}; restore its config.json"
         )
     return set(indices)
 

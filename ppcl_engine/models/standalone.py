@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..architectures import architecture_named
-from ..plan import PruningPlan, TextGroup, Variant, plan_from_json
+from ..plan import PruningPlan, Variant, plan_from_json
 from ..system.json_text import json_text
 from ..system.tensor_files import TensorFile
 from .assembly import empty_model, filled
@@ -66,12 +66,7 @@ def guard_name(plan: PruningPlan, layout: Layout) -> str | None:
 
 def structure_of(plan: PruningPlan, variant: Variant) -> PruningPlan:
     """The plan of a file that holds this variant alone: everything in it is on."""
-    switches = [plan.site(name) for name in layout_of(plan, variant).sites]
-    sites = [
-        site
-        for switch in switches
-        for site in (switch.sites if isinstance(switch, TextGroup) else (switch,))
-    ]
+    sites = [s for name in layout_of(plan, variant).sites for s in plan.site(name).sites]
     kept = tuple(plan.intervals_of(variant))
     return replace(
         plan, intervals=kept, sites=tuple(replace(s, fitted=()) for s in sites), variants=()

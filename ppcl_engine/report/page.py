@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 
 from .html import NONE, Html, image, joined, table, tag
-from .numbers import bytes_text, count_text, exact_duration_text, seconds_text
-from .results import ACCURACIES, FIDELITY, Results
+from .numbers import count_text, exact_duration_text
+from .results import Results
 from .texts import (
     CKA_TEXT,
     DAMAGE_TEXT,
@@ -22,6 +22,7 @@ from .texts import (
     STYLE,
     TIMESTEP_TEXT,
 )
+from .variant_tables import fidelity_table, fidelity_text, size_table, stat
 from .width_section import notes_list, site_table, width_text
 
 THUMBNAIL = 192  # pixels, the longer side of a picture in the page
@@ -75,8 +76,8 @@ def page(results: Results, drawings: dict[str, bytes], seconds: float | None) ->
             else []
         ),
         section("Pictures", PICTURE_TEXT, _picture_grid(results)),
-        section("Size and speed", SIZE_TEXT, _size_table(results)),
-        section("Fidelity", _fidelity_text(results), _fidelity_table(results)),
+        section("Size and speed", SIZE_TEXT, size_table(results)),
+        section("Fidelity", fidelity_text(results), fidelity_table(results)),
         section(
             "Velocity error by timestep",
             TIMESTEP_TEXT,
@@ -128,12 +129,12 @@ def _lead(results: Results) -> Html:
         parts += [", runs ", tag("strong", f"{small['latency_ratio']:.2f}×"), " as fast"]
     if small.get("character_accuracy"):
         right, before = small["character_accuracy"], results.teacher.get("character_accuracy")
-        parts += [" and draws ", tag("strong", _stat(right, "%")), " of characters right"]
-        parts += [", the teacher ", tag("span", _stat(before, "%"))] if before else []
+        parts += [" and draws ", tag("strong", stat(right, "%")), " of characters right"]
+        parts += [", the teacher ", tag("span", stat(before, "%"))] if before else []
     elif small.get("psnr"):
         parts += [
             " and draws the teacher's pictures to within ",
-            tag("strong", f"{_stat(small['psnr'], '{:.1f}')} dB"),
+            tag("strong", f"{stat(small['psnr'], '{:.1f}')} dB"),
         ]
     return joined([*parts, "."])
 
@@ -225,78 +226,6 @@ def _thumbnail(picture: torch.Tensor, alt: str, width: int) -> Html:
     buffer = io.BytesIO()
     thumbnail.save(buffer, "PNG")
     return image(buffer.getvalue(), alt, width=width, **({"class_": "pixels"} if small else {}))
-
-
-def _size_table(results: Results) -> Html:
-    teacher, layouts = results.teacher, results.layouts
-
-    def row(r: dict) -> list[object]:
-        variant, layout = results.plan.variant(r["name"]), layouts[r["name"]]
-        memory, flops, ratio = r.get("peak_memory_bytes"), r.get("flops"), r.get("latency_ratio")
-        return [
-            joined([r["name"], tag("small", "fine-tuned")]) if variant.tuned else r["name"],
-            len(layout.places),
-            *([len(layout.sites)] if results.plan.sites else []),
-            count_text(r["parameters"]),
-            f"{100 * r['parameters'] / teacher['parameters']:.1f} %",
-            bytes_text(r["bytes"]),
-            f"{100 * flops / teacher['flops']:.1f} %" if flops and teacher.get("flops") else NONE,
-            seconds_text(r["seconds_per_step"]),
-            f"{ratio:.2f}×" if ratio else NONE,
-            bytes_text(memory) if memory else NONE,
-        ]
-
-    heads = [
-        "variant",
-        "blocks",
-        *(["width sites"] if results.plan.sites else []),
-        "parameters",
-        "of the teacher",
-        "weights",
-        "FLOPs",
-        "time a step",
-        "speed",
-        "peak memory",
-    ]
-    return table(heads, [row(r) for r in results.evaluation["variants"]])
-
-
-def _fidelity_table(results: Results) -> Html:
-    rows = results.evaluation["variants"]
-    shown = [name for name in FIDELITY if any(row.get(name) for row in rows)]
-    heads = ["variant", *(FIDELITY[name][0] for name in shown)]
-    return table(
-        heads,
-        [[r["name"], *(_cell(r.get(name), FIDELITY[name][1]) for name in shown)] for r in rows],
-        "stats",
-    )
-
-
-def _stat(stat: dict | None, form: str) -> str:
-    """97.0 % (95.1–98.4)"""
-    if not stat:
-        return NONE
-    if form == "%":
-        return f"{100 * stat['value']:.1f} % ({100 * stat['low']:.1f}–{100 * stat['high']:.1f})"
-    return f"{form.format(stat['value'])} ({form.format(stat['low'])}–{form.format(stat['high'])})"
-
-
-def _cell(stat: dict | None, form: str) -> Html:
-    value, _, error = _stat(stat, form).partition(" (")
-    return joined([value, " ", tag("small", f"({error}")]) if error else joined([value])
-
-
-def _fidelity_text(results: Results) -> str:
-    text = "Each variant against the teacher at the same seeds; in brackets 95 % intervals over samples (Wilson for what a reader reads, else bootstrap). Velocity error is "
-    text += "squared and relative to the teacher's velocity (0 is identical); PSNR and SSIM compare pictures drawn from the same noise."
-    if any(results.teacher.get(name) for name in ACCURACIES):
-        text += (
-            " A reader looks at every picture and says which character, shape and colours it sees."
-        )
-    return (
-        text
-        + " Text sensitivity is how much of the velocity changes when the caption is taken away; it should stay at the teacher's."
-    )
 
 
 def _facts(results: Results, seconds: float | None) -> Html:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from ..run import Run
 from ..system.atomic import replacing, write_json, write_text
-from .drawings import line_charts, maps
+from .drawings import line_charts
+from .drawings.damage_map import damage_map
+from .drawings.layer_map import layer_map
+from .drawings.picture_sheet import picture_sheet
 from .page import page
 from .results import FIDELITY, Results, read_results
 from .width_section import site_rows, width_drawings
@@ -96,11 +99,11 @@ def _drawings(results: Results) -> dict[str, bytes]:
     parameters = {v.name: v.parameters for v in plan.variants if v.parameters}
     parameters |= {row["name"]: row["parameters"] for row in evaluation["variants"]}
     drawings = {
-        "layer_map": maps.layer_map(plan, results.mapped, parameters, results.teacher["parameters"])
+        "layer_map": layer_map(plan, results.mapped, parameters, results.teacher["parameters"])
     }
     if plan.intervals:
         drawings["cka_curves"] = line_charts.cka_curves(plan, results.cka)
-        drawings["damage_map"] = maps.damage_map(plan, results.damage)
+        drawings["damage_map"] = damage_map(plan, results.damage)
     if results.losses:
         drawings["loss_curves"] = line_charts.loss_curves(results.losses)
     if results.width:
@@ -111,7 +114,7 @@ def _drawings(results: Results) -> dict[str, bytes]:
             {name: rows for name, rows in by_timestep.items() if rows}
         )
     if evaluation["captions_shown"]:
-        drawings["pictures"] = maps.picture_sheet(
+        drawings["pictures"] = picture_sheet(
             results.pictured, evaluation["captions_shown"], results.pictures
         )
     return drawings

@@ -36,19 +36,11 @@ class WidthResults:
     def by_hand(self) -> bool:
         """The plan has other sites than detection chose."""
         chosen = {(row["name"], row["form"]) for row in self.candidates if row["chosen"]}
-        return chosen != {(switch.name, form_of(switch)) for switch in self.plan.switches}
+        return chosen != {(switch.name, switch.form) for switch in self.plan.switches}
 
     def candidate(self, switch: WidthSite | TextGroup) -> dict | None:
-        wanted = switch.name, form_of(switch)
+        wanted = switch.name, switch.form
         return next((row for row in self.candidates if (row["name"], row["form"]) == wanted), None)
-
-
-def form_of(switch: WidthSite | TextGroup) -> str:
-    return switch.sites[0].form if isinstance(switch, TextGroup) else switch.form
-
-
-def kind_of(switch: WidthSite | TextGroup) -> str:
-    return "text" if isinstance(switch, TextGroup) else switch.kind
 
 
 def read_width(run: Run, plan: PruningPlan) -> WidthResults | None:
@@ -68,10 +60,9 @@ def read_width(run: Run, plan: PruningPlan) -> WidthResults | None:
 
 def _losses(run: Run, plan: PruningPlan, switch: WidthSite | TextGroup) -> Iterator[torch.Tensor]:
     """Of every projection that the site has with all intervals on."""
-    sites, kind = switch.sites if isinstance(switch, TextGroup) else (switch,), kind_of(switch)
-    blocks = {site.block for site in sites}
+    blocks = {site.block for site in switch.sites}
     for place in layout_of(plan, plan.everything()).places:
-        path = run.projection(place.name, kind)
+        path = run.projection(place.name, switch.kind)
         if (
             place.index in blocks
             and path.exists()
@@ -85,8 +76,8 @@ def site_rows(plan: PruningPlan) -> list[dict]:
     return [
         {
             "name": switch.name,
-            "kind": kind_of(switch),
-            "form": form_of(switch),
+            "kind": switch.kind,
+            "form": switch.form,
             "score": switch.score,
         }
         for switch in plan.switches
@@ -118,7 +109,7 @@ def site_table(width: WidthResults) -> Html:
         rows.append(
             [
                 switch.name,
-                NONE if isinstance(switch, TextGroup) else switch.form,
+                NONE if switch.kind == "text" else switch.form,
                 count_text(found["saving"]) if found else NONE,
                 f"{found['score']:.2g}" if found else NONE,
                 _explained(found.get("explained", [])),

@@ -212,7 +212,10 @@ def test_costs_are_counted_without_weights(architecture, form):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"form": "cosine", "inputs": 3}, "folding 'cosine' with 3 inputs is none of table, basis"),
+        (
+            {"form": "cosine", "inputs": 3},
+            "folding 'cosine' with 3 inputs is unknown; known forms: table, basis",
+        ),
         ({"form": "table", "inputs": 10**9}, "folding 'table' with 1000000000 inputs"),
         ({"form": "table", "inputs": 3, "batches": []}, "folding for batches of"),
         (

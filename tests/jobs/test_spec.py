@@ -140,5 +140,5 @@ def test_rubbish_is_refused_in_one_line(tmp_path, content):
 
 
 def test_a_folder_without_an_order_is_none(tmp_path):
-    with pytest.raises(ValueError, match="this is no folder of a job"):
+    with pytest.raises(ValueError, match="is not a job folder"):
         read_order(tmp_path)

@@ -54,7 +54,7 @@ def test_what_is_no_name_of_ours_is_no_path(store, stages_of, name):
         store.again,
         lambda n: store.prepare("probe", stages_of("probe"), n or "."),
     ):
-        with pytest.raises(ValueError, match="is no name of a run") as caught:
+        with pytest.raises(ValueError, match="is not the name of a run") as caught:
             use(name)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     assert len(store.names()) == 1
@@ -63,7 +63,7 @@ def test_what_is_no_name_of_ours_is_no_path(store, stages_of, name):
 @pytest.mark.parametrize("name", ["A", "a b", "é", "run;reboot", "$(reboot)", "a" * 101])
 def test_nothing_is_launched_in_a_folder_of_another_name(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match="is no name of a run"):
+    with pytest.raises(ValueError, match="is not the name of a run"):
         launch(tmp_path / name, False)
     assert not list((tmp_path / name).iterdir())
 
@@ -80,7 +80,7 @@ def test_a_link_or_a_file_is_no_run(store, tmp_path):
 
 @pytest.mark.parametrize("kind", ["", "Probe", "../x", "1a", "a_b", "a" * 50])
 def test_a_kind_becomes_a_name_or_is_refused(store, prepare, kind):
-    with pytest.raises(ValueError, match="is no kind of run"):
+    with pytest.raises(ValueError, match="is not a kind of run"):
         prepare(kind, "probe")
 
 

@@ -144,7 +144,7 @@ def test_legacy_means_something_for_width_pruned_folders_only(
     text = write_folder(tmp_path / "c", released_state(teacher, KEPT, TEXT), config, TEXT)
     with pytest.raises(ValueError, match="is not a bundle, so it has no variant 'small'"):
         open_model(text, "small", legacy_txt_proj=True)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         Released(teacher_file)
 
 
@@ -209,9 +209,9 @@ BROKEN = {
     ),
     "no such block": (
         partial(broken_lists, {"ffn_proj_index": [6]}),
-        re.escape("[6] is no list of blocks 0-5"),
+        re.escape("[6] is not a list of blocks 0-5"),
     ),
-    "no list": (partial(broken_lists, {"ffn_proj_index": "2"}), "'2' is no list of blocks 0-5"),
+    "no list": (partial(broken_lists, {"ffn_proj_index": "2"}), "'2' is not a list of blocks 0-5"),
     "step without text": (
         partial(broken_lists, {"ehs_proj_index": [3]}),
         "ehs_proj_index has 3, which single_stream",

@@ -12,7 +12,7 @@ from PIL import Image
 from benchmarks.ablation.chart import ablation_chart
 from ppcl_engine.plan import Variant, parse_intervals, parse_sites
 from ppcl_engine.report.drawings.canvas import BLUE, VERMILION
-from ppcl_engine.report.drawings.maps import layer_map
+from ppcl_engine.report.drawings.layer_map import layer_map
 from ppcl_engine.report.run_report import write_report
 from ppcl_engine.report.width_section import read_width
 from ppcl_engine.run import Run

@@ -22,7 +22,7 @@ from ...architectures import BlockState, Inputs
 from ...models.assembly import Students
 from ...models.layout import Layout, Place, group_places, layout_of
 from ...models.streaming import StateStore, Teacher, read_bare, sweep, write_bare
-from ...plan import PruningPlan, TextGroup
+from ...plan import PruningPlan
 from ...system.distributed import processes
 from ...system.progress import Progress
 from ..least_squares import InputMoments, NormalEquations, Solution
@@ -63,7 +63,7 @@ def fits_of(plan: PruningPlan, layout: Layout) -> list[Fit]:
     fits = []
     for name in layout.sites:
         site = plan.site(name)
-        if isinstance(site, TextGroup):
+        if site.kind == "text":
             source, members = group_places(layout, site)
             fits += [
                 Fit(place=_bare(p), kind="text", source=_bare(source), steps=p.steps_text)

@@ -21,7 +21,7 @@ from ...models.assembly import Students
 from ...models.layout import Layout, Place, layout_of
 from ...models.streaming import Teacher
 from ...models.surgery import project, projection_modules
-from ...plan import PruningPlan, TextGroup, Variant
+from ...plan import PruningPlan, Variant
 from .quantization import NONE, quantised_in_training
 
 MakeBlock = Callable[[], nn.Module]
@@ -81,13 +81,8 @@ class Parts(nn.Module):
 def projections_of(plan: PruningPlan, variant: Variant) -> list[tuple[str, str]]:
     """(place's name, site kind) of every projection that a subset of the variant can switch on."""
     natural = {place.index: place.name for place in layout_of(plan, plan.everything()).places}
-    switches = [plan.site(name) for name in variant.sites]
     found: dict[tuple[str, str], None] = {}
-    for site in (
-        s
-        for switch in switches
-        for s in (switch.sites if isinstance(switch, TextGroup) else (switch,))
-    ):
+    for site in (s for name in variant.sites for s in plan.site(name).sites):
         names = [natural[site.block]] if site.block in natural else []
         for name in (*names, *site.fitted):
             if "-" not in name or name in variant.intervals:

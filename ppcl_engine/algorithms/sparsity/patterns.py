@@ -48,7 +48,7 @@ def checked_sparsity(sparsity: float | None, pattern: Pattern) -> float:
         return own
     if not 0 < sparsity < 1:
         raise ValueError(
-            f"sparsity {sparsity:g} is no share of weights to drop; choose one between 0 and 1, such as 0.5"
+            f"sparsity {sparsity:g} is not a share of weights to drop; choose a number between 0 and 1, such as 0.5"
         )
     if pattern.is_structured and sparsity != own:
         raise ValueError(

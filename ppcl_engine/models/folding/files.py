@@ -110,7 +110,7 @@ class Original:
 
 
 def open_original(path: Path) -> Original:
-    """Raises ValueError for a file that is none of the three kinds."""
+    """Raises ValueError for any other file."""
     path = Path(path)
     if is_bundle(path):
         bundle = Bundle(path)

@@ -102,10 +102,10 @@ def write_table(path: Path, table: Table, key: str) -> None:
 
 
 def read_table(path: Path, key: str) -> Table:
-    """Raises ValueError for a file that is no table, or another model's."""
+    """Raises ValueError for a file that is not a table, or is another model's."""
     file = TensorFile(path)
     if TABLE_KEY not in file.metadata:
-        raise ValueError(f"{path} is no table of modulations; remove it")
+        raise ValueError(f"{path} is not a table of modulations; remove it")
     about = json.loads(file.metadata[TABLE_KEY])
     if about["key"] != key:
         raise ValueError(f"{path} is the table of another model; remove it, and it is made again")

@@ -66,9 +66,9 @@ def test_forged_runs(server, known, kind, run, nothing_else_changes):
     """A page sends links; a program can send anything."""
     message = server.error_of(node(known, kind, run=run)).strip()
     assert "\n" not in message and len(message) < 400
-    assert any(words in message for words in ("is no name of a run", "is not in", "connect it")), (
-        message
-    )
+    assert any(
+        words in message for words in ("is not the name of a run", "is not in", "connect it")
+    ), message
 
 
 @pytest.mark.parametrize(
@@ -109,12 +109,12 @@ def test_forged_runs(server, known, kind, run, nothing_else_changes):
         (
             "Sparsify",
             {"sparsity": 0.0},
-            "sparsity 0 is no share of weights to drop; choose one between 0 and 1",
+            "sparsity 0 is not a share of weights to drop; choose a number between 0 and 1",
         ),
         (
             "Sparsify",
             {"sparsity": 1.0},
-            "sparsity 1 is no share of weights to drop; choose one between 0 and 1",
+            "sparsity 1 is not a share of weights to drop; choose a number between 0 and 1",
         ),
         ("Sparsify", {"pattern": "2:4", "sparsity": 0.6}, "2:4 drops 0.5 of the weights"),
         ("Sparsify", {"pattern": "3:4"}, "pattern '3:4' is not a choice; choose from"),
@@ -127,8 +127,8 @@ def test_forged_runs(server, known, kind, run, nothing_else_changes):
         ("Sparsify", {"variant": "small"}, "has no variant 'small'; leave the variant out"),
         ("Sparsify", {"name": "../../evil"}, "name '../../evil': letters, digits"),
         ("PrepareRun", {}, "is done, not waiting to be started"),
-        ("WatchJob", {"run_name": "../../x"}, "is no name of a run"),
-        ("CancelJob", {"run_name": "/etc"}, "is no name of a run"),
+        ("WatchJob", {"run_name": "../../x"}, "is not the name of a run"),
+        ("CancelJob", {"run_name": "/etc"}, "is not the name of a run"),
     ],
 )
 def test_hostile_widgets(server, known, finished, kind, widgets, message, nothing_else_changes):

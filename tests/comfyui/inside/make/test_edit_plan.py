@@ -167,7 +167,7 @@ def test_its_model_is_found_behind_it(store, run_node, pack, teacher):
     "run", ["../../x", "/etc", "detect-0000000O", "a" * 5000, "", "detect-00000000/..", 7, None]
 )
 def test_forged_runs(store, run_node, run):
-    with pytest.raises(ValueError, match="is no name of a run|is not in|connect it"):
+    with pytest.raises(ValueError, match="is not the name of a run|is not in|connect it"):
         run_node("PPCL_EditPlan", run=run, intervals="", sites="", form="paper")
 
 

@@ -1,5 +1,4 @@
-"""Maps: the layers of a plan's variants, the damage of intervals, a sheet of pictures. Each a
-function to a PNG.
+"""The layer map: which blocks, students and projections each variant of a plan has.
 
 Colours are Okabe and Ito's (2008), which colour-blind readers tell apart. matplotlib is imported
 when something is drawn, and never through pyplot, so nothing global changes.
@@ -7,16 +6,11 @@ when something is drawn, and never through pyplot, so nothing global changes.
 
 from __future__ import annotations
 
-import textwrap
-
-import torch
-
 from ...models.layout import Layout, Place, layout_of
 from ...plan import Interval, PruningPlan, Variant
 from ..numbers import count_text
 from .canvas import (
     BLUE,
-    DAMAGE_COLOURS,
     INK,
     KEPT,
     ORANGE,
@@ -27,13 +21,11 @@ from .canvas import (
     VERMILION,
     WIDTH,
     draw_text,
-    drawable,
     label,
     new_figure,
     png_bytes,
     range_text,
     shortened,
-    tidy,
 )
 
 MAP_LEFT, MAP_RIGHT = 1.3, 1.45  # inches for names and for parameters
@@ -253,105 +245,3 @@ def _map_legend(figure, kinds: list[str], height: float) -> None:
         )
         for entry in legend.get_texts():
             entry.set_color(INK)
-
-
-def damage_map(plan: PruningPlan, damage: torch.Tensor) -> bytes:
-    """damage [blocks, longest]: of replacing [u, u + j]; column u, row by length. Chosen intervals
-    are outlined."""
-    from matplotlib.colors import LinearSegmentedColormap, LogNorm
-    from matplotlib.patches import Rectangle
-    from matplotlib.ticker import FuncFormatter
-
-    damage = damage[:-1]  # no interval starts at the last block
-    blocks, longest = damage.shape
-    positive = damage[damage > 0]
-    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (1e-6, 1.0)
-    height = 0.95 + 0.3 * (longest - 1)
-    figure = new_figure(height)
-    share = (height - 0.95) / height
-    axes = figure.add_axes((0.85 / WIDTH, 0.62 / height, (WIDTH - 2.05) / WIDTH, share))
-    tidy(axes, grid=False)
-    colours = LinearSegmentedColormap.from_list("damage", DAMAGE_COLOURS)
-    cells = damage[:, 1:].T.clamp_min(low).numpy()
-    corners = [x - 0.5 for x in range(blocks + 1)], [y + 1.5 for y in range(longest)]
-    image = axes.pcolormesh(
-        *corners,
-        cells,
-        cmap=colours,
-        norm=LogNorm(low, max(high, 1.01 * low)),
-        edgecolor="white",
-        lw=0.8,
-    )
-    reach = 1 + 0.06 * blocks  # cells that an outlined interval and its label cover
-    for interval in plan.intervals:
-        box = (interval.first - 0.5, interval.removed + 0.5)
-        axes.add_patch(
-            Rectangle(box, 1, 1, fill=False, edgecolor=VERMILION, lw=2.4, clip_on=False, zorder=4)
-        )
-        crowded = any(
-            i.removed == interval.removed and 0 < i.first - interval.first < reach
-            for i in plan.intervals
-        )
-        beside = not crowded and interval.first < blocks - reach
-        draw_text(
-            axes,
-            interval.first + (0.68 if beside else -0.68),
-            interval.removed + 1,
-            range_text(interval),
-            size=8,
-            weight="bold",
-            color=INK,
-            ha="left" if beside else "right",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.9},
-        )
-    axes.set_xticks(range(0, blocks, 1 if blocks <= 40 else 5))
-    axes.set_yticks(range(2, longest + 1))
-    axes.set_xlabel("first block of the interval, u", fontsize=9, color=QUIET)
-    axes.set_ylabel("blocks in it", fontsize=9, color=QUIET)
-    bar = figure.colorbar(
-        image, cax=figure.add_axes((1 - 0.95 / WIDTH, 0.62 / height, 0.14 / WIDTH, share))
-    )
-    bar.outline.set_visible(False)
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    bar.ax.tick_params(labelsize=8, colors=QUIET, length=0, which="both")
-    bar.ax.set_title("damage", fontsize=8.5, color=QUIET, loc="left", pad=6)
-    return png_bytes(figure)
-
-
-def picture_sheet(
-    names: list[str], captions: list[str], pictures: dict[str, torch.Tensor]
-) -> bytes:
-    """pictures: variant -> uint8 [captions, 3, height, width]. A row a variant, a column a
-    caption."""
-    high, wide = pictures[names[0]].shape[2:]
-    cell = min((WIDTH - MAP_LEFT) / len(captions), 2.2)
-    tall, letters = cell * high / wide, max(6, int(cell * 13))
-    titles = [
-        textwrap.wrap(drawable(c), max(letters, 10), max_lines=7, placeholder="…") for c in captions
-    ]
-    head = 0.18 + 0.128 * max(len(lines) for lines in titles)
-    height = head + len(names) * tall
-    figure = new_figure(height)
-    for row, name in enumerate(names):
-        bottom = height - head - (row + 1) * tall
-        label(
-            figure, 0.05 / WIDTH, (bottom + 0.5 * tall) / height, shortened(name, 16), weight="bold"
-        )
-        for column, picture in enumerate(pictures[name][: len(captions)]):
-            left = MAP_LEFT + column * cell
-            axes = figure.add_axes(
-                (
-                    left / WIDTH,
-                    (bottom + 0.04 * tall) / height,
-                    0.95 * cell / WIDTH,
-                    0.95 * tall / height,
-                )
-            )
-            axes.imshow(
-                picture.movedim(0, -1).numpy(), interpolation="nearest" if wide < 128 else "auto"
-            )
-            axes.axis("off")
-    for column, lines in enumerate(titles):
-        place = (MAP_LEFT + column * cell) / WIDTH, 1 - (head - 0.07) / height
-        label(figure, *place, "\n".join(lines), va="bottom", size=7.5, color=QUIET)
-    return png_bytes(figure)
