@@ -22,7 +22,7 @@ from .texts import (
     STYLE,
     TIMESTEP_TEXT,
 )
-from .variant_tables import fidelity_table, fidelity_text, size_table, stat
+from .variant_tables import fidelity_table, fidelity_text, size_table, stat_text
 from .width_section import notes_list, site_table, width_text
 
 THUMBNAIL = 192  # pixels, the longer side of a picture in the page
@@ -129,12 +129,12 @@ def _lead(results: Results) -> Html:
         parts += [", runs ", tag("strong", f"{small['latency_ratio']:.2f}×"), " as fast"]
     if small.get("character_accuracy"):
         right, before = small["character_accuracy"], results.teacher.get("character_accuracy")
-        parts += [" and draws ", tag("strong", stat(right, "%")), " of characters right"]
-        parts += [", the teacher ", tag("span", stat(before, "%"))] if before else []
+        parts += [" and draws ", tag("strong", stat_text(right, "%")), " of characters right"]
+        parts += [", the teacher ", tag("span", stat_text(before, "%"))] if before else []
     elif small.get("psnr"):
         parts += [
             " and draws the teacher's pictures to within ",
-            tag("strong", f"{stat(small['psnr'], '{:.1f}')} dB"),
+            tag("strong", f"{stat_text(small['psnr'], '{:.1f}')} dB"),
         ]
     return joined([*parts, "."])
 

@@ -52,7 +52,7 @@ def fidelity_table(results: Results) -> Html:
     )
 
 
-def stat(stat: dict | None, form: str) -> str:
+def stat_text(stat: dict | None, form: str) -> str:
     """97.0 % (95.1–98.4)"""
     if not stat:
         return NONE
@@ -62,7 +62,7 @@ def stat(stat: dict | None, form: str) -> str:
 
 
 def _cell(stat: dict | None, form: str) -> Html:
-    value, _, error = stat(stat, form).partition(" (")
+    value, _, error = stat_text(stat, form).partition(" (")
     return joined([value, " ", tag("small", f"({error}")]) if error else joined([value])
 
 
