@@ -141,11 +141,13 @@ def drop_percent(ours: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor]
     interval over captions (resampled together for student and teacher). Each reading is [captions]
     of zeros and ones."""
     count = len(teacher[READINGS[0]])
+    least = 1 / count  # a resample in which the teacher reads nothing right would have no ratio
     choice = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(SEED))
 
     def drops(rows: torch.Tensor) -> torch.Tensor:
         ratios = [
-            ours[r].double()[rows].mean(-1) / teacher[r].double()[rows].mean(-1) for r in READINGS
+            ours[r].double()[rows].mean(-1) / teacher[r].double()[rows].mean(-1).clamp(min=least)
+            for r in READINGS
         ]
         return 100 * (1 - torch.stack(ratios).mean(0))
 

@@ -18,10 +18,10 @@ from ppcl_engine.system import early
 
 ROOT = Path(ppcl_engine.__file__).parent
 MOMENTS = (0.0, 0.1, 0.5)  # seconds from our first instruction on; torch comes at about 0.1
-FIRST = "import os; from ppcl_engine import early; w = early.watch; early.watch = lambda: (w(), os.write(1, b'.')); "
+FIRST = "import os; from ppcl_engine.system import early; w = early.watch; early.watch = lambda: (w(), os.write(1, b'.')); "
 WAYS = {
     "module": "import runpy; runpy.run_module('ppcl_engine', run_name='__main__', alter_sys=True)",
-    "script": "import sys; sys.exit(early.main())",
+    "script": "import sys; from ppcl_engine import entry; sys.exit(entry.main())",
 }
 
 
@@ -86,15 +86,18 @@ def test_nothing_comes_before_it():
         for n in ast.parse((ROOT / "__main__.py").read_text(encoding="utf-8")).body
         if not _says_nothing(n)
     ]
-    assert ast.unparse(start[0]).splitlines()[1:] == ["    from .early import watch", "    watch()"]
+    assert ast.unparse(start[0]).splitlines()[1:] == [
+        "    from .system.early import watch",
+        "    watch()",
+    ]
     imports = [
         n
-        for n in ast.walk(ast.parse((ROOT / "early.py").read_text(encoding="utf-8")))
+        for n in ast.walk(ast.parse((ROOT / "system" / "early.py").read_text(encoding="utf-8")))
         if isinstance(n, ast.Import)
     ]
     assert {alias.name for node in imports for alias in node.names} == {"os", "signal"}
     project = (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.search(r'^ppcl = "ppcl_engine\.(\w+\.)*early:main"$', project, re.MULTILINE)
+    assert re.search(r'^ppcl = "ppcl_engine\.(\w+\.)*entry:main"$', project, re.MULTILINE)
 
 
 def _says_nothing(node: ast.stmt) -> bool:

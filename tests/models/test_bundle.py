@@ -163,3 +163,26 @@ def test_a_bundle_that_lacks_a_tensor_says_so(tmp_path, bundle):
     write_tensors(tmp_path / "a", tensors, file.metadata)
     with pytest.raises(ValueError, match="student 1-2: tensor attn.to_q.bias is missing"):
         Bundle(tmp_path / "a").student(plan.intervals[0], torch.float32, "cpu")
+
+
+def test_blocks_of_an_opened_model_are_streamed_where_that_is_asked_for(
+    bundle, teacher_file, architecture, padded_inputs, monkeypatch
+):
+    read, block = [], Weights.block
+    monkeypatch.setattr(
+        Weights,
+        "block",
+        lambda self, index, *given: read.append(index) or block(self, index, *given),
+    )
+    inputs = padded_inputs()
+    for given, blocks in (
+        ((teacher_file,), 6),
+        ((bundle[0], "3-5", teacher_file), 3),
+        ((bundle[0], "full", teacher_file), 6),
+    ):
+        expected = architecture.call(open_model(*given), inputs)
+        read.clear()
+        model = open_model(*given, streamed=True)
+        assert not read
+        assert torch.equal(architecture.call(model, inputs), expected) and len(read) == blocks
+        assert torch.equal(architecture.call(model, inputs), expected) and len(read) == 2 * blocks

@@ -204,26 +204,3 @@ def test_what_is_moved_is_the_smaller_of_what_is_stored_and_what_is_wanted(
     assert moves == [moved_as] and moved.dtype is wanted and moved.is_meta
     monkeypatch.undo()
     assert torch.equal(weights.read(key, wanted), state[key].to(wanted))
-
-
-def test_blocks_of_an_opened_model_are_streamed_where_that_is_asked_for(
-    bundle, teacher_file, architecture, padded_inputs, monkeypatch
-):
-    read, block = [], Weights.block
-    monkeypatch.setattr(
-        Weights,
-        "block",
-        lambda self, index, *given: read.append(index) or block(self, index, *given),
-    )
-    inputs = padded_inputs()
-    for given, blocks in (
-        ((teacher_file,), 6),
-        ((bundle[0], "3-5", teacher_file), 3),
-        ((bundle[0], "full", teacher_file), 6),
-    ):
-        expected = architecture.call(open_model(*given), inputs)
-        read.clear()
-        model = open_model(*given, streamed=True)
-        assert not read
-        assert torch.equal(architecture.call(model, inputs), expected) and len(read) == blocks
-        assert torch.equal(architecture.call(model, inputs), expected) and len(read) == 2 * blocks
