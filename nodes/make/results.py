@@ -15,7 +15,7 @@ from ...ppcl_engine.data.calibration import load_calibration
 from ...ppcl_engine.jobs.state import PREVIEW, JobState
 from ...ppcl_engine.models.cost import CostModel
 from ...ppcl_engine.plan import FULL, PruningPlan, Variant
-from ...ppcl_engine.report.drawings import line_charts, maps
+from ...ppcl_engine.report.drawings import damage_map, layer_map, line_charts
 from ...ppcl_engine.report.drawings.canvas import BLUE, INK, QUIET
 from ...ppcl_engine.report.drawings.preview_sheet import LAYER_ERRORS, sheet
 from ...ppcl_engine.report.numbers import counted
@@ -84,7 +84,7 @@ def curves_picture(folder: Path, plan: PruningPlan) -> torch.Tensor:
     if not plan.intervals:
         return text_card("The plan has no interval.", QUIET)
     drawn = [line_charts.cka_curves(plan, TensorFile(Run(folder).curves).read("cka"))]
-    drawn.append(maps.damage_map(plan, damage_table(folder)))
+    drawn.append(damage_map.damage_map(plan, damage_table(folder)))
     return stacked([picture_of(png) for png in drawn])
 
 
@@ -100,7 +100,7 @@ def map_picture(plan: PruningPlan) -> torch.Tensor:
     cost = CostModel(architecture_named(plan.architecture), plan.config, GRID, TEXT_TOKENS)
     parameters = {v.name: v.parameters or cost.variant(plan, v).parameters for v in variants}
     teacher = cost.variant(plan, Variant(name=FULL)).parameters
-    return picture_of(maps.layer_map(plan, variants, parameters, teacher))
+    return picture_of(layer_map.layer_map(plan, variants, parameters, teacher))
 
 
 def plan_text(plan: PruningPlan, damage: torch.Tensor | None) -> str:
