@@ -374,8 +374,8 @@ class LaterQwenImage(comfy.supported_models.QwenImage):
 
 def test_arguments_of_later_hosts(pack, exported, tmp_path):
     """What a host gives beside what it gives today is passed on."""
-    building, host = pack("host.building"), pack("host.qwen_image").HOST
-    ours = type("PPCLLater", (building.PrunedConfig, LaterQwenImage), {"host": host})
+    entries, host = pack("host.entries"), pack("host.qwen_image").HOST
+    ours = type("PPCLLater", (entries.PrunedConfig, LaterQwenImage), {"host": host})
     tensors = TensorFile(exported(tmp_path, "ppcl", "width", "smallest")).read_all()
     assert ours.matches({}, tensors, later=1)
     config = ours(comfy.model_detection.detect_unet_config(dict(tensors), ""))
@@ -396,9 +396,7 @@ def test_callbacks_of_later_hosts(pack, load, bundle, teacher):
 
 def test_an_error_of_the_hosts_own_class_is_not_ours(pack, monkeypatch):
     """Which may want the tensors that ours does not give it."""
-    building, host = pack("host.building"), pack("host.qwen_image").HOST
+    entries, host = pack("host.entries"), pack("host.qwen_image").HOST
     strict = classmethod(lambda cls, unet_config, state_dict: "img_in.weight" in state_dict)
     later = type("Later", (comfy.supported_models.QwenImage,), {"matches": strict})
-    assert (
-        type("PPCLLater", (building.PrunedConfig, later), {"host": host}).matches({}, {}) is False
-    )
+    assert type("PPCLLater", (entries.PrunedConfig, later), {"host": host}).matches({}, {}) is False
