@@ -13,6 +13,8 @@ demo: .venv/ready
 # environments first, side by side; then the engine on all cores; then the hosts, side by side
 test:
 	$(MAKE) --no-print-directory -j 3 .venv/ready $(HOSTS:%=host-%)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --hypothesis-profile=ci --durations=20
 	$(MAKE) --no-print-directory -j 2 --output-sync=target $(foreach suite,$(SUITES),$(HOSTS:%=test-$(suite)-%))
 

@@ -1,7 +1,8 @@
 """Seconds until the held-out loss that the plain recipe reaches after 300 steps.
 
-plain: as the authors' script works. Every step runs the whole teacher without gradients, calls the students on its
-states and, chained, a second time; one optimiser, checkpointing. plain_light: without checkpoints and second pass.
+plain: as the authors' script works. Every step runs the whole teacher without gradients, calls the
+students on its states and, chained, a second time; one optimiser, checkpointing. plain_light:
+without checkpoints and second pass.
 ours: the stage distill-depth, several updates from one sweep of the teacher, files and all.
 Same teacher, samples, initialisation (copy of the first block), loss (direction), batch, optimiser
 and schedule family; each recipe's own best learning rate. Time spent evaluating does not count.
@@ -24,20 +25,22 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ppcl_engine.algorithms.distillation.losses import interval_loss
+from ppcl_engine.algorithms.distillation.trainer import Trainer, cosine_schedule
 from ppcl_engine.architectures import BlockState, Inputs
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.config import DistillDepthConfig
-from ppcl_engine.data import CalibrationSet, load_calibration, save_calibration
-from ppcl_engine.files import write_text
+from ppcl_engine.data.calibration import CalibrationSet, load_calibration, save_calibration
+from ppcl_engine.models.streaming import Teacher
+from ppcl_engine.models.surgery import interval_streams
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import Interval, PruningPlan, parse_intervals
-from ppcl_engine.run import Run, RunStudents
-from ppcl_engine.stages import distill_depth as stage
-from ppcl_engine.streaming import Teacher
-from ppcl_engine.surgery import interval_streams
-from ppcl_engine.training import Trainer, cosine_schedule
+from ppcl_engine.run import Run
+from ppcl_engine.settings.prune_settings import DistillDepthConfig
+from ppcl_engine.stages.inputs import RunStudents
+from ppcl_engine.stages.prune import distill_depth
+from ppcl_engine.system.atomic import write_text
 
-from . import report
-from .teachers import BUNDLED, describe, rendered
+from .shared.output import options, parse, print_table, write
+from .shared.teachers import BUNDLED, describe, rendered
 
 INTERVALS = "2-4 6-8 10-12 14-16 18-20"
 LOSS = "direction"
@@ -48,7 +51,8 @@ TUNING_SEED = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What all recipes are given. `updates`: of one round of ours, and the grain of all horizons."""
+    """What all recipes are given. `updates`: of one PPCL round, and the grain of all
+    horizons."""
 
     model: Path
     calibration: Path
@@ -92,7 +96,9 @@ class Trained:
 class HeldOut:
     """Sum over intervals and streams of the loss on teacher states that no recipe trains on."""
 
-    def __init__(self, teacher: Teacher, calibration: CalibrationSet, intervals: tuple[Interval, ...]):
+    def __init__(
+        self, teacher: Teacher, calibration: CalibrationSet, intervals: tuple[Interval, ...]
+    ):
         self.teacher, self.intervals = teacher, intervals
         with torch.no_grad():
             self.states = [self._boundaries(inputs) for inputs in calibration.all_inputs()]
@@ -105,25 +111,33 @@ class HeldOut:
 
     def loss(self, student: Callable[[Interval], nn.Module]) -> float:
         with torch.no_grad():
-            return sum(self._of(interval, student(interval)) for interval in self.intervals) / len(self.states)
+            return sum(self._of(interval, student(interval)) for interval in self.intervals) / len(
+                self.states
+            )
 
     def _of(self, interval: Interval, student: nn.Module) -> float:
         architecture = self.teacher.architecture
         streams = interval_streams(architecture, self.teacher.config, interval)
         pairs = [(states[interval.first], states[interval.last + 1]) for states in self.states]
         outputs = [(architecture.run_block(student, source), target) for source, target in pairs]
-        return sum(float(stage.interval_loss(LOSS, output, target, streams)) for output, target in outputs)
+        return sum(
+            float(interval_loss(LOSS, output, target, streams)) for output, target in outputs
+        )
 
 
 Recipe = Callable[[int, float, int], Trained]
 """(horizon in updates, peak learning rate, seed) -> one training"""
 
 
-def plain(task: Task, held_out: HeldOut, authors: bool, horizon: int, learning_rate: float, seed: int) -> Trained:
+def plain(
+    task: Task, held_out: HeldOut, authors: bool, horizon: int, learning_rate: float, seed: int
+) -> Trained:
     """`authors`: with checkpoints and the chained second pass."""
     clock, curve = Clock(), []
     teacher, calibration = open_both(task)
-    students = nn.ModuleDict({i.name: copy.deepcopy(teacher.block(i.first)) for i in task.intervals}).train()
+    students = nn.ModuleDict(
+        {i.name: copy.deepcopy(teacher.block(i.first)) for i in task.intervals}
+    ).train()
     trainer = Trainer(students, WEIGHT_DECAY)
     for step in range(horizon):
         inputs = calibration.fresh(step % len(calibration), seed * 1_000_003 + step)
@@ -131,12 +145,17 @@ def plain(task: Task, held_out: HeldOut, authors: bool, horizon: int, learning_r
         trainer.update(loss, cosine_schedule(step, horizon, learning_rate, WARM_UP), "plain")
         if trainer.step % task.updates == 0 or trainer.step == horizon:
             with clock.paused():
-                curve.append((trainer.step, clock.seconds, held_out.loss(lambda i: students[i.name])))
+                curve.append(
+                    (trainer.step, clock.seconds, held_out.loss(lambda i: students[i.name]))
+                )
     return Trained(horizon=horizon, learning_rate=learning_rate, curve=curve)
 
 
-def plain_loss(teacher: Teacher, students: nn.ModuleDict, intervals, inputs: Inputs, authors: bool) -> torch.Tensor:
-    """The whole teacher's forward with the students inside; `chain` is the same state after the students so far.
+def plain_loss(
+    teacher: Teacher, students: nn.ModuleDict, intervals, inputs: Inputs, authors: bool
+) -> torch.Tensor:
+    """The whole teacher's forward with the students inside; `chain` is the same state after the
+    students so far.
 
     The chain goes through the teacher's blocks between intervals without gradients, which is the
     cheaper reading of the authors' script.
@@ -159,7 +178,7 @@ def plain_loss(teacher: Teacher, students: nn.ModuleDict, intervals, inputs: Inp
                 chain = state if chain is before else run_block(block, chain)
         if index in ends:
             streams = interval_streams(teacher.architecture, teacher.config, ends[index])
-            losses += [stage.interval_loss(LOSS, output, state, streams) for output in outputs]
+            losses += [interval_loss(LOSS, output, state, streams) for output in outputs]
             chain = outputs[-1].with_streams(outputs[-1].image.detach(), outputs[-1].text.detach())
     with torch.no_grad():
         teacher.architecture.finish(teacher.outer, state)
@@ -167,27 +186,40 @@ def plain_loss(teacher: Teacher, students: nn.ModuleDict, intervals, inputs: Inp
 
 
 def ours(task: Task, held_out: HeldOut, horizon: int, learning_rate: float, seed: int) -> Trained:
-    """The stage itself from its files to its files; students are looked at between rounds, off the clock."""
+    """The stage itself from its files to its files; students are looked at between rounds, off the
+    clock."""
     with tempfile.TemporaryDirectory(dir=task.folder) as name:
         run = prepared_run(Path(name), task, held_out.teacher)
         config = DistillDepthConfig(
-            model=task.model, run=run.folder, device="cpu", seed=seed, init="first", correction="none", loss=LOSS,
-            rounds=horizon // task.updates, updates=task.updates, learning_rate=learning_rate, warm_up=WARM_UP,
+            model=task.model,
+            run=run.folder,
+            device="cpu",
+            seed=seed,
+            init="first",
+            correction="none",
+            loss=LOSS,
+            rounds=horizon // task.updates,
+            updates=task.updates,
+            learning_rate=learning_rate,
+            warm_up=WARM_UP,
             weight_decay=WEIGHT_DECAY,
-        )  # fmt: skip
+        )
         students = RunStudents(run, held_out.teacher.config, held_out.teacher.architecture)
-        clock, curve, work = Clock(), [], stage._Round.work
+        clock, curve, work = Clock(), [], distill_depth._Round.work
 
         def watched(round_) -> None:
             work(round_)
             with clock.paused():
-                loss = held_out.loss(lambda interval: students.student(interval, torch.float32, "cpu"))
+                loss = held_out.loss(
+                    lambda interval: students.student(interval, torch.float32, "cpu")
+                )
                 curve.append(((round_.number + 1) * task.updates, clock.seconds, loss))
 
-        with mock.patch.object(stage._Round, "work", watched):
-            stage.distill_depth(config)
+        with mock.patch.object(distill_depth._Round, "work", watched):
+            distill_depth.distill_depth(config)
         with clock.paused():
-            curve[-1] = (curve[-1][0], clock.seconds, curve[-1][2])  # the plan is written after the last round
+            # the plan is written after the last round
+            curve[-1] = (curve[-1][0], clock.seconds, curve[-1][2])
     return Trained(horizon=horizon, learning_rate=learning_rate, curve=curve)
 
 
@@ -206,7 +238,9 @@ def prepared_run(folder: Path, task: Task, teacher: Teacher) -> Run:
 
 
 def open_both(task: Task) -> tuple[Teacher, CalibrationSet]:
-    return Teacher(Weights(task.model), torch.float32, "cpu", streamed=False), load_calibration(task.calibration)
+    return Teacher(Weights(task.model), torch.float32, "cpu", streamed=False), load_calibration(
+        task.calibration
+    )
 
 
 def tuned(recipe: Recipe, rates: list[float], horizon: int) -> float:
@@ -221,9 +255,11 @@ def tuned(recipe: Recipe, rates: list[float], horizon: int) -> float:
 def shortest(
     recipe: Recipe, rate: float, seed: int, target: float, start: int, grain: int, longest: int
 ) -> list[Trained]:
-    """Trainings of growing or shrinking length around the shortest whose end is at or below `target`.
+    """Trainings of growing or shrinking length around the shortest whose end is at or below
+    `target`.
 
-    Each has its own full schedule, so the shortest one that reaches the target is what a user would run.
+    Each has its own full schedule, so the shortest one that reaches the target is what a user would
+    run.
     """
     tried = [recipe(start, rate, seed)]
     direction = -grain if tried[0].loss <= target else grain
@@ -234,21 +270,29 @@ def shortest(
     return tried
 
 
-def race(task: Task, recipes: dict[str, Recipe], rates: dict[str, float], repeats: int) -> list[dict]:
-    """One row a repeat, recipes in turn: plain sets the target, the others look for their shortest way to it."""
+def race(
+    task: Task, recipes: dict[str, Recipe], rates: dict[str, float], repeats: int
+) -> list[dict]:
+    """One row a repeat, recipes in turn: plain sets the target, the others look for their shortest
+    way to it."""
     rows, starts = [], {name: near(task.steps, task.updates) for name in recipes}
     for repeat in range(repeats):
         first = recipes["plain"](task.steps, rates["plain"], repeat)
         row = {"target": first.loss, "plain": first, "trials": {"plain": [first]}}
         for name in ("plain_light", "ours"):
             recipe, longest = recipes[name], LONGEST * task.steps
-            tried = shortest(recipe, rates[name], repeat, first.loss, starts[name], task.updates, longest)
+            tried = shortest(
+                recipe, rates[name], repeat, first.loss, starts[name], task.updates, longest
+            )
             reached = [trained for trained in tried if trained.loss <= first.loss]
             row[name] = min(reached, key=lambda trained: trained.horizon) if reached else None
             row["trials"][name] = tried
             starts[name] = row[name].horizon if reached else starts[name]
         rows.append(row)
-        parts = [f"{n} {row[n].seconds:.1f} s ({row[n].horizon})" if row[n] else f"{n} never" for n in recipes]
+        parts = [
+            f"{n} {row[n].seconds:.1f} s ({row[n].horizon})" if row[n] else f"{n} never"
+            for n in recipes
+        ]
         print(f"repeat {repeat}: target {first.loss:.5f}   " + "   ".join(parts), flush=True)
     return rows
 
@@ -270,10 +314,14 @@ def summary(rows: list[dict], rates: dict[str, float]) -> dict:
     return {
         **seconds,
         "ratio": seconds["ours"] and seconds["plain"] / seconds["ours"],
-        "ratio_light": seconds["ours"] and seconds["plain_light"] and seconds["plain_light"] / seconds["ours"],
+        "ratio_light": seconds["ours"]
+        and seconds["plain_light"]
+        and seconds["plain_light"] / seconds["ours"],
         "ratio_range": [min(ratios), max(ratios)] if ratios else None,
         "updates": {name: median_of(rows, name, "horizon") for name in rates},
-        "seconds_per_update": {n: statistics.median(t.seconds / t.horizon for t in trials[n]) for n in rates},
+        "seconds_per_update": {
+            n: statistics.median(t.seconds / t.horizon for t in trials[n]) for n in rates
+        },
         "target": [row["target"] for row in rows],
         "learning_rates": rates,
         "curves": {name: [trained.curve for trained in trials[name]] for name in rates},
@@ -289,7 +337,7 @@ def show(values: dict) -> None:
         found = ["never", "-"] if seconds is None else [f"{seconds:.1f} s", f"{updates:g}"]
         rows.append([name, *found, cost, f"{values['learning_rates'][name]:g}", times])
     header = ["recipe", "seconds", "updates", "an update", "rate", "to ours"]
-    report.print_table("to the same held-out loss (medians)", header, rows)
+    print_table("to the same held-out loss (medians)", header, rows)
 
 
 def build_task(chosen, folder: Path) -> tuple[Task, HeldOut, dict]:
@@ -313,21 +361,42 @@ def build_task(chosen, folder: Path) -> tuple[Task, HeldOut, dict]:
 
 def settings_of(chosen) -> dict:
     names = ("intervals", "batch", "samples", "steps", "updates", "repeats")
-    return {**{name: getattr(chosen, name) for name in names}, "loss": LOSS, "tuned_over": chosen.learning_rates}
+    return {
+        **{name: getattr(chosen, name) for name in names},
+        "loss": LOSS,
+        "tuned_over": chosen.learning_rates,
+    }
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("distill_speed", __doc__)
+    parser = options("distill_speed", __doc__)
     parser.add_argument("--teacher", type=Path, default=BUNDLED)
     parser.add_argument("--intervals", default=INTERVALS)
-    parser.add_argument("--steps", type=int, help="steps of the plain recipe that set the target (300)")
-    parser.add_argument("--updates", type=int, help="updates of a round of ours, and the grain of the search (40)")
+    parser.add_argument(
+        "--steps", type=int, help="steps of the plain recipe that set the target (300)"
+    )
+    parser.add_argument(
+        "--updates", type=int, help="updates of one PPCL round, and the grain of the search (40)"
+    )
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--samples", type=int, help="training pictures, with fresh noise every step (1024)")
+    parser.add_argument(
+        "--samples", type=int, help="training pictures, with fresh noise every step (1024)"
+    )
     parser.add_argument("--repeats", type=int, help="seeds, all recipes in turn (3)")
-    parser.add_argument("--learning-rates", type=float, nargs="+", help="each recipe takes its best (5e-4 1e-3 2e-3)")
-    chosen = report.parse(parser, arguments)
-    full = {"steps": 300, "updates": 40, "samples": 1024, "repeats": 3, "learning_rates": [5e-4, 1e-3, 2e-3]}
+    parser.add_argument(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        help="each recipe takes its best (5e-4 1e-3 2e-3)",
+    )
+    chosen = parse(parser, arguments)
+    full = {
+        "steps": 300,
+        "updates": 40,
+        "samples": 1024,
+        "repeats": 3,
+        "learning_rates": [5e-4, 1e-3, 2e-3],
+    }
     quick = {"steps": 6, "updates": 4, "samples": 32, "repeats": 1, "learning_rates": [1e-3]}
     for name, value in (quick if chosen.quick else full).items():
         setattr(chosen, name, value if getattr(chosen, name) is None else getattr(chosen, name))
@@ -339,11 +408,13 @@ def main(arguments: list[str] | None = None) -> Path:
             "ours": partial(ours, task, held_out),
         }
         horizon = near(chosen.steps // 2, chosen.updates)
-        rates = {name: tuned(recipe, chosen.learning_rates, horizon) for name, recipe in recipes.items()}
+        rates = {
+            name: tuned(recipe, chosen.learning_rates, horizon) for name, recipe in recipes.items()
+        }
         rows = race(task, recipes, rates, chosen.repeats)
     values = {**summary(rows, rates), "teacher": teacher, "settings": settings_of(chosen)}
     show(values)
-    return report.write("distill_speed", chosen, values)
+    return write("distill_speed", chosen, values)
 
 
 if __name__ == "__main__":

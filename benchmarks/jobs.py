@@ -1,12 +1,14 @@
-"""Jobs that are killed, cancelled and left by their parent: do they end in the same bits, how soon, is anything left?
+"""Jobs that are killed, cancelled and left by their parent: do they end in the same bits, how soon,
+is anything left?
 
-kill_resume: one run of every stage is left alone; then, for each kill, the same run gets kill -9 at a random moment of a
-stage (the stages in turn), another attempt goes on from what it left, and its files are compared with those of the run
-left alone: calibration, probes, curves, plan (without measured milliseconds), students, projections, polished and tuned
-parts, the tensors of the exported bundle. cancel: one chain of attempts, cancelled in every stage at a random moment;
-seconds from the request to the end of the process, beside those of a step, which a training finishes, and the machine's
-load. parent: the process that launched the worker gets kill -9.
-On the bundled teacher with reduced numbers; batches are the demo's where something is cancelled, smaller where it is
+kill_resume: one run of every stage is left alone; then, for each kill, the same run gets kill -9 at
+a random moment of a stage (the stages in turn), another attempt goes on from what it left, and its
+files are compared with those of the run left alone: calibration, probes, curves, plan (without
+measured milliseconds), students, projections, polished and tuned parts, the tensors of the exported
+bundle. cancel: one chain of attempts, cancelled in every stage at a random moment; seconds from the
+request to the end of the process, beside those of a step, which a training finishes, and the
+machine's load. parent: the process that launched the worker gets kill -9. On the bundled teacher
+with reduced numbers; batches are the demo's where something is cancelled, smaller where it is
 killed.
 """
 
@@ -27,18 +29,26 @@ from pathlib import Path
 
 import psutil
 
-from ppcl_engine.demo.run import TEACHER, render_pictures
+from ppcl_engine.demo.bundled import TEACHER, render_pictures
 from ppcl_engine.jobs.launch import WORKER
 from ppcl_engine.jobs.state import ask_to_cancel, current_state, read_events, read_state
 from ppcl_engine.jobs.store import RunStore
 
-from . import report
+from .shared import output
 
 SEED = 0
 KIND = "bench"
 PREVIEW_SECONDS = 10.0
 LONGEST = 600.0  # seconds that a run may take
-PARTS = ("calibration.safetensors", "curves.safetensors", "probes", "depth", "width", "polished", "tuned")
+PARTS = (
+    "calibration.safetensors",
+    "curves.safetensors",
+    "probes",
+    "depth",
+    "width",
+    "polished",
+    "tuned",
+)
 PARENT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
@@ -91,11 +101,15 @@ class Jobs:
 def bits(path: Path) -> str:
     """Hash of all that does not measure time."""
     digest = hashlib.sha256()
-    files = [f for part in PARTS for f in sorted((path / part).rglob("*.safetensors")) or [path / part]]
+    files = [
+        f for part in PARTS for f in sorted((path / part).rglob("*.safetensors")) or [path / part]
+    ]
     for file in files:
         digest.update(str(file.relative_to(path)).encode() + file.read_bytes())
     plan = json.loads((path / "plan.json").read_text())
-    plan["variants"] = [{k: v for k, v in variant.items() if k != "milliseconds"} for variant in plan["variants"]]
+    plan["variants"] = [
+        {k: v for k, v in variant.items() if k != "milliseconds"} for variant in plan["variants"]
+    ]
     digest.update(json.dumps(plan, sort_keys=True).encode())
     bundle = (path / "exports" / "pruned.ppcl.safetensors").read_bytes()
     digest.update(bundle[8 + struct.unpack("<Q", bundle[:8])[0] :])
@@ -107,7 +121,11 @@ def spans(path: Path) -> dict[str, tuple[float, float]]:
     events = read_events(path)
     begun = next(e["time"] for e in events if e["kind"] == "started")
     ends = {e["stage"]: e["time"] for e in events if e["kind"] == "finished"}
-    return {e["stage"]: (e["time"] - begun, ends[e["stage"]] - e["time"]) for e in events if e["kind"] == "stage"}
+    return {
+        e["stage"]: (e["time"] - begun, ends[e["stage"]] - e["time"])
+        for e in events
+        if e["kind"] == "stage"
+    }
 
 
 def until(true: Callable[[], object], what: str) -> None:
@@ -122,11 +140,14 @@ def in_stage(path: Path, stage: str) -> bool:
     return (state := current_state(path)).is_final or state.stage == stage
 
 
-def kills(root: Path, wanted: list, count: int, times: dict[str, tuple[float, float]], expected: str) -> Iterator[dict]:
+def kills(
+    root: Path, wanted: list, count: int, times: dict[str, tuple[float, float]], expected: str
+) -> Iterator[dict]:
     moments, names = random.Random(SEED), list(times)
     for number in range(count):
         stage, said = names[number % len(names)], None
-        while said is None or said.is_final:  # it may end before the signal comes; then another moment
+        # it may end before the signal comes; then another moment
+        while said is None or said.is_final:
             jobs = Jobs(root / f"kill{number}_{moments.random()}", wanted)
             path, process = jobs.start()
             until(lambda path=path, stage=stage: in_stage(path, stage), f"stage {stage}")
@@ -136,7 +157,11 @@ def kills(root: Path, wanted: list, count: int, times: dict[str, tuple[float, fl
             said = read_state(path)
         row = {"planned_stage": stage, "stage": said.stage, "step": said.step, "steps": said.steps}
         row["said"] = current_state(path).status
-        yield {**row, "identical": bits(jobs.finish()) == expected, "attempts": len(jobs.store.names())}
+        yield {
+            **row,
+            "identical": bits(jobs.finish()) == expected,
+            "attempts": len(jobs.store.names()),
+        }
 
 
 def cancels(root: Path, wanted: list, times: dict[str, tuple[float, float]]) -> Iterator[dict]:
@@ -151,8 +176,14 @@ def cancels(root: Path, wanted: list, times: dict[str, tuple[float, float]]) -> 
         code, state = process.wait(LONGEST), read_state(path)
         if state.status == "done":  # the last stage was faster
             continue
-        yield {"stage": at.stage, "seconds": time.monotonic() - begun, "status": state.status, "code": code,
-               "step_seconds": at.rate and 1 / at.rate, "load": os.getloadavg()[0]}  # fmt: skip
+        yield {
+            "stage": at.stage,
+            "seconds": time.monotonic() - begun,
+            "status": state.status,
+            "code": code,
+            "step_seconds": at.rate and 1 / at.rate,
+            "load": os.getloadavg()[0],
+        }
 
 
 def cancel_at_start(root: Path, wanted: list) -> dict:
@@ -162,8 +193,14 @@ def cancel_at_start(root: Path, wanted: list) -> dict:
     begun = time.monotonic()
     ask_to_cancel(path)
     code = process.wait(LONGEST)
-    return {"stage": "start", "seconds": time.monotonic() - begun, "status": read_state(path).status, "code": code,
-            "step_seconds": None, "load": os.getloadavg()[0]}  # fmt: skip
+    return {
+        "stage": "start",
+        "seconds": time.monotonic() - begun,
+        "status": read_state(path).status,
+        "code": code,
+        "step_seconds": None,
+        "load": os.getloadavg()[0],
+    }
 
 
 def parent_killed(root: Path, wanted: list) -> dict:
@@ -178,7 +215,11 @@ def parent_killed(root: Path, wanted: list) -> dict:
         parent.kill()
     until(lambda: current_state(path).is_final, "the worker's end")
     until(lambda: not left_of(folder), "the process's end")
-    return {"seconds": time.monotonic() - begun, "status": read_state(path).status, "error": read_state(path).error}
+    return {
+        "seconds": time.monotonic() - begun,
+        "status": read_state(path).status,
+        "error": read_state(path).error,
+    }
 
 
 def left_of(root: Path) -> list[int]:
@@ -207,17 +248,28 @@ def measure(root: Path, chosen) -> dict:
     wanted = stages(images, small, batch)
     alone = Jobs(root / "alone", wanted).finish()
     times, expected = spans(alone), bits(alone)
-    print("left alone:", ", ".join(f"{stage} {seconds:.1f} s" for stage, (_, seconds) in times.items()), flush=True)
+    print(
+        "left alone:",
+        ", ".join(f"{stage} {seconds:.1f} s" for stage, (_, seconds) in times.items()),
+        flush=True,
+    )
     killed, cancelled = [], [cancel_at_start(root, wanted)]
     for row in kills(root, wanted, count, times, expected):
-        print(f"killed in {row['stage']} at {row['step']} of {row['steps']}: identical {row['identical']}", flush=True)
+        print(
+            f"killed in {row['stage']} at {row['step']} of {row['steps']}: identical {row['identical']}",
+            flush=True,
+        )
         killed.append(row)
     for row in cancels(root, stages(images, large, demo_batch), times):
         print(f"cancelled in {row['stage']}: {row['seconds']:.2f} s, {row['status']}", flush=True)
         cancelled.append(row)
     parent = parent_killed(root, wanted)
     return {
-        "kill_resume": {"kills": len(killed), "identical": all(row["identical"] for row in killed), "rows": killed},
+        "kill_resume": {
+            "kills": len(killed),
+            "identical": all(row["identical"] for row in killed),
+            "rows": killed,
+        },
         "cancel_seconds_max": max(row["seconds"] for row in cancelled),
         "cancels": cancelled,
         "parent_killed": parent,
@@ -231,9 +283,12 @@ def measure(root: Path, chosen) -> dict:
 
 def show(values: dict) -> None:
     rows = [
-        [r["stage"], f"{r['step']} of {r['steps']}", r["said"], r["identical"]] for r in values["kill_resume"]["rows"]
+        [r["stage"], f"{r['step']} of {r['steps']}", r["said"], r["identical"]]
+        for r in values["kill_resume"]["rows"]
     ]
-    report.print_table("kill -9, then another attempt", ["killed in", "step", "state says", "same bits"], rows)
+    output.print_table(
+        "kill -9, then another attempt", ["killed in", "step", "state says", "same bits"], rows
+    )
     rows = [
         [
             r["stage"],
@@ -243,19 +298,23 @@ def show(values: dict) -> None:
         ]
         for r in values["cancels"]
     ]
-    report.print_table("cancelled", ["in", "s to the process's end", "s a step", "machine's load"], rows)
+    output.print_table(
+        "cancelled", ["in", "s to the process's end", "s a step", "machine's load"], rows
+    )
     parent = values["parent_killed"]
-    print(f"\nparent killed: worker gone after {parent['seconds']:.2f} s; processes left: {values['processes_left']}")
+    print(
+        f"\nparent killed: worker gone after {parent['seconds']:.2f} s; processes left: {values['processes_left']}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("jobs", __doc__)
+    parser = output.options("jobs", __doc__)
     parser.add_argument("--kills", type=int, help="kill -9 this often (10)")
-    chosen = report.parse(parser, arguments)
+    chosen = output.parse(parser, arguments)
     with tempfile.TemporaryDirectory() as folder:
         values = measure(Path(folder), chosen)
     show(values)
-    return report.write("jobs", chosen, values)
+    return output.write("jobs", chosen, values)
 
 
 if __name__ == "__main__":

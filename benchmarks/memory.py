@@ -2,15 +2,14 @@
 
 Every measurement is a fresh process; its peak is the operating system's own (VmHWM: resident and
 mapped pages together). Where a freed buffer goes back to the system depends on when the reading
-thread ran, which moves single streamed peaks by a few percent: the highest of `REPEATS` runs counts.
-`identical`: streamed and resident runs wrote the same files, byte for byte.
+thread ran, which moves single streamed peaks by a few percent: the highest of `REPEATS` runs
+counts. `identical`: streamed and resident runs wrote the same files, byte for byte.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -21,30 +20,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ppcl_engine.architectures.qwen_image import QwenImage
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.config import DistillDepthConfig, ProbeConfig
-from ppcl_engine.data import CalibrationSet, save_calibration
-from ppcl_engine.files import write_text
-from ppcl_engine.plan import Interval, PruningPlan
+from ppcl_engine.data.calibration import CalibrationSet, save_calibration
+from ppcl_engine.models.weights import Weights
+from ppcl_engine.plan import PruningPlan
 from ppcl_engine.run import Run
+from ppcl_engine.settings.prune_settings import DetectWidthConfig, DistillDepthConfig, ProbeConfig
+from ppcl_engine.system.atomic import write_text
+from ppcl_engine.system.tensor_files import write_tensors
 
-from . import report
-from .teachers import origin, random_teacher
+from .shared import output
+from .shared.teachers import (
+    BATCHES,
+    GRID,
+    NARROW,
+    SAMPLES,
+    TEXT_TOKENS,
+    WIDE,
+    intervals,
+    origin,
+    peak_bytes,
+    random_teacher,
+)
 
-STAGES = ("probe", "distill_depth")
+STAGES = ("probe", "distill_depth", "detect_width")
 IMPORTS = "imports"  # a process that loads the libraries and stops: the floor under every figure
-WIDE = {
-    "patch_size": 2,
-    "in_channels": 64,
-    "out_channels": 16,
-    "attention_head_dim": 128,
-    "num_attention_heads": 4,
-    "joint_attention_dim": 64,
-    "axes_dims_rope": [16, 56, 56],
-}
-NARROW = {**WIDE, "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": [2, 6, 8]}
-INTERVAL, EVERY = 3, 5  # one interval of 3 blocks in every 5, so their number grows with depth
-BATCHES, SAMPLES, GRID, TEXT_TOKENS = 3, 4, (1, 6, 6), 8
+# of detect-width
+SITES = {"share": 0.5, "longest": 1, "kinds": "text ffn_image", "form": "gated", "cache_gb": 0.1}
 REPEATS = 3  # of streamed runs; resident ones are ruled by the weights
 FLAT, GROWS = 1.05, 2.0  # the goals
 
@@ -63,28 +64,19 @@ FULL = Scale(WIDE, (15, 60), rounds=2, updates=4, fresh=True, repeats=REPEATS)
 QUICK = Scale(NARROW, (5, 10), rounds=1, updates=2, fresh=False, repeats=1)
 
 
-def peak_bytes() -> int:
-    """Of this process since it began. ru_maxrss would carry over the parent's peak where the child was forked."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-def intervals(depth: int) -> tuple[Interval, ...]:
-    starts = range(1, depth - INTERVAL, EVERY)
-    return tuple(Interval(first=first, last=first + INTERVAL - 1) for first in starts)
-
-
 def prepare(folder: Path, scale: Scale, depth: int) -> Path:
-    """The random teacher of this depth and a run folder with calibration and plan; returns the teacher's file."""
+    """The random teacher of this depth and a run folder with calibration and plan; returns the
+    teacher's file."""
     import torch
 
     model = folder / f"teacher_{depth}.safetensors"
     random_teacher(model, {**scale.config, "num_layers": depth}, seed=depth)
     weights = Weights(model)
     torch.manual_seed(0)
-    batches = [QwenImage().random_inputs(weights.config, SAMPLES, GRID, TEXT_TOKENS, "cpu") for _ in range(BATCHES)]
+    batches = [
+        QwenImage().random_inputs(weights.config, SAMPLES, GRID, TEXT_TOKENS, "cpu")
+        for _ in range(BATCHES)
+    ]
     for batch in batches:
         batch["clean"] = torch.randn_like(batch["hidden_states"])
     run = Run(folder / f"prepared_{depth}")
@@ -97,20 +89,30 @@ def prepare(folder: Path, scale: Scale, depth: int) -> Path:
         intervals=intervals(depth),
     )
     write_text(run.plan, plan.to_json())
+    for interval in plan.intervals:
+        block = weights.block(interval.first, torch.float32, "cpu").state_dict()
+        tensors = {f"weight.{name}": tensor for name, tensor in block.items()}
+        write_tensors(run.student(interval.name), tensors, {"settings": "{}", "step": "0"})
     return model
 
 
-def run_stage(stage: str, model: Path, run: Path, streamed: bool, rounds: int, updates: int) -> dict:
+def run_stage(
+    stage: str, model: Path, run: Path, streamed: bool, rounds: int, updates: int
+) -> dict:
     """Runs a stage in this process: {"peak": bytes, "seconds"}."""
-    from ppcl_engine.stages.distill_depth import distill_depth
-    from ppcl_engine.stages.probe import probe
+    from ppcl_engine.stages.prune.detect_width import detect_width
+    from ppcl_engine.stages.prune.distill_depth import distill_depth
+    from ppcl_engine.stages.prune.probe import probe
 
     common = {"model": model, "run": run, "streamed": streamed, "device": "cpu"}
     start = time.perf_counter()
     if stage == "probe":
         probe(ProbeConfig(**common))
     elif stage == "distill_depth":
+        shutil.rmtree(Run(run).students)  # other stages' students are copies that were not trained
         distill_depth(DistillDepthConfig(**common, rounds=rounds, updates=updates))
+    elif stage == "detect_width":
+        detect_width(DetectWidthConfig(**common, **SITES, samples=BATCHES * SAMPLES))
     else:
         from diffusers import QwenImageTransformer2DModel  # noqa: F401
     return {"peak": peak_bytes(), "seconds": round(time.perf_counter() - start, 2)}
@@ -147,10 +149,21 @@ def measured(folder: Path, scale: Scale) -> list[dict]:
                 run = folder / "run"
                 shutil.copytree(folder / f"prepared_{depth}", run)
                 row = measure(stage, model, run, streamed, scale)
-                rows.append({"depth": depth, "stage": stage, "streamed": streamed, **row, "digest": digest(run)})
+                rows.append(
+                    {
+                        "depth": depth,
+                        "stage": stage,
+                        "streamed": streamed,
+                        **row,
+                        "digest": digest(run),
+                    }
+                )
                 shutil.rmtree(run)
                 mode = "streamed" if streamed else "resident"
-                print(f"{stage} {mode} {depth} blocks: {row['peak'] / 1e6:.0f} MB, {row['seconds']} s", flush=True)
+                print(
+                    f"{stage} {mode} {depth} blocks: {row['peak'] / 1e6:.0f} MB, {row['seconds']} s",
+                    flush=True,
+                )
         model.unlink()
     return rows
 
@@ -172,7 +185,10 @@ def summary(rows: list[dict]) -> dict:
 
     def same_files(stage: str) -> bool:
         resident = by_depth(stage, False, "digest")
-        return all(set(found) == set(resident[depth]) for depth, found in by_depth(stage, True, "digest").items())
+        return all(
+            set(found) == set(resident[depth])
+            for depth, found in by_depth(stage, True, "digest").items()
+        )
 
     modes = {"streamed": True, "resident": False}
     same = {stage: same_files(stage) for stage in STAGES}
@@ -183,8 +199,12 @@ def summary(rows: list[dict]) -> dict:
         "ratios": ratios,
         "identical": all(same.values()),
         "identical_stages": same,
-        "goal_met": max(ratios["streamed"].values()) <= FLAT and min(ratios["resident"].values()) >= GROWS,
-        "runs": [{name: row[name] for name in ("stage", "depth", "streamed", "peak", "seconds")} for row in rows],
+        "goal_met": max(ratios["streamed"].values()) <= FLAT
+        and min(ratios["resident"].values()) >= GROWS,
+        "runs": [
+            {name: row[name] for name in ("stage", "depth", "streamed", "peak", "seconds")}
+            for row in rows
+        ],
     }
 
 
@@ -197,25 +217,32 @@ def show(values: dict, depths: tuple[int, int]) -> None:
             ratio, same = values["ratios"][mode][stage], values["identical_stages"][stage]
             rows.append([f"{stage} {mode}", *sizes, f"{ratio:.3f}", same])
     header = ["stage", *(f"{depth} blocks" for depth in depths), "ratio", "same files"]
-    report.print_table(f"peak memory (libraries alone: {values['imports'] / 1e6:.0f} MB)", header, rows)
+    output.print_table(
+        f"peak memory (libraries alone: {values['imports'] / 1e6:.0f} MB)", header, rows
+    )
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("memory", __doc__)
+    parser = output.options("memory", __doc__)
     parser.add_argument(
-        "--folder", type=Path, help="where temporary files go (7 GB pass through; on a disk, not in memory)"
+        "--folder",
+        type=Path,
+        help="where temporary files go (7 GB pass through; on a disk, not in memory)",
     )
     parser.add_argument("--depths", type=int, nargs=2, help="other depths than 15 and 60")
-    chosen: Namespace = report.parse(parser, arguments)
+    chosen: Namespace = output.parse(parser, arguments)
     scale = QUICK if chosen.quick else FULL
     if chosen.depths:
         scale = replace(scale, depths=tuple(chosen.depths))
     with tempfile.TemporaryDirectory(dir=chosen.folder, prefix="ppcl_memory_") as name:
         imports = measure(IMPORTS, Path(name), Path(name), True, scale)["peak"]
         values = {**summary(measured(Path(name), scale)), "imports": imports}
-    values |= {"teacher": scale.config, "intervals": {str(d): len(intervals(d)) for d in scale.depths}}
+    values |= {
+        "teacher": scale.config,
+        "intervals": {str(d): len(intervals(d)) for d in scale.depths},
+    }
     show(values, scale.depths)
-    return report.write("memory", chosen, values)
+    return output.write("memory", chosen, values)
 
 
 if __name__ == "__main__":

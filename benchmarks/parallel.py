@@ -1,8 +1,10 @@
-"""distill-depth in 1, 2 and 4 processes on one machine: seconds, and how far the students are from one process's.
+"""distill-depth in 1, 2 and 4 processes on one machine: seconds, and how far the students are from
+one process's.
 
-data: the processes share the rows of every batch. intervals: each has intervals of its own. Each process computes with one
-thread; several are started by `accelerate launch` and meet through gloo. The time of a command that finds everything done
-(imports, the launcher, opening the teacher) is measured and taken off.
+data: the processes share the rows of every batch. intervals: each has intervals of its own. Each
+process computes with one thread; several are started by `accelerate launch` and meet through gloo.
+The time of a command that finds everything done (imports, the launcher, opening the teacher) is
+measured and taken off.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.data import save_calibration
-from ppcl_engine.files import TensorFile, write_text
+from ppcl_engine.data.calibration import save_calibration
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.run import Run
+from ppcl_engine.system.atomic import write_text
+from ppcl_engine.system.tensor_files import TensorFile
 
-from . import report
-from .teachers import BUNDLED, describe, rendered
+from .shared import output
+from .shared.teachers import BUNDLED, describe, rendered
 
 INTERVALS = "2-4 6-8 10-12 14-16 18-20"
 ROOT = Path(__file__).parents[1]
@@ -32,21 +35,54 @@ MODES = ("data", "intervals")
 def new_run(folder: Path, chosen) -> Run:
     """Calibrated and planned."""
     run, weights = Run(folder), Weights(chosen.teacher)
-    save_calibration(run.calibration, rendered(chosen.teacher, weights, 4 * chosen.batch, chosen.batch, seed=0))
-    plan = PruningPlan(architecture=weights.architecture.name, config=weights.config, num_blocks=weights.num_blocks,
-                       fingerprint=weights.fingerprint, intervals=parse_intervals(chosen.intervals))  # fmt: skip
+    save_calibration(
+        run.calibration, rendered(chosen.teacher, weights, 4 * chosen.batch, chosen.batch, seed=0)
+    )
+    plan = PruningPlan(
+        architecture=weights.architecture.name,
+        config=weights.config,
+        num_blocks=weights.num_blocks,
+        fingerprint=weights.fingerprint,
+        intervals=parse_intervals(chosen.intervals),
+    )
     write_text(run.plan, plan.to_json())
     return run
 
 
 def command(chosen, run: Run, count: int, mode: str) -> list[str]:
-    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count), "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()),
-                "-m"]  # fmt: skip
-    settings = {"model": chosen.teacher, "run": run.folder, "parallel": mode, "rounds": chosen.rounds,
-                "updates": chosen.updates, "learning-rate": 1e-3, "device": "cpu"}  # fmt: skip
+    launcher = [
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        str(count),
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        str(free_port()),
+        "-m",
+    ]
+    settings = {
+        "model": chosen.teacher,
+        "run": run.folder,
+        "parallel": mode,
+        "rounds": chosen.rounds,
+        "updates": chosen.updates,
+        "learning-rate": 1e-3,
+        "device": "cpu",
+    }
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, "-m", *(launcher if count > 1 else []), "ppcl_engine", "distill-depth", *options]
+    return [
+        sys.executable,
+        "-m",
+        *(launcher if count > 1 else []),
+        "ppcl_engine",
+        "distill-depth",
+        *options,
+    ]
 
 
 def free_port() -> int:
@@ -56,7 +92,13 @@ def free_port() -> int:
 
 def seconds(arguments: list[str]) -> float:
     begun = time.perf_counter()
-    subprocess.run(arguments, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    subprocess.run(
+        arguments,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
     return time.perf_counter() - begun
 
 
@@ -79,7 +121,8 @@ def farthest(run: Run, alone: Run) -> float:
 
 
 def measure(chosen, folder: Path) -> list[dict]:
-    """Modes and numbers in turn, `repeats` times; the fastest of each counts, as only other work makes one slower."""
+    """Modes and numbers in turn, `repeats` times; the fastest of each counts, as only other work
+    makes one slower."""
     cases = [(1, "data")] + [(count, mode) for count in chosen.processes for mode in MODES]
     rows: dict[tuple[int, str], dict] = {}
     for repeat in range(chosen.repeats):
@@ -95,14 +138,22 @@ def measure(chosen, folder: Path) -> list[dict]:
 
 def show(rows: list[dict]) -> None:
     lines = [
-        [f"{r['processes']}, {r['mode']}" if r["processes"] > 1 else "1", f"{r['seconds']:.1f}", f"{r['ratio']:.2f}",
-         f"{r['largest_difference']:.1e}", f"{r['start_seconds']:.1f}"] for r in rows
-    ]  # fmt: skip
-    report.print_table("distill-depth", ["processes", "seconds", "ratio", "difference", "start, s"], lines)
+        [
+            f"{r['processes']}, {r['mode']}" if r["processes"] > 1 else "1",
+            f"{r['seconds']:.1f}",
+            f"{r['ratio']:.2f}",
+            f"{r['largest_difference']:.1e}",
+            f"{r['start_seconds']:.1f}",
+        ]
+        for r in rows
+    ]
+    output.print_table(
+        "distill-depth", ["processes", "seconds", "ratio", "difference", "start, s"], lines
+    )
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("parallel", __doc__)
+    parser = output.options("parallel", __doc__)
     parser.add_argument("--teacher", type=Path, default=BUNDLED)
     parser.add_argument("--intervals", default=INTERVALS)
     parser.add_argument("--batch", type=int, default=48)
@@ -110,7 +161,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--updates", type=int, help="updates of an interval in a round (40)")
     parser.add_argument("--processes", type=int, nargs="*", help="besides one (2 4)")
     parser.add_argument("--repeats", type=int, help="all cases in turn (3)")
-    chosen = report.parse(parser, arguments)
+    chosen = output.parse(parser, arguments)
     full = {"rounds": 3, "updates": 40, "processes": [2, 4], "repeats": 3}
     quick = {"rounds": 1, "updates": 4, "processes": [2], "repeats": 1}
     for name, value in (quick if chosen.quick else full).items():
@@ -120,8 +171,12 @@ def main(arguments: list[str] | None = None) -> Path:
     show(rows)
     names = ("intervals", "batch", "rounds", "updates", "repeats")
     about = {name: getattr(chosen, name) for name in names} | {"threads_a_process": 1}
-    values = {"rows": rows, "teacher": describe(chosen.teacher, Weights(chosen.teacher)), "settings": about}
-    return report.write("parallel", chosen, values)
+    values = {
+        "rows": rows,
+        "teacher": describe(chosen.teacher, Weights(chosen.teacher)),
+        "settings": about,
+    }
+    return output.write("parallel", chosen, values)
 
 
 if __name__ == "__main__":

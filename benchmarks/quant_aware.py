@@ -1,8 +1,10 @@
-"""Students distilled through rounded weights (`--quant-aware`) against the same ones distilled plainly: what it gives back.
+"""Students distilled through rounded weights (`--quant-aware`) against the same ones distilled
+plainly: what it gives back.
 
-Intervals, calibration, updates, learning rate and seeds are the same, the demo's. Errors are of the final velocity, on samples
-that nothing was trained on; each row is the mean over seeds, each difference that of the same samples and seeds (95 %
-bootstrap over samples); characters of all seeds together (Wilson). Rows that are done are read from `runs/sparsity`.
+Intervals, calibration, updates, learning rate and seeds are the same, the demo's. Errors are of the
+final velocity, on samples that nothing was trained on; each row is the mean over seeds, each
+difference that of the same samples and seeds (95 % bootstrap over samples); characters of all seeds
+together (Wilson). Rows that are done are read from `runs/sparsity`.
 """
 
 from __future__ import annotations
@@ -15,21 +17,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ppcl_engine.bundle import Bundle, open_variant
-from ppcl_engine.config import DistillDepthConfig
-from ppcl_engine.data import save_calibration
+from ppcl_engine.algorithms.distillation.quantization import NONE
+from ppcl_engine.data.calibration import save_calibration
 from ppcl_engine.demo.run import FULL_SIZE, LEARNING_RATE, QUICK
-from ppcl_engine.files import read_json, write_json, write_text
+from ppcl_engine.models.assembly import open_variant
+from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.plan import PruningPlan, parse_intervals
-from ppcl_engine.quantization import NONE
-from ppcl_engine.run import Run, RunStudents
-from ppcl_engine.stages.distill_depth import distill_depth
+from ppcl_engine.run import Run
+from ppcl_engine.settings.prune_settings import DistillDepthConfig
+from ppcl_engine.stages.inputs import RunStudents
+from ppcl_engine.stages.prune.distill_depth import distill_depth
+from ppcl_engine.system.atomic import read_json, write_json, write_text
 
-from . import report
-from .quantization import quantised
-from .scoring import mean_with_interval, share_with_interval
-from .sparsity import DEMO, Context, judged, options, parse, prepare
-from .teachers import describe
+from .shared import output
+from .shared.pruned_demo import DEMO, Context, judged, options, parse, prepare, quantised
+from .shared.scoring import mean_with_interval, share_with_interval
+from .shared.teachers import describe
 
 SEEDS = (0, 1)
 QUICK_INTERVALS, QUICK_BLOCKS = "1-2 3-4", 6
@@ -51,7 +54,8 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    """Of every training: as it is, and in the bits that it was for; of the plain one in all of them."""
+    """Of every training: as it is, and in the bits that it was for; of the plain one in all of
+    them."""
     for trained in (NONE, *KINDS):
         yield Row(trained, NONE, "")
         for bits in KINDS if trained == NONE else (trained,):
@@ -60,8 +64,13 @@ def rows() -> Iterator[Row]:
 
 def base_plan(context: Context, intervals: str) -> PruningPlan:
     weights = context.teacher.weights
-    return PruningPlan(architecture=weights.architecture.name, config=weights.config, num_blocks=weights.num_blocks,
-                       fingerprint=weights.fingerprint, intervals=parse_intervals(intervals))  # fmt: skip
+    return PruningPlan(
+        architecture=weights.architecture.name,
+        config=weights.config,
+        num_blocks=weights.num_blocks,
+        fingerprint=weights.fingerprint,
+        intervals=parse_intervals(intervals),
+    )
 
 
 def trained_run(context: Context, plan: PruningPlan, kind: str, seed: int, rounds: int) -> Run:
@@ -71,7 +80,9 @@ def trained_run(context: Context, plan: PruningPlan, kind: str, seed: int, round
         save_calibration(run.calibration, context.calibration)
         write_text(run.plan, plan.to_json())
     common = {"model": context.path, "run": run.folder, "device": "cpu", "seed": seed}
-    distill_depth(DistillDepthConfig(**common, rounds=rounds, learning_rate=LEARNING_RATE, quant_aware=kind))
+    distill_depth(
+        DistillDepthConfig(**common, rounds=rounds, learning_rate=LEARNING_RATE, quant_aware=kind)
+    )
     return run
 
 
@@ -79,7 +90,9 @@ def opened(context: Context, run: Run, row: Row) -> nn.Module:
     teacher, plan = context.teacher, run.load_plan()
     architecture, config = teacher.architecture, teacher.config
     students = RunStudents(run, config, architecture)
-    model = open_variant(teacher.weights, students, plan, plan.everything(), teacher.dtype, teacher.device)
+    model = open_variant(
+        teacher.weights, students, plan, plan.everything(), teacher.dtype, teacher.device
+    )
     prefixes = [architecture.block_prefix(config, interval.first) for interval in plan.intervals]
     return quantised(model, row.bits, tuple(prefixes) if row.where == STUDENTS else ("",))
 
@@ -92,7 +105,10 @@ def measure(context: Context, plan: PruningPlan, row: Row, seed: int, rounds: in
             values = judged(context, opened(context, run, row), row.name)
         write_json(path, {**values, "seconds": time.monotonic() - start})
     values = read_json(path)
-    print(f"\n{row.name} seed {seed}: velocity error {values['velocity_error']['value']:.4f}", flush=True)
+    print(
+        f"\n{row.name} seed {seed}: velocity error {values['velocity_error']['value']:.4f}",
+        flush=True,
+    )
     return values
 
 
@@ -100,11 +116,13 @@ def together(row: Row, found: list[dict], captions: int) -> dict:
     """One row of all its seeds."""
     read = sum(values["characters"]["value"] for values in found) / len(found)
     return {
-        "trained": row.trained, "bits": row.bits, "where": row.where,
+        "trained": row.trained,
+        "bits": row.bits,
+        "where": row.where,
         "velocity_error": mean_with_interval(mean_rows(found)),
         "seeds": [values["velocity_error"]["value"] for values in found],
         "characters": share_with_interval(read, captions * len(found)),
-    }  # fmt: skip
+    }
 
 
 def mean_rows(found: list[dict]) -> list[float]:
@@ -113,17 +131,21 @@ def mean_rows(found: list[dict]) -> list[float]:
 
 
 def difference(row: Row, done: dict[Row, list[dict]]) -> dict:
-    """Trained through rounded weights minus trained plainly, both in the same bits at the end, and what the bits themselves
-    add to the plain one: `returned` is their ratio, of the means."""
-    ours, plain, untouched = (done[key] for key in (row, Row(NONE, row.bits, row.where), Row(NONE, NONE, "")))
+    """Trained through rounded weights minus trained plainly, both in the same bits at the end, and
+    what the bits themselves add to the plain one: `returned` is their ratio, of the means."""
+    ours, plain, untouched = (
+        done[key] for key in (row, Row(NONE, row.bits, row.where), Row(NONE, NONE, ""))
+    )
 
     def pairs(left: list[dict], right: list[dict]) -> list[float]:
         return [a - b for a, b in zip(mean_rows(left), mean_rows(right), strict=True)]
 
     change = mean_with_interval(pairs(ours, plain))
     values = {"trained": row.trained, "bits": row.bits, "where": row.where, "difference": change}
-    values["seeds"] = [a["velocity_error"]["value"] - b["velocity_error"]["value"]
-                       for a, b in zip(ours, plain, strict=True)]  # fmt: skip
+    values["seeds"] = [
+        a["velocity_error"]["value"] - b["velocity_error"]["value"]
+        for a, b in zip(ours, plain, strict=True)
+    ]
     if row.bits != NONE:
         values["bits_add"] = mean_with_interval(pairs(plain, untouched))
         values["returned"] = -change["value"] / values["bits_add"]["value"]
@@ -134,25 +156,48 @@ def run(chosen) -> dict:
     context = prepare(chosen, QUICK_BLOCKS)
     bundled = Bundle(DEMO).plan
     ours = context.teacher.weights.fingerprint == bundled.fingerprint
-    intervals = chosen.intervals or (" ".join(i.name for i in bundled.intervals) if ours else QUICK_INTERVALS)
+    intervals = chosen.intervals or (
+        " ".join(i.name for i in bundled.intervals) if ours else QUICK_INTERVALS
+    )
     plan, rounds = base_plan(context, intervals), (QUICK if chosen.quick else FULL_SIZE)["rounds"]
     seeds = SEEDS[:1] if chosen.quick else SEEDS
     done = {row: [measure(context, plan, row, seed, rounds) for seed in seeds] for row in rows()}
     found = [together(row, values, len(context.judge.texts)) for row, values in done.items()]
-    return {"rows": found, "differences": [difference(row, done) for row in done if row.trained != NONE],
-            "intervals": intervals, "seeds": list(seeds), "rounds": rounds,
-            "teacher": describe(context.path, context.teacher.weights)}  # fmt: skip
+    return {
+        "rows": found,
+        "differences": [difference(row, done) for row in done if row.trained != NONE],
+        "intervals": intervals,
+        "seeds": list(seeds),
+        "rounds": rounds,
+        "teacher": describe(context.path, context.teacher.weights),
+    }
 
 
 def show(values: dict) -> None:
     lines = []
     for row in values["rows"]:
         shares = [f"{100 * row['characters'][key]:.1f}" for key in ("value", "low", "high")]
-        lines.append((_name(row), _cell(row["velocity_error"], ""), f"{shares[0]} ({shares[1]} - {shares[2]})"))
-    report.print_table("distilled, then rounded", ("model", "velocity error", "characters %"), lines)
-    lines = [(_name(d), _cell(d["difference"], "+"), f"{100 * d['returned']:.0f} %" if "returned" in d else "-")
-             for d in values["differences"]]  # fmt: skip
-    report.print_table("quant-aware - plain", ("model", "velocity error", "of what the bits add"), lines)
+        lines.append(
+            (
+                _name(row),
+                _cell(row["velocity_error"], ""),
+                f"{shares[0]} ({shares[1]} - {shares[2]})",
+            )
+        )
+    output.print_table(
+        "distilled, then rounded", ("model", "velocity error", "characters %"), lines
+    )
+    lines = [
+        (
+            _name(d),
+            _cell(d["difference"], "+"),
+            f"{100 * d['returned']:.0f} %" if "returned" in d else "-",
+        )
+        for d in values["differences"]
+    ]
+    output.print_table(
+        "quant-aware - plain", ("model", "velocity error", "of what the bits add"), lines
+    )
 
 
 def _name(row: dict) -> str:
@@ -170,7 +215,7 @@ def main(arguments: list[str] | None = None) -> Path:
     chosen = parse(parser, arguments)
     values = run(chosen)
     show(values)
-    return report.write("quant_aware", chosen, values)
+    return output.write("quant_aware", chosen, values)
 
 
 if __name__ == "__main__":

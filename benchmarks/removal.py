@@ -1,4 +1,5 @@
-"""The paper's first finding, measured: does removing neighbouring blocks cost less than blocks apart?
+"""The paper's first finding, measured: does removing neighbouring blocks cost less than blocks
+apart?
 
 Removed blocks are skipped, nothing is trained. Error: squared difference of the velocity to the
 teacher's, relative to the teacher's squared, over a fixed batch whose timesteps cover the schedule.
@@ -19,14 +20,14 @@ from pathlib import Path
 
 import torch
 
+from ppcl_engine.algorithms.resampling import bootstrap_ratio
 from ppcl_engine.architectures import BlockState
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.files import replacing
-from ppcl_engine.similarity import bootstrap_ratio
-from ppcl_engine.streaming import Teacher
+from ppcl_engine.models.streaming import Teacher
+from ppcl_engine.models.weights import Weights
+from ppcl_engine.system.atomic import replacing
 
-from . import report
-from .teachers import BUNDLED, describe, rendered
+from .shared import output
+from .shared.teachers import BUNDLED, describe, rendered
 
 CONTIGUOUS, APART = "contiguous", "apart"
 SIZES = (1, 2, 3)
@@ -41,7 +42,11 @@ def placements(blocks: int, size: int, kind: str) -> list[Placement]:
     if kind == CONTIGUOUS:
         return [tuple(range(first, first + size)) for first in range(blocks - size + 1)]
     apart = combinations(range(blocks), size)
-    return [chosen for chosen in apart if all(b - a > 1 for a, b in zip(chosen, chosen[1:], strict=False))]
+    return [
+        chosen
+        for chosen in apart
+        if all(b - a > 1 for a, b in zip(chosen, chosen[1:], strict=False))
+    ]
 
 
 def sampled(rows: list[Placement], most: int) -> list[Placement]:
@@ -73,7 +78,9 @@ class Removal:
         return (self._velocity(placement) - self.target).square().flatten(1).sum(1)
 
     def _velocity(self, placement: Placement) -> torch.Tensor:
-        return self.teacher.architecture.finish(self.teacher.outer, self.states(placement)[self.blocks]).double()
+        return self.teacher.architecture.finish(
+            self.teacher.outer, self.states(placement)[self.blocks]
+        ).double()
 
     def _states(self, placement: Placement) -> dict[int, BlockState]:
         """The input of every block behind the last removed one; key `blocks` is the end."""
@@ -108,7 +115,11 @@ class Measured:
     def group(self, size: int, kind: str, rows: list[Placement], possible: int) -> dict:
         mean, singles = self.mean(rows), self.singles(rows)
         low, high = bootstrap_ratio(mean, singles, SEED, RESAMPLES)
-        of_singles = {"of_singles": float(mean.sum() / singles.sum()), "of_singles_low": low, "of_singles_high": high}
+        of_singles = {
+            "of_singles": float(mean.sum() / singles.sum()),
+            "of_singles_low": low,
+            "of_singles_high": high,
+        }
         counts = {"removed": size, "kind": kind, "placements": len(rows), "possible": possible}
         return {**counts, **self.error(mean), **of_singles}
 
@@ -126,10 +137,14 @@ class Measured:
 def measure(removal: Removal, groups: dict[tuple[int, str], list[Placement]]) -> Measured:
     wanted = sorted({placement for rows in groups.values() for placement in rows})
     with torch.no_grad():
-        return Measured({placement: removal.squared(placement) for placement in wanted}, removal.power)
+        return Measured(
+            {placement: removal.squared(placement) for placement in wanted}, removal.power
+        )
 
 
-def summary(measured: Measured, groups: dict[tuple[int, str], list[Placement]], blocks: int) -> dict:
+def summary(
+    measured: Measured, groups: dict[tuple[int, str], list[Placement]], blocks: int
+) -> dict:
     possible = {key: len(placements(blocks, *key)) for key in groups}
     pairs = [(n, groups[n, CONTIGUOUS], groups[n, APART]) for n in SIZES if (n, APART) in groups]
     return {
@@ -137,7 +152,9 @@ def summary(measured: Measured, groups: dict[tuple[int, str], list[Placement]], 
         "means": [measured.group(*key, rows, possible[key]) for key, rows in groups.items()],
         "differences": [measured.difference(*pair) for pair in pairs],
         "placements": {
-            f"{n} {kind}": [measured.placement(r) for r in rows] for (n, kind), rows in groups.items() if n > 1
+            f"{n} {kind}": [measured.placement(r) for r in rows]
+            for (n, kind), rows in groups.items()
+            if n > 1
         },
     }
 
@@ -145,16 +162,21 @@ def summary(measured: Measured, groups: dict[tuple[int, str], list[Placement]], 
 def show(values: dict) -> None:
     interval = "{low:.4f} .. {high:.4f}".format_map
     singles = [[row["blocks"], f"{row['error']:.4f}", interval(row)] for row in values["single"]]
-    report.print_table("one block removed: relative velocity error", ["block", "error", "95 % interval"], singles)
+    output.print_table(
+        "one block removed: relative velocity error", ["block", "error", "95 % interval"], singles
+    )
     rows = []
     for m in values["means"]:
         counts = [f"{m['removed']} {m['kind']}", f"{m['placements']} of {m['possible']}"]
         rows.append([*counts, f"{m['error']:.4f}", interval(m), f"{m['of_singles']:.2f}"])
     header = ["removed", "placements", "mean error", "95 % interval", "x sum of singles"]
-    report.print_table("neighbours against blocks apart", header, rows)
-    rows = [[str(d["removed"]), f"{d['contiguous_minus_apart']:+.4f}", interval(d)] for d in values["differences"]]
+    output.print_table("neighbours against blocks apart", header, rows)
+    rows = [
+        [str(d["removed"]), f"{d['contiguous_minus_apart']:+.4f}", interval(d)]
+        for d in values["differences"]
+    ]
     header = ["removed", "difference", "95 % interval"]
-    report.print_table("contiguous minus apart (below 0: contiguous is better)", header, rows)
+    output.print_table("contiguous minus apart (below 0: contiguous is better)", header, rows)
 
 
 def draw(path: Path, values: dict) -> None:
@@ -166,13 +188,27 @@ def draw(path: Path, values: dict) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     single = values["single"]
-    left.bar(range(len(single)), [r["error"] for r in single], yerr=_whiskers(single), color="#4c72b0", capsize=2)
+    left.bar(
+        range(len(single)),
+        [r["error"] for r in single],
+        yerr=_whiskers(single),
+        color="#4c72b0",
+        capsize=2,
+    )
     left.set_xticks(range(len(single)), [r["blocks"] for r in single], fontsize=8)
     left.set(title="one block skipped", xlabel="block", ylabel="relative velocity error, squared")
     for offset, kind, colour in ((-0.2, CONTIGUOUS, "#4c72b0"), (0.2, APART, "#dd8452")):
         means = [m for m in values["means"] if m["kind"] == kind]
         where = [m["removed"] + (offset if m["removed"] > 1 else 0) for m in means]
-        right.bar(where, [m["error"] for m in means], 0.38, yerr=_whiskers(means), color=colour, capsize=3, label=kind)
+        right.bar(
+            where,
+            [m["error"] for m in means],
+            0.38,
+            yerr=_whiskers(means),
+            color=colour,
+            capsize=3,
+            label=kind,
+        )
     right.set_xticks(SIZES)
     right.set(title="mean over placements, 95 % intervals", xlabel="blocks skipped")
     right.legend(frameon=False)
@@ -184,15 +220,22 @@ def draw(path: Path, values: dict) -> None:
 
 
 def _whiskers(rows: list[dict]) -> list[list[float]]:
-    return [[max(0.0, r["error"] - r["low"]) for r in rows], [max(0.0, r["high"] - r["error"]) for r in rows]]
+    return [
+        [max(0.0, r["error"] - r["low"]) for r in rows],
+        [max(0.0, r["high"] - r["error"]) for r in rows],
+    ]
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    parser = report.options("removal", __doc__)
+    parser = output.options("removal", __doc__)
     parser.add_argument("--teacher", type=Path, default=BUNDLED)
-    parser.add_argument("--samples", type=int, help="pictures in the batch, each at its own timestep (64)")
-    parser.add_argument("--most", type=int, help="placements of 3 blocks apart that are drawn at random (300)")
-    chosen = report.parse(parser, arguments)
+    parser.add_argument(
+        "--samples", type=int, help="pictures in the batch, each at its own timestep (64)"
+    )
+    parser.add_argument(
+        "--most", type=int, help="placements of 3 blocks apart that are drawn at random (300)"
+    )
+    chosen = output.parse(parser, arguments)
     samples = chosen.samples or (8 if chosen.quick else 64)
     most = chosen.most or (5 if chosen.quick else 300)
     start, weights = time.perf_counter(), Weights(chosen.teacher)
@@ -204,10 +247,14 @@ def main(arguments: list[str] | None = None) -> Path:
     with torch.no_grad():
         removal = Removal(teacher, teacher.embed(calibration.inputs(0)))
     values = summary(measure(removal, groups), groups, teacher.num_blocks)
-    values |= {"teacher": describe(chosen.teacher, weights), "samples": samples, "seconds": time.perf_counter() - start}
+    values |= {
+        "teacher": describe(chosen.teacher, weights),
+        "samples": samples,
+        "seconds": time.perf_counter() - start,
+    }
     show(values)
     draw(chosen.output / "removal.png", values)
-    return report.write("removal", chosen, values)
+    return output.write("removal", chosen, values)
 
 
 if __name__ == "__main__":

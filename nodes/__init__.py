@@ -21,11 +21,16 @@ class PPCLExtension(ComfyExtension):
 def extension() -> PPCLExtension:
     """Registers the folder models/ppcl and the pruned architectures with the host.
 
-    Where the host is not as known nothing of it is touched. The nodes are there, so that workflows keep their settings,
-    and each says in one line why it does not run. Raises ImportError, in the same line, where even that cannot be had.
+    If this ComfyUI differs from what the pack expects, nothing of it is changed: the nodes are
+    listed, so that workflows keep their settings, and each says in one line why it does not run.
+    Raises ImportError with that line if the nodes cannot even be listed.
     """
     try:
-        from . import host, paths  # here, not above: what these import may be missing in a ComfyUI that is not known
+        from . import (
+            host,
+            # imported here: what these import may be missing in another ComfyUI
+            paths,
+        )
         from .catalogue import LOADING, MAKING
     except (ImportError, AttributeError) as error:
         raise ImportError(refused(str(error))) from error
@@ -38,6 +43,7 @@ def extension() -> PPCLExtension:
 
 
 def refused(difference: str) -> str:
+    """Why the nodes do not run in this ComfyUI, in one line."""
     from comfyui_version import __version__
 
     return (
@@ -47,7 +53,7 @@ def refused(difference: str) -> str:
 
 
 def refusing(node: type[io.ComfyNode], text: str) -> type[io.ComfyNode]:
-    """The node with its widgets, which says this instead of running."""
+    """The node with its widgets; instead of running it raises ValueError with this text."""
 
     def execute(cls, **_):
         raise ValueError(text)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from .demo import DemoCaption, DemoDecode
-from .edit import EditPlan
-from .fold import FoldModel
-from .jobs import CalibrateFromPrompts, Detect, DistillDepth, DistillWidth, Export, FineTune, Probe
-from .load import LoadModel
-from .record import RecordCalibration
-from .sparsify import Sparsify
-from .variant import ChooseVariant
-from .view import Compare, Info, LoraReport
-from .watch import CancelJob, PrepareRun, WatchJob
+from .make.calibrate_from_prompts import CalibrateFromPrompts
+from .make.detect import Detect, Probe
+from .make.distil import DistillDepth, DistillWidth, FineTune
+from .make.edit_plan import EditPlan
+from .make.export import Export
+from .make.record_calibration import RecordCalibration
+from .make.sparsify import Sparsify
+from .make.watch_and_cancel import CancelJob, PrepareRun, WatchJob
+from .use.choose_variant import ChooseVariant
+from .use.compare import Compare
+from .use.demo import DemoCaption, DemoDecode
+from .use.fold_model import FoldModel
+from .use.info import Info
+from .use.load_model import LoadModel
+from .use.lora_report import LoraReport
 
 LOADING = [LoadModel, ChooseVariant, Info, LoraReport, Compare, DemoCaption, DemoDecode, FoldModel]
 MAKING = [

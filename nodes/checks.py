@@ -1,5 +1,7 @@
-"""What may come into a node, by its own schema. The host's page sends what its widgets give; a program sends anything, and a
-link from a node of any type brings anything. The host itself checks some of it, and more in newer versions.
+"""Checks what comes into a node against the node's own schema.
+
+The web page sends what its widgets allow, but a program may send anything, and so may a link from a
+node of any type. The host checks some of it itself, newer versions more.
 """
 
 from __future__ import annotations
@@ -11,26 +13,30 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.v0_0_2 import io
 
-MOST_CHARACTERS = 100_000  # of a text: thousands of prompts
-MOST_LISTED = 160  # characters of choices in a message
-MOST_CHOICES = 12  # that an error names
+MOST_CHARACTERS = 100_000  # in a text: thousands of prompts
+MOST_LISTED = 160  # characters of the choices that a message lists
+MOST_CHOICES = 12  # that a message lists
 LONGEST_NAME = 1_000  # characters of a choice
-LONGEST = 60  # characters of a wrong value in an error
+LONGEST = 60  # characters of a wrong value in a message
 
 LINKS: dict[str, Callable[[object], bool]] = {
     "MODEL": lambda value: isinstance(value, ModelPatcher),
-    "CLIP": lambda value: hasattr(value, "tokenize") and hasattr(value, "encode_from_tokens_scheduled"),
+    "CLIP": lambda value: (
+        hasattr(value, "tokenize") and hasattr(value, "encode_from_tokens_scheduled")
+    ),
     "LATENT": lambda value: isinstance(value, Mapping) and "samples" in value,
     "IMAGE": lambda value: isinstance(value, torch.Tensor) and value.ndim == 4,
     "SIGMAS": lambda value: isinstance(value, torch.Tensor) and value.ndim == 1,
     "PPCL_RUN": lambda value: isinstance(value, str),
 }
-"""what an input of a type takes"""
+"""type of a link -> whether a value is of that type"""
 
 
-def check_inputs(schema: io.Schema, given: Mapping[str, object], looked_up: Collection[str] = ()) -> None:
-    """Raises ValueError, in one line, for a value that its input does not take. looked_up: choices of which only the type
-    is checked, since the node looks them up and says more about them than the list."""
+def check_inputs(
+    schema: io.Schema, given: Mapping[str, object], looked_up: Collection[str] = ()
+) -> None:
+    """Raises ValueError, in one line, for a value that its input does not take. looked_up: inputs
+    whose choice is not compared with the list: the node looks it up itself, and explains more."""
     for row in schema.inputs:
         value = given.get(row.id)
         left_out = row.id not in given or (value is None and row.optional)
@@ -39,7 +45,7 @@ def check_inputs(schema: io.Schema, given: Mapping[str, object], looked_up: Coll
 
 
 def problem_of(row: io.Input, value: object, looked_up: bool = False) -> str:
-    """Of a value for an input, behind its name; "" where there is none."""
+    """What is wrong with a value, in words that follow the input's name; "" if nothing is."""
     match row.io_type:
         case "INT":
             return _number(row, value, Integral, "whole number")
@@ -57,7 +63,9 @@ def problem_of(row: io.Input, value: object, looked_up: bool = False) -> str:
 
 def _number(row: io.Input, value: object, kind: type, name: str) -> str:
     fits = isinstance(value, kind) and not isinstance(value, bool) and row.min <= value <= row.max
-    return "" if fits else f"is {shown(value)}; give a {name} from {row.min:,.10g} to {row.max:,.10g}"
+    return (
+        "" if fits else f"is {shown(value)}; give a {name} from {row.min:,.10g} to {row.max:,.10g}"
+    )
 
 
 def _text(value: object) -> str:
@@ -65,11 +73,15 @@ def _text(value: object) -> str:
         return f"is {shown(value)}; give a text"
     if len(value) > MOST_CHARACTERS:
         return f"has {len(value):,} characters; give at most {MOST_CHARACTERS:,}"
-    return "" if is_unicode(value) else f"is {shown(value)}, which cannot be written to a file; type it again"
+    return (
+        ""
+        if is_unicode(value)
+        else f"is {shown(value)}, which cannot be written to a file; type it again"
+    )
 
 
 def is_unicode(text: str) -> bool:
-    """JSON can hold halves of a character, which no file takes."""
+    """Whether a text can be written to a file: JSON can hold halves of a character."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -84,7 +96,7 @@ def _choice(options: Collection[str], value: object, looked_up: bool) -> str:
 
 
 def shown(value: object) -> str:
-    """In one line, not too long; of what is no plain value, its type."""
+    """A value for a message, in one short line; of an object, its type."""
     if not isinstance(value, str | int | float | list | dict | None):
         return f"a {type(value).__name__}"
     text = repr(value)

@@ -1,6 +1,8 @@
-"""What lies in folders of models: files, and folders that are a model each. Knows folders, not the host.
+"""Lists what folders of models contain: files, and folders that are a model each. Knows nothing of
+ComfyUI.
 
-Whatever lies there, a list is made: what cannot be looked into is left out, and the log says so once.
+A list is made whatever the folders contain: what cannot be read is left out, and the log says so
+once.
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..ppcl_engine.atomic import read_json
+from ..ppcl_engine.system.atomic import read_json
 
-DEEPEST = 12  # folders below a root; a hub cache in a folder of its own has 6
+DEEPEST = 12  # levels of folders below a root; a hub cache has 6
 MOST_FOLDERS = 10_000  # below a root
-MOST_WAYS = 4  # to a real folder, by links: a few that lead to each other make a tree without end
-LARGEST_CONFIG = 1_000_000  # bytes; those of transformers have less than two thousand
-SETTLED = 2 * 10**9  # nanoseconds: of two changes within less, a file system may give both the same time
+# visits to one real folder, through links: links to each other would otherwise make an endless tree
+MOST_WAYS = 4
+LARGEST_CONFIG = 1_000_000  # bytes; a transformer's configuration has less than two thousand
+# nanoseconds: a file system may give the same time to two changes that follow each other faster
+SETTLED = 2 * 10**9
 CONFIG, PIPELINE, TRANSFORMER = "config.json", "model_index.json", "transformer"
 
 Stat = tuple[int, int]
@@ -26,41 +30,48 @@ Stat = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """files: "folder/name.safetensors", with the system's separators, -> path; models: "folder/" -> a diffusers folder;
-    shards: which of the files lie beside the configuration of a model."""
+class Contents:
+    """What was found below a root."""
 
     files: dict[str, Path] = field(default_factory=dict)
+    """"folder/name.safetensors", with the system's separators -> path"""
     models: dict[str, Path] = field(default_factory=dict)
+    """"folder/" -> path of a diffusers folder"""
     shards: frozenset[str] = frozenset()
+    """those of the files that lie beside the configuration of a model"""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """made: when, in nanoseconds; changed: every folder that was walked -> when its entries had changed last."""
+    """The contents of a root at one time."""
 
-    found: Found
+    contents: Contents
     made: int
+    """when, in nanoseconds"""
     changed: dict[Path, int]
+    """every folder that was walked -> when its entries had last changed"""
 
     @property
     def is_current(self) -> bool:
-        """Entries come and go with the time of their folder; a folder that had just changed may have changed again."""
+        """Adding or removing an entry changes the time of its folder. A folder that had just changed
+        when the list was made may have changed again within the same time."""
         settled = max(self.changed.values(), default=0) < self.made - SETTLED
         return settled and all(changed_at(folder) == at for folder, at in self.changed.items())
 
 
 @dataclass(frozen=True)
 class Folder:
-    """above: the real folders that it is in, itself last. in_pipeline: a part of a diffusers pipeline."""
+    """A folder on the walk below a root."""
 
     path: Path
     above: tuple[Path, ...]
+    """the real folders from the root down to this one, which is the last"""
     in_pipeline: bool = False
+    """whether it is a component of a diffusers pipeline"""
 
     @property
     def depth(self) -> int:
-        """Below the root."""
+        """Levels below the root."""
         return len(self.above) - 1
 
 
@@ -69,26 +80,28 @@ _told: dict[object, object] = {}
 
 
 def tell_once(about: object, state: object, text: str) -> None:
-    """In the log; again when the state of what it is about has changed."""
+    """Logs the text; once, until the state of what it is about has changed."""
     if about not in _told or _told[about] != state:
         _told[about] = state
         logging.warning("ComfyUI-PPCL: %s", " ".join(text.split())[:500])
 
 
-def guarded(of: Path, state: object, look: Callable, otherwise, what: str = "is left out of the lists"):
-    """What `look` gives; where it fails, `otherwise`, and the log says why."""
+def guarded(
+    of: Path, state: object, look: Callable, otherwise, what: str = "is left out of the lists"
+):
+    """The result of `look`, or, if it fails, `otherwise`; the log then says why."""
     try:
         return look()
-    except (
-        Exception
-    ) as error:  # a foreign file may hold anything, and one that ends a list takes our nodes from the host
+    # any file may lie there, and an error while a list is made would take our nodes from the host
+    except Exception as error:
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         tell_once((of, what), state, f"{of} {what}: {said}")
         return otherwise
 
 
 def remembered(memory: dict, key: object, times: tuple[int, ...], make: Callable):
-    """What `make` gives, made anew when one of these times of change is another, or so late that more may be changing."""
+    """The result of `make`, kept as long as these times of change stay the same. It is made anew
+    while the last change is so recent that another may have gone unnoticed."""
     known = memory.get(key)
     if known is None or known[0] != times or max(times) >= known[1] - SETTLED:
         known = memory[key] = (times, time.time_ns(), make())
@@ -96,30 +109,31 @@ def remembered(memory: dict, key: object, times: tuple[int, ...], make: Callable
 
 
 def stat_of(path: Path) -> Stat | None:
-    """None: it is not there, or cannot be seen."""
+    """None if it does not exist or cannot be seen."""
     try:
-        found = path.stat()
-    except (OSError, ValueError):  # ValueError: what can't be a name in this system
+        stat = path.stat()
+    except (OSError, ValueError):  # ValueError: this system has no such names
         return None
-    return found.st_mtime_ns, found.st_size
+    return stat.st_mtime_ns, stat.st_size
 
 
 def changed_at(folder: Path) -> int:
-    found = stat_of(folder)
-    return found[0] if found else 0
+    stat = stat_of(folder)
+    return stat[0] if stat else 0
 
 
-def found_in(root: Path, endings: tuple[str, ...]) -> Found:
-    """Files with these endings and models below a root, which is walked again when one of its folders has changed."""
+def contents_of(root: Path, endings: tuple[str, ...]) -> Contents:
+    """Files with these endings, and models, below a root. The root is walked again when one of its
+    folders has changed."""
     key = (root, endings)
     if key not in _listings or not _listings[key].is_current:
         made, changed = time.time_ns(), {}
-        found = guarded(root, None, lambda: _walked(root, endings, changed), Found())
-        _listings[key] = Listing(found, made, changed)
-    return _listings[key].found
+        contents = guarded(root, None, lambda: _walked(root, endings, changed), Contents())
+        _listings[key] = Listing(contents, made, changed)
+    return _listings[key].contents
 
 
-def _walked(root: Path, endings: tuple[str, ...], changed: dict[Path, int]) -> Found:
+def _walked(root: Path, endings: tuple[str, ...], changed: dict[Path, int]) -> Contents:
     files, models, shards = {}, {}, set()
     for folder, entries in _folders(root, changed):
         below, names = folder.path.relative_to(root), {entry.name for entry in entries}
@@ -130,12 +144,13 @@ def _walked(root: Path, endings: tuple[str, ...], changed: dict[Path, int]) -> F
             shards |= here.keys()
         if _is_model(folder, names):
             models[f"{below.as_posix()}/"] = folder.path
-    return Found(files, models, frozenset(shards))
+    return Contents(files, models, frozenset(shards))
 
 
 def _is_model(folder: Folder, names: set[str]) -> bool:
-    """A pipeline, or a transformer alone. Directly below a root whatever has a configuration counts: somebody has put it
-    there as a model. Further below lie text encoders and other models too."""
+    """Whether a folder is a pipeline or a transformer. Directly below a root any folder with a
+    configuration counts, since somebody put it there as a model; further down there are text
+    encoders and others too."""
     if not folder.depth or folder.in_pipeline or not names & {CONFIG, PIPELINE}:
         return False
     if folder.depth == 1 or PIPELINE in names:
@@ -148,23 +163,32 @@ def _is_of_transformer(config: Path) -> bool:
     if not config.is_file():
         raise ValueError("it is not a regular file")
     if config.stat().st_size > LARGEST_CONFIG:
-        raise ValueError(f"{config.stat().st_size:,} bytes are too many for the configuration of a model")
+        raise ValueError(
+            f"{config.stat().st_size:,} bytes are too many for the configuration of a model"
+        )
     values = read_json(config)
     return isinstance(values, dict) and TRANSFORMER in str(values.get("_class_name")).lower()
 
 
 def _folders(root: Path, changed: dict[Path, int]) -> Iterator[tuple[Folder, list[Path]]]:
-    """The root and every folder below it, each with what is in it. Links are followed, but not in circles."""
+    """The root and every folder below it, each with its entries. Links are followed, but not in
+    circles."""
     if not root.is_dir():
         return
     waiting, ways = deque([Folder(root, (root.resolve(),))]), Counter()
     while waiting:
         folder = waiting.popleft()
         if len(changed) == MOST_FOLDERS:
-            tell_once(root, None, f"{root} has more than {MOST_FOLDERS:,} folders; those beyond are not listed")
+            tell_once(
+                root,
+                None,
+                f"{root} has more than {MOST_FOLDERS:,} folders; those beyond are not listed",
+            )
             return
         changed[folder.path] = changed_at(folder.path)
-        entries = guarded(folder.path, changed[folder.path], lambda path=folder.path: sorted(path.iterdir()), [])
+        entries = guarded(
+            folder.path, changed[folder.path], lambda path=folder.path: sorted(path.iterdir()), []
+        )
         yield folder, entries
         if folder.depth < DEEPEST:
             for below in _below(folder, entries):
@@ -175,16 +199,18 @@ def _folders(root: Path, changed: dict[Path, int]) -> Iterator[tuple[Folder, lis
 
 def _below(folder: Folder, entries: list[Path]) -> list[Folder]:
     in_pipeline = folder.depth > 0 and any(entry.name == PIPELINE for entry in entries)
-    found = [guarded(entry, None, lambda entry=entry: _real(folder, entry), None) for entry in entries]
+    real_paths = [
+        guarded(entry, None, lambda entry=entry: _real(folder, entry), None) for entry in entries
+    ]
     return [
         Folder(entry, (*folder.above, real), in_pipeline)
-        for entry, real in zip(entries, found, strict=True)
+        for entry, real in zip(entries, real_paths, strict=True)
         if real and real not in folder.above
     ]
 
 
 def _real(folder: Folder, entry: Path) -> Path | None:
-    """Where a folder really is; None for what is no folder, and for one that is not to be seen (.git, .cache)."""
+    """The real path of a folder; None for anything else, and for a hidden folder (.git, .cache)."""
     if entry.name.startswith(".") or not entry.is_dir():
         return None
     return entry.resolve() if entry.is_symlink() else folder.above[-1] / entry.name

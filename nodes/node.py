@@ -1,4 +1,5 @@
-"""What all nodes share: what comes in is checked before anything is done, and a file that was replaced is read anew."""
+"""What all nodes share: inputs are checked before anything is done, and a node runs again when one of
+its files was replaced."""
 
 from __future__ import annotations
 
@@ -9,20 +10,20 @@ from typing import ClassVar
 
 from comfy_api.v0_0_2 import io
 
-from ..ppcl_engine.checkpoint import transformer_folder
+from ..ppcl_engine.models.weights import transformer_folder
 from .checks import check_inputs
 from .listing import guarded, stat_of
 
 
 class Node(io.ComfyNode):
-    """A node gives its `define_schema` and what it does, as `perform`.
-
-    FILES: inputs that name files -> the file or folder of a value (None: none; ValueError: what is not in the list).
-    LOOKED_UP: further choices that the node looks up itself, and says more about than that they are not in the list.
-    """
+    """A subclass defines `define_schema`, and what the node does as `perform`."""
 
     FILES: ClassVar[dict[str, Callable[[str], Path | None]]] = {}
+    """input that names a file -> gives the file or folder of a name (None: nothing is chosen); it
+    raises ValueError for a name that is not in the list"""
     LOOKED_UP: ClassVar[tuple[str, ...]] = ()
+    """further inputs whose choice the node looks up itself, since it can explain more about a wrong
+    one"""
 
     @classmethod
     def execute(cls, **given) -> io.NodeOutput:
@@ -35,28 +36,36 @@ class Node(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **given) -> str:
-        """The host calls this before it takes an earlier result: another one when a file was replaced. What comes by a
-        link is None here; the node at its other end has a fingerprint of its own."""
-        named = [(find, given[name]) for name, find in cls.FILES.items() if isinstance(given.get(name), str)]
-        return fingerprint(path for find, name in named if (path := _found(find, name)) is not None)
+        """The host calls this before it reuses an earlier result; the answer differs once a file was
+        replaced. What comes through a link is None here; the node at its other end has its own
+        fingerprint."""
+        named = [
+            (find, given[name])
+            for name, find in cls.FILES.items()
+            if isinstance(given.get(name), str)
+        ]
+        return fingerprint(
+            path for find, name in named if (path := _path_of(find, name)) is not None
+        )
 
 
-def _found(find: Callable[[str], Path | None], name: str) -> Path | None:
+def _path_of(find: Callable[[str], Path | None], name: str) -> Path | None:
     try:
         return find(name)
-    except (ValueError, OSError):  # the node itself says so when it is executed
+    except (ValueError, OSError):  # the node itself will say so when it runs
         return None
 
 
 def fingerprint(paths: Iterator[Path]) -> str:
-    """Of where these files, and those in these folders, really are, of when each changed last, and of their sizes."""
+    """A hash of these files and the files in these folders: real paths, times of change, sizes."""
     rows = [(str(file), stat_of(file)) for path in paths for file in _files(path)]
     return hashlib.sha256(repr(rows).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _files(path: Path) -> list[Path]:
-    """Where links lead; a model's transformer may be one, which a search below its folder does not follow."""
+    """The real files at a path. The transformer's folder is searched by itself, since it may be a
+    link, which `rglob` does not follow."""
     if not path.is_dir():
         return [path.resolve()]
-    found = {*path.rglob("*"), *transformer_folder(path).glob("*")}
-    return sorted({guarded(file, None, file.resolve, file) for file in found})
+    files = {*path.rglob("*"), *transformer_folder(path).glob("*")}
+    return sorted({guarded(file, None, file.resolve, file) for file in files})

@@ -1,4 +1,5 @@
-"""Where model files are: the only code that asks the host for folders. A widget's text is looked up, never joined."""
+"""Where model files are: the only code that asks the host for folders. The text of a widget is looked
+up in a list, never joined to a path."""
 
 from __future__ import annotations
 
@@ -8,59 +9,81 @@ from pathlib import Path
 
 import folder_paths
 
-from ..ppcl_engine.bundle import BUNDLE_SUFFIX
 from ..ppcl_engine.jobs.store import RunStore
-from .listing import Found, changed_at, found_in, guarded, remembered
+from ..ppcl_engine.models.bundle import BUNDLE_SUFFIX
+from .listing import Contents, changed_at, contents_of, guarded, remembered
 
 CATEGORY = "ppcl"
-CATEGORIES = (CATEGORY, "diffusion_models", "unet_gguf")  # the last is ComfyUI-GGUF's, where that pack is
+GGUF = ".gguf"
+# the last is ComfyUI-GGUF's, if that pack is installed
+CATEGORIES = (CATEGORY, "diffusion_models", "unet_gguf")
 LORAS = "loras"
-ENDINGS = (".safetensors", ".gguf")
-TABLES = "tables"  # in models/ppcl: values of folded modulations, made when they are first needed
+ENDINGS = (".safetensors", GGUF)
+TABLES = "tables"  # in models/ppcl: a cache of folded modulations
 DEMO = Path(__file__).parents[1] / "ppcl_engine" / "demo"
 RUNS = "ppcl"  # in the output folder
 EXPORTS = "exports"  # in a run
 NO_FOLDER = NO_BASE = "none"
-DEMO_FILES = {"demo/demo.ppcl.safetensors": "demo.ppcl.safetensors", "demo/teacher.safetensors": "teacher.safetensors"}
+DEMO_FILES = {
+    "demo/demo.ppcl.safetensors": "demo.ppcl.safetensors",
+    "demo/teacher.safetensors": "teacher.safetensors",
+}
 
 
 def register() -> None:
-    """models/ppcl: bundles, and released folders as they were downloaded."""
+    """Tells the host of models/ppcl, for bundles and for released folders as they are downloaded."""
     folder_paths.add_model_folder_path(CATEGORY, str(Path(folder_paths.models_dir) / CATEGORY))
 
 
-def found_under(category: str, endings: tuple[str, ...]) -> Found:
-    """In all folders of a category of the host's, by name; of one name that is there twice, the first. `endings`: where
-    the category itself does not say which."""
+def contents_under(category: str, endings: tuple[str, ...]) -> Contents:
+    """The contents of all folders of one of the host's categories. Of two files with one name the
+    first counts. `endings`: used if the category itself names none."""
     roots, known = folder_paths.folder_names_and_paths.get(category, ((), ()))
     wanted = tuple(sorted(known)) or endings
-    return _joined(tuple(found_in(Path(root), wanted) for root in roots))
+    return _joined(tuple(contents_of(Path(root), wanted) for root in roots))
 
 
 @lru_cache(maxsize=16)
-def _joined(parts: tuple[Found, ...]) -> Found:
+def _joined(parts: tuple[Contents, ...]) -> Contents:
     files, models, shards = {}, {}, set()
     for part in parts:
         shards |= part.shards - files.keys()
         files, models = {**part.files, **files}, {**part.models, **models}
-    return Found(dict(sorted(files.items())), dict(sorted(models.items())), frozenset(shards))
+    return Contents(dict(sorted(files.items())), dict(sorted(models.items())), frozenset(shards))
 
 
 def model_files() -> dict[str, Path]:
-    """Name in a combo -> path: files of models/ppcl and models/diffusion_models, diffusers folders in either, the demo's
-    own files (one of the same name in models/ppcl/demo goes before), what done jobs exported."""
-    return {**_named(tuple(found_under(category, ENDINGS) for category in CATEGORIES)), **exported_files()}
+    """Name in a combo -> path: files and diffusers folders in models/ppcl and
+    models/diffusion_models, the demo's own files (a file of the same name in models/ppcl/demo is
+    used instead), and what finished jobs exported."""
+    return {
+        **_named(tuple(contents_under(category, ENDINGS) for category in CATEGORIES)),
+        **exported_files(),
+    }
 
 
 @lru_cache(maxsize=4)
-def _named(parts: tuple[Found, ...]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+def _named(parts: tuple[Contents, ...]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
     for part in parts:
-        files = (n for n in part.files if n.endswith(ENDINGS) and n not in part.shards and Path(n).parts[0] != TABLES)
-        found = {**found, **{name: part.files[name] for name in files if name not in found}}
-        found = {**found, **{name: path for name, path in part.models.items() if name not in found}}
-    demo = {name: DEMO / file for name, file in DEMO_FILES.items() if name not in found and (DEMO / file).exists()}
-    return {**found, **demo}
+        files = (
+            n
+            for n in part.files
+            if n.endswith(ENDINGS) and n not in part.shards and Path(n).parts[0] != TABLES
+        )
+        named = {**named, **{name: part.files[name] for name in files if name not in named}}
+        named = {**named, **{name: path for name, path in part.models.items() if name not in named}}
+    demo = {
+        name: DEMO / file
+        for name, file in DEMO_FILES.items()
+        if name not in named and (DEMO / file).exists()
+    }
+    return {**named, **demo}
+
+
+def files_of_the_engine() -> list[str]:
+    """Names of the model files that the engine reads by itself; GGUF needs another node pack."""
+    return [name for name in model_files() if not name.endswith(GGUF)]
 
 
 def runs() -> RunStore:
@@ -69,28 +92,34 @@ def runs() -> RunStore:
 
 @dataclass(frozen=True)
 class Seen:
-    """Of an entry of the folder of runs. made: when, in nanoseconds; None: it is not a run of ours. files: exported."""
+    """What is known of an entry in the folder of runs."""
 
     made: int | None = None
+    """when, in nanoseconds; None: it is not a run"""
     files: tuple[Path, ...] = ()
+    """that it exported"""
 
 
 _seen: dict[Path, tuple] = {}
 
 
 def _runs_seen() -> dict[Path, Seen]:
-    """Newest first; what cannot be looked into is not among them."""
+    """All runs by their folders, newest first. An entry that cannot be read is left out."""
     root = runs().root
     there = guarded(root, None, root.is_dir, False)
     entries = guarded(root, changed_at(root), lambda: list(root.iterdir()), []) if there else []
-    found = {}
+    seen = {}
     for entry in entries:
         times = (changed_at(entry), changed_at(entry / EXPORTS))
         look = partial(guarded, entry, times, partial(_look_at_run, entry), Seen())
-        found[entry] = remembered(_seen, entry, times, look)
-    for entry in _seen.keys() - found.keys():
+        seen[entry] = remembered(_seen, entry, times, look)
+    for entry in _seen.keys() - seen.keys():
         del _seen[entry]
-    return dict(sorted(((e, s) for e, s in found.items() if s.made), key=lambda row: row[1].made, reverse=True))
+    return dict(
+        sorted(
+            ((e, s) for e, s in seen.items() if s.made), key=lambda row: row[1].made, reverse=True
+        )
+    )
 
 
 def _look_at_run(folder: Path) -> Seen:
@@ -101,14 +130,16 @@ def _look_at_run(folder: Path) -> Seen:
 
 
 def run_names() -> list[str]:
-    """Of jobs, newest first."""
+    """Names of the runs of jobs, newest first."""
     return [folder.name for folder in _runs_seen()]
 
 
 def exported_files() -> dict[str, Path]:
-    """ "runs/<run>/<file>" -> path; what a link leads out of the folder of runs is left."""
+    """ "runs/<run>/<file>" -> path. Links that lead out of the folder of runs are left out."""
     root = runs().root
-    return {exported_name(file, root): file for seen in _runs_seen().values() for file in seen.files}
+    return {
+        exported_name(file, root): file for seen in _runs_seen().values() for file in seen.files
+    }
 
 
 def exported_name(file: Path, root: Path | None = None) -> str:
@@ -117,18 +148,29 @@ def exported_name(file: Path, root: Path | None = None) -> str:
 
 
 def teacher_files() -> list[str]:
-    """Names of models that may be full ones, the demo's first; the job that reads one says whether it is."""
-    names = [name for name in model_files() if name.endswith((".safetensors", "/")) and not name.startswith("runs/")]
-    return sorted((n for n in names if not n.endswith(BUNDLE_SUFFIX)), key=lambda name: name not in DEMO_FILES)
+    """Names of files that may be full models, the demo's first. Whether one is, the job that reads
+    it finds out."""
+    names = [
+        name
+        for name in model_files()
+        if name.endswith((".safetensors", "/")) and not name.startswith("runs/")
+    ]
+    return sorted(
+        (n for n in names if not n.endswith(BUNDLE_SUFFIX)), key=lambda name: name not in DEMO_FILES
+    )
 
 
 def known_model(path: Path, run: str) -> Path:
-    """A path that a run's files name, as a combo would give it; a link may lead there another way. Raises ValueError
-    for one that no combo gives."""
-    found = next((file for file in model_files().values() if file.resolve() == path.resolve()), None)
-    if found is None:
-        raise ValueError(f"{path.name}, the model of run {run}, is in none of models/ppcl and models/diffusion_models")
-    return found
+    """The listed model that a path in a run's files leads to, maybe through links. Raises ValueError
+    for a path to anything that no combo offers."""
+    known = next(
+        (file for file in model_files().values() if file.resolve() == path.resolve()), None
+    )
+    if known is None:
+        raise ValueError(
+            f"{path.name}, the model of run {run}, is neither in models/ppcl nor in models/diffusion_models; put it back there"
+        )
+    return known
 
 
 def model_path(name: str) -> Path:
@@ -136,13 +178,13 @@ def model_path(name: str) -> Path:
     files = model_files()
     if name not in files:
         raise ValueError(
-            f"{name[:200]!r} is in none of models/ppcl and models/diffusion_models; refresh, then choose again"
+            f"{name[:200]!r} is neither in models/ppcl nor in models/diffusion_models; refresh, then choose again"
         )
     return files[name]
 
 
 def base_path(name: str) -> Path | None:
-    """None where no base model is wanted. Raises ValueError for a name that is not in the list."""
+    """None if no base model is chosen. Raises ValueError for a name that is not in the list."""
     return None if name == NO_BASE else model_path(name)
 
 
@@ -152,15 +194,21 @@ def written_folder() -> Path:
 
 
 def tables_folder() -> Path:
-    """Its files may be removed at any time; they are made again."""
+    """Where folded modulations are cached; its files may be deleted at any time."""
     return written_folder() / TABLES
 
 
 def picture_folders() -> list[str]:
-    """Names of folders in the host's input folder; what a link leads out of it is left."""
+    """Names of folders in the host's input folder. Links that lead out of it are left out."""
     root = Path(folder_paths.get_input_directory())
-    entries = guarded(root, changed_at(root), lambda: sorted(root.iterdir()), []) if root.is_dir() else []
-    return [e.name for e in entries if guarded(e, None, lambda e=e: e.is_dir() and _is_inside(e, root), False)]
+    entries = (
+        guarded(root, changed_at(root), lambda: sorted(root.iterdir()), []) if root.is_dir() else []
+    )
+    return [
+        e.name
+        for e in entries
+        if guarded(e, None, lambda e=e: e.is_dir() and _is_inside(e, root), False)
+    ]
 
 
 def _is_inside(path: Path, root: Path) -> bool:
@@ -170,12 +218,14 @@ def _is_inside(path: Path, root: Path) -> bool:
 def picture_folder(name: str) -> Path:
     """Raises ValueError for a name that is not in the list."""
     if name not in picture_folders():
-        raise ValueError(f"{name!r} is not a folder in ComfyUI's input folder; refresh, then choose again")
+        raise ValueError(
+            f"{name!r} is not a folder in ComfyUI's input folder; refresh, then choose again"
+        )
     return Path(folder_paths.get_input_directory()) / name
 
 
 def references_folder(name: str) -> Path | None:
-    """None where no pictures are wanted. Raises ValueError for a name that is not in the list."""
+    """None if no folder is chosen. Raises ValueError for a name that is not in the list."""
     return None if name == NO_FOLDER else picture_folder(name)
 
 
@@ -184,12 +234,12 @@ def demo_teacher() -> Path:
 
 
 def lora_files() -> list[str]:
-    return list(found_under(LORAS, ("",)).files)
+    return list(contents_under(LORAS, ("",)).files)
 
 
 def lora_path(name: str) -> Path:
     """Raises ValueError for a name that is not in the list."""
-    path = found_under(LORAS, ("",)).files.get(name)
+    path = contents_under(LORAS, ("",)).files.get(name)
     if path is None:
         raise ValueError(f"{name!r} is not in models/loras; refresh, then choose again")
     return path

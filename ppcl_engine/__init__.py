@@ -8,14 +8,14 @@ __version__ = "0.1.0"
 __all__ = ["PruningPlan", "__version__", "open_model"]
 
 if TYPE_CHECKING:
-    from .bundle import open_model
+    from .models.opening import open_model
     from .plan import PruningPlan
 
 
 def __getattr__(name: str):
     """Lazy, so that importing the package does not import torch."""
     if name == "open_model":
-        from .bundle import open_model
+        from .models.opening import open_model
 
         return open_model
     if name == "PruningPlan":

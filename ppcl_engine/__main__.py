@@ -1,41 +1,36 @@
-"""The command line: `ppcl STAGE --settings`. One dict from stage to its settings and function."""
+"""The command line: `ppcl STAGE --settings`, `ppcl run FILE`."""
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all other imports, which take seconds
+    from .system.early import watch
+
+    watch()
+
+import errno
 import importlib
 import os
+import re
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from . import config as settings
-from . import config_files
+from .settings import assess_settings, base_settings
+from .settings.arguments import parse
+from .stages import STAGES, run_stage
+from .system.early import INTERRUPTED
+from .system.texts import read_text
+from .system.wording import cut, known_names, one_line, shown
 
-STAGES: dict[str, tuple[type, str]] = {
-    "calibrate": (settings.CalibrateConfig, "stages.calibrate"),
-    "probe": (settings.ProbeConfig, "stages.probe"),
-    "detect": (settings.DetectConfig, "stages.detect"),
-    "distill-depth": (settings.DistillDepthConfig, "stages.distill_depth"),
-    "detect-width": (settings.DetectWidthConfig, "stages.detect_width"),
-    "distill-width": (settings.DistillWidthConfig, "stages.distill_width"),
-    "polish": (settings.PolishConfig, "stages.polish"),
-    "variants": (settings.VariantsConfig, "stages.variants"),
-    "finetune": (settings.FinetuneConfig, "stages.finetune"),
-    "export": (config_files.ExportConfig, "stages.export"),
-    "fold": (config_files.FoldConfig, "stages.fold"),
-    "sparsify": (config_files.SparsifyConfig, "stages.sparsify"),
-    "import": (config_files.ImportConfig, "stages.import_released"),
-    "evaluate": (config_files.EvaluateConfig, "stages.evaluate"),
-    "generate": (config_files.GenerateConfig, "stages.generate"),
-    "inspect": (config_files.InspectConfig, "stages.inspect"),
-    "bench": (config_files.BenchConfig, "stages.bench"),
-    "demo": (config_files.DemoConfig, "demo.run"),
-}
 TINY = "tiny"  # a table of a run file: what --tiny puts in the place of the real model
-FUNCTIONS = {"import": "import_released"}  # of stages whose own name is a word of Python
-USER_ERROR, INTERRUPTED = 2, 130
-_ADVICE = "nothing half-written was left; free space, or choose a folder that can be written"
+USER_ERROR = 2
+_ADVICE = {
+    errno.ENOSPC: "free space; nothing half-written was left",
+    errno.EDQUOT: "free space; nothing half-written was left",
+    errno.ENAMETOOLONG: "give a shorter path",
+}
+_OTHER_ADVICE = (
+    "give a path that can be read, or a folder that can be written; nothing half-written was left"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,61 +38,53 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0
-    from .parallel import leave
+    from .system.distributed import leave
 
     return leave(_code(arguments))
 
 
 def _code(arguments: list[str]) -> int:
     """The exit code. What went wrong is said in one line."""
-    from .parallel import tell
-    from .training import Stopped
+    from .system.distributed import tell
+    from .system.interruption import Stopped
+    from .system.progress import Progress
 
     try:
         _dispatch(arguments[0], arguments[1:])
-    except Stopped as stopped:
-        tell(f"\nppcl: {stopped}")
-        return INTERRUPTED
-    except KeyboardInterrupt:
-        tell("\nppcl: stopped; run the same command to go on")
-        return INTERRUPTED
-    except ValueError as error:
-        tell(f"ppcl: {error}")
-        return USER_ERROR
-    except OSError as error:
-        tell(f"ppcl: {error.filename}: {os.strerror(error.errno or 0)}; {_ADVICE}")
-        return USER_ERROR
+    except (Stopped, KeyboardInterrupt, ValueError, OSError) as error:
+        Progress.close_all()
+        tell(f"ppcl: {one_line(_line(error), arguments)}")
+        return INTERRUPTED if isinstance(error, Stopped | KeyboardInterrupt) else USER_ERROR
     return 0
 
 
+def _line(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; run the same command to go on"
+    if isinstance(error, OSError) and error.errno is not None:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{os.strerror(error.errno)}; {_ADVICE.get(error.errno, _OTHER_ADVICE)}"
+    return str(error)
+
+
 def _dispatch(stage: str, arguments: list[str]) -> None:
-    import tyro
+    from .system.distributed import is_main
 
-    from .parallel import is_main
-
-    parse = partial(tyro.cli, args=arguments, prog=f"ppcl {stage}", console_outputs=is_main())
     if stage == "run":
-        config = parse(config_files.RunConfig, config=(tyro.conf.PositionalRequiredArgs,))
+        import tyro
+
+        config = parse(
+            assess_settings.RunConfig,
+            stage,
+            arguments,
+            is_main(),
+            config=(tyro.conf.PositionalRequiredArgs,),
+        )
         run_file(config.file, config.tiny)
         return
     if stage not in STAGES:
-        raise ValueError(f"unknown stage {stage!r}; known: {', '.join([*STAGES, 'run'])}")
-    kind, _ = STAGES[stage]
-    run_stage(stage, parse(kind))
-
-
-def run_stage(stage: str, config) -> None:
-    """By one process, or by those of a launch together."""
-    from .parallel import together
-
-    if getattr(config, "dry_run", False):
-        from .estimate import print_estimate
-
-        together(print_estimate, config)
-        return
-    result = together(_function(stage), config, getattr(config, "parallel", ""))
-    if result is not None:
-        print(f"{stage}: {result}")
+        raise ValueError(f"unknown stage {shown(stage)}; {known_names(stage, [*STAGES, 'run'])}")
+    run_stage(stage, parse(STAGES[stage][0], stage, arguments, is_main()))
 
 
 def run_file(path: Path, tiny: bool = False) -> None:
@@ -113,13 +100,23 @@ def run_file(path: Path, tiny: bool = False) -> None:
 
 def read_run_file(path: Path) -> list[tuple[str, object]]:
     """Raises ValueError naming file, table and setting."""
-    tables = {name: table for name, table in _tables(path).items() if name != TINY}
-    common = tables.pop("common", {})
+    tables = _tables(path)
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ValueError(
+                f"{path}: {shown(name)} is not a table; write [{cut(name)}] and its settings below it"
+            )
+    common, _ = tables.pop("common", {}), tables.pop(TINY, {})
     unknown = [name for name in tables if name not in STAGES]
     if unknown:
-        raise ValueError(f"{path}: unknown stage [{unknown[0]}]; known: {', '.join(STAGES)}")
+        raise ValueError(
+            f"{path}: unknown stage [{cut(unknown[0])}]; {known_names(unknown[0], STAGES)}"
+        )
     return [
-        (stage, settings.from_mapping(STAGES[stage][0], {**common, **table}, f"{path} [{stage}]"))
+        (
+            stage,
+            base_settings.from_mapping(STAGES[stage][0], {**common, **table}, f"{path} [{stage}]"),
+        )
         for stage, table in tables.items()
     ]
 
@@ -128,21 +125,23 @@ def _tables(path: Path) -> dict[str, dict]:
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a TOML file")
     toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    text = read_text(path)
     try:
-        return toml.loads(path.read_text(encoding="utf-8"))
-    except toml.TOMLDecodeError as error:
-        raise ValueError(f"{path}: {error}") from None
+        return toml.loads(text)
+    except (ValueError, RecursionError) as error:  # not TOML, a number or a nesting without end
+        raise ValueError(f"{path}: {error}{_hint(text, str(error))}") from None
 
 
-def _function(stage: str) -> Callable:
-    """The stage's function has the stage's name; its module is imported only now."""
-    module = importlib.import_module(f".{STAGES[stage][1]}", __package__)
-    return getattr(module, FUNCTIONS.get(stage, stage.replace("-", "_")))
+def _hint(text: str, error: str) -> str:
+    """At a path of Windows in double quotes, where a backslash begins an escape."""
+    place = re.search(r"at line (\d+)", error)
+    line = text.split("\n")[int(place[1]) - 1] if place else ""
+    return f"; {base_settings.PATHS_OF_WINDOWS}" if re.search(r'"[^"]*\\', line) else ""
 
 
 def _usage() -> str:
     lines = [f"  {name:14} {kind.__doc__.splitlines()[0]}" for name, (kind, _) in STAGES.items()]
-    lines.append(f"  {'run':14} {config_files.RunConfig.__doc__}")
+    lines.append(f"  {'run':14} {assess_settings.RunConfig.__doc__}")
     return "usage: ppcl STAGE [settings]; ppcl STAGE --help lists them\n\n" + "\n".join(lines)
 
 

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import get_args, get_origin
 
-from .config import hints_of
+from .settings.base_settings import hints_of
+from .system.json_text import json_text
 
 FORMAT_VERSION = 1
 FORMS = ("paper", "gated")
@@ -50,9 +51,11 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class WidthSite:
-    """A part of a block that a projection replaces. `form` of an FFN: "paper" (x + P x) or "gated" (P inside
-    norm, modulation and gate); `ffn_joint`, of a block that runs text and image as one, is gated. `score`: its damage when measured. `fitted`: what else than the block or student
-    that stands there with all intervals on has a projection of its own, as "52" for the teacher's block."""
+    """A part of a block that a projection replaces. `form` of an FFN: "paper" (x + P x) or "gated"
+    (P inside norm, modulation and gate); `ffn_joint`, of a block that runs text and image as one,
+    is gated. `score`: its damage when measured. `fitted`: what else than the block or student that
+    stands there with all intervals on has a projection of its own, as "52" for the teacher's
+    block."""
 
     block: int
     kind: str
@@ -64,12 +67,20 @@ class WidthSite:
     def name(self) -> str:
         return f"{self.kind}:{self.block}"
 
+    @property
+    def sites(self) -> tuple[WidthSite, ...]:
+        """Itself: a switch of one site, as a TextGroup is one of several."""
+        return (self,)
+
 
 @dataclass(frozen=True)
 class TextGroup:
-    """Neighbouring text sites: they switch as one, since a restored block inside would step the text."""
+    """Neighbouring text sites: they switch as one, since a restored block inside would step the
+    text."""
 
     sites: tuple[WidthSite, ...]
+    kind = "text"
+    """of every site in it, as `WidthSite.kind`"""
 
     @property
     def first(self) -> int:
@@ -84,6 +95,10 @@ class TextGroup:
         return f"text:{self.first}-{self.last}"
 
     @property
+    def form(self) -> str:
+        return self.sites[0].form
+
+    @property
     def score(self) -> float | None:
         return self.sites[0].score
 
@@ -91,7 +106,8 @@ class TextGroup:
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """A named set of intervals and sites that are switched on. `damage`: relative squared velocity
-    error; `flops`: of one forward at the plan's reference size; `tuned`: it has weights of its own (fine-tuned)."""
+    error; `flops`: of one forward at the plan's reference size; `tuned`: it has weights of its own
+    (fine-tuned)."""
 
     name: str
     intervals: tuple[str, ...] = ()
@@ -120,7 +136,9 @@ class PruningPlan:
 
     def __post_init__(self):
         if self.version != FORMAT_VERSION:
-            raise ValueError(f"plan format {self.version} is not {FORMAT_VERSION}; update ComfyUI-PPCL")
+            raise ValueError(
+                f"plan format {self.version} is not {FORMAT_VERSION}; update ComfyUI-PPCL"
+            )
         for interval in self.intervals:
             if not 0 <= interval.first < interval.last < self.num_blocks:
                 raise ValueError(
@@ -130,7 +148,9 @@ class PruningPlan:
         ordered = sorted(self.intervals, key=lambda i: i.first)
         for left, right in zip(ordered, ordered[1:], strict=False):
             if right.first <= left.last:
-                raise ValueError(f"intervals {left.name} and {right.name} overlap; correct the plan")
+                raise ValueError(
+                    f"intervals {left.name} and {right.name} overlap; correct the plan"
+                )
         for site in self.sites:
             self._check_site(site)
         for group in self.text_groups:
@@ -158,7 +178,8 @@ class PruningPlan:
 
     @property
     def switches(self) -> tuple[WidthSite | TextGroup, ...]:
-        """What a variant can switch besides intervals: FFN sites one by one, text by whole group."""
+        """What a variant can switch besides intervals: FFN sites one by one, text by whole
+        group."""
         return (*(s for s in self.sites if s.kind != "text"), *self.text_groups)
 
     def site(self, name: str) -> WidthSite | TextGroup:
@@ -169,12 +190,17 @@ class PruningPlan:
         raise ValueError(f"width site {name!r} is not in the plan; it has: {known}")
 
     def variant(self, name: str | None) -> Variant:
-        """By name; None is the smallest named variant; "full" and "all" (everything on) are always there.
+        """By name; None is the smallest named variant; "full" and "all" (everything on) are always
+        there.
 
         A comma-separated list of intervals and sites ("3-4,8-10,text:51-59") is an unnamed variant.
         """
         if name is None:
-            return min(self.variants, key=lambda v: v.parameters or 0) if self.variants else self.everything()
+            return (
+                min(self.variants, key=lambda v: v.parameters or 0)
+                if self.variants
+                else self.everything()
+            )
         for variant in self.variants:
             if variant.name == name:
                 return variant
@@ -184,10 +210,14 @@ class PruningPlan:
             return self.everything()
         if re.fullmatch(f"{_NAME}(,{_NAME})*", name):
             parts = name.split(",")
-            intervals, sites = (tuple(p for p in parts if (":" in p) == site) for site in (False, True))
+            intervals, sites = (
+                tuple(p for p in parts if (":" in p) == site) for site in (False, True)
+            )
             return self._check_variant(Variant(name=name, intervals=intervals, sites=sites))
         known = ", ".join([v.name for v in self.variants] + [FULL])
-        raise ValueError(f"variant {name!r} is not in the plan; it has: {known}, or parts as in '3-4,8-10,text:51-59'")
+        raise ValueError(
+            f"variant {name!r} is not in the plan; it has: {known}, or parts as in '3-4,8-10,text:51-59'"
+        )
 
     def _check_variant(self, variant: Variant) -> Variant:
         for name in variant.intervals:
@@ -201,12 +231,18 @@ class PruningPlan:
 
     def _check_site(self, site: WidthSite) -> None:
         if site.kind not in SITE_KINDS:
-            raise ValueError(f"width site kind {site.kind!r} is unknown; known: {', '.join(SITE_KINDS)}")
+            raise ValueError(
+                f"width site kind {site.kind!r} is unknown; known: {', '.join(SITE_KINDS)}"
+            )
         if site.form not in FORMS_OF[site.kind]:
             forms = ", ".join(FORMS_OF[site.kind])
-            raise ValueError(f"width site {site.name}: form {site.form!r} is unknown; known: {forms}")
+            raise ValueError(
+                f"width site {site.name}: form {site.form!r} is unknown; known: {forms}"
+            )
         if not 0 <= site.block < self.num_blocks:
-            raise ValueError(f"width site {site.name}: there are blocks 0-{self.num_blocks - 1} only; correct the plan")
+            raise ValueError(
+                f"width site {site.name}: there are blocks 0-{self.num_blocks - 1} only; correct the plan"
+            )
         if sum((s.block, s.kind) == (site.block, site.kind) for s in self.sites) > 1:
             raise ValueError(f"width site {site.name} is there twice; name it once")
         for interval in self.intervals:
@@ -215,12 +251,18 @@ class PruningPlan:
                     f"width site {site.name}: block {site.block} is inside interval {interval.name}, whose student "
                     f"is block {interval.first}; name that one"
                 )
-        if site.kind == "ffn_text" and any(s.kind == "text" and s.block == site.block for s in self.sites):
-            raise ValueError(f"width site {site.name}: a text group replaces this FFN already; drop one of the two")
+        if site.kind == "ffn_text" and any(
+            s.kind == "text" and s.block == site.block for s in self.sites
+        ):
+            raise ValueError(
+                f"width site {site.name}: a text group replaces this FFN already; drop one of the two"
+            )
 
     def _check_group(self, group: TextGroup) -> None:
         if group.first == 0:
-            raise ValueError(f"text group {group.name} has no full block before it; start it at block 1 or later")
+            raise ValueError(
+                f"text group {group.name} has no full block before it; start it at block 1 or later"
+            )
         for interval in self.intervals:
             inside = sum(group.first <= block <= group.last for block in interval.blocks)
             if 0 < inside < len(interval.blocks):
@@ -237,7 +279,9 @@ class PruningPlan:
 
     def check_teacher(self, architecture: str, fingerprint: str, where: object) -> None:
         if architecture != self.architecture:
-            raise ValueError(f"{where} is {architecture}, the plan is for {self.architecture}; choose its base model")
+            raise ValueError(
+                f"{where} is {architecture}, the plan is for {self.architecture}; choose its base model"
+            )
         if fingerprint != self.fingerprint:
             raise ValueError(
                 f"{where} (fingerprint {fingerprint[:12]}) is not the teacher of this plan "
@@ -245,14 +289,15 @@ class PruningPlan:
             )
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json_text(asdict(self))
 
     def with_parts(self, **parts) -> PruningPlan:
         return replace(self, **parts)
 
 
 def plan_from_json(text: str, where: object = "plan") -> PruningPlan:
-    """The inverse of `PruningPlan.to_json`. Raises ValueError naming the unknown or missing field."""
+    """The inverse of `PruningPlan.to_json`. Raises ValueError naming the unknown or missing
+    field."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:  # a number or a nesting without end too
@@ -260,7 +305,9 @@ def plan_from_json(text: str, where: object = "plan") -> PruningPlan:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: a plan is a JSON object")
     if values.get("version", FORMAT_VERSION) != FORMAT_VERSION:  # its fields may be unknown too
-        raise ValueError(f"{where}: plan format {values['version']} is not {FORMAT_VERSION}; update ComfyUI-PPCL")
+        raise ValueError(
+            f"{where}: plan format {values['version']} is not {FORMAT_VERSION}; update ComfyUI-PPCL"
+        )
     parts = {"intervals": Interval, "sites": WidthSite, "variants": Variant}
     for name, kind in parts.items():
         rows = values.get(name, [])
@@ -276,13 +323,18 @@ def _build(kind, values, where: str):
     known = {f.name for f in fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise ValueError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{where}: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}"
+        )
     values = {
-        k: tuple(v) if k in ("intervals", "sites", "fitted") and isinstance(v, list) else v for k, v in values.items()
+        k: tuple(v) if k in ("intervals", "sites", "fitted") and isinstance(v, list) else v
+        for k, v in values.items()
     }
     for name, hint in hints_of(kind).items():
         if name in values and not _fits(values[name], hint):
-            raise ValueError(f"{where}: {name} cannot be {str(values[name])[:60]!r}; export it again")
+            raise ValueError(
+                f"{where}: {name} cannot be {str(values[name])[:60]!r}; export it again"
+            )
     try:
         return kind(**values)
     except TypeError as error:
@@ -291,7 +343,10 @@ def _build(kind, values, where: str):
 
 def _fits(value: object, hint) -> bool:
     """Of a field's type; what a tuple holds is looked at where it is read."""
-    kinds = {get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))}
+    kinds = {
+        get_origin(kind) or kind
+        for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))
+    }
     return type(value) in kinds | ({int} if float in kinds else set())
 
 
@@ -312,8 +367,14 @@ def parse_sites(text: str, form: str = "paper") -> tuple[WidthSite, ...]:
     for part in text.replace(",", " ").split():
         match = re.fullmatch(r"([a-z_]+):(\d+)(?:-(\d+))?", part)
         if not match or match[1] not in SITE_KINDS:
-            raise ValueError(f"{part!r} is not a width site; write them as 'ffn_image:2 text:51-59'")
+            raise ValueError(
+                f"{part!r} is not a width site; write them as 'ffn_image:2 text:51-59'"
+            )
         first, last = int(match[2]), int(match[3] or match[2])
-        chosen = form if match[1] != "text" and form in FORMS_OF[match[1]] else FORMS_OF[match[1]][0]
-        sites += [WidthSite(block=block, kind=match[1], form=chosen) for block in range(first, last + 1)]
+        chosen = (
+            form if match[1] != "text" and form in FORMS_OF[match[1]] else FORMS_OF[match[1]][0]
+        )
+        sites += [
+            WidthSite(block=block, kind=match[1], form=chosen) for block in range(first, last + 1)
+        ]
     return tuple(sites)

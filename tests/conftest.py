@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from functools import partial
 from pathlib import Path
@@ -10,23 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppcl_engine import config
 from ppcl_engine.architectures import REFERENCES, architecture_named
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.data import CLEAN, CalibrationSet, save_calibration
-from ppcl_engine.files import write_tensors
-from ppcl_engine.flow import noised
+from ppcl_engine.data.calibration import CLEAN, CalibrationSet, save_calibration
+from ppcl_engine.data.flow import noised
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.run import Run
+from ppcl_engine.settings import prune_settings
+from ppcl_engine.stages import function_of
+from ppcl_engine.system.tensor_files import write_tensors
 
-from .tiny_models import tiny_model
+from .tiny.models import tiny_model
 
 torch.set_num_threads(1)
 
 CONFIGS = {
-    "probe": (config.ProbeConfig, {"train_steps": 0}),
-    "detect": (config.DetectConfig, {"remove": 2, "longest": 4, "bootstrap": 8, "tokens": 3}),
-    "distill_depth": (config.DistillDepthConfig, {"rounds": 2, "updates": 6, "warm_up": 2, "learning_rate": 1e-3}),
-    "variants": (config.VariantsConfig, {"samples": 12}),
+    "probe": (prune_settings.ProbeConfig, {"train_steps": 0}),
+    "detect": (
+        prune_settings.DetectConfig,
+        {"remove": 2, "longest": 4, "bootstrap": 8, "tokens": 3},
+    ),
+    "distill_depth": (
+        prune_settings.DistillDepthConfig,
+        {"rounds": 2, "updates": 6, "warm_up": 2, "learning_rate": 1e-3},
+    ),
+    "variants": (prune_settings.VariantsConfig, {"samples": 12}),
 }
 
 
@@ -45,7 +51,9 @@ def make_model(architecture):
 @pytest.fixture(scope="session")
 def model_config(architecture):
     """The configuration of a model, as our files carry it."""
-    return lambda model: {k: v for k, v in model.config.items() if k in architecture.tiny_config or k == "zero_cond_t"}
+    return lambda model: {
+        k: v for k, v in model.config.items() if k in architecture.tiny_config or k == "zero_cond_t"
+    }
 
 
 @pytest.fixture(scope="session")
@@ -69,13 +77,17 @@ def teacher_file(tmp_path_factory, model, save_model) -> Path:
 
 @pytest.fixture(scope="session")
 def padded_inputs(architecture):
-    """Inputs of the tiny model whose captions have different lengths where it masks them; padding holds noise, not
-    zeros. references: the sizes of an edit model's."""
+    """Inputs of the tiny model whose captions have different lengths where it masks them; padding
+    holds noise, not zeros. references: the sizes of an edit model's."""
 
-    def make(seed: int = 0, samples: int = 6, grid=(1, 2, 3), text_tokens: int = 5, references=()) -> dict:
+    def make(
+        seed: int = 0, samples: int = 6, grid=(1, 2, 3), text_tokens: int = 5, references=()
+    ) -> dict:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            inputs = architecture.random_inputs(architecture.tiny_config, samples, grid, text_tokens, "cpu")
+            inputs = architecture.random_inputs(
+                architecture.tiny_config, samples, grid, text_tokens, "cpu"
+            )
             lengths = torch.randint(2, text_tokens + 1, (samples, 1))
             if references:
                 inputs["grid"] = torch.tensor([grid, *references])
@@ -97,7 +109,9 @@ def calibration_of(architecture, padded_inputs):
         rows = []
         for seed in range(batches):
             inputs = padded_inputs(seed=seed, **options)
-            clean = torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(100 + seed))
+            clean = torch.randn(
+                inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(100 + seed)
+            )
             inputs["hidden_states"] = noised(clean, inputs["hidden_states"], inputs["timestep"])
             rows.append({**inputs, CLEAN: clean})
         origin = {"architecture": architecture.name, "fingerprint": Weights(teacher).fingerprint}
@@ -125,7 +139,7 @@ def run_stages():
         for name in names:
             kind, tiny = CONFIGS[name]
             chosen = {k: v for k, v in settings.items() if k in kind.__dataclass_fields__}
-            stage = getattr(importlib.import_module(f"ppcl_engine.stages.{name}"), name)
+            stage = function_of(name.replace("_", "-"))
             stage(kind(**{"model": teacher, "run": folder, "device": "cpu", **tiny, **chosen}))
         return Run(folder)
 

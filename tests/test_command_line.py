@@ -1,4 +1,5 @@
-"""A user's mistakes end in one line and exit code 2; a file of several stages is checked before the first starts."""
+"""A user's mistakes end in one line and exit code 2; a file of several stages is checked before the
+first starts."""
 
 from __future__ import annotations
 
@@ -7,10 +8,13 @@ import json
 
 import pytest
 
-from ppcl_engine import atomic
-from ppcl_engine.__main__ import STAGES, USER_ERROR, main, read_run_file
-from ppcl_engine.files import write_tensors
+from ppcl_engine.__main__ import USER_ERROR, main, read_run_file
 from ppcl_engine.plan import PruningPlan
+from ppcl_engine.stages import STAGES
+from ppcl_engine.system import atomic
+from ppcl_engine.system.tensor_files import write_tensors
+
+from .tiny.trained_run import poison
 
 EVERY_STAGE = list(STAGES)
 
@@ -34,7 +38,7 @@ def run_folder(tmp_path, teacher_file, make_run):
 
 
 def plan_file(run_folder, teacher_file, **changes):
-    from ppcl_engine.checkpoint import Weights
+    from ppcl_engine.models.weights import Weights
 
     weights = Weights(teacher_file)
     values = {"architecture": weights.architecture.name, "config": weights.config, "num_blocks": 6}
@@ -69,7 +73,11 @@ def test_foreign_and_truncated_files(failing, tmp_path, teacher_file):
     assert "not a safetensors file" in failing("inspect", "--path", tmp_path / "text.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(teacher_file.read_bytes()[:-100])
     assert "truncated" in failing("inspect", "--path", tmp_path / "cut.safetensors")
-    for stage in (("inspect",), ("generate", "--prompt", "a"), ("generate", "--prompt", "a", "--variant", "small")):
+    for stage in (
+        ("inspect",),
+        ("generate", "--prompt", "a"),
+        ("generate", "--prompt", "a", "--variant", "small"),
+    ):
         line = failing(*stage, "--path", tmp_path / "nothing")
         assert line == f"ppcl: {tmp_path / 'nothing'} does not exist; give a model file or folder"
 
@@ -79,7 +87,10 @@ def test_foreign_and_truncated_files(failing, tmp_path, teacher_file):
     [
         ({"fingerprint": "0" * 64}, "is not the teacher of this plan"),
         ({"intervals": [{"first": 1, "last": 9}]}, "interval 1-9 is not inside blocks 0-5"),
-        ({"intervals": [{"first": 0, "last": 2}, {"first": 2, "last": 3}]}, "intervals 0-2 and 2-3 overlap"),
+        (
+            {"intervals": [{"first": 0, "last": 2}, {"first": 2, "last": 3}]},
+            "intervals 0-2 and 2-3 overlap",
+        ),
         ({"architecture": "sdxl"}, "the plan is for sdxl"),
         ({"speed": 3}, "unknown field 'speed'"),
     ],
@@ -90,30 +101,45 @@ def test_plans_that_cannot_be_applied(failing, run_folder, teacher_file, changes
 
 
 def test_stages_out_of_order_say_what_to_run_first(failing, tmp_path, run_folder, teacher_file):
-    assert "run calibrate first" in failing("probe", "--model", teacher_file, "--run", tmp_path / "empty")
-    assert "run detect first" in failing("distill-depth", "--model", teacher_file, "--run", run_folder)
+    assert "run calibrate first" in failing(
+        "probe", "--model", teacher_file, "--run", tmp_path / "empty"
+    )
+    assert "run detect first" in failing(
+        "distill-depth", "--model", teacher_file, "--run", run_folder
+    )
     assert "run probe first" in failing("detect", "--model", teacher_file, "--run", run_folder)
 
 
 def test_a_read_only_place_and_a_full_disk(failing, run_folder, teacher_file, monkeypatch):
-    """A folder that cannot be made (root may write anywhere, /proc takes no file), and a disk without space."""
+    """A folder that cannot be made (root may write anywhere, /proc takes no file), and a disk
+    without space."""
     line = failing("demo", "--run", "/proc/ppcl")
     assert "/proc/ppcl" in line
 
     def full(*arguments, **named):
-        raise OSError(errno.ENOSPC, "No space left on device", str(run_folder / "probes" / "block_000.safetensors"))
+        raise OSError(
+            errno.ENOSPC,
+            "No space left on device",
+            str(run_folder / "probes" / "block_000.safetensors"),
+        )
 
     monkeypatch.setattr(atomic.os, "fsync", full)
     line = failing("probe", "--model", teacher_file, "--run", run_folder)
     assert "No space left on device" in line and "block_000" in line
-    assert not list(run_folder.rglob("*.partial")) and not list(run_folder.glob("probes/*.safetensors"))
+    assert not list(run_folder.rglob("*.partial")) and not list(
+        run_folder.glob("probes/*.safetensors")
+    )
 
 
-def test_a_loss_that_is_not_a_number_names_step_and_interval(failing, run_folder, teacher_file):
+def test_a_loss_that_is_not_a_number_names_step_and_interval(
+    failing, run_folder, teacher_file, monkeypatch
+):
     plan_file(run_folder, teacher_file, intervals=[{"first": 1, "last": 2}])
-    arguments = ["--model", teacher_file, "--run", run_folder, "--rounds", 2, "--updates", 4]
-    line = failing("distill-depth", *arguments, "--learning-rate", "1e30", "--warm-up", 0)
-    assert "step" in line and "interval 1-2" in line and "last good state is kept" in line
+    poison(monkeypatch, step=4)
+    line = failing(
+        "distill-depth", "--model", teacher_file, "--run", run_folder, "--rounds", 2, "--updates", 4
+    )
+    assert "step 4 of interval 1-2" in line and "the last good state (step 4) is kept" in line
 
 
 def test_a_run_file_is_checked_before_anything_starts(tmp_path, failing):
@@ -124,12 +150,16 @@ def test_a_run_file_is_checked_before_anything_starts(tmp_path, failing):
     assert "kernel = 'cubic'; choose from linear, rbf" in failing("run", path)
     path.write_text("[prune]\n")
     assert "unknown stage [prune]" in failing("run", path)
-    path.write_text('[common]\nmodel = "m"\nrun = "r"\nstreamed = true\n[distill-depth]\nlearning_rate = 1\n[probe]\n')
+    path.write_text(
+        '[common]\nmodel = "m"\nrun = "r"\nstreamed = true\n[distill-depth]\nlearning_rate = 1\n[probe]\n'
+    )
     assert [stage for stage, _ in read_run_file(path)] == ["distill-depth", "probe"]
 
 
 def test_dry_run_of_the_twenty_billion_model_needs_no_weights(capsys, tmp_path):
-    assert main(["distill-depth", "--model", "qwen_image", "--run", str(tmp_path), "--dry-run"]) == 0
+    assert (
+        main(["distill-depth", "--model", "qwen_image", "--run", str(tmp_path), "--dry-run"]) == 0
+    )
     text = capsys.readouterr().out
     assert "60 blocks, 20.43 B" in text and "resident" in text and "streamed" in text
     assert "distill-depth with these settings" in text and "of new files" in text
@@ -139,7 +169,10 @@ def test_dry_run_of_the_twenty_billion_model_needs_no_weights(capsys, tmp_path):
 def test_known_architectures_as_json(capsys):
     assert main(["inspect", "--architectures", "--json"]) == 0
     known = json.loads(capsys.readouterr().out)
-    assert known["qwen_image"]["blocks"] == 60 and round(known["qwen_image"]["parameters"] / 1e9, 2) == 20.43
+    assert (
+        known["qwen_image"]["blocks"] == 60
+        and round(known["qwen_image"]["parameters"] / 1e9, 2) == 20.43
+    )
     reads = {name: model["modulations_read"] for name, model in known.items()}
     assert reads["qwen_image"] == ["the timestep"]
     assert reads["flux1_dev"] == ["the timestep", "guidance", "pooled text"]

@@ -6,16 +6,9 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 
-from ppcl_engine.plan import (
-    FULL,
-    Interval,
-    Variant,
-    WidthSite,
-    parse_intervals,
-    plan_from_json,
-)
+from ppcl_engine.plan import FULL, Interval, Variant, WidthSite, parse_intervals, plan_from_json
 
-from .plans import plan_of, plans
+from .tiny.plans import plan_of, plans
 
 PLAN = plan_of(
     intervals=(Interval(first=1, last=3), Interval(first=5, last=6, correction="affine")),
@@ -38,29 +31,56 @@ def test_an_interval_includes_both_ends():
 
 
 REFUSED = {
-    "overlap": ({"intervals": (Interval(first=4, last=6), Interval(first=1, last=4))}, "1-4 and 4-6 overlap"),
+    "overlap": (
+        {"intervals": (Interval(first=4, last=6), Interval(first=1, last=4))},
+        "1-4 and 4-6 overlap",
+    ),
     "out of range": ({"intervals": (Interval(first=8, last=10),)}, "8-10 is not inside blocks 0-9"),
     "a single block": ({"intervals": (Interval(first=8, last=8),)}, "8-8 .* at least two blocks"),
     "negative": ({"intervals": (Interval(first=-1, last=2),)}, "-1-2 is not inside"),
-    "unknown kind": ({"sites": (WidthSite(block=1, kind="heads"),)}, "'heads' is unknown; known: text"),
-    "unknown form": ({"sites": (WidthSite(block=1, kind="ffn_text", form="x"),)}, "form 'x' is unknown"),
-    "site out of range": ({"sites": (WidthSite(block=10, kind="text"),)}, "text:10: there are blocks 0-9"),
-    "site twice": ({"sites": (WidthSite(block=1, kind="text"), WidthSite(block=1, kind="text"))}, "text:1 .* twice"),
-    "no full block before": ({"sites": (WidthSite(block=0, kind="text"),)}, "text:0-0 has no full block before it"),
+    "unknown kind": (
+        {"sites": (WidthSite(block=1, kind="heads"),)},
+        "'heads' is unknown; known: text",
+    ),
+    "unknown form": (
+        {"sites": (WidthSite(block=1, kind="ffn_text", form="x"),)},
+        "form 'x' is unknown",
+    ),
+    "site out of range": (
+        {"sites": (WidthSite(block=10, kind="text"),)},
+        "text:10: there are blocks 0-9",
+    ),
+    "site twice": (
+        {"sites": (WidthSite(block=1, kind="text"), WidthSite(block=1, kind="text"))},
+        "text:1 .* twice",
+    ),
+    "no full block before": (
+        {"sites": (WidthSite(block=0, kind="text"),)},
+        "text:0-0 has no full block before it",
+    ),
     "interval cut": (
         {"intervals": (Interval(first=2, last=3),), "sites": (WidthSite(block=3, kind="text"),)},
         "text:3-3 cuts interval 2-3",
     ),
     "inside an interval": (
-        {"intervals": (Interval(first=2, last=3),), "sites": (WidthSite(block=3, kind="ffn_image"),)},
+        {
+            "intervals": (Interval(first=2, last=3),),
+            "sites": (WidthSite(block=3, kind="ffn_image"),),
+        },
         "block 3 is inside interval 2-3, whose student is block 2",
     ),
     "replaced twice": (
         {"sites": (WidthSite(block=3, kind="ffn_text"), WidthSite(block=3, kind="text"))},
         "ffn_text:3: a text group replaces this FFN",
     ),
-    "variant of no site": ({"variants": (Variant(name="x", sites=("text:1-2",)),)}, "'text:1-2' is not in the plan"),
-    "variant of nothing": ({"variants": (Variant(name="x", intervals=("1-2",)),)}, "'1-2' is not in the plan"),
+    "variant of no site": (
+        {"variants": (Variant(name="x", sites=("text:1-2",)),)},
+        "'text:1-2' is not in the plan",
+    ),
+    "variant of nothing": (
+        {"variants": (Variant(name="x", intervals=("1-2",)),)},
+        "'1-2' is not in the plan",
+    ),
     "newer version": ({"version": 2}, "format 2 is not 1; update"),
 }
 
@@ -84,7 +104,10 @@ BAD_JSON = {
         "intervals: unknown field 'colour'",
     ),
     "missing field of an interval": (edited(intervals=[{"first": 1}]), "file: intervals: .*last"),
-    "intervals that are words": (edited(intervals=["1-2"]), "intervals: expected an object, found '1-2'"),
+    "intervals that are words": (
+        edited(intervals=["1-2"]),
+        "intervals: expected an object, found '1-2'",
+    ),
     "intervals that are no list": (edited(intervals=7), "intervals is a list, found 7"),
     "words for numbers": (edited(intervals=[{"first": "1", "last": "2"}]), "file: "),
     "newer version with a new field": (edited(version=2, heads=[]), "format 2 is not 1; update"),

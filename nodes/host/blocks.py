@@ -1,8 +1,8 @@
-"""What stands inside a pruned block of the host: the block's own forward then runs on these parts.
+"""The modules that stand inside a pruned block of the host; the block's own forward runs on them.
 
-The same edits as the engine's, made with the host's operations, so that its precision, offloading and LoRA reach them.
-They go into a block for good (a file that holds one variant), or into a view of it that lasts one call (a model whose
-variants can be switched).
+The edits are the engine's, made with the host's operations, so that its precision, offloading and
+LoRA reach them. They are put into the block itself (in a file that holds one variant), or into a
+view of it that lasts one call (in a model whose variants can be switched).
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...ppcl_engine.architectures import projections
-from ...ppcl_engine.layout import Place
-from ...ppcl_engine.surgery import Correction as EngineCorrection
-from ...ppcl_engine.surgery import PassThrough
+from ...ppcl_engine.models.layout import Place
+from ...ppcl_engine.models.surgery import Correction as EngineCorrection
+from ...ppcl_engine.models.surgery import PassThrough
 from .adapters import PatchedWhole
 from .base import BlockList, Host, Maps
 
-OWN_PARTS = ("student", "projections")  # what a block of a switchable model holds besides the host's
+# what a block of a switchable model holds besides the host's
+OWN_PARTS = ("student", "projections")
 
 Linear = Callable[..., nn.Module]
 """(width in, width out, bias=True) -> one of the host's linear maps"""
 
 
 class Texts(dict):
-    """Index of a text group's source -> the modulated text that it left in this forward. Emptied before every forward.
-    tokens: of the text in this forward, where blocks read it and the image as one sequence."""
+    """Index of a text group's source -> the modulated text that it left in this forward. Emptied
+    before every forward."""
 
     tokens: int = 0
+    """number of text tokens in this forward, where blocks read text and image as one sequence"""
 
 
 class Skip(PassThrough):
-    """Stands where a block was dropped."""
+    """Stands where a block was dropped, and passes the streams on."""
 
     def __init__(self, blocks: BlockList):
         super().__init__(blocks.reads, blocks.gives)
@@ -55,7 +57,9 @@ class Correction(EngineCorrection):
         self.maps = nn.ModuleDict(maps)
 
     @classmethod
-    def empty(cls, width: int, streams: tuple[str, ...], rank: int | None, linear: Linear) -> Correction:
+    def empty(
+        cls, width: int, streams: tuple[str, ...], rank: int | None, linear: Linear
+    ) -> Correction:
         return cls({stream: _correction_map(width, rank, linear) for stream in streams})
 
     def without(self, stream: str) -> Correction:
@@ -68,8 +72,11 @@ def _correction_map(width: int, rank: int | None, linear: Linear) -> nn.Module:
     return nn.Sequential(linear(width, rank, bias=False), linear(rank, width))
 
 
-def add_correction(block: nn.Module, correction: Correction, gives: tuple[str, ...], texts: Texts) -> nn.Module:
-    """As the engine's, behind what the block returns; of one sequence of both, each stream by itself."""
+def add_correction(
+    block: nn.Module, correction: Correction, gives: tuple[str, ...], texts: Texts
+) -> nn.Module:
+    """Makes the block add the correction to what it returns, as the engine does. Where text and image
+    are one sequence, each is corrected by itself."""
     block.correction = correction
     block.register_forward_hook(partial(_correct, gives, texts))
     return block
@@ -84,7 +91,8 @@ def _correct(gives: tuple[str, ...], texts: Texts, module: nn.Module, arguments,
 
 
 class FixedModulation(projections.FixedModulation):
-    """The engine's; it remembers the conditioning of the block that runs, for `ProjectedText`."""
+    """The engine's; it also remembers the conditioning of the block that runs, for
+    `ProjectedText`."""
 
     conditioning: torch.Tensor | None = None
 
@@ -94,14 +102,20 @@ class FixedModulation(projections.FixedModulation):
 
 
 class ProjectedText(nn.Module):
-    """txt_modulated_j = P_j(txt_modulated_a) + txt_modulated_a, a being the last full block before the group.
+    """txt_modulated_j = P_j(txt_modulated_a) + txt_modulated_a, where a is the last full block
+    before the group.
 
-    Where a did not run (another node skipped it), the text that comes in is what would have entered a: `modulate` does
-    here what a would have done (a partial function: unlike a closure it is copied along with the model).
+    If a did not run because another node skipped it, the text that arrives here is what would have
+    entered a, and `modulate` modulates it as a would have. It has to be a partial function: unlike a
+    closure, that is copied along with the model.
     """
 
     def __init__(
-        self, projection: nn.Module, texts: Texts, index: int, modulate: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        projection: nn.Module,
+        texts: Texts,
+        index: int,
+        modulate: Callable[[torch.Tensor], torch.Tensor],
     ):
         super().__init__()
         self.projection, self.texts, self.index, self.modulate = projection, texts, index, modulate
@@ -116,15 +130,19 @@ class ProjectedText(nn.Module):
 def project(
     host: Host, block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module | None
 ) -> nn.Module:
-    """Puts a place's projections into the block, which is changed. `source`: the block that its text reads from."""
+    """Changes the block: puts a place's projections into it. `source`: the block that its text reads
+    from."""
     for site in place.ffn:
         host.project_ffn(block, site.kind, site.form, maps(site.kind, "map"))
     if place.text_source is not None:
         host.project_text(block, place, maps, texts, source)
         if hasattr(block, "correction"):
-            block.correction = block.correction.without("text")  # the group moves the text on, no block inside it
+            # only the end of a text group moves the text on
+            block.correction = block.correction.without("text")
     if place.publishes:
-        block.get_submodule(host.text_map).register_forward_pre_hook(partial(_keep, texts, place.index))
+        block.get_submodule(host.text_map).register_forward_pre_hook(
+            partial(_keep, texts, place.index)
+        )
     return block
 
 
@@ -133,9 +151,12 @@ def _keep(texts: Texts, index: int, module: nn.Module, arguments: tuple[torch.Te
 
 
 def view_of_block(host: Host, block: nn.Module) -> nn.Module:
-    """A block on the same parts: what is put into the view does not reach the block. Nothing is copied."""
+    """A block that shares the modules of this one, without copying weights: what is put into the
+    view does not reach the block."""
     view = _view(block)
-    view.__dict__.pop("forward", None)  # a patch of the block's forward is what brought us here
+    view.__dict__.pop(
+        "forward", None
+    )  # the patched forward, which led here: calling it again would not end
     for name in OWN_PARTS:
         view._modules.pop(name, None)
     for name in host.viewed:
@@ -154,12 +175,17 @@ def _view(module: nn.Module) -> nn.Module:
 
 
 def run_part(linear: nn.Module, x: torch.Tensor, width_out: int, width_in: int) -> torch.Tensor:
-    """The first outputs of a linear map on its first inputs [..., width_in]. Where the map's weight is stored in a form of
-    its own (scaled, quantised, of another pack), all of it runs and the rest is cut off."""
+    """The first `width_out` outputs of a linear map for its first inputs x [..., width_in]. Where the
+    weight is not a plain tensor (scaled, quantised, another pack's), the whole map runs on padded
+    inputs, and the rest of its outputs is cut off."""
     own = comfy.ops.disable_weight_init.Linear.forward_comfy_cast_weights
     if type(linear).forward_comfy_cast_weights is own and not isinstance(linear, PatchedWhole):
         weight, bias, stream = comfy.ops.cast_bias_weight(linear, x, offloadable=True)
-        found = F.linear(x, weight[:width_out, :width_in], None if bias is None else bias[:width_out])
+        outputs = F.linear(
+            x, weight[:width_out, :width_in], None if bias is None else bias[:width_out]
+        )
         comfy.ops.uncast_bias_weight(linear, weight, bias, stream)
-        return found
-    return type(linear).forward(linear, F.pad(x, (0, linear.in_features - width_in)))[..., :width_out]
+        return outputs
+    return type(linear).forward(linear, F.pad(x, (0, linear.in_features - width_in)))[
+        ..., :width_out
+    ]

@@ -1,4 +1,4 @@
-"""Whether this ComfyUI has what this pack builds on; asked before anything of it is touched."""
+"""Whether this ComfyUI has what the pack builds on. Asked before anything of it is changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import comfy.utils
 from .base import Host
 
 _BASE, _PATCHER = comfy.supported_models_base.BASE, comfy.model_patcher.ModelPatcher
-USED = (  # what is called or overridden -> parameters that are given or taken by name
+USED = (  # (owner, what the pack calls or overrides, parameters that it passes or takes by name)
     (comfy.sd, "load_diffusion_model_state_dict", ("sd", "model_options")),
     (_BASE, "matches", ("unet_config", "state_dict")),
     (_BASE, "get_model", ("state_dict", "prefix", "device")),
@@ -59,7 +59,7 @@ BUILT_WITH = ("dtype", "device", "operations")  # how the host's models and bloc
 
 
 def differences(hosts: tuple[Host, ...]) -> Iterator[str]:
-    """What is not as this pack expects it, in words."""
+    """Everything that is not as the pack expects it, in words."""
     if not isinstance(getattr(comfy.supported_models, "models", None), list):
         yield "comfy.supported_models has no list of models"
     for owner, name, parameters in USED:
@@ -77,15 +77,17 @@ def differences(hosts: tuple[Host, ...]) -> Iterator[str]:
 
 def _different(owner, name: str, parameters: tuple[str, ...] = ()) -> Iterator[str]:
     where = (
-        f"{getattr(owner, '__module__', '')}.{owner.__name__}".lstrip(".") if inspect.isclass(owner) else owner.__name__
+        f"{getattr(owner, '__module__', '')}.{owner.__name__}".lstrip(".")
+        if inspect.isclass(owner)
+        else owner.__name__
     )
-    found = getattr(owner, name, None)
-    if found is None:
+    member = getattr(owner, name, None)
+    if member is None:
         yield f"{where} has no {name}"
         return
     if not parameters:
         return
-    known = inspect.signature(found).parameters.values()
+    known = inspect.signature(member).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known)
     lacking = [name for name in parameters if name not in {parameter.name for parameter in known}]
     if lacking and not takes_any:

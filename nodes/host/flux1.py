@@ -1,5 +1,5 @@
-"""FLUX.1 in the host: fused q, k, v maps; attention and MLP of a single block share two maps, and run text and image as
-one sequence."""
+"""FLUX.1 in the host: fused q, k, v maps; attention and MLP of a single block share two maps, and
+run text and image as one sequence."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import nn
 
 from ...ppcl_engine.architectures import architecture_named
 from ...ppcl_engine.architectures.projections import Nothing, padded
-from ...ppcl_engine.layout import Place
+from ...ppcl_engine.models.layout import Place
 from .base import HALF, BlockList, Cut, Host, Maps
 from .blocks import FixedModulation, ProjectedText, Texts, run_part
 
-STREAMS = {"ffn_image": "img", "ffn_text": "txt"}  # as the names of a double block's parts begin
-STOCK_WIDTH = 24 * 128  # what the host takes for granted
+STREAMS = {"ffn_image": "img", "ffn_text": "txt"}  # prefixes of a double block's attributes
+STOCK_WIDTH = 24 * 128  # the only width that the host supports
 PATCH = 2
 
 
@@ -40,10 +40,20 @@ class Flux1Host(Host):
             gives=("joint",),
         ),
     )
-    presets = {"Flex.1-alpha": (57, 46, "4-15")}  # as its author's own LoRA loader maps FLUX.1-dev's blocks
+    # the intervals are those by which its author's LoRA loader maps FLUX.1-dev's blocks
+    presets = {"Flex.1-alpha": (57, 46, "4-15")}
     mark = "vector_in.in_layer.weight"
     text_map = "txt_attn.qkv"
-    viewed = ("img_mod", "img_mod.lin", "txt_mod", "txt_mod.lin", "txt_attn", "txt_attn.qkv", "linear1", "linear2")
+    viewed = (
+        "img_mod",
+        "img_mod.lin",
+        "txt_mod",
+        "txt_mod.lin",
+        "txt_attn",
+        "txt_attn.qkv",
+        "linear1",
+        "linear2",
+    )
     replaced = {
         "ffn_image": ("img_mlp.",),
         "ffn_text": ("txt_mlp.",),
@@ -53,12 +63,18 @@ class Flux1Host(Host):
     cuts = {
         ("ffn_image", "paper"): {"img_mod.lin": HALF},
         ("ffn_text", "paper"): {"txt_mod.lin": HALF},
-        ("ffn_joint", "gated"): {"linear1": Cut(rows=((0, 1, 2), 7)), "linear2": Cut(columns=((0,), 5))},
+        ("ffn_joint", "gated"): {
+            "linear1": Cut(rows=((0, 1, 2), 7)),
+            "linear2": Cut(columns=((0,), 5)),
+        },
     }
 
     def is_stock(self, tensors) -> bool:
-        """ControlNets, which are built from a part of the model, have no final layer."""
-        return "final_layer.linear.weight" not in tensors or tensors["img_in.weight"].shape[0] == STOCK_WIDTH
+        """Without a final layer it is a ControlNet, which is built from a part of the model."""
+        return (
+            "final_layer.linear.weight" not in tensors
+            or tensors["img_in.weight"].shape[0] == STOCK_WIDTH
+        )
 
     def project_ffn(self, block: nn.Module, kind: str, form: str, projection: nn.Module) -> None:
         if kind == "ffn_joint":
@@ -74,7 +90,9 @@ class Flux1Host(Host):
             linear.forward = partial(_padded, linear, block.hidden_size)
             setattr(block, f"{short}_norm2", nn.Identity())
 
-    def project_text(self, block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module) -> None:
+    def project_text(
+        self, block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module
+    ) -> None:
         """The q, k, v map of the text stays."""
         fixed = FixedModulation(block.hidden_size, place.steps_text)
         block.txt_mod.lin = fixed
@@ -105,7 +123,8 @@ class Flux1Host(Host):
         }
 
     def watch(self, transformer: nn.Module, texts: Texts) -> None:
-        """As the text leaves the double blocks; where another node runs in place of the last one, as it came in."""
+        """Counts the text as it leaves the double blocks, or as it came in, if another node runs in
+        place of the last one."""
         transformer.txt_in.register_forward_hook(partial(_come_in, texts))
         transformer.double_blocks[-1].register_forward_hook(partial(_leave, texts))
 
@@ -119,18 +138,20 @@ def _leave(texts: Texts, module: nn.Module, arguments, streams: tuple[torch.Tens
 
 
 def modulated_text(block: nn.Module, fixed: FixedModulation, text: torch.Tensor) -> torch.Tensor:
-    """What a double block's attention reads of the text; `fixed` knows silu(conditioning) [n, 1, d]."""
+    """What a double block's attention reads of the text; `fixed` knows silu(conditioning) [n, 1,
+    d]."""
     shift, scale = block.txt_mod.lin(fixed.conditioning)[..., : 2 * text.shape[-1]].chunk(2, dim=-1)
     return torch.addcmul(shift, block.txt_norm1(text), 1 + scale)
 
 
 def _padded(linear: nn.Module, width: int, activated: torch.Tensor) -> torch.Tensor:
-    """A modulation without the FFN's half."""
+    """A modulation of which only the attention's half is computed."""
     return padded(run_part(linear, activated, 3 * width, width))
 
 
 def _attention_and_input(linear: nn.Module, width: int, x: torch.Tensor) -> torch.Tensor:
-    """q, k, v, and x itself in place of the MLP's first map: what stands for its activation is the projection of x."""
+    """q, k, v and then x itself, in place of the MLP's first map: the projection stands where its
+    activation was, and reads x."""
     return torch.cat([run_part(linear, x, 3 * width, width), x], dim=-1)
 
 

@@ -1,8 +1,9 @@
-"""Folded modulations on the host's modules: the engine's forms, made so that its offloading and LoRA reach them.
+"""Folded modulations on the host's modules, made so that the host's offloading and LoRA reach them.
 
-A LoRA changes W, of which a folded map holds W P (P: a basis, or silu(conditioning) at a table's timesteps). The host asks
-a module for its weight in the form that patches know and gives it back changed; there dW becomes dW P, in whatever form a
-file brings dW, and whether the host patches on the device or on the way to it.
+A LoRA changes the weight W, but a folded map stores only W P (P: a basis, or silu(conditioning) at a
+table's timesteps). The host asks a module for its weight in the form that patches are made for, and
+gives it back changed (`adapters.PatchedWhole`); there the change dW becomes dW P. This works for
+every form in which a file brings dW, and wherever the host patches.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ class Basis(BasisInputs):
 
 
 class Table(TableInputs):
-    """The engine's; `embedder` (in a tuple: it is no part of this module) makes the conditioning of each timestep."""
+    """The engine's table, which grows while it is used."""
 
     embedder: tuple[nn.Module, ...] = ()
+    """the host's time embedder, in a tuple so that it does not become a sub-module"""
     batches: tuple[int, ...] = (1,)
+    """numbers of rows that each timestep's values were computed for"""
 
     def __init__(self, inputs: int, precision: torch.dtype):
         super().__init__(inputs, precision)
@@ -50,14 +53,15 @@ class Table(TableInputs):
         )  # others, with the numbers of rows that they were made for
 
     def ask(self, missing: list[float]) -> None:
-        """The schedule's were looked up before sampling (`tables`), so these were chosen since."""
+        """Called for timesteps that the table lacks. Those of the schedule were filled in before
+        sampling (`modulation_tables`), so the sampler chose these on its way."""
         raise ValueError(
-            f"the model's table has no timestep {missing[0]:.6g}, which this sampler chose on its way: take a sampler that "
+            f"the model's table has no timestep {missing[0]:.6g}, which this sampler chose on its way: choose a sampler that "
             "keeps to its schedule, or fold with form basis"
         )
 
     def projection(self) -> torch.Tensor:
-        """silu(conditioning) [width, columns] of every column of the table, in float32"""
+        """silu(conditioning) [width, columns] for every column of the table, in float32."""
         (embedder,) = self.embedder
         device = next(embedder.parameters()).device
         like = torch.empty(0, device=device)
@@ -67,13 +71,14 @@ class Table(TableInputs):
 
 
 class FoldedMap(PatchedWhole, comfy.ops.manual_cast.Linear):
-    """What both forms share. `inputs` (in a tuple, since every map has the same): the model's `Basis` or `Table`."""
+    """What the two forms share."""
 
     inputs: tuple[Basis | Table, ...] = ()
+    """the model's own, in a tuple so that it does not become a sub-module of every map"""
 
     def _load_from_state_dict(self, *arguments, **named):
-        """torch's own: hosts that leave a map without a weight until it is loaded do so only where theirs is not overridden.
-        These are small, and change their size while they are used."""
+        """torch's own method. A newer host leaves its maps without weights until they are loaded,
+        unless this is overridden; these maps are small, and change their size while in use."""
         nn.Linear._load_from_state_dict(self, *arguments, **named)
 
     def projection(self, like: torch.Tensor) -> torch.Tensor:
@@ -81,14 +86,15 @@ class FoldedMap(PatchedWhole, comfy.ops.manual_cast.Linear):
 
 
 class BasisMap(FoldedMap):
-    """Patches see W P P^T, all that is left of W; P is orthonormal, so that nothing else changes."""
+    """A map that stores W P. Patches see W P P^T, all that is left of W; as P is orthonormal, what
+    they do not change comes back as it was."""
 
     def forward_comfy_cast_weights(self, carried: torch.Tensor) -> torch.Tensor:
         exact = coefficients(carried)
         weight, bias, stream = comfy.ops.cast_bias_weight(self, exact, offloadable=True)
-        found = F.linear(exact, weight, bias).to(carried.dtype)
+        outputs = F.linear(exact, weight, bias).to(carried.dtype)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-        return found
+        return outputs
 
     def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
         return stored @ self.projection(stored).T if name == "weight" else stored
@@ -98,29 +104,36 @@ class BasisMap(FoldedMap):
 
 
 class TableMap(FoldedMap):
-    """Values are copied, so they keep their bits; the bias is zero until a LoRA changes it. Patches see zeros: W cannot be
-    had from a few values."""
+    """A map that looks its outputs up. They are copied, so they keep their bits; the bias is zero
+    until a LoRA changes it. Patches see zeros in place of W, which a few outputs do not tell."""
 
     batches: tuple[int, ...] = (1,)
 
     def forward_comfy_cast_weights(self, carried: torch.Tensor) -> torch.Tensor:
         weight, bias, stream = comfy.ops.cast_bias_weight(self, carried, offloadable=True)
-        found = picked(weight, carried, self.batches) + bias
+        outputs = picked(weight, carried, self.batches) + bias
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-        return found
+        return outputs
 
     def whole(self, name: str, stored: torch.Tensor) -> torch.Tensor:
-        return stored.new_zeros(stored.shape[0], self.inputs[0].width) if name == "weight" else stored
+        return (
+            stored.new_zeros(stored.shape[0], self.inputs[0].width) if name == "weight" else stored
+        )
 
     def left(self, name: str, whole: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
-        return stored.to(whole.device, whole.dtype) + whole @ self.projection(whole) if name == "weight" else whole
+        return (
+            stored.to(whole.device, whole.dtype) + whole @ self.projection(whole)
+            if name == "weight"
+            else whole
+        )
 
 
 MAPS: dict[str, type[FoldedMap]] = {"basis": BasisMap, "table": TableMap}
 
 
 def inputs_of(folding: Folding, width: int, dtype: torch.dtype) -> Basis | Table:
-    """dtype: that the model computes in, of a table's values too. A basis' maps are float32, they are so small."""
+    """What the folded modulations of a model read. dtype: of the model's computations and of a
+    table's values; the small maps of a basis are kept in float32."""
     if folding.form == "basis":
         inputs = Basis(width, folding.inputs)
     else:
@@ -133,11 +146,14 @@ def inputs_of(folding: Folding, width: int, dtype: torch.dtype) -> Basis | Table
 def fold_block(
     block: nn.Module, modulations: tuple[str, ...], folding: Folding, inputs: Basis | Table, device
 ) -> nn.Module:
-    """The host's block with small maps in its modulations ("img_mod.1": behind an activation "img_mod.0")."""
+    """Puts folded maps into the modulations of the host's block. A name such as "img_mod.1" stands
+    behind its activation "img_mod.0", which is replaced too."""
     for name in modulations:
         linear, kept = block.get_submodule(name), {"dtype": inputs.maps_dtype, "device": device}
         new = folded_map(MAPS[folding.form], folding, linear.out_features, inputs, kept)
-        block.set_submodule(name.rpartition(".")[0], nn.Sequential(Carried(linear.in_features), new))
+        block.set_submodule(
+            name.rpartition(".")[0], nn.Sequential(Carried(linear.in_features), new)
+        )
     return block
 
 
@@ -152,8 +168,11 @@ def folded_map(
 
 
 def renewed(transformer: nn.Module) -> None:
-    """Maps that changed their size in place of which new ones stand: hosts keep memory of a map's first size with it."""
-    for name, module in [(n, m) for n, m in transformer.named_modules() if isinstance(m, FoldedMap)]:
+    """Replaces folded maps that have changed their size by new ones: hosts note a map's first size
+    and go on with it."""
+    for name, module in [
+        (n, m) for n, m in transformer.named_modules() if isinstance(m, FoldedMap)
+    ]:
         new = type(module)(module.in_features, module.out_features, device="meta")
         new.weight, new.bias, new.inputs = module.weight, module.bias, module.inputs
         if isinstance(module, TableMap):
@@ -162,13 +181,16 @@ def renewed(transformer: nn.Module) -> None:
 
 
 def cut(whole: FoldedMap, folding: Folding) -> FoldedMap:
-    """A folded map that gives the first half of its outputs."""
+    """A folded map for the first half of the outputs."""
     options = {"dtype": whole.weight.dtype, "device": whole.weight.device}
-    return folded_map(half_of(type(whole)), folding, whole.out_features // 2, whole.inputs[0], options)
+    return folded_map(
+        half_of(type(whole)), folding, whole.out_features // 2, whole.inputs[0], options
+    )
 
 
 def attach(embedder: nn.Module, final: nn.Module, inputs: Basis | Table) -> None:
-    """The host's time embedder appends what the blocks need; its final layer does not see it."""
+    """Makes the host's time embedder append what the blocks' folded maps read, and hides that from
+    the final layer."""
     if isinstance(inputs, Table):
         inputs.embedder = (embedder,)
     setattr(embedder, FOLDING, inputs)
@@ -178,7 +200,9 @@ def attach(embedder: nn.Module, final: nn.Module, inputs: Basis | Table) -> None
 
 def inputs_in(transformer: nn.Module) -> Basis | Table | None:
     """None where nothing is folded."""
-    return next((module for module in transformer.modules() if isinstance(module, Basis | Table)), None)
+    return next(
+        (module for module in transformer.modules() if isinstance(module, Basis | Table)), None
+    )
 
 
 def folding_in(transformer: nn.Module) -> Folding | None:

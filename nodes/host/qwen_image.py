@@ -1,4 +1,4 @@
-"""Qwen-Image in the host, which kept diffusers' names for it."""
+"""Qwen-Image in the host, which uses diffusers' names for it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ import torch
 from torch import nn
 
 from ...ppcl_engine.architectures import architecture_named, projections
-from ...ppcl_engine.layout import Place
+from ...ppcl_engine.models.layout import Place
 from .base import HALF, BlockList, Host, Maps
 from .blocks import FixedModulation, ProjectedText, Texts
 
-STOCK_WIDTH = 24 * 128  # what the host takes for granted
-STREAMS = {"ffn_image": "img", "ffn_text": "txt"}  # as the names of a block's parts begin
-INDEX, AT_ZERO = "index", "index_timestep_zero"  # references behind the picture; also modulated as if at t = 0
-METHOD = "default_ref_method"  # of the host's class, where it knows t = 0
-OFFSETS = ("offset", "uxo")  # a reference beside the one before it: the first stands as by index
+STOCK_WIDTH = 24 * 128  # the only width that the host supports
+STREAMS = {"ffn_image": "img", "ffn_text": "txt"}  # prefixes of a block's attributes
+# ways to position references: behind the picture by index, the second also modulated as at t = 0
+INDEX, AT_ZERO = "index", "index_timestep_zero"
+METHOD = "default_ref_method"  # argument and attribute of the host's class, if it knows AT_ZERO
+OFFSETS = ("offset", "uxo")  # each reference beside the one before: a single one stands as by INDEX
 
 
 class PaddedModulation(nn.Sequential):
-    """The engine's; of a modulation that was not cut it takes the first half."""
+    """The engine's; it takes the first half of a modulation that was not cut."""
 
     def __init__(self, width: int, *parts: nn.Module):
         super().__init__(*parts)
@@ -59,10 +60,14 @@ class QwenImageHost(Host):
         short = STREAMS[kind]
         setattr(block, f"{short}_mlp", projection)
         if form == "paper":
-            setattr(block, f"{short}_mod", PaddedModulation(block.dim, *getattr(block, f"{short}_mod")))
+            setattr(
+                block, f"{short}_mod", PaddedModulation(block.dim, *getattr(block, f"{short}_mod"))
+            )
             setattr(block, f"{short}_norm2", nn.Identity())
 
-    def project_text(self, block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module) -> None:
+    def project_text(
+        self, block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module
+    ) -> None:
         """The q, k, v maps of the text stay."""
         fixed = FixedModulation(block.attn.add_q_proj.in_features, place.steps_text)
         block.txt_mod = fixed
@@ -73,27 +78,37 @@ class QwenImageHost(Host):
         block.txt_mlp = maps("text", "step") if place.steps_text else projections.Nothing()
         block.attn.to_add_out = nn.Identity()
 
-    def check_references(self, transformer: nn.Module, config, method: str | None, pictures: int) -> None:
+    def check_references(
+        self, transformer: nn.Module, config, method: str | None, pictures: int
+    ) -> None:
         own = getattr(transformer, METHOD, None)
-        found, wanted = method or own or INDEX, AT_ZERO if config.get("zero_cond_t") else INDEX
-        if found in OFFSETS and pictures == 1:
-            found = INDEX
-        if found == wanted == AT_ZERO and own is None:
-            found = f"{AT_ZERO}, which it does not know"
-        if found != wanted:
+        used, wanted = method or own or INDEX, AT_ZERO if config.get("zero_cond_t") else INDEX
+        if used in OFFSETS and pictures == 1:
+            used = INDEX
+        if used == wanted == AT_ZERO and own is None:
+            used = f"{AT_ZERO}, which this version does not know"
+        if used != wanted:
             raise ValueError(
-                f"ComfyUI reads the reference pictures by the method {found}, this model reads them by {wanted}; take out "
+                f"ComfyUI reads the reference pictures by the method {used}, this model reads them by {wanted}; take out "
                 "the node that chooses the method, or update ComfyUI"
             )
 
     def arguments(self, config) -> dict:
-        names = ("patch_size", "in_channels", "out_channels", "num_layers", "attention_head_dim", "num_attention_heads",
-                 "joint_attention_dim", "axes_dims_rope")  # fmt: skip
-        found = {name: config[name] for name in names}
+        names = (
+            "patch_size",
+            "in_channels",
+            "out_channels",
+            "num_layers",
+            "attention_head_dim",
+            "num_attention_heads",
+            "joint_attention_dim",
+            "axes_dims_rope",
+        )
+        arguments = {name: config[name] for name in names}
         known = inspect.signature(host_module.QwenImageTransformer2DModel).parameters
         if config.get("zero_cond_t") and METHOD in known:
-            found[METHOD] = AT_ZERO
-        return found
+            arguments[METHOD] = AT_ZERO
+        return arguments
 
     def time_embedder(self, width: int, **options) -> nn.Module:
         return host_module.QwenTimestepProjEmbeddings(width, 768, **options)

@@ -1,5 +1,5 @@
-"""SD3.5 in the host: joint blocks of two halves, whose maps of q, k, v are fused; the last gives no text, some attend twice
-to the image."""
+"""SD3.5 in the host: joint blocks of two halves with fused q, k, v maps. The last block returns no
+text; some blocks attend to the image twice."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from torch import nn
 
 from ...ppcl_engine.architectures import architecture_named
 from ...ppcl_engine.architectures.projections import Nothing, padded
-from ...ppcl_engine.layout import Place
+from ...ppcl_engine.models.layout import Place
 from ...ppcl_engine.plan import WidthSite
 from .base import HALF, BlockList, Cut, Host, Maps
 from .blocks import FixedModulation, ProjectedText, Texts
 
 HALVES = {"ffn_image": "x_block", "ffn_text": "context_block"}
 MODULATION = "adaLN_modulation"
-HEAD = 64  # what the host takes for granted; and as many blocks as heads, where it is not told
+HEAD = 64  # the only size the host supports; by itself it assumes as many blocks as heads
 OUTER_THIRDS = Cut(rows=((0, 2), 3))
-"""What the paper's form of an FFN leaves of a modulation where a block attends twice: the FFN's third is in the middle"""
+"""what the paper's form of an FFN projection leaves of a modulation in a block that attends twice:
+the FFN's third is the middle one"""
 
 
 class PaddedModulation(nn.Sequential):
-    """A modulation without its FFN, cut or not: what the block reads of the FFN's is shift 0, scale 0, gate 1."""
+    """A modulation whose FFN entries are shift 0, scale 0 and gate 1, whether or not it was cut."""
 
     def __init__(self, width: int, dual: bool, *parts: nn.Module):
         super().__init__(*parts)
         self.width, self.dual = width, dual
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        found, third = super().forward(conditioning), 3 * self.width
-        first = padded(found[..., :third])
-        return torch.cat([first, found[..., -third:]], dim=-1) if self.dual else first
+        modulation, third = super().forward(conditioning), 3 * self.width
+        first = padded(modulation[..., :third])
+        return torch.cat([first, modulation[..., -third:]], dim=-1) if self.dual else first
 
 
 class FixedShiftAndScale(FixedModulation):
-    """Of the last block, which modulates its text and does nothing else with it."""
+    """For the last block, which only modulates its text."""
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
         return super().forward(conditioning)[..., : 2 * self.width]
@@ -58,7 +59,8 @@ class SD35Host(Host):
         ),
     )
     told = ("dual_attention_layers",)
-    mark = "final_layer.linear.weight"  # ControlNets, which are built from a part of the model, have none
+    # ControlNets, which are built from a part of the model, have none
+    mark = "final_layer.linear.weight"
     text_map = "context_block.attn.qkv"
     viewed = ("x_block", "context_block", "context_block.attn", "context_block.attn.qkv")
     replaced = {
@@ -78,16 +80,16 @@ class SD35Host(Host):
         return blocks == heads or not self.engine.detect(tensors)
 
     def check_told(self, tensors) -> None:
-        """Where the host made its names of diffusers', it took another block for the last, and the last one's modulation of
-        the text is wrong."""
+        """The host may have converted diffusers' names. It then took the wrong block for the last
+        one, whose text modulation differs from that of the others."""
         heads, blocks = self._counted(tensors)
         if blocks != heads:
             raise ValueError(
-                f"the file has {blocks} blocks, a whole model of its width {heads}; load it with Load Pruned Model (PPCL)"
+                f"the file has {blocks} blocks, a full model of its width {heads}; load it with Load Pruned Model (PPCL)"
             )
 
     def _counted(self, tensors) -> tuple[int, int]:
-        """(heads, and so the blocks of a whole model of this width; blocks that are there)"""
+        """(heads, which is the number of blocks of a full model of this width; blocks in the file)"""
         numbers = {match[2] for match in map(self.block_name.match, tensors) if match}
         return tensors["x_embedder.proj.weight"].shape[0] // HEAD, len(numbers)
 
@@ -96,10 +98,16 @@ class SD35Host(Host):
         half.mlp = projection
         if form == "paper":
             width = half.attn.qkv.in_features
-            setattr(half, MODULATION, PaddedModulation(width, half.x_block_self_attn, *getattr(half, MODULATION)))
+            setattr(
+                half,
+                MODULATION,
+                PaddedModulation(width, half.x_block_self_attn, *getattr(half, MODULATION)),
+            )
             half.norm2 = nn.Identity()
 
-    def project_text(self, block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module) -> None:
+    def project_text(
+        self, block: nn.Module, place: Place, maps: Maps, texts: Texts, source: nn.Module
+    ) -> None:
         """The q, k, v map of the text stays."""
         half = block.context_block
         kind = FixedShiftAndScale if half.pre_only else FixedModulation
@@ -120,7 +128,7 @@ class SD35Host(Host):
     def arguments(self, config) -> dict:
         if config["attention_head_dim"] != HEAD:
             raise ValueError(
-                f"heads of {config['attention_head_dim']}: the host runs {self.engine.name} with {HEAD} alone"
+                f"ComfyUI runs {self.engine.name} with heads of {HEAD} only, this model has heads of {config['attention_head_dim']}"
             )
         width, positions = self.engine.width(config), config["pos_embed_max_size"]
         context = {"in_features": config["joint_attention_dim"], "out_features": width}
@@ -142,9 +150,9 @@ class SD35Host(Host):
 
 
 def _dual(config: Mapping) -> list[int]:
-    """Blocks that attend twice to the image."""
-    found = config.get("dual_attention_layers")
-    return list(found) if isinstance(found, list | tuple) else []
+    """Indices of the blocks that attend to the image twice."""
+    blocks = config.get("dual_attention_layers")
+    return list(blocks) if isinstance(blocks, list | tuple) else []
 
 
 def modulated_text(block: nn.Module, fixed: FixedModulation, text: torch.Tensor) -> torch.Tensor:

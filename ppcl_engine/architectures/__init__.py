@@ -30,7 +30,9 @@ def architecture_named(name: str) -> Architecture:
     for architecture in ARCHITECTURES:
         if architecture.name == name:
             return architecture
-    raise ValueError(f"unknown architecture {name!r}; known: {', '.join(a.name for a in ARCHITECTURES)}")
+    raise ValueError(
+        f"unknown architecture {name!r}; known: {', '.join(a.name for a in ARCHITECTURES)}"
+    )
 
 
 def detect_architecture(keys: Iterable[str], where: object) -> Architecture:

@@ -16,8 +16,9 @@ from torch import nn
 from .projections import SharedText
 
 Inputs = dict[str, torch.Tensor]
-"""What one forward reads, named as diffusers names it, plus `grid` [images, 3] (frames, rows, columns): first of the
-picture that is drawn, then of those that an edit model refers to, whose tokens lie in `image_latents`."""
+"""What one forward reads, named as diffusers names it, plus `grid` [images, 3] (frames, rows,
+columns): first of the picture that is drawn, then of those that an edit model refers to, whose
+tokens lie in `image_latents`."""
 
 REFERENCES = "image_latents"
 
@@ -35,10 +36,10 @@ def placed(inputs: Inputs, device: str | torch.device, dtype: torch.dtype) -> In
 @dataclass(frozen=True)
 class BlockState:
     """image [n, image_tokens, d], text [n, text_tokens, d], conditioning [n, d],
-    text_mask [n, text_tokens] or None (all real), extra: what else the blocks read, modulated_text: what the
-    source of a text group left for the group's projections. target_tokens: how many of the image's first tokens are of
-    the picture that is drawn, those behind them being references (None: all); target_only: that references count in no
-    statistic and no loss."""
+    text_mask [n, text_tokens] or None (all real), extra: what else the blocks read, modulated_text:
+    what the source of a text group left for the group's projections. target_tokens: how many of the
+    image's first tokens are of the picture that is drawn, those behind them being references (None:
+    all); target_only: that references count in no statistic and no loss."""
 
     image: torch.Tensor
     text: torch.Tensor
@@ -57,7 +58,8 @@ class BlockState:
         return torch.cat([self.text, self.image], dim=1) if name == "joint" else getattr(self, name)
 
     def real(self, name: str) -> torch.Tensor:
-        """Mask [n, tokens] of the tokens that count: no padding, and with `target_only` no reference."""
+        """Mask [n, tokens] of the tokens that count: no padding, and with `target_only` no
+        reference."""
         if name == "joint":
             return torch.cat([self.real("text"), self.real("image")], dim=1)
         tokens = self.stream(name)
@@ -75,11 +77,14 @@ class BlockState:
 
 @dataclass(frozen=True, kw_only=True)
 class ReleasedNames:
-    """How the method's authors store a width-pruned model of an architecture (method: checkpoints in the wild).
+    """How the method's authors store a width-pruned model of an architecture (method: checkpoints
+    in the wild).
 
-    lists: "text", "step", "ffn" -> the entry of config.json that lists such blocks, after renumbering.
-    projections: a block's key -> (site kind, part of its projection). unused: keys of a text-pruned block that
-    nothing reads. intervals: release -> (teacher's blocks, blocks kept, the intervals) where they are published.
+    lists: "text", "step", "ffn" -> the entry of config.json that lists such blocks, after
+    renumbering.
+    projections: a block's key -> (site kind, part of its projection). unused: keys of a text-pruned
+    block that nothing reads. intervals: release -> (teacher's blocks, blocks kept, the intervals)
+    where they are published.
     """
 
     lists: dict[str, str]
@@ -90,8 +95,8 @@ class ReleasedNames:
 
 @dataclass(frozen=True)
 class Part:
-    """Where a tensor of ours lies in ComfyUI's layout: in the tensor `name`, whose rows are cut into `of` equal parts.
-    `pieces`: those that are ours, in our order."""
+    """Where one of diffusers' tensors lies in ComfyUI's layout: in the tensor `name`, whose rows are cut
+    into `of` equal parts. `pieces`: those that make up the tensor, in its order."""
 
     name: str
     pieces: tuple[int, ...] = (0,)
@@ -110,17 +115,18 @@ class Architecture(Protocol):
     caption_inputs: tuple[str, ...]
     """what the model reads of captions, by diffusers' names, a row each; the text itself first"""
     timestep_modulations: tuple[str, ...]
-    """a block's linear maps that read silu(conditioning), each behind its activation in a Sequential; empty: none that
-    can be folded"""
+    """a block's linear maps that read silu(conditioning), each behind its activation in a
+    Sequential; empty: none that can be folded"""
     time_embedder: str
     """the outer module that makes the conditioning"""
     marks: dict[str, str]
-    """empty tensors that hosts put into their single files to say what shapes do not -> the entry of the configuration
-    that each turns on"""
+    """empty tensors that hosts put into their single files to say what shapes do not -> the entry
+    of the configuration that each turns on"""
     model_configs: dict[str, dict]
     """full-size models by name; the first is the default"""
     projection_names: dict[str, dict[str, str]]
-    """site kind -> part ("map", "step") -> the sub-module of a projected block that is this linear map"""
+    """site kind -> part ("map", "step") -> the sub-module of a projected block that is this linear
+    map"""
     comfyui_projections: dict[str, dict[str, str]]
     """the same by ComfyUI's names: what the host's block runs there becomes the projection"""
     replaced_names: dict[str, tuple[str, ...]]
@@ -132,7 +138,9 @@ class Architecture(Protocol):
 
     def detect(self, keys: Iterable[str]) -> bool: ...
 
-    def infer_config(self, shapes: Callable[[str], tuple[int, ...]], keys: Iterable[str]) -> dict: ...
+    def infer_config(
+        self, shapes: Callable[[str], tuple[int, ...]], keys: Iterable[str]
+    ) -> dict: ...
 
     def num_blocks(self, config: dict) -> int: ...
 
@@ -164,19 +172,26 @@ class Architecture(Protocol):
 
     def publish_text(self, block: nn.Module, source: SharedText) -> None: ...
 
-    def observe(self, block: nn.Module, state: BlockState) -> tuple[BlockState, dict[str, torch.Tensor]]: ...
+    def observe(
+        self, block: nn.Module, state: BlockState
+    ) -> tuple[BlockState, dict[str, torch.Tensor]]: ...
 
     def modulation_reads(self, config: dict) -> tuple[str, ...]:
-        """What the conditioning is made of, for people; `("the timestep",)` where modulations can be folded."""
+        """What the conditioning is made of, for people; `("the timestep",)` where modulations can
+        be folded."""
         ...
 
     def reference_timesteps(self, config: dict) -> tuple[float, ...]:
-        """Where modulations can be folded: timesteps that every forward reads besides its own (an edit model's
+        """Where modulations can be folded: timesteps that every forward reads besides its own (an
+        edit model's
         reference: 0)."""
         ...
 
-    def time_conditioning(self, embedder: nn.Module, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Where modulations can be folded: what the time embedder makes of timesteps [n] in a model of this precision."""
+    def time_conditioning(
+        self, embedder: nn.Module, timestep: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Where modulations can be folded: what the time embedder makes of timesteps [n] in a model
+        of this precision."""
         ...
 
     def used_streams(self, config: dict, index: int) -> tuple[str, ...]: ...
@@ -198,19 +213,27 @@ class Architecture(Protocol):
     def latent_shape(self, config: dict, height: int, width: int) -> tuple[int, int, int]: ...
 
     def takes_guidance(self, config: Mapping) -> bool:
-        """Whether guidance is an input of the model, so that one forward gives the guided velocity."""
+        """Whether guidance is an input of the model, so that one forward gives the guided
+        velocity."""
         ...
 
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor: ...
 
     def to_comfyui(self, key: str, keys: Collection[str]) -> Part:
-        """Of every tensor by diffusers' name, in a model that has tensors of the names `keys`. Raises KeyError for a
-        name that is none."""
+        """Of every tensor by diffusers' name, in a model that has tensors of the names `keys`.
+        Raises KeyError for a name that is none."""
         ...
 
     def from_comfyui(self, name: str) -> tuple[str, ...]:
-        """diffusers' names of what lies in a tensor of ComfyUI's layout, however it is spelled; any other name comes back as
-        it is."""
+        """diffusers' names of what lies in a tensor of ComfyUI's layout, however it is spelled; any
+        other name comes back as it is."""
         ...
 
-    def random_inputs(self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str) -> Inputs: ...
+    def random_inputs(
+        self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str
+    ) -> Inputs: ...
+
+
+def modulation_names(names: Iterable[str], architecture: Architecture) -> list[str]:
+    endings = tuple(f".{name}.weight" for name in architecture.timestep_modulations)
+    return [name.removesuffix(".weight") for name in names if name.endswith(endings)]

@@ -1,5 +1,5 @@
-"""FLUX.1: dual-stream ("double") blocks, then blocks that run text and image as one sequence ("single")
-(method: Black Forest Labs' FLUX.1; diffusers' class)."""
+"""FLUX.1: dual-stream ("double") blocks, then blocks that run text and image as one sequence
+("single") (method: Black Forest Labs' FLUX.1; diffusers' class)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ OUTER_NAMES = {  # diffusers' module -> ComfyUI's
     "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
     "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
     "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-    "norm_out.linear": ("final_layer.adaLN_modulation.1", (1, 0), 2),  # scale, shift; there shift, scale
+    # scale, shift; there shift, scale
+    "norm_out.linear": ("final_layer.adaLN_modulation.1", (1, 0), 2),
     "proj_out": "final_layer.linear",
 }
 DOUBLE_NAMES = {
@@ -105,10 +106,12 @@ class Flux1(PackedLatents):
         "text": {"map": "norm1_context.projection", "step": "ff_context"},
     }
     comfyui_projections = {
-        "ffn_image": {"map": "img_mlp"}, "ffn_text": {"map": "txt_mlp"},
-        "ffn_joint": {"map": "mlp_act"},  # of what comes in: in place of the MLP's first map and of its activation
+        "ffn_image": {"map": "img_mlp"},
+        "ffn_text": {"map": "txt_mlp"},
+        # of what comes in: in place of the MLP's first map and of its activation
+        "ffn_joint": {"map": "mlp_act"},
         "text": {"map": "txt_norm1.projection", "step": "txt_mlp"},
-    }  # fmt: skip
+    }
     replaced_names = {
         "ffn_image": ("ff.",),
         "ffn_text": ("ff_context.",),
@@ -135,10 +138,19 @@ class Flux1(PackedLatents):
     }
 
     def detect(self, keys: Iterable[str]) -> bool:
-        """By what neither Qwen-Image nor other models with double and single blocks have, in either layout."""
+        """By what neither Qwen-Image nor other models with double and single blocks have, in either
+        layout."""
         keys = set(keys)
-        diffusers = {"context_embedder.weight", f"{DOUBLE}0.norm1_context.linear.weight", f"{SINGLE}0.proj_mlp.weight"}
-        comfyui = {"txt_in.weight", "double_blocks.0.txt_mod.lin.weight", "single_blocks.0.linear1.weight"}
+        diffusers = {
+            "context_embedder.weight",
+            f"{DOUBLE}0.norm1_context.linear.weight",
+            f"{SINGLE}0.proj_mlp.weight",
+        }
+        comfyui = {
+            "txt_in.weight",
+            "double_blocks.0.txt_mod.lin.weight",
+            "single_blocks.0.linear1.weight",
+        }
         return diffusers <= keys or comfyui <= keys
 
     def infer_config(self, shapes: Callable[[str], tuple[int, ...]], keys: Iterable[str]) -> dict:
@@ -180,7 +192,10 @@ class Flux1(PackedLatents):
         return f"{DOUBLE}{index}." if index < doubles else f"{SINGLE}{index - doubles}."
 
     def build_block(self, config: dict, index: int) -> nn.Module:
-        from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+        from diffusers.models.transformers.transformer_flux import (
+            FluxSingleTransformerBlock,
+            FluxTransformerBlock,
+        )
 
         kind = FluxTransformerBlock if index < config["num_layers"] else FluxSingleTransformerBlock
         return kind(
@@ -193,7 +208,9 @@ class Flux1(PackedLatents):
         """diffusers' model without a block: embeddings and the final layer."""
         from diffusers import FluxTransformer2DModel
 
-        return FluxTransformer2DModel.from_config({**config, "num_layers": 0, "num_single_layers": 0})
+        return FluxTransformer2DModel.from_config(
+            {**config, "num_layers": 0, "num_single_layers": 0}
+        )
 
     def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module:
         """diffusers' model with these blocks; its forward is diffusers' own."""
@@ -208,8 +225,8 @@ class Flux1(PackedLatents):
         return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
 
     def embed(self, outer: nn.Module, inputs: Inputs) -> BlockState:
-        """All that diffusers' forward does before its loops over blocks. The text is never masked: a model of
-        this kind was trained with its padding, which counts as real."""
+        """All that diffusers' forward does before its loops over blocks. The text is never masked:
+        a model of this kind was trained with its padding, which counts as real."""
         image = outer.x_embedder(inputs["hidden_states"])
         times = [inputs["timestep"].to(image.dtype) * 1000]
         if self.takes_guidance(outer.config):
@@ -237,8 +254,8 @@ class Flux1(PackedLatents):
         return ("text", "ffn_image", "ffn_text") if index < config["num_layers"] else ("ffn_joint",)
 
     def project_ffn(self, block: nn.Module, kind: str, form: str) -> None:
-        """paper: x + P(x) behind attention, modulation 6 d -> 3 d. gated: P between modulation and gate.
-        ffn_joint (gated): P(x) in place of `proj_mlp` and of its columns of `proj_out`."""
+        """paper: x + P(x) behind attention, modulation 6 d -> 3 d. gated: P between modulation and
+        gate. ffn_joint (gated): P(x) in place of `proj_mlp` and of its columns of `proj_out`."""
         if kind == "ffn_joint":
             width = block.proj_out.out_features
             block.proj_out = cut_linear(block.proj_out, width, width, AddedProjection)
@@ -266,9 +283,13 @@ class Flux1(PackedLatents):
         """The text that enters joint attention is kept for the group behind this block."""
         publish(block, block.attn.add_q_proj, source)
 
-    def observe(self, block: nn.Module, state: BlockState) -> tuple[BlockState, dict[str, torch.Tensor]]:
-        """Runs the block; also what its parts saw: of a double block `text_modulated`, and for each stream (of a single
-        one: `joint`) `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn` (before a correction)."""
+    def observe(
+        self, block: nn.Module, state: BlockState
+    ) -> tuple[BlockState, dict[str, torch.Tensor]]:
+        """Runs the block; also what its parts saw: of a double block `text_modulated`, and for each
+        stream (of a single
+        one: `joint`) `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn` (before a
+        correction)."""
         if hasattr(block, "proj_mlp"):
             return self._observe_single(block, state)
         inputs = {"attn.add_q_proj": "text_modulated"}
@@ -278,16 +299,26 @@ class Flux1(PackedLatents):
         with watched(block, inputs, outputs, ("text_after_ffn", "image_after_ffn")) as seen:
             return self.run_block(block, state), seen
 
-    def _observe_single(self, block: nn.Module, state: BlockState) -> tuple[BlockState, dict[str, torch.Tensor]]:
-        """Its FFN's output is what the FFN's columns of `proj_out` give; the gate is attention's too."""
+    def _observe_single(
+        self, block: nn.Module, state: BlockState
+    ) -> tuple[BlockState, dict[str, torch.Tensor]]:
+        """Its FFN's output is what the FFN's columns of `proj_out` give; the gate is attention's
+        too."""
         inputs = {"proj_mlp": "joint_ffn_input", "proj_out": "joined"}
         with watched(block, inputs, {"norm": "modulated_and_gate"}, ("text", "image")) as seen:
             after = self.run_block(block, state)
         width = block.proj_out.out_features
-        output = nn.functional.linear(seen.pop("joined")[..., width:], block.proj_out.weight[:, width:])
+        output = nn.functional.linear(
+            seen.pop("joined")[..., width:], block.proj_out.weight[:, width:]
+        )
         ends = torch.cat([seen.pop("text"), seen.pop("image")], dim=1)
         before = ends - seen.pop("modulated_and_gate")[1][:, None] * output
-        return after, {**seen, "joint_ffn_output": output, "joint_before_ffn": before, "joint_after_ffn": ends}
+        return after, {
+            **seen,
+            "joint_ffn_output": output,
+            "joint_before_ffn": before,
+            "joint_after_ffn": ends,
+        }
 
     def final_image(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
         return state.image
@@ -299,7 +330,11 @@ class Flux1(PackedLatents):
         return bool(config.get("guidance_embeds"))
 
     def modulation_reads(self, config: dict) -> tuple[str, ...]:
-        return ("the timestep", *(("guidance",) if self.takes_guidance(config) else ()), "pooled text")
+        return (
+            "the timestep",
+            *(("guidance",) if self.takes_guidance(config) else ()),
+            "pooled text",
+        )
 
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
         """diffusers' own forward on our inputs."""
@@ -320,13 +355,21 @@ class Flux1(PackedLatents):
     def from_comfyui(self, name: str) -> tuple[str, ...]:
         return COMFYUI_NAMES.contents(name)
 
-    def random_inputs(self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str) -> Inputs:
+    def random_inputs(
+        self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str
+    ) -> Inputs:
         """Standard normal inputs of this shape, for tests, timing and counting."""
         frames, rows, columns = grid
         inputs = {
-            "hidden_states": torch.randn(samples, frames * rows * columns, config["in_channels"], device=device),
-            "encoder_hidden_states": torch.randn(samples, text_tokens, config["joint_attention_dim"], device=device),
-            "pooled_projections": torch.randn(samples, config["pooled_projection_dim"], device=device),
+            "hidden_states": torch.randn(
+                samples, frames * rows * columns, config["in_channels"], device=device
+            ),
+            "encoder_hidden_states": torch.randn(
+                samples, text_tokens, config["joint_attention_dim"], device=device
+            ),
+            "pooled_projections": torch.randn(
+                samples, config["pooled_projection_dim"], device=device
+            ),
             "timestep": torch.rand(samples, device=device),
             "grid": torch.tensor([grid]),
         }
@@ -341,11 +384,15 @@ class Flux1(PackedLatents):
     def _image_ids(self, inputs: Inputs) -> torch.Tensor:
         """[image_tokens, 3]: (picture, row, column), as diffusers' pipelines count them."""
         ids = [
-            torch.cartesian_prod(torch.tensor([float(n)]), torch.arange(float(rows)), torch.arange(float(columns)))
+            torch.cartesian_prod(
+                torch.tensor([float(n)]), torch.arange(float(rows)), torch.arange(float(columns))
+            )
             for n, (_, rows, columns) in enumerate(inputs["grid"].tolist())
         ]
         return torch.cat(ids).to(inputs["hidden_states"].device)
 
 
 def _depth(keys: Iterable[str], prefix: str) -> int:
-    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in keys if key.startswith(prefix))
+    return 1 + max(
+        int(key.removeprefix(prefix).split(".")[0]) for key in keys if key.startswith(prefix)
+    )

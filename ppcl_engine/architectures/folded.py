@@ -1,15 +1,16 @@
-"""Modulations that read the timestep alone, folded away: the small modules that stand in a block in their place.
+"""Modulations that read the timestep alone, folded away: the small modules that stand in a block in
+their place.
 
-Such a modulation is W silu(c(t)) + b: as many numbers as a table has rows, or as a few coefficients reach. The time
-embedder's output carries what a block needs beside the conditioning: the timestep's place in a table (one-hot), or its
-coefficients in a basis. So the block's own forward runs unchanged, nothing is handed on beside it, and every state knows
-its own timesteps.
+Such a modulation is W silu(c(t)) + b: as many numbers as a table has rows, or as a few coefficients
+reach. The time embedder's output carries what a block needs beside the conditioning: the timestep's
+place in a table (one-hot), or its coefficients in a basis. So the block's own forward runs
+unchanged, nothing is handed on beside it, and every state knows its own timesteps.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -27,9 +28,10 @@ SHOWN = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Folding:
-    """What a configuration says of a folded model. inputs: timesteps of the table, or columns of the basis. batches: of a
-    table, for how many rows at once its values are bit for bit; it has `inputs` columns for each. precision: of a table,
-    in which its model is given timesteps. mark: of the original modulations (`folding.mark_of`)."""
+    """What a configuration says of a folded model. inputs: timesteps of the table, or columns of
+    the basis. batches: of a table, for how many rows at once its values are bit for bit; it has
+    `inputs` columns for each. precision: of a table, in which its model is given timesteps. mark:
+    of the original modulations (`models.folding.basis.mark_of`)."""
 
     form: str
     inputs: int
@@ -38,12 +40,22 @@ class Folding:
     mark: str = ""
 
     def __post_init__(self):
-        if self.form not in FORMS or not isinstance(self.inputs, int) or not 0 <= self.inputs <= MOST_INPUTS:
-            raise ValueError(f"folding {self.form!r} with {self.inputs!r} inputs is none of {', '.join(FORMS)}")
+        if (
+            self.form not in FORMS
+            or not isinstance(self.inputs, int)
+            or not 0 <= self.inputs <= MOST_INPUTS
+        ):
+            raise ValueError(
+                f"folding {self.form!r} with {self.inputs!r} inputs is unknown; known forms: {', '.join(FORMS)}, with 0 to {MOST_INPUTS} inputs"
+            )
         if not self.batches or any(not isinstance(rows, int) or rows < 1 for rows in self.batches):
-            raise ValueError(f"folding for batches of {self.batches!r} samples; they are whole numbers from 1")
+            raise ValueError(
+                f"folding for batches of {self.batches!r} samples; they are whole numbers from 1"
+            )
         if self.precision not in PRECISIONS:
-            raise ValueError(f"folding for timesteps in {self.precision!r}; known: {', '.join(PRECISIONS)}")
+            raise ValueError(
+                f"folding for timesteps in {self.precision!r}; known: {', '.join(PRECISIONS)}"
+            )
 
     @property
     def columns(self) -> int:
@@ -54,12 +66,18 @@ class Folding:
 
 
 def folding_of(config: dict) -> Folding | None:
-    """None: nothing is folded. Raises ValueError for an entry that is no folding."""
+    """None: nothing is folded. Raises ValueError for an entry that does not describe one."""
     values = config.get(FOLDING)
     if values is None:
         return None
-    if not isinstance(values, dict) or values.keys() - Folding.__dataclass_fields__.keys() or "form" not in values:
-        raise ValueError(f"the configuration's folding {values!r} is not readable; fold the model again")
+    if (
+        not isinstance(values, dict)
+        or values.keys() - Folding.__dataclass_fields__.keys()
+        or "form" not in values
+    ):
+        raise ValueError(
+            f"the configuration's folding {values!r} is not readable; fold the model again"
+        )
     return Folding(**{**values, "batches": tuple(values.get("batches", (1,)))})
 
 
@@ -68,8 +86,9 @@ def unfolded_config(config: dict) -> dict:
 
 
 class BasisInputs(nn.Module):
-    """Coefficients of silu(conditioning) in orthonormal `directions` [width, inputs]. In two parts, the second what the
-    conditioning's precision rounds off the first: so many digits matter, and each costs nothing."""
+    """Coefficients of silu(conditioning) in orthonormal `directions` [width, inputs]. In two parts,
+    the second what the conditioning's precision rounds off the first: so many digits matter, and
+    each costs nothing."""
 
     def __init__(self, width: int, inputs: int):
         super().__init__()
@@ -77,14 +96,17 @@ class BasisInputs(nn.Module):
 
     def forward(self, timestep: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         with without_autocast(conditioning):
-            exact = F.silu(conditioning.float()) @ self.directions.to(conditioning.device, torch.float32)
+            exact = F.silu(conditioning.float()) @ self.directions.to(
+                conditioning.device, torch.float32
+            )
             high = exact.to(conditioning.dtype)
             return torch.cat([high, (exact - high).to(conditioning.dtype)], dim=-1)
 
 
 class TableInputs(nn.Module):
-    """The place of each timestep in `timesteps` [inputs], one-hot. `more`: what adds further timesteps to the model, see
-    `folding_tables`; None: a timestep that is not there raises ValueError."""
+    """The place of each timestep in `timesteps` [inputs], one-hot. `more`: what adds further
+    timesteps to the model, see `folding_tables`; None: a timestep that is not there raises
+    ValueError."""
 
     def __init__(self, inputs: int, precision: torch.dtype = torch.float32):
         super().__init__()
@@ -126,7 +148,8 @@ def _listed(timesteps: list[float]) -> str:
 
 
 class Carried(nn.Module):
-    """In place of a modulation's activation: what the conditioning carries behind its own `width`."""
+    """In place of a modulation's activation: what the conditioning carries behind its own
+    `width`."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -137,15 +160,19 @@ class Carried(nn.Module):
 
 
 class BasisMap(nn.Linear):
-    """A modulation's linear map on the basis' coefficients; float32 inside, whatever it is stored in."""
+    """A modulation's linear map on the basis' coefficients; float32 inside, whatever it is stored
+    in."""
 
     def forward(self, carried: torch.Tensor) -> torch.Tensor:
         with without_autocast(carried):
-            return F.linear(coefficients(carried), self.weight.float(), self.bias.float()).to(carried.dtype)
+            return F.linear(coefficients(carried), self.weight.float(), self.bias.float()).to(
+                carried.dtype
+            )
 
 
 class TableMap(nn.Linear):
-    """A modulation's values themselves, a column a timestep; those for other numbers of rows at once lie behind them."""
+    """A modulation's values themselves, a column a timestep; those for other numbers of rows at
+    once lie behind them."""
 
     def __init__(self, inputs: int, outputs: int, batches: tuple[int, ...], **options):
         super().__init__(inputs * len(batches), outputs, bias=False, **options)
@@ -161,19 +188,24 @@ def coefficients(carried: torch.Tensor) -> torch.Tensor:
 
 
 def picked(table: torch.Tensor, carried: torch.Tensor, batches: tuple[int, ...]) -> torch.Tensor:
-    """Columns of `table` [outputs, timesteps * batches] that the one-hot `carried` [rows, timesteps] names: copied, not
-    computed. The values for as many rows at once, where they are there; for other numbers they differ by rounding."""
+    """Columns of `table` [outputs, timesteps * batches] that the one-hot `carried` [rows,
+    timesteps] names: copied, not computed. The values for as many rows at once, where they are
+    there; for other numbers they differ by rounding."""
     rows, inputs = carried.shape
     first = inputs * batches.index(rows) if rows in batches else 0
-    return table.index_select(1, first + carried.argmax(dim=-1)).t().contiguous()  # as a linear map gives it
+    # as a linear map gives it
+    return table.index_select(1, first + carried.argmax(dim=-1)).t().contiguous()
 
 
 def without_autocast(like: torch.Tensor):
     return torch.autocast(like.device.type if not like.is_meta else "cpu", enabled=False)
 
 
-def fold_block(block: nn.Module, modulations: tuple[str, ...], width: int, folding: Folding) -> nn.Module:
-    """The block with small maps in place of its modulations' linear ones ("img_mod.1": behind an activation "img_mod.0")."""
+def fold_block(
+    block: nn.Module, modulations: tuple[str, ...], width: int, folding: Folding
+) -> nn.Module:
+    """The block with small maps in place of its modulations' linear ones ("img_mod.1": behind an
+    activation "img_mod.0")."""
     for name in modulations:
         parent, place = name.rsplit(".", 1)
         sequence = block.get_submodule(parent)
@@ -190,7 +222,8 @@ def folded_map(linear: nn.Linear, folding: Folding) -> nn.Linear:
 
 
 def fold_embedder(embedder: nn.Module, last: nn.Module, width: int, folding: Folding) -> None:
-    """The time embedder appends what the blocks need; the final layer, which reads the conditioning too, does not see it."""
+    """The time embedder appends what the blocks need; the final layer, which reads the conditioning
+    too, does not see it."""
     if folding.form == "basis":
         embedder.folding = BasisInputs(width, folding.inputs)
     else:
@@ -199,7 +232,9 @@ def fold_embedder(embedder: nn.Module, last: nn.Module, width: int, folding: Fol
     last.register_forward_pre_hook(partial(drop_carried, width))
 
 
-def append_carried(embedder: nn.Module, arguments: tuple, conditioning: torch.Tensor) -> torch.Tensor:
+def append_carried(
+    embedder: nn.Module, arguments: tuple, conditioning: torch.Tensor
+) -> torch.Tensor:
     return torch.cat([conditioning, embedder.folding(arguments[0], conditioning)], dim=-1)
 
 
@@ -212,7 +247,30 @@ def first_half(linear: nn.Linear) -> nn.Linear:
     half = copy.copy(linear)
     half.out_features = linear.out_features // 2
     half._parameters = {
-        name: None if p is None else nn.Parameter(p.detach()[: half.out_features].clone(), p.requires_grad)
+        name: None
+        if p is None
+        else nn.Parameter(p.detach()[: half.out_features].clone(), p.requires_grad)
         for name, p in linear._parameters.items()
     }
     return half
+
+
+def known_timesteps(model: nn.Module, timesteps: Iterable[float]) -> None:
+    """Before sampling: a table model that lacks some of these gets them from its base file, in one
+    pass (not told before, it takes a pass for each). Nothing to do for others. Raises ValueError,
+    in one line, where there is no base file."""
+    inputs = table_inputs(model)
+    if inputs is None:
+        return
+    wanted = torch.tensor(list(timesteps)).to(inputs.precision).float().tolist()
+    known = inputs.timesteps.float().tolist()
+    if missing := [t for t in dict.fromkeys(wanted) if t not in known]:
+        inputs.ask(missing)
+
+
+def table_inputs(model: nn.Module) -> TableInputs | None:
+    return next((module for module in model.modules() if isinstance(module, TableInputs)), None)
+
+
+def table_maps(model: nn.Module, kind: type = TableMap) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}

@@ -1,5 +1,5 @@
-"""What is known of the linear maps inside a block: what they read, in which groups they give it, which outputs may change
-their order together. Data by architecture, names by diffusers'.
+"""What is known of the linear maps inside a block: what they read, in which groups they give it,
+which outputs may change their order together. Data by architecture, names by diffusers'.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ HEADS_IN = ("to_out.0", "to_add_out")
 
 @dataclass(frozen=True, kw_only=True)
 class Passed:
-    """Channels that maps `givers` give and nothing but maps `takers` read, with no more between them than what is done to
-    every channel alone (an activation, attention's weights): all may give and read them in another order. by_head: only
-    inside a head. first: where in a taker's inputs they begin: 0, or behind "width" others."""
+    """Channels that maps `givers` give and nothing but maps `takers` read, with no more between
+    them than what is done to every channel alone (an activation, attention's weights): all may give
+    and read them in another order. by_head: only inside a head. first: where in a taker's inputs
+    they begin: 0, or behind "width" others."""
 
     givers: tuple[str, ...]
     takers: tuple[str, ...]
@@ -28,8 +29,8 @@ class Passed:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearMaps:
-    """conditioning: beginnings of the maps that read it, which give a modulation in chunks; text: of those that read text
-    tokens, where these may be padding; passed: see there."""
+    """conditioning: beginnings of the maps that read it, which give a modulation in chunks; text:
+    of those that read text tokens, where these may be padding; passed: see there."""
 
     conditioning: tuple[str, ...]
     text: tuple[str, ...] = ()
@@ -40,12 +41,22 @@ def _ffn(name: str) -> Passed:
     return Passed(givers=(f"{name}.net.0.proj",), takers=(f"{name}.net.2",))
 
 
-JOINT = Passed(givers=("attn.to_v", "attn.add_v_proj"), takers=("attn.to_out.0", "attn.to_add_out"), by_head="attn")
+JOINT = Passed(
+    givers=("attn.to_v", "attn.add_v_proj"),
+    takers=("attn.to_out.0", "attn.to_add_out"),
+    by_head="attn",
+)
 
 LINEAR_MAPS = {
     "qwen_image": LinearMaps(
         conditioning=("img_mod.", "txt_mod."),
-        text=("attn.add_", "attn.to_add_out", "txt_mlp", "txt_norm1.projection", "correction.maps.text"),
+        text=(
+            "attn.add_",
+            "attn.to_add_out",
+            "txt_mlp",
+            "txt_norm1.projection",
+            "correction.maps.text",
+        ),
         passed=(_ffn("img_mlp"), _ffn("txt_mlp"), JOINT),
     ),
     "flux1": LinearMaps(
@@ -73,7 +84,11 @@ LINEAR_MAPS = {
 def linear_maps(block: nn.Module) -> dict[str, nn.Linear]:
     """By name; tables and bases of folded modulations are none."""
     kinds = (TableMap, BasisMap)
-    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, kinds)}
+    return {
+        n: m
+        for n, m in block.named_modules()
+        if isinstance(m, nn.Linear) and not isinstance(m, kinds)
+    }
 
 
 def known_rows(architecture: str, block: nn.Module, name: str) -> tuple[int, ...]:
@@ -91,19 +106,24 @@ def known_columns(architecture: str, block: nn.Module, name: str) -> tuple[int, 
     for leaf in HEADS_IN:
         if name.endswith(f".{leaf}"):
             return _by_head(block, name.removesuffix(f".{leaf}"), module.in_features)
-    fused = any(name in passed.takers and passed.first for passed in LINEAR_MAPS[architecture].passed)
+    fused = any(
+        name in passed.takers and passed.first for passed in LINEAR_MAPS[architecture].passed
+    )
     width = module.out_features
     return (width, module.in_features - width) if fused and module.in_features > width else ()
 
 
 def present(passed: Passed, block: nn.Module) -> bool:
-    """Whether all givers stand in the block as plain maps and the takers that are there read what they give."""
+    """Whether all givers stand in the block as plain maps and the takers that are there read what
+    they give."""
     maps = linear_maps(block)
     if not all(type(maps.get(name)) is nn.Linear for name in passed.givers):
         return False
     size = maps[passed.givers[0]].out_features
     takers = [maps[name] for name in passed.takers if name in maps]
-    return bool(takers) and all(taker.in_features >= first_column(passed, taker) + size for taker in takers)
+    return bool(takers) and all(
+        taker.in_features >= first_column(passed, taker) + size for taker in takers
+    )
 
 
 def first_column(passed: Passed, taker: nn.Linear) -> int:

@@ -8,14 +8,20 @@ VAE_PIXELS = 8  # pixels a latent position of their VAEs covers
 
 
 class PackedLatents:
-    """The part of an architecture that turns latents into tokens and back; `in_channels` counts a token's."""
+    """The part of an architecture that turns latents into tokens and back; `in_channels` counts a
+    token's."""
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
-        """[n, c, h, w] -> tokens [n, h/2 * w/2, 4c], as diffusers' pipelines pack them. Raises ValueError for odd sides."""
+        """[n, c, h, w] -> tokens [n, h/2 * w/2, 4c], as diffusers' pipelines pack them. Raises
+        ValueError for odd sides."""
         n, c, h, w = latents.shape
         if h % 2 or w % 2:
-            raise ValueError(f"latents of {h} x {w} are no whole number of 2 x 2 tokens; resize the picture")
-        return latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, 4 * c)
+            raise ValueError(
+                f"latents of {h} x {w} are no whole number of 2 x 2 tokens; resize the picture"
+            )
+        return (
+            latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, 4 * c)
+        )
 
     def unpack(self, tokens: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
         """The inverse of `pack` for the first picture of `grid` [pictures, 3]."""
@@ -29,7 +35,8 @@ class PackedLatents:
         return torch.tensor([[1, latents.shape[-2] // 2, latents.shape[-1] // 2]])
 
     def latent_shape(self, config: dict, height: int, width: int) -> tuple[int, int, int]:
-        """(channels, rows, columns) of a picture in pixels. Raises ValueError for sizes that do not divide."""
+        """(channels, rows, columns) of a picture in pixels. Raises ValueError for sizes that do not
+        divide."""
         if height % (2 * VAE_PIXELS) or width % (2 * VAE_PIXELS):
             raise ValueError(
                 f"{height} x {width} pixels is not a multiple of {2 * VAE_PIXELS}; change --height, --width"

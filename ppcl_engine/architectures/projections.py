@@ -1,7 +1,8 @@
-"""The small modules that stand inside a width-pruned block: the block's own forward then runs on them.
+"""The small modules that stand inside a width-pruned block: the block's own forward then runs on
+them.
 
-The mathematics of the method's width stage (paper, section 3.4) is here once, for training, export and
-inference; which sub-module of a block each replaces is the architecture's business.
+The mathematics of the method's width stage (paper, section 3.4) is here once, for training, export
+and inference; which sub-module of a block each replaces is the architecture's business.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import nn
 
 
 class SharedText:
-    """Carries the modulated text of a text group's source block to the group's projections, in one forward.
+    """Carries the modulated text of a text group's source block to the group's projections, in one
+    forward.
 
     The source writes it every time before the group's blocks read it; it holds no weights.
     """
@@ -23,10 +25,11 @@ class SharedText:
 
 
 class PaddedModulation(nn.Sequential):
-    """A modulation cut to its first half (3 d: attention's shift, scale, gate), as the paper's FFN form needs.
+    """A modulation cut to its first half (3 d: attention's shift, scale, gate), as the paper's FFN
+    form needs.
 
-    The second half reads shift 0, scale 0, gate 1, so that a block adds P(x) of the very stream to it.
-    Keeps the names of the modulation's own tensors.
+    The second half reads shift 0, scale 0, gate 1, so that a block adds P(x) of the very stream to
+    it. Keeps the names of the modulation's own tensors.
     """
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
@@ -47,7 +50,8 @@ def padded(first: torch.Tensor) -> torch.Tensor:
 
 
 class FixedModulation(nn.Module):
-    """In place of a text modulation whose stream does not move: all zeros, or the FFN's gate 1 where it steps."""
+    """In place of a text modulation whose stream does not move: all zeros, or the FFN's gate 1
+    where it steps."""
 
     def __init__(self, width: int, steps: bool):
         super().__init__()
@@ -60,7 +64,8 @@ class FixedModulation(nn.Module):
 
 
 class ProjectedText(nn.Module):
-    """txt_modulated_j = P_j(txt_modulated_a) + txt_modulated_a, a being the last full block before the group."""
+    """txt_modulated_j = P_j(txt_modulated_a) + txt_modulated_a, a being the last full block before
+    the group."""
 
     def __init__(self, projection: nn.Linear, source: SharedText):
         super().__init__()
@@ -73,8 +78,9 @@ class ProjectedText(nn.Module):
 
 
 class ProjectedNorm(nn.Module):
-    """`ProjectedText` where norm and modulation are one module: it also returns attention's gate and the FFN's shift,
-    scale and gate, all zeros but the FFN's gate where the group steps the text."""
+    """`ProjectedText` where norm and modulation are one module: it also returns attention's gate
+    and the FFN's shift, scale and gate, all zeros but the FFN's gate where the group steps the
+    text."""
 
     def __init__(self, projection: nn.Linear, source: SharedText, steps: bool):
         super().__init__()
@@ -84,11 +90,18 @@ class ProjectedNorm(nn.Module):
         modulated = self.source.value
         assert modulated is not None, "the block before a text group has to run before the group"
         zeros = torch.zeros_like(modulated[:, 0])
-        return self.projection(modulated) + modulated, zeros, zeros, zeros, zeros + float(self.steps)
+        return (
+            self.projection(modulated) + modulated,
+            zeros,
+            zeros,
+            zeros,
+            zeros + float(self.steps),
+        )
 
 
 class AddedProjection(nn.Linear):
-    """[attention, P(x)] -> W attention + b + P(x): what is left of a map that joined attention and FFN."""
+    """[attention, P(x)] -> W attention + b + P(x): what is left of a map that joined attention and
+    FFN."""
 
     def forward(self, joined: torch.Tensor) -> torch.Tensor:
         attention, projected = joined.chunk(2, dim=-1)
@@ -102,15 +115,20 @@ class Nothing(nn.Module):
         return torch.zeros_like(x)
 
 
-def linear_like(like: nn.Linear, width_in: int, width_out: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
-    """A new linear map on the device and in the precision of `like`; zero, so that P(x) + x starts as x."""
+def linear_like(
+    like: nn.Linear, width_in: int, width_out: int, kind: type[nn.Linear] = nn.Linear
+) -> nn.Linear:
+    """A new linear map on the device and in the precision of `like`; zero, so that P(x) + x starts
+    as x."""
     new = kind(width_in, width_out, device=like.weight.device, dtype=like.weight.dtype)
     nn.init.zeros_(new.weight)
     nn.init.zeros_(new.bias)
     return new.requires_grad_(like.weight.requires_grad)
 
 
-def cut_linear(linear: nn.Linear, width_in: int, width_out: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+def cut_linear(
+    linear: nn.Linear, width_in: int, width_out: int, kind: type[nn.Linear] = nn.Linear
+) -> nn.Linear:
     """A copy of the first rows and columns."""
     cut = linear_like(linear, width_in, width_out, kind)
     with torch.no_grad():
@@ -120,7 +138,8 @@ def cut_linear(linear: nn.Linear, width_in: int, width_out: int, kind: type[nn.L
 
 
 def publish(block: nn.Module, text_map: nn.Module, source: SharedText) -> None:
-    """What enters `text_map`, a block's first map of the modulated text, is kept for the group behind the block."""
+    """What enters `text_map`, a block's first map of the modulated text, is kept for the group
+    behind the block."""
 
     def keep(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         source.value = arguments[0]
@@ -133,8 +152,9 @@ def publish(block: nn.Module, text_map: nn.Module, source: SharedText) -> None:
 def watched(
     block: nn.Module, inputs: Mapping[str, str], outputs: Mapping[str, str], returns: Sequence[str]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """What parts of a block read and give while it runs, by names of our own (sub-module -> name); `returns`: names of
-    what the block returns before a correction. A part that gives several tensors is seen as the tuple."""
+    """What parts of a block read and give while it runs, by names of our own (sub-module -> name);
+    `returns`: names of what the block returns before a correction. A part that gives several
+    tensors is seen as the tuple."""
     seen: dict[str, torch.Tensor] = {}
 
     def ends(module: nn.Module, arguments, results: tuple[torch.Tensor, ...]) -> None:

@@ -1,4 +1,5 @@
-"""Qwen-Image: dual-stream blocks, all alike (method: Qwen-Image technical report; diffusers' class)."""
+"""Qwen-Image: dual-stream blocks, all alike (method: Qwen-Image technical report; diffusers'
+class)."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from .projections import (
 )
 
 STREAMS = {"image": "img", "text": "txt"}  # as the names of a block's parts begin
-REFERENCE_AT_ZERO = "__index_timestep_zero__"  # in ComfyUI's files of edit models that modulate references at t = 0
+# in ComfyUI's files of edit models that modulate references at t = 0
+REFERENCE_AT_ZERO = "__index_timestep_zero__"
 ROTARY_SHARES = (2, 7, 7)  # of 16: frame, row, column; 16, 56, 56 of 128 in the released model
 
 
@@ -70,7 +72,11 @@ class QwenImage(PackedLatents):
         },
         unused=("attn.to_add_out.",),
         intervals={
-            "Qwen-Image-12B": (60, 35, "3-4 5-7 8-10 11-12 15-24 25-27 29-30 42-43 45-47 48-49 52-53 54-55 56-57"),
+            "Qwen-Image-12B": (
+                60,
+                35,
+                "3-4 5-7 8-10 11-12 15-24 25-27 29-30 42-43 45-47 48-49 52-53 54-55 56-57",
+            ),
         },
     )
     tiny_config = {
@@ -85,7 +91,8 @@ class QwenImage(PackedLatents):
     }
 
     def detect(self, keys: Iterable[str]) -> bool:
-        """FLUX also has `transformer_blocks.0`; only Qwen-Image has a `txt_norm` and no `context_embedder`."""
+        """FLUX also has `transformer_blocks.0`; only Qwen-Image has a `txt_norm` and no
+        `context_embedder`."""
         keys = set(keys)
         return {"txt_norm.weight", "img_in.weight", "transformer_blocks.0.img_mod.1.weight"} <= keys
 
@@ -93,7 +100,9 @@ class QwenImage(PackedLatents):
         """Configuration from shapes alone, for files without one (ComfyUI single files)."""
         width, in_channels = shapes("img_in.weight")
         head = shapes("transformer_blocks.0.attn.norm_q.weight")[0]
-        depth = 1 + max(int(key.split(".")[1]) for key in keys if key.startswith("transformer_blocks."))
+        depth = 1 + max(
+            int(key.split(".")[1]) for key in keys if key.startswith("transformer_blocks.")
+        )
         return {
             "patch_size": 2,
             "in_channels": in_channels,
@@ -131,13 +140,19 @@ class QwenImage(PackedLatents):
             zero_cond_t=config.get("zero_cond_t", False),
         )
         folding = folding_of(config)
-        return fold_block(block, self.timestep_modulations, self.width(config), folding) if folding else block
+        return (
+            fold_block(block, self.timestep_modulations, self.width(config), folding)
+            if folding
+            else block
+        )
 
     def build_outer(self, config: dict) -> nn.Module:
         """diffusers' model without a block: embeddings and the final layer."""
         from diffusers import QwenImageTransformer2DModel
 
-        outer = QwenImageTransformer2DModel.from_config({**unfolded_config(config), "num_layers": 0})
+        outer = QwenImageTransformer2DModel.from_config(
+            {**unfolded_config(config), "num_layers": 0}
+        )
         if folding := folding_of(config):
             fold_embedder(outer.time_text_embed, outer.norm_out, self.width(config), folding)
         return outer
@@ -149,14 +164,17 @@ class QwenImage(PackedLatents):
         return outer
 
     def modulation_reads(self, config: dict) -> tuple[str, ...]:
-        """Layered models add a condition of their own, and a guidance-distilled one its guidance."""
+        """Layered models add a condition of their own, and a guidance-distilled one its
+        guidance."""
         more = {"guidance_embeds": "guidance", "use_additional_t_cond": "an additional condition"}
         return ("the timestep", *(what for name, what in more.items() if config.get(name)))
 
     def reference_timesteps(self, config: dict) -> tuple[float, ...]:
         return (0.0,) if config.get("zero_cond_t") else ()
 
-    def time_conditioning(self, embedder: nn.Module, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def time_conditioning(
+        self, embedder: nn.Module, timestep: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
         return embedder(timestep, timestep.new_empty(0, dtype=dtype))
 
     def used_streams(self, config: dict, index: int) -> tuple[str, ...]:
@@ -164,7 +182,8 @@ class QwenImage(PackedLatents):
         return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
 
     def embed(self, outer: nn.Module, inputs: Inputs) -> BlockState:
-        """All that diffusers' forward does before its loop over blocks. References stand behind the tokens that are drawn."""
+        """All that diffusers' forward does before its loop over blocks. References stand behind the
+        tokens that are drawn."""
         tokens = self._tokens(inputs)
         image = outer.img_in(tokens)
         text = outer.txt_in(outer.txt_norm(inputs["encoder_hidden_states"]))
@@ -173,7 +192,9 @@ class QwenImage(PackedLatents):
             timestep = torch.cat([timestep, timestep * 0])
             modulate_index = self._modulate_index(inputs)
         conditioning = outer.time_text_embed(timestep, image)
-        rotary = outer.pos_embed(self._image_shapes(inputs), max_txt_seq_len=text.shape[1], device=image.device)
+        rotary = outer.pos_embed(
+            self._image_shapes(inputs), max_txt_seq_len=text.shape[1], device=image.device
+        )
         mask = inputs.get("encoder_hidden_states_mask")
         return BlockState(
             image,
@@ -204,13 +225,16 @@ class QwenImage(PackedLatents):
         return ("text", "ffn_image", "ffn_text")
 
     def project_ffn(self, block: nn.Module, kind: str, form: str) -> None:
-        """paper: x + P(x) behind attention, modulation 6 d -> 3 d. gated: P between modulation and gate."""
+        """paper: x + P(x) behind attention, modulation 6 d -> 3 d. gated: P between modulation and
+        gate."""
         stream = STREAMS[kind.removeprefix("ffn_")]
         modulation = getattr(block, f"{stream}_mod")
         width = modulation[1].out_features // 6
         setattr(block, f"{stream}_mlp", linear_like(modulation[1], width, width))
         if form == "paper":
-            setattr(block, f"{stream}_mod", PaddedModulation(modulation[0], first_half(modulation[1])))
+            setattr(
+                block, f"{stream}_mod", PaddedModulation(modulation[0], first_half(modulation[1]))
+            )
             setattr(block, f"{stream}_norm2", nn.Identity())
 
     def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None:
@@ -228,9 +252,12 @@ class QwenImage(PackedLatents):
         """The text that enters joint attention is kept for the group behind this block."""
         publish(block, block.attn.add_q_proj, source)
 
-    def observe(self, block: nn.Module, state: BlockState) -> tuple[BlockState, dict[str, torch.Tensor]]:
-        """Runs the block; also what its parts saw: `text_modulated`, and for each stream `<stream>_` + `before_ffn`,
-        `ffn_input`, `ffn_output`, `after_ffn` (before a correction). All [n, tokens, d]."""
+    def observe(
+        self, block: nn.Module, state: BlockState
+    ) -> tuple[BlockState, dict[str, torch.Tensor]]:
+        """Runs the block; also what its parts saw: `text_modulated`, and for each stream
+        `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn` (before a correction).
+        All [n, tokens, d]."""
         inputs = {"attn.add_q_proj": "text_modulated"}
         inputs |= {f"{short}_norm2": f"{stream}_before_ffn" for stream, short in STREAMS.items()}
         inputs |= {f"{short}_mlp": f"{stream}_ffn_input" for stream, short in STREAMS.items()}
@@ -250,7 +277,8 @@ class QwenImage(PackedLatents):
         return False
 
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
-        """diffusers' own forward on our inputs, and of it what belongs to the picture that is drawn."""
+        """diffusers' own forward on our inputs, and of it what belongs to the picture that is
+        drawn."""
         velocity = model(
             hidden_states=self._tokens(inputs),
             encoder_hidden_states=inputs["encoder_hidden_states"],
@@ -267,20 +295,27 @@ class QwenImage(PackedLatents):
     def from_comfyui(self, name: str) -> tuple[str, ...]:
         return (name,)
 
-    def random_inputs(self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str) -> Inputs:
+    def random_inputs(
+        self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str
+    ) -> Inputs:
         """Standard normal inputs of this shape, for tests, timing and counting."""
         frames, rows, columns = grid
         text_shape = (samples, text_tokens, config["joint_attention_dim"])
         return {
-            "hidden_states": torch.randn(samples, frames * rows * columns, config["in_channels"], device=device),
+            "hidden_states": torch.randn(
+                samples, frames * rows * columns, config["in_channels"], device=device
+            ),
             "encoder_hidden_states": torch.randn(text_shape, device=device),
-            "encoder_hidden_states_mask": torch.ones(text_shape[:2], dtype=torch.bool, device=device),
+            "encoder_hidden_states_mask": torch.ones(
+                text_shape[:2], dtype=torch.bool, device=device
+            ),
             "timestep": torch.rand(samples, device=device),
             "grid": torch.tensor([grid]),
         }
 
     def _tokens(self, inputs: Inputs) -> torch.Tensor:
-        """[n, tokens of all pictures, channels]. Raises ValueError for pictures that are not as large as `grid` says."""
+        """[n, tokens of all pictures, channels]. Raises ValueError for pictures that are not as
+        large as `grid` says."""
         pictures = [inputs[name] for name in ("hidden_states", REFERENCES) if name in inputs]
         first, *others = inputs["grid"].prod(1).tolist()
         given = [tokens.shape[1] for tokens in pictures]

@@ -1,4 +1,5 @@
-"""SD3.5 Large and Medium: joint blocks; the last gives no text, some attend twice to the image (diffusers' class)."""
+"""SD3.5 Large and Medium: joint blocks; the last gives no text, some attend twice to the image
+(diffusers' class)."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ OUTER_NAMES = {  # diffusers' module -> ComfyUI's
     "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
     "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
     "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-    "norm_out.linear": ("final_layer.adaLN_modulation.1", (1, 0), 2),  # scale, shift; there shift, scale
+    # scale, shift; there shift, scale
+    "norm_out.linear": ("final_layer.adaLN_modulation.1", (1, 0), 2),
     "proj_out": "final_layer.linear",
 }
 POSITIONS = {"pos_embed.pos_embed": Part("pos_embed")}
@@ -68,7 +70,8 @@ COMFYUI_NAMES = NameTable(
 
 
 class PaddedDual(nn.Linear):
-    """The modulation of a block that attends twice to the image, without the FFN's third in its middle (9 d -> 6 d)."""
+    """The modulation of a block that attends twice to the image, without the FFN's third in its
+    middle (9 d -> 6 d)."""
 
     @staticmethod
     def kept(whole: torch.Tensor) -> torch.Tensor:
@@ -112,20 +115,26 @@ class SD35(PackedLatents):
             "dual_attention_layers": list(range(dual)),
             "qk_norm": "rms_norm",
         }
-        for name, blocks, positions, dual in (("sd35_large", 38, 192, 0), ("sd35_medium", 24, 384, 13))
+        for name, blocks, positions, dual in (
+            ("sd35_large", 38, 192, 0),
+            ("sd35_medium", 24, 384, 13),
+        )
     }
     projection_names = {
-        "ffn_image": {"map": "ff"}, "ffn_text": {"map": "ff_context"},
+        "ffn_image": {"map": "ff"},
+        "ffn_text": {"map": "ff_context"},
         "text": {"map": "norm1_context.projection", "step": "ff_context"},
-    }  # fmt: skip
+    }
     comfyui_projections = {
-        "ffn_image": {"map": "x_block.mlp"}, "ffn_text": {"map": "context_block.mlp"},
+        "ffn_image": {"map": "x_block.mlp"},
+        "ffn_text": {"map": "context_block.mlp"},
         "text": {"map": "context_block.norm1.projection", "step": "context_block.mlp"},
-    }  # fmt: skip
+    }
     replaced_names = {
-        "ffn_image": ("ff.",), "ffn_text": ("ff_context.",),
+        "ffn_image": ("ff.",),
+        "ffn_text": ("ff_context.",),
         "text": ("norm1_context.", "ff_context.", "attn.to_add_out."),
-    }  # fmt: skip
+    }
     cut_names = {("ffn_image", "paper"): ("norm1.",), ("ffn_text", "paper"): ("norm1_context.",)}
     released = None
     tiny_config = {
@@ -145,10 +154,19 @@ class SD35(PackedLatents):
     }
 
     def detect(self, keys: Iterable[str]) -> bool:
-        """By what it shares with no model of double blocks, in either layout; SD3.0 has no norms of q and k."""
+        """By what it shares with no model of double blocks, in either layout; SD3.0 has no norms of
+        q and k."""
         keys = set(keys)
-        diffusers = {"pos_embed.pos_embed", "context_embedder.weight", f"{BLOCKS}0.attn.norm_added_q.weight"}
-        comfyui = {"pos_embed", "context_embedder.weight", f"{COMFYUI_BLOCKS}0.context_block.attn.ln_q.weight"}
+        diffusers = {
+            "pos_embed.pos_embed",
+            "context_embedder.weight",
+            f"{BLOCKS}0.attn.norm_added_q.weight",
+        }
+        comfyui = {
+            "pos_embed",
+            "context_embedder.weight",
+            f"{COMFYUI_BLOCKS}0.context_block.attn.ln_q.weight",
+        }
         return diffusers <= keys or comfyui <= keys
 
     def infer_config(self, shapes: Callable[[str], tuple[int, ...]], keys: Iterable[str]) -> dict:
@@ -170,7 +188,9 @@ class SD35(PackedLatents):
             "pooled_projection_dim": shapes("time_text_embed.text_embedder.linear_1.weight")[1],
             "out_channels": shapes("proj_out.weight")[0] // patch**2,
             "pos_embed_max_size": isqrt(shapes("pos_embed.pos_embed")[1]),
-            "dual_attention_layers": [n for n in sorted(blocks) if f"{BLOCKS}{n}.attn2.to_q.weight" in keys],
+            "dual_attention_layers": [
+                n for n in sorted(blocks) if f"{BLOCKS}{n}.attn2.to_q.weight" in keys
+            ],
             "qk_norm": "rms_norm",
         }
 
@@ -211,7 +231,8 @@ class SD35(PackedLatents):
         return SD3Transformer2DModel.from_config({**config, "num_layers": 0})
 
     def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module:
-        """diffusers' model with these blocks; its forward is diffusers' own, which asks each whether it gives text."""
+        """diffusers' model with these blocks; its forward is diffusers' own, which asks each
+        whether it gives text."""
         for index, block in enumerate(blocks):
             block.context_pre_only = index == len(blocks) - 1
         outer.transformer_blocks = nn.ModuleList(blocks)
@@ -223,28 +244,38 @@ class SD35(PackedLatents):
         return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
 
     def embed(self, outer: nn.Module, inputs: Inputs) -> BlockState:
-        """All that diffusers' forward does before its loop over blocks. The text is never masked: a model of this
-        kind was trained with its padding, which counts as real."""
+        """All that diffusers' forward does before its loop over blocks. The text is never masked: a
+        model of this kind was trained with its padding, which counts as real."""
         image = outer.pos_embed(self.unpack(inputs["hidden_states"], inputs["grid"])).contiguous()
-        conditioning = outer.time_text_embed(inputs["timestep"] * 1000, inputs["pooled_projections"])
-        return BlockState(image, outer.context_embedder(inputs["encoder_hidden_states"]), conditioning)
+        conditioning = outer.time_text_embed(
+            inputs["timestep"] * 1000, inputs["pooled_projections"]
+        )
+        return BlockState(
+            image, outer.context_embedder(inputs["encoder_hidden_states"]), conditioning
+        )
 
     def run_block(self, block: nn.Module, state: BlockState) -> BlockState:
         """The last block's text is what came in."""
         shared: SharedText | None = getattr(block, "shared_text", None)
         if shared is not None:
             shared.value = state.modulated_text
-        text, image = block(hidden_states=state.image, encoder_hidden_states=state.text, temb=state.conditioning)
+        text, image = block(
+            hidden_states=state.image, encoder_hidden_states=state.text, temb=state.conditioning
+        )
         state = state.with_streams(image, state.text if text is None else text)
         return state if shared is None else replace(state, modulated_text=shared.value)
 
     def site_kinds(self, config: dict, index: int) -> tuple[str, ...]:
         """The last block has no FFN for the text."""
-        return ("text", "ffn_image") if index == self.num_blocks(config) - 1 else ("text", "ffn_image", "ffn_text")
+        return (
+            ("text", "ffn_image")
+            if index == self.num_blocks(config) - 1
+            else ("text", "ffn_image", "ffn_text")
+        )
 
     def project_ffn(self, block: nn.Module, kind: str, form: str) -> None:
-        """paper: x + P(x) behind attention, modulation 6 d -> 3 d (9 d -> 6 d of a block that attends twice). gated: P
-        between modulation and gate."""
+        """paper: x + P(x) behind attention, modulation 6 d -> 3 d (9 d -> 6 d of a block that
+        attends twice). gated: P between modulation and gate."""
         suffix = SUFFIXES[kind.removeprefix("ffn_")]
         norm = getattr(block, f"norm1{suffix}")
         width = norm.linear.in_features
@@ -269,10 +300,17 @@ class SD35(PackedLatents):
         """The text that enters joint attention is kept for the group behind this block."""
         publish(block, block.attn.add_q_proj, source)
 
-    def observe(self, block: nn.Module, state: BlockState) -> tuple[BlockState, dict[str, torch.Tensor]]:
-        """Runs the block; also what its parts saw: `text_modulated`, and for each stream (of the last block: the image)
-        `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn` (before a correction). All [n, tokens, d]."""
-        suffixes = {stream: s for stream, s in SUFFIXES.items() if stream == "image" or not block.context_pre_only}
+    def observe(
+        self, block: nn.Module, state: BlockState
+    ) -> tuple[BlockState, dict[str, torch.Tensor]]:
+        """Runs the block; also what its parts saw: `text_modulated`, and for each stream (of the
+        last block: the image) `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn`
+        (before a correction). All [n, tokens, d]."""
+        suffixes = {
+            stream: s
+            for stream, s in SUFFIXES.items()
+            if stream == "image" or not block.context_pre_only
+        }
         inputs = {"attn.add_q_proj": "text_modulated"}
         inputs |= {f"norm2{suffix}": f"{stream}_before_ffn" for stream, suffix in suffixes.items()}
         inputs |= {f"ff{suffix}": f"{stream}_ffn_input" for stream, suffix in suffixes.items()}
@@ -285,7 +323,8 @@ class SD35(PackedLatents):
         return state.image
 
     def finish(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
-        """diffusers' final layer gives row, column, channel of a token; ours are channel, row, column."""
+        """diffusers' final layer gives row, column, channel of a token; ours are channel, row,
+        column."""
         tokens = outer.proj_out(outer.norm_out(state.image, state.conditioning))
         side = outer.config.patch_size
         return tokens.unflatten(-1, (side, side, -1)).movedim(-1, -3).flatten(-3)
@@ -312,24 +351,32 @@ class SD35(PackedLatents):
         return super().latent_shape({"in_channels": 4 * config["in_channels"]}, height, width)
 
     def to_comfyui(self, key: str, keys: Collection[str]) -> Part:
-        """The last block, which has no FFN for the text, stores the two parts of its text norm the other way round."""
+        """The last block, which has no FFN for the text, stores the two parts of its text norm the
+        other way round."""
         part = COMFYUI_NAMES.place(key)
         block, norm, _ = key.partition("norm1_context.linear.")
-        others = (f"{block}ff_context.net.2.weight", f"{block}ff_context.weight")  # whole, projected
+        # whole, projected
+        others = (f"{block}ff_context.net.2.weight", f"{block}ff_context.weight")
         last = norm and not any(name in keys for name in others)
         return replace(part, pieces=(1, 0), of=2) if last else part
 
     def from_comfyui(self, name: str) -> tuple[str, ...]:
         return COMFYUI_NAMES.contents(name)
 
-    def random_inputs(self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str) -> Inputs:
+    def random_inputs(
+        self, config: dict, samples: int, grid: tuple, text_tokens: int, device: str
+    ) -> Inputs:
         """Standard normal inputs of this shape, for tests, timing and counting."""
         frames, rows, columns = grid
         channels = config["in_channels"] * config["patch_size"] ** 2
         return {
             "hidden_states": torch.randn(samples, frames * rows * columns, channels, device=device),
-            "encoder_hidden_states": torch.randn(samples, text_tokens, config["joint_attention_dim"], device=device),
-            "pooled_projections": torch.randn(samples, config["pooled_projection_dim"], device=device),
+            "encoder_hidden_states": torch.randn(
+                samples, text_tokens, config["joint_attention_dim"], device=device
+            ),
+            "pooled_projections": torch.randn(
+                samples, config["pooled_projection_dim"], device=device
+            ),
             "timestep": torch.rand(samples, device=device),
             "grid": torch.tensor([grid]),
         }

@@ -1,0 +1,1 @@
+"""The bundled teachers, and `ppcl demo`: the whole method on one of them."""

@@ -13,14 +13,23 @@ from pathlib import Path
 
 import torch
 
-from ..bundle import open_model
-from ..checkpoint import Weights
-from ..codecs import open_codec
-from ..files import replacing, write_json
-from ..sampling import draw_prompts, encode_prompts
-from ..similarity import wilson_interval
-from .reader import load_reader, read, score
-from .task import CHARACTERS, COLOUR_NAMES, FIELDS, SHAPES, SIZE, Caption, caption_table, random_captions
+from ..algorithms.resampling import wilson_interval
+from ..data.codecs import open_codec
+from ..data.draw import draw_prompts, encode_prompts
+from ..data.rendered.captions import (
+    CHARACTERS,
+    COLOUR_NAMES,
+    FIELDS,
+    SHAPES,
+    SIZE,
+    Caption,
+    caption_table,
+    random_captions,
+)
+from ..data.rendered.reader import load_reader, read, score
+from ..models.opening import open_model
+from ..models.weights import Weights
+from ..system.atomic import replacing, write_json
 
 CHUNK = 50  # captions drawn together
 GRID_SAMPLES, GRID_COLUMNS, GRID_SCALE = 48, 12, 2
@@ -28,18 +37,25 @@ RED, INK, PAPER = (205, 30, 30), (30, 30, 30), (255, 255, 255)
 
 
 def confusions(readings: torch.Tensor, captions: list[Caption]) -> list[dict]:
-    """What was read in place of what, most frequent first: {"field", "caption", "read", "count"}."""
+    """What was read in place of what, most frequent first: {"field", "caption", "read",
+    "count"}."""
     names = (CHARACTERS, COLOUR_NAMES, SHAPES, COLOUR_NAMES, COLOUR_NAMES)
     table = caption_table(captions)
     pairs = Counter(
         (FIELDS[column], names[column][table[row, column]], names[column][readings[row, column]])
         for row, column in (readings != table).nonzero().tolist()
     )
-    return [dict(zip(("field", "caption", "read", "count"), (*key, n), strict=True)) for key, n in pairs.most_common()]
+    return [
+        dict(zip(("field", "caption", "read", "count"), (*key, n), strict=True))
+        for key, n in pairs.most_common()
+    ]
 
 
-def write_grid(path: Path, pictures: torch.Tensor, captions: list[Caption], right: torch.Tensor) -> None:
-    """A PNG of up to 48 pictures, each over its caption's character; framed red where bool `right` [n] is False."""
+def write_grid(
+    path: Path, pictures: torch.Tensor, captions: list[Caption], right: torch.Tensor
+) -> None:
+    """A PNG of up to 48 pictures, each over its caption's character; framed red where bool `right`
+    [n] is False."""
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
@@ -48,38 +64,51 @@ def write_grid(path: Path, pictures: torch.Tensor, captions: list[Caption], righ
     count, side, margin, frame = min(GRID_SAMPLES, len(captions)), SIZE * GRID_SCALE, 14, 4
     width, height, legend = side + margin, side + margin + 26, 36
     rows = -(-count // GRID_COLUMNS)
-    sheet = Image.new("RGB", (GRID_COLUMNS * width + margin, rows * height + margin + legend), PAPER)
+    sheet = Image.new(
+        "RGB", (GRID_COLUMNS * width + margin, rows * height + margin + legend), PAPER
+    )
     canvas = ImageDraw.Draw(sheet)
     for index in range(count):
         row, column = divmod(index, GRID_COLUMNS)
         x, y = margin + column * width, margin + row * height
         ink = INK if right[index] else RED
         if not right[index]:
-            canvas.rectangle([x - frame, y - frame, x + side + frame - 1, y + side + frame - 1], fill=RED)
+            canvas.rectangle(
+                [x - frame, y - frame, x + side + frame - 1, y + side + frame - 1], fill=RED
+            )
         pixels = (pictures[index] * 255).round().byte().permute(1, 2, 0).numpy()
         sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (x, y))
         letter = CHARACTERS[captions[index].character]
         canvas.text((x + side / 2, y + side + 18), letter, fill=ink, font=font, anchor="mm")
     wrong = int((~right[:count]).sum())
     text = f"below each: its caption's character; red: read as another character, shape or colour ({wrong} of {count})"
-    canvas.text((margin, rows * height + margin + legend / 2 - 6), text, fill=INK, font=small, anchor="lm")
+    canvas.text(
+        (margin, rows * height + margin + legend / 2 - 6), text, fill=INK, font=small, anchor="lm"
+    )
     with replacing(path) as temporary:
         sheet.save(temporary, format="PNG")
 
 
 def measure(scores: dict[str, torch.Tensor]) -> dict[str, float]:
-    """`{name}_accuracy`, `{name}_accuracy_low` and `{name}_accuracy_high` of each bool [n] in `scores`."""
+    """`{name}_accuracy`, `{name}_accuracy_low` and `{name}_accuracy_high` of each bool [n] in
+    `scores`."""
     result = {}
     for name, right in scores.items():
         low, high = wilson_interval(right)
         share = right.double().mean().item()
-        result |= {f"{name}_accuracy": share, f"{name}_accuracy_low": low, f"{name}_accuracy_high": high}
+        result |= {
+            f"{name}_accuracy": share,
+            f"{name}_accuracy_low": low,
+            f"{name}_accuracy_high": high,
+        }
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", type=Path, required=True, help="file that ppcl_engine.demo.train wrote")
+    parser.add_argument(
+        "--teacher", type=Path, required=True, help="file that ppcl_engine.demo.train wrote"
+    )
     parser.add_argument("--captions", type=int, default=1000)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--steps", type=int, default=20)
@@ -107,7 +136,12 @@ def main() -> None:
         "confusions": confusions(readings, captions),
     }
     write_json(options.output / "teacher_accuracy.json", report)
-    write_grid(options.output / "teacher_grid.png", pictures, captions, torch.stack(list(scores.values())).all(dim=0))
+    write_grid(
+        options.output / "teacher_grid.png",
+        pictures,
+        captions,
+        torch.stack(list(scores.values())).all(dim=0),
+    )
     print(f"{'':<12}{'accuracy':>10}{'95 % interval':>20}")
     for name in scores:
         share, low, high = (report[f"{name}_accuracy{end}"] for end in ("", "_low", "_high"))

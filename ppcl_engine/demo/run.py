@@ -6,9 +6,10 @@ import shutil
 import time
 from pathlib import Path
 
-import torch
-
-from ..config import (
+from ..run import Run
+from ..settings.assess_settings import DemoConfig, EvaluateConfig
+from ..settings.convert_settings import ExportConfig
+from ..settings.prune_settings import (
     CalibrateConfig,
     DetectConfig,
     DetectWidthConfig,
@@ -18,52 +19,85 @@ from ..config import (
     ProbeConfig,
     VariantsConfig,
 )
-from ..config_files import DemoConfig, EvaluateConfig, ExportConfig
-from ..files import write_text
-from ..run import Run
-from ..stages.calibrate import calibrate
-from ..stages.detect import detect
-from ..stages.detect_width import detect_width
-from ..stages.distill_depth import distill_depth
-from ..stages.distill_width import distill_width
-from ..stages.evaluate import evaluate_with
-from ..stages.export import export
-from ..stages.polish import polish
-from ..stages.probe import probe
-from ..stages.variants import variants
-from .task import random_captions, render
+from ..stages.assess.evaluate import evaluate_with
+from ..stages.convert.export import export
+from ..stages.prune.calibrate import calibrate
+from ..stages.prune.detect import detect
+from ..stages.prune.detect_width import detect_width
+from ..stages.prune.distill_depth import distill_depth
+from ..stages.prune.distill_width import distill_width
+from ..stages.prune.polish import polish
+from ..stages.prune.probe import probe
+from ..stages.prune.variants import variants
+from ..system.atomic import write_text
+from .bundled import bundled, render_pictures
 
-TEACHER = Path(__file__).with_name("teacher.safetensors")
-TEACHERS = {"qwen": TEACHER, "flux": TEACHER.with_name("teacher_flux.safetensors")}
 FOLDERS = {"qwen": Path("runs/demo"), "flux": Path("runs/demo_flux")}
-FULL_SIZE = {"pictures": 480, "batch": 48, "bootstrap": 200, "longest": 8, "rounds": 10, "weighed": 48, "updates": 20,
-             "steps": 120, "drawn": 20}  # fmt: skip
-QUICK = {"pictures": 16, "batch": 4, "bootstrap": 5, "longest": 2, "rounds": 1, "weighed": 4, "updates": 2,
-         "steps": 2, "drawn": 4}  # fmt: skip
+FULL_SIZE = {
+    "pictures": 480,
+    "batch": 48,
+    "bootstrap": 200,
+    "longest": 8,
+    "rounds": 10,
+    "weighed": 48,
+    "updates": 20,
+    "steps": 120,
+    "drawn": 20,
+}
+QUICK = {
+    "pictures": 16,
+    "batch": 4,
+    "bootstrap": 5,
+    "longest": 2,
+    "rounds": 1,
+    "weighed": 4,
+    "updates": 2,
+    "steps": 2,
+    "drawn": 4,
+}
 LEARNING_RATE = 3e-3
 TOGETHER = 1e-3  # learning rate of projections, and of all parts together
-REMOVE = {"qwen": 6, "flux": 8}  # of 24 blocks: the paper's share, 10, costs Qwen's teacher a character in twelve
+# of 24 blocks: the paper's share, 10, costs Qwen's teacher a character in twelve
+REMOVE = {"qwen": 6, "flux": 8}
 SHARE = {"qwen": 0.5, "flux": 0.6}  # parameters of the smallest variant
 
 
 def demo(config: DemoConfig) -> Path:
-    """Every stage in the method's order; run again, it goes on from what is there. Returns the report."""
+    """Every stage in the method's order; run again, it goes on from what is there. Returns the
+    report."""
     start = time.monotonic()
     size = QUICK if config.quick else FULL_SIZE
     run = config.run or FOLDERS[config.teacher]
-    common = {"model": bundled(config.teacher), "run": run, "device": config.device, "seed": config.seed}
+    common = {
+        "model": bundled(config.teacher),
+        "run": run,
+        "device": config.device,
+        "seed": config.seed,
+    }
     images = render_pictures(run / "images", size["pictures"], config.seed)
-    calibrate(CalibrateConfig(**common, images=images, samples=size["pictures"], batch=size["batch"]))
+    calibrate(
+        CalibrateConfig(**common, images=images, samples=size["pictures"], batch=size["batch"])
+    )
     probe(ProbeConfig(**common))
     detect(
         DetectConfig(
-            **common, longest=size["longest"], bootstrap=size["bootstrap"], remove=REMOVE[config.teacher], explain=True
+            **common,
+            longest=size["longest"],
+            bootstrap=size["bootstrap"],
+            remove=REMOVE[config.teacher],
+            explain=True,
         )
     )
     distill_depth(DistillDepthConfig(**common, rounds=size["rounds"], learning_rate=LEARNING_RATE))
-    sites = {"share": SHARE[config.teacher], "longest": min(size["longest"], 6), "samples": size["weighed"]}
+    sites = {
+        "share": SHARE[config.teacher],
+        "longest": min(size["longest"], 6),
+        "samples": size["weighed"],
+    }
     detect_width(DetectWidthConfig(**common, **sites))
-    distill_width(DistillWidthConfig(**common, rounds=1, updates=size["updates"], learning_rate=TOGETHER))
+    distill_width(
+        DistillWidthConfig(**common, rounds=1, updates=size["updates"], learning_rate=TOGETHER)
+    )
     polish(PolishConfig(**common, steps=size["steps"], learning_rate=TOGETHER))
     variants(VariantsConfig(**common))
     export(ExportConfig(**common))
@@ -71,15 +105,6 @@ def demo(config: DemoConfig) -> Path:
     _stock(common, size["rounds"])
     judged = EvaluateConfig(**common, captions=config.captions, steps=size["drawn"])
     return evaluate_with(judged, lambda: time.monotonic() - start)
-
-
-def bundled(name: str) -> Path:
-    """A small teacher's file. Raises ValueError where it is not there."""
-    if not TEACHERS[name].exists():
-        raise ValueError(
-            f"{TEACHERS[name]} does not exist; make it with `python -m ppcl_engine.demo.train --teacher {name}`"
-        )
-    return TEACHERS[name]
 
 
 def _stock(common: dict, rounds: int) -> None:
@@ -91,21 +116,9 @@ def _stock(common: dict, rounds: int) -> None:
     plan = Run(run).load_plan()
     write_text(Run(run).plan, plan.with_parts(sites=(), variants=()).to_json())
     stock = {**common, "run": run}
-    distill_depth(DistillDepthConfig(**stock, rounds=rounds, learning_rate=LEARNING_RATE, correction="none"))
+    distill_depth(
+        DistillDepthConfig(**stock, rounds=rounds, learning_rate=LEARNING_RATE, correction="none")
+    )
     variants(VariantsConfig(**stock))
     for layout in ("comfyui", "diffusers"):
         export(ExportConfig(**stock, layout=layout, variant="small", name=f"small-{layout}"))
-
-
-def render_pictures(folder: Path, count: int, seed: int) -> Path:
-    """`count` pictures with captions beside them, as an artist would bring them."""
-    from PIL import Image
-
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    captions = random_captions(count, generator)
-    for index, (caption, picture) in enumerate(zip(captions, render(captions, generator), strict=True)):
-        pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(folder / f"{index:04d}.png")
-        (folder / f"{index:04d}.txt").write_text(caption.text() + "\n", encoding="utf-8")
-    return folder

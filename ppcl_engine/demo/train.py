@@ -1,4 +1,5 @@
-"""Train a small teacher from a seed: `python -m ppcl_engine.demo.train --teacher flux --output teacher_flux.safetensors`.
+"""Train a small teacher from a seed: `python -m ppcl_engine.demo.train --teacher flux --output
+teacher_flux.safetensors`.
 
 Rectified flow (velocity = noise - picture) on endless rendered pictures. Batches depend on
 (seed, step) alone, so a run that was killed goes on from its last save to the same weights.
@@ -17,19 +18,21 @@ from pathlib import Path
 import torch
 
 from ..architectures import Architecture, Inputs, architecture_named, placed
-from ..checkpoint import COMFYUI_PREFIX
-from ..codecs import TableCodec
-from ..files import write_json, write_tensors
-from ..sampling import inputs_of
-from ..standalone import Source, comfyui_sources
-from .codec import TEXT_WIDTH, fit_codec
-from .task import random_captions, render
+from ..data.codecs.table import TableCodec
+from ..data.draw import inputs_of
+from ..data.rendered.captions import random_captions, render
+from ..data.rendered.tables import TEXT_WIDTH, fit_codec
+from ..models.tensor_sources import Source, comfyui_sources
+from ..models.weights import COMFYUI_PREFIX
+from ..system.atomic import write_json
+from ..system.tensor_files import write_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A small model of one architecture. `numbered`: its text tokens need positions of the codec's; `zeroed`: a pattern
-    of the names whose weights start at zero, so that every block starts as the identity and the model predicts 0."""
+    """A small model of one architecture. `numbered`: its text tokens need positions of the codec's;
+    `zeroed`: a pattern of the names whose weights start at zero, so that every block starts as the
+    identity and the model predicts 0."""
 
     architecture: Architecture
     config: dict
@@ -103,7 +106,9 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def training_batch(kind: Kind, codec: TableCodec, recipe: Recipe, step: int) -> tuple[Inputs, torch.Tensor]:
+def training_batch(
+    kind: Kind, codec: TableCodec, recipe: Recipe, step: int
+) -> tuple[Inputs, torch.Tensor]:
     """(what the model reads, the velocity that it has to give)"""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step + 1)
     captions = random_captions(recipe.batch, generator)
@@ -136,7 +141,10 @@ def new_teacher(kind: Kind, seed: int) -> torch.nn.Module:
 
 def blocks_of(kind: Kind, model: torch.nn.Module) -> list[torch.nn.Module]:
     indices = range(kind.architecture.num_blocks(kind.config))
-    return [model.get_submodule(kind.architecture.block_prefix(kind.config, i).rstrip(".")) for i in indices]
+    return [
+        model.get_submodule(kind.architecture.block_prefix(kind.config, i).rstrip("."))
+        for i in indices
+    ]
 
 
 def train(recipe: Recipe, output: Path, compiled: bool, device: str) -> None:
@@ -145,7 +153,10 @@ def train(recipe: Recipe, output: Path, compiled: bool, device: str) -> None:
     model = new_teacher(kind, recipe.seed).to(device)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     resume = output.with_suffix(".resume.safetensors")
@@ -180,14 +191,17 @@ def train(recipe: Recipe, output: Path, compiled: bool, device: str) -> None:
         if step % recipe.save_every == 0 or step == recipe.steps:
             save_progress(resume, recipe, step, model, optimizer, average)
             save_teacher(kind, output, recipe, step, {**model.state_dict(), **average}, codec)
-    write_json(output.with_suffix(".json"), {"recipe": asdict(recipe), "seconds": time.monotonic() - start})
+    write_json(
+        output.with_suffix(".json"), {"recipe": asdict(recipe), "seconds": time.monotonic() - start}
+    )
 
 
 def save_progress(path: Path, recipe: Recipe, step: int, model, optimizer, average) -> None:
     tensors = {}
     for name, parameter in model.named_parameters():
         tensors |= {f"weight.{name}": parameter.data, f"average.{name}": average[name]}
-        if state := optimizer.state.get(parameter):  # nothing reads the last text, so plain blocks give it no gradient
+        # nothing reads the last text, so plain blocks give it no gradient
+        if state := optimizer.state.get(parameter):
             tensors |= {f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
     write_tensors(path, tensors, {"step": str(step), "recipe": json.dumps(asdict(recipe))})
 
@@ -198,7 +212,9 @@ def load_progress(path: Path, recipe: Recipe, model, optimizer, average) -> int:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         if json.loads(metadata["recipe"]) != asdict(recipe):
-            raise SystemExit(f"{path} belongs to another recipe; move it away or use the same options")
+            raise SystemExit(
+                f"{path} belongs to another recipe; move it away or use the same options"
+            )
         step, names = int(metadata["step"]), set(file.keys())
         for name, parameter in model.named_parameters():
             parameter.data.copy_(file.get_tensor(f"weight.{name}"))
@@ -213,11 +229,19 @@ def load_progress(path: Path, recipe: Recipe, model, optimizer, average) -> int:
 
 
 def save_teacher(
-    kind: Kind, path: Path, recipe: Recipe, step: int, state: dict[str, torch.Tensor], codec: TableCodec
+    kind: Kind,
+    path: Path,
+    recipe: Recipe,
+    step: int,
+    state: dict[str, torch.Tensor],
+    codec: TableCodec,
 ) -> None:
-    """As a ComfyUI checkpoint, so that stock hosts read it too. state: with the tables that no training moves."""
+    """As a ComfyUI checkpoint, so that stock hosts read it too. state: with the tables that no
+    training moves."""
     sources = {name: Source(tuple(t.shape), lambda t=t: t) for name, t in state.items()}
-    named = {name: source.read() for name, source in comfyui_sources(kind.architecture, sources).items()}
+    named = {
+        name: source.read() for name, source in comfyui_sources(kind.architecture, sources).items()
+    }
     tensors = {f"{COMFYUI_PREFIX}{name}": t.to("cpu", torch.bfloat16) for name, t in named.items()}
     metadata = {
         "config": json.dumps({"_class_name": kind.architecture.diffusers_class, **kind.config}),
@@ -231,12 +255,18 @@ def save_teacher(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", choices=tuple(RECIPES), default=Recipe.teacher, help="its architecture")
+    parser.add_argument(
+        "--teacher", choices=tuple(RECIPES), default=Recipe.teacher, help="its architecture"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/teacher/teacher.safetensors"))
     parser.add_argument("--steps", type=int, help="other than the recipe's own")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--no-compile", action="store_true", help="plain blocks, where there is no C++ compiler")
+    parser.add_argument(
+        "--no-compile",
+        action="store_true",
+        help="run the blocks uncompiled, for a machine without a C++ compiler",
+    )
     options = parser.parse_args()
     recipe = replace(RECIPES[options.teacher], seed=options.seed)
     recipe = replace(recipe, steps=options.steps or recipe.steps)

@@ -6,13 +6,17 @@ import errno
 import os
 import sys
 
-from ..advice import memory_advice
-from ..config import Common
+from ..estimate.advice import memory_advice
+from ..settings.base_settings import Common
 
 DONE, UNEXPECTED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 NO_MEMORY = (
-    "out of memory", "DefaultCPUAllocator", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "can't start new thread",
-)  # fmt: skip
+    "out of memory",
+    "DefaultCPUAllocator",
+    "std::bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't start new thread",
+)
 """How libraries say it in a RuntimeError."""
 
 
@@ -21,7 +25,9 @@ def failure(error: BaseException, stage: str, config: Common | None) -> tuple[st
     if config is not None and (line := memory_line(error, stage, config)):
         return line, USER_ERROR
     if isinstance(error, ImportError):
-        return _one_line(f"{error}; install requirements.txt into this Python ({sys.executable})"), USER_ERROR
+        return _one_line(
+            f"{error}; install requirements.txt into this Python ({sys.executable})"
+        ), USER_ERROR
     if isinstance(error, ValueError):
         return _one_line(str(error)), USER_ERROR
     if isinstance(error, OSError) and error.errno is not None:
@@ -41,7 +47,9 @@ def memory_line(error: BaseException, stage: str, config: Common) -> str | None:
 def _file_line(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{where}the disk is full; free space and start it again, it goes on from what is saved"
+        return (
+            f"{where}the disk is full; free space and start it again, it goes on from what is saved"
+        )
     return f"{where}{os.strerror(error.errno)}; correct it and start it again"
 
 

@@ -1,7 +1,8 @@
-"""The one place that starts a process: this interpreter, the worker's file, a run folder. Nothing else reaches it.
+"""The one place that starts a process: this interpreter, the worker's file, a run folder. Nothing
+else reaches it.
 
-No widget's text is in the command, the environment or the working folder: the run folder is the host's output folder
-and a name of ours.
+No widget's text is in the command, the environment or the working folder: the run folder is the
+host's output folder and a name of ours.
 """
 
 from __future__ import annotations
@@ -35,32 +36,40 @@ Process = subprocess.Popen
 
 
 def check_name(name: str) -> str:
-    """Raises ValueError for what is no name of a run."""
+    """Raises ValueError for text that cannot name a run."""
     if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
-        raise ValueError(f"{name[:LONGEST_NAME]!r} is no name of a run (a-z, 0-9 and '-'); choose one from the list")
+        raise ValueError(
+            f"{name[:LONGEST_NAME]!r} is not the name of a run (a-z, 0-9 and '-'); choose one from the list"
+        )
     return name
 
 
 def launch(folder: Path, outlive: bool) -> Process:
-    """Starts the worker on a queued run, or on one whose worker is gone. It ends with this process unless `outlive`.
+    """Starts the worker on a queued run, or on one whose worker is gone. It ends with this process
+    unless `outlive`.
 
-    Raises ValueError for a folder without a name of ours, for a run that is at work and for one that has ended.
+    Raises ValueError for a folder that is not named like a run, for a run that is at work and for one
+    that has ended.
     """
     folder = Path(folder).absolute()
     check_name(folder.name)
-    with claimed(folder):  # the worker's first act is to claim it too, so it begins when its pid is written
+    # the worker's first act is to claim it too, so it begins when its pid is written
+    with claimed(folder):
         state = read_state(folder)
         if is_abandoned(state):
             (folder / CANCEL).unlink(missing_ok=True)
         elif state.status != "queued" or state.pid is not None:
-            raise ValueError(f"{folder.name} is {state.status} already; watch it, or make another attempt")
+            raise ValueError(
+                f"{folder.name} is {state.status} already; watch it, or make another attempt"
+            )
         process = _start(folder)
         write_state(folder, _queued(state, process.pid, outlive))
     return process
 
 
 def stop(process: Process, patience: float = PATIENCE) -> int:
-    """Asks it to save and end, then terminates, then kills it; waits `patience` seconds each time. Its exit code."""
+    """Asks it to save and end, then terminates, then kills it; waits `patience` seconds each time.
+    Its exit code."""
     ask_to_cancel(Path(process.args[-1]))
     for harder in (process.terminate, process.kill):
         try:
@@ -71,11 +80,17 @@ def stop(process: Process, patience: float = PATIENCE) -> int:
 
 
 def prepared_command(folder: Path, processes: int = 1) -> str:
-    """What a person types in a terminal to do the same, in any folder. --multi_gpu starts several processes also
-    where there is no GPU; accelerate's --cpu would start one."""
+    """What a person types in a terminal to do the same, in any folder. --multi_gpu starts several
+    processes also where there is no GPU; accelerate's --cpu would start one."""
     interpreter = [sys.executable]
     if processes > 1:
-        interpreter += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+        interpreter += [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            str(processes),
+        ]
     return _quoted([*interpreter, str(WORKER), str(Path(folder).absolute())])
 
 
@@ -88,17 +103,27 @@ def _start(folder: Path) -> Process:
     with open(folder / LOG, "ab") as log:
         return subprocess.Popen(
             [sys.executable, str(WORKER), str(folder)],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder, **apart,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            **apart,
+        )
 
 
 def _queued(state: JobState, child: int, outlive: bool) -> JobState:
     pid, started = process_of(child)
     parent, parent_started = (None, None) if outlive else process_of(os.getpid())
     return replace(
-        state, status="queued", error="", pid=pid, process_started=started, host=platform.node(), parent_pid=parent,
+        state,
+        status="queued",
+        error="",
+        pid=pid,
+        process_started=started,
+        host=platform.node(),
+        parent_pid=parent,
         parent_started=parent_started,
-    )  # fmt: skip
+    )
 
 
 def _quoted(words: list[str]) -> str:

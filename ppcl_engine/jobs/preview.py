@@ -1,6 +1,8 @@
-"""preview.png: the loss so far, and pictures of the teacher and of what is trained, from the same captions and noise.
+"""preview.png: the loss so far, and pictures of the teacher and of what is trained, from the same
+captions and noise.
 
-Drawn from files alone, between two steps of the stage, with generators of its own: no bit of the training changes.
+Drawn from files alone, between two steps of the stage, with generators of its own: no bit of the
+training changes.
 """
 
 from __future__ import annotations
@@ -15,21 +17,31 @@ import torch
 from torch import nn
 
 from ..architectures import Architecture, Inputs
-from ..atomic import replacing
-from ..bundle import Students, assemble, open_variant
-from ..checkpoint import Weights
-from ..codecs import TABLES, Codec, open_codec
-from ..config import Common, DistillDepthConfig, DistillWidthConfig, FinetuneConfig, PolishConfig
-from ..config_files import SparsifyConfig
-from ..data import load_calibration
-from ..files import TensorFile
-from ..layout import full_layout
+from ..data.calibration import load_calibration
+from ..data.codecs import open_codec
+from ..data.codecs.base import Codec
+from ..data.codecs.table import TABLES
+from ..data.draw import Prompts, draw
+from ..models.assembly import Students, assemble, open_variant
+from ..models.layout import full_layout
+from ..models.surgery import filled_student
+from ..models.weights import Weights
 from ..plan import Interval, PruningPlan, Variant, parse_sites
-from ..progress import listening
-from ..run import DTYPES, Run, RunStudents, resolve_device
-from ..sampling import Prompts, draw
-from ..surgery import filled_student
-from .sheet import LAYER_ERRORS, LOSSES, Row, sheet
+from ..report.drawings.preview_sheet import LAYER_ERRORS, LOSSES, Row, sheet
+from ..run import Run
+from ..settings.base_settings import Common
+from ..settings.convert_settings import SparsifyConfig
+from ..settings.prune_settings import (
+    DistillDepthConfig,
+    DistillWidthConfig,
+    FinetuneConfig,
+    PolishConfig,
+)
+from ..stages.inputs import RunStudents
+from ..system.atomic import replacing
+from ..system.machine import DTYPES, resolve_device
+from ..system.progress import listening
+from ..system.tensor_files import TensorFile
 from .state import METRICS, PREVIEW
 
 PICTURES, STEPS = 4, 12
@@ -40,12 +52,14 @@ SEED = 0
 
 
 def next_drawing(begun: float, now: float, seconds: float) -> float:
-    """When the next preview is due, after one that took from `begun` to `now`, in seconds of one clock."""
+    """When the next preview is due, after one that took from `begun` to `now`, in seconds of one
+    clock."""
     return now + max(seconds, SHARE * (now - begun))
 
 
 class Preview:
-    """`draw` is called where everything that was made is on disk; `config` is the present stage's. `asked`: to stop."""
+    """`draw` is called where everything that was made is on disk; `config` is the present stage's.
+    `asked`: to stop."""
 
     def __init__(self, folder: Path, seconds: float, asked: Callable[[], bool]):
         self.folder, self.seconds, self.asked = folder, seconds, asked
@@ -54,7 +68,8 @@ class Preview:
         self._painter: Painter | None = None
 
     def draw(self, finished: bool) -> bool:
-        """Whether there is a new picture: when it is time, and at the end of a stage that trained or pruned weights."""
+        """Whether there is a new picture: when it is time, and at the end of a stage that trained
+        or pruned weights."""
         begun = time.monotonic()
         if not self.seconds or self.asked() or type(self.config) not in {*TRAINING, *CURVES_ALONE}:
             return False
@@ -91,7 +106,8 @@ class Enough(Exception):
 
 
 def can_paint(config: Common) -> bool:
-    """Whether the model brings its codec and is so small that reading it a second time costs little."""
+    """Whether the model brings its codec and is so small that reading it a second time costs
+    little."""
     model = Path(config.model)
     files = [model] if model.is_file() else list((model / "transformer").glob("*.safetensors"))
     if sum(file.stat().st_size for file in files) > LARGEST:
@@ -102,7 +118,7 @@ def can_paint(config: Common) -> bool:
 
 
 def _worded(inputs: Inputs) -> torch.Tensor:
-    """Rows whose caption is not empty, as far as a mask shows it; the first where there is none."""
+    """Rows whose caption is not empty, as far as a mask shows it; else the first row."""
     mask = inputs.get("encoder_hidden_states_mask")
     if mask is None:
         return torch.arange(len(inputs["hidden_states"]))
@@ -121,7 +137,9 @@ class Painter:
         chosen = _worded(inputs)[:PICTURES]
         self.grid, shape = inputs["grid"], inputs["hidden_states"][chosen].shape
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
-        text = {name: tensor[chosen] for name, tensor in inputs.items() if name not in PICTURE_INPUTS}
+        text = {
+            name: tensor[chosen] for name, tensor in inputs.items() if name not in PICTURE_INPUTS
+        }
         self.prompts = Prompts(
             given=text,
             nothing=text,  # not read without guidance
@@ -155,14 +173,26 @@ class Painter:
 
 
 def present(config: Common, weights: Weights) -> tuple[Students, PruningPlan, Variant, str] | None:
-    """What the stage has on disk: trained parts, their plan, what of it is on, its name. None when there is nothing."""
+    """What the stage has on disk: trained parts, their plan, what of it is on, its name. None when
+    there is nothing."""
     run = Run(config.run)
-    plan, students = run.load_plan(), RunStudents(run, weights.config, weights.architecture, polished=False)
+    plan, students = (
+        run.load_plan(),
+        RunStudents(run, weights.config, weights.architecture, polished=False),
+    )
     return TRAINING[type(config)](config, run, plan, students, weights.architecture)
 
 
-def _depth(config: DistillDepthConfig, run: Run, plan: PruningPlan, students: Students, architecture: Architecture):
-    plan = plan.with_parts(sites=(), variants=(), intervals=tuple(_as_trained(i, config, run) for i in plan.intervals))
+def _depth(
+    config: DistillDepthConfig,
+    run: Run,
+    plan: PruningPlan,
+    students: Students,
+    architecture: Architecture,
+):
+    plan = plan.with_parts(
+        sites=(), variants=(), intervals=tuple(_as_trained(i, config, run) for i in plan.intervals)
+    )
     names = tuple(i.name for i in plan.intervals if run.student(i.name).exists())
     on = f"student\n{len(names)} of {len(plan.intervals)}\nintervals"
     return (students, plan, Variant(name="present", intervals=names), on) if names else None
@@ -170,23 +200,45 @@ def _depth(config: DistillDepthConfig, run: Run, plan: PruningPlan, students: St
 
 def _as_trained(interval: Interval, config: DistillDepthConfig, run: Run) -> Interval:
     """The plan learns of the correction only at the stage's end."""
-    return replace(interval, correction=config.correction) if run.student(interval.name).exists() else interval
+    return (
+        replace(interval, correction=config.correction)
+        if run.student(interval.name).exists()
+        else interval
+    )
 
 
-def _width(config: DistillWidthConfig, run: Run, plan: PruningPlan, students: Students, architecture: Architecture):
+def _width(
+    config: DistillWidthConfig,
+    run: Run,
+    plan: PruningPlan,
+    students: Students,
+    architecture: Architecture,
+):
     if config.sites:
         plan = plan.with_parts(sites=parse_sites(config.sites, config.form), variants=())
     return students, plan, plan.everything(), f"student\n{len(plan.sites)} width\nsites"
 
 
-def _polish(config: PolishConfig, run: Run, plan: PruningPlan, students: Students, architecture: Architecture):
+def _polish(
+    config: PolishConfig,
+    run: Run,
+    plan: PruningPlan,
+    students: Students,
+    architecture: Architecture,
+):
     if not run.polish_state.exists():
         return None
     variant = plan.variant(config.variant) if config.variant else plan.everything()
     return Saved(run.polish_state, plan, architecture), plan, variant, "polished\nstudent"
 
 
-def _finetune(config: FinetuneConfig, run: Run, plan: PruningPlan, students: Students, architecture: Architecture):
+def _finetune(
+    config: FinetuneConfig,
+    run: Run,
+    plan: PruningPlan,
+    students: Students,
+    architecture: Architecture,
+):
     source = plan.variant(config.variant)
     name = config.name or f"{source.name}_tuned"
     if not run.tuned_variant(name).exists():
@@ -196,7 +248,12 @@ def _finetune(config: FinetuneConfig, run: Run, plan: PruningPlan, students: Stu
 
 
 CURVES_ALONE = {SparsifyConfig: LAYER_ERRORS}
-TRAINING = {DistillDepthConfig: _depth, DistillWidthConfig: _width, PolishConfig: _polish, FinetuneConfig: _finetune}
+TRAINING = {
+    DistillDepthConfig: _depth,
+    DistillWidthConfig: _width,
+    PolishConfig: _polish,
+    FinetuneConfig: _finetune,
+}
 
 
 class Saved:
@@ -209,7 +266,9 @@ class Saved:
         state = self._under(f"weight.students.{interval.name}.", dtype, device)
         return filled_student(self.architecture, self.plan.config, interval, state)
 
-    def projection(self, place: str, kind: str, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    def projection(
+        self, place: str, kind: str, dtype: torch.dtype, device: str
+    ) -> dict[str, torch.Tensor]:
         return self._under(f"weight.projections.{place}:{kind}.", dtype, device)
 
     def tuned(self, variant: str, key: str) -> torch.Tensor:
@@ -221,8 +280,8 @@ class Saved:
 
 
 def loss_curves(path: Path) -> dict[str, dict[int, float]]:
-    """name -> {update: loss} of the kind of training that was measured last; an update that was done again counts
-    once. Nothing where nothing was measured."""
+    """name -> {update: loss} of the kind of training that was measured last; an update that was
+    done again counts once. Nothing where nothing was measured."""
     if not path.exists():
         return {}
     with open(path, encoding="utf-8", newline="") as file:
@@ -235,6 +294,7 @@ def loss_curves(path: Path) -> dict[str, dict[int, float]]:
 
 
 def _kind(what: str) -> str:
-    """Trainers name themselves "interval 3-4", "ffn_image of block 2", or the stage; maps that were pruned "layer attn.to_q"."""
+    """Trainers name themselves "interval 3-4", "ffn_image of block 2", or the stage; maps that were
+    pruned "layer attn.to_q"."""
     first = what.split(" ")[0]
     return first if first in ("interval", "layer") else "site" if " of block " in what else what

@@ -1,4 +1,5 @@
-"""What a worker tells of its work: the listener that keeps state.json, events.jsonl and metrics.csv true."""
+"""What a worker tells of its work: the listener that keeps state.json, events.jsonl and metrics.csv
+true."""
 
 from __future__ import annotations
 
@@ -12,12 +13,14 @@ from pathlib import Path
 
 from .state import METRICS, JobState, append_event, append_line, write_state
 
-EVERY, HEARTBEAT = 0.3, 5.0  # seconds between two states on disk: when there is news, and when there is none
+# seconds between two states on disk: when there is news, and when there is none
+EVERY, HEARTBEAT = 0.3, 5.0
 SAFE_AT_EVERY_STEP = {"calibrate", "probe", "detect", "sparsify"}  # their steps are files
 
 
 class Reporter:
-    """Heard from the main thread; `write` is the watching thread's, so that no stage waits for a disk."""
+    """Heard from the main thread; `write` is the watching thread's, so that no stage waits for a
+    disk."""
 
     def __init__(self, folder: Path, state: JobState, asked: Callable[[], bool]):
         """draw(finished), at the end of a stage or before: whether there is a new preview."""
@@ -28,7 +31,14 @@ class Reporter:
         self._lock, self._written, self._news, self._since_asked = threading.Lock(), 0.0, True, 0
 
     def begin(self, number: int, stage: str) -> None:
-        nothing = {"what": "", "step": 0, "steps": 0, "rate": None, "seconds_left": None, "last_good_step": 0}
+        nothing = {
+            "what": "",
+            "step": 0,
+            "steps": 0,
+            "rate": None,
+            "seconds_left": None,
+            "last_good_step": 0,
+        }
         self._change(number=number, stage=stage, **nothing)
         self.write(always=True)
         append_event(self.folder, "stage", number=number, stage=stage)
@@ -41,8 +51,14 @@ class Reporter:
 
     def advanced(self, what: str, step: int, steps: int | None, rate: float | None) -> None:
         left = (steps - step) / rate if rate and steps else None
-        good = {"last_good_step": step} if what == self.state.stage and what in SAFE_AT_EVERY_STEP else {}
-        self._change(what=what, step=int(step), steps=int(steps or 0), rate=rate, seconds_left=left, **good)
+        good = (
+            {"last_good_step": step}
+            if what == self.state.stage and what in SAFE_AT_EVERY_STEP
+            else {}
+        )
+        self._change(
+            what=what, step=int(step), steps=int(steps or 0), rate=rate, seconds_left=left, **good
+        )
         self._insist()
 
     def measured(self, what: str, step: int, loss: float) -> None:
@@ -81,7 +97,8 @@ class Reporter:
             self.state, self._news = replace(self.state, **values), True
 
     def _insist(self) -> None:
-        """An interrupt can be lost where Python ignores exceptions (in a destructor); work that goes on shows it."""
+        """An interrupt can be lost where Python ignores exceptions (in a destructor); work that
+        goes on shows it."""
         self._since_asked += self.asked()
         if self._since_asked > 3:  # a training loop saves and stops after one
             self._since_asked = 0

@@ -1,13 +1,13 @@
-"""A folder of runs, each named by a hash of all that its results hang on: the same request finds the same run.
+"""A folder of runs, each named by a hash of all that decides its results: the same request finds
+the same run.
 
-A new run begins with the files of the run before it, as hard links: nothing is computed twice. Every file is replaced
-whole, never written into, so nothing that a run does can change another one.
+A new run begins with the files of the run before it, as hard links: nothing is computed twice.
+Every file is replaced whole, never written into, so nothing that a run does can change another one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -18,10 +18,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from ..atomic import read_json
+from ..system.atomic import read_json
+from ..system.json_text import json_text
 from .launch import Process, check_name, launch
-from .order import ORDER, Order, configs, read_order, write_order
-from .seeding import CALIBRATION, clear_scratch, seed_attempt, seed_from_sibling, seed_from_upstream, sha256_of
+from .reuse import (
+    CALIBRATION,
+    clear_scratch,
+    seed_attempt,
+    seed_from_sibling,
+    seed_from_upstream,
+    sha256_of,
+)
+from .spec import ORDER, Order, configs, read_order, write_order
 from .state import (
     STATE,
     JobState,
@@ -40,7 +48,8 @@ ATTEMPT = re.compile(r"(.*-[0-9a-f]{8})(?:-([1-9][0-9]*))?")
 EXPORTING = {"export", "sparsify"}
 UNFINISHED = ".new-"  # a folder that is being filled; no name of a run begins like this
 FORGOTTEN = 3600.0  # seconds after which such a folder is of a process that was killed
-SAME_BITS = {"streamed", "checkpointing", "save_every", "dry_run", "run"}  # settings that no result hangs on
+# settings that no result hangs on
+SAME_BITS = {"streamed", "checkpointing", "save_every", "dry_run", "run"}
 
 
 @dataclass(frozen=True)
@@ -58,19 +67,24 @@ class RunStore:
         self.root = Path(root).resolve()
 
     def path(self, name: str) -> Path:
-        """Raises ValueError, in one line, for what is no name of ours or no real folder of this root."""
+        """Raises ValueError, in one line, for text that cannot name a run, and unless it names a real
+        folder of this root."""
         folder = self.root / check_name(name)
         if folder.is_symlink() or not folder.is_dir() or folder.resolve().parent != self.root:
             raise ValueError(f"run {name} is not in {self.root}; choose one from the list")
         return folder
 
     def names(self) -> list[tuple[str, JobState]]:
-        """Newest first. A run whose state is rubbish is there as failed, with the line that says so."""
+        """Newest first. A run whose state is rubbish is there as failed, with the line that says
+        so."""
         made = {path: at for path in self._entries() if (at := self.made_at(path)) is not None}
-        return [(path.name, _state_to_show(path)) for path in sorted(made, key=made.get, reverse=True)]
+        return [
+            (path.name, _state_to_show(path)) for path in sorted(made, key=made.get, reverse=True)
+        ]
 
     def made_at(self, path: Path) -> int | None:
-        """When an entry of the root was made, in nanoseconds; None: it is not the folder of a job."""
+        """When an entry of the root was made, in nanoseconds; None: it is not the folder of a
+        job."""
         if path.name.startswith(".") or path.is_symlink() or not (path / STATE).is_file():
             return None
         return (path / ORDER).stat().st_mtime_ns if (path / ORDER).is_file() else None
@@ -82,25 +96,33 @@ class RunStore:
         return sorted((path / "exports").rglob("*.safetensors")) if exporting else []
 
     def prepare(self, kind: str, stages, upstream: str = "", **options) -> Prepared:
-        """The run that does these (stage, settings) pairs on the files of `upstream`; options: an Order's.
+        """The run that does these (stage, settings) pairs on the files of `upstream`; options: an
+        Order's.
 
-        One that is done, at work or queued is found again. One that failed, was cancelled or lost its worker gets
-        another attempt, which goes on from its files; a changed one takes what is still valid from the last of its
-        kind. Raises ValueError for an unknown stage or setting and for an upstream that is not done.
+        One that is done, at work or queued is found again. One that failed, was cancelled or lost
+        its worker gets another attempt, which goes on from its files; a changed one takes what is
+        still valid from the last of its kind. Raises ValueError for an unknown stage or setting and
+        for an upstream that is not done.
         """
         stages = tuple((stage, dict(settings)) for stage, settings in stages)
-        order = Order(stages=stages, upstream=upstream, identity=self._identity(stages, upstream), **options)
+        order = Order(
+            stages=stages, upstream=upstream, identity=self._identity(stages, upstream), **options
+        )
         return self._prepare(_base(kind, order.identity), order)
 
     def again(self, name: str) -> Prepared:
-        """Another attempt of a run that failed or was cancelled; the run itself where it is done or at work."""
+        """Another attempt of a run that failed or was cancelled; the run itself where it is done or
+        at work."""
         match = ATTEMPT.fullmatch(name)
         return self._prepare(match[1] if match else name, read_order(self.path(name)))
 
-    def derive(self, kind: str, upstream: str, write: Callable[[Path], None], identity_of: dict) -> Path:
-        """A run that is made at once: the upstream's files, then what `write(folder)` puts there. Made again from
-        the same upstream and `identity_of`, it is the one that is there. `write` may replace .json files freely;
-        other files of the upstream are hard links, to be replaced as `atomic.replacing` does."""
+    def derive(
+        self, kind: str, upstream: str, write: Callable[[Path], None], identity_of: dict
+    ) -> Path:
+        """A run that is made at once: the upstream's files, then what `write(folder)` puts there.
+        Made again from the same upstream and `identity_of`, it is the one that is there. `write`
+        may replace .json files freely; other files of the upstream are hard links, to be replaced
+        as `atomic.replacing` does."""
         before = self._identity_of_run(upstream) if upstream else ""
         identity = _hash({"upstream": before, **identity_of})
         base, order = _base(kind, identity), Order(stages=(), upstream=upstream, identity=identity)
@@ -117,14 +139,16 @@ class RunStore:
         return made[-1]
 
     def start(self, path: Path) -> Process | None:
-        """Launches the worker; None where one is at work already. Raises ValueError for a run that has ended."""
+        """Launches the worker; None where one is at work already. Raises ValueError for a run that
+        has ended."""
         path = self.path(Path(path).name)
         state = read_state(path)
         at_work = not state.is_final and state.pid is not None and not is_abandoned(state)
         return None if at_work else launch(path, read_order(path).outlive)
 
     def _prepare(self, base: str, order: Order) -> Prepared:
-        configs(order, self.root / base)  # unknown stages and settings are refused before anything is written
+        # unknown stages and settings are refused before anything is written
+        configs(order, self.root / base)
         while True:
             attempts = self._attempts(base)
             newest = (_ours(attempts, order.identity) or [None])[-1]
@@ -143,7 +167,9 @@ class RunStore:
     def _fill(self, folder: Path, base: str, order: Order, newest: Path | None) -> None:
         write_order(folder, order)
         if newest is not None:
-            append_event(folder, "continued", run=newest.name, finished=finished_stages(read_events(newest)))
+            append_event(
+                folder, "continued", run=newest.name, finished=finished_stages(read_events(newest))
+            )
             seed_attempt(newest, folder)
         else:
             if order.upstream:
@@ -158,7 +184,11 @@ class RunStore:
         kind = base.rpartition("-")[0]
         for name, _ in self.names():
             match = ATTEMPT.fullmatch(name)
-            if match and match[1].rpartition("-")[0] == kind and (order := _order_of(self.root / name)):
+            if (
+                match
+                and match[1].rpartition("-")[0] == kind
+                and (order := _order_of(self.root / name))
+            ):
                 yield self.root / name, order
 
     def _attempts(self, base: str) -> dict[int, Path]:
@@ -182,7 +212,9 @@ class RunStore:
     def _identity(self, stages: tuple[tuple[str, dict], ...], upstream: str) -> str:
         order = Order(stages=stages)
         rows = [[stage, _marked(config)] for stage, config in configs(order, self.root / "run")]
-        return _hash({"stages": rows, "upstream": self._identity_of_run(upstream) if upstream else ""})
+        return _hash(
+            {"stages": rows, "upstream": self._identity_of_run(upstream) if upstream else ""}
+        )
 
     def _identity_of_run(self, name: str) -> str:
         """Its order's, or its recording's content."""
@@ -229,7 +261,7 @@ class RunStore:
 
 def _base(kind: str, identity: str) -> str:
     if not KIND.fullmatch(kind):
-        raise ValueError(f"{kind!r} is no kind of run; use a-z, 0-9 and '-'")
+        raise ValueError(f"{kind!r} is not a kind of run; use a-z, 0-9 and '-'")
     return f"{kind}-{identity[:8]}"
 
 
@@ -263,24 +295,36 @@ def _state_to_show(path: Path) -> JobState:
 
 
 def _hash(values: dict) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json_text(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _marked(config) -> dict:
-    """Settings that results hang on; a file or folder counts by name, sizes and times, not by where it is."""
+    """Settings that decide the results; a file or folder counts by name, sizes and times, not by where
+    it is."""
     values = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in SAME_BITS}
     return {name: [v.name, _mark(v)] if isinstance(v, Path) else v for name, v in values.items()}
 
 
 def _mark(path: Path) -> list:
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    files = (
+        sorted(p for p in path.rglob("*") if p.is_file())
+        if path.is_dir()
+        else [path]
+        if path.is_file()
+        else []
+    )
     return [[str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def _drop_parts_of_another_plan(upstream: Path, folder: Path) -> None:
     """Projections and polished parts are fitted to all intervals and sites together."""
-    plans = [read_json(path / "plan.json") if (path / "plan.json").exists() else {} for path in (upstream, folder)]
-    before, now = ([p.get("sites"), [[i["first"], i["last"]] for i in p.get("intervals", [])]] for p in plans)
+    plans = [
+        read_json(path / "plan.json") if (path / "plan.json").exists() else {}
+        for path in (upstream, folder)
+    ]
+    before, now = (
+        [p.get("sites"), [[i["first"], i["last"]] for i in p.get("intervals", [])]] for p in plans
+    )
     if before != now:
         for name in ("width", "polished"):
             shutil.rmtree(folder / name, ignore_errors=True)

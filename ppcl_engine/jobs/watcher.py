@@ -1,4 +1,5 @@
-"""Hears from outside that a job should stop, and stops it as Ctrl-C does: every stage knows how to end then."""
+"""Hears from outside that a job should stop, and stops it as Ctrl-C does: every stage knows how to
+end then."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ PARENT_EVERY = 5  # looks
 
 
 class Watcher:
-    """A thread that interrupts the main one, once; `reason`: why, and "" before. It also keeps the state on disk fresh.
+    """A thread that interrupts the main one, once; `reason`: why, and "" before. It also keeps the
+    state on disk fresh.
 
     parent: (pid, when it started) of the process that the job must not outlive.
     """
@@ -28,7 +30,8 @@ class Watcher:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watcher")
 
     def start(self) -> None:
-        """From now on SIGTERM asks to stop too, and an interrupt comes through where the shell had turned it off."""
+        """From now on SIGTERM asks to stop too, and an interrupt comes through where the shell had
+        turned it off."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, self._terminate)
         self._thread.start()
@@ -55,7 +58,8 @@ class Watcher:
                 if self.reporter is not None:
                     self.reporter.stopping(reason)
             if self.reporter is not None:
-                with contextlib.suppress(OSError):  # a full disk: the stage says so, and the next look tries again
+                # a full disk: the stage says so, and the next look tries again
+                with contextlib.suppress(OSError):
                     self.reporter.write()
 
     def _reason(self, look_at_parent: bool) -> str:

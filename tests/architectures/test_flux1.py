@@ -1,4 +1,5 @@
-"""FLUX.1 against diffusers: the same forward bit for bit, the released models' sizes, and both layouts' names."""
+"""FLUX.1 against diffusers: the same forward bit for bit, the released models' sizes, and both
+layouts' names."""
 
 from functools import partial
 
@@ -6,15 +7,16 @@ import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named, detect_architecture
-from ppcl_engine.checkpoint import expected_shapes
-from ppcl_engine.standalone import Source, comfyui_sources
+from ppcl_engine.models.tensor_sources import Source, comfyui_sources
+from ppcl_engine.models.weights import expected_shapes
 
-from ..tiny_models import check_comfyui_file, comfyui_state, tiny_inputs, tiny_model
+from ..tiny.models import check_comfyui_file, comfyui_state, tiny_inputs, tiny_model
 
 FLUX = architecture_named("flux1")
 SIZES = {"flux1_dev": (11_901_408_320, 19), "flux1_lite": (8_163_264_064, 8)}
 DOUBLE, SINGLE = 339_831_296, 141_591_808  # 36 d^2 + 30 d + 512, 15 d^2 + 11 d + 256
-HEAD_32 = {"attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}  # the released models' proportions
+# the released models' proportions
+HEAD_32 = {"attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}
 
 
 make_model, make_inputs = partial(tiny_model, FLUX), partial(tiny_inputs, FLUX)
@@ -55,7 +57,9 @@ def test_positions_are_the_pipelines(model):
     assert torch.equal(two[:12], ids) and two[12:].tolist() == [[1, 0, 0], [1, 0, 1]]
 
 
-@pytest.mark.parametrize("name", ["timestep", "guidance", "pooled_projections", "encoder_hidden_states"])
+@pytest.mark.parametrize(
+    "name", ["timestep", "guidance", "pooled_projections", "encoder_hidden_states"]
+)
 def test_everything_that_is_given_is_read(model, name):
     inputs = make_inputs()
     other = {**inputs, name: inputs[name] + 0.5}
@@ -65,10 +69,15 @@ def test_everything_that_is_given_is_read(model, name):
 def test_assembled_parts_are_diffusers_model(model):
     config = FLUX.tiny_config
     outer = FLUX.build_outer(config)
-    outer.load_state_dict({n: t for n, t in model.state_dict().items() if "transformer_blocks." not in n})
+    outer.load_state_dict(
+        {n: t for n, t in model.state_dict().items() if "transformer_blocks." not in n}
+    )
     built = FLUX.assemble(outer, config, [FLUX.build_block(config, i) for i in range(8)])
     built.load_state_dict(model.state_dict())
-    assert type(built) is type(model) and (built.config.num_layers, built.config.num_single_layers) == (4, 4)
+    assert type(built) is type(model) and (
+        built.config.num_layers,
+        built.config.num_single_layers,
+    ) == (4, 4)
     assert torch.equal(FLUX.call(built.eval(), make_inputs()), FLUX.call(model, make_inputs()))
 
 
@@ -88,17 +97,28 @@ def test_the_full_size_class_is_ours_block_for_block():
 
     config = FLUX.model_configs["flux1_dev"]
     with torch.device("meta"):
-        theirs = FluxTransformer2DModel(guidance_embeds=True)  # else diffusers' defaults are the released model
-    assert {n: tuple(t.shape) for n, t in theirs.state_dict().items()} == expected_shapes(FLUX, config)
+        # else diffusers' defaults are the released model
+        theirs = FluxTransformer2DModel(guidance_embeds=True)
+    assert {n: tuple(t.shape) for n, t in theirs.state_dict().items()} == expected_shapes(
+        FLUX, config
+    )
     assert {
-        name: theirs.config[name] if name != "axes_dims_rope" else list(theirs.config[name]) for name in config
+        name: theirs.config[name] if name != "axes_dims_rope" else list(theirs.config[name])
+        for name in config
     } == config
 
 
-@pytest.mark.parametrize("config", [
-    FLUX.model_configs["flux1_dev"], FLUX.model_configs["flux1_lite"], {**FLUX.tiny_config, **HEAD_32},
-    {**FLUX.tiny_config, **HEAD_32, "guidance_embeds": False}, {**FLUX.tiny_config, **HEAD_32, "out_channels": 8},
-], ids=["dev", "lite", "tiny", "no guidance", "other output"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        FLUX.model_configs["flux1_dev"],
+        FLUX.model_configs["flux1_lite"],
+        {**FLUX.tiny_config, **HEAD_32},
+        {**FLUX.tiny_config, **HEAD_32, "guidance_embeds": False},
+        {**FLUX.tiny_config, **HEAD_32, "out_channels": 8},
+    ],
+    ids=["dev", "lite", "tiny", "no guidance", "other output"],
+)
 def test_shapes_alone_give_the_configuration(config):
     shapes = expected_shapes(FLUX, config)
     assert FLUX.infer_config(lambda key: shapes[key], shapes) == config
@@ -106,7 +126,8 @@ def test_shapes_alone_give_the_configuration(config):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_names_are_total_both_ways(name):
-    """Every tensor of diffusers has a place, every piece of ComfyUI's tensors is filled once, and back."""
+    """Every tensor of diffusers has a place, every piece of ComfyUI's tensors is filled once, and
+    back."""
     keys, pieces = list(expected_shapes(FLUX, FLUX.model_configs[name])), {}
     for key in keys:
         part = FLUX.to_comfyui(key)
@@ -120,33 +141,46 @@ def test_names_are_total_both_ways(name):
 
 
 def test_comfyui_tensors_become_diffusers_as_diffusers_converts_them():
-    """Against diffusers' own converter, which knows the released width alone: so each tensor has one column."""
+    """Against diffusers' own converter, which knows the released width alone: so each tensor has
+    one column."""
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 
     config = {**FLUX.model_configs["flux1_dev"], "num_layers": 2, "num_single_layers": 2}
     generator = torch.Generator().manual_seed(0)
-    columns = {k: torch.randn(s[0], generator=generator) for k, s in expected_shapes(FLUX, config).items()}
+    columns = {
+        k: torch.randn(s[0], generator=generator) for k, s in expected_shapes(FLUX, config).items()
+    }
     sources = {k: Source(tuple(t.shape), lambda t=t: t) for k, t in columns.items()}
     stored = {name: source.read() for name, source in comfyui_sources(FLUX, sources).items()}
-    assert all(tuple(stored[name].shape) == s.shape for name, s in comfyui_sources(FLUX, sources).items())
+    assert all(
+        tuple(stored[name].shape) == s.shape for name, s in comfyui_sources(FLUX, sources).items()
+    )
     theirs = convert_flux_transformer_checkpoint_to_diffusers(dict(stored))
-    assert theirs.keys() == columns.keys() and all(torch.equal(theirs[k], t) for k, t in columns.items())
+    assert theirs.keys() == columns.keys() and all(
+        torch.equal(theirs[k], t) for k, t in columns.items()
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_comfyui_file_is_read_as_the_model_itself(tmp_path, prefix):
-    weights = check_comfyui_file(FLUX, make_model(**HEAD_32), make_inputs(**HEAD_32), tmp_path, prefix)
+    weights = check_comfyui_file(
+        FLUX, make_model(**HEAD_32), make_inputs(**HEAD_32), tmp_path, prefix
+    )
     assert weights.config == {**FLUX.tiny_config, **HEAD_32}
 
 
 def test_other_models_with_double_and_single_blocks_are_not_taken_for_it(model):
     assert detect_architecture(model.state_dict(), "file") is FLUX
     assert detect_architecture(in_comfyui(model), "file") is FLUX
-    chroma = [name for name in in_comfyui(model) if "_mod." not in name and "modulation" not in name]
+    chroma = [
+        name for name in in_comfyui(model) if "_mod." not in name and "modulation" not in name
+    ]
     with pytest.raises(ValueError, match="no known architecture .known: qwen_image, flux1."):
         detect_architecture(chroma, "file")
     qwen = architecture_named("qwen_image")
-    assert not FLUX.detect(expected_shapes(qwen, qwen.tiny_config)) and not qwen.detect(model.state_dict())
+    assert not FLUX.detect(expected_shapes(qwen, qwen.tiny_config)) and not qwen.detect(
+        model.state_dict()
+    )
 
 
 def test_the_last_text_is_not_used():

@@ -1,4 +1,5 @@
-"""The protocol is whole: every architecture has all of it, and the README's page on adding one names all of it."""
+"""The protocol is whole: every architecture has all of it, and the README's page on adding one
+names all of it."""
 
 import re
 from pathlib import Path
@@ -7,7 +8,11 @@ import pytest
 
 from ppcl_engine.architectures import ARCHITECTURES, Architecture
 
-MEMBERS = {name for name in {*vars(Architecture), *Architecture.__annotations__} if not name.startswith("_")}
+MEMBERS = {
+    name
+    for name in {*vars(Architecture), *Architecture.__annotations__}
+    if not name.startswith("_")
+}
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -21,6 +26,8 @@ def test_an_architecture_has_all_of_it(architecture):
 
 
 def test_the_readme_names_all_of_it():
-    page = README.read_text(encoding="utf-8").split("### Adding an architecture")[1].split("\n## ")[0]
+    page = (
+        README.read_text(encoding="utf-8").split("### Adding an architecture")[1].split("\n## ")[0]
+    )
     named = set(re.findall(r"`(\w+)[`(]", page))
     assert sorted(MEMBERS - named) == []

@@ -1,4 +1,5 @@
-"""SD3.5 against diffusers: the same forward bit for bit, the released models' sizes, and both layouts' names."""
+"""SD3.5 against diffusers: the same forward bit for bit, the released models' sizes, and both
+layouts' names."""
 
 from functools import partial
 
@@ -6,10 +7,10 @@ import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named, detect_architecture
-from ppcl_engine.checkpoint import expected_shapes
-from ppcl_engine.stages.inspect import known_models
+from ppcl_engine.models.weights import expected_shapes
+from ppcl_engine.stages.assess.inspect import known_models
 
-from ..tiny_models import check_comfyui_file, comfyui_state, tiny_inputs, tiny_model
+from ..tiny.models import check_comfyui_file, comfyui_state, tiny_inputs, tiny_model
 
 SD35 = architecture_named("sd35")
 TINY = SD35.tiny_config
@@ -25,20 +26,28 @@ def model():
     return make_model()
 
 
-@pytest.mark.parametrize("changes", [{}, SINGLE_ATTENTION, {"out_channels": 6}], ids=["dual", "single", "other output"])
+@pytest.mark.parametrize(
+    "changes", [{}, SINGLE_ATTENTION, {"out_channels": 6}], ids=["dual", "single", "other output"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_block_by_block_equals_diffusers(changes, dtype):
     model = make_model(**changes).to(dtype)
     inputs = {
-        name: t.to(dtype) if name not in ("grid", "timestep") else t for name, t in make_inputs(**changes).items()
+        name: t.to(dtype) if name not in ("grid", "timestep") else t
+        for name, t in make_inputs(**changes).items()
     }
     with torch.no_grad():
         latents = SD35.unpack(inputs["hidden_states"], inputs["grid"])
-        assert latents.shape == (4, 4, 4, 6) and torch.equal(SD35.pack(latents), inputs["hidden_states"])
+        assert latents.shape == (4, 4, 4, 6) and torch.equal(
+            SD35.pack(latents), inputs["hidden_states"]
+        )
         theirs = model(
-            hidden_states=latents, encoder_hidden_states=inputs["encoder_hidden_states"],
-            pooled_projections=inputs["pooled_projections"], timestep=inputs["timestep"] * 1000, return_dict=False,
-        )[0]  # fmt: skip
+            hidden_states=latents,
+            encoder_hidden_states=inputs["encoder_hidden_states"],
+            pooled_projections=inputs["pooled_projections"],
+            timestep=inputs["timestep"] * 1000,
+            return_dict=False,
+        )[0]
         whole = SD35.call(model, inputs)
         assert torch.equal(SD35.unpack(whole, inputs["grid"]), theirs)
         state = SD35.embed(model, inputs)
@@ -48,7 +57,9 @@ def test_block_by_block_equals_diffusers(changes, dtype):
     assert whole.std() > 0.1
 
 
-@pytest.mark.parametrize("name", ["timestep", "pooled_projections", "encoder_hidden_states", "grid"])
+@pytest.mark.parametrize(
+    "name", ["timestep", "pooled_projections", "encoder_hidden_states", "grid"]
+)
 def test_everything_that_is_given_is_read(model, name):
     inputs = make_inputs()
     other = {**inputs, name: inputs[name] + 0.5 if name != "grid" else inputs[name][:, [0, 2, 1]]}
@@ -59,8 +70,15 @@ def test_everything_that_is_given_is_read(model, name):
 def test_positions_are_cut_from_the_middle_of_the_table(model, rows, columns):
     inputs = make_inputs(grid=(1, rows, columns), samples=1)
     inputs["hidden_states"] *= 0
-    table, top, left = model.pos_embed.pos_embed.view(12, 12, 32), (12 - rows) // 2, (12 - columns) // 2
-    expected = table[top : top + rows, left : left + columns].reshape(1, -1, 32) + model.pos_embed.proj.bias
+    table, top, left = (
+        model.pos_embed.pos_embed.view(12, 12, 32),
+        (12 - rows) // 2,
+        (12 - columns) // 2,
+    )
+    expected = (
+        table[top : top + rows, left : left + columns].reshape(1, -1, 32)
+        + model.pos_embed.proj.bias
+    )
     torch.testing.assert_close(SD35.embed(model, inputs).image, expected)
 
 
@@ -77,16 +95,22 @@ def test_latents_have_the_configurations_channels():
 
 def test_assembled_parts_are_diffusers_model(model):
     outer = SD35.build_outer(TINY)
-    outer.load_state_dict({n: t for n, t in model.state_dict().items() if "transformer_blocks." not in n})
+    outer.load_state_dict(
+        {n: t for n, t in model.state_dict().items() if "transformer_blocks." not in n}
+    )
     built = SD35.assemble(outer, TINY, [SD35.build_block(TINY, i) for i in range(6)])
     built.load_state_dict(model.state_dict())
     assert type(built) is type(model) and built.config.num_layers == 6
     assert torch.equal(SD35.call(built.eval(), make_inputs()), SD35.call(model, make_inputs()))
 
 
-@pytest.mark.parametrize("name, parameters, blocks, width", [
-    ("sd35_large", 8_056_627_520, 38, 2432), ("sd35_medium", 2_243_171_520, 24, 1536),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, parameters, blocks, width",
+    [
+        ("sd35_large", 8_056_627_520, 38, 2432),
+        ("sd35_medium", 2_243_171_520, 24, 1536),
+    ],
+)
 def test_the_released_models_have_their_published_sizes(name, parameters, blocks, width):
     found = known_models()[name]
     sizes = {"architecture": "sd35", "parameters": parameters, "blocks": blocks, "width": width}
@@ -100,10 +124,16 @@ def test_the_full_size_class_is_ours_block_for_block(name):
     config = SD35.model_configs[name]
     with torch.device("meta"):
         theirs = SD3Transformer2DModel(**config)
-    assert {n: tuple(t.shape) for n, t in theirs.state_dict().items()} == expected_shapes(SD35, config)
+    assert {n: tuple(t.shape) for n, t in theirs.state_dict().items()} == expected_shapes(
+        SD35, config
+    )
 
 
-CONFIGS = [*SD35.model_configs.values(), {**TINY, "sample_size": 128}, {**TINY, **SINGLE_ATTENTION, "sample_size": 128}]
+CONFIGS = [
+    *SD35.model_configs.values(),
+    {**TINY, "sample_size": 128},
+    {**TINY, **SINGLE_ATTENTION, "sample_size": 128},
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["large", "medium", "tiny dual", "tiny"])
@@ -114,14 +144,17 @@ def test_shapes_alone_give_the_configuration(config):
 
 @pytest.mark.parametrize("name", ["sd35_large", "sd35_medium"])
 def test_names_are_total_both_ways(name):
-    """Every tensor of diffusers has a place, every piece of ComfyUI's tensors is filled once, and back."""
+    """Every tensor of diffusers has a place, every piece of ComfyUI's tensors is filled once, and
+    back."""
     keys, pieces = list(expected_shapes(SD35, SD35.model_configs[name])), {}
     for key in keys:
         part = SD35.to_comfyui(key, keys)
         pieces.setdefault(part.name, []).extend(part.pieces)
         assert len(part.pieces) <= part.of and key in SD35.from_comfyui(part.name)
     assert all(sorted(found) == list(range(len(found))) for found in pieces.values())
-    assert sorted(key for name in pieces for key in SD35.from_comfyui(name) if key in keys) == sorted(keys)
+    assert sorted(
+        key for name in pieces for key in SD35.from_comfyui(name) if key in keys
+    ) == sorted(keys)
     with pytest.raises(KeyError):
         SD35.to_comfyui("transformer_blocks.0.attn.to_x.weight", keys)
     assert SD35.from_comfyui("joint_blocks.0.other") == ("joint_blocks.0.other",)
@@ -136,7 +169,9 @@ def test_comfyui_tensors_become_diffusers_as_diffusers_converts_them(dual):
     stored = in_comfyui(model)
     theirs = convert_sd3_transformer_checkpoint_to_diffusers(dict(stored))
     expected = model.state_dict()
-    assert theirs.keys() == expected.keys() and all(torch.equal(theirs[k], t) for k, t in expected.items())
+    assert theirs.keys() == expected.keys() and all(
+        torch.equal(theirs[k], t) for k, t in expected.items()
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, SINGLE_ATTENTION], ids=["dual", "single"])
@@ -151,10 +186,14 @@ def test_other_models_are_not_taken_for_it(model):
     assert detect_architecture(in_comfyui(model), "file") is SD35
     older = make_model(qk_norm=None, **SINGLE_ATTENTION)
     for state in (older.state_dict(), in_comfyui(older)):
-        with pytest.raises(ValueError, match="no known architecture .known: qwen_image, flux1, sd35."):
+        with pytest.raises(
+            ValueError, match="no known architecture .known: qwen_image, flux1, sd35."
+        ):
             detect_architecture(state, "file")
     for other in (architecture_named("qwen_image"), architecture_named("flux1")):
-        assert not SD35.detect(expected_shapes(other, other.tiny_config)) and not other.detect(model.state_dict())
+        assert not SD35.detect(expected_shapes(other, other.tiny_config)) and not other.detect(
+            model.state_dict()
+        )
         assert not other.detect(in_comfyui(model))
 
 

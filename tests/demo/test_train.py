@@ -1,4 +1,5 @@
-"""The trainer of the small teachers: files that every host reads, and the same bits after a stop."""
+"""The trainer of the small teachers: files that every host reads, and the same bits after a
+stop."""
 
 from __future__ import annotations
 
@@ -8,15 +9,28 @@ import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named
-from ppcl_engine.bundle import open_model
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.codecs import open_codec
+from ppcl_engine.data.codecs import open_codec
+from ppcl_engine.data.rendered.tables import fit_codec
 from ppcl_engine.demo import train as trainer
-from ppcl_engine.demo.codec import fit_codec
-from ppcl_engine.demo.train import KINDS, Kind, Recipe, blocks_of, new_teacher, save_teacher, train, training_batch
-from ppcl_engine.files import TensorFile
+from ppcl_engine.demo.train import (
+    KINDS,
+    Kind,
+    Recipe,
+    blocks_of,
+    new_teacher,
+    save_teacher,
+    train,
+    training_batch,
+)
+from ppcl_engine.models.opening import open_model
+from ppcl_engine.models.weights import Weights
+from ppcl_engine.system.tensor_files import TensorFile
 
-CAPTIONS = ["a red K on a blue circle, yellow background", "a blue K on a red circle, yellow background", ""]
+CAPTIONS = [
+    "a red K on a blue circle, yellow background",
+    "a blue K on a red circle, yellow background",
+    "",
+]
 
 
 def recipe(name: str, **changes) -> Recipe:
@@ -29,12 +43,15 @@ def flux_codec():
 
 
 def test_captions_of_a_model_that_masks_nothing(flux_codec):
-    """One length, positions that tell the same words in another order apart, and the mean of the words."""
+    """One length, positions that tell the same words in another order apart, and the mean of the
+    words."""
     text = flux_codec.text(CAPTIONS)
     assert set(text) == {"encoder_hidden_states", "pooled_projections"}
     words, pooled = text["encoder_hidden_states"], text["pooled_projections"]
     assert words.shape == (3, 9, 64) and not torch.equal(words[0], words[1])
-    assert torch.allclose(pooled[0], pooled[1], atol=1e-6) and torch.equal(pooled[2], flux_codec.token_embedding[0])
+    assert torch.allclose(pooled[0], pooled[1], atol=1e-6) and torch.equal(
+        pooled[2], flux_codec.token_embedding[0]
+    )
     assert torch.equal(flux_codec.text(CAPTIONS[2:])["encoder_hidden_states"][0], words[2])
     with pytest.raises(ValueError, match="has 10 words; this model reads 9"):
         flux_codec.text([f"a {CAPTIONS[0]}"])
@@ -49,7 +66,9 @@ def test_both_codecs_have_the_same_tables(flux_codec):
 def test_a_new_teacher_is_the_identity_that_predicts_nothing(name):
     kind = KINDS[name]
     model = new_teacher(kind, seed=0)
-    inputs, velocity = training_batch(kind, fit_codec(0, kind.numbered, samples=64), recipe(name), step=0)
+    inputs, velocity = training_batch(
+        kind, fit_codec(0, kind.numbered, samples=64), recipe(name), step=0
+    )
     with torch.no_grad():
         state = before = kind.architecture.embed(model, inputs)
         for block in blocks_of(kind, model):
@@ -57,7 +76,11 @@ def test_a_new_teacher_is_the_identity_that_predicts_nothing(name):
         assert torch.equal(state.image, before.image) and torch.equal(state.text, before.text)
         assert (kind.architecture.finish(model, state) == 0).all()
     assert velocity.shape == inputs["hidden_states"].shape == (3, 36, 64)
-    assert all(p.abs().sum() > 0 for n, p in model.named_parameters() if n.endswith("blocks.0.proj_out.weight"))
+    assert all(
+        p.abs().sum() > 0
+        for n, p in model.named_parameters()
+        if n.endswith("blocks.0.proj_out.weight")
+    )
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -85,7 +108,12 @@ def test_a_killed_training_goes_on_to_the_same_file(name, tmp_path, monkeypatch)
 def test_a_file_holds_what_no_training_moves_too(tmp_path):
     """SD3.5 brings a table of positions that is no parameter."""
     architecture = architecture_named("sd35")
-    channels = {"in_channels": 16, "out_channels": 16, "joint_attention_dim": 64, "pooled_projection_dim": 64}
+    channels = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "joint_attention_dim": 64,
+        "pooled_projection_dim": 64,
+    }
     kind = Kind(
         architecture=architecture,
         config={**architecture.tiny_config, **channels},
@@ -94,7 +122,9 @@ def test_a_file_holds_what_no_training_moves_too(tmp_path):
     )
     model, path = new_teacher(kind, seed=0), tmp_path / "sd35.safetensors"
     assert "pos_embed.pos_embed" not in dict(model.named_parameters())
-    save_teacher(kind, path, recipe("qwen"), 0, model.state_dict(), fit_codec(0, positions=True, samples=64))
+    save_teacher(
+        kind, path, recipe("qwen"), 0, model.state_dict(), fit_codec(0, positions=True, samples=64)
+    )
     weights, state = Weights(path), model.state_dict()
     assert set(weights.keys()) == set(state)
     assert all(torch.equal(weights.read(key), state[key].bfloat16()) for key in weights.keys())

@@ -1,4 +1,5 @@
-"""A store with a recording of the tiny teacher, orders on it, and workers in a process of their own."""
+"""A store with a recording of the tiny teacher, orders on it, and workers in a process of their
+own."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from ppcl_engine.data import save_calibration
-from ppcl_engine.jobs import work
-from ppcl_engine.jobs.order import Order, configs
+from ppcl_engine.data.calibration import save_calibration
+from ppcl_engine.estimate.needs import needs
+from ppcl_engine.jobs import attempt
+from ppcl_engine.jobs.spec import Order, configs
 from ppcl_engine.jobs.state import JobState, current_state, end
 from ppcl_engine.jobs.store import RunStore
-from ppcl_engine.needs import needs
 
 LONGEST = 60.0  # seconds that anything here may take
 QUICK = {
@@ -38,7 +39,8 @@ def until(true: Callable[[], object]) -> float:
 
 
 def fork(*arguments: object, before: Callable[[], None] = lambda: None) -> int:
-    """The worker's main in a child (importing torch again would take the whole test). Returns its pid."""
+    """The worker's main in a child (importing torch again would take the whole test). Returns its
+    pid."""
     child = os.fork()
     if child:
         return child
@@ -49,7 +51,7 @@ def fork(*arguments: object, before: Callable[[], None] = lambda: None) -> int:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
             sys.stderr = sys.stdout = nowhere  # pytest's own write to the parent's files
-            code = work.main([str(argument) for argument in arguments])
+            code = attempt.main([str(argument) for argument in arguments])
     finally:
         os._exit(code)
 
@@ -64,7 +66,9 @@ def is_at(path: Path, stage: str, step: int = 1) -> bool:
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 def finish(path: Path, status: str = "done") -> None:
@@ -101,14 +105,18 @@ def stages_of(teacher_file):
 
     def make(*names: str, **changes: dict) -> list[tuple[str, dict]]:
         common = {"model": teacher_file, "device": "cpu"}
-        return [(name, {**common, **QUICK[name], **changes.get(name.replace("-", "_"), {})}) for name in names]
+        return [
+            (name, {**common, **QUICK[name], **changes.get(name.replace("-", "_"), {})})
+            for name in names
+        ]
 
     return make
 
 
 @pytest.fixture
 def prepare(store, stages_of):
-    """A new run on the recording. What a worker counts and measures first is known to its forks from here."""
+    """A new run on the recording. What a worker counts and measures first is known to its forks
+    from here."""
     recording = store.path(next(name for name, _ in store.names() if name.startswith("record")))
     for _, config in configs(Order(stages=tuple(stages_of("probe"))), recording):
         needs(config)

@@ -1,4 +1,5 @@
-"""preview.png: drawn from files, of what is trained so far, and no bit of the training knows of it."""
+"""preview.png: drawn from files, of what is trained so far, and no bit of the training knows of
+it."""
 
 from __future__ import annotations
 
@@ -10,21 +11,28 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.memory import NARROW
-from benchmarks.teachers import random_teacher, rendered
-from ppcl_engine import progress
-from ppcl_engine.__main__ import run_stage
-from ppcl_engine.checkpoint import Weights
-from ppcl_engine.data import CalibrationSet, save_calibration
-from ppcl_engine.demo.codec import fit_codec
-from ppcl_engine.files import write_text
-from ppcl_engine.jobs.order import Order, configs
-from ppcl_engine.jobs.preview import SHARE, Painter, Preview, can_paint, loss_curves, next_drawing, present
-from ppcl_engine.jobs.sheet import Row, sheet, smoothed
+from benchmarks.shared.teachers import NARROW, random_teacher, rendered
+from ppcl_engine.data.calibration import CalibrationSet, save_calibration
+from ppcl_engine.data.rendered.tables import fit_codec
+from ppcl_engine.jobs.preview import (
+    SHARE,
+    Painter,
+    Preview,
+    can_paint,
+    loss_curves,
+    next_drawing,
+    present,
+)
+from ppcl_engine.jobs.spec import Order, configs
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan, parse_intervals
+from ppcl_engine.report.drawings.preview_sheet import Row, sheet, smoothed
 from ppcl_engine.run import Run
+from ppcl_engine.stages import run_stage
+from ppcl_engine.system import progress
+from ppcl_engine.system.atomic import write_text
 
-from ..tiny_pipeline import build_tiny_pipeline
+from ..tiny.qwen_image_folder import build_tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +76,13 @@ class Drawing:
 def work(folder: Path, model: Path, preview: Preview | None) -> Drawing | None:
     weights = Weights(model)
     save_calibration(Run(folder).calibration, rendered(model, weights, 16, 8, seed=0))
-    plan = PruningPlan(architecture=weights.architecture.name, config=weights.config, num_blocks=weights.num_blocks,
-                       fingerprint=weights.fingerprint, intervals=parse_intervals("1-2 3-4"))  # fmt: skip
+    plan = PruningPlan(
+        architecture=weights.architecture.name,
+        config=weights.config,
+        num_blocks=weights.num_blocks,
+        fingerprint=weights.fingerprint,
+        intervals=parse_intervals("1-2 3-4"),
+    )
     write_text(Run(folder).plan, plan.to_json())
     listener = Drawing(preview) if preview else None
     with progress.listening(listener):
@@ -83,7 +96,11 @@ def work(folder: Path, model: Path, preview: Preview | None) -> Drawing | None:
 
 
 def bits(folder: Path) -> dict[str, str]:
-    files = [f for part in ("depth", "polished", "tuned") for f in sorted((folder / part).rglob("*.safetensors"))]
+    files = [
+        f
+        for part in ("depth", "polished", "tuned")
+        for f in sorted((folder / part).rglob("*.safetensors"))
+    ]
     return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
@@ -113,7 +130,11 @@ def test_the_picture_has_a_curve_and_two_rows_and_can_be_read_at_640(drawn):
     assert 640 <= picture.width <= 1300 and 0.6 < picture.height / picture.width < 1.2
     assert not list(drawn[0].glob("*.partial"))
     rows = torch.rand(4, 3, 48, 48)
-    whole = Image.open(io.BytesIO(sheet({"polish": {0: 1.0, 1: 0.5}}, [Row("teacher", rows), Row("student", rows)])))
+    whole = Image.open(
+        io.BytesIO(
+            sheet({"polish": {0: 1.0, 1: 0.5}}, [Row("teacher", rows), Row("student", rows)])
+        )
+    )
     assert whole.size == picture.size
     curve = Image.open(io.BytesIO(sheet({"polish": {0: 1.0, 1: 0.5}}, [])))
     assert curve.width == picture.width and curve.height < picture.height / 2
@@ -121,7 +142,10 @@ def test_the_picture_has_a_curve_and_two_rows_and_can_be_read_at_640(drawn):
 
 @pytest.mark.parametrize("count", [1, 6, 25])
 def test_any_number_of_curves_is_drawn(count):
-    curves = {f"interval {i}-{i + 1}": {step: 1.0 / (1 + step + i) for step in range(i % 5 + 1)} for i in range(count)}
+    curves = {
+        f"interval {i}-{i + 1}": {step: 1.0 / (1 + step + i) for step in range(i % 5 + 1)}
+        for i in range(count)
+    }
     curves["text of block 9"] = {0: 0.0, 1: 0.0}  # nothing reads it
     assert Image.open(io.BytesIO(sheet(curves, []))).size[0] == 960
     assert Image.open(io.BytesIO(sheet({"nothing": {0: 0.0}}, []))).size[0] == 960
@@ -135,11 +159,15 @@ def test_smoothing_keeps_what_is_constant_and_ends():
 def test_an_update_that_was_done_again_counts_once(tmp_path):
     path = tmp_path / "metrics.csv"
     assert loss_curves(path) == {}
-    path.write_text("1,interval 3-4,0,0.5\n2,interval 3-4,1,0.4\n3,polish,0,0.9\n4,polish,1,0.8\n5,polish,1,0.7\n6,pol")
+    path.write_text(
+        "1,interval 3-4,0,0.5\n2,interval 3-4,1,0.4\n3,polish,0,0.9\n4,polish,1,0.8\n5,polish,1,0.7\n6,pol"
+    )
     assert loss_curves(path) == {"polish": {0: 0.9, 1: 0.7}}
 
 
-def test_only_small_models_that_bring_their_codec_are_drawn(painting_teacher, teacher_file, tmp_path):
+def test_only_small_models_that_bring_their_codec_are_drawn(
+    painting_teacher, teacher_file, tmp_path
+):
     ((_, config),) = configs(Order(stages=(("probe", {"model": str(painting_teacher)}),)), tmp_path)
     assert can_paint(config)
     ((_, config),) = configs(Order(stages=(("probe", {"model": str(teacher_file)}),)), tmp_path)
@@ -175,7 +203,9 @@ def test_a_pipeline_folder_draws_with_its_vae(tmp_path, architecture):
     inputs["encoder_hidden_states_mask"][0, 1:] = False  # an empty caption, which is not drawn
     origin = {"architecture": architecture.name, "fingerprint": weights.fingerprint}
     save_calibration(Run(tmp_path).calibration, CalibrationSet([inputs], origin))
-    ((_, config),) = configs(Order(stages=(("distill-depth", {"model": str(model), "device": "cpu"}),)), tmp_path)
+    ((_, config),) = configs(
+        Order(stages=(("distill-depth", {"model": str(model), "device": "cpu"}),)), tmp_path
+    )
     assert can_paint(config)
     pictures = Painter(config, lambda: False).teacher
     assert pictures.shape == (4, 3, 16, 24) and 0 <= pictures.min() < pictures.max() <= 1

@@ -64,9 +64,24 @@ def test_neither_a_cancel_nor_settling_leaves_a_final_state(tmp_path, status):
 
 
 def test_there_and_back(tmp_path):
-    state = JobState(status="running", stage="probe", number=1, stages=3, what="captions", step=4, steps=9, rate=1.5,
-                     seconds_left=3.25, last_good_step=2, pid=5, process_started=1.5, host="here", parent_pid=4,
-                     parent_started=1.0, error="é")  # fmt: skip
+    state = JobState(
+        status="running",
+        stage="probe",
+        number=1,
+        stages=3,
+        what="captions",
+        step=4,
+        steps=9,
+        rate=1.5,
+        seconds_left=3.25,
+        last_good_step=2,
+        pid=5,
+        process_started=1.5,
+        host="here",
+        parent_pid=4,
+        parent_started=1.0,
+        error="é",
+    )
     written = write_state(tmp_path, state)
     assert read_state(tmp_path) == written and replace(written, updated=0.0) == state
     assert written.updated == pytest.approx(time.time(), abs=5)
@@ -127,8 +142,14 @@ def test_a_reader_never_sees_half_a_state(tmp_path):
 
 
 def running(pid: int, started: float, **more) -> JobState:
-    return JobState(status="running", stage="polish", step=7, pid=pid, process_started=started,
-                    **{"host": platform.node(), **more})  # fmt: skip
+    return JobState(
+        status="running",
+        stage="polish",
+        step=7,
+        pid=pid,
+        process_started=started,
+        **{"host": platform.node(), **more},
+    )
 
 
 def test_a_process_that_is_there_is_at_work(tmp_path):
@@ -147,7 +168,10 @@ def test_a_process_that_is_gone_is_told_and_only_settling_writes_it(tmp_path, re
         os.waitpid(child, 0)
     until(lambda: current_state(tmp_path).status == "failed")
     said = current_state(tmp_path)
-    assert said.error.startswith("the worker ended without a word") and "step 7 of polish" in said.error
+    assert (
+        said.error.startswith("the worker ended without a word")
+        and "step 7 of polish" in said.error
+    )
     assert read_state(tmp_path).status == "running"
     assert settle(tmp_path).status == read_state(tmp_path).status == "failed"
     assert read_events(tmp_path)[-1]["kind"] == "failed"
@@ -194,8 +218,9 @@ def test_events_are_lines(tmp_path):
     append_event(tmp_path, "started", pid=3)
     append_event(tmp_path, "stage", stage="probe\n")
     assert [{k: v for k, v in event.items() if k != "time"} for event in read_events(tmp_path)] == [
-        {"kind": "started", "pid": 3}, {"kind": "stage", "stage": "probe\n"},
-    ]  # fmt: skip
+        {"kind": "started", "pid": 3},
+        {"kind": "stage", "stage": "probe\n"},
+    ]
 
 
 def test_half_a_line_is_not_read_and_cut_off(tmp_path):
@@ -209,17 +234,24 @@ def test_half_a_line_is_not_read_and_cut_off(tmp_path):
     assert (tmp_path / "new.csv").read_bytes() == b"a,b\n"
 
 
-@pytest.mark.parametrize("line", [b"nonsense", b"[]", b'{"time": 1}', b'{"kind": 4}', b"\xff\xff", b"[" * 5000])
+@pytest.mark.parametrize(
+    "line", [b"nonsense", b"[]", b'{"time": 1}', b'{"kind": 4}', b"\xff\xff", b"[" * 5000]
+)
 def test_a_line_that_is_no_event_is_named(tmp_path, line):
     append_event(tmp_path, "started")
     with open(tmp_path / EVENTS, "ab") as file:
         file.write(line + b"\n")
-    with pytest.raises(ValueError, match=r"events\.jsonl, line 2 is no event"):
+    with pytest.raises(ValueError, match=r"events\.jsonl, line 2 is not an event"):
         read_events(tmp_path)
 
 
 def test_stages_of_an_earlier_attempt_count():
-    events = [{"kind": "continued", "finished": 2}, {"kind": "stage"}, {"kind": "finished"}, {"kind": "stage"}]
+    events = [
+        {"kind": "continued", "finished": 2},
+        {"kind": "stage"},
+        {"kind": "finished"},
+        {"kind": "stage"},
+    ]
     assert finished_stages(events) == 3 and finished_stages([]) == 0
     assert finished_stages([{"kind": "continued", "finished": "all"}]) == 0
 

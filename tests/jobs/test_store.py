@@ -1,4 +1,5 @@
-"""Runs are found again by what they hang on, begin with what is there, and never change one another."""
+"""Runs are found again by what they hang on, begin with what is there, and never change one
+another."""
 
 from __future__ import annotations
 
@@ -11,9 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from ppcl_engine.files import TensorFile
 from ppcl_engine.jobs.launch import launch, prepared_command
-from ppcl_engine.jobs.order import Order, read_order, write_order
+from ppcl_engine.jobs.spec import Order, read_order, write_order
 from ppcl_engine.jobs.state import (
     JobState,
     append_event,
@@ -24,16 +24,37 @@ from ppcl_engine.jobs.state import (
     write_state,
 )
 from ppcl_engine.jobs.store import RunStore
+from ppcl_engine.system.tensor_files import TensorFile
 
 from .conftest import files_of, finish, recording
 
-NOT_NAMES = ["", ".", "..", "../secret", "a/b", "a\\b", "/etc", "A", "a b", "a.b", "é", "a\n", "\0", "٣", "-" * 200]
+NOT_NAMES = [
+    "",
+    ".",
+    "..",
+    "../secret",
+    "a/b",
+    "a\\b",
+    "/etc",
+    "A",
+    "a b",
+    "a.b",
+    "é",
+    "a\n",
+    "\0",
+    "٣",
+    "-" * 200,
+]
 
 
 @pytest.mark.parametrize("name", NOT_NAMES)
 def test_what_is_no_name_of_ours_is_no_path(store, stages_of, name):
-    for use in (store.path, store.again, lambda n: store.prepare("probe", stages_of("probe"), n or ".")):
-        with pytest.raises(ValueError, match="is no name of a run") as caught:
+    for use in (
+        store.path,
+        store.again,
+        lambda n: store.prepare("probe", stages_of("probe"), n or "."),
+    ):
+        with pytest.raises(ValueError, match="is not the name of a run") as caught:
             use(name)
         assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     assert len(store.names()) == 1
@@ -42,7 +63,7 @@ def test_what_is_no_name_of_ours_is_no_path(store, stages_of, name):
 @pytest.mark.parametrize("name", ["A", "a b", "é", "run;reboot", "$(reboot)", "a" * 101])
 def test_nothing_is_launched_in_a_folder_of_another_name(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match="is no name of a run"):
+    with pytest.raises(ValueError, match="is not the name of a run"):
         launch(tmp_path / name, False)
     assert not list((tmp_path / name).iterdir())
 
@@ -59,25 +80,34 @@ def test_a_link_or_a_file_is_no_run(store, tmp_path):
 
 @pytest.mark.parametrize("kind", ["", "Probe", "../x", "1a", "a_b", "a" * 50])
 def test_a_kind_becomes_a_name_or_is_refused(store, prepare, kind):
-    with pytest.raises(ValueError, match="is no kind of run"):
+    with pytest.raises(ValueError, match="is not a kind of run"):
         prepare(kind, "probe")
 
 
 def test_a_run_begins_with_its_upstreams_files_and_its_order(store, prepare):
     path = prepare("probe", "probe")
-    assert sorted(p.name for p in path.iterdir()) == ["calibration.safetensors", "run.json", "state.json"]
+    assert sorted(p.name for p in path.iterdir()) == [
+        "calibration.safetensors",
+        "run.json",
+        "state.json",
+    ]
     assert path.name.startswith("probe-") and store.path(path.name) == path
     assert read_state(path).status == "queued" and read_state(path).stages == 1
     assert (path / "calibration.safetensors").stat().st_nlink == 2
     order = read_order(path)
-    assert order.upstream == recording(store) and order.identity.startswith(path.name.rpartition("-")[2])
+    assert order.upstream == recording(store) and order.identity.startswith(
+        path.name.rpartition("-")[2]
+    )
 
 
 def test_the_same_request_is_the_same_run(store, stages_of, prepare):
     path = prepare("probe", "probe")
     again = store.prepare("probe", stages_of("probe"), recording(store))
     assert (again.path, again.is_new) == (path, True)  # still nobody has started it
-    write_state(path, JobState(status="running", pid=os.getpid(), process_started=process_of(os.getpid())[1]))
+    write_state(
+        path,
+        JobState(status="running", pid=os.getpid(), process_started=process_of(os.getpid())[1]),
+    )
     assert not store.prepare("probe", stages_of("probe"), recording(store)).is_new
     finish(path)
     assert store.prepare("probe", stages_of("probe"), recording(store)) == type(again)(path, False)
@@ -85,7 +115,12 @@ def test_the_same_request_is_the_same_run(store, stages_of, prepare):
 
 def test_what_no_result_hangs_on_makes_no_new_run(store, prepare):
     path = prepare("polish", "polish")
-    assert prepare("polish", "polish", polish={"streamed": True, "checkpointing": True, "save_every": 5}) == path
+    assert (
+        prepare(
+            "polish", "polish", polish={"streamed": True, "checkpointing": True, "save_every": 5}
+        )
+        == path
+    )
     assert prepare("polish", "polish", polish={"seed": 5}) != path
     assert prepare("polish", "polish", polish={"device": "cuda"}) != path
     assert prepare("other", "polish") != path
@@ -105,7 +140,9 @@ def test_a_changed_model_or_picture_makes_a_new_run(store, stages_of, tmp_path, 
     third = store.prepare("calibrate", request).path
     (tmp_path / "there").mkdir()
     moved = shutil.move(images, tmp_path / "there" / "images")
-    assert store.prepare("calibrate", [("calibrate", {"model": model, "images": moved})]).path == third
+    assert (
+        store.prepare("calibrate", [("calibrate", {"model": model, "images": moved})]).path == third
+    )
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled"])
@@ -139,8 +176,16 @@ def test_another_attempt_goes_on_from_the_files(store, prepare, status):
 
 def test_a_worker_that_is_gone_is_written_down_before_another_attempt(store, prepare):
     first = prepare("probe", "probe")
-    write_state(first, JobState(status="running", stage="probe", pid=os.getpid(), process_started=1.0,
-                                host=os.uname().nodename))  # fmt: skip
+    write_state(
+        first,
+        JobState(
+            status="running",
+            stage="probe",
+            pid=os.getpid(),
+            process_started=1.0,
+            host=os.uname().nodename,
+        ),
+    )
     second = prepare("probe", "probe")
     assert second != first and read_state(first).status == "failed"
     assert "without a word" in read_state(first).error
@@ -226,7 +271,9 @@ def test_names_are_newest_first_and_rubbish_is_shown_as_such(store, prepare):
     states = dict(store.names())
     assert states[first.name].status == "failed" and "not a JSON file" in states[first.name].error
     (second / "run.json").write_text("{")
-    assert store.exports_of(second) == [] and prepare("probe", "probe", probe={"ridge": 0.5}).exists()
+    assert (
+        store.exports_of(second) == [] and prepare("probe", "probe", probe={"ridge": 0.5}).exists()
+    )
 
 
 def test_a_store_that_is_not_there_yet_is_empty(tmp_path):
@@ -236,8 +283,15 @@ def test_a_store_that_is_not_there_yet_is_empty(tmp_path):
 
 def test_a_run_is_launched_once(store, prepare):
     path = prepare("probe", "probe")
-    write_state(path, JobState(status="queued", pid=os.getpid(), process_started=process_of(os.getpid())[1],
-                               host=os.uname().nodename))  # fmt: skip
+    write_state(
+        path,
+        JobState(
+            status="queued",
+            pid=os.getpid(),
+            process_started=process_of(os.getpid())[1],
+            host=os.uname().nodename,
+        ),
+    )
     assert store.start(path) is None
     with pytest.raises(ValueError, match="is queued already"):
         launch(path, False)
@@ -249,7 +303,9 @@ def test_a_run_is_launched_once(store, prepare):
 
 def test_the_command_for_a_terminal_can_be_typed(store, prepare):
     path = prepare("probe", "probe")
-    done = subprocess.run(f"{prepared_command(path)} --help", shell=True, capture_output=True, text=True, cwd="/")
+    done = subprocess.run(
+        f"{prepared_command(path)} --help", shell=True, capture_output=True, text=True, cwd="/"
+    )
     assert done.returncode == 0 and "--again" in done.stdout and done.stderr == ""
     assert "--num_processes 4" in prepared_command(path, processes=4)
 

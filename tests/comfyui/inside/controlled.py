@@ -26,6 +26,13 @@ def controlled(run_node, inputs, net) -> Callable[[], list]:
     conditioning, image = [[inputs.text, inputs.more]], torch.rand(1, 64, 96, 3)
     vae = RandomVAE(tuple(inputs.latents.shape[2:-2]))
     return lambda: run_node(
-        "ControlNetApplyAdvanced", positive=conditioning, negative=conditioning, control_net=net, image=image,
-        strength=1.0, start_percent=0.0, end_percent=1.0, vae=vae,
-    )[0]  # fmt: skip
+        "ControlNetApplyAdvanced",
+        positive=conditioning,
+        negative=conditioning,
+        control_net=net,
+        image=image,
+        strength=1.0,
+        start_percent=0.0,
+        end_percent=1.0,
+        vae=vae,
+    )[0]

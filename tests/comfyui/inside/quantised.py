@@ -1,4 +1,5 @@
-"""Formats of few bits that people have models in: how a file keeps a matrix, and the numbers that it stands for."""
+"""Formats of few bits that people have models in: how a file keeps a matrix, and the numbers that
+it stands for."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import comfy.quant_ops
 import comfy.utils
 import torch
 
-EXACT, NEAR, ROUNDED = 1e-5, 1e-2, 0.1  # the same numbers; some of them in 16 bits; students in fp8 too
+# the same numbers; some of them in 16 bits; students in fp8 too
+EXACT, NEAR, ROUNDED = 1e-5, 1e-2, 0.1
 INPUTS = {
     "int8_tensorwise": 0.05,
     "convrot_w4a4": 0.5,
@@ -20,7 +22,8 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 KNOWN = comfy.quant_ops.QUANT_ALGOS
 EVERY = 64  # what both sizes of a matrix are multiples of, in all these formats
 SAID = {"full_precision_matrix_mult": True}
-NEWER = hasattr(comfy.utils, "convert_old_quants")  # the host reads a matrix's format out of the file
+# the host reads a matrix's format out of the file
+NEWER = hasattr(comfy.utils, "convert_old_quants")
 Parts = dict[str, torch.Tensor]
 
 
@@ -60,21 +63,26 @@ def for_other_inputs(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """name: the host's; make: weight -> (its parts in a file, the numbers that they stand for); said: the rest of what the
-    file says of it. old: scaled fp8, all of it. in_metadata: where the file says it."""
+    """A format of quantised matrices."""
 
     name: str
+    """the host's"""
     make: Callable[[torch.Tensor], tuple[Parts, torch.Tensor]]
+    """weight -> (its tensors in a file, the numbers that they stand for)"""
     said: dict | None = None
+    """further settings that the file has for it"""
     old: torch.dtype | None = None
+    """dtype of the matrices, if all of the file is scaled fp8"""
     in_metadata: bool = False
+    """whether the file has the settings in its metadata"""
 
     @property
     def is_read(self) -> bool:
         return self.old is not None or self.name in KNOWN
 
     def far(self, least: float) -> float:
-        """How far a model may be from that of the same numbers. ComfyUI 0.3.75 keeps scaled fp8 models' biases in fp8."""
+        """How far a model may be from that of the same numbers. ComfyUI 0.3.75 keeps scaled fp8
+        models' biases in fp8."""
         return max(least, INPUTS.get(self.name, 0), ROUNDED if self.old and not NEWER else 0)
 
 
@@ -82,7 +90,9 @@ FP8, FP8_WIDE = torch.float8_e4m3fn, torch.float8_e5m2
 ROTATED = {"convrot": True, "convrot_groupsize": EVERY}
 KINDS = {
     "scaled fp8": Kind(name="float8_e4m3fn", make=in_float8, old=FP8),
-    "scaled fp8 e5m2": Kind(name="float8_e5m2", make=lambda w: in_float8(w, FP8_WIDE), old=FP8_WIDE),
+    "scaled fp8 e5m2": Kind(
+        name="float8_e5m2", make=lambda w: in_float8(w, FP8_WIDE), old=FP8_WIDE
+    ),
     "float8_e4m3fn": Kind(name="float8_e4m3fn", make=in_float8),
     "float8_e4m3fn in metadata": Kind(name="float8_e4m3fn", make=in_float8, in_metadata=True),
     "float8_e5m2": Kind(name="float8_e5m2", make=lambda w: in_float8(w, FP8_WIDE)),
@@ -125,7 +135,10 @@ def stored(tensors: Parts, kind: Kind) -> tuple[Parts, Parts, dict[str, str]]:
         if not matrix or not kind.old and any(size % EVERY for size in tensor.shape):
             found[name] = exact[name] = tensor
             continue
-        module, said = name.removesuffix("weight"), {"format": kind.name, **(kind.said or {}), **SAID}
+        module, said = (
+            name.removesuffix("weight"),
+            {"format": kind.name, **(kind.said or {}), **SAID},
+        )
         parts, exact[name] = kind.make(tensor)
         if kind.old:
             parts["scale_weight"] = parts.pop("weight_scale")

@@ -5,55 +5,94 @@ import json
 import pytest
 import torch
 
-from ppcl_engine.bundle import PLAN_KEY, STRUCTURE_TENSOR
-from ppcl_engine.files import TensorFile, write_tensors
+from ppcl_engine.models.bundle import PLAN_KEY
+from ppcl_engine.models.weights import STRUCTURE_TENSOR
+from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 
 @pytest.fixture(scope="module")
-def files(models, bundle, teacher, make_model, save_model):
-    """Broken and foreign files beside the good ones."""
+def files(broken_files, hostile_bundles, bundle, teacher) -> tuple[str, str]:
+    """The good bundle and its base, with the others beside them."""
+    return bundle.name, teacher.name
+
+
+@pytest.fixture(scope="module")
+def broken_files(models, teacher, make_model, save_model) -> None:
+    """Files that are damaged, or that hold something else."""
     folder = models.diffusion_models
     data = teacher.read_bytes()
     (folder / "truncated.safetensors").write_bytes(data[: len(data) // 2])
     (folder / "text.safetensors").write_text("no model")
     write_tensors(folder / "other_model.safetensors", {"layer.weight": torch.zeros(2, 2)})
-    save_model(folder / "other_teacher.safetensors", make_model(seed=9, in_channels=64, out_channels=16))
-    save_model(folder / "shallow.safetensors", make_model(num_layers=3, in_channels=64, out_channels=16))
+    save_model(
+        folder / "other_teacher.safetensors", make_model(seed=9, in_channels=64, out_channels=16)
+    )
+    save_model(
+        folder / "shallow.safetensors", make_model(num_layers=3, in_channels=64, out_channels=16)
+    )
+    broken = TensorFile(teacher).read_all() | {
+        STRUCTURE_TENSOR: torch.full((8,), 200, dtype=torch.uint8)
+    }
+    write_tensors(folder / "broken_plan.safetensors", broken)
+    short = {
+        name: tensor
+        for name, tensor in TensorFile(teacher).read_all().items()
+        if ".3.attn.to_k" not in name
+    }
+    write_tensors(folder / "short.safetensors", short, TensorFile(teacher).metadata)
+
+
+@pytest.fixture(scope="module")
+def hostile_bundles(models, bundle) -> None:
+    """Bundles whose plan describes no model."""
     file = TensorFile(bundle)
     plan, tensors = json.loads(file.metadata[PLAN_KEY]), file.read_all()
 
     def hostile(name: str, changes: dict, **more: torch.Tensor) -> None:
         text = json.dumps({**plan, **changes})
-        write_tensors(models.ppcl / f"{name}.ppcl.safetensors", {**tensors, **more}, {PLAN_KEY: text})
+        write_tensors(
+            models.ppcl / f"{name}.ppcl.safetensors", {**tensors, **more}, {PLAN_KEY: text}
+        )
 
     hostile("many_blocks", {"num_blocks": 10**9})
     hostile("outside", {"intervals": [{**plan["intervals"][0], "last": 77}]})
-    hostile("rank", {"intervals": [{**plan["intervals"][0], "correction": "99999999"}], "variants": [], "sites": []})
+    hostile(
+        "rank",
+        {
+            "intervals": [{**plan["intervals"][0], "correction": "99999999"}],
+            "variants": [],
+            "sites": [],
+        },
+    )
     hostile("unknown_field", {"surprise": 1})
     hostile("config", {"config": {}})
     less = {name: tensor for name, tensor in tensors.items() if "1-2.attn.to_q" not in name}
     write_tensors(models.ppcl / "lacking.ppcl.safetensors", less, {PLAN_KEY: json.dumps(plan)})
-    broken = TensorFile(teacher).read_all() | {STRUCTURE_TENSOR: torch.full((8,), 200, dtype=torch.uint8)}
-    write_tensors(folder / "broken_plan.safetensors", broken)
-    short = {name: tensor for name, tensor in TensorFile(teacher).read_all().items() if ".3.attn.to_k" not in name}
-    write_tensors(folder / "short.safetensors", short, TensorFile(teacher).metadata)
-    return bundle.name, teacher.name
 
 
 WRONG = {
-    "no such file": ({"file": "../secrets.safetensors"}, "is in none of"),
+    "no such file": ({"file": "../secrets.safetensors"}, "is neither in"),
     "truncated": ({"file": "truncated.safetensors"}, "is truncated"),
     "no model": ({"file": "text.safetensors"}, "not a safetensors file"),
-    "another model": ({"file": "other_model.safetensors"}, "is no model of an architecture that is known here"),
+    "another model": (
+        {"file": "other_model.safetensors"},
+        "is not a model of a supported architecture",
+    ),
     "a tensor is missing": ({"file": "short.safetensors"}, "lacks 2 tensors"),
     "broken plan": ({"file": "broken_plan.safetensors"}, "plan is not readable"),
     "no base": ({"base": "none"}, "choose as base"),
     "base of another model": ({"base": "other_model.safetensors"}, "is not a qwen_image model"),
     "base of another teacher": ({"base": "other_teacher.safetensors"}, "is not the teacher"),
-    "base of another depth": ({"base": "shallow.safetensors"}, "has 3 blocks, the bundle's teacher 6"),
+    "base of another depth": (
+        {"base": "shallow.safetensors"},
+        "has 3 blocks, the bundle's teacher has 6",
+    ),
     "a base where none belongs": ({"file": "shallow.safetensors"}, "takes no base model"),
     "unknown variant": ({"variant": "huge"}, "variant 'huge' is not in the plan"),
-    "unknown dtype": ({"weight_dtype": "int1"}, "weight_dtype 'int1' is not a choice; choose from default, bf16"),
+    "unknown dtype": (
+        {"weight_dtype": "int1"},
+        "weight_dtype 'int1' is not a choice; choose from default, bf16",
+    ),
     "unknown preset": (
         {"file": "shallow.safetensors", "base": "none", "preset": "x"},
         "preset 'x' is not a choice; choose from auto",
@@ -70,7 +109,10 @@ WRONG = {
     "an interval outside": ({"file": "outside.ppcl.safetensors"}, "interval 1-77 is not inside"),
     "a huge rank": ({"file": "rank.ppcl.safetensors"}, "correction '99999999'"),
     "an unknown field": ({"file": "unknown_field.ppcl.safetensors"}, "unknown field 'surprise'"),
-    "no configuration": ({"file": "config.ppcl.safetensors"}, "configuration of its model lacks 'num_layers'"),
+    "no configuration": (
+        {"file": "config.ppcl.safetensors"},
+        "configuration of its model lacks 'num_layers'",
+    ),
     "a student lacks tensors": ({"file": "lacking.ppcl.safetensors"}, "lacks 2 tensors"),
 }
 
@@ -79,8 +121,18 @@ WRONG = {
 @pytest.mark.parametrize("switchable", [True, False])
 def test_one_line(load, files, case, switchable):
     changes, message = WRONG[case]
-    widgets = {"file": files[0], "base": files[1], "switchable": switchable, "variant": "small", **changes}
-    if "base" not in changes and not widgets["file"].endswith(".ppcl.safetensors") and "takes no base" not in message:
+    widgets = {
+        "file": files[0],
+        "base": files[1],
+        "switchable": switchable,
+        "variant": "small",
+        **changes,
+    }
+    if (
+        "base" not in changes
+        and not widgets["file"].endswith(".ppcl.safetensors")
+        and "takes no base" not in message
+    ):
         widgets["base"] = "none"
     with pytest.raises(ValueError) as caught:
         load(**widgets)
@@ -97,17 +149,19 @@ def test_switches_that_make_no_sense(load, switched, files):
     ):
         with pytest.raises(ValueError, match=message):
             switched(model, **widgets)
-    with pytest.raises(ValueError, match="no PPCL bundle"):
+    with pytest.raises(ValueError, match="not a PPCL bundle"):
         switched(plain, variant="full")
 
 
 def test_parts_on_and_off_by_size_and_stacked(load, switched, files, pack):
     model = load(files[0], base=files[1], variant="full")
-    variant_of = pack("host.parts").variant_of
+    variant_of = pack("host.switching").variant_of
     one = switched(model, on="1-2")
     assert variant_of(one).intervals == ("1-2",)
     two = switched(one, on="3-4, ffn_image:1")
-    assert set(variant_of(two).intervals) == {"1-2", "3-4"} and variant_of(two).sites == ("ffn_image:1",)
+    assert set(variant_of(two).intervals) == {"1-2", "3-4"} and variant_of(two).sites == (
+        "ffn_image:1",
+    )
     assert variant_of(switched(two, off="1-2")).intervals == ("3-4",)
     assert variant_of(one).intervals == ("1-2",) and variant_of(model).name == "full"
     assert variant_of(switched(two, variant="by size", size=1.0)).name == "full"

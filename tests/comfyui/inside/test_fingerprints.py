@@ -1,4 +1,5 @@
-"""What the host asks before it takes an earlier result: a file of the same name that was replaced is another one."""
+"""What the host asks before it takes an earlier result: a file of the same name that was replaced
+is another one."""
 
 import json
 import os
@@ -10,20 +11,26 @@ import pytest
 import torch
 
 import nodes as host_nodes
-from ppcl_engine.files import write_tensors
+from ppcl_engine.system.tensor_files import write_tensors
 
 SECOND = 10**9
 
 
 @pytest.fixture
 def fingerprint(pack):
-    return lambda node, **widgets: host_nodes.NODE_CLASS_MAPPINGS[f"PPCL_{node}"].fingerprint_inputs(**widgets)
+    return lambda node, **widgets: host_nodes.NODE_CLASS_MAPPINGS[
+        f"PPCL_{node}"
+    ].fingerprint_inputs(**widgets)
 
 
 @pytest.fixture
 def file(models, tmp_path, monkeypatch):
     """Two files and two folders, in every place that nodes read."""
-    for category, name in ((models.ppcl, "a"), (models.diffusion_models, "b"), (models.loras, "lora")):
+    for category, name in (
+        (models.ppcl, "a"),
+        (models.diffusion_models, "b"),
+        (models.loras, "lora"),
+    ):
         write_tensors(category / f"{name}.safetensors", {"x": torch.zeros(2)})
     (models.ppcl / "folder" / "transformer").mkdir(parents=True, exist_ok=True)
     (models.ppcl / "folder" / "model_index.json").write_text("{}")
@@ -38,7 +45,11 @@ def file(models, tmp_path, monkeypatch):
         "folder/": models.ppcl / "folder" / "transformer" / "m.safetensors",
         "pictures": tmp_path / "input" / "pictures" / "cat.txt",
     }
-    for category, name in ((models.ppcl, "a"), (models.diffusion_models, "b"), (models.loras, "lora")):
+    for category, name in (
+        (models.ppcl, "a"),
+        (models.diffusion_models, "b"),
+        (models.loras, "lora"),
+    ):
         (category / f"{name}.safetensors").unlink()
     shutil.rmtree(models.ppcl / "folder")
 
@@ -55,7 +66,10 @@ READING = [
     ("FoldModel", {"file": "a.safetensors", "base": "b.safetensors"}),
     ("LoraReport", {"lora": "lora.safetensors"}),
     ("RecordCalibration", {"model_file": "b.safetensors"}),
-    ("CalibrateFromPrompts", {"model_file": "folder/", "references": "pictures", "wait": True, "start": True}),
+    (
+        "CalibrateFromPrompts",
+        {"model_file": "folder/", "references": "pictures", "wait": True, "start": True},
+    ),
     ("Sparsify", {"file": "a.safetensors", "wait": True, "start": True}),
 ]
 
@@ -79,10 +93,21 @@ def test_a_run_that_is_named(fingerprint, file, tmp_path, monkeypatch):
     folder = tmp_path / "output" / "ppcl" / "record-00000000"
     folder.mkdir(parents=True)
     (folder / "recording.json").write_text(json.dumps({"model": str(file["b.safetensors"])}))
-    for node in ("Probe", "Detect", "DistillDepth", "DistillWidth", "FineTune", "Export", "Sparsify"):
+    for node in (
+        "Probe",
+        "Detect",
+        "DistillDepth",
+        "DistillWidth",
+        "FineTune",
+        "Export",
+        "Sparsify",
+    ):
         before = fingerprint(node, run=folder.name)
         moved_on(file["b.safetensors"])
-        assert fingerprint(node, run=folder.name) not in (before, fingerprint(node, run="record-00000001")), node
+        assert fingerprint(node, run=folder.name) not in (
+            before,
+            fingerprint(node, run="record-00000001"),
+        ), node
     before = fingerprint("EditPlan", run=folder.name)
     (folder / "plan.json").write_text("{}")
     assert fingerprint("EditPlan", run=folder.name) != before

@@ -1,4 +1,5 @@
-"""Lists of files: what a user has is in them by a name that stays, and nothing that lies in a folder takes a node from the host."""
+"""Lists of files: what a user has is in them by a name that stays, and nothing that lies in a
+folder takes a node from the host."""
 
 import json
 import logging
@@ -12,14 +13,21 @@ import pytest
 import torch
 
 import nodes as host_nodes
-from ppcl_engine.bundle import PLAN_KEY
-from ppcl_engine.files import TensorFile, write_tensors
+from ppcl_engine.models.bundle import PLAN_KEY
+from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 MANY = 500
 OURS = [
-    "PPCL_LoadModel", "PPCL_Variant", "PPCL_FoldModel", "PPCL_Sparsify", "PPCL_CalibrateFromPrompts", "PPCL_RecordCalibration",
-    "PPCL_LoraReport", "PPCL_WatchJob", "PPCL_CancelJob",
-]  # fmt: skip
+    "PPCL_LoadModel",
+    "PPCL_Variant",
+    "PPCL_FoldModel",
+    "PPCL_Sparsify",
+    "PPCL_CalibrateFromPrompts",
+    "PPCL_RecordCalibration",
+    "PPCL_LoraReport",
+    "PPCL_WatchJob",
+    "PPCL_CancelJob",
+]
 """Nodes with lists in them"""
 
 
@@ -57,7 +65,9 @@ DAMAGED = {
     "a variant that is a number": with_metadata({PLAN_KEY: '{"variants": [7]}'}),
     "a variant without a name": with_metadata({PLAN_KEY: '{"variants": [{}]}'}),
     "a variant whose name is a list": with_metadata({PLAN_KEY: '{"variants": [{"name": []}]}'}),
-    "a variant with an endless name": with_metadata({PLAN_KEY: json.dumps({"variants": [{"name": "x" * 10_000}]})}),
+    "a variant with an endless name": with_metadata(
+        {PLAN_KEY: json.dumps({"variants": [{"name": "x" * 10_000}]})}
+    ),
     "a nesting without end": of_header(f'{{"ppcl_plan": {deep()}}}'),
     "a plan nested without end": with_metadata({PLAN_KEY: deep()}),
     "a number without end": of_header('{"ppcl_plan": ' + "9" * 10_000 + "}"),
@@ -67,10 +77,17 @@ SHORT = {"empty", "seven bytes"}
 
 @pytest.fixture
 def base(models, tmp_path, monkeypatch) -> Path:
-    """Folders of its own for the host: models/ppcl, models/diffusion_models, models/loras, output and input."""
-    for name, endings in (("ppcl", set()), ("diffusion_models", {".safetensors"}), ("loras", {".safetensors"})):
+    """Folders of its own for the host: models/ppcl, models/diffusion_models, models/loras, output
+    and input."""
+    for name, endings in (
+        ("ppcl", set()),
+        ("diffusion_models", {".safetensors"}),
+        ("loras", {".safetensors"}),
+    ):
         (tmp_path / name).mkdir()
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, ([str(tmp_path / name)], endings))
+        monkeypatch.setitem(
+            folder_paths.folder_names_and_paths, name, ([str(tmp_path / name)], endings)
+        )
     for name in ("output", "input"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
@@ -131,12 +148,21 @@ def test_a_damaged_file_takes_no_node_from_the_host(base, bundle, choices, caplo
     with caplog.at_level(logging.WARNING):
         for node in OURS:
             assert host_nodes.NODE_CLASS_MAPPINGS[node].GET_NODE_INFO_V1()["name"] == node
-        assert "small" in choices("PPCL_Variant", "variant") and "small" in choices("PPCL_LoadModel", "variant")
+        assert "small" in choices("PPCL_Variant", "variant") and "small" in choices(
+            "PPCL_LoadModel", "variant"
+        )
         names = choices("PPCL_LoadModel", "file")
-    assert {"good.ppcl.safetensors", "ppcl.ppcl.safetensors", "diffusion_models.ppcl.safetensors"} <= set(names)
+    assert {
+        "good.ppcl.safetensors",
+        "ppcl.ppcl.safetensors",
+        "diffusion_models.ppcl.safetensors",
+    } <= set(names)
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert sorted("/ppcl.ppcl." in line for line in said) == [False, True], said  # each file once
-    assert all("shows none of its variants: " in line and "\n" not in line and len(line) < 600 for line in said)
+    assert all(
+        "shows none of its variants: " in line and "\n" not in line and len(line) < 600
+        for line in said
+    )
 
 
 def test_the_log_says_it_again_when_the_file_has_changed(base, choices, caplog):
@@ -160,7 +186,8 @@ def odd_entries(folder: Path) -> None:
     os.mkfifo(folder / "pipe.safetensors")
     (folder / "broken.safetensors").symlink_to(folder / "nowhere")
     (folder / "itself.safetensors").symlink_to(folder / "itself.safetensors")
-    (folder / "too_long.safetensors").symlink_to("x" * 300)  # fails as a folder that may not be read does
+    # fails as a folder that may not be read does
+    (folder / "too_long.safetensors").symlink_to("x" * 300)
     (folder / "folder.safetensors").mkdir()
     (folder / "round").symlink_to(folder, target_is_directory=True)
     (folder / "gone").symlink_to(folder / "nowhere", target_is_directory=True)
@@ -177,9 +204,17 @@ def test_odd_entries(base, choices, caplog):
     demo = {"demo/demo.ppcl.safetensors", "demo/teacher.safetensors"}
     assert set(choices("PPCL_LoadModel", "file")) == {"good.safetensors", *demo}
     assert choices("PPCL_LoraReport", "lora") == ["good.safetensors"]
-    assert choices("PPCL_CalibrateFromPrompts", "references") == ["none", "a\nb", "folder.safetensors", "round"]
+    assert choices("PPCL_CalibrateFromPrompts", "references") == [
+        "none",
+        "a\nb",
+        "folder.safetensors",
+        "round",
+    ]
     assert choices("PPCL_WatchJob", "run_name") == ["newest"]
-    assert any("too_long.safetensors is left out of the lists" in record.getMessage() for record in caplog.records)
+    assert any(
+        "too_long.safetensors is left out of the lists" in record.getMessage()
+        for record in caplog.records
+    )
 
 
 def test_links_in_circles(base, choices):
@@ -194,13 +229,17 @@ def test_links_in_circles(base, choices):
     assert {f"folder{number}/model.safetensors" for number in range(10)} <= set(names)
 
 
-def test_releases_as_they_are_downloaded(base, choices, pack):
-    """A repository with a folder a model, a hub cache, a transformer alone, a pipeline, and links to folders elsewhere."""
+@pytest.fixture
+def releases(base) -> Path:
+    """models/ppcl with releases as they are downloaded: a repository with several models, a hub cache,
+    a transformer alone, a pipeline, and links to folders elsewhere."""
     ppcl, other = base / "ppcl", base / "elsewhere"
     folder(ppcl / "plain", {"any": "thing"})  # directly in models/ppcl whatever has a configuration
     for name in ("Qwen-Image-12B", "Qwen-Image-13B"):
         folder(ppcl / "repo" / name, TRANSFORMER)
-    folder(ppcl / "repo" / "text_encoder", {"architectures": ["Qwen2_5_VLForConditionalGeneration"]})
+    folder(
+        ppcl / "repo" / "text_encoder", {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+    )
     folder(ppcl / "partial" / "transformer", TRANSFORMER)
     folder(ppcl / "pipeline" / "transformer", TRANSFORMER)
     folder(ppcl / "pipeline" / "vae", {"_class_name": "AutoencoderKLQwenImage"})
@@ -216,22 +255,43 @@ def test_releases_as_they_are_downloaded(base, choices, pack):
     (ppcl / "linked").symlink_to(other / "linked", target_is_directory=True)
     (base / "diffusion_models" / "disk").symlink_to(other, target_is_directory=True)
     write_tensors(other / "single.safetensors", {"a": torch.zeros(1)})
-    found = {name for name in choices("PPCL_LoadModel", "file") if not name.startswith("demo/")}
-    assert found - {"models--ORG--NAME/blobs/made/"} == {
-        "plain/", "repo/Qwen-Image-12B/", "repo/Qwen-Image-13B/", "partial/transformer/", "pipeline/", "linked/",
-        f"models--ORG--NAME/snapshots/{'0' * 40}/Qwen-Image-10B/", f"models--ORG--NAME/snapshots/{'0' * 40}/transformer/",
-        "disk/linked/", "disk/single.safetensors",
-    }  # fmt: skip
-    assert found < set(choices("PPCL_RecordCalibration", "model_file")) | {"demo/demo.ppcl.safetensors"}
-    assert pack("paths").model_path("repo/Qwen-Image-12B/") == ppcl / "repo" / "Qwen-Image-12B"
+    return ppcl
 
 
-@pytest.mark.parametrize("config", ["[]", "{", "7", deep(), "", '{"_class_name": 5}', "x" * 2_000_000])
+def test_releases_are_listed_as_they_are_downloaded(releases, choices):
+    listed = {name for name in choices("PPCL_LoadModel", "file") if not name.startswith("demo/")}
+    expected = {
+        "plain/",
+        "repo/Qwen-Image-12B/",
+        "repo/Qwen-Image-13B/",
+        "partial/transformer/",
+        "pipeline/",
+        "linked/",
+        f"models--ORG--NAME/snapshots/{'0' * 40}/Qwen-Image-10B/",
+        f"models--ORG--NAME/snapshots/{'0' * 40}/transformer/",
+        "disk/linked/",
+        "disk/single.safetensors",
+    }
+    assert listed - {"models--ORG--NAME/blobs/made/"} == expected
+    assert listed <= set(choices("PPCL_RecordCalibration", "model_file"))
+
+
+def test_a_release_is_found_by_its_name(releases, pack):
+    path = pack("paths").model_path("repo/Qwen-Image-12B/")
+    assert path == releases / "repo" / "Qwen-Image-12B"
+
+
+@pytest.mark.parametrize(
+    "config", ["[]", "{", "7", deep(), "", '{"_class_name": 5}', "x" * 2_000_000]
+)
 def test_a_configuration_of_anything(base, choices, config):
     folder(base / "ppcl" / "repo" / "odd", config)
     folder(base / "ppcl" / "repo" / "good", TRANSFORMER)
     folder(base / "ppcl" / "odd", config)
-    assert [n for n in choices("PPCL_LoadModel", "file") if not n.startswith("demo/")] == ["odd/", "repo/good/"]
+    assert [n for n in choices("PPCL_LoadModel", "file") if not n.startswith("demo/")] == [
+        "odd/",
+        "repo/good/",
+    ]
 
 
 def test_a_configuration_beside_the_files_hides_none(base, choices):
@@ -240,20 +300,26 @@ def test_a_configuration_beside_the_files_hides_none(base, choices):
     assert "a.safetensors" in choices("PPCL_LoadModel", "file")
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "repo/../repo/m/", "repo", "repo/m", "", "repo//m/"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "repo/../repo/m/", "repo", "repo/m", "", "repo//m/"]
+)
 def test_a_name_is_looked_up(base, pack, name):
     """Never joined to a folder."""
     folder(base / "ppcl" / "repo" / "m", TRANSFORMER)
     folder(base / "secret", TRANSFORMER)
     assert pack("paths").model_path("repo/m/")
-    with pytest.raises(ValueError, match="is in none of models/ppcl and models/diffusion_models"):
+    with pytest.raises(
+        ValueError, match="is neither in models/ppcl nor in models/diffusion_models"
+    ):
         pack("paths").model_path(name)
 
 
 def test_many_files_are_looked_into_once(base, bundle, choices, opened):
     small = {"a": torch.zeros(1)}
     for number in range(MANY):
-        (base / ("ppcl" if number % 2 else "diffusion_models") / f"{number}.safetensors").write_bytes(of_header("{}"))
+        (
+            base / ("ppcl" if number % 2 else "diffusion_models") / f"{number}.safetensors"
+        ).write_bytes(of_header("{}"))
     bundles = [base / "ppcl" / f"b{number}.ppcl.safetensors" for number in range(3)]
     for path in bundles:
         write_tensors(path, small, TensorFile(bundle).metadata)
@@ -262,7 +328,9 @@ def test_many_files_are_looked_into_once(base, bundle, choices, opened):
     looked = [path for path in files if path.startswith(str(base))]
     assert len(looked) == len(set(looked)) == MANY + 3
     with opened as files:
-        assert [host_nodes.NODE_CLASS_MAPPINGS[node].GET_NODE_INFO_V1()["input"] for node in OURS] == first
+        assert [
+            host_nodes.NODE_CLASS_MAPPINGS[node].GET_NODE_INFO_V1()["input"] for node in OURS
+        ] == first
     assert not [path for path in files if path.startswith(str(base))]
     write_tensors(bundles[0], {**small, "b": torch.zeros(2)}, TensorFile(bundle).metadata)
     (base / "ppcl" / "1.safetensors").unlink()

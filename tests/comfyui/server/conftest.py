@@ -1,4 +1,5 @@
-"""A real ComfyUI server with this pack, on a free port, with folders of its own; stopped when the tests end."""
+"""A real ComfyUI server with this pack, on a free port, with folders of its own; stopped when the
+tests end."""
 
 from __future__ import annotations
 
@@ -60,46 +61,59 @@ class Server:
 
     def ended(self, prompt_id: str) -> dict:
         """The prompt's entry in the server's history, when it has ended."""
-        return eventually(lambda: self.get(f"/history/{prompt_id}").get(prompt_id), "the server did not finish in time")
+        return eventually(
+            lambda: self.get(f"/history/{prompt_id}").get(prompt_id),
+            "the server did not finish in time",
+        )
 
     def run(self, prompt: dict, client: str = "") -> dict:
         return self.ended(self.queue(prompt, client))
 
     def error_of(self, prompt: dict) -> str:
-        """What the error box of the page shows: of the server, which refuses to begin, or of the node that failed."""
+        """What the error box of the page shows: of the server, which refuses to begin, or of the
+        node that failed."""
         queued = self.post("/prompt", {"prompt": prompt})
-        if refused := [error for node in queued.get("node_errors", {}).values() for error in node["errors"]]:
+        if refused := [
+            error for node in queued.get("node_errors", {}).values() for error in node["errors"]
+        ]:
             return "\n".join(f"{error['message']}: {error['details']}" for error in refused)
         entry = self.ended(queued["prompt_id"])
         assert entry["status"]["status_str"] == "error"
-        return next(data for kind, data in entry["status"]["messages"] if kind == "execution_error")[
-            "exception_message"
-        ]
+        return next(
+            data for kind, data in entry["status"]["messages"] if kind == "execution_error"
+        )["exception_message"]
 
 
 def eventually(look: Callable[[], object], otherwise: str, seconds: float = RUN_SECONDS):
     """What `look` gives as soon as it gives something."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if found := look():
-            return found
+        if result := look():
+            return result
         time.sleep(0.1)
     raise AssertionError(otherwise)
 
 
 @dataclass
 class Heard:
-    """What a page would hear on the websocket. progress: (node, value, max); texts: (node, line); previews: nodes."""
+    """What a page would hear on the websocket."""
 
     client: str
     progress: list[tuple[str, float, float]] = field(default_factory=list)
+    """(node, value, maximum)"""
     texts: list[tuple[str, str]] = field(default_factory=list)
+    """(node, line)"""
     previews: list[str] = field(default_factory=list)
+    """nodes that sent one"""
 
     def json(self, message: dict) -> None:
         if message["type"] == "progress_state":
             rows = message["data"]["nodes"].values()
-            self.progress += [(row["node_id"], row["value"], row["max"]) for row in rows if row["state"] == "running"]
+            self.progress += [
+                (row["node_id"], row["value"], row["max"])
+                for row in rows
+                if row["state"] == "running"
+            ]
 
     def binary(self, data: bytes) -> None:
         kind, length = struct.unpack(">II", data[:8])
@@ -115,8 +129,13 @@ def listening(server: Server, client: str = "tests") -> Iterator[Heard]:
 
     async def listen() -> None:
         url = f"{server.url}/ws?clientId={client}"
-        async with aiohttp.ClientSession() as session, session.ws_connect(url, max_msg_size=0) as socket:
-            await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(url, max_msg_size=0) as socket,
+        ):
+            await socket.send_json(
+                {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
+            )
             ready.set()
             while not done.is_set():
                 try:
@@ -153,7 +172,16 @@ def begin(base: Path) -> tuple[Server, subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, LAUNCH, "main.py", "--cpu", "--port", str(port), "--base-directory", base]
+    command = [
+        sys.executable,
+        LAUNCH,
+        "main.py",
+        "--cpu",
+        "--port",
+        str(port),
+        "--base-directory",
+        base,
+    ]
     with open(base / "log.txt", "ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     return started(Server(f"http://127.0.0.1:{port}", base), process), process
@@ -191,7 +219,9 @@ def started(server: Server, process: subprocess.Popen) -> Server:
         else:
             return server
     stop(process)
-    raise AssertionError(f"the server did not start:\n{(server.base / 'log.txt').read_text()[-3000:]}")
+    raise AssertionError(
+        f"the server did not start:\n{(server.base / 'log.txt').read_text()[-3000:]}"
+    )
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -211,11 +241,14 @@ def demo() -> dict:
 
 @dataclass(frozen=True)
 class Made:
-    """What a run of a workflow was asked, what the server answered and what a page would have heard."""
+    """A workflow that was run."""
 
     prompt: dict
+    """what the server was asked"""
     entry: dict
+    """what it answered"""
     heard: Heard
+    """what a page would have heard meanwhile"""
 
     def numbers(self, kind: str) -> list[str]:
         return [number for number, node in self.prompt.items() if node["class_type"] == kind]
@@ -226,7 +259,8 @@ class Made:
 
 @pytest.fixture(scope="session")
 def made(server) -> Made:
-    """The shipped workflow that makes a pruned model, with settings for seconds instead of minutes."""
+    """The shipped workflow that makes a pruned model, with settings for seconds instead of
+    minutes."""
     prompt = quickly(shipped("ppcl-demo-make-your-own"))
     with listening(server, "maker") as heard:
         return Made(prompt, server.run(prompt, heard.client), heard)

@@ -1,4 +1,5 @@
-"""Workflows in API form: the shipped ones, with settings for seconds; and a graph that is put together node by node."""
+"""Workflows in API form: the shipped ones, with settings for seconds; and a graph that is put
+together node by node."""
 
 from __future__ import annotations
 
@@ -11,8 +12,13 @@ WORKFLOWS = Path(__file__).resolve().parents[3] / "workflows"
 TEACHER = "demo/teacher.safetensors"
 CAPTIONS = "\n".join(
     f"a {colour} {character} on a {ground} circle, green background"
-    for colour, ground, character in (("red", "blue", "K"), ("white", "black", "7"), ("blue", "red", "Q"), ("black", "white", "S"))
-)  # fmt: skip
+    for colour, ground, character in (
+        ("red", "blue", "K"),
+        ("white", "black", "7"),
+        ("blue", "red", "Q"),
+        ("black", "white", "S"),
+    )
+)
 QUICK = {
     "PPCL_RecordCalibration": {"samples": 16, "each_picture": 4, "batch": 4},
     "PPCL_CalibrateFromPrompts": {"samples": 8, "batch": 2, "steps": 2, "prompts": CAPTIONS},
@@ -21,13 +27,22 @@ QUICK = {
     "PPCL_Detect": {"remove": 2, "longest": 2, "bootstrap": 4, "samples": 8},
     "PPCL_DistillDepth": {"rounds": 2, "updates": 4, "preview_seconds": 1},
     "PPCL_Sparsify": {
-        "score": "wanda", "granularity": "row", "exchange": False, "compensate": False, "skip": "img_ txt_ add_",
+        "score": "wanda",
+        "granularity": "row",
+        "exchange": False,
+        "compensate": False,
+        "skip": "img_ txt_ add_",
         "preview_seconds": 1,
     },
     "PPCL_DistillWidth": {
-        "choose": "by name", "sites": "ffn_text:22", "rounds": 1, "updates": 2, "polish_steps": 2, "preview_seconds": 0,
+        "choose": "by name",
+        "sites": "ffn_text:22",
+        "rounds": 1,
+        "updates": 2,
+        "polish_steps": 2,
+        "preview_seconds": 0,
     },
-}  # fmt: skip
+}
 """What is changed of a shipped workflow so that a test can wait for it. No node and no link."""
 
 Link = list
@@ -46,29 +61,31 @@ def quickly(prompt: dict) -> dict:
 
 @dataclass
 class Graph:
-    """known: the server's /object_info. first: number of the first node; another one, and nothing is cached."""
+    """A graph in the making."""
 
     known: dict
+    """the server's /object_info"""
     first: int = 1
+    """number of the first node; with another number the server uses no cached result"""
     nodes: dict[str, dict] = field(default_factory=dict)
 
     def add(self, kind: str, **inputs) -> str:
-        """With the widgets' own defaults. Its number."""
+        """Adds a node, whose widgets keep their defaults unless given; returns its number."""
         number = str(self.first + len(self.nodes))
         self.nodes[number] = {"class_type": kind, "inputs": {**self.defaults(kind), **inputs}}
         return number
 
     def defaults(self, kind: str) -> dict:
         rows = self.known[kind]["input"]
-        found = {}
+        defaults = {}
         for name, (of, *more) in {**rows.get("required", {}), **rows.get("optional", {})}.items():
             options = more[0] if more else {}
             choices = of if isinstance(of, list) else options.get("options")
             if "default" in options:
-                found[name] = options["default"]
+                defaults[name] = options["default"]
             elif choices:
-                found[name] = choices[0]
-        return found
+                defaults[name] = choices[0]
+        return defaults
 
     def text(self, link: Link) -> str:
         """The number of a node that shows a text, so that the history has it."""

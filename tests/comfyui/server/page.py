@@ -1,4 +1,5 @@
-"""The page as a person sees it, in a real Chromium: a template is opened, its nodes are measured, Run is pressed."""
+"""The page as a person sees it, in a real Chromium: a template is opened, its nodes are measured,
+Run is pressed."""
 
 from __future__ import annotations
 
@@ -7,14 +8,18 @@ from itertools import combinations
 
 from .conftest import Server
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 SIZE = {"width": 1920, "height": 1080}
 PATIENCE = 300_000
-"""Milliseconds until a page is given up: beside other work on two cores it takes long to load, and a job longer."""
+"""Milliseconds until a page is given up: beside other work on two cores it takes long to load, and
+a job longer."""
 DESIGNS = {"canvas": False, "modern": True}
 """Nodes are drawn on a canvas, or are elements of the page ("Nodes 2.0"), and then taller."""
-SETTINGS = {  # a page that does not open its own list at the first start, and shows nothing over the graph
+# a page that does not open its own list at the first start, and shows nothing over the graph
+SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
@@ -24,15 +29,14 @@ SETTINGS = {  # a page that does not open its own list at the first start, and s
     "Comfy.EnableWorkflowViewRestore": False,
 }
 BANNER = "div.bg-gradient-to-r > button"
-RUN = "button[data-testid=queue-button], [data-testid=queue-button] button"  # a part of it in frontend 1.32
+# a part of it in frontend 1.32
+RUN = "button[data-testid=queue-button], [data-testid=queue-button] button"
 ROOM = 10
 """At least so much is free between two nodes, in pixels: fonts differ."""
 
 READY = "() => !!(window.app?.graph && window.LiteGraph?.registered_node_types['PPCL_Compare'])"
 LOADED = "(count) => app.graph._nodes.length == count && app.graph._nodes.some(n => n.type.startsWith('PPCL_'))"
-LOAD = (
-    "async (name) => app.loadGraphData(await (await fetch(`/api/workflow_templates/ComfyUI-PPCL/${name}.json`)).json())"
-)
+LOAD = "async (name) => app.loadGraphData(await (await fetch(`/api/workflow_templates/ComfyUI-PPCL/${name}.json`)).json())"
 SHOW = """([x, y, width, height]) => {
     const { ds } = app.canvas
     ds.scale = Math.min(1780 / width, 880 / height, 1)
@@ -106,7 +110,8 @@ def show(page, workflow: dict) -> None:
     boxes = [(*node["pos"], *node["size"]) for node in workflow["nodes"]]
     left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
     right, bottom = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
-    page.mouse.move(SIZE["width"] / 2, SIZE["height"] - 5)  # away from what explains itself under the mouse
+    # away from what explains itself under the mouse
+    page.mouse.move(SIZE["width"] / 2, SIZE["height"] - 5)
     page.evaluate(SHOW, [left, top, right - left, bottom - top])
 
 
@@ -114,12 +119,17 @@ def faults_of_the_layout(page, design: str) -> list[str]:
     """Nodes that lie on one another, or nearly; nodes that do not show all that is in them."""
     measured = page.evaluate(MEASURE, DESIGNS[design])
     pairs = combinations(measured["boxes"], 2)
-    return [f"{a[0]} lies on {b[0]}" for a, b in pairs if touch(a, b)] + [f"{name} is cut" for name in measured["cut"]]
+    return [f"{a[0]} lies on {b[0]}" for a, b in pairs if touch(a, b)] + [
+        f"{name} is cut" for name in measured["cut"]
+    ]
 
 
 def touch(one: list, other: list) -> bool:
     """name, left, top, width, height each"""
-    return all(one[at] < other[at] + other[at + 2] + ROOM and other[at] < one[at] + one[at + 2] + ROOM for at in (1, 2))
+    return all(
+        one[at] < other[at] + other[at + 2] + ROOM and other[at] < one[at] + one[at + 2] + ROOM
+        for at in (1, 2)
+    )
 
 
 def press_run(page) -> None:

@@ -1,5 +1,5 @@
-"""A person's path: the page, the template list, the demo, Run, the comparison. In a real Chromium, where there is one, in
-both designs of a node. Every template is looked at.
+"""A person's path: the page, the template list, the demo, Run, the comparison. In a real Chromium,
+where there is one, in both designs of a node. Every template is looked at.
 
 The screenshots stay in pytest's folder: `--basetemp DIR` says where.
 """
@@ -28,7 +28,8 @@ from .page import (
 )
 
 WORKFLOWS = {
-    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "workflows").glob("*.json"))
+    path.stem: json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / "workflows").glob("*.json"))
 }
 PICTURES = """n => [...(n.imgs ?? []), ...document.querySelectorAll(`[data-node-id="${n.id}"] img`)]
     .some(picture => picture.naturalWidth > 300)"""
@@ -46,7 +47,9 @@ MADE = f"""() => app.graph._nodes.filter(n => n.type.startsWith('PPCL_') && ({PI
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine: the browser test is left out (Debian: apt-get install chromium)")
+        pytest.skip(
+            "no Chromium on this machine: the browser test is left out (Debian: apt-get install chromium)"
+        )
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
@@ -64,7 +67,8 @@ def design(request) -> str:
 def page(server, browser, design):
     pictures = server.base / "input"
     pictures.mkdir(exist_ok=True)
-    shutil.copy(Path(os.environ["COMFYUI"]) / "input" / "example.png", pictures)  # as in every new ComfyUI
+    # as in every new ComfyUI
+    shutil.copy(Path(os.environ["COMFYUI"]) / "input" / "example.png", pictures)
     page = new_page(server, browser, design)
     yield page
     page.close()
@@ -84,7 +88,8 @@ def test_every_template_is_listed_and_has_room(server, page, design, tmp_path):
 
 
 def test_template_run_picture(server, page, design, tmp_path):
-    server.post("/free", {"unload_models": True, "free_memory": True})  # nothing of an earlier test is shown
+    # nothing of an earlier test is shown
+    server.post("/free", {"unload_models": True, "free_memory": True})
     choose_template(page, "ppcl-demo-three-sizes", WORKFLOWS["ppcl-demo-three-sizes"])
     assert page.evaluate(DRAWN) is False
     press_run(page)
@@ -97,7 +102,8 @@ def test_a_mistake_is_shown_in_the_error_box(server, page, tmp_path):
     page.evaluate(MISTAKE)
     press_run(page)
     message = page.get_by_text("this model does not know the word 'lion'")
-    details = page.get_by_role("button", name="View details")  # newer pages show the message behind it
+    # newer pages show the message behind it
+    details = page.get_by_role("button", name="View details")
     message.or_(details).first.wait_for()
     if details.is_visible():
         details.click()
@@ -107,10 +113,16 @@ def test_a_mistake_is_shown_in_the_error_box(server, page, tmp_path):
 
 
 def test_a_model_is_made_in_the_page(server, made, page, design, tmp_path):
-    """Calibration to depth are there already (`made`); width is trained while the page looks, in each design anew."""
+    """Calibration to depth are there already (`made`); width is trained while the page looks, in
+    each design anew."""
     name, steps = "ppcl-demo-make-your-own", 30 + DESIGNS[design]
     load_template(page, name, WORKFLOWS[name])
-    width = {**QUICK["PPCL_DistillWidth"], "updates": 3, "polish_steps": steps, "preview_seconds": 1}
+    width = {
+        **QUICK["PPCL_DistillWidth"],
+        "updates": 3,
+        "polish_steps": steps,
+        "preview_seconds": 1,
+    }
     page.evaluate(SET, {**QUICK, "PPCL_DistillWidth": width})
     press_run(page)
     page.wait_for_function(ADVANCED)

@@ -1,4 +1,5 @@
-"""Jobs from ComfyUI, by POST /prompt, on the bundled teacher: a chain of them, and what can happen to one."""
+"""Jobs from ComfyUI, by POST /prompt, on the bundled teacher: a chain of them, and what can happen
+to one."""
 
 import copy
 import os
@@ -13,12 +14,12 @@ import psutil
 import pytest
 import torch
 
-from ppcl_engine.__main__ import run_stage
-from ppcl_engine.data import load_calibration
-from ppcl_engine.files import TensorFile
-from ppcl_engine.jobs.order import configs, read_order
+from ppcl_engine.data.calibration import load_calibration
+from ppcl_engine.jobs.spec import configs, read_order
 from ppcl_engine.jobs.state import current_state, read_events, read_state
 from ppcl_engine.run import Run
+from ppcl_engine.stages import run_stage
+from ppcl_engine.system.tensor_files import TensorFile
 
 from .conftest import eventually, listening
 from .graphs import Graph, shipped
@@ -66,9 +67,15 @@ def test_every_job_says_how_far_it_is(made):
     for kind in ("Probe", "Detect", "DistillDepth", "DistillWidth", "Export"):
         (number,) = made.numbers(f"PPCL_{kind}")
         steps = [value for node, value, most in made.heard.progress if node == number and most > 1]
-        assert max(steps, default=0) > 1 and steps == sorted(steps) or kind in ("DistillWidth", "Export"), kind
+        assert (
+            max(steps, default=0) > 1
+            and steps == sorted(steps)
+            or kind in ("DistillWidth", "Export")
+        ), kind
         lines = [line for node, line in made.heard.texts if node == number]
-        assert any(" of " in line for line in lines) and any(line.endswith(": done") for line in lines), kind
+        assert any(" of " in line for line in lines) and any(
+            line.endswith(": done") for line in lines
+        ), kind
     (depth,) = made.numbers("PPCL_DistillDepth")
     assert depth in made.heard.previews
     assert any("loss " in line for node, line in made.heard.texts if node == depth)
@@ -110,14 +117,19 @@ class LongJob:
 
     def attempts(self) -> list[Path]:
         folders = [
-            path for path in self.root.glob("depth-*") if read_order(path).stages[0][1]["rounds"] == LONG["rounds"]
+            path
+            for path in self.root.glob("depth-*")
+            if read_order(path).stages[0][1]["rounds"] == LONG["rounds"]
         ]
         return sorted(folders, key=lambda path: path.stat().st_ctime_ns)
 
     def begun(self, number: int) -> Path:
         """The attempt of this number, when it is in the middle of its work."""
         found = eventually(lambda: self.attempts()[number - 1 : number], "there was no attempt")[0]
-        eventually(lambda: (s := current_state(found)).status == "running" and s.step > 20, "it did not begin")
+        eventually(
+            lambda: (s := current_state(found)).status == "running" and s.step > 20,
+            "it did not begin",
+        )
         return found
 
     def left_watched_and_cancelled(self) -> None:
@@ -132,7 +144,10 @@ class LongJob:
         assert text.startswith("distill-depth ") and " of 400" in text and "loss" in text
         cancel = Graph(self.known, 320)
         said = cancel.text([cancel.add("PPCL_CancelJob", run_name=folder.name), 0])
-        assert success(self.server.run(cancel.nodes))[said]["text"][0] == f"{folder.name}: asked to save and end"
+        assert (
+            success(self.server.run(cancel.nodes))[said]["text"][0]
+            == f"{folder.name}: asked to save and end"
+        )
         eventually(lambda: current_state(folder).status == "cancelled", "it was not cancelled")
 
     def interrupted(self) -> None:
@@ -145,7 +160,8 @@ class LongJob:
             assert current_state(folder).status == "cancelled" and workers_in(self.root) == []
             lines = [line for number, line in heard.texts if number == self.number]
         assert re.fullmatch(
-            r"stopped at \d+ of 400 of distill-depth, all of it saved; press Run again to go on", lines[-1]
+            r"stopped at \d+ of 400 of distill-depth, all of it saved; press Run again to go on",
+            lines[-1],
         )
 
     def killed(self) -> None:
@@ -154,7 +170,8 @@ class LongJob:
         os.kill(read_state(folder).pid, signal.SIGKILL)
         message = error_of(self.server.ended(prompt)).strip()
         assert (
-            message.startswith(f"{folder.name} failed: the worker ended without a word (killed") and "\n" not in message
+            message.startswith(f"{folder.name} failed: the worker ended without a word (killed")
+            and "\n" not in message
         )
         assert current_state(folder).status == "failed"
 
@@ -162,7 +179,11 @@ class LongJob:
         graph = copy.deepcopy(self.graph)
         graph.nodes[self.number]["inputs"]["start"] = False
         said = graph.text([graph.add("PPCL_PrepareRun", run=[self.number, 0]), 1])
-        command = success(self.server.run(graph.nodes))[said]["text"][0].splitlines()[0].removeprefix("Here: ")
+        command = (
+            success(self.server.run(graph.nodes))[said]["text"][0]
+            .splitlines()[0]
+            .removeprefix("Here: ")
+        )
         folder = self.attempts()[3]
         assert current_state(folder).status == "queued" and str(folder) in command
         subprocess.run(shlex.split(command), check=True, cwd=elsewhere, capture_output=True)
@@ -182,12 +203,16 @@ def test_whatever_happens_to_it_a_training_ends_in_the_same_bits(server, known, 
     shutil.copytree(job.root / planned, undisturbed)
     for stage, config in configs(read_order(folder), undisturbed):
         run_stage(stage, config)
-    ends = [TensorFile(path / "depth" / "0-1.safetensors").read_all() for path in (folder, undisturbed)]
-    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    ends = [
+        TensorFile(path / "depth" / "0-1.safetensors").read_all() for path in (folder, undisturbed)
+    ]
+    assert ends[0].keys() == ends[1].keys() and all(
+        torch.equal(ends[0][name], ends[1][name]) for name in ends[0]
+    )
 
 
 def workers_in(root: Path) -> list[int]:
-    """Processes that do jobs of the runs in this folder; other servers' are none of ours."""
+    """Processes that do jobs of the runs in this folder; not those of other servers."""
     return [
         p.pid
         for p in psutil.process_iter(["cmdline"])

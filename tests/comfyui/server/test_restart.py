@@ -1,10 +1,11 @@
-"""A server that dies with a job at work: with keep_running the job goes on and is found again, without it it ends too."""
+"""A server that dies with a job at work: with keep_running the job goes on and is found again,
+without it it ends too."""
 
 import shutil
 
 import pytest
 
-from ppcl_engine.jobs.order import read_order
+from ppcl_engine.jobs.spec import read_order
 from ppcl_engine.jobs.state import current_state, is_alive, read_events, read_state
 
 from .conftest import begin, eventually, new_base
@@ -16,7 +17,8 @@ SETTINGS = {"updates": 25, "learning_rate": 1e-3, "preview_seconds": 0}
 
 @pytest.fixture
 def base(server, made, tmp_path):
-    """A folder for servers of its own, with the plan that another one made: ComfyUI was copied, say."""
+    """A folder for servers of its own, with the plan that another one made: ComfyUI was copied,
+    say."""
     base = new_base(tmp_path / "base")
     runs = server.base / "output" / "ppcl"
     for kind in ("detect", "probe", "record"):
@@ -37,7 +39,10 @@ def at_work(base, rounds: int):
 
     def look():
         for folder in (base / "output" / "ppcl").glob("depth-*"):
-            if read_order(folder).stages[0][1]["rounds"] == rounds and current_state(folder).step > 20:
+            if (
+                read_order(folder).stages[0][1]["rounds"] == rounds
+                and current_state(folder).step > 20
+            ):
                 return folder
 
     return eventually(look, "the job did not begin")

@@ -1,5 +1,5 @@
-"""Weights to zero from the page: the shipped workflow, the bits of the command line, a job that is stopped, another model's
-calibration."""
+"""Weights to zero from the page: the shipped workflow, the bits of the command line, a job that is
+stopped, another model's calibration."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from diffusers import QwenImageTransformer2DModel
 
+from ppcl_engine.algorithms.sparsity.files import sparsity_of
 from ppcl_engine.architectures.qwen_image import QwenImage
-from ppcl_engine.bundle import open_model
-from ppcl_engine.config_files import SparsifyConfig
-from ppcl_engine.files import TensorFile, write_tensors
 from ppcl_engine.jobs.state import current_state, read_events
+from ppcl_engine.models.opening import open_model
 from ppcl_engine.run import Run
-from ppcl_engine.sparsity.files import sparsity_of
-from ppcl_engine.stages.sparsify import sparsify
+from ppcl_engine.settings.convert_settings import SparsifyConfig
+from ppcl_engine.stages.convert.sparsify import sparsify
+from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from .conftest import ROOT, Made, eventually, listening
 from .graphs import QUICK, Graph, quickly, shipped
@@ -54,11 +54,13 @@ def by_the_command_line(calibrated: str, server, folder: Path, **settings) -> by
 
 def test_the_workflow_prunes_loads_and_draws(server, drawn, runs, calibrated, tmp_path):
     file = exported(runs("sparse")[0])
-    found = sparsity_of(TensorFile(file).metadata)
-    assert found.dropped == found.weights // 2 > 100_000
+    sparsity = sparsity_of(TensorFile(file).metadata)
+    assert sparsity.dropped == sparsity.weights // 2 > 100_000
     weight = open_model(file).transformer_blocks[5].attn.to_q.weight
     assert int((weight == 0).sum()) == weight.numel() // 2
-    assert file.read_bytes() == by_the_command_line(calibrated, server, tmp_path, path=TEACHER, name="half")
+    assert file.read_bytes() == by_the_command_line(
+        calibrated, server, tmp_path, path=TEACHER, name="half"
+    )
     assert drawn.outputs("PPCL_Sparsify")["images"] and drawn.outputs("PPCL_Compare")["images"]
 
 
@@ -81,8 +83,11 @@ def test_unchanged_inputs_do_not_run_again(server, drawn, runs):
 
 
 @pytest.mark.any_host
-def test_a_variant_whose_job_is_stopped_ends_in_the_same_bits(server, known, runs, calibrated, tmp_path):
-    """Of a bundle, on its run's full model; interrupted by the page's own Cancel, then run again."""
+def test_a_variant_whose_job_is_stopped_ends_in_the_same_bits(
+    server, known, runs, calibrated, tmp_path
+):
+    """Of a bundle, on its run's full model; interrupted by the page's own Cancel, then run
+    again."""
     name = f"demo/{BUNDLE.name}"
     settings = {**FAST, "exchange": True, "variant": "small", "pattern": "2:4", "name": "small_2_4"}
     graph = Graph(known, 1100)
@@ -92,7 +97,9 @@ def test_a_variant_whose_job_is_stopped_ends_in_the_same_bits(server, known, run
     before = len(runs("sparse"))
     prompt = server.queue(graph.nodes)
     folder = eventually(lambda: runs("sparse")[before:], "there was no job")[0]
-    eventually(lambda: (state := current_state(folder)).is_final or state.step > 3, "it did not begin")
+    eventually(
+        lambda: (state := current_state(folder)).is_final or state.step > 3, "it did not begin"
+    )
     server.post("/interrupt", {})
     kinds = [kind for kind, _ in server.ended(prompt)["status"]["messages"]]
     assert "execution_interrupted" in kinds and current_state(folder).status == "cancelled"

@@ -1,4 +1,5 @@
-"""Anything that a program may post for an input of ours: a refusal by the server, or one line of ours; no job begins."""
+"""Anything that a program may post for an input of these nodes: a refusal by the server, or one line of
+ours; no job begins."""
 
 from __future__ import annotations
 
@@ -16,29 +17,86 @@ NAN = float("nan")
 LONG = "x" * 200_000
 NESTED = {"a": {"b": [{"c": None}]}}
 WRONG = {
-    "INT": ["abc", None, NESTED, NAN, 10**30, -(10**30), True, 1.5, "", {"__value__": [1, 2, 3]}, [1, 2, 3], "7"],
-    "FLOAT": ["abc", NAN, None, NESTED, float("inf"), "nan", -1e30, True, "", {"__value__": [1.0]}, [1, 2, 3], 10**400],
-    "STRING": [None, 5, NESTED, LONG, True, {"__value__": ["a", "b", "c"]}, [1, 2, 3], "\0", "\ud800", NAN],
+    "INT": [
+        "abc",
+        None,
+        NESTED,
+        NAN,
+        10**30,
+        -(10**30),
+        True,
+        1.5,
+        "",
+        {"__value__": [1, 2, 3]},
+        [1, 2, 3],
+        "7",
+    ],
+    "FLOAT": [
+        "abc",
+        NAN,
+        None,
+        NESTED,
+        float("inf"),
+        "nan",
+        -1e30,
+        True,
+        "",
+        {"__value__": [1.0]},
+        [1, 2, 3],
+        10**400,
+    ],
+    "STRING": [
+        None,
+        5,
+        NESTED,
+        LONG,
+        True,
+        {"__value__": ["a", "b", "c"]},
+        [1, 2, 3],
+        "\0",
+        "\ud800",
+        NAN,
+    ],
     "BOOLEAN": ["no", None, 7, NESTED, {"__value__": []}, [1, 2, 3], NAN],
-    "COMBO": ["no such choice", 5, None, NESTED, True, {"__value__": ["a", "b", "c"]}, "", LONG, [1, 2, 3], NAN],
+    "COMBO": [
+        "no such choice",
+        5,
+        None,
+        NESTED,
+        True,
+        {"__value__": ["a", "b", "c"]},
+        "",
+        LONG,
+        [1, 2, 3],
+        NAN,
+    ],
     "link": [5, "text", None, NESTED, True, {"__value__": [1, 2, 3]}, [1, 2, 3], [], NAN],
 }
 REFUSALS = {
-    "invalid_input_type", "value_smaller_than_min", "value_bigger_than_max", "value_not_in_list", "bad_linked_input",
-    "return_type_mismatch", "required_input_missing",
-}  # fmt: skip
-"""The server's own words for what it checks; an exception of ours while it checks would be another one."""
+    "invalid_input_type",
+    "value_smaller_than_min",
+    "value_bigger_than_max",
+    "value_not_in_list",
+    "bad_linked_input",
+    "return_type_mismatch",
+    "required_input_missing",
+}
+"""The server's own words for what it checks; an exception in this pack while it checks would be another
+one."""
 WITHOUT_A_JOB = {"start": False, "wait": False}
 
 
 @pytest.fixture(scope="module")
 def graph_of(known):
-    """A node of ours with inputs that fit, as far as there are any without a job; its number."""
+    """One of these nodes with inputs that fit, as far as there are any without a job; its number."""
 
     def make(kind: str) -> tuple[Graph, str]:
         graph = Graph(known, FIRST)
         sources = {
-            "MODEL": [graph.add("PPCL_LoadModel", file="demo/demo.ppcl.safetensors", base=TEACHER), 0],
+            "MODEL": [
+                graph.add("PPCL_LoadModel", file="demo/demo.ppcl.safetensors", base=TEACHER),
+                0,
+            ],
             "LATENT": [graph.add("PPCL_DemoCaption"), 2],
             "IMAGE": [graph.add("EmptyImage", width=16, height=16), 0],
             "PPCL_RUN": "probe-00000000",
@@ -47,7 +105,11 @@ def graph_of(known):
         for name, (of, *_) in known[kind]["input"]["required"].items():
             if isinstance(of, str) and of in sources:
                 given[name] = sources[of]
-        given |= {name: value for name, value in WITHOUT_A_JOB.items() if name in known[kind]["input"]["required"]}
+        given |= {
+            name: value
+            for name, value in WITHOUT_A_JOB.items()
+            if name in known[kind]["input"]["required"]
+        }
         number = graph.add(kind, **given)
         if not known[kind]["output_node"]:
             graph.text([number, len(known[kind]["output"]) - 1])
@@ -70,20 +132,29 @@ def cases(known: dict) -> list[tuple[str, str, object]]:
 def said_of(entry: dict) -> tuple[str, str]:
     """(type of the exception, its line) of a prompt that has ended; ("", "") where it went well."""
     errors = [data for kind, data in entry["status"]["messages"] if kind == "execution_error"]
-    return (errors[0]["exception_type"], errors[0]["exception_message"].strip()) if errors else ("", "")
+    return (
+        (errors[0]["exception_type"], errors[0]["exception_message"].strip())
+        if errors
+        else ("", "")
+    )
 
 
 def test_every_input_of_every_node(server, known, graph_of):
-    """The server checks and converts what it can before a node sees it; what comes through is a line of ours."""
+    """The server checks and converts what it can before a node sees it; what comes through gets
+    one line from the node."""
     queued, refused, wrong = {}, 0, []
     for kind, name, value in cases(known):
         graph, number = graph_of(kind)
         graph.nodes[number]["inputs"][name] = value
         answer = server.post("/prompt", {"prompt": graph.nodes})
         if answer.get("node_errors"):
-            types = {error["type"] for node in answer["node_errors"].values() for error in node["errors"]}
+            types = {
+                error["type"] for node in answer["node_errors"].values() for error in node["errors"]
+            }
             refused += 1
-            wrong += [] if types <= REFUSALS else [(kind, name, repr(value)[:60], answer["node_errors"])]
+            wrong += (
+                [] if types <= REFUSALS else [(kind, name, repr(value)[:60], answer["node_errors"])]
+            )
         else:
             queued[answer["prompt_id"]] = (kind, name, value)
     eventually(lambda: not any(server.get("/queue").values()), "the server did not finish in time")
@@ -95,7 +166,10 @@ def test_every_input_of_every_node(server, known, graph_of):
             wrong.append((kind, name, repr(value)[:60], error, line[:200]))
     assert not wrong, f"{len(wrong)} of {len(queued) + refused}: {wrong[:5]}"
     assert refused > 100 and named > 50, (refused, named, len(queued))
-    states = [json.loads(path.read_text()) for path in (server.base / "output" / "ppcl").glob("*/state.json")]
+    states = [
+        json.loads(path.read_text())
+        for path in (server.base / "output" / "ppcl").glob("*/state.json")
+    ]
     assert not [state for state in states if state["status"] in ("running", "stopping")]
 
 
@@ -110,12 +184,32 @@ def test_a_link_to_the_wrong_type(server, graph_of):
     "kind, name, value, line",
     [
         ("PPCL_Detect", "bootstrap", NAN, None),
-        ("PPCL_DistillDepth", "learning_rate", NAN, "Distil Depth (PPCL): learning_rate is nan; give a number from 0 to 1,000,000"),
-        ("PPCL_Probe", "run", NESTED, "Probe (PPCL): run is {'a': {'b': [{'c': None}]}}; connect it to an output of the type PPCL_RUN"),
-        ("PPCL_Info", "model", "text", "Pruned Model Info (PPCL): model is 'text'; connect it to an output of the type MODEL"),
-        ("PPCL_DemoCaption", "captions", LONG, "Demo Caption (PPCL): captions has 200,000 characters; give at most 100,000"),
+        (
+            "PPCL_DistillDepth",
+            "learning_rate",
+            NAN,
+            "Distil Depth (PPCL): learning_rate is nan; give a number from 0 to 1,000,000",
+        ),
+        (
+            "PPCL_Probe",
+            "run",
+            NESTED,
+            "Probe (PPCL): run is {'a': {'b': [{'c': None}]}}; connect it to an output of the type PPCL_RUN",
+        ),
+        (
+            "PPCL_Info",
+            "model",
+            "text",
+            "Pruned Model Info (PPCL): model is 'text'; connect it to an output of the type MODEL",
+        ),
+        (
+            "PPCL_DemoCaption",
+            "captions",
+            LONG,
+            "Demo Caption (PPCL): captions has 200,000 characters; give at most 100,000",
+        ),
     ],
-)  # fmt: skip
+)
 def test_in_one_line(server, graph_of, kind, name, value, line):
     """None: the server itself refuses it."""
     graph, number = graph_of(kind)

@@ -1,0 +1,1 @@
+"""What happens while the host samples: tables of modulations, recording, timing."""

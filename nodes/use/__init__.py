@@ -1,0 +1,1 @@
+"""The nodes of the menu PPCL: load, switch, look at, compare."""

@@ -1,0 +1,1 @@
+"""Mathematics and training: what stages compute, whatever file it comes from."""

@@ -1,0 +1,1 @@
+"""Which blocks and projections can go: alignment, intervals, damage, width fits."""

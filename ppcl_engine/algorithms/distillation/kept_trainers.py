@@ -1,0 +1,98 @@
+"""Trainings of many parts side by side, a round of each in turn: in memory between their rounds as
+far as it goes, on disk as seldom as is safe.
+
+A file at full size is 4.3 GB, and a stage has hundreds of rounds: read and written in each of them,
+it is terabytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...system.distributed import processes
+from ...system.interruption import Stopped
+from ...system.machine import free_memory
+from ...system.progress import saved
+from .trainer import Diverged, Trainer, saved_step
+
+SHARE = 0.5  # of the memory that is free when training begins
+MOST_WRITTEN = 5e11  # bytes of all saves of a stage
+MOST_UNSAVED = 0.1  # of its rounds
+
+Part = Hashable
+
+
+class KeptTrainers:
+    """By the part's name, or the part itself. `path_of` and `settings_of` it: of its file. A
+    training that was stopped goes on from its file to the same bits, so nothing hangs on when it is
+    saved."""
+
+    def __init__(
+        self,
+        path_of: Callable[[Part], Path],
+        settings_of: Callable[[Part], str],
+        rounds: int,
+        limit: float | None = None,
+    ):
+        self.path_of, self.settings_of, self.rounds = path_of, settings_of, rounds
+        self.limit = SHARE * free_memory() if limit is None else limit
+        self.trainers: dict[Part, Trainer] = {}
+        self.sizes: dict[Part, int] = {}
+
+    def step(self, part: Part) -> int | None:
+        """Updates done; None of what was not begun. Raises ValueError for a file of other
+        settings."""
+        if part in self.trainers:
+            return self.trainers[part].step
+        return saved_step(self.path_of(part), self.settings_of(part))
+
+    def take(self, part: Part, device: str) -> Trainer | None:
+        """What is kept in memory of it, back on its device; from then on it is the caller's."""
+        trainer = self.trainers.pop(part, None)
+        return trainer and trainer.to(device)
+
+    def put(self, part: Part, trainer: Trainer) -> None:
+        """At the end of a part's round: keeps it, or saves it where there is no room. Raises
+        Diverged for what is not finite."""
+        trainer.finite_tensors(self.path_of(part))
+        trainer.optimizer.zero_grad(set_to_none=True)
+        self.sizes[part] = trainer.bytes
+        fits = sum(self.sizes[other] for other in self.trainers) + trainer.bytes <= self.limit
+        if processes().any(not fits):  # those that share its batches do the same
+            self.save(part, trainer)
+        else:
+            self.trainers[part] = trainer.to("cpu")
+
+    def save(self, part: Part, trainer: Trainer) -> None:
+        trainer.save(self.path_of(part), self.settings_of(part))
+
+    def end_round(self, number: int) -> None:
+        """Saves everything in memory when its time has come."""
+        if (number + 1) % self.rounds_between_saves == 0 or number + 1 == self.rounds:
+            self.save_all()
+            saved()
+
+    @contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """What is in memory stands at the end of a round, so it is good whatever became of the part
+        that was in training."""
+        try:
+            yield
+        except (Stopped, Diverged):
+            self.save_all()
+            raise
+
+    def save_all(self) -> None:
+        for part, trainer in self.trainers.items():
+            if trainer.step != trainer.saved:
+                self.save(part, trainer)
+
+    @property
+    def rounds_between_saves(self) -> int:
+        """As many as keep all saves within MOST_WRITTEN, but no more than MOST_UNSAVED of all
+        rounds."""
+        written = self.rounds * sum(self.sizes.values())
+        return max(1, min(math.ceil(written / MOST_WRITTEN), int(MOST_UNSAVED * self.rounds)))

@@ -1,0 +1,114 @@
+"""Batches of pictures drawn together, block by block: a denoising step reads the model's file once
+for all of them.
+
+Drawn one after the other, each forward would read the whole file. The arithmetic is
+`sampling.draw`'s, so the bits are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from ..architectures import BlockState
+from ..data import flow
+from ..data.draw import Prompts, guided_velocity, inputs_of, texts_of
+from ..models.streaming import Teacher, check_states, state_of, streams_of
+from ..system.finite import checked_velocity
+from ..system.progress import Progress
+
+
+@dataclass(kw_only=True)
+class Drawing:
+    """A batch on its way from noise to pictures. tokens [n, tokens, channels]: now; kept, times:
+    what each picture was at the step `kept_steps` [n] says, and the t of it."""
+
+    prompts: Prompts
+    grid: torch.Tensor
+    tokens: torch.Tensor
+    kept_steps: torch.Tensor
+    kept: torch.Tensor = field(init=False)
+    times: torch.Tensor = field(init=False)
+
+    def __post_init__(self):
+        self.kept, self.times = torch.zeros_like(self.tokens), torch.zeros(len(self.tokens))
+
+    def seen(self, step: int, x: torch.Tensor, t: float) -> None:
+        rows = self.kept_steps == step
+        self.kept[rows], self.times[rows] = x[rows], t
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that going on needs."""
+        return {"tokens": self.tokens, "kept": self.kept, "times": self.times}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.tokens, self.kept, self.times = (tensors[name] for name in ("tokens", "kept", "times"))
+
+
+@torch.no_grad()
+def draw_together(
+    teacher: Teacher,
+    drawings: list[Drawing],
+    steps: int,
+    guidance: float,
+    first: int,
+    progress: Progress,
+    stepped: Callable[[int], None],
+) -> None:
+    """Takes the drawings from step `first` to the end; `stepped(steps done)` after each. `progress`
+    counts blocks. Raises ValueError naming the block from which on the model is not finite."""
+    schedules = [drawing.prompts.timesteps(steps, drawing.tokens.shape[1]) for drawing in drawings]
+    for step in range(first, steps):
+        now = [schedule[step] for schedule in schedules]
+        for drawing, t in zip(drawings, now, strict=True):
+            drawing.seen(step, drawing.tokens, t)
+        velocities = _velocities(teacher, drawings, now, guidance, progress)
+        for drawing, velocity, schedule in zip(drawings, velocities, schedules, strict=True):
+            checked_velocity(velocity, f"the model at t = {schedule[step]:.3g}")
+            drawing.tokens = flow.euler_step(
+                drawing.tokens, velocity, schedule[step], schedule[step + 1]
+            )
+        stepped(step + 1)
+
+
+def states_of(teacher: Teacher, drawing: Drawing, t: float, guidance: float) -> list[BlockState]:
+    """Embedded: with its captions, and with the empty one where it is guided by both."""
+    texts = texts_of(
+        teacher.architecture, teacher.config, drawing.prompts, len(drawing.tokens), guidance
+    )
+    times = torch.full((len(drawing.tokens),), t)
+    return [teacher.embed(inputs_of(drawing.tokens, times, text, drawing.grid)) for text in texts]
+
+
+def _velocities(
+    teacher: Teacher, drawings: list[Drawing], now: list[float], guidance: float, progress: Progress
+) -> list[torch.Tensor]:
+    rest = "cpu" if teacher.streamed else None
+    states = [
+        states_of(teacher, drawing, t, guidance) for drawing, t in zip(drawings, now, strict=True)
+    ]
+    streams = [[streams_of(state, rest) for state in row] for row in states]
+    likes = [
+        [state.with_streams(state.image[:0], state.text[:0]) for state in row] for row in states
+    ]
+    del states
+    for index, block in teacher.walk(0, teacher.num_blocks - 1):
+        for row, like in zip(streams, likes, strict=True):
+            for place, stream in enumerate(row):
+                before = state_of(stream, like[place])
+                check_states(index, before)
+                row[place] = streams_of(teacher.architecture.run_block(block, before), rest)
+        progress.update()
+    found = []
+    for drawing, row, like in zip(drawings, streams, likes, strict=True):
+        ends = [state_of(stream, template) for stream, template in zip(row, like, strict=True)]
+        for end in ends:
+            check_states(teacher.num_blocks, end)
+        velocities = [
+            teacher.architecture.finish(teacher.outer, state).float().cpu() for state in ends
+        ]
+        found.append(guided_velocity(velocities, guidance, drawing.prompts))
+    return found

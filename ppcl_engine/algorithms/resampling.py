@@ -1,0 +1,54 @@
+"""Intervals of a mean, a ratio and a share: bootstrap and Wilson."""
+
+from __future__ import annotations
+
+import torch
+
+
+def bootstrap_interval(
+    values: torch.Tensor, seed: int, resamples: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the mean of `values` [n] (Efron 1979)."""
+    generator = torch.Generator().manual_seed(seed)
+    choice = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    means = values.double()[choice].mean(1)
+    low, high = torch.quantile(
+        means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    )
+    return float(low), float(high)
+
+
+def wilson_interval(right: torch.Tensor) -> tuple[float, float]:
+    """95 % interval of a share of trues in `right`, bool [n] (Wilson 1927). The bootstrap's has no
+    width at 0 and 100 %."""
+    count, share, z = len(right), float(right.double().mean()), 1.959964
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def bootstrap_ratio(
+    above: torch.Tensor, below: torch.Tensor, seed: int, resamples: int = 1000
+) -> tuple[float, float]:
+    """95 % percentile interval of sum(above) / sum(below), both [n], resampled together."""
+    generator = torch.Generator().manual_seed(seed)
+    choice = torch.randint(len(above), (resamples, len(above)), generator=generator)
+    ratios = above.double()[choice].sum(1) / below.double()[choice].sum(1)
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return float(low), float(high)
+
+
+def bootstrap_subsets(
+    samples: int, rows_per_sample: int, resamples: int, seed: int
+) -> torch.Tensor:
+    """[samples * rows_per_sample, resamples + 1] zeros and ones; the first column takes all.
+
+    The others hold the samples that a draw with replacement hits, each once: a row that stands
+    twice in a Gram matrix would look like perfect alignment.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    choice = torch.randint(samples, (resamples, samples), generator=generator)
+    hit = torch.zeros(resamples + 1, samples, dtype=torch.float64)
+    hit[0] = 1
+    hit[1:].scatter_(1, choice, 1.0)
+    return hit.repeat_interleave(rows_per_sample, dim=1).T.contiguous()

@@ -1,0 +1,124 @@
+"""Sparse models as files: what was done is in the metadata, 2:4 matrices are compressed, all else
+is as a dense model's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ...models.comfyui_names import marks_of
+from ...models.layout import layout_of
+from ...models.standalone import GUARD_SHAPE, STRUCTURE_KEY, guard_name, structure_of
+from ...models.tensor_sources import Source, comfyui_sources
+from ...models.weights import STRUCTURE_TENSOR
+from ...system.json_text import json_text
+from ...system.progress import Progress
+from ...system.tensor_files import TensorEntry, TwoParts, write_tensor_stream
+from ...system.two_of_four import INDICES, VALUES, compress, compressed_shapes
+from .source import SparsitySource
+
+SPARSITY_KEY = "ppcl_sparsity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparsity:
+    """What a file's metadata says. dropped: weights that are zero, of `weights` in the layers that
+    were pruned; error: mean over these of the relative squared error of their outputs; permuted:
+    channels stand in another order than the teacher's, so that LoRA files of it do not fit these
+    layers."""
+
+    pattern: str
+    sparsity: float
+    score: str
+    granularity: str
+    exchange: bool
+    compensate: bool
+    permuted: bool
+    timesteps: str
+    calibration: str
+    weights: int
+    dropped: int
+    error: float
+    note: str = ""
+
+    def to_json(self) -> str:
+        return json_text(asdict(self))
+
+
+def sparsity_of(metadata: dict[str, str]) -> Sparsity | None:
+    """None: a file that was not made sparse. Raises ValueError for an entry that says something
+    else."""
+    if SPARSITY_KEY not in metadata:
+        return None
+    try:
+        return Sparsity(**json.loads(metadata[SPARSITY_KEY]))
+    except (TypeError, json.JSONDecodeError):
+        raise ValueError(
+            f"the file's {SPARSITY_KEY} is not readable; make the model sparse again"
+        ) from None
+
+
+def write_sparse(
+    path: Path,
+    original: SparsitySource,
+    tensors: dict[str, Source],
+    compressed: set[str],
+    dtype,
+    sparsity: Sparsity,
+) -> Path:
+    """A full model in ComfyUI's layout, which `Weights` reads too; of a variant a standalone with
+    teacher indices.
+    compressed: diffusers' names of the matrices that are 2:4."""
+    extra, metadata = {}, {SPARSITY_KEY: sparsity.to_json(), "format": "pt"}
+    guard = None
+    if original.plan is None:
+        joined = {name: original.architecture.to_comfyui(name, tensors).name for name in tensors}
+        dense = {joined[name] for name in tensors if name not in compressed}
+        tensors = comfyui_sources(original.architecture, tensors)
+        compressed = set(tensors) - dense
+        metadata["config"] = json_text(original.config)
+        extra |= marks_of(original.architecture, original.config)
+    else:
+        structure = structure_of(original.plan, original.variant).to_json()
+        extra[STRUCTURE_TENSOR] = torch.tensor(list(structure.encode()), dtype=torch.uint8)
+        metadata[STRUCTURE_KEY] = structure
+        guard = guard_name(original.plan, layout_of(original.plan, original.variant))
+    guard = guard or min(compressed, default=None)
+    if guard:
+        extra[guard] = torch.zeros(GUARD_SHAPE, dtype=torch.uint8)
+    write_tensor_stream(
+        path, list(_entries(path.stem, tensors, compressed, dtype, extra)), metadata
+    )
+    return path
+
+
+def _entries(
+    name: str,
+    tensors: dict[str, Source],
+    compressed: set[str],
+    dtype: torch.dtype,
+    extra: dict[str, torch.Tensor],
+) -> Iterator[TensorEntry]:
+    bar = Progress(total=len(tensors), desc=name, unit="tensor")
+
+    def counted(read: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        def reading() -> torch.Tensor:
+            bar.update()
+            return read()
+
+        return reading
+
+    for key, source in tensors.items():
+        if key not in compressed:
+            yield TensorEntry(key, dtype, source.shape, counted(source.read))
+            continue
+        parts = TwoParts(lambda source=source: source.read().to(dtype), compress)
+        values, indices = compressed_shapes(source.shape)
+        yield TensorEntry(key + VALUES, dtype, values, counted(parts.take_first))
+        yield TensorEntry(key + INDICES, torch.uint8, indices, parts.take_second)
+    for key, tensor in extra.items():
+        yield TensorEntry(key, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)

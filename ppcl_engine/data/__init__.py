@@ -1,0 +1,1 @@
+"""Words and pictures to tensors and back: calibration sets, flow, drawing, codecs."""

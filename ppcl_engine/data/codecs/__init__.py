@@ -1,0 +1,54 @@
+"""Words and pictures to the tensors a transformer reads, and back: `open_codec` picks by what lies
+beside the transformer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ...system.atomic import read_json
+from ...system.tensor_files import TensorFile, check_exists
+from .base import Codec
+from .flux1 import FluxCodec
+from .pipeline import PipelineCodec
+from .qwen_image import QwenImageCodec, QwenImageEditCodec, QwenImageEditPlusCodec
+from .sd35 import StableDiffusion3Codec
+from .table import POSITIONS, TABLES, VOCABULARY_KEY, TableCodec
+
+PIPELINES = {
+    "QwenImagePipeline": QwenImageCodec,
+    "QwenImageEditPipeline": QwenImageEditCodec,
+    "QwenImageEditPlusPipeline": QwenImageEditPlusCodec,
+    "FluxPipeline": FluxCodec,
+    "StableDiffusion3Pipeline": StableDiffusion3Codec,
+}
+
+
+def open_pipeline(folder: Path, device: str = "cpu") -> PipelineCodec:
+    """The codec of the pipeline that the folder's model_index.json names. Raises ValueError for an
+    unknown one."""
+    name = read_json(folder / "model_index.json").get("_class_name")
+    if name not in PIPELINES:
+        raise ValueError(
+            f"{folder}/model_index.json is of a {name}; known pipelines: {', '.join(PIPELINES)}"
+        )
+    return PIPELINES[name](folder, device)
+
+
+def open_codec(path: Path, device: str = "cpu") -> Codec:
+    """The codec of a model. Raises ValueError for a model that has none (a transformer's file
+    alone)."""
+    path = Path(path)
+    check_exists(path)
+    if path.is_dir() and (path / "model_index.json").exists():
+        return open_pipeline(path, device)
+    if path.is_file():
+        file = TensorFile(path)
+        if set(TABLES) <= set(file.entries) and VOCABULARY_KEY in file.metadata:
+            names = (*TABLES, POSITIONS) if POSITIONS in file.entries else TABLES
+            tables = (file.read(name).float() for name in names)
+            return TableCodec(tuple(json.loads(file.metadata[VOCABULARY_KEY])), *tables)
+    raise ValueError(
+        f"{path} brings no text encoder and VAE; give a diffusers pipeline folder, "
+        "or stored embeddings with --embeddings"
+    )

@@ -1,0 +1,55 @@
+"""What a codec gives: the words and pictures around a transformer, and how a picture is drawn with
+it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from ...architectures import Inputs
+
+
+class Codec(Protocol):
+    """What surrounds a transformer, and how a picture is drawn with it.
+
+    Pictures are [n, 3, height, width] in [0, 1]; latents [n, channels, rows, columns]. All fp32 on
+    the CPU, in and out; masks are bool.
+    """
+
+    picture_size: tuple[int, int]
+    """default height and width of a picture, pixels"""
+    latent_channels: int
+    pixels_per_latent: int
+    rescales_guidance: bool
+    """whether the guided velocity of every token keeps the norm of the caption's"""
+    edits: bool
+    """whether captions are instructions, read with the pictures that they change, the references"""
+
+    def timesteps(self, steps: int, image_tokens: int) -> list[float]:
+        """1, ..., 0, both ends included: where a picture of so many tokens is sampled"""
+        ...
+
+    def text(self, texts: list[str], references: torch.Tensor | None = None) -> Inputs:
+        """All that the transformer reads of captions, by diffusers' names; a row each. references:
+        [n, k, 3, height, width]; ValueError where they are missing, or not read."""
+        ...
+
+    def latents(self, pictures: torch.Tensor) -> torch.Tensor: ...
+
+    def pictures(self, latents: torch.Tensor) -> torch.Tensor: ...
+
+    def release(self) -> None: ...
+
+
+def check_references(edits: bool, given: bool, where: object) -> None:
+    """Raises ValueError for an edit model without references, and for references that nothing would
+    read."""
+    if edits and not given:
+        raise ValueError(
+            f"{where} is an edit model, whose captions change pictures: name them with --references"
+        )
+    if given and not edits:
+        raise ValueError(
+            f"{where} draws from text alone and changes no pictures; leave the references out"
+        )

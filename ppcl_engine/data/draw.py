@@ -1,0 +1,236 @@
+"""Draw with a model: guided Euler sampling of packed latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ..architectures import REFERENCES, Architecture, Inputs, placed
+from ..architectures.folded import known_timesteps
+from ..system.finite import checked_velocity
+from ..system.progress import Progress
+from . import flow
+from .calibration import CLEAN
+from .codecs.base import Codec
+from .picture_files import load_references
+
+GUIDANCE = "guidance"
+
+Text = Inputs
+"""what a transformer reads of n captions, by diffusers' names: a row each"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Encoded captions, the empty one, and how a picture is drawn: all that drawing needs of a
+    codec.
+
+    nothing: one row; of an edit model, which reads the empty caption with its references, one for
+    each caption.
+    references: `grid` [k, 3] of those whose tokens come with the text.
+    """
+
+    given: Text
+    nothing: Text
+    latent_shape: tuple[int, int, int]
+    timesteps: Callable[[int, int], list[float]]
+    """a `Codec`'s: (steps, image tokens) -> 1, ..., 0"""
+    rescales_guidance: bool
+    references: torch.Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.long))
+
+    @property
+    def count(self) -> int:
+        return len(self.given["encoder_hidden_states"])
+
+    def rows(self, rows: torch.Tensor) -> Prompts:
+        """The captions `rows` alone."""
+        given = {name: tensor[rows] for name, tensor in self.given.items()}
+        nothing = {
+            name: tensor[rows] if len(tensor) > 1 else tensor
+            for name, tensor in self.nothing.items()
+        }
+        return replace(self, given=given, nothing=nothing)
+
+    def grid(self, drawn: torch.Tensor) -> torch.Tensor:
+        """[pictures, 3]: of the picture that is drawn, [1, 3], and of its references."""
+        return torch.cat([drawn, self.references])
+
+
+def inputs_of(tokens, t, text: Text, grid, clean=None) -> Inputs:
+    """A batch by diffusers' names: tokens [n, tokens, channels], t [n], text, grid [pictures,
+    3]."""
+    inputs = {"hidden_states": tokens, "timestep": t, **text, "grid": grid}
+    return inputs if clean is None else {**inputs, CLEAN: clean}
+
+
+def with_guidance(architecture: Architecture, config: Mapping, text: Text, guidance: float) -> Text:
+    """The text, and the guidance of every row where the model itself reads it."""
+    if not architecture.takes_guidance(config):
+        return text
+    return {**text, GUIDANCE: torch.full((len(text["encoder_hidden_states"]),), guidance)}
+
+
+def draw(
+    architecture: Architecture,
+    model: torch.nn.Module,
+    noise: torch.Tensor,
+    grid: torch.Tensor,
+    prompts: Prompts,
+    steps: int,
+    guidance: float,
+    seen: Callable[[int, torch.Tensor, float], None] = lambda step, x, t: None,
+) -> torch.Tensor:
+    """noise [n, tokens, channels] -> clean tokens of the n prompts. All on the CPU but the forward
+    itself. `seen` is shown every step's number, its state and its t. A model that reads the
+    guidance needs no empty caption. Raises ValueError naming the t at which the velocity is not
+    finite."""
+    texts = texts_of(architecture, model.config, prompts, len(noise), guidance)
+    parameter = next(model.parameters())
+
+    def velocity_of(x, t, text):
+        inputs = inputs_of(x, torch.full((len(x),), t), text, grid)
+        return (
+            architecture.call(model, placed(inputs, parameter.device, parameter.dtype))
+            .float()
+            .cpu()
+        )
+
+    def velocity(x, t):
+        guided = guided_velocity([velocity_of(x, t, text) for text in texts], guidance, prompts)
+        return checked_velocity(guided, f"the model at t = {t:.3g}")
+
+    timesteps = prompts.timesteps(steps, noise.shape[1])
+    known_timesteps(model, timesteps[:-1])
+    with torch.no_grad():
+        return flow.euler(velocity, noise, timesteps, seen)
+
+
+def texts_of(
+    architecture: Architecture, config: Mapping, prompts: Prompts, count: int, guidance: float
+) -> tuple[Text, ...]:
+    """What a model reads to draw `count` pictures: the captions, and the empty one where it is
+    guided by both."""
+    given = with_guidance(architecture, config, prompts.given, guidance)
+    return (
+        (given,)
+        if guidance == 1 or GUIDANCE in given
+        else (given, expanded(prompts.nothing, count))
+    )
+
+
+def guided_velocity(
+    velocities: list[torch.Tensor], guidance: float, prompts: Prompts
+) -> torch.Tensor:
+    """Of the velocities that `texts_of` gave."""
+    if len(velocities) == 1:
+        return velocities[0]
+    caption, empty = velocities
+    guided = flow.guided(empty, caption, guidance)
+    return flow.rescaled(guided, caption) if prompts.rescales_guidance else guided
+
+
+def picture_size(codec: Codec, height: int, width: int) -> tuple[int, int]:
+    """Height and width in pixels; 0 is the model's default. Raises ValueError for sizes that do not
+    divide."""
+    height, width, token = (
+        height or codec.picture_size[0],
+        width or codec.picture_size[1],
+        2 * codec.pixels_per_latent,
+    )
+    if height % token or width % token:
+        raise ValueError(
+            f"{height} x {width} pixels is not a multiple of {token}; change --height and --width"
+        )
+    return height, width
+
+
+def encode_prompts(codec: Codec, texts: list[str], height: int = 0, width: int = 0) -> Prompts:
+    """height, width: pixels, 0 is the model's default. Raises ValueError for sizes that do not
+    divide.
+
+    Encoding comes first and alone, and the codec is released, so that the text encoder has left
+    memory before the transformer comes.
+    """
+    prompts = _prompts(
+        codec, picture_size(codec, height, width), codec.text(texts), codec.text([""])
+    )
+    codec.release()
+    return prompts
+
+
+def encode_edits(
+    architecture: Architecture,
+    codec: Codec,
+    texts: list[str],
+    references: list[list[Path]],
+    height: int = 0,
+    width: int = 0,
+) -> Prompts:
+    """`encode_prompts` of instructions, each with as many pictures that it changes: all are cropped
+    to the same size."""
+    size = picture_size(codec, height, width)
+    pictures = load_references(references, size)
+    given, nothing = (codec.text(rows, pictures) for rows in (texts, [""] * len(texts)))
+    codec.release()
+    read, grid = reference_tokens(architecture, codec, pictures)
+    codec.release()
+    return replace(_prompts(codec, size, {**given, **read}, {**nothing, **read}), references=grid)
+
+
+def reference_tokens(
+    architecture: Architecture, codec: Codec, pictures: torch.Tensor
+) -> tuple[Text, torch.Tensor]:
+    """[n, k, 3, height, width] -> the tokens of the k references behind each other, and their
+    `grid` [k, 3]."""
+    latents = codec.latents(pictures.flatten(0, 1))
+    tokens = architecture.pack(latents).unflatten(0, pictures.shape[:2]).flatten(1, 2)
+    return {REFERENCES: tokens}, architecture.grid(latents).expand(pictures.shape[1], 3)
+
+
+def _prompts(codec: Codec, size: tuple[int, int], given: Text, nothing: Text) -> Prompts:
+    rows, columns = (side // codec.pixels_per_latent for side in size)
+    return Prompts(
+        given=given,
+        nothing=nothing,
+        latent_shape=(codec.latent_channels, rows, columns),
+        timesteps=codec.timesteps,
+        rescales_guidance=codec.rescales_guidance,
+    )
+
+
+def draw_prompts(
+    architecture: Architecture,
+    model: torch.nn.Module,
+    prompts: Prompts,
+    seed: int,
+    steps: int,
+    guidance: float,
+    batch: int,
+    description: str,
+) -> torch.Tensor:
+    """Clean latents [n, channels, rows, columns] of all captions; picture i starts from (seed, i)'s
+    noise."""
+    latents = []
+    for rows in Progress(torch.arange(prompts.count).split(batch), desc=description, unit="batch"):
+        noise = torch.stack([seeded_noise(seed, i, prompts.latent_shape) for i in rows.tolist()])
+        grid = prompts.grid(architecture.grid(noise))
+        clean = draw(
+            architecture, model, architecture.pack(noise), grid, prompts.rows(rows), steps, guidance
+        )
+        latents.append(architecture.unpack(clean, grid))
+    return torch.cat(latents)
+
+
+def seeded_noise(seed: int, index: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Latent noise of picture `index`: depends on (seed, index) alone, not on how pictures are
+    batched."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    return torch.randn(shape, generator=generator)
+
+
+def expanded(text: Text, count: int) -> Text:
+    """One caption for `count` rows."""
+    return {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in text.items()}

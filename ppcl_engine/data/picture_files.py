@@ -1,0 +1,97 @@
+"""Pictures, captions and references in folders, and captions in a text file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..system.texts import lines_of, read_text
+from .photos import READ, picture_names, read_picture
+
+
+def caption_file(path: Path) -> list[str]:
+    """One caption a line; blank lines are empty captions. Raises ValueError for a missing or empty
+    file."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; give a text file with one caption a line")
+    lines = lines_of(read_text(path))
+    if not lines:
+        raise ValueError(f"{path} is empty; write one caption a line")
+    return [line.strip() for line in lines]
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """What else lies there is said."""
+    found, others = picture_names(folder) if folder.is_dir() else ([], [])
+    if not found:
+        raise ValueError(
+            f"{folder} holds no pictures ({' '.join(READ)}); give a folder of pictures with captions"
+        )
+    if others:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        print(
+            f"{folder}: {others[0].name}{more} left out; read are {' '.join(READ)}", file=sys.stderr
+        )
+    return found
+
+
+def picture_files(folder: Path) -> list[tuple[Path, str]]:
+    """Pictures with a .txt of the same name beside them, sorted. Raises ValueError naming one
+    without."""
+    pictures = _pictures(folder)
+    for picture in pictures:
+        if not picture.with_suffix(".txt").exists():
+            raise ValueError(
+                f"{picture} has no caption; write it into {picture.with_suffix('.txt').name}"
+            )
+    return [(picture, read_text(picture.with_suffix(".txt")).strip()) for picture in pictures]
+
+
+def reference_files(folder: Path, pictures: Sequence[Path]) -> list[list[Path]]:
+    """Of each picture those that it was made from: cat.png of cat.png, or cat_1.png, cat_2.png, ...
+    Raises ValueError naming a picture without one."""
+    by_name = {path.stem: path for path in _pictures(folder)}
+    return [_references_of(picture, by_name, folder) for picture in pictures]
+
+
+def _references_of(picture: Path, by_name: dict[str, Path], folder: Path) -> list[Path]:
+    if picture.stem in by_name:
+        return [by_name[picture.stem]]
+    numbers = (
+        name.removeprefix(f"{picture.stem}_")
+        for name in by_name
+        if name.startswith(f"{picture.stem}_")
+    )
+    found = [
+        by_name[f"{picture.stem}_{n}"]
+        for n in sorted((n for n in numbers if n.isdecimal()), key=int)
+    ]
+    if not found:
+        raise ValueError(
+            f"{folder} has no reference of {picture.name}; put {picture.stem}.png there, or {picture.stem}_1.png and so on"
+        )
+    return found
+
+
+def load_references(rows: Sequence[Sequence[Path]], size: tuple[int, int]) -> torch.Tensor:
+    """[n, k, 3, height, width]: `load_pictures` of k references each."""
+    return torch.stack([load_pictures(row, size) for row in rows])
+
+
+def load_pictures(paths: Sequence[Path], size: tuple[int, int]) -> torch.Tensor:
+    """[n, 3, height, width] in [0, 1], each resized to cover `size` and cropped at its centre. As
+    `photos` reads them."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    height, width = size
+    rows = [
+        ImageOps.fit(read_picture(path), (width, height), Image.Resampling.LANCZOS)
+        for path in paths
+    ]
+    return torch.stack(
+        [torch.from_numpy(np.asarray(r, dtype=np.float32) / 255) for r in rows]
+    ).movedim(-1, 1)

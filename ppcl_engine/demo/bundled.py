@@ -1,0 +1,37 @@
+"""Where the bundled teachers are, and pictures of their world as an artist would bring them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..data.rendered.captions import random_captions, render
+
+TEACHER = Path(__file__).with_name("teacher.safetensors")
+TEACHERS = {"qwen": TEACHER, "flux": TEACHER.with_name("teacher_flux.safetensors")}
+
+
+def bundled(name: str) -> Path:
+    """A small teacher's file. Raises ValueError where it is not there."""
+    if not TEACHERS[name].exists():
+        raise ValueError(
+            f"{TEACHERS[name]} does not exist; make it with `python -m ppcl_engine.demo.train --teacher {name}`"
+        )
+    return TEACHERS[name]
+
+
+def render_pictures(folder: Path, count: int, seed: int) -> Path:
+    """`count` pictures with captions beside them, as an artist would bring them."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    captions = random_captions(count, generator)
+    for index, (caption, picture) in enumerate(
+        zip(captions, render(captions, generator), strict=True)
+    ):
+        pixels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{index:04d}.png")
+        (folder / f"{index:04d}.txt").write_text(caption.text() + "\n", encoding="utf-8")
+    return folder

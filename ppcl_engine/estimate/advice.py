@@ -1,0 +1,61 @@
+"""Which setting to change when memory does not suffice, stage by stage."""
+
+from __future__ import annotations
+
+from ..settings import assess_settings, base_settings, convert_settings, prune_settings
+
+STREAMED = ("streamed", False, "turn on streamed (blocks are read from disk one after the other)")
+CHECKPOINTING = (
+    "checkpointing",
+    False,
+    "turn on checkpointing (blocks are computed again for their gradients)",
+)
+CACHE = ("cache_gb", None, "lower cache_gb")
+BATCH = "calibrate again with a smaller batch, or smaller pictures"
+ADVICE = {
+    prune_settings.CalibrateConfig: (
+        [("batch", None, "lower batch"), STREAMED],
+        "make the pictures smaller (height, width)",
+    ),
+    prune_settings.ProbeConfig: ([STREAMED], "calibrate again with fewer samples"),
+    prune_settings.DetectConfig: ([STREAMED], "lower samples"),
+    prune_settings.DistillDepthConfig: ([STREAMED, CACHE], BATCH),
+    prune_settings.DetectWidthConfig: ([STREAMED, CACHE], BATCH),
+    prune_settings.DistillWidthConfig: ([STREAMED, CACHE], BATCH),
+    prune_settings.PolishConfig: ([CHECKPOINTING, STREAMED], BATCH),
+    prune_settings.VariantsConfig: ([STREAMED], "lower samples"),
+    prune_settings.FinetuneConfig: (
+        [CHECKPOINTING, STREAMED],
+        f"choose a smaller variant, or {BATCH}",
+    ),
+    convert_settings.ExportConfig: ([], "close other programs"),
+    convert_settings.SparsifyConfig: (
+        [("streamed", False, "turn on streamed (states between blocks wait on disk)")],
+        "calibrate again with fewer samples",
+    ),
+    assess_settings.EvaluateConfig: (
+        [STREAMED, ("batch", None, "lower batch")],
+        "make the pictures smaller (height, width)",
+    ),
+}
+"""Settings to change in this order: (name, the value with which it still helps; None: any, advice),
+then what is left."""
+
+
+def memory_advice(settings: base_settings.Common) -> str:
+    """The first settings that still help, two at most."""
+    first, rest = ADVICE[type(settings)]
+    helping = [
+        text for name, value, text in first if value is None or getattr(settings, name) == value
+    ]
+    return " or ".join([*helping, rest][:2])
+
+
+def setting_advice(settings: base_settings.Common, setting: str) -> str:
+    """How to change this one; "" where the stage has no advice of its own."""
+    return next((text for name, _, text in ADVICE[type(settings)][0] if name == setting), "")
+
+
+def last_advice(settings: base_settings.Common) -> str:
+    """What is left when no single setting helps."""
+    return ADVICE[type(settings)][1]

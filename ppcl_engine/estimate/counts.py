@@ -1,0 +1,221 @@
+"""Bytes and FLOPs that the needs of a stage are made of, counted on the meta device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+from ..algorithms.distillation.kept_trainers import SHARE
+from ..algorithms.distillation.quantization import NONE
+from ..algorithms.distillation.rounds import REUSE
+from ..architectures import Architecture
+from ..data.codecs import open_codec
+from ..data.codecs.table import TABLES
+from ..models.cost import CostModel, Grid, largest_pair
+from ..models.opening import model_config
+from ..plan import Interval, PruningPlan
+from ..run import Run
+from ..settings.base_settings import Common
+from ..settings.convert_settings import SparsifyConfig
+from ..settings.prune_settings import CalibrateConfig, DistillDepthConfig, DistillWidthConfig
+from ..system.machine import DTYPES, free_memory, resolve_device
+from ..system.tensor_files import TensorFile
+
+GRID, TEXT_TOKENS = (1, 64, 64), 128  # 1024 x 1024 pixels
+PIXELS_A_TOKEN = 16  # height and width
+# values of one width that a block's backward keeps, counted on diffusers' block
+ACTIVATIONS_PER_TOKEN = 40
+TUNING_COPIES = 5  # weights, gradients, two moments, average
+OPTIMISER_COPIES = 4  # weights, gradients, two moments
+SAVED_COPIES = 3  # weights, two moments
+FP32 = 4
+PUBLISHED_SHARE, PUBLISHED_LENGTH = 25 / 60, 3  # blocks removed, blocks of an interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Of a calibration set; `batch` go through a block at once."""
+
+    count: int
+    batch: int
+    grid: Grid
+    text_tokens: int
+    references: tuple[Grid, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """blocks: parameters of each; streamed: of what a streamed teacher holds, its outer part and
+    two blocks that follow each other; correction: of a student's; forward: FLOPs of a sample
+    through all blocks."""
+
+    architecture: Architecture
+    config: dict
+    cost: CostModel
+    parameters: int
+    blocks: tuple[int, ...]
+    streamed: int
+    correction: int
+    forward: float
+
+    def student(self, interval: Interval) -> int:
+        return self.blocks[interval.first] + self.correction
+
+
+@lru_cache(maxsize=16)
+def _sizes(
+    model: Path, changed: int, grid: Grid, text_tokens: int, references: tuple[Grid, ...]
+) -> Sizes:
+    """Counted on the meta device; `changed`: when the model was, so that a new file counts anew."""
+    _, architecture, config = model_config(model)
+    cost = CostModel(architecture, config, grid, text_tokens, references)
+    counted = cost.blocks()
+    blocks = [block.parameters for block in counted]
+    return Sizes(
+        architecture=architecture,
+        config=config,
+        cost=cost,
+        parameters=cost.outer_parameters + sum(blocks),
+        blocks=tuple(blocks),
+        streamed=cost.outer_parameters + largest_pair(blocks),
+        correction=cost.student(Interval(first=0, last=1, correction="affine")).parameters
+        - blocks[0],
+        forward=sum(block.flops for block in counted),
+    )
+
+
+class Count:
+    """Sizes that the stages' needs are made of; bytes unless said otherwise."""
+
+    def __init__(self, config: Common, calibrate: CalibrateConfig | None):
+        self.config, self.size = config, DTYPES[config.dtype].itemsize
+        self.samples = _samples(config, calibrate)
+        model = Path(config.model)
+        changed = model.stat().st_mtime_ns if model.exists() else 0
+        self.sizes = _sizes(
+            model, changed, self.samples.grid, self.samples.text_tokens, self.samples.references
+        )
+        self.blocks = self.sizes.architecture.num_blocks(self.sizes.config)
+        self.width = self.sizes.architecture.width(self.sizes.config)
+        self.parameters, self.forward = self.sizes.parameters, self.sizes.forward
+
+    @cached_property
+    def teacher(self) -> int:
+        return (self.sizes.streamed if self.config.streamed else self.parameters) * self.size
+
+    @cached_property
+    def state(self) -> int:
+        """Both streams of one sample."""
+        tokens = (
+            sum(map(math.prod, (self.samples.grid, *self.samples.references)))
+            + self.samples.text_tokens
+        )
+        return tokens * self.width * self.size
+
+    @property
+    def backward(self) -> int:
+        """What a block keeps of a batch for its gradients."""
+        return ACTIVATIONS_PER_TOKEN * self.samples.batch * self.state
+
+    @cached_property
+    def plan(self) -> PruningPlan | None:
+        run = Run(self.config.run)
+        return run.load_plan() if run.plan.exists() else None
+
+    @cached_property
+    def intervals(self) -> tuple[Interval, ...]:
+        """The plan's; without one, about as many as were published."""
+        if self.plan is not None:
+            return self.plan.intervals
+        guessed = round(self.blocks * PUBLISHED_SHARE / (PUBLISHED_LENGTH - 1))
+        return tuple(Interval(first=0, last=1, correction="affine") for _ in range(max(1, guessed)))
+
+    @cached_property
+    def students(self) -> list[int]:
+        """Parameters of those that are certain: the plan's; without one, the smallest."""
+        known = self.plan.intervals if self.plan is not None else ()
+        return [self.sizes.student(i) for i in known] or [
+            min(self.sizes.blocks) + self.sizes.correction
+        ]
+
+    def read_in_training(self, trained: int) -> int:
+        """Weights that a forward reads in the place of those in training, which are float32:
+        rounded ones, and what mixed precision makes of them."""
+        rounded = trained * FP32 if self.config.quant_aware != NONE else 0
+        return rounded + (trained * self.size if self.size < FP32 else 0)
+
+    def kept(self, samples: int) -> int:
+        """States of so many samples at one boundary."""
+        return min(samples, self.samples.count) * self.state
+
+    def cache(self, updates: int, cache_gb: float, boundaries: int) -> int:
+        """States of a round."""
+        return int(
+            min(
+                cache_gb * 1e9,
+                boundaries * self.samples.batch * self.state * math.ceil(updates / REUSE),
+            )
+        )
+
+    def together(self, config, states: int) -> int:
+        """Of what goes through the blocks together, if that much is there."""
+        return int(min(config.cache_gb * 1e9, states))
+
+    def waiting(self, trainers: int) -> int:
+        """Host memory of parts whose round is not there yet; on a GPU's memory they do not
+        count."""
+        return (
+            int(min(SHARE * free_memory(), trainers))
+            if resolve_device(self.config.device) == "cpu"
+            else 0
+        )
+
+    def rounds(self, config: DistillDepthConfig | DistillWidthConfig, trained: int) -> float:
+        """FLOPs of sweeps and updates; an update is three forwards."""
+        sweeps = math.ceil(config.updates / REUSE) * self.forward
+        updates = 3 * trained * config.updates * self.forward / self.blocks
+        return config.rounds * self.samples.batch * (sweeps + updates)
+
+    def variant(self, name: str) -> int:
+        """Parameters of a variant, 0 where it is not known yet."""
+        if self.plan is None or name not in {v.name for v in self.plan.variants}:
+            return 0
+        return self.sizes.cost.variant(
+            self.plan, replace(self.plan.variant(name), tuned=False)
+        ).parameters
+
+
+def _samples(config: Common, calibrate: CalibrateConfig | None) -> Samples:
+    path = Run(config.run).calibration
+    if isinstance(config, SparsifyConfig) and config.calibration is not None:
+        path = config.calibration
+    calibrate = config if isinstance(config, CalibrateConfig) else calibrate
+    if calibrate is not None:
+        grid = _grid(calibrate)
+        references = (grid,) if calibrate.references else ()  # one or more
+        text, batch = TEXT_TOKENS, calibrate.batch
+        return Samples(
+            count=calibrate.samples, batch=batch, grid=grid, text_tokens=text, references=references
+        )
+    if not path.exists():
+        return Samples(count=1, batch=1, grid=(1, 2, 2), text_tokens=1)
+    file = TensorFile(path)
+    shapes = [file.shape(name) for name in file.keys() if name.endswith(".encoder_hidden_states")]
+    count, (batch, text_tokens, _) = sum(s[0] for s in shapes), shapes[0]
+    grid, *references = map(tuple, file.read("0.grid").tolist())
+    return Samples(
+        count=count, batch=batch, grid=grid, text_tokens=text_tokens, references=tuple(references)
+    )
+
+
+def _grid(config: CalibrateConfig) -> tuple[int, int, int]:
+    """Of the pictures that calibrate will draw or read: as asked for, or the model's own size where
+    it is cheap to know."""
+    (rows, columns), pixels = GRID[1:], PIXELS_A_TOKEN
+    if Path(config.model).is_file() and set(TABLES) <= set(TensorFile(config.model).entries):
+        codec = open_codec(config.model)
+        pixels = 2 * codec.pixels_per_latent
+        rows, columns = (side // pixels for side in codec.picture_size)
+    return 1, config.height // pixels or rows, config.width // pixels or columns

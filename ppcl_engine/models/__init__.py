@@ -1,0 +1,1 @@
+"""From files to a pruned model and back."""

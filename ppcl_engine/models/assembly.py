@@ -1,0 +1,105 @@
+"""diffusers' model of a layout, put together of a teacher's blocks and trained parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..architectures import Architecture, SharedText
+from ..plan import Interval, PruningPlan, Variant
+from .layout import Layout, Place, layout_of
+from .surgery import Edit, build_student, project, pruned_blocks
+from .weights import Weights
+
+
+class Students(Protocol):
+    """Where trained parts come from: a bundle, or a run folder. Each raises ValueError for what was
+    not trained."""
+
+    def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module: ...
+
+    def projection(
+        self, place: str, kind: str, dtype: torch.dtype, device: str
+    ) -> dict[str, torch.Tensor]: ...
+
+    def tuned(self, variant: str, key: str) -> torch.Tensor: ...
+
+
+def assemble(
+    weights: Weights,
+    students: Students | None,
+    layout: Layout,
+    dtype: torch.dtype,
+    device: str,
+    teacher_block: Callable[[int, Edit], nn.Module] | None = None,
+) -> nn.Module:
+    """diffusers' model of this layout, teacher indices kept. `teacher_block` (default: read into
+    memory) gives the blocks that stay."""
+    blocks = pruned_blocks(
+        weights.architecture,
+        layout,
+        teacher_block or (lambda index, edit: edit(weights.block(index, dtype, device))),
+        lambda interval: students.student(interval, dtype, device),
+        students and partial(students.projection, dtype=dtype, device=device),
+    )
+    return weights.architecture.assemble(weights.outer(dtype, device), weights.config, blocks)
+
+
+def placed_block(
+    weights: Weights,
+    students: Students,
+    place: Place,
+    dtype: torch.dtype,
+    device: str,
+    shared: dict[int, SharedText],
+) -> nn.Module:
+    """What stands at one place, with its trained weights: a block of its own."""
+    projections = partial(students.projection, dtype=dtype, device=device)
+    if place.interval:
+        block = students.student(place.interval, dtype, device)
+    else:
+        block = weights.block(place.index, dtype, device)
+    return project(weights.architecture, block, place, shared, projections)
+
+
+def open_variant(
+    weights: Weights,
+    students: Students,
+    plan: PruningPlan,
+    variant: Variant,
+    dtype: torch.dtype,
+    device: str,
+    teacher_block: Callable[[int, Edit], nn.Module] | None = None,
+) -> nn.Module:
+    """The variant's model; a tuned one is filled with its own weights."""
+    layout = layout_of(plan, variant)
+    if not variant.tuned:
+        return assemble(weights, students, layout, dtype, device, teacher_block)
+    model = empty_model(weights.architecture, plan.config, layout)
+    return filled(model, partial(students.tuned, variant.name), dtype, device)
+
+
+def filled(
+    model: nn.Module, read: Callable[[str], torch.Tensor], dtype: torch.dtype, device: str
+) -> nn.Module:
+    """The model with every tensor read by its name."""
+    model.load_state_dict(
+        {name: read(name).to(device, dtype) for name in model.state_dict()}, assign=True
+    )
+    return model.eval().requires_grad_(False)
+
+
+def empty_model(architecture: Architecture, config: dict, layout: Layout) -> nn.Module:
+    """diffusers' model of this layout with blocks on the meta device, to be filled."""
+    with torch.device("meta"):
+        blocks = pruned_blocks(
+            architecture,
+            layout,
+            lambda index, edit: edit(architecture.build_block(config, index)),
+            lambda interval: build_student(architecture, config, interval),
+        )
+    return architecture.assemble(architecture.build_outer(config), config, blocks)

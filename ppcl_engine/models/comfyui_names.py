@@ -1,0 +1,91 @@
+"""The tensors of one variant by ComfyUI's names, as a standalone has them: fused maps, projections
+where the host's block has a place for them; and the marks by which ComfyUI knows a
+configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from ..architectures import Architecture, Part
+from ..system.tensor_files import TensorFile
+from .layout import Layout
+from .weights import SCALE_SUFFIXES, expected_shapes
+
+CORRECTION = "correction."
+
+
+def variant_parts(
+    architecture: Architecture, config: dict, layout: Layout, keys: Iterable[str]
+) -> dict[str, Part]:
+    """diffusers' name (teacher indices) -> where the tensor lies by ComfyUI's names. A map that was
+    cut holds the pieces that are left, one behind the other."""
+    whole = expected_shapes(architecture, config)
+    own = _projections(architecture, config, layout, whole)
+    prefixes = {
+        architecture.block_prefix(config, index): index for index in range(layout.num_blocks)
+    }
+    found = {}
+    for key in keys:
+        module, _, leaf = key.rpartition(".")
+        prefix, mark, rest = key.partition(CORRECTION)
+        if module in own:
+            found[key] = Part(f"{own[module]}.{leaf}")
+        elif mark and prefix in prefixes:
+            found[key] = Part(_prefix(architecture, prefix, whole) + mark + rest)
+        else:
+            found[key] = architecture.to_comfyui(key, whole)
+    return found
+
+
+def read_part(
+    stored: Mapping[str, tuple[TensorFile, str]], parts: Mapping[str, Part], key: str
+) -> torch.Tensor:
+    """stored: ComfyUI's name -> (open file, name in it). Of a matrix with a scale its values, in
+    float32."""
+    part = parts[key]
+    file, name = stored[part.name]
+    if part.of == 1:
+        tensor = file.read(name)
+    else:
+        there = sorted(
+            piece for other in parts.values() if other.name == part.name for piece in other.pieces
+        )
+        rows = file.shape(name)[0] // len(there)
+        tensor = torch.cat(
+            [file.read(name, rows, there.index(piece) * rows) for piece in part.pieces]
+        )
+    for suffix in SCALE_SUFFIXES:
+        if scale := stored.get(part.name.removesuffix(".weight") + suffix):
+            tensor = tensor.float() * scale[0].read(scale[1]).float()
+    return tensor
+
+
+def _projections(
+    architecture: Architecture, config: dict, layout: Layout, whole: Iterable[str]
+) -> dict[str, str]:
+    """A projection's linear map, by diffusers' name of where it stands -> by ComfyUI's."""
+    found = {}
+    for place in layout.places:
+        ours = architecture.block_prefix(config, place.index)
+        for kind in place.projections:
+            theirs = architecture.comfyui_projections[kind]
+            parts = architecture.projection_names[kind].items()
+            found |= {
+                ours + name: _prefix(architecture, ours, whole) + theirs[part]
+                for part, name in parts
+            }
+    return found
+
+
+def _prefix(architecture: Architecture, ours: str, whole: Iterable[str]) -> str:
+    """ "double_blocks.3." of "transformer_blocks.3." """
+    key = next(key for key in whole if key.startswith(ours))
+    return ".".join(architecture.to_comfyui(key, whole).name.split(".")[:2]) + "."
+
+
+def marks_of(architecture: Architecture, config: dict) -> dict[str, torch.Tensor]:
+    """Empty tensors by which ComfyUI knows models of this configuration that shapes do not tell
+    apart."""
+    return {mark: torch.empty(0) for mark, entry in architecture.marks.items() if config.get(entry)}

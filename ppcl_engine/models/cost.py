@@ -1,0 +1,146 @@
+"""Parameters, bytes and FLOPs of a plan's variants, counted on the meta device."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..architectures import REFERENCES, Architecture, Inputs, architecture_named
+from ..plan import Interval, PruningPlan, Variant
+from ..system.json_text import json_text
+from .layout import Place, layout_of
+from .surgery import empty_block
+from .weights import parameter_count, stored_count
+
+Grid = tuple[int, int, int]
+Shapes = tuple[tuple[str, torch.Size], ...]
+
+STORED_BYTES = 2  # bfloat16
+
+
+@dataclass(frozen=True)
+class Cost:
+    """stored: values in a file, which has tables that are no parameters too."""
+
+    parameters: int
+    stored: int
+    flops: float
+
+    @property
+    def bytes(self) -> int:
+        return self.stored * STORED_BYTES
+
+
+class CostModel:
+    """Costs at one size, batch 1: `grid` (frames, rows, columns) of image tokens, those of
+    references behind it."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: dict,
+        grid: Grid,
+        text_tokens: int,
+        references: Sequence[Grid] = (),
+    ):
+        self.architecture, self.config = architecture, config
+        with torch.device("meta"), torch.no_grad():
+            outer = architecture.build_outer(config)
+            self.outer_parameters, self.outer_stored = parameter_count(outer), stored_count(outer)
+            self._state = _meta_state(architecture, config, [grid, *references], text_tokens)
+        self._counted: dict[tuple, Cost] = {}
+        self._config_text = json_text(config, sort_keys=True)
+
+    @classmethod
+    def at(cls, architecture: Architecture, config: dict, inputs: Inputs) -> CostModel:
+        """At the size of a calibration batch."""
+        grid, *references = map(tuple, inputs["grid"].tolist())
+        return cls(architecture, config, grid, inputs["encoder_hidden_states"].shape[1], references)
+
+    def block(self, index: int) -> Cost:
+        return self.place(Place(index=index))
+
+    def blocks(self) -> list[Cost]:
+        """Of every block of the teacher."""
+        return [self.block(index) for index in range(self.architecture.num_blocks(self.config))]
+
+    def student(self, interval: Interval) -> Cost:
+        return self.place(Place(index=interval.first, interval=interval))
+
+    def variant(self, plan: PruningPlan, variant: Variant) -> Cost:
+        parts = [self.place(place) for place in layout_of(plan, variant).places]
+        return Cost(
+            self.outer_parameters + sum(p.parameters for p in parts),
+            self.outer_stored + sum(p.stored for p in parts),
+            sum(p.flops for p in parts),
+        )
+
+    def place(self, place: Place) -> Cost:
+        """Of what stands there, projections and correction included; counted once for all places
+        that are built alike."""
+        projected = tuple((site.kind, site.form) for site in place.ffn)
+        text = (place.text_source is not None, place.steps_text, place.publishes)
+        kind = _kind_of(self.architecture.name, self._config_text, place.index)
+        built = (kind, place.interval, projected, text)
+        if built not in self._counted:
+            with torch.device("meta"):
+                self._counted[built] = self._of(
+                    empty_block(self.architecture, self.config, place, {})
+                )
+        return self._counted[built]
+
+    def linear_maps(
+        self, place: Place, skip: Sequence[str] = ()
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Of what stands there: (rows, columns) of each linear map; (rows of a sample, width) of
+        each different tensor that they read. skip: parts of names of maps that are left out."""
+        with torch.device("meta"), torch.no_grad():
+            block = empty_block(self.architecture, self.config, place, {})
+            found = [(n, m) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
+            maps = [module for name, module in found if not any(part in name for part in skip)]
+            read: dict[int, torch.Tensor] = {}  # they stay alive, so that their ids stay theirs
+            for module in maps:
+                module.register_forward_pre_hook(
+                    lambda _, given: read.update({id(given[0]): given[0]})
+                )
+            self.architecture.run_block(block, self._state)
+        shapes = [(x.numel() // x.shape[-1], x.shape[-1]) for x in read.values()]
+        return [(m.out_features, m.in_features) for m in maps], shapes
+
+    def _of(self, block: torch.nn.Module) -> Cost:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.architecture.run_block(block, self._state)
+        return Cost(parameter_count(block), stored_count(block), float(counter.get_total_flops()))
+
+
+@lru_cache(maxsize=1024)
+def _kind_of(architecture: str, config: str, index: int) -> Shapes:
+    """What tells a block of the teacher from those of another kind. Built once, however many costs
+    are counted."""
+    with torch.device("meta"):
+        block = architecture_named(architecture).build_block(json.loads(config), index)
+    return tuple((name, tensor.shape) for name, tensor in block.state_dict().items())
+
+
+def largest_pair(blocks: Sequence[int]) -> int:
+    """Of blocks that follow each other: a streamed one is computed with while the next is read."""
+    return max(map(sum, pairwise(blocks)), default=sum(blocks))
+
+
+def _meta_state(architecture: Architecture, config: dict, grids: list[Grid], text_tokens: int):
+    """A block's input without memory, made by an outer part of the same shapes."""
+    outer = architecture.build_outer(config)
+    inputs = architecture.random_inputs(config, 1, grids[0], text_tokens, "meta")
+    inputs["grid"] = torch.tensor(grids, device="cpu")
+    if len(grids) > 1:
+        tokens, channels = sum(map(math.prod, grids[1:])), inputs["hidden_states"].shape[-1]
+        inputs[REFERENCES] = torch.empty(1, tokens, channels, device="meta")
+    state = architecture.embed(outer, inputs)
+    return replace(state, modulated_text=state.text)

@@ -1,0 +1,1 @@
+"""Modulations folded away: into tables of values, or into a basis."""

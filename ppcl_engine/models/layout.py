@@ -1,0 +1,178 @@
+"""What stands at each place of a variant: teacher's block or student, with which projections. Pure
+functions.
+
+A text group (a, b] reads the modulated text of the last full block before it (method: width,
+text stream); which projections exist decides what a variant may switch on together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..architectures import architecture_named
+from ..plan import Interval, PruningPlan, TextGroup, Variant, WidthSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A block that runs. `index`: its teacher index (an interval's first). `ffn`: its projected
+    FFNs. `text_source`: index of the place whose modulated text its projection reads; `steps_text`:
+    it also moves the text stream on, over its whole group; `publishes`: a text group reads from
+    it."""
+
+    index: int
+    interval: Interval | None = None
+    ffn: tuple[WidthSite, ...] = ()
+    text_source: int | None = None
+    steps_text: bool = False
+    publishes: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the weights that stand here: "3-6" is a student, "3" the teacher's block."""
+        return self.interval.name if self.interval else str(self.index)
+
+    @property
+    def last(self) -> int:
+        return self.interval.last if self.interval else self.index
+
+    @property
+    def is_teacher(self) -> bool:
+        """The teacher's block, with nothing in it replaced."""
+        return self.interval is None and not self.ffn and self.text_source is None
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Kinds of the sites that are on here."""
+        return (
+            *(site.kind for site in self.ffn),
+            *(("text",) if self.text_source is not None else ()),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """places in order of their indices; sites: names of those on; notes: which went off with an
+    interval, and why."""
+
+    num_blocks: int
+    places: tuple[Place, ...]
+    sites: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def full_layout(num_blocks: int) -> Layout:
+    return Layout(num_blocks=num_blocks, places=tuple(Place(index=i) for i in range(num_blocks)))
+
+
+def checked(plan: PruningPlan) -> PruningPlan:
+    """The plan. Raises ValueError, naming the part, for what its architecture has no place for."""
+    architecture = architecture_named(plan.architecture)
+    try:
+        sections = architecture.sections(plan.config)
+    except KeyError as missing:
+        raise ValueError(
+            f"the plan's configuration of its model lacks {missing}; it is incomplete"
+        ) from None
+    except TypeError as error:
+        raise ValueError(
+            f"the plan's configuration of its model is not readable ({error}); export it again"
+        ) from None
+    for interval in plan.intervals:
+        if (
+            len(
+                {next((n for n, s in enumerate(sections) if i in s), None) for i in interval.blocks}
+            )
+            > 1
+        ):
+            runs = ", ".join(f"{s.start}-{s.stop - 1}" for s in sections)
+            raise ValueError(
+                f"interval {interval.name} holds blocks of two kinds ({runs}); end it where one kind ends"
+            )
+    for site in plan.sites:
+        kinds = architecture.site_kinds(plan.config, site.block)
+        if site.kind not in kinds:
+            raise ValueError(
+                f"width site {site.name}: block {site.block} has no such part, but {', '.join(kinds)}"
+            )
+    return plan
+
+
+def layout_of(plan: PruningPlan, variant: Variant) -> Layout:
+    """Places of a variant. A site whose projection was not trained for what stands there goes off,
+    and `notes` says so."""
+    intervals = {interval.first: interval for interval in checked(plan).intervals_of(variant)}
+    everything = _names({interval.first: interval for interval in plan.intervals}, plan.num_blocks)
+    here = _names(intervals, plan.num_blocks)
+    on, notes, ffn, text = [], [], {}, {}
+    for name in variant.sites:
+        reason = _misfit(plan, name, here, everything)
+        if reason:
+            notes.append(f"{name} is off: {reason}")
+            continue
+        on.append(name)
+        if (site := plan.site(name)).kind == "text":
+            text |= _text_places(plan, site, here)
+        else:
+            ffn.setdefault(site.block, []).append(site)
+    sources = {source for source, _ in text.values()}
+    places = [
+        Place(
+            index=index,
+            interval=intervals.get(index),
+            ffn=tuple(ffn.get(index, ())),
+            text_source=text[index][0] if index in text else None,
+            steps_text=index in text and text[index][1],
+            publishes=index in sources,
+        )
+        for index in here
+    ]
+    return Layout(
+        num_blocks=plan.num_blocks, places=tuple(places), sites=tuple(on), notes=tuple(notes)
+    )
+
+
+def group_places(layout: Layout, group: TextGroup) -> tuple[Place, list[Place]]:
+    """(the full place before the group, the group's own places)"""
+    before = [place for place in layout.places if place.index < group.first]
+    return before[-1], [
+        place for place in layout.places if group.first <= place.index <= group.last
+    ]
+
+
+def _names(intervals: dict[int, Interval], num_blocks: int) -> dict[int, str]:
+    """index -> name of what stands there, in order; gaps have none."""
+    gaps = {index for interval in intervals.values() for index in interval.blocks[1:]}
+    return {
+        i: intervals[i].name if i in intervals else str(i)
+        for i in range(num_blocks)
+        if i not in gaps
+    }
+
+
+def _misfit(
+    plan: PruningPlan, name: str, here: dict[int, str], everything: dict[int, str]
+) -> str | None:
+    """Why the site cannot be on with what stands here; None when it can."""
+    site = plan.site(name)
+    fitted = {s.block: s.fitted for s in site.sites}
+    if site.kind == "text":
+        source = max(index for index in here if index < site.first)
+        if here[source] != everything.get(source):
+            return f"the block before it ({here[source]}) is not the one that it was trained behind"
+    elif site.block not in here:
+        return f"block {site.block} is replaced"
+    for block, names in fitted.items():
+        if block in here and here[block] != everything.get(block) and here[block] not in names:
+            return f"no projection was trained for block {here[block]}"
+    return None
+
+
+def _text_places(
+    plan: PruningPlan, group: TextGroup, here: dict[int, str]
+) -> dict[int, tuple[int, bool]]:
+    """index -> (source, steps the text); it need not step where nothing reads it any more."""
+    source = max(index for index in here if index < group.first)
+    members = [index for index in here if group.first <= index <= group.last]
+    read = "text" in architecture_named(plan.architecture).used_streams(plan.config, group.last)
+    return {index: (source, read and index == members[-1]) for index in members}

@@ -1,0 +1,1 @@
+"""Numbers to the bytes of a PNG."""

@@ -1,0 +1,48 @@
+"""The elements of a report's page. What a user wrote goes in through `tag`, which escapes it."""
+
+from __future__ import annotations
+
+import base64
+import html
+
+NONE = "–"  # a figure that was not measured
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+
+def tag(name: str, *content: object, **attributes: object) -> Html:
+    """An element; content and attribute values that are not Html are escaped."""
+    text = "".join(
+        f' {key.rstrip("_")}="{html.escape(str(value))}"' for key, value in attributes.items()
+    )
+    return Html(f"<{name}{text}>{joined(content)}</{name}>")
+
+
+def joined(content: tuple | list) -> Html:
+    return Html(
+        "".join(part if isinstance(part, Html) else html.escape(str(part)) for part in content)
+    )
+
+
+def image(png: bytes, alt: str, **attributes: object) -> Html:
+    data = base64.b64encode(png).decode()
+    text = "".join(
+        f' {key.rstrip("_")}="{html.escape(str(value))}"' for key, value in attributes.items()
+    )
+    return Html(f'<img alt="{html.escape(alt)}"{text} src="data:image/png;base64,{data}">')
+
+
+def table(heads: list[str], rows: list[list[object]], classes: str = "") -> Html:
+    """The first column names the row; the others are numbers."""
+    head = tag("tr", *(tag("th", h, scope="col") for h in heads))
+    body = [
+        tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:]))
+        for row in rows
+    ]
+    return tag(
+        "div",
+        tag("table", tag("thead", head), tag("tbody", *body), class_=f"numbers {classes}"),
+        class_="scroll",
+    )

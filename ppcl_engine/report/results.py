@@ -1,0 +1,107 @@
+"""What a run folder holds, read once for its report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+from ..models.layout import Layout, layout_of
+from ..plan import PruningPlan, Variant
+from ..run import Run
+from ..system.atomic import read_json
+from ..system.tensor_files import TensorFile
+from .width_section import WidthResults, read_width
+
+ACCURACIES = {
+    "character_accuracy": "characters",
+    "shape_accuracy": "shapes",
+    "colour_accuracy": "colours",
+}
+FIDELITY = {
+    "velocity_error": ("velocity error", "{:.4f}"),
+    "latent_psnr": ("latents, PSNR dB", "{:.1f}"),
+    "psnr": ("pictures, PSNR dB", "{:.1f}"),
+    "ssim": ("pictures, SSIM", "{:.3f}"),
+    "character_accuracy": ("characters right", "%"),
+    "shape_accuracy": ("shapes right", "%"),
+    "colour_accuracy": ("colours right", "%"),
+    "text_sensitivity": ("text sensitivity", "{:.3f}"),
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run folder says, read once. cka, damage: see curves.Curves; losses: interval ->
+    [updates]."""
+
+    plan: PruningPlan
+    evaluation: dict
+    detection: dict
+    settings: dict
+    calibration: dict
+    cka: torch.Tensor
+    damage: torch.Tensor
+    losses: dict[str, torch.Tensor]
+    pictures: dict[str, torch.Tensor]
+    width: WidthResults | None = None
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """What is really on in each variant of the layer map."""
+        return {variant.name: layout_of(self.plan, variant) for variant in self.mapped}
+
+    @property
+    def mapped(self) -> list[Variant]:
+        """Those evaluated, teacher first, then those that the plan names besides."""
+        names = [row["name"] for row in self.evaluation["variants"]]
+        names += [v.name for v in self.plan.variants if v.name not in names]
+        return [self.plan.variant(name) for name in names]
+
+    @property
+    def teacher(self) -> dict:
+        return self.evaluation["variants"][0]
+
+    @property
+    def students(self) -> list[dict]:
+        return self.evaluation["variants"][1:]
+
+    @property
+    def pictured(self) -> list[str]:
+        return [row["name"] for row in self.evaluation["variants"] if row["name"] in self.pictures]
+
+    def row(self, name: str) -> dict | None:
+        return next((row for row in self.evaluation["variants"] if row["name"] == name), None)
+
+
+def read_results(files: Run) -> Results:
+    plan, shown = files.load_plan(), files.folder / "pictures.safetensors"
+    for path in (files.evaluation, files.curves, files.detection, shown):
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; run evaluate first")
+    curves, evaluation = TensorFile(files.curves), read_json(files.evaluation)
+    for row in evaluation["variants"]:
+        try:
+            plan.variant(row["name"])
+        except ValueError as error:
+            raise ValueError(
+                f"{files.evaluation} is older than the plan ({error}); run evaluate first"
+            ) from None
+    students = {
+        i.name: files.student(i.name) for i in plan.intervals if files.student(i.name).exists()
+    }
+    losses = {name: TensorFile(path).read("losses") for name, path in students.items()}
+    origin = TensorFile(files.calibration).metadata if files.calibration.exists() else {}
+    return Results(
+        plan=plan,
+        evaluation=evaluation,
+        detection=read_json(files.detection),
+        settings=json.loads(curves.metadata.get("settings", "{}")),
+        calibration=json.loads(origin.get("ppcl_calibration", "{}")),
+        cka=curves.read("cka"),
+        damage=curves.read("error").sum(-1) / curves.read("power").sum(),
+        losses={name: values for name, values in losses.items() if len(values)},
+        pictures=TensorFile(shown).read_all(),
+        width=read_width(files, plan),
+    )

@@ -1,0 +1,1 @@
+"""Everything that can be set, stage by stage. Standard library only."""

@@ -1,0 +1,105 @@
+"""A stage's settings from the words of a command line. tyro reads them; what is wrong with them is
+said in one line."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import MISSING, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar, get_args, get_type_hints
+
+from ..system.wording import known_names, shown
+from .ranges import Settings
+
+HELP = {"-h", "--help"}
+RULE = re.compile(r"\W*")  # a line of a box without a word
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+EDGES = " \t│|"
+# of the class where tyro has nothing better to name
+ORIGIN = re.compile(r"Error parsing (?:[A-Z]\w*: )?")
+
+Kind = TypeVar("Kind", bound=Settings)
+
+
+def parse(kind: type[Kind], stage: str, arguments: Sequence[str], tells: bool, **options) -> Kind:
+    """Raises ValueError naming what is unknown, missing or wrong; SystemExit behind the help, which
+    `tells` prints."""
+    import tyro
+
+    told = f"ppcl {stage}"
+    if HELP & set(arguments):
+        return tyro.cli(kind, args=arguments, prog=told, console_outputs=tells, **options)
+    _check_names(kind, stage, arguments, positional=bool(options))
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said), _endless_lines():
+            return tyro.cli(kind, args=arguments, prog=told, **options)
+    except SystemExit as end:
+        if not end.code:
+            raise
+    raise ValueError(f"{_what(said.getvalue())}; {told} --help lists the settings")
+
+
+def _check_names(
+    kind: type[Settings], stage: str, arguments: Sequence[str], positional: bool
+) -> None:
+    """Of settings, which tyro would show with their help texts; and paths, of which "" would be the
+    folder we are in."""
+    names = {f.name.replace("_", "-"): f for f in fields(kind)}
+    known = names.keys() | {
+        f"no-{name}" for name, field in names.items() if isinstance(field.default, bool)
+    }
+    given = [
+        word[2:].partition("=")[0].replace("_", "-") for word in arguments if word.startswith("--")
+    ]
+    for name in given:
+        if name not in known:
+            line = known_names(f"--{name}", [f"--{setting}" for setting in sorted(names)])
+            raise ValueError(f"{stage} has no setting {shown(f'--{name}')}; {line}")
+    paths = {
+        f"--{name}"
+        for name, hint in get_type_hints(kind).items()
+        if Path in (hint, *get_args(hint))
+    }
+    for word, value in pairwise([*arguments, None]):
+        if word in paths and value == "" or word.endswith("=") and word[:-1] in paths:
+            raise ValueError(f"{word.rstrip('=')} is empty; give a path")
+    missing = [
+        f"--{name}"
+        for name, field in names.items()
+        if field.default is MISSING and name not in given
+    ]
+    if missing and not positional:
+        raise ValueError(
+            f"{stage} needs {' and '.join(missing)}; ppcl {stage} --help lists the settings"
+        )
+
+
+@contextmanager
+def _endless_lines() -> Iterator[None]:
+    """tyro breaks lines, and words, at the terminal's width."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "1000000"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _what(box: str) -> str:
+    """The first part of tyro's box, behind its title, which says what is wrong; then come help
+    texts."""
+    part: list[str] = []
+    for line in (line.strip(EDGES) for line in COLOUR.sub("", box).splitlines()[1:]):
+        if not RULE.fullmatch(line):
+            part.append(line)
+        elif part:
+            break
+    return ORIGIN.sub("", " ".join(part)).rstrip(".")

@@ -1,0 +1,135 @@
+"""Settings of the stages that measure, draw and demonstrate, and of `ppcl run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from .base_settings import Common
+from .ranges import Count, Device, Guidance, Pixels, Range, Seed, Settings, Steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Common):
+    """Compare variants with the teacher at the same seeds, and write report.html."""
+
+    captions: Count = 100
+    """Pictures drawn a variant."""
+    prompts: Path | None = None
+    """Captions to draw, one a line; by default the calibration's own task where it has one."""
+    references: Path | None = None
+    """In their place, for an edit model: folder of pictures to change, each with a .txt instruction
+    of the same name."""
+    steps: Steps = 20
+    """Sampling steps."""
+    guidance: Guidance = 2.0
+    """Classifier-free guidance."""
+    batch: Count = 50
+    """Pictures at once."""
+    variants: str = ""
+    """Names, separated by commas; empty is every named variant."""
+    height: Pixels = 0
+    """Height of a picture in pixels; 0 is the model's default."""
+    width: Pixels = 0
+    """Width of a picture in pixels; 0 is the model's default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Settings):
+    """Draw pictures with any model file or bundle."""
+
+    path: Path
+    """Bundle, standalone, diffusers folder or single file."""
+    prompt: str
+    """What to draw; several captions are separated by '|'."""
+    base: Path | None = None
+    """The base model of a bundle; also where text encoder and VAE come from."""
+    references: str = ""
+    """Of an edit model: the pictures that every caption changes; several paths are separated by
+    '|'."""
+    variant: str | None = None
+    """Variant of a bundle."""
+    output: Path = Path("runs/generate.png")
+    """The picture to write: .png, .jpg or .jpeg."""
+    steps: Steps = 20
+    """Sampling steps."""
+    guidance: Guidance = 2.0
+    """Classifier-free guidance."""
+    seed: Seed = 0
+    """Noise."""
+    height: Pixels = 0
+    """Height of a picture in pixels; 0 is the model's default."""
+    width: Pixels = 0
+    """Width of a picture in pixels; 0 is the model's default."""
+    device: Device = "auto"
+    """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(Settings):
+    """Say what a file holds, or what architectures are known."""
+
+    path: Path | None = None
+    """Bundle, standalone, diffusers folder, released folder or single file."""
+    legacy_txt_proj: bool = False
+    """Text projections of a released folder mean P(x), not P(x) + x: an older release under the
+    same names."""
+    architectures: bool = False
+    """List the known full-size models, counted without weights."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(Settings):
+    """Time a forward of each variant on random inputs, interleaved, on this machine."""
+
+    path: Path
+    """Bundle, standalone, diffusers folder or single file."""
+    base: Path | None = None
+    """The base model of a bundle."""
+    rows: Annotated[int, Range(1, 1024)] = 6
+    """Rows of image tokens (a token covers 16 pixels of a full-size model)."""
+    columns: Annotated[int, Range(1, 1024)] = 6
+    """Columns of image tokens."""
+    text_tokens: Annotated[int, Range(1, 100_000)] = 9
+    """Text tokens."""
+    batch: Count = 1
+    """Samples at once."""
+    repeats: Count = 10
+    """Forwards a variant; the median counts."""
+    device: Device = "auto"
+    """Where to compute."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Settings):
+    """The whole method on a bundled teacher: calibrate to report, no download."""
+
+    run: Path | None = None
+    """Where everything goes; by default runs/demo, or runs/demo_flux."""
+    teacher: Literal["qwen", "flux"] = "qwen"
+    """The small teacher: of Qwen-Image's architecture, or of FLUX's (double and single blocks)."""
+    device: Device = "auto"
+    """Where to compute."""
+    seed: Seed = 0
+    """Seed of every stage."""
+    captions: Count = 200
+    """Pictures drawn a variant in the evaluation."""
+    quick: bool = False
+    """Fewest samples and updates: shows in a minute that everything runs; its figures mean
+    nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Settings):
+    """Run the stages that a TOML file names, in its order; [common] holds what they share."""
+
+    file: Path
+    """The file: tables named as the stages are, with their settings."""
+    tiny: bool = False
+    """Run it in minutes on the bundled teacher that the file's [tiny] names, with few samples and
+    steps: shows that the file is right; its figures mean nothing."""

@@ -1,0 +1,177 @@
+"""Settings of the stages that make one model file from another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from .base_settings import Common
+from .ranges import Device, FileName, Pixels, Range, Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Common):
+    """Write the bundle, or one variant as a file of its own."""
+
+    layout: Literal["bundle", "comfyui", "diffusers", "ppcl"] = "bundle"
+    """bundle: all variants, needs the base model. comfyui, diffusers: one variant, renumbered, for
+    stock hosts (no corrections). ppcl: one variant with the teacher's indices, for our loaders."""
+    variant: str = "small"
+    """Which variant a file of its own holds."""
+    name: FileName = "pruned"
+    """File name without ending: letters, digits, '-', '_'."""
+    store: Literal["float32", "bfloat16", "float8"] = "bfloat16"
+    """Precision in the file. float8: linear maps in scaled fp8, as ComfyUI reads it (layout
+    comfyui)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig(Settings):
+    """Make a bundle or a standalone of ours from a pruned model that the method's authors
+    released."""
+
+    path: Path
+    """The released folder: config.json and weights (safetensors or .bin, sharded or not)."""
+    base: Path | None = None
+    """The teacher it was pruned from: a diffusers folder, or a ComfyUI single file. A bundle needs
+    it."""
+    run: Path = Path("runs/import")
+    """The folder that the file is written to."""
+    name: FileName = "released"
+    """File name without ending: letters, digits, '-', '_'."""
+    layout: Literal["bundle", "ppcl"] = "bundle"
+    """bundle: intervals can be given back to the base. ppcl: the released model alone, with the
+    teacher's indices."""
+    intervals: str = ""
+    """The teacher's blocks that it replaced, as '3-4 8-10', where they were not published."""
+    legacy_txt_proj: bool = False
+    """Its text projections mean P(x), not P(x) + x: an older release under the same names."""
+    refit: bool = False
+    """Fit the step of each text group anew from the teacher: the authors' exporter wrote one
+    group's into several."""
+    calibration: Path | None = None
+    """Calibration set of the teacher, to refit on; by default the one in the run folder."""
+    store: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision in the file."""
+    device: Device = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the teacher's blocks while it refits; statistics are always float64."""
+    streamed: bool = False
+    """Read the teacher's blocks from disk one after the other instead of keeping the whole model in
+    memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldConfig(Settings):
+    """Fold away the modulations that read the timestep alone: a third of Qwen-Image, with no
+    training."""
+
+    path: Path
+    """What to fold: a diffusers folder, a ComfyUI single file, a bundle or a standalone. With form
+    off: the folded file."""
+    base: Path | None = None
+    """Of a bundle: the full model it was made from, which is folded along. With form off: the file
+    that was folded."""
+    form: Literal["table", "basis", "off"] = "table"
+    """table: the model's own values at the timesteps of a schedule, no error. basis: a few
+    coefficients for any timestep, within a bound. off: the original weights again."""
+    run: Path = Path("runs/fold")
+    """The folder that files and report are written to."""
+    name: FileName = "folded"
+    """File name without ending: letters, digits, '-', '_'."""
+    bound: Annotated[float, Range(1e-6, 0.99)] = 0.01
+    """basis: largest relative error of any modulation at any timestep; the smallest rank that keeps
+    it is taken."""
+    rank: Annotated[int | None, Range(1, 100_000)] = None
+    """basis: this rank instead of the one that the bound asks for."""
+    steps: str = "20"
+    """table: numbers of sampling steps, as '8 20', on the schedule of the model's own folder or
+    file (else equal steps)."""
+    timesteps: str = ""
+    """table: timesteps themselves in place of steps, as '1 0.75 0.5 0.25'."""
+    height: Pixels = 0
+    """table: height in pixels of the pictures, which a schedule may hang on; 0 is the model's
+    default."""
+    width: Pixels = 0
+    """table: width in pixels."""
+    samples: str = "1 2"
+    """table: for how many samples at once its values are the model's own to the last bit; for
+    others they differ by a kernel's rounding."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """table: precision that the model will run in (auto, on the command line: bfloat16 on a GPU,
+    else float32)."""
+    host: Literal["diffusers", "comfyui"] = "diffusers"
+    """table: who will run it. diffusers rounds timesteps to the model's precision, ComfyUI does
+    not."""
+    device: Device = "auto"
+    """Where to compute, best where the model will run: kernels of other devices round
+    differently."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsifyConfig(Settings):
+    """Set weights of the blocks to zero with no training, from what their layers read on a
+    calibration set."""
+
+    path: Path
+    """What to prune: a diffusers folder, a ComfyUI single file, a standalone, or a bundle."""
+    base: Path | None = None
+    """Of a bundle: the full model it was made from."""
+    variant: str | None = None
+    """Of a bundle: which variant, or intervals and sites as '3-4,8-10,text:51-59'; by default the
+    smallest."""
+    calibration: Path | None = None
+    """Calibration set of the model (of a variant: of its teacher); by default the one in the run
+    folder."""
+    run: Path = Path("runs/sparsify")
+    """The folder that the file and its report are written to, and where an interrupted run goes
+    on."""
+    name: FileName = "sparse"
+    """File name without ending: letters, digits, '-', '_'."""
+    pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
+    """unstructured: any weight may go. 2:4: two of every four neighbours stay, for GPUs with
+    kernels for it; 4:8: four of eight."""
+    sparsity: Annotated[float | None, Range(0.0, 1.0)] = None
+    """Share of the weights that go, exact in every layer; by default a half. 2:4 and 4:8 bring
+    their own."""
+    score: Literal["magnitude", "wanda", "ria", "obs", "energy"] = "energy"
+    """What a weight is worth. energy balances weights and activations for each layer: a
+    reconstruction of arXiv 2607.00927, of which the abstract alone is public. obs is SparseGPT,
+    whose weights make up for those that go."""
+    granularity: Literal["row", "layer", "cluster"] = "cluster"
+    """unstructured: weights compete in a row, in the layer, or in clusters of rows and columns
+    between which the budget moves."""
+    exchange: bool = True
+    """Let weights of a row change places with those that went, as long as the exact error of the
+    layer falls. obs then ranks once, ahead; without it as SparseGPT does, column by column."""
+    compensate: bool = True
+    """Let the weights that stay make up for those that go, whatever the score (obs always does)."""
+    permute: bool = False
+    """2:4 and 4:8: order channels first where the layers before can follow. LoRA files of the dense
+    model do not fit these then."""
+    timesteps: Literal["even", "early"] = "even"
+    """What a calibration sample counts: all the same, or the early steps of a drawing more (as
+    OBS-Diff)."""
+    feed: Literal["pruned", "dense"] = "pruned"
+    """What a block sees on the calibration set: what the pruned blocks before it give, or what the
+    dense ones do."""
+    skip: str = ""
+    """Linear maps that stay dense, by a part of their names, as 'img_mod txt_mod'."""
+    store: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision in the file."""
+    device: Device = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which blocks run; statistics are always float64."""
+    streamed: bool = False
+    """Keep the states between blocks on disk; blocks are always read one after the other."""
+    dry_run: bool = False
+    """Only print what it would take (memory, bytes, time); --path may be the name of a known model,
+    such as qwen_image."""
+
+    @property
+    def model(self) -> Path:
+        """The full model that it is about; of a standalone the file itself."""
+        return self.base or self.path

@@ -1,0 +1,248 @@
+"""Settings of the stages of the method: frozen, keyword-only, one docstring a field (the CLI's
+help, the nodes' tooltips)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from .base_settings import Common, SharedConfig, StatesConfig, TrainingConfig, TuningConfig
+from .ranges import (
+    Count,
+    CountOrZero,
+    FileNameOrEmpty,
+    Gigabytes,
+    Guidance,
+    Limit,
+    Pattern,
+    Pixels,
+    Range,
+    Rate,
+    Samples,
+    Share,
+    Steps,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig(Common):
+    """Record what the blocks see in real use: latents, timesteps and captions over the whole
+    schedule."""
+
+    images: Path | None = None
+    """Folder of pictures (.png .jpg .webp .bmp .tif), each with a .txt caption of the same name.
+    They are turned as EXIF says; transparent parts are white."""
+    references: Path | None = None
+    """Of an edit model: folder of the pictures that each of --images was made from, by its captions
+    as instructions: cat.png for cat.png, or cat_1.png and cat_2.png for several. They are cropped
+    to the same size. Without --images each has its .txt instruction beside it, and the teacher
+    draws."""
+    prompts: Path | None = None
+    """Text file, one caption a line: the teacher draws them and its states on the way are kept."""
+    embeddings: Path | None = None
+    """Stored text embeddings (safetensors: text [n, tokens, width], empty [1, tokens, width]; mask
+    [n, tokens] for a model that masks text; pooled [n, width] and empty_pooled [1, width] for one
+    that reads pooled text); the teacher draws in equal steps, since the model's own schedule is in
+    its pipeline folder."""
+    samples: Samples = 128
+    """Samples to keep; captions and pictures are used again with other timesteps when there are
+    fewer."""
+    batch: Count = 16
+    """Samples that go through a block at once."""
+    empty_captions: Share = 0.1
+    """Share of samples with an empty caption, since sampling with guidance needs it too."""
+    steps: Steps = 20
+    """Sampling steps where the teacher draws by itself (prompts, embeddings)."""
+    guidance: Guidance = 2.0
+    """Classifier-free guidance where the teacher draws by itself."""
+    height: Pixels = 0
+    """Height of a picture in pixels; 0 is the model's default."""
+    width: Pixels = 0
+    """Width of a picture in pixels; 0 is the model's default."""
+    cache_gb: Gigabytes = 8.0
+    """Streamed, where the teacher draws by itself: memory for the states of pictures that are drawn
+    together; a step reads the model once for all of them, with less memory more often. Same
+    bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig(SharedConfig, StatesConfig):
+    """Fit a linear map to every block and stream: T(x) ~ x + W x + b."""
+
+    ridge: Annotated[float, Range(1e-9, 1.0)] = 1e-4
+    """Ridge as a share of each channel's own variance."""
+    train_steps: CountOrZero = 50
+    """Gradient steps after the ridge solution, as in the paper; kept only where held-out error
+    falls."""
+    learning_rate: Rate = 1e-4
+    """Learning rate of these steps (Adam)."""
+    held_out: Count = 1
+    """Batches of the calibration set that are kept from the fit and used to report its error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectConfig(StatesConfig):
+    """Find the intervals that one student can replace."""
+
+    method: Literal["ppcl", "budget"] = "budget"
+    """ppcl: the paper's greedy rule on CKA differences. budget: dynamic programme on measured end
+    damage."""
+    remove: Annotated[int, Range(0, 1000)] = 0
+    """Blocks to remove in all (budget); 0 is the paper's share, 25 of 60."""
+    longest: Annotated[int, Range(2, 64)] = 8
+    """Longest interval considered, blocks."""
+    eps: Annotated[float, Range(0.0, 100.0)] = 0.02
+    """ppcl: a rise of D smaller than this share of the curves' scale does not end an interval."""
+    max_drop: Annotated[float, Range(0.0, 100.0)] = 0.25
+    """ppcl: a first difference above this share of the curves' scale leaves the block single."""
+    kernel: Literal["linear", "rbf"] = "linear"
+    """Kernel of the alignment."""
+    biased: bool = False
+    """The biased estimate of HSIC, as in most papers, instead of the debiased one."""
+    local: bool = False
+    """Compare at the output of block k instead of the model's final image state."""
+    tokens: Count = 4
+    """Image tokens a sample that enter the alignment."""
+    samples: Samples = 128
+    """Calibration samples to measure on, whole batches, at least two."""
+    protect: str = ""
+    """Blocks that stay, as '0 1 59'."""
+    bootstrap: Annotated[int, Range(0, 10_000)] = 200
+    """Resamples of the calibration samples behind the stability scores."""
+    explain: bool = False
+    """Print why each interval ends where it does."""
+    cache_gb: Gigabytes = 8.0
+    """Streamed: memory for the states of chains that go through the blocks together; with less the
+    blocks are read more often. Same curves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillDepthConfig(TrainingConfig, StatesConfig):
+    """Train one student an interval on the teacher's own states, each interval by itself."""
+
+    intervals: str = ""
+    """Which intervals of the plan, as '3-4 8-10'; empty is all."""
+    init: Literal["first", "middle"] = "first"
+    """The block a student starts as: the interval's first (paper) or its middle (the authors'
+    code)."""
+    correction: Annotated[
+        str, Pattern("affine|none|[1-9][0-9]{0,3}", "affine, none or a rank such as 16")
+    ] = "affine"
+    """What follows a student: affine, a rank such as 16, or none (files for stock hosts)."""
+    loss: Literal["direction", "direction_log_norm", "mse"] = "mse"
+    """direction is the paper's; direction_log_norm adds magnitude; mse is relative mean squared
+    error."""
+    rounds: Count = 150
+    """Rounds (times updates: the paper's 6,000 steps): one sweep of the teacher over fresh samples,
+    then updates of every interval."""
+    updates: Count = 40
+    """Updates of an interval in a round."""
+    learning_rate: Rate = 1e-5
+    """Peak learning rate (AdamW 0.9, 0.95), cosine to a thirtieth over all rounds. The default is
+    the authors' for 20 B; the demo's 8 M want 3e-3."""
+    warm_up: CountOrZero = 16
+    """Updates until the peak learning rate."""
+    weight_decay: Rate = 0.02
+    """Weight decay of matrices."""
+    cache_gb: Gigabytes = 8.0
+    """Disk for the states between blocks; a round takes as many samples as fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectWidthConfig(StatesConfig):
+    """Find the FFNs and runs of text streams that projections can replace in the depth-pruned
+    model."""
+
+    share: Annotated[float, Range(0.05, 1.0)] = 0.52
+    """Parameters of the smallest variant, intervals and sites on, as a share of the teacher's
+    (paper: 10.6 of 20.4 B)."""
+    method: Literal["damage", "cka"] = "damage"
+    """damage: velocity error a saved parameter, measured site by site. cka: alignment of
+    neighbouring layers (paper)."""
+    form: Literal["best", "paper", "gated"] = "best"
+    """FFN projections: paper (x + P x), gated (P inside norm, modulation and gate), or whichever is
+    cheaper at a site; ffn_joint is always gated."""
+    kinds: str = "text ffn_image ffn_text ffn_joint"
+    """Kinds of sites to look at, where the model has them; ffn_joint is of blocks that run text and
+    image as one."""
+    longest: Annotated[int, Range(1, 64)] = 8
+    """Longest text group considered, blocks that stay."""
+    samples: Count = 96
+    """Calibration samples to measure damage on; fits use them all."""
+    tokens: Count = 4
+    """Tokens a sample that enter the alignment."""
+    cache_gb: Gigabytes = 8.0
+    """Memory for the normal equations of the fits, then for the states of models that go through
+    the blocks together; with less the blocks are read more often."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillWidthConfig(TrainingConfig, StatesConfig):
+    """Train the projections of the plan's width sites, each by itself, from the ridge solution
+    on."""
+
+    sites: str = ""
+    """Sites by hand instead of the plan's, as 'ffn_image:2 text:51-59'."""
+    form: Literal["paper", "gated"] = "paper"
+    """Form of FFN projections that --sites names."""
+    give_back: bool = True
+    """Also fit the teacher's own blocks inside replaced intervals, so that these can be given back
+    while a site is on."""
+    rounds: CountOrZero = 50
+    """Rounds (times updates: the paper's 2,000 steps); 0 leaves the ridge solutions."""
+    updates: Count = 40
+    """Updates of a projection in a round."""
+    learning_rate: Rate = 1e-5
+    """Peak learning rate (AdamW 0.9, 0.95), cosine to a thirtieth over all rounds."""
+    warm_up: CountOrZero = 16
+    """Updates until the peak learning rate."""
+    weight_decay: Rate = 0.0
+    """Weight decay of the maps; 0, since they start at a ridge solution."""
+    cache_gb: Gigabytes = 8.0
+    """Disk for the states between blocks; a round takes as many samples as fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolishConfig(TuningConfig):
+    """Train students and projections together on the final velocity, each step with a random subset
+    on."""
+
+    variant: str = ""
+    """Intervals and sites to train, as '3-4,8-10,text:51-59', or a variant's name; empty is the
+    whole plan."""
+    all_on: Share = 0.5
+    """Share of the steps in which all of them are on; in the others each is on with probability
+    1/2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantsConfig(Common):
+    """Measure each interval's damage and set the named sizes."""
+
+    most_parameters: Limit = 0.0
+    """Also make a variant of at most this many parameters (millions); 0 is none."""
+    most_megabytes: Limit = 0.0
+    """Also make a variant of at most this many MB of weights; 0 is none."""
+    most_milliseconds: Limit = 0.0
+    """Also make a variant of at most this time a forward; 0 is none."""
+    samples: Count = 64
+    """Calibration samples behind the measurement."""
+    cache_gb: Gigabytes = 8.0
+    """Memory for the states of models that go through the blocks together; with less the blocks are
+    read more often."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TuningConfig):
+    """Train all parameters of one variant against the teacher's velocity; the result is one more
+    variant."""
+
+    variant: str = "small"
+    """The variant to start from; it stays as it is."""
+    name: FileNameOrEmpty = ""
+    """Name of the new variant: letters, digits, '-', '_'; empty is the old one's with _tuned behind
+    it."""
+    data: Annotated[float, Range(0.0, 1000.0)] = 0.0
+    """Weight of the error against the data (noise - clean), where the calibration knows the clean
+    pictures."""

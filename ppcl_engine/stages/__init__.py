@@ -1,0 +1,57 @@
+"""The stages in the order of the method: name -> (settings, module), and how one is run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from ..settings import assess_settings, convert_settings, prune_settings
+from ..system.early import begin
+from ..system.outputs import check_folder
+
+STAGES: dict[str, tuple[type, str]] = {
+    "calibrate": (prune_settings.CalibrateConfig, "prune.calibrate"),
+    "probe": (prune_settings.ProbeConfig, "prune.probe"),
+    "detect": (prune_settings.DetectConfig, "prune.detect"),
+    "distill-depth": (prune_settings.DistillDepthConfig, "prune.distill_depth"),
+    "detect-width": (prune_settings.DetectWidthConfig, "prune.detect_width"),
+    "distill-width": (prune_settings.DistillWidthConfig, "prune.distill_width"),
+    "polish": (prune_settings.PolishConfig, "prune.polish"),
+    "variants": (prune_settings.VariantsConfig, "prune.variants"),
+    "finetune": (prune_settings.FinetuneConfig, "prune.finetune"),
+    "export": (convert_settings.ExportConfig, "convert.export"),
+    "fold": (convert_settings.FoldConfig, "convert.fold"),
+    "sparsify": (convert_settings.SparsifyConfig, "convert.sparsify"),
+    "import": (convert_settings.ImportConfig, "convert.import_released"),
+    "evaluate": (assess_settings.EvaluateConfig, "assess.evaluate"),
+    "generate": (assess_settings.GenerateConfig, "assess.generate"),
+    "inspect": (assess_settings.InspectConfig, "assess.inspect"),
+    "bench": (assess_settings.BenchConfig, "assess.bench"),
+    "demo": (assess_settings.DemoConfig, ".demo.run"),
+}
+FUNCTIONS = {"import": "import_released"}  # of stages whose own name is a word of Python
+
+
+def run_stage(stage: str, config) -> None:
+    """By one process, or by those of a launch together."""
+    from ..system.distributed import together
+
+    if getattr(config, "run", None) is not None:
+        check_folder(config.run)
+    if getattr(config, "dry_run", False):
+        from ..estimate.dry_run import print_estimate
+
+        begin()
+        together(print_estimate, config)
+        return
+    work = function_of(stage)
+    begin()
+    result = together(work, config, getattr(config, "parallel", ""))
+    if result is not None:
+        print(f"{stage}: {result}")
+
+
+def function_of(stage: str) -> Callable:
+    """The stage's function has the stage's name; its module is imported only now."""
+    module = importlib.import_module(f".{STAGES[stage][1]}", __package__)
+    return getattr(module, FUNCTIONS.get(stage, stage.replace("-", "_")))

@@ -1,0 +1,1 @@
+"""Looking at models: scores, pictures, what a file holds, speed."""

@@ -1,0 +1,84 @@
+"""What every stage opens first: teacher, calibration set, plan, trained parts of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..algorithms.distillation.trainer import saved_weights
+from ..architectures import Architecture
+from ..data.calibration import CalibrationSet, load_calibration
+from ..models.layout import checked
+from ..models.streaming import Teacher
+from ..models.surgery import filled_student
+from ..models.weights import Weights
+from ..plan import Interval, PruningPlan
+from ..run import Run
+from ..settings.base_settings import Common, StatesConfig
+from ..system.distributed import processes
+from ..system.machine import DTYPES, resolve_device
+from ..system.tensor_files import TensorFile
+
+
+def open_teacher(config: Common) -> Teacher:
+    torch.manual_seed(config.seed)
+    device, target_only = resolve_device(config.device), _target_only(config)
+    return Teacher(
+        Weights(config.model), DTYPES[config.dtype], device, config.streamed, target_only
+    )
+
+
+def _target_only(config: Common) -> bool:
+    return isinstance(config, StatesConfig) and config.target_tokens_only
+
+
+def open_calibration(config: Common, weights: Weights) -> CalibrationSet:
+    """Of this process's rows, if several share the batches. Raises ValueError when a batch has too
+    few for them."""
+    path = Run(config.run).calibration
+    calibration, sharing = load_calibration(path), processes()
+    calibration.check_model(weights.architecture.name, weights.fingerprint, path)
+    fewest = min(len(batch["timestep"]) for batch in calibration.batches)
+    if sharing.by_rows and fewest < sharing.count:
+        raise ValueError(
+            f"{path} has a batch of {fewest} samples for {sharing.count} processes; calibrate with a larger --batch, "
+            "launch fewer processes, or use --parallel intervals"
+        )
+    if _target_only(config):  # into its hash: no stage goes on from what was made the other way
+        calibration = replace(
+            calibration, origin={**calibration.origin, "target_tokens_only": True}
+        )
+    return replace(calibration, rows=sharing.rows)
+
+
+def open_plan(config: Common, weights: Weights) -> PruningPlan:
+    plan = Run(config.run).load_plan()
+    plan.check_teacher(weights.architecture.name, weights.fingerprint, config.model)
+    return checked(plan)
+
+
+class RunStudents:
+    """Trained parts of a run in the place of a bundle's; `polished` ones where there are such."""
+
+    def __init__(self, run: Run, config: dict, architecture: Architecture, polished: bool = True):
+        self.run, self.config, self.architecture = run, config, architecture
+        self._file = run.best if polished else (lambda trained: trained)
+
+    def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module:
+        saved = saved_weights(self._file(self.run.student(interval.name)), "distill-depth")
+        state = {name: tensor.to(device, dtype) for name, tensor in saved.items()}
+        return filled_student(self.architecture, self.config, interval, state)
+
+    def projection(
+        self, place: str, kind: str, dtype: torch.dtype, device: str
+    ) -> dict[str, torch.Tensor]:
+        saved = saved_weights(self._file(self.run.projection(place, kind)), "distill-width")
+        return {name: tensor.to(device, dtype) for name, tensor in saved.items()}
+
+    def tuned(self, variant: str, key: str) -> torch.Tensor:
+        path = self.run.tuned_variant(variant)
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; run finetune first")
+        return TensorFile(path).read(f"weight.{key}")

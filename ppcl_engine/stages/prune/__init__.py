@@ -1,0 +1,1 @@
+"""The paper, stage by stage: a file a stage, named by its verb."""

@@ -1,0 +1,431 @@
+"""Calibrate: record what blocks see in real use (method: paper, section 4.1).
+
+Three sources: pictures with captions (noised at timesteps over the whole schedule), prompts alone
+and stored embeddings (the teacher draws; states on its way are kept). An edit model's pictures come
+with those that they were made from, the references: triples of reference, instruction and picture.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ...algorithms.drawing import Drawing, draw_together, states_of
+from ...architectures import Architecture, Inputs
+from ...architectures.folded import folding_of
+from ...data import draw, flow
+from ...data.calibration import CLEAN, CalibrationSet, save_calibration
+from ...data.codecs import open_codec
+from ...data.codecs.base import Codec, check_references
+from ...data.picture_files import (
+    caption_file,
+    load_pictures,
+    load_references,
+    picture_files,
+    reference_files,
+)
+from ...models.assembly import assemble
+from ...models.layout import full_layout
+from ...models.streaming import Teacher, block_loader, check_states
+from ...models.weights import Weights
+from ...run import Run
+from ...settings.prune_settings import CalibrateConfig
+from ...system.distributed import GRID
+from ...system.finite import check_finite, checked_velocity
+from ...system.json_text import json_text
+from ...system.machine import DTYPES, resolve_device
+from ...system.progress import Progress
+from ...system.tensor_files import TensorFile, write_tensors
+
+BAD_SOURCE = (
+    "what the captions and pictures are encoded with is damaged: download the model's folder again"
+)
+MASK, POOLED = "encoder_hidden_states_mask", "pooled_projections"
+
+
+def calibrate(config: CalibrateConfig) -> Path:
+    """Writes `calibration.safetensors`. Raises ValueError unless exactly one source is given."""
+    sources = {
+        "images": config.images,
+        "references": None if config.images else config.references,
+        "prompts": config.prompts,
+        "embeddings": config.embeddings,
+    }
+    given = [name for name, source in sources.items() if source is not None]
+    if len(given) != 1:
+        raise ValueError(
+            "calibrate needs one source: --images (of an edit model with --references), --references alone, --prompts or "
+            "--embeddings"
+        )
+    run, weights = Run(config.run), Weights(config.model)
+    origin = {
+        "architecture": weights.architecture.name,
+        "fingerprint": weights.fingerprint,
+        "seed": config.seed,
+        "source": given[0],
+    }
+    parts = _Parts(run.states / "calibrate", config, origin["fingerprint"])
+    batches = (
+        _from_images(config, weights, parts)
+        if config.images
+        else _from_drawing(config, weights, parts)
+    )
+    save_calibration(run.calibration, CalibrationSet(batches, origin))
+    parts.remove()
+    return run.calibration
+
+
+class _Parts:
+    """Batches that are done, a file each: drawing them takes hours on a large model."""
+
+    def __init__(self, folder: Path, config: CalibrateConfig, fingerprint: str):
+        self.folder = folder
+        values = {f.name: str(getattr(config, f.name)) for f in fields(config) if f.name != "run"}
+        self.settings = json_text({**values, "fingerprint": fingerprint})
+
+    def done(self, number: int, make: Callable[[], Inputs]) -> Inputs:
+        """Raises ValueError for what the text encoder, the VAE or the drawing gave, where it is not
+        finite."""
+        path = self.folder / f"batch_{number}.safetensors"
+        if self._is_mine(path):
+            return TensorFile(path).read_all()
+        inputs = make()
+        check_finite(inputs, f"calibration batch {number}", BAD_SOURCE)
+        write_tensors(path, inputs, {"settings": self.settings})
+        return inputs
+
+    def have(self, numbers: Sequence[int]) -> bool:
+        return all(self._is_mine(self.folder / f"batch_{number}.safetensors") for number in numbers)
+
+    def keep(self, numbers: Sequence[int], drawings: Sequence[Drawing], step: int) -> None:
+        """Batches that are drawn together, after so many steps: one is hours on a large model."""
+        rows = zip(numbers, drawings, strict=True)
+        tensors = {
+            f"{number}.{name}": t for number, drawing in rows for name, t in drawing.tensors.items()
+        }
+        about = {"settings": self.settings, "step": str(step), "numbers": str(list(numbers))}
+        write_tensors(self._together(numbers), tensors, about)
+
+    def restore(self, numbers: Sequence[int], drawings: Sequence[Drawing]) -> int:
+        """Steps done of batches that are drawn together, which then go on from there."""
+        path = self._together(numbers)
+        if not self._is_mine(path) or TensorFile(path).metadata["numbers"] != str(list(numbers)):
+            return 0
+        file = TensorFile(path)
+        for number, drawing in zip(numbers, drawings, strict=True):
+            drawing.restore({name: file.read(f"{number}.{name}") for name in drawing.tensors})
+        return int(file.metadata["step"])
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        self._together(numbers).unlink(missing_ok=True)
+
+    def _together(self, numbers: Sequence[int]) -> Path:
+        return self.folder / f"together_{numbers[0]}.safetensors"
+
+    def _is_mine(self, path: Path) -> bool:
+        return path.exists() and TensorFile(path).metadata.get("settings") == self.settings
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+def spread_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
+    """One timestep in each of `count` equal parts of (0, 1), in random order: the whole schedule is
+    covered."""
+    parts = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return parts[torch.randperm(count, generator=generator)]
+
+
+def _from_images(config: CalibrateConfig, weights: Weights, parts: _Parts) -> list[Inputs]:
+    """All captions first, then all pictures: the text encoder and the VAE are never in memory
+    together."""
+    codec = open_codec(config.model, resolve_device(config.device))
+    check_references(codec.edits, config.references is not None, config.model)
+    size = draw.picture_size(codec, config.height, config.width)
+    rows = picture_files(config.images)
+    behind = _references(config, [path for path, _ in rows])
+    generator = torch.Generator().manual_seed(config.seed)
+    empty = torch.rand(config.samples, generator=generator) < config.empty_captions
+    timesteps = spread_timesteps(config.samples, generator)
+    chunks = _alike(config, behind)
+    captions = [caption for _, caption in rows]
+
+    def pictures(chunk: torch.Tensor) -> torch.Tensor | None:
+        return (
+            load_references([behind[i % len(rows)] for i in chunk.tolist()], size)
+            if behind
+            else None
+        )
+
+    shown = Progress(chunks, desc="captions", unit="batch")
+    texts = [codec.text(_texts(captions, empty, chunk), pictures(chunk)) for chunk in shown]
+    codec.release()
+    batches = []
+    for number, (chunk, text) in enumerate(
+        zip(Progress(chunks, desc="calibrate", unit="batch"), texts, strict=True)
+    ):
+        noise_seed = int(torch.randint(2**62, (), generator=generator))
+        paths = [rows[i % len(rows)][0] for i in chunk.tolist()]
+
+        def make(paths=paths, chunk=chunk, text=text, noise_seed=noise_seed) -> Inputs:
+            text = draw.with_guidance(weights.architecture, weights.config, text, config.guidance)
+            latents = codec.latents(load_pictures(paths, size))
+            batch = _noised(weights.architecture, latents, timesteps[chunk], text, noise_seed)
+            return (
+                _with_references(weights.architecture, codec, batch, pictures(chunk))
+                if behind
+                else batch
+            )
+
+        batches.append(parts.done(number, make))
+    codec.release()  # before the model comes
+    _check_model(
+        config, weights, {name: tensor for name, tensor in batches[0].items() if name != CLEAN}
+    )
+    return batches
+
+
+def _check_model(config: CalibrateConfig, weights: Weights, batch: Inputs) -> None:
+    """Its first sample through the model, a block at a time. Raises ValueError naming the block
+    from which on states are not finite."""
+    teacher = Teacher(weights, DTYPES[config.dtype], resolve_device(config.device), streamed=True)
+    sample = {name: tensor if name == GRID else tensor[:1] for name, tensor in batch.items()}
+    with torch.no_grad():
+        state = teacher.embed(sample)
+        for index, block in teacher.walk(0, teacher.num_blocks - 1):
+            check_states(index, state)
+            state = teacher.architecture.run_block(block, state)
+        check_states(teacher.num_blocks, state)
+        checked_velocity(teacher.architecture.finish(teacher.outer, state))
+
+
+def _noised(
+    architecture: Architecture, latents: torch.Tensor, t: torch.Tensor, text, noise_seed: int
+) -> Inputs:
+    clean = architecture.pack(latents)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(noise_seed))
+    return draw.inputs_of(flow.noised(clean, noise, t), t, text, architecture.grid(latents), clean)
+
+
+def _references(config: CalibrateConfig, pictures: list[Path]) -> list[list[Path]]:
+    """Of each picture; none at all where the model draws from text alone."""
+    return reference_files(config.references, pictures) if config.references else []
+
+
+def _alike(config: CalibrateConfig, behind: list[list[Path]]) -> tuple[torch.Tensor, ...]:
+    """Samples batch by batch, in each as many references; batches of every number are spread
+    evenly, since later stages hold out the last ones."""
+    counts = torch.tensor(
+        [len(behind[i % len(behind)]) if behind else 0 for i in range(config.samples)]
+    )
+    groups = [torch.nonzero(counts == count)[:, 0].split(config.batch) for count in counts.unique()]
+    placed = [
+        ((place + 0.5) / len(group), chunk) for group in groups for place, chunk in enumerate(group)
+    ]
+    return tuple(chunk for _, chunk in sorted(placed, key=lambda pair: pair[0]))
+
+
+def _with_references(
+    architecture: Architecture, codec: Codec, batch: Inputs, pictures: torch.Tensor
+) -> Inputs:
+    tokens, grid = draw.reference_tokens(architecture, codec, pictures)
+    return {**batch, **tokens, "grid": torch.cat([batch["grid"], grid])}
+
+
+def _from_drawing(config: CalibrateConfig, weights: Weights, parts: _Parts) -> list[Inputs]:
+    """Text is encoded first and its encoder released, then the transformer comes."""
+    device, architecture = resolve_device(config.device), weights.architecture
+    generator = torch.Generator().manual_seed(config.seed)
+    empty = torch.rand(config.samples, generator=generator) < config.empty_captions
+    encode = _stored_prompts if config.embeddings else _encoded_prompts
+    prompts = encode(config, weights, empty)
+    kept_steps = torch.randint(config.steps, (config.samples,), generator=generator)
+    drawings = []
+    for chunk in _chunks(config.samples, config.batch):
+        noise, rows = (
+            torch.randn(len(chunk), *prompts.latent_shape, generator=generator),
+            prompts.rows(chunk),
+        )
+        grid, tokens = rows.grid(architecture.grid(noise)), architecture.pack(noise)
+        drawings.append(
+            Drawing(prompts=rows, grid=grid, tokens=tokens, kept_steps=kept_steps[chunk])
+        )
+    folding = folding_of(weights.config)
+    # a table asks its base file for whole schedules
+    if config.streamed and not (folding and folding.form == "table"):
+        teacher = Teacher(weights, DTYPES[config.dtype], device, streamed=True)
+        return _drawn_together(config, teacher, parts, drawings)
+    _check_model(config, weights, _first_sample(config, weights, prompts))
+    load = block_loader(weights, DTYPES[config.dtype], device, config.streamed)
+    model = assemble(
+        weights, None, full_layout(weights.num_blocks), DTYPES[config.dtype], device, load
+    )
+    shown = Progress(drawings, desc="calibrate", unit="batch")
+    return [
+        parts.done(n, lambda d=d: _drawn(config, architecture, model, d))
+        for n, d in enumerate(shown)
+    ]
+
+
+def _first_sample(config: CalibrateConfig, weights: Weights, prompts: draw.Prompts) -> Inputs:
+    """What a drawing of the first caption starts from."""
+    architecture, first = weights.architecture, prompts.rows(torch.arange(1))
+    noise = torch.randn(
+        1, *prompts.latent_shape, generator=torch.Generator().manual_seed(config.seed)
+    )
+    text = draw.with_guidance(architecture, weights.config, first.given, config.guidance)
+    return draw.inputs_of(
+        architecture.pack(noise), torch.ones(1), text, first.grid(architecture.grid(noise))
+    )
+
+
+def _drawn(config: CalibrateConfig, architecture: Architecture, model, drawing: Drawing) -> Inputs:
+    """Draws a batch; of each picture one state on its way is kept, and the end as the clean one."""
+    given = (
+        drawing.tokens,
+        drawing.grid,
+        drawing.prompts,
+        config.steps,
+        config.guidance,
+        drawing.seen,
+    )
+    drawing.tokens = draw.draw(architecture, model, *given)
+    return _as_inputs(config, architecture, model.config, drawing)
+
+
+def _as_inputs(
+    config: CalibrateConfig, architecture: Architecture, model_config, drawing: Drawing
+) -> Inputs:
+    text = draw.with_guidance(architecture, model_config, drawing.prompts.given, config.guidance)
+    return draw.inputs_of(drawing.kept, drawing.times, text, drawing.grid, drawing.tokens)
+
+
+def _drawn_together(
+    config: CalibrateConfig, teacher: Teacher, parts: _Parts, drawings: list[Drawing]
+) -> list[Inputs]:
+    """The same of as many batches at once as their states fit into memory."""
+    groups = list(_fitting(config, teacher, drawings))
+    each, done = config.steps * teacher.num_blocks, []
+    with Progress(total=len(groups) * each, desc="calibrate", unit="block") as progress:
+        for numbers in groups:
+            group = [drawings[number] for number in numbers]
+            if parts.have(numbers):
+                progress.update(each)
+            else:
+                first = parts.restore(numbers, group)
+                progress.update(first * teacher.num_blocks)
+                keep = partial(parts.keep, numbers, group)
+                draw_together(teacher, group, config.steps, config.guidance, first, progress, keep)
+            make = partial(_as_inputs, config, teacher.architecture, teacher.config)
+            done += [
+                parts.done(n, partial(make, drawing))
+                for n, drawing in zip(numbers, group, strict=True)
+            ]
+            parts.forget(numbers)
+    return done
+
+
+def _fitting(
+    config: CalibrateConfig, teacher: Teacher, drawings: list[Drawing]
+) -> Iterator[list[int]]:
+    """Numbers of batches whose states lie in memory together, one at least."""
+    group, used = [], 0
+    for number, drawing in enumerate(drawings):
+        states = states_of(teacher, drawing, 1.0, config.guidance)
+        size = sum(state.image.nbytes + state.text.nbytes for state in states)
+        if group and used + size > config.cache_gb * 1e9:
+            yield group
+            group, used = [], 0
+        group.append(number)
+        used += size
+    yield group
+
+
+def _encoded_prompts(
+    config: CalibrateConfig, weights: Weights, empty: torch.Tensor
+) -> draw.Prompts:
+    codec, samples = (
+        open_codec(config.model, resolve_device(config.device)),
+        torch.arange(config.samples),
+    )
+    if config.prompts:
+        texts = _texts(caption_file(config.prompts), empty, samples)
+        return draw.encode_prompts(codec, texts, config.height, config.width)
+    pictures, captions = zip(*picture_files(config.references), strict=True)
+    texts, references = (
+        _texts(captions, empty, samples),
+        [[pictures[i % len(pictures)]] for i in samples.tolist()],
+    )
+    return draw.encode_edits(
+        weights.architecture, codec, texts, references, config.height, config.width
+    )
+
+
+def _stored_prompts(
+    config: CalibrateConfig, weights: Weights, empty_rows: torch.Tensor
+) -> draw.Prompts:
+    """From a file of embeddings, to be drawn in equal steps: it brings no schedule.
+
+    Raises ValueError naming the tensor that is missing or the size that is not given.
+    """
+    file, (text_name, *others) = TensorFile(config.embeddings), weights.architecture.caption_inputs
+    wanted = {"text": text_name, "empty": None}
+    wanted |= {"mask": MASK} if MASK in others else {}
+    wanted |= {"pooled": POOLED, "empty_pooled": None} if POOLED in others else {}
+    absent = [name for name in wanted if name not in file.entries]
+    if absent:
+        raise ValueError(
+            f"{config.embeddings} has no tensor {absent[0]!r}; it needs {', '.join(wanted)}"
+        )
+    if not config.height or not config.width:
+        raise ValueError(
+            "stored embeddings do not say how large pictures are; give --height and --width"
+        )
+    rows = torch.arange(config.samples) % file.shape("text")[0]
+    given = {name: file.read(stored)[rows] for stored, name in wanted.items() if name}
+    nothing = {text_name: file.read("empty")}
+    if MASK in given:
+        nothing[MASK] = torch.ones(nothing[text_name].shape[:2], dtype=torch.bool)
+        given[MASK] = given[MASK].bool()
+    elif nothing[text_name].shape[1:] != given[text_name].shape[1:]:
+        raise ValueError(
+            f"{config.embeddings}: this model masks no text, so text and empty need as many tokens"
+        )
+    if POOLED in given:
+        nothing[POOLED] = file.read("empty_pooled")
+    given, nothing = (
+        {n: t if n == MASK else t.float() for n, t in text.items()} for text in (given, nothing)
+    )
+    for text in (given, nothing):
+        check_finite(text, config.embeddings, "encode the captions again")
+    for name, tensor in nothing.items():
+        given[name][empty_rows] = _as_long(tensor, given[name])
+    return draw.Prompts(
+        given=given,
+        nothing=nothing,
+        latent_shape=weights.architecture.latent_shape(weights.config, config.height, config.width),
+        timesteps=lambda steps, image_tokens: flow.euler_timesteps(steps),
+        rescales_guidance=False,
+    )
+
+
+def _as_long(empty: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """[1, tokens, ...] filled up with zeros to the tokens of `like`: padding that its mask
+    hides."""
+    filled = torch.zeros_like(like[:1])
+    filled[:, : empty.shape[1]] = empty
+    return filled
+
+
+def _texts(captions: Sequence[str], empty: torch.Tensor, samples: torch.Tensor) -> list[str]:
+    """The caption of each sample, in turn, or "" where `empty` [all samples] says so."""
+    return ["" if empty[i] else captions[i % len(captions)] for i in samples.tolist()]
+
+
+def _chunks(count: int, size: int) -> tuple[torch.Tensor, ...]:
+    return torch.arange(count).split(size)

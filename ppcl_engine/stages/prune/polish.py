@@ -1,0 +1,162 @@
+"""Polish: students and projections together, on the final velocity, each step with a random subset
+switched on.
+
+What is not on is the teacher's own frozen block; gradients flow through it. Every subset stays a
+model of its own, so plug and play is kept, and the parts learn to make up for each other's errors
+(method: the mixed mode).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...algorithms.distillation.losses import tuning_loss
+from ...algorithms.distillation.quantization import NONE
+from ...algorithms.distillation.trainable import Parts, projections_of, run_made
+from ...algorithms.distillation.trainer import rounding
+from ...algorithms.distillation.tuning import (
+    AveragedTrainer,
+    forget_if_stale,
+    step_draw,
+    tune,
+    tuning_settings,
+)
+from ...models.layout import Layout, layout_of
+from ...models.streaming import Teacher, mixed_precision, run_blocks, run_chain
+from ...plan import PruningPlan, Variant
+from ...run import Run
+from ...settings.prune_settings import PolishConfig
+from ...system.atomic import write_text
+from ...system.distributed import processes
+from ...system.finite import checked_velocity
+from ...system.tensor_files import file_mark, write_tensors
+from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
+
+
+def polish(config: PolishConfig) -> Path:
+    """Writes `polished/`, which every later stage prefers to the parts it came from; those stay as
+    they are.
+
+    The plan loses its measured sizes (not fine-tuned variants), since they were measured on other
+    parts. Goes on from what is there. Raises Diverged (a ValueError) with the last saved state
+    kept, Stopped on Ctrl-C after saving.
+    """
+    run, teacher = Run(config.run), open_teacher(config)
+    calibration, plan = (
+        open_calibration(config, teacher.weights),
+        open_plan(config, teacher.weights),
+    )
+    variant = plan.variant(config.variant) if config.variant else plan.everything()
+    _check_trains(plan, variant)
+    students = RunStudents(run, teacher.config, teacher.architecture, polished=False)
+    parts = Parts(plan, variant, teacher.architecture, students, teacher.device)
+    sources = _sources(run, plan, variant)
+    names = [*variant.intervals, *variant.sites]
+    settings = tuning_settings(config, calibration, sources, parts=names, all_on=config.all_on)
+    forget_if_stale(run.polish_state, settings)
+    trainer = AveragedTrainer(parts, config.weight_decay, config.ema)
+
+    def loss_at(step: int) -> torch.Tensor:
+        inputs = calibration.fresh(*step_draw(config, calibration, step))
+        layout = layout_of(plan, subset(plan, variant, config, step))
+        bits = rounding(config, step, config.steps)
+        return subset_loss(teacher, parts, layout, inputs, config.checkpointing, bits)
+
+    before = tune(trainer, loss_at, config, run.polish_state, settings, "polish")
+    if processes().writes and (
+        before < config.steps or any(run.best(path) == path for path in sources)
+    ):
+        write_text(
+            run.plan,
+            plan.with_parts(variants=tuple(v for v in plan.variants if v.tuned)).to_json() + "\n",
+        )
+        for path, prefix in sources.items():
+            _write(run, path, prefix, trainer.used())
+    return run.polished_parts
+
+
+def subset(plan: PruningPlan, variant: Variant, config: PolishConfig, step: int) -> Variant:
+    """What is on in this step: all of the variant, or each part with probability 1/2, something at
+    least."""
+    draw = random.Random(f"subset {config.seed} {step}")
+    if draw.random() < config.all_on:
+        return variant
+    while True:
+        chosen = replace(
+            variant,
+            intervals=tuple(name for name in variant.intervals if draw.random() < 0.5),
+            sites=tuple(name for name in variant.sites if draw.random() < 0.5),
+        )
+        if _trained(layout_of(plan, chosen)):  # a site alone may be off for lack of its interval
+            return chosen
+
+
+def subset_loss(
+    teacher: Teacher,
+    parts: nn.Module,
+    layout: Layout,
+    inputs: dict,
+    checkpointing: bool,
+    bits: str = NONE,
+) -> torch.Tensor:
+    """Relative error of the final velocity. The blocks in front of all that is changed run once, as
+    the teacher's."""
+    architecture, last = teacher.architecture, teacher.num_blocks - 1
+    changed = next(
+        n for n, place in enumerate(layout.places) if not place.is_teacher or place.publishes
+    )
+    first = layout.places[changed].index
+    with torch.no_grad():
+        front = run_blocks(
+            architecture, (b for _, b in teacher.walk(0, first - 1)), teacher.embed(inputs)
+        )
+        target = run_chain(
+            architecture, teacher.outer, (b for _, b in teacher.walk(first, last)), front
+        )
+        checked_velocity(target)
+    with mixed_precision(teacher):
+        state = run_made(
+            architecture, parts.blocks(layout, teacher)[changed:], front, checkpointing, bits
+        )
+        return tuning_loss(architecture.finish(teacher.outer, state), target)
+
+
+def _trained(layout: Layout) -> bool:
+    return any(not place.is_teacher for place in layout.places)
+
+
+def _check_trains(plan: PruningPlan, variant: Variant) -> None:
+    if variant.tuned:
+        raise ValueError(
+            f"variant {variant.name!r} has weights of its own; polish one of plain parts"
+        )
+    if not _trained(layout_of(plan, variant)):
+        raise ValueError(
+            f"variant {variant.name!r} replaces nothing, so nothing is to be polished; name another"
+        )
+
+
+def _sources(run: Run, plan: PruningPlan, variant: Variant) -> dict[Path, str]:
+    """The file of each part, and the prefix of its tensors in `Parts`."""
+    files = {run.student(name): f"students.{name}." for name in variant.intervals}
+    return files | {
+        run.projection(p, kind): f"projections.{p}:{kind}."
+        for p, kind in projections_of(plan, variant)
+    }
+
+
+def _write(run: Run, source: Path, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
+    state = dict(_under(tensors, prefix))
+    write_tensors(run.polished(source), state, {"source": file_mark(source), "format": "pt"})
+
+
+def _under(tensors: dict[str, torch.Tensor], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    return (
+        (f"weight.{n.removeprefix(prefix)}", t) for n, t in tensors.items() if n.startswith(prefix)
+    )

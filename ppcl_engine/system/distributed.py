@@ -1,0 +1,261 @@
+"""Several processes on one training, as `accelerate launch` or torchrun starts them.
+
+data: each takes its rows of every batch; loss, gradients and normal equations are summed over them.
+intervals: each trains intervals of its own; nothing is exchanged but the files.
+One process: everything here gives back what it got, and accelerate is not imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from .early import RANKS
+
+# as torchrun and MPIs name them
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# a stage may take days; who dies is noticed by the closed connection, not by the clock
+PATIENCE = timedelta(days=30)
+GLANCE = 0.005  # seconds between two looks of a process that waits, so that it hears Ctrl-C
+BUCKET = 1 << 24  # numbers summed at once, since they are copied for it
+GRID = "grid"  # the one input that has no row for each sample
+
+Config, Result, Item = TypeVar("Config"), TypeVar("Result"), TypeVar("Item")
+
+
+class Lost(ValueError):
+    """Another process has ended before its time."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who this process is and what it shares with `count - 1` others: share is "data", "intervals"
+    or "" (nothing)."""
+
+    rank: int = 0
+    count: int = 1
+    share: str = ""
+    gpu: str = "cuda"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def by_rows(self) -> bool:
+        return self.count > 1 and self.share == "data"
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the files of what it trains."""
+        return self.is_main or not self.by_rows
+
+    def own(self, items: Sequence[Item]) -> Sequence[Item]:
+        """What of the intervals, fits or blocks this process trains."""
+        return items[self.rank :: self.count] if self.share == "intervals" else items
+
+    def rows(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """This process's rows of a batch."""
+        if not self.by_rows:
+            return inputs
+        return {
+            n: t if n == GRID else t.tensor_split(self.count)[self.rank] for n, t in inputs.items()
+        }
+
+    def folder(self, path: Path) -> Path:
+        """A place beside `path` for what this process alone writes and reads."""
+        return path.with_name(f"{path.name}_process_{self.rank}") if self.count > 1 else path
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Over the processes that share a batch; no gradient flows back through it."""
+        return _summed(tensor.detach().clone()) if self.by_rows else tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds for one of the processes that share a batch."""
+        return bool(self.sum(torch.tensor(int(flag)))) if self.by_rows else flag
+
+    def sum_gradients(
+        self, parameters: Iterable[torch.nn.Parameter], loss: torch.Tensor
+    ) -> torch.Tensor:
+        """Leaves in every `grad` the sum over the processes that share a batch; returns the sum of
+        their losses."""
+        loss = loss.detach()
+        if self.by_rows:
+            loss = loss.clone()
+            for bucket in _buckets([loss, *(p.grad for p in parameters if p.grad is not None)]):
+                flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+                flat = _summed(flat.to(torch.promote_types(flat.dtype, torch.float32)))
+                for tensor, part in zip(
+                    bucket, flat.split([t.numel() for t in bucket]), strict=True
+                ):
+                    tensor.copy_(part.view_as(tensor))
+        return loss
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            work = _reached(lambda: torch.distributed.all_reduce(torch.zeros(1), async_op=True))
+            while not work.is_completed():
+                time.sleep(GLANCE)
+            _reached(work.wait)
+
+
+ALONE = Processes()
+_CURRENT: ContextVar[Processes] = ContextVar("processes", default=ALONE)
+
+
+def processes() -> Processes:
+    """What this process shares at the moment."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def joined(share: str, device: str = "auto") -> Iterator[Processes]:
+    """Whatever runs inside is shared with the other processes of the launch, if there are any."""
+    everyone = _everyone(device == "cpu") if launched() else ALONE
+    with _working(replace(everyone, share=share)) as current:
+        yield current
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What one process does by itself in the midst of shared work, such as drawing a picture."""
+    with _working(Processes(gpu=processes().gpu)):
+        yield
+
+
+def together(work: Callable[[Config], Result], config: Config, share: str = "") -> Result | None:
+    """work(config), shared; with nothing to share the main process does it, and the others wait.
+    None on the others."""
+    if not launched():
+        return work(config)
+    everyone, result = _everyone(getattr(config, "device", "auto") == "cpu"), None
+    if share or everyone.is_main:
+        with _working(replace(everyone, share=share) if share else Processes(gpu=everyone.gpu)):
+            result = work(config)
+    everyone.wait()
+    return result if everyone.is_main else None
+
+
+def launched() -> bool:
+    """Whether this is one of several processes. Raises ValueError where several were asked for and
+    one was started."""
+    if _several():
+        return True
+    if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
+        raise ValueError(
+            "accelerate launch --cpu starts one process, whatever --num_processes says; write --multi_gpu in the place "
+            "of --cpu (without a GPU it means processes on the CPU)"
+        )
+    return False
+
+
+def is_main() -> bool:
+    """Whether this process is the main one of its launch, or alone; known before they have met."""
+    return not any(_number(name, 0) for name in RANKS) or not _several()
+
+
+def tell(line: str) -> None:
+    """To stderr, once where several processes have the same to say."""
+    if _is_first_to_say(line):
+        print(line, file=sys.stderr, flush=True)
+
+
+def leave(code: int) -> int:
+    """The exit code, with the connections closed. After a failure it ends the process: the others
+    may be waiting in the midst of a sum, and neither they nor this one would come out of a tidy
+    farewell."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if code:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+        torch.distributed.destroy_process_group()
+    return code
+
+
+@contextmanager
+def _working(current: Processes) -> Iterator[Processes]:
+    token = _CURRENT.set(current)
+    try:
+        yield current
+    finally:
+        _CURRENT.reset(token)
+
+
+@cache
+def _everyone(cpu: bool) -> Processes:
+    """Connects to the others: NCCL between GPUs, gloo for what lies in memory, or for all if GPUs
+    must be shared."""
+    from accelerate import PartialState
+
+    gpus = 0 if cpu else torch.cuda.device_count()
+    backend = "cuda:nccl,cpu:gloo" if gpus >= _number("LOCAL_WORLD_SIZE", 1) else "gloo"
+    state = PartialState(cpu=not gpus, backend=backend, timeout=PATIENCE)
+    if state.num_processes == 1:
+        raise ValueError(
+            "several processes were started, but they did not meet; use accelerate launch or torchrun"
+        )
+    gpu = f"cuda:{state.local_process_index % gpus}" if gpus else "cuda"
+    return Processes(state.process_index, state.num_processes, gpu=gpu)
+
+
+def _several() -> bool:
+    return any(_number(name, 1) > 1 for name in SIZES)
+
+
+def _number(name: str, default: int) -> int:
+    return int(os.environ.get(name) or default)
+
+
+def _is_first_to_say(line: str) -> bool:
+    """The store through which the processes met counts who said it. The main one alone speaks
+    before they meet."""
+    if not (_several() and torch.distributed.is_initialized()):
+        return is_main()
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return (
+            torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(seconds=5)).add(
+                line, 1
+            )
+            == 1
+        )
+    except RuntimeError:  # it went with the process that held it
+        return True
+
+
+def _summed(tensor: torch.Tensor) -> torch.Tensor:
+    """In place. Tensors in memory go through gloo, so they never wait for a GPU."""
+    _reached(lambda: torch.distributed.all_reduce(tensor))
+    return tensor
+
+
+def _reached(exchange: Callable[[], Result]) -> Result:
+    try:
+        return exchange()
+    except RuntimeError as error:  # of torch.distributed: a closed connection
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise Lost(
+            f"another process has ended, so this one ends too; what was saved is kept ({reason})"
+        ) from error
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    yield bucket

@@ -1,0 +1,32 @@
+"""ComfyUI's scaled fp8 on disk: a matrix in fp8 with a scale of its own, and a tensor that says
+so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .tensor_files import TensorEntry, TwoParts
+
+FP8 = torch.float8_e4m3fn
+FP8_MARK, FP8_SCALE = "scaled_fp8", ".scale_weight"  # as ComfyUI names them
+
+
+def scaled_fp8(weight: torch.Tensor, dtype: torch.dtype = FP8) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values in `dtype`, scale float32 []), weight ~ values * scale: the largest weight is fp8's
+    largest number."""
+    scale = (weight.float().abs().max() / torch.finfo(dtype).max).clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
+    return (weight.float() / scale).to(dtype), scale
+
+
+def scaled_entries(
+    key: str, shape: tuple[int, ...], read: Callable[[], torch.Tensor]
+) -> list[TensorEntry]:
+    parts, scale = TwoParts(read, scaled_fp8), key.removesuffix(".weight") + FP8_SCALE
+    return [
+        TensorEntry(key, FP8, shape, parts.take_first),
+        TensorEntry(scale, torch.float32, (), parts.take_second),
+    ]

@@ -1,0 +1,37 @@
+"""Ctrl-C: a stage saves, stops, and says how to go on."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from .distributed import processes
+
+
+class Stopped(Exception):
+    """Asked to stop (Ctrl-C); everything is saved. The message says how to go on."""
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yields `asked()`. The first Ctrl-C only sets it, so that the caller can save; the second
+    interrupts.
+
+    Processes that share batches all answer the same, at the same step. A launcher passes on the
+    Ctrl-C that its processes have had already, so there the second one does nothing (and after half
+    a minute it kills them).
+    """
+    asked: list[int] = []
+    several = processes().count > 1
+
+    def handle(number, frame):
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if several else signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: processes().any(bool(asked))
+    finally:
+        if not (several and asked):
+            signal.signal(signal.SIGINT, previous)

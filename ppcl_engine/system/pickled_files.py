@@ -1,0 +1,54 @@
+"""Weights that others stored as `.bin`: tensors only, mapped from disk and copied one at a time.
+
+We write no pickle. A file that holds anything but tensors is refused before any of it runs.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+
+class PickledFile:
+    """A `.bin` of tensors by name, read as `TensorFile` is. Raises ValueError naming the file for
+    anything else."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        if not zipfile.is_zipfile(self.path):
+            raise ValueError(f"{path} is truncated or no PyTorch file; copy or download it again")
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:
+            raise ValueError(
+                f"{path} holds code or objects, not tensors alone; it was not opened"
+            ) from None
+        except RuntimeError as error:  # the archive's reader
+            raise ValueError(
+                f"{path} cannot be read ({str(error).splitlines()[0]}); download it again"
+            ) from None
+        if not isinstance(content, dict) or not all(
+            isinstance(tensor, torch.Tensor) for tensor in content.values()
+        ):
+            raise ValueError(
+                f"{path} holds more than tensors by name; save the model's state_dict alone"
+            )
+        self._tensors: dict[str, torch.Tensor] = content
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def read(self, name: str, rows: int | None = None, start: int = 0) -> torch.Tensor:
+        """The tensor, or `rows` of its rows: a copy in memory, so that nothing depends on the file
+        any more."""
+        tensor = self._tensors[name]
+        return (tensor if rows is None else tensor[start : start + rows]).clone()

@@ -1,0 +1,188 @@
+"""What a stage takes, and refusing what cannot fit."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ppcl_engine.estimate.advice import ADVICE
+from ppcl_engine.estimate.counts import Count
+from ppcl_engine.estimate.dry_run import estimate, print_estimate, refusal
+from ppcl_engine.estimate.needs import _OF, needs
+from ppcl_engine.jobs.spec import ALLOWED, Order, configs
+from ppcl_engine.models.cost import CostModel
+from ppcl_engine.models.opening import model_config
+from ppcl_engine.models.weights import Weights, parameter_count
+from ppcl_engine.settings.convert_settings import ExportConfig, SparsifyConfig
+from ppcl_engine.settings.prune_settings import (
+    CalibrateConfig,
+    DetectConfig,
+    FinetuneConfig,
+    PolishConfig,
+    ProbeConfig,
+)
+from ppcl_engine.stages import STAGES
+from ppcl_engine.stages.convert.export import export
+from ppcl_engine.system.machine import device_memory, free_disk
+
+from ..tiny.trained_run import tuned_run
+
+GB = 1e9
+
+
+def test_every_stage_of_a_job_is_counted_and_has_advice():
+    kinds = {STAGES[stage][0] for stage in ALLOWED}
+    assert kinds == set(_OF) == set(ADVICE)
+
+
+@pytest.mark.parametrize("stage", ALLOWED)
+def test_a_tiny_model_fits(stage, teacher_file, make_run, tmp_path):
+    folder = make_run(tmp_path, teacher_file)
+    size = {"height": 64, "width": 64} if stage == "calibrate" else {}
+    model = "path" if stage == "sparsify" else "model"
+    ((_, config),) = configs(
+        Order(stages=((stage, {model: str(teacher_file), "device": "cpu", **size}),)), folder
+    )
+    assert refusal(config) is None
+    wanted = needs(config)
+    assert wanted.stage == stage and wanted.memory >= wanted.at_least >= 0 <= wanted.disk < 1e8
+    assert 0 <= wanted.seconds < 1000
+
+
+def test_a_resident_teacher_counts_its_weights(teacher_file, make_run, tmp_path):
+    folder, weights = make_run(tmp_path, teacher_file), Weights(teacher_file)
+    size = 4 * sum(weights.read(key).numel() for key in weights.keys())
+    common = {"model": teacher_file, "run": folder, "device": "cpu"}
+    resident, streamed = (
+        needs(ProbeConfig(**common, streamed=streamed)) for streamed in (False, True)
+    )
+    assert size < resident.at_least < 2 * size and streamed.at_least < resident.at_least
+    assert streamed.disk > resident.disk
+
+
+def test_more_work_takes_more(teacher_file, make_run, tmp_path):
+    common = {"model": teacher_file, "run": make_run(tmp_path, teacher_file), "device": "cpu"}
+    short, long = (needs(PolishConfig(**common, steps=steps)).seconds for steps in (100, 1000))
+    assert long > 5 * short
+    kept, again = (needs(PolishConfig(**common, checkpointing=c)).memory for c in (False, True))
+    assert again < kept
+
+
+def test_the_calibration_of_the_same_job_counts_before_it_is_there(teacher_file, tmp_path):
+    common = {"model": teacher_file, "run": tmp_path, "device": "cpu"}
+    few, many = (CalibrateConfig(**common, samples=n, height=512, width=512) for n in (16, 1600))
+    detect = DetectConfig(**common, samples=2000)
+    assert needs(detect, many).at_least > 10 * needs(detect, few).at_least > needs(detect).at_least
+
+
+def test_what_cannot_fit_is_refused_with_what_would(tmp_path):
+    """Twenty billion parameters: no weights are read."""
+    config = ProbeConfig(model=Path("qwen_image"), run=tmp_path, device="cpu")
+    resident, streamed = (
+        needs(replace(config, streamed=streamed)).at_least for streamed in (False, True)
+    )
+    assert 80 * GB < resident < 85 * GB and streamed < 5 * GB
+    if device_memory("cpu") < resident:
+        assert re.fullmatch(
+            r"probe needs 8\d\.\d GB of memory or more on cpu, \d+\.\d GB are there: turn on streamed \(.*\)",
+            refusal(config),
+        )
+        assert refusal(replace(config, streamed=True)) is None
+    tuned = FinetuneConfig(
+        model=Path("qwen_image"), run=tmp_path, device="cpu", streamed=True, checkpointing=True
+    )
+    assert needs(tuned).at_least > 200 * GB
+    if device_memory("cpu") < 200 * GB:
+        assert "choose a smaller variant" in refusal(
+            tuned
+        ) and "a device with more memory" in refusal(tuned)
+
+
+@pytest.mark.parametrize(
+    "name, parameters", [("flux1_dev", 11_901_408_320), ("sd35_medium", 2_243_171_520)]
+)
+def test_blocks_of_several_kinds_are_summed_one_by_one(tmp_path, name, parameters):
+    """Block 0 is of the largest kind: as many of it as there are blocks would be too much."""
+    _, architecture, config = model_config(Path(name))
+    with torch.device("meta"):
+        sizes = [
+            parameter_count(architecture.build_block(config, i))
+            for i in range(architecture.num_blocks(config))
+        ]
+    probe = ProbeConfig(model=Path(name), run=tmp_path, device="cpu")
+    count, again = (Count(replace(probe, streamed=s), None) for s in (False, True))
+    assert count.teacher == 4 * parameters < 0.95 * 4 * len(sizes) * sizes[0]
+    assert again.teacher == 4 * (parameters - sum(sizes) + sizes[0] + sizes[1])
+    resident, streamed = estimate(count.sizes.cost, torch.float32, "cpu")
+    assert resident.device_bytes - streamed.device_bytes == count.teacher - again.teacher
+
+
+def test_a_block_is_built_once_however_many_costs_are_counted(monkeypatch):
+    """A dry run counts twice: what the model has, and what the stage takes."""
+    _, architecture, config = model_config(Path("flux1_lite"))
+    built, build = [], type(architecture).build_block
+    monkeypatch.setattr(
+        type(architecture), "build_block", lambda self, c, i: built.append(i) or build(self, c, i)
+    )
+    costs = []
+    for grid in ((1, 4, 4), (1, 6, 6)):
+        cost, before = CostModel(architecture, config, grid, 8), len(built)
+        costs.append([block.parameters for block in cost.blocks()])
+        found = len(built) - before
+    # one of each kind, to count what it does
+    assert costs[0] == costs[1] and len(costs[0]) == 46 and found == 2
+
+
+def test_making_a_model_sparse_counts_its_matrices(teacher_file, make_run, tmp_path):
+    """Of one block; the exact layers, not the model, are what takes memory."""
+    config = SparsifyConfig(path=teacher_file, run=make_run(tmp_path, teacher_file), device="cpu")
+    assert (
+        0
+        < needs(replace(config, skip="mlp")).at_least
+        < needs(config).at_least
+        < needs(config).memory
+    )
+    assert needs(replace(config, streamed=True)).at_least < needs(config).at_least
+    plain = replace(config, granularity="layer", exchange=False, compensate=False)
+    assert needs(plain).seconds < needs(config).seconds
+    assert needs(replace(config, pattern="2:4")).disk < needs(config).disk
+
+
+def test_a_large_model_is_made_sparse_with_little_memory(capsys, tmp_path):
+    """Its largest block, Gram matrices of 3,072 and 12,288 columns, a sample's states; no weights
+    are read."""
+    config = SparsifyConfig(path=Path("qwen_image"), run=tmp_path, device="cpu", dry_run=True)
+    print_estimate(config)
+    said = capsys.readouterr().out
+    assert "60 blocks, 20.43 B parameters" in said and "sparsify with these settings" in said
+    assert "distil depth" not in said
+    assert 4 * GB < needs(config).at_least < 10 * GB and 80 * GB < needs(config).disk < 85 * GB
+
+
+def test_a_variant_counts_what_is_left_of_it(teacher_file, make_run, tmp_path):
+    run = tuned_run(make_run(tmp_path, teacher_file), teacher_file)
+    bundle = export(ExportConfig(model=teacher_file, run=run.folder))
+    config = SparsifyConfig(
+        path=bundle, base=teacher_file, variant="smallest", run=run.folder, device="cpu"
+    )
+    assert needs(config).disk < needs(replace(config, variant="full")).disk
+    alone = export(
+        ExportConfig(
+            model=teacher_file, run=run.folder, layout="ppcl", variant="smallest", name="alone"
+        )
+    )
+    assert needs(replace(config, path=alone, base=None, variant=None)).disk == needs(config).disk
+    with pytest.raises(
+        ValueError,
+        match="is a bundle: students only; give the base model it was made from as --base",
+    ):
+        needs(replace(config, base=None))
+
+
+def test_the_disk_is_looked_at_where_the_run_will_be(tmp_path):
+    assert free_disk(tmp_path / "not" / "yet") == pytest.approx(free_disk(tmp_path), rel=0.01)
+    assert device_memory("cpu") > 0
