@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from ...ppcl_engine.models.layout import Place
+from ...ppcl_engine.models.stored_layout import COMFYUI_PREFIX
 from ...ppcl_engine.models.surgery import interval_streams
-from ...ppcl_engine.models.weights import COMFYUI_PREFIX
 from ...ppcl_engine.plan import Interval
 from ...ppcl_engine.system.float8 import FP8_MARK
 from ...ppcl_engine.system.two_of_four import decompressed

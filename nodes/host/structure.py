@@ -20,14 +20,8 @@ from ...ppcl_engine.architectures.folded import Folding, folding_of
 from ...ppcl_engine.models.layout import Layout, Place, full_layout, layout_of
 from ...ppcl_engine.models.released import published_intervals, released_layout, teacher_indices
 from ...ppcl_engine.models.standalone import GUARD_SHAPE
-from ...ppcl_engine.models.weights import (
-    HINTS_TENSOR,
-    STRUCTURE_TENSOR,
-    object_in,
-    parts_in,
-    text_in,
-    usual_name,
-)
+from ...ppcl_engine.models.stored_layout import HINTS_TENSOR, STRUCTURE_TENSOR, object_in, text_in
+from ...ppcl_engine.models.weights import parts_in, usual_name
 from ...ppcl_engine.plan import PruningPlan, plan_from_json
 from ...ppcl_engine.system.two_of_four import is_compressed
 from .base import Host

@@ -78,5 +78,5 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="is the table of another model; remove it"):
         read_table(tmp_path / "t.safetensors", "other")
     write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
-    with pytest.raises(ValueError, match="is no table of modulations"):
+    with pytest.raises(ValueError, match="is not a table of modulations"):
         read_table(tmp_path / "x.safetensors", "key")
