@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from comfy_api.v0_0_2 import io
 
-from ..ppcl_engine.models.weights import transformer_folder
+from ..ppcl_engine.models.stored_layout import transformer_folder
 from .checks import check_inputs
 from .listing import guarded, stat_of
 

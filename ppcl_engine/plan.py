@@ -6,21 +6,33 @@ are replaced by one student (paper, section 3.3).
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict, dataclass, field, fields, replace
-from types import UnionType
-from typing import get_args, get_origin
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Annotated
 
-from .settings.base_settings import hints_of
+from pydantic import Field
+
 from .system.json_text import json_text
+from .system.schemas import (
+    MOST_BLOCKS,
+    STRICT,
+    BlockIndex,
+    Count,
+    Finite,
+    read_json_text,
+    read_value,
+)
 
 FORMAT_VERSION = 1
 FORMS = ("paper", "gated")
 FORMS_OF = {"text": FORMS, "ffn_image": FORMS, "ffn_text": FORMS, "ffn_joint": ("gated",)}
 SITE_KINDS = tuple(FORMS_OF)
 FULL, ALL = "full", "all"
-_NAME = r"(\d+-\d+|[a-z_]+:\d+(-\d+)?)"
+_NUMBER = "[0-9]{1,6}"  # not \d, which takes the digits of all scripts
+_NAME = rf"({_NUMBER}-{_NUMBER}|[a-z_]+:{_NUMBER}(-{_NUMBER})?)"
+Correction = Annotated[str, Field(pattern=r"^(none|affine|[1-9][0-9]{0,4})\z")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +41,14 @@ class Interval:
     `stability`: share of bootstrap resamples that find this very interval; `parameters`: of its
     student, correction included; `correction`: "none", "affine" or the rank of a low-rank one."""
 
-    first: int
-    last: int
-    score: float | None = None
-    stability: float | None = None
-    parameters: int | None = None
-    correction: str = "none"
+    __pydantic_config__ = STRICT
+
+    first: BlockIndex
+    last: BlockIndex
+    score: Finite | None = None
+    stability: Finite | None = None
+    parameters: Count | None = None
+    correction: Correction = "none"
 
     @property
     def name(self) -> str:
@@ -57,10 +71,12 @@ class WidthSite:
     stands there with all intervals on has a projection of its own, as "52" for the teacher's
     block."""
 
-    block: int
+    __pydantic_config__ = STRICT
+
+    block: BlockIndex
     kind: str
     form: str = "paper"
-    score: float | None = None
+    score: Finite | None = None
     fitted: tuple[str, ...] = ()
 
     @property
@@ -109,14 +125,16 @@ class Variant:
     error; `flops`: of one forward at the plan's reference size; `tuned`: it has weights of its own
     (fine-tuned)."""
 
+    __pydantic_config__ = STRICT
+
     name: str
     intervals: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
-    parameters: int | None = None
-    bytes: int | None = None
-    flops: float | None = None
-    milliseconds: float | None = None
-    damage: float | None = None
+    parameters: Count | None = None
+    bytes: Count | None = None
+    flops: Finite | None = None
+    milliseconds: Finite | None = None
+    damage: Finite | None = None
     tuned: bool = False
 
 
@@ -124,9 +142,11 @@ class Variant:
 class PruningPlan:
     """Raises ValueError, naming the part, for anything that cannot be applied."""
 
+    __pydantic_config__ = STRICT
+
     architecture: str
     config: dict
-    num_blocks: int
+    num_blocks: Annotated[int, Field(ge=0, le=MOST_BLOCKS)]
     fingerprint: str
     intervals: tuple[Interval, ...] = ()
     sites: tuple[WidthSite, ...] = ()
@@ -151,17 +171,23 @@ class PruningPlan:
                 raise ValueError(
                     f"intervals {left.name} and {right.name} overlap; correct the plan"
                 )
-        for site in self.sites:
-            self._check_site(site)
+        self._check_sites()
         for group in self.text_groups:
             self._check_group(group)
         for variant in self.variants:
             self._check_variant(variant)
 
+    @cached_property
+    def _intervals(self) -> dict[str, Interval]:
+        return {interval.name: interval for interval in self.intervals}
+
+    @cached_property
+    def _switches(self) -> dict[str, WidthSite | TextGroup]:
+        return {switch.name: switch for switch in self.switches}
+
     def interval(self, name: str) -> Interval:
-        for interval in self.intervals:
-            if interval.name == name:
-                return interval
+        if name in self._intervals:
+            return self._intervals[name]
         known = ", ".join(i.name for i in self.intervals) or "none"
         raise ValueError(f"interval {name!r} is not in the plan; it has: {known}")
 
@@ -183,9 +209,8 @@ class PruningPlan:
         return (*(s for s in self.sites if s.kind != "text"), *self.text_groups)
 
     def site(self, name: str) -> WidthSite | TextGroup:
-        for switch in self.switches:
-            if switch.name == name:
-                return switch
+        if name in self._switches:
+            return self._switches[name]
         known = ", ".join(s.name for s in self.switches) or "none"
         raise ValueError(f"width site {name!r} is not in the plan; it has: {known}")
 
@@ -229,6 +254,27 @@ class PruningPlan:
                 raise ValueError(f"variant {variant.name!r} names {what} twice; name each once")
         return variant
 
+    def _check_sites(self) -> None:
+        """Once through sites and blocks: a file may name thousands."""
+        inside = {block: interval for interval in self.intervals for block in interval.blocks[1:]}
+        text = {site.block for site in self.sites if site.kind == "text"}
+        seen: set[tuple[int, str]] = set()
+        for site in self.sites:
+            self._check_site(site)
+            if (site.block, site.kind) in seen:
+                raise ValueError(f"width site {site.name} is there twice; name it once")
+            seen.add((site.block, site.kind))
+            if site.kind != "text" and site.block in inside:
+                interval = inside[site.block]
+                raise ValueError(
+                    f"width site {site.name}: block {site.block} is inside interval {interval.name}, whose student "
+                    f"is block {interval.first}; name that one"
+                )
+            if site.kind == "ffn_text" and site.block in text:
+                raise ValueError(
+                    f"width site {site.name}: a text group replaces this FFN already; drop one of the two"
+                )
+
     def _check_site(self, site: WidthSite) -> None:
         if site.kind not in SITE_KINDS:
             raise ValueError(
@@ -242,20 +288,6 @@ class PruningPlan:
         if not 0 <= site.block < self.num_blocks:
             raise ValueError(
                 f"width site {site.name}: there are blocks 0-{self.num_blocks - 1} only; correct the plan"
-            )
-        if sum((s.block, s.kind) == (site.block, site.kind) for s in self.sites) > 1:
-            raise ValueError(f"width site {site.name} is there twice; name it once")
-        for interval in self.intervals:
-            if site.kind != "text" and interval.first < site.block <= interval.last:
-                raise ValueError(
-                    f"width site {site.name}: block {site.block} is inside interval {interval.name}, whose student "
-                    f"is block {interval.first}; name that one"
-                )
-        if site.kind == "ffn_text" and any(
-            s.kind == "text" and s.block == site.block for s in self.sites
-        ):
-            raise ValueError(
-                f"width site {site.name}: a text group replaces this FFN already; drop one of the two"
             )
 
     def _check_group(self, group: TextGroup) -> None:
@@ -295,68 +327,32 @@ class PruningPlan:
         return replace(self, **parts)
 
 
-def plan_from_json(text: str, where: object = "plan") -> PruningPlan:
-    """The inverse of `PruningPlan.to_json`. Raises ValueError naming the unknown or missing
+def plan_from_json(text: str | bytes, where: object = "plan") -> PruningPlan:
+    """The inverse of `PruningPlan.to_json`. Raises ValueError naming the unknown, missing or wrong
     field."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:  # a number or a nesting without end too
-        raise ValueError(f"{where}: not JSON ({error})") from None
+    return plan_from_value(read_json_text(text, where), where)
+
+
+def plan_from_value(values: object, where: object = "plan") -> PruningPlan:
+    """The same of JSON that was parsed."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: a plan is a JSON object")
-    if values.get("version", FORMAT_VERSION) != FORMAT_VERSION:  # its fields may be unknown too
+    version = values.get("version", FORMAT_VERSION)
+    if type(version) is int and version != FORMAT_VERSION:  # its fields may be unknown too
         raise ValueError(
-            f"{where}: plan format {values['version']} is not {FORMAT_VERSION}; update ComfyUI-PPCL"
+            f"{where}: plan format {version} is not {FORMAT_VERSION}; update ComfyUI-PPCL"
         )
-    parts = {"intervals": Interval, "sites": WidthSite, "variants": Variant}
-    for name, kind in parts.items():
-        rows = values.get(name, [])
-        if not isinstance(rows, list):
-            raise ValueError(f"{where}: {name} is a list, found {rows!r}")
-        values[name] = tuple(_build(kind, row, f"{where}: {name}") for row in rows)
-    return _build(PruningPlan, values, str(where))
-
-
-def _build(kind, values, where: str):
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected an object, found {values!r}")
-    known = {f.name for f in fields(kind)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(
-            f"{where}: unknown field {unknown[0]!r}; known: {', '.join(sorted(known))}"
-        )
-    values = {
-        k: tuple(v) if k in ("intervals", "sites", "fitted") and isinstance(v, list) else v
-        for k, v in values.items()
-    }
-    for name, hint in hints_of(kind).items():
-        if name in values and not _fits(values[name], hint):
-            raise ValueError(
-                f"{where}: {name} cannot be {str(values[name])[:60]!r}; export it again"
-            )
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _fits(value: object, hint) -> bool:
-    """Of a field's type; what a tuple holds is looked at where it is read."""
-    kinds = {
-        get_origin(kind) or kind
-        for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))
-    }
-    return type(value) in kinds | ({int} if float in kinds else set())
+    return read_value(PruningPlan, values, where)
 
 
 def parse_intervals(text: str) -> tuple[Interval, ...]:
     """ "3-4 5-7" or "3-4,5-7" -> intervals. Raises ValueError naming the part that is not one."""
     intervals = []
     for part in text.replace(",", " ").split():
-        if not re.fullmatch(r"\d+-\d+", part):
-            raise ValueError(f"{part!r} is not an interval; write them as '3-4 8-10'")
+        if not re.fullmatch(f"{_NUMBER}-{_NUMBER}", part):
+            raise ValueError(f"{part[:40]!r} is not an interval; write them as '3-4 8-10'")
         first, last = map(int, part.split("-"))
+        _check_numbers(part, (first, last))
         intervals.append(Interval(first=first, last=last))
     return tuple(intervals)
 
@@ -365,12 +361,13 @@ def parse_sites(text: str, form: str = "paper") -> tuple[WidthSite, ...]:
     """ "ffn_image:2 text:51-59" -> sites. Raises ValueError naming the part that is not one."""
     sites = []
     for part in text.replace(",", " ").split():
-        match = re.fullmatch(r"([a-z_]+):(\d+)(?:-(\d+))?", part)
+        match = re.fullmatch(rf"([a-z_]+):({_NUMBER})(?:-({_NUMBER}))?", part)
         if not match or match[1] not in SITE_KINDS:
             raise ValueError(
-                f"{part!r} is not a width site; write them as 'ffn_image:2 text:51-59'"
+                f"{part[:40]!r} is not a width site; write them as 'ffn_image:2 text:51-59'"
             )
         first, last = int(match[2]), int(match[3] or match[2])
+        _check_numbers(part, (first, last))
         chosen = (
             form if match[1] != "text" and form in FORMS_OF[match[1]] else FORMS_OF[match[1]][0]
         )
@@ -378,3 +375,10 @@ def parse_sites(text: str, form: str = "paper") -> tuple[WidthSite, ...]:
             WidthSite(block=block, kind=match[1], form=chosen) for block in range(first, last + 1)
         ]
     return tuple(sites)
+
+
+def _check_numbers(part: str, blocks: Iterable[int]) -> None:
+    if max(blocks) >= MOST_BLOCKS:
+        raise ValueError(
+            f"{part[:40]!r}: blocks are numbered from 0, and no model has more than {MOST_BLOCKS}"
+        )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .plan import PruningPlan, plan_from_json
+from .plan import PruningPlan, plan_from_value
 from .settings.convert_settings import ExportConfig
 from .settings.ranges import OutOfRange, rules_of
+from .system.atomic import read_object
 from .system.tensor_files import TensorFile, file_mark
 
 FILE_NAME = rules_of(ExportConfig)["name"]
@@ -37,7 +38,7 @@ class Run:
     def load_plan(self) -> PruningPlan:
         if not self.plan.exists():
             raise ValueError(f"{self.plan} does not exist; run detect first")
-        return plan_from_json(self.plan.read_text(encoding="utf-8"), self.plan)
+        return plan_from_value(read_object(self.plan), self.plan)
 
     def probe(self, block: int) -> Path:
         return self.probes / f"block_{block:03d}.safetensors"
@@ -58,9 +59,7 @@ class Run:
         polished = self.polished(trained)
         if not (polished.exists() and trained.exists()):
             return trained
-        return (
-            polished if TensorFile(polished).metadata["source"] == file_mark(trained) else trained
-        )
+        return polished if TensorFile(polished).text("source") == file_mark(trained) else trained
 
     def tuned_variant(self, name: str) -> Path:
         return self.tuned / f"{name}.safetensors"

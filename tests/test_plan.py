@@ -1,12 +1,21 @@
 """PruningPlan: JSON both ways, and what cannot be applied is refused by name."""
 
 import json
+import time
 from contextlib import suppress
 
 import pytest
 from hypothesis import given
 
-from ppcl_engine.plan import FULL, Interval, Variant, WidthSite, parse_intervals, plan_from_json
+from ppcl_engine.plan import (
+    FULL,
+    Interval,
+    Variant,
+    WidthSite,
+    parse_intervals,
+    parse_sites,
+    plan_from_json,
+)
 
 from .tiny.plans import plan_of, plans
 
@@ -101,15 +110,50 @@ BAD_JSON = {
     "unknown field": (edited(speed=1), "unknown field 'speed'; known: architecture"),
     "unknown field of an interval": (
         edited(intervals=[{"first": 1, "last": 2, "colour": 0}]),
-        "intervals: unknown field 'colour'",
+        r"intervals\[0\]: unknown field 'colour'",
     ),
-    "missing field of an interval": (edited(intervals=[{"first": 1}]), "file: intervals: .*last"),
+    "missing field of an interval": (
+        edited(intervals=[{"first": 1}]),
+        r"file: intervals\[0\]: the field 'last' is missing",
+    ),
     "intervals that are words": (
         edited(intervals=["1-2"]),
-        "intervals: expected an object, found '1-2'",
+        r"intervals\[0\] should be an object, not '1-2'",
     ),
-    "intervals that are no list": (edited(intervals=7), "intervals is a list, found 7"),
-    "words for numbers": (edited(intervals=[{"first": "1", "last": "2"}]), "file: "),
+    "intervals that are no list": (edited(intervals=7), "intervals should be a valid array, not 7"),
+    "words for numbers": (
+        edited(intervals=[{"first": "1", "last": "2"}]),
+        r"file: intervals\[0\].first should be a valid integer, not '1'",
+    ),
+    "nested 20,000 deep": (
+        edited()[:-1] + ', "x": ' + "[" * 20000 + "]" * 20000 + "}",
+        "file: not JSON .nested more",
+    ),
+    "ten million blocks": (
+        edited(num_blocks=10**7),
+        "file: num_blocks should be less than or equal to 512, not 10000000",
+    ),
+    "2^63 parameters": (
+        edited(variants=[{"name": "a", "parameters": 2**63}]),
+        r"variants\[0\].parameters should be less",
+    ),
+    "a truth for a number": (
+        edited(num_blocks=True),
+        "num_blocks should be a valid integer, not True",
+    ),
+    "nothing for a word": (
+        edited(architecture=None),
+        "architecture should be a valid string, not None",
+    ),
+    "a list for a configuration": (edited(config=[]), "config should be an object"),
+    "a number without end": (
+        edited(intervals=[{"first": 1, "last": 2, "score": 1e999}]),
+        "not a finite number",
+    ),
+    "a rank in other digits": (
+        edited(intervals=[{"first": 1, "last": 2, "correction": "٣"}]),
+        "correction should match",
+    ),
     "newer version with a new field": (edited(version=2, heads=[]), "format 2 is not 1; update"),
 }
 
@@ -178,3 +222,32 @@ def test_parse_intervals():
         parse_intervals("3–4")
     published = "3-4 5-7 8-10 11-12 15-24 25-27 29-30 42-43 45-47 48-49 52-53 54-55 56-57"
     assert sum(i.removed for i in parse_intervals(published)) == 25
+
+
+def test_thousands_of_sites_take_no_time():
+    rows = [{"block": index % 500, "kind": "ffn_image"} for index in range(8000)]
+    begun = time.perf_counter()
+    with pytest.raises(ValueError, match="ffn_image:0 is there twice"):
+        plan_from_json(
+            edited(
+                num_blocks=500, config={"num_layers": 500}, intervals=[], sites=rows, variants=[]
+            ),
+            "file",
+        )
+    kinds = ("ffn_image", "ffn_joint", "text")
+    rows = [
+        {"block": b, "kind": kind, **({"form": "gated"} if kind == "ffn_joint" else {})}
+        for b in range(1, 500)
+        for kind in kinds
+    ]
+    plan = plan_from_json(edited(num_blocks=500, intervals=[], sites=rows, variants=[]), "file")
+    assert len(plan.everything().sites) == 2 * 499 + 1
+    assert time.perf_counter() - begun < 2
+
+
+@pytest.mark.parametrize("text", ["text:1-99999999", "text:٣-٤", "text:1-9999", "text:0-512"])
+def test_sites_beyond_any_model(text):
+    with pytest.raises(ValueError, match="is not a width site|no model has more than 512"):
+        parse_sites(text)
+    with pytest.raises(ValueError, match="is not an interval|no model has more than 512"):
+        parse_intervals(text.removeprefix("text:"))

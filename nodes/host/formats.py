@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import comfy.quant_ops
 import torch
 
-from ...ppcl_engine.models.weights import COMFYUI_PREFIX
+from ...ppcl_engine.models.stored_layout import COMFYUI_PREFIX
 from ...ppcl_engine.system.float8 import FP8_MARK
 from .quantised import (
     FLOAT8,

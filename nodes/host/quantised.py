@@ -20,7 +20,7 @@ import comfyui_version
 import torch
 from torch import nn
 
-from ...ppcl_engine.models.weights import as_tensor
+from ...ppcl_engine.models.stored_layout import as_tensor
 from ...ppcl_engine.system.float8 import scaled_fp8
 from .base import ALL, Cut
 

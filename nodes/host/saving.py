@@ -18,7 +18,8 @@ from ...ppcl_engine.architectures.folded import FOLDING, Folding
 from ...ppcl_engine.models.comfyui_names import marks_of
 from ...ppcl_engine.models.layout import Layout, Place, layout_of
 from ...ppcl_engine.models.standalone import GUARD_SHAPE, guard_name, hints_of, structure_of
-from ...ppcl_engine.models.weights import HINTS_TENSOR, STRUCTURE_TENSOR, as_tensor, usual_name
+from ...ppcl_engine.models.stored_layout import HINTS_TENSOR, STRUCTURE_TENSOR, as_tensor
+from ...ppcl_engine.models.weights import usual_name
 from ...ppcl_engine.plan import PruningPlan
 from ...ppcl_engine.system.float8 import FP8_MARK
 from .base import Host

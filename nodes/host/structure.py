@@ -15,11 +15,8 @@ from ...ppcl_engine.architectures.base import modulation_names
 from ...ppcl_engine.architectures.folded import Folding
 from ...ppcl_engine.models.layout import Layout
 from ...ppcl_engine.models.standalone import GUARD_SHAPE
-from ...ppcl_engine.models.weights import (
-    parts_in,
-    text_in,
-    usual_name,
-)
+from ...ppcl_engine.models.stored_layout import text_in
+from ...ppcl_engine.models.weights import parts_in, usual_name
 from ...ppcl_engine.plan import Interval, PruningPlan, WidthSite
 from .base import Host
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...ppcl_engine.models.bundle import is_bundle
-from ...ppcl_engine.models.weights import open_layout
+from ...ppcl_engine.models.stored_layout import open_layout
 from ..host.modulations import FOLDS, MakeFold
 from ..paths import GGUF
 from .from_bundle import bundle_content

@@ -8,16 +8,12 @@ import torch
 
 from ...ppcl_engine.architectures.base import modulation_names
 from ...ppcl_engine.architectures.folded import FOLDING, folding_of
-from ...ppcl_engine.models.bundle import Bundle, projection_prefix, student_prefix, tuned_prefix
+from ...ppcl_engine.models.bundle import Bundle
+from ...ppcl_engine.models.bundle_contents import projection_prefix, student_prefix, tuned_prefix
 from ...ppcl_engine.models.layout import Layout, Place, layout_of
 from ...ppcl_engine.models.standalone import structure_of
-from ...ppcl_engine.models.weights import (
-    HINTS_TENSOR,
-    STRUCTURE_TENSOR,
-    as_tensor,
-    fingerprint_of,
-    parts_in,
-)
+from ...ppcl_engine.models.stored_layout import HINTS_TENSOR, STRUCTURE_TENSOR, as_tensor
+from ...ppcl_engine.models.weights import fingerprint_of, parts_in
 from ...ppcl_engine.plan import Interval, PruningPlan, Variant
 from ...ppcl_engine.system.float8 import FP8_MARK, FP8_SCALE
 from ...ppcl_engine.system.tensor_files import TensorFile

@@ -6,7 +6,7 @@ from ...ppcl_engine.architectures.folded import FOLDING, Folding, folding_of
 from ...ppcl_engine.models.bundle import MAP_KEY
 from ...ppcl_engine.models.layout import layout_of
 from ...ppcl_engine.models.released import teacher_indices
-from ...ppcl_engine.models.weights import (
+from ...ppcl_engine.models.stored_layout import (
     HINTS_TENSOR,
     STRUCTURE_TENSOR,
     as_tensor,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ...ppcl_engine.architectures.folded import Folding
-from ...ppcl_engine.models.weights import open_layout
+from ...ppcl_engine.models.stored_layout import open_layout
 from ...ppcl_engine.plan import PruningPlan, Variant
 from ..host import HOSTS
 from ..host.modulations import OFF, Fold, Modulations

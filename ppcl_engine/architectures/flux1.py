@@ -168,7 +168,9 @@ class Flux1(PackedLatents):
             "num_attention_heads": width // head,
             "joint_attention_dim": shapes("context_embedder.weight")[1],
             "pooled_projection_dim": shapes("time_text_embed.text_embedder.linear_1.weight")[1],
-            "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in keys,
+            "guidance_embeds": any(
+                key.startswith("time_text_embed.guidance_embedder.") for key in keys
+            ),
             "axes_dims_rope": [head * share // 16 for share in ROTARY_SHARES],
         }
         return config if out_channels == in_channels else {**config, "out_channels": out_channels}

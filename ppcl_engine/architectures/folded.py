@@ -42,17 +42,21 @@ class Folding:
     def __post_init__(self):
         if (
             self.form not in FORMS
-            or not isinstance(self.inputs, int)
+            or type(self.inputs) is not int
             or not 0 <= self.inputs <= MOST_INPUTS
         ):
             raise ValueError(
                 f"folding {self.form!r} with {self.inputs!r} inputs is unknown; known forms: {', '.join(FORMS)}, with 0 to {MOST_INPUTS} inputs"
             )
-        if not self.batches or any(not isinstance(rows, int) or rows < 1 for rows in self.batches):
+        if not self.batches or any(
+            type(rows) is not int or not 1 <= rows <= MOST_INPUTS for rows in self.batches
+        ):
             raise ValueError(
                 f"folding for batches of {self.batches!r} samples; they are whole numbers from 1"
             )
-        if self.precision not in PRECISIONS:
+        if not isinstance(self.mark, str):
+            raise ValueError(f"folding of the mark {self.mark!r}, which is not text")
+        if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
             raise ValueError(
                 f"folding for timesteps in {self.precision!r}; known: {', '.join(PRECISIONS)}"
             )
@@ -70,10 +74,11 @@ def folding_of(config: dict) -> Folding | None:
     values = config.get(FOLDING)
     if values is None:
         return None
+    shaped = isinstance(values, dict) and values.keys() <= Folding.__dataclass_fields__.keys()
     if (
-        not isinstance(values, dict)
-        or values.keys() - Folding.__dataclass_fields__.keys()
-        or "form" not in values
+        not shaped
+        or not {"form", "inputs"} <= values.keys()
+        or not isinstance(values.get("batches", ()), list | tuple)
     ):
         raise ValueError(
             f"the configuration's folding {values!r} is not readable; fold the model again"

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from .base import Part
 
-NUMBERED = re.compile(r"(\w+)\.(\d+)\.(.+)")  # the block's number stands behind the first word
+# the block's number stands behind the first word
+NUMBERED = re.compile(r"(\w+)\.([0-9]{1,9})\.(.+)")
 LINEAR = {"weight": "weight", "bias": "bias"}
 
 Modules = Mapping[str, str | tuple[str, tuple[int, ...], int]]

@@ -7,7 +7,6 @@ picture is known (`clean`), training draws new noise and timesteps for it every 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..system.finite import check_finite
 from ..system.json_text import json_text
 from ..system.tensor_files import TensorFile, write_tensors
 from . import flow
+from .calibration_files import batch_names
 
 CLEAN = "clean"
 KIND = "ppcl_calibration"
@@ -120,11 +120,9 @@ def load_calibration(path: Path) -> CalibrationSet:
         raise ValueError(f"{path} does not exist; run calibrate first")
     file = TensorFile(path)
     if KIND not in file.metadata:
-        raise ValueError(f"{path} is no calibration set; run calibrate")
-    batches: dict[int, Inputs] = {}
-    for key in file.keys():
-        number, name = key.split(".", 1)
-        batches.setdefault(int(number), {})[name] = file.read(key)
-    for number, batch in batches.items():
+        raise ValueError(f"{path} is not a calibration set; run calibrate")
+    names = batch_names(file)
+    batches = [{n: file.read(f"{i}.{n}") for n in batch} for i, batch in names.items()]
+    for number, batch in enumerate(batches):
         check_finite(batch, f"{path}, batch {number}", "run calibrate again")
-    return CalibrationSet([batches[i] for i in sorted(batches)], json.loads(file.metadata[KIND]))
+    return CalibrationSet(batches, file.about(KIND))

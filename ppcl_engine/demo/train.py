@@ -22,8 +22,8 @@ from ..data.codecs.table import TableCodec
 from ..data.draw import inputs_of
 from ..data.rendered.captions import random_captions, render
 from ..data.rendered.tables import TEXT_WIDTH, fit_codec
+from ..models.stored_layout import COMFYUI_PREFIX
 from ..models.tensor_sources import Source, comfyui_sources
-from ..models.weights import COMFYUI_PREFIX
 from ..system.atomic import write_json
 from ..system.tensor_files import write_tensors
 

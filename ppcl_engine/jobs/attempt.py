@@ -208,7 +208,9 @@ def _taken(options: argparse.Namespace, held: ExitStack) -> Job:
     stages = configs(order, folder, options.model)
     rank = int(os.environ.get("RANK") or 0)
     if rank == 0:
-        held.enter_context(claimed(folder, LAUNCHING if _is_queued(folder) else 0.0))
+        held.enter_context(
+            claimed(folder, LAUNCHING if _is_queued(folder) else 0.0, "a job's worker")
+        )
     return Job(folder, order, stages, _startable(folder, rank), rank)
 
 

@@ -8,8 +8,9 @@ import os
 import shutil
 from pathlib import Path
 
+from ..system.run_lock import HOLDER, LOCK
 from .spec import ORDER, Order, configs
-from .state import CANCEL, EVENTS, LOCK, LOG, PREVIEW, STATE
+from .state import CANCEL, EVENTS, LOG, PREVIEW, STATE
 
 CALIBRATION = "calibration.safetensors"
 PRODUCTS = (
@@ -30,7 +31,7 @@ CHECKED = ("probes", "curves.safetensors")
 """Products that hold their settings, and are made anew where these differ."""
 # of all that stages keep there, only calibrate's is gone on from
 SCRATCH, RESUMED = "states", "calibrate"
-OF_ONE_JOB = {ORDER, STATE, EVENTS, CANCEL, LOCK, LOG, PREVIEW}
+OF_ONE_JOB = {ORDER, STATE, EVENTS, CANCEL, LOCK, HOLDER, LOG, PREVIEW}
 COPIED = {".json", ".jsonl", ".csv", ".txt", ".html"}
 NOT_THE_STUDENTS = {"model", "run", "device", "streamed", "dry_run", "intervals", "parallel"}
 """Settings of distill-depth that change no student."""

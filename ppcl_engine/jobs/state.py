@@ -16,7 +16,8 @@ metrics.csv    time,what,step,loss; one line an update. Written by the worker.
 preview.png    the loss so far and, where the model can draw, pictures; replaced whole by the
 worker. log.txt        what a launched worker printed; a Python traceback is here and nowhere else.
 cancel         asks the worker to stop. Written by anyone (`ask_to_cancel`), empty; it stays.
-worker.lock    locked by the one worker of the folder for as long as it lives.
+worker.lock    locked by the one worker of the folder for as long as it lives, or by a stage of the
+command line. holder.json    who has it, since when: for those that it keeps out (`run_lock`).
 All of them, and all that stages write, are real files: a folder with a link in it is refused.
 
 Status: queued -> running -> done | failed | cancelled, with stopping between running and cancelled.
@@ -30,7 +31,6 @@ attempt.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -41,18 +41,31 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import psutil
-from filelock import FileLock, Timeout
 
 from ..settings.base_settings import from_mapping
 from ..system.atomic import read_json, write_json
-from ..system.json_text import json_text
+from ..system.json_text import NotJSON, json_text, parse_json
+from ..system.run_lock import locked
 
 Status = Literal["queued", "running", "stopping", "done", "failed", "cancelled"]
 STATUSES: tuple[str, ...] = get_args(Status)
 FINAL = frozenset({"done", "failed", "cancelled"})
-STATE, EVENTS, CANCEL, LOCK, LOG = "state.json", "events.jsonl", "cancel", "worker.lock", "log.txt"
+STATE, EVENTS, CANCEL, LOG = "state.json", "events.jsonl", "cancel", "log.txt"
 METRICS, PREVIEW = "metrics.csv", "preview.png"
 LARGEST = 100_000  # bytes of a state file; ours have less than a thousand
+BOUNDS = {
+    "number": 1000,
+    "stages": 1000,
+    "step": 1 << 53,
+    "steps": 1 << 53,
+    "last_good_step": 1 << 53,
+    "pid": 1 << 31,
+    "parent_pid": 1 << 31,
+    "updated": 1e11,
+    "process_started": 1e11,
+    "parent_started": 1e11,
+}
+"""largest values of numbers; what is larger the operating system does not know"""
 # seconds after which a worker on another machine is believed to be gone; it writes every few
 SILENT = 120.0
 CLOCK = 2.0  # seconds: what clocks may shift between two looks at a process's start
@@ -101,8 +114,15 @@ def read_state(folder: Path) -> JobState:
         )
     values = read_json(path)
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a job's state: it holds no JSON object; remove the folder")
-    return from_mapping(JobState, values, str(path))
+        raise ValueError(f"{path} is not a job's state: not a JSON object; remove the folder")
+    state = from_mapping(JobState, values, str(path))
+    for name, most in BOUNDS.items():
+        value = getattr(state, name)
+        if value is not None and not 0 <= value <= most:
+            raise ValueError(
+                f"{path}: {name} = {value} is not from 0 to {most:,}; remove the folder"
+            )
+    return state
 
 
 def write_state(folder: Path, state: JobState) -> JobState:
@@ -170,21 +190,12 @@ def process_of(pid: int) -> tuple[int, float]:
 
 
 @contextmanager
-def claimed(folder: Path, seconds: float = 0.0) -> Iterator[None]:
+def claimed(folder: Path, seconds: float = 0.0, doing: str = "") -> Iterator[None]:
     """The folder's lock; it is free again when its process dies. Raises ValueError when another
     process has it and keeps it for so many seconds, and for a folder with links."""
     refuse_links(folder)
-    lock = FileLock(Path(folder) / LOCK)
-    try:
-        lock.acquire(timeout=seconds)
-    except Timeout:
-        raise ValueError(
-            f"another worker is at work on {folder}; wait for it, or cancel it"
-        ) from None
-    try:
+    with locked(folder, doing, seconds):
         yield
-    finally:
-        lock.release()
 
 
 def refuse_links(folder: Path) -> None:
@@ -277,8 +288,8 @@ def _is_torn(file) -> bool:
 
 def _event(line: str, where: str) -> dict:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = parse_json(line)
+    except NotJSON:
         value = None
     if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
         raise ValueError(f"{where} is not an event; remove the file, or the folder")

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from ..plan import plan_from_value
 from ..system.atomic import read_json
 from ..system.json_text import json_text
 from .launch import Process, check_name, launch
@@ -318,13 +319,14 @@ def _mark(path: Path) -> list:
 
 def _drop_parts_of_another_plan(upstream: Path, folder: Path) -> None:
     """Projections and polished parts are fitted to all intervals and sites together."""
-    plans = [
-        read_json(path / "plan.json") if (path / "plan.json").exists() else {}
-        for path in (upstream, folder)
-    ]
-    before, now = (
-        [p.get("sites"), [[i["first"], i["last"]] for i in p.get("intervals", [])]] for p in plans
-    )
+    before, now = (_parts_of_plan(path / "plan.json") for path in (upstream, folder))
     if before != now:
         for name in ("width", "polished"):
             shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _parts_of_plan(path: Path) -> tuple | None:
+    if not path.exists():
+        return None
+    plan = plan_from_value(read_json(path), path)
+    return plan.sites, [(interval.first, interval.last) for interval in plan.intervals]

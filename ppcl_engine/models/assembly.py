@@ -11,6 +11,7 @@ from torch import nn
 
 from ..architectures import Architecture, SharedText
 from ..plan import Interval, PruningPlan, Variant
+from .filling import fill
 from .layout import Layout, Place, layout_of
 from .surgery import Edit, build_student, project, pruned_blocks
 from .weights import Weights
@@ -80,17 +81,9 @@ def open_variant(
     if not variant.tuned:
         return assemble(weights, students, layout, dtype, device, teacher_block)
     model = empty_model(weights.architecture, plan.config, layout)
-    return filled(model, partial(students.tuned, variant.name), dtype, device)
-
-
-def filled(
-    model: nn.Module, read: Callable[[str], torch.Tensor], dtype: torch.dtype, device: str
-) -> nn.Module:
-    """The model with every tensor read by its name."""
-    model.load_state_dict(
-        {name: read(name).to(device, dtype) for name in model.state_dict()}, assign=True
+    return fill(
+        model, partial(students.tuned, variant.name), dtype, device, f"variant {variant.name}"
     )
-    return model.eval().requires_grad_(False)
 
 
 def empty_model(architecture: Architecture, config: dict, layout: Layout) -> nn.Module:

@@ -7,6 +7,8 @@ variant all its tensors as `tuned.<variant>.*`.
 
 from __future__ import annotations
 
+import warnings
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,8 +17,11 @@ from torch import nn
 from ..architectures import architecture_named
 from ..plan import Interval, PruningPlan, plan_from_json
 from ..system.tensor_files import TensorEntry, TensorFile, write_tensor_stream
+from .bundle_contents import projection_prefix, student_prefix, tuned_prefix
 from .layout import checked
 from .surgery import filled_student
+from .teacher_hashes import TEACHER_KEY, Recorded, Teacher
+from .weights import Weights
 
 PLAN_KEY = "ppcl_plan"
 MAP_KEY = "ppcl_block_map"
@@ -33,9 +38,24 @@ class Bundle:
         self.plan: PruningPlan = checked(plan_from_json(self.file.metadata[PLAN_KEY], path))
         self.architecture = architecture_named(self.plan.architecture)
 
+    @cached_property
+    def teacher(self) -> Teacher | None:
+        """What is known of the base's tensors; None in a bundle of before that was kept."""
+        recorded = (
+            self.file.about(TEACHER_KEY, Recorded) if TEACHER_KEY in self.file.metadata else None
+        )
+        return None if recorded is None else Teacher(self.file.path, self.file.identity, recorded)
+
+    def check_base(self, weights: Weights, where: object) -> None:
+        """Raises ValueError for another model than the plan's teacher, now or when a tensor of it
+        is read that is not the teacher's; warns of what cannot be compared."""
+        self.plan.check_teacher(weights.architecture.name, weights.fingerprint, where)
+        for note in weights.expect(self.teacher):
+            warnings.warn(note, stacklevel=3)
+
     def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module:
         state = self._under(student_prefix(interval), dtype, device)
-        return filled_student(self.architecture, self.plan.config, interval, state)
+        return filled_student(self.architecture, self.plan.config, interval, state, self.file.path)
 
     def projection(
         self, place: str, kind: str, dtype: torch.dtype, device: str
@@ -50,21 +70,13 @@ class Bundle:
         return {name: self.file.read(prefix + name).to(device, dtype) for name in names}
 
 
-def student_prefix(interval: Interval) -> str:
-    return f"students.{interval.name}."
-
-
-def projection_prefix(place: str, kind: str) -> str:
-    return f"projections.{place}.{kind}."
-
-
-def tuned_prefix(variant: str) -> str:
-    return f"tuned.{variant}."
-
-
-def write_bundle(path: Path, plan: PruningPlan, entries: list[TensorEntry]) -> None:
-    """entries: named by the prefixes above; memory holds one tensor at a time."""
-    write_tensor_stream(path, entries, {PLAN_KEY: plan.to_json(), "format": "pt"})
+def write_bundle(
+    path: Path, plan: PruningPlan, entries: list[TensorEntry], teacher: str | None = None
+) -> None:
+    """entries: named by the prefixes above; memory holds one tensor at a time. teacher:
+    `teacher_hashes` of the base."""
+    known = {} if teacher is None else {TEACHER_KEY: teacher}
+    write_tensor_stream(path, entries, {PLAN_KEY: plan.to_json(), "format": "pt", **known})
 
 
 def is_bundle(path: Path) -> bool:

@@ -5,13 +5,16 @@ configuration."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 
 from ..architectures import Architecture, Part
 from ..system.tensor_files import TensorFile
+from .filling import check_shape
 from .layout import Layout
-from .weights import SCALE_SUFFIXES, expected_shapes
+from .scales import Scale
+from .weights import expected_shapes
 
 CORRECTION = "correction."
 
@@ -39,27 +42,54 @@ def variant_parts(
     return found
 
 
+def check_parts(
+    stored: Mapping[str, tuple[TensorFile, str]],
+    scales: Mapping[str, Scale],
+    parts: Mapping[str, Part],
+    shapes: Mapping[str, tuple[int, ...]],
+    where: Path,
+) -> None:
+    """Every tensor of a variant is of the shape that it has in the model, as numbers. Raises
+    ValueError naming the file and the first that is not."""
+    pieces: dict[str, int] = {}
+    for part in parts.values():
+        pieces[part.name] = pieces.get(part.name, 0) + len(part.pieces)
+    for key, part in parts.items():
+        file, name = stored[part.name]
+        rows, *others = file.shape(name) or (1,)
+        found = (
+            (rows * len(part.pieces) // pieces[part.name], *others)
+            if part.of > 1
+            else file.shape(name)
+        )
+        check_shape(part.name, found, shapes[key], where)
+        if not (file.dtype(name).is_floating_point or part.name in scales):
+            raise ValueError(
+                f"{where}: {part.name} is {file.dtype(name)}, not numbers of a model; restore it"
+            )
+
+
 def read_part(
-    stored: Mapping[str, tuple[TensorFile, str]], parts: Mapping[str, Part], key: str
+    stored: Mapping[str, tuple[TensorFile, str]],
+    scales: Mapping[str, Scale],
+    parts: Mapping[str, Part],
+    key: str,
 ) -> torch.Tensor:
     """stored: ComfyUI's name -> (open file, name in it). Of a matrix with a scale its values, in
     float32."""
     part = parts[key]
     file, name = stored[part.name]
-    if part.of == 1:
-        tensor = file.read(name)
-    else:
+    if part.of > 1:
         there = sorted(
             piece for other in parts.values() if other.name == part.name for piece in other.pieces
         )
-        rows = file.shape(name)[0] // len(there)
-        tensor = torch.cat(
-            [file.read(name, rows, there.index(piece) * rows) for piece in part.pieces]
-        )
-    for suffix in SCALE_SUFFIXES:
-        if scale := stored.get(part.name.removesuffix(".weight") + suffix):
-            tensor = tensor.float() * scale[0].read(scale[1]).float()
-    return tensor
+        part = Part(part.name, tuple(there.index(piece) for piece in part.pieces), len(there))
+    if part.of == 1:
+        tensor = file.read(name)
+    else:
+        rows = file.shape(name)[0] // part.of
+        tensor = torch.cat([file.read(name, rows, piece * rows) for piece in part.pieces])
+    return scales[part.name].apply(tensor, part) if part.name in scales else tensor
 
 
 def _projections(

@@ -69,15 +69,19 @@ def checked(plan: PruningPlan) -> PruningPlan:
     """The plan. Raises ValueError, naming the part, for what its architecture has no place for."""
     architecture = architecture_named(plan.architecture)
     try:
-        sections = architecture.sections(plan.config)
+        sections, count = architecture.sections(plan.config), architecture.num_blocks(plan.config)
     except KeyError as missing:
         raise ValueError(
             f"the plan's configuration of its model lacks {missing}; it is incomplete"
         ) from None
-    except TypeError as error:
+    except (TypeError, AttributeError):  # text, lists or nothing for numbers
         raise ValueError(
-            f"the plan's configuration of its model is not readable ({error}); export it again"
+            "the plan's configuration of its model has no number of layers; it is damaged"
         ) from None
+    if count != plan.num_blocks:
+        raise ValueError(
+            f"the plan is for {plan.num_blocks} blocks, the configuration in it for {count}; it is damaged"
+        )
     for interval in plan.intervals:
         if (
             len(

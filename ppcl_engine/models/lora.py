@@ -95,7 +95,10 @@ def cut_parts(architecture: Architecture, place: Place) -> tuple[str, ...]:
 
 
 def _natural(name: str) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [
+        int(part) if place % 2 else part
+        for place, part in enumerate(re.split("([0-9]{1,9})", name))
+    ]
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -12,12 +12,15 @@ from torch import nn
 
 from ..architectures import ARCHITECTURES, Architecture, architecture_named
 from ..architectures.folded import FOLDING
-from ..system.atomic import read_json
+from ..system.atomic import read_object
 from ..system.tensor_files import check_exists
-from .assembly import assemble, empty_model, filled, open_variant
+from .assembly import assemble, empty_model, open_variant
 from .bundle import Bundle, is_bundle
+from .bundle_contents import check_bundle
+from .filling import fill
 from .folding.files import give_base
 from .layout import full_layout
+from .model_configs import check_model_config
 from .released import Released, is_width_pruned, repeated_steps_warning
 from .standalone import open_standalone, standalone_structure
 from .streaming import block_loader
@@ -32,7 +35,7 @@ def model_config(model: Path) -> tuple[str, Architecture, dict]:
             return str(model), architecture, architecture.model_configs[str(model)]
     for folder in (model / "transformer", model):
         if (folder / "config.json").exists():
-            return _from_config_file(model, read_json(folder / "config.json"))
+            return _from_config_file(model, read_object(folder / "config.json"))
     if structure := standalone_structure(model):
         return model.name, architecture_named(structure["architecture"]), structure["config"]
     if is_bundle(model):
@@ -51,10 +54,11 @@ def model_config(model: Path) -> tuple[str, Architecture, dict]:
 def _from_config_file(model: Path, values: dict) -> tuple[str, Architecture, dict]:
     for architecture in ARCHITECTURES:
         if values.get("_class_name") == architecture.diffusers_class:
+            config = {k: v for k, v in values.items() if not k.startswith("_")}
             return (
                 model.name,
                 architecture,
-                {k: v for k, v in values.items() if not k.startswith("_")},
+                check_model_config(architecture.name, config, model / "config.json"),
             )
     known = ", ".join(a.diffusers_class for a in ARCHITECTURES)
     raise ValueError(f"{model}: class {values.get('_class_name')!r} is unknown; known: {known}")
@@ -154,7 +158,8 @@ def _opened(
         )
     bundle, weights = Bundle(path), Weights(base)
     _check_folded_alike(bundle, weights)
-    bundle.plan.check_teacher(weights.architecture.name, weights.fingerprint, base)
+    bundle.check_base(weights, base)
+    check_bundle(bundle.file, bundle.plan)
     chosen = bundle.plan.variant(variant)
     if streamed and chosen.tuned:
         raise ValueError(
@@ -198,9 +203,5 @@ def architecture_of(path: Path) -> Architecture:
 def _open_released(released: Released, dtype: torch.dtype, device: str) -> nn.Module:
     if warning := repeated_steps_warning(released):
         warnings.warn(f"{released.path}: {warning}", stacklevel=3)
-    return filled(
-        empty_model(released.architecture, released.config, released.layout),
-        released.read,
-        dtype,
-        device,
-    )
+    model = empty_model(released.architecture, released.config, released.layout)
+    return fill(model, released.read, dtype, device, released.path)

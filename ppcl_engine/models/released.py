@@ -16,10 +16,12 @@ import torch
 
 from ..architectures import ARCHITECTURES, Architecture, detect_architecture
 from ..plan import Interval, WidthSite, parse_intervals
-from ..system.atomic import read_json
+from ..system.atomic import read_object
+from .filling import check_shape
 from .layout import Layout, Place
+from .model_configs import check_model_config
+from .stored_layout import open_layout, transformer_folder
 from .surgery import empty_block
-from .weights import open_layout, transformer_folder
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -41,6 +43,11 @@ class Released:
             )
         self._stored, config = open_layout(self.path)
         self.architecture: Architecture = detect_architecture(self._stored, self.path)
+        check_model_config(self.architecture.name, config, self.path)
+        if self.architecture.num_blocks(config) > len(self._stored):
+            raise ValueError(
+                f"{path}: config.json says {self.architecture.num_blocks(config)} blocks, and so many tensors are not there"
+            )
         self.layout = released_layout(self.architecture, config, self.path)
         lists = _lists_of(self.architecture)
         self.config = {name: value for name, value in config.items() if name not in lists.values()}
@@ -127,9 +134,10 @@ class Released:
                 "are the lists in its config.json those of this model?"
             )
         for key, shape in self._shapes.items():
-            if self.shape(key) != shape:
+            check_shape(self._names[key], self.shape(key), shape, self.path)
+            if not self.dtype(key).is_floating_point:
                 raise ValueError(
-                    f"{self.path}: {self._names[key]} has shape {self.shape(key)}, not {shape}"
+                    f"{self.path}: {self._names[key]} is {self.dtype(key)}, not numbers of a model; restore it"
                 )
 
 
@@ -138,7 +146,7 @@ def is_width_pruned(path: Path) -> bool:
     file = transformer_folder(path) / "config.json"
     if not file.exists():
         return False
-    config = read_json(file)
+    config = read_object(file)
     return any(
         name in config
         for architecture in ARCHITECTURES

@@ -3,7 +3,7 @@ our loaders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,18 +12,22 @@ import torch
 from torch import nn
 
 from ..architectures import architecture_named
-from ..plan import PruningPlan, Variant, plan_from_json
-from ..system.json_text import json_text
+from ..plan import PruningPlan, Variant, plan_from_value
 from ..system.tensor_files import TensorFile
-from .assembly import empty_model, filled
-from .comfyui_names import read_part, variant_parts
-from .layout import Layout, layout_of
+from .assembly import empty_model
+from .comfyui_names import check_parts, read_part, variant_parts
+from .filling import fill
+from .layout import Layout, checked, layout_of
+from .model_configs import check_model_config
+from .scales import scales_of
+from .stored_layout import STRUCTURE_TENSOR, as_tensor, common_prefix, object_in, open_layout
 from .surgery import empty_block
 from .tensor_sources import Source, joined_sources, write_sources
-from .weights import COMFYUI_PREFIX, STRUCTURE_TENSOR, as_tensor, object_in, open_layout, usual_name
+from .weights import usual_name
 
 GUARD_SHAPE = (0, 1)
 STRUCTURE_KEY = "ppcl_structure"
+LEAST_TENSORS = 6  # of a block, whatever projections stand in it
 
 
 def write_standalone(
@@ -85,33 +89,63 @@ def standalone_structure(path: Path) -> dict | None:
     if not path.is_file():
         return None
     file = TensorFile(path)
-    name = next(
-        (n for n in (STRUCTURE_TENSOR, COMFYUI_PREFIX + STRUCTURE_TENSOR) if n in file.entries),
-        None,
-    )
-    if name is None or "config" in file.metadata:  # a full model that was folded has both
+    name = common_prefix(file.keys()) + STRUCTURE_TENSOR
+    # a full model that was folded has both
+    if name not in file.entries or "config" in file.metadata:
         return None
-    return object_in(file.read(name), path)
+    return structure_in(file, name)
+
+
+def structure_in(file: TensorFile, name: str) -> dict:
+    """Raises ValueError, naming the file, for a structure that is not a plan."""
+    values = object_in(file.read(name), file.path)
+    plan = checked(plan_from_value(values, f"{file.path}: {STRUCTURE_TENSOR}"))
+    check_model_config(plan.architecture, plan.config, file.path)
+    return values
+
+
+def check_standalone(path: Path, structure: dict) -> None:
+    """Raises ValueError, naming the tensor, for one that is missing, of another shape, or not of
+    numbers."""
+    _empty_standalone(path, structure)
 
 
 def open_standalone(path: Path, structure: dict, dtype: torch.dtype, device: str) -> nn.Module:
-    plan = plan_from_json(json_text(structure), path)
-    model = empty_model(
-        architecture_named(plan.architecture), plan.config, layout_of(plan, plan.everything())
-    )
-    return filled(model, standalone_reader(path, plan, model.state_dict()), dtype, device)
+    model, read = _empty_standalone(path, structure)
+    return fill(model, read, dtype, device, path)
+
+
+def _empty_standalone(
+    path: Path, structure: dict
+) -> tuple[nn.Module, Callable[[str], torch.Tensor]]:
+    """The model to be filled, and what gives each of its tensors; all of them are there. Nothing is
+    built of a plan that names more blocks than the file has tensors for."""
+    plan = plan_from_value(structure, path)
+    architecture, layout = architecture_named(plan.architecture), layout_of(plan, plan.everything())
+    held = len(TensorFile(path).entries)
+    if LEAST_TENSORS * len(layout.places) > held:
+        raise ValueError(
+            f"{path}: {held} tensors are not the {len(layout.places)} blocks of its structure"
+        )
+    model = empty_model(architecture, plan.config, layout)
+    return model, standalone_reader(path, plan, model.state_dict())
 
 
 def standalone_reader(
-    path: Path, plan: PruningPlan, keys: Iterable[str]
+    path: Path, plan: PruningPlan, state: Mapping[str, torch.Tensor]
 ) -> Callable[[str], torch.Tensor]:
-    """Gives a standalone's tensors by diffusers' names with teacher indices, `keys` being all of
-    them. Raises ValueError where some are not there."""
+    """Gives a standalone's tensors by diffusers' names with teacher indices, `state` being all of
+    them, of which shapes count. Raises ValueError where some are not there, of another shape, or
+    not of numbers."""
     architecture, layout = architecture_named(plan.architecture), layout_of(plan, plan.everything())
-    parts = variant_parts(architecture, plan.config, layout, keys)
+    parts = variant_parts(architecture, plan.config, layout, state)
     stored = {usual_name(architecture, name): place for name, place in open_layout(path)[0].items()}
     if missing := sorted({part.name for part in parts.values()} - stored.keys()):
         raise ValueError(
             f"{path} lacks {len(missing)} tensors, first {missing[0]}; copy, export or save it again"
         )
-    return partial(read_part, stored, parts)
+    scales = scales_of(stored, TensorFile(path).metadata, path)
+    check_parts(
+        stored, scales, parts, {name: tuple(tensor.shape) for name, tensor in state.items()}, path
+    )
+    return partial(read_part, stored, scales, parts)

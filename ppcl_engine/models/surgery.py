@@ -9,12 +9,14 @@ then come out right with no translation.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..architectures import Architecture, SharedText
 from ..plan import Interval
+from .filling import check_shape
 from .layout import Layout, Place
 
 Edit = Callable[[nn.Module], nn.Module]
@@ -95,17 +97,25 @@ def build_student(architecture: Architecture, config: dict, interval: Interval) 
 
 
 def filled_student(
-    architecture: Architecture, config: dict, interval: Interval, state: dict[str, torch.Tensor]
+    architecture: Architecture,
+    config: dict,
+    interval: Interval,
+    state: dict[str, torch.Tensor],
+    where: Path | str = "the file",
 ) -> nn.Module:
     """A student with these tensors as its own, for inference. Raises ValueError when they are not
     its tensors."""
     with torch.device("meta"):
         student = build_student(architecture, config, interval)
-    wrong = sorted(student.state_dict().keys() ^ state.keys())
+    expected = student.state_dict()
+    wrong = sorted(expected.keys() ^ state.keys())
     if wrong:
         raise ValueError(
-            f"student {interval.name}: tensor {wrong[0]} is missing or has no home; the file does not match its plan: run distill-depth again"
+            f"{where}: student {interval.name}: tensor {wrong[0]} is missing or has no home; the file does not match its "
+            "plan: run distill-depth again"
         )
+    for name, tensor in state.items():
+        check_shape(f"student {interval.name}: {name}", tensor.shape, expected[name].shape, where)
     student.load_state_dict(state, assign=True)
     return student.eval().requires_grad_(False)
 

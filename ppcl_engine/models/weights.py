@@ -1,55 +1,90 @@
 """A full transformer's weights in any known layout, read tensor by tensor.
 
 Read: a diffusers transformer folder (sharded or not, safetensors or pickled tensors), a diffusers
-pipeline folder, a ComfyUI single file or checkpoint (bf16, fp16, fp8, scaled fp8).
+pipeline folder, a ComfyUI single file or checkpoint (bf16, fp16, fp8, scaled fp8, int8).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..architectures import Architecture, Part, detect_architecture
-from ..system.atomic import read_json
-from ..system.json_text import json_text
+from ..architectures import ARCHITECTURES, Architecture, Part
+from ..system.json_text import shown
 from ..system.pickled_files import PickledFile
-from ..system.tensor_files import TensorFile, check_exists
+from ..system.tensor_files import TensorFile
+from .filling import fill
+from .model_configs import check_model_config, sizes_that_differ
+from .other_models import refuse_inputs, refuse_kinds, refuse_shard, unknown_model
+from .scales import IGNORED_SUFFIXES, SCALE_SUFFIXES, scales_of
+from .stored_layout import (
+    COMFYUI_PREFIX,
+    HINTS_TENSOR,
+    STRUCTURE_TENSOR,
+    Places,
+    as_tensor,
+    hints_in,
+    object_in,
+    open_layout,
+    text_in,
+    transformer_folder,
+)
+from .teacher_hashes import Teacher
 
-COMFYUI_PREFIX = "model.diffusion_model."
-STRUCTURE_TENSOR = "ppcl_structure"
-# JSON: which of the teacher's blocks a file has, where metadata does not reach
-HINTS_TENSOR = "ppcl_hints"
-LONGEST_TEXT = 10_000_000  # bytes of a plan in a tensor; that of 60 blocks has some ten thousand
-TRAINING_PREFIX = "module."  # what a wrapper of distributed training left before every name
-SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
-IGNORED_SUFFIXES = (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
+__all__ = [
+    "COMFYUI_PREFIX",
+    "HINTS_TENSOR",
+    "IGNORED_SUFFIXES",
+    "SCALE_SUFFIXES",
+    "STRUCTURE_TENSOR",
+    "Weights",
+    "as_tensor",
+    "expected_shapes",
+    "fingerprint_of",
+    "full_parameters",
+    "hints_in",
+    "object_in",
+    "open_layout",
+    "parameter_count",
+    "parts_in",
+    "stored_count",
+    "text_in",
+    "transformer_folder",
+    "usual_name",
+]
 
 
 class Weights:
     """A transformer's tensors by diffusers' names, read one at a time.
 
     Attributes: path, architecture, config (diffusers' names), fingerprint. Raises ValueError for a
-    file of no known architecture, with missing tensors, or with tensors that have no home.
+    file of no known architecture, for a configuration that its tensors do not fit, for missing
+    tensors, for tensors that have no home, and for quantised weights that are not read.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
         stored, config = open_layout(self.path)
-        self.architecture: Architecture = detect_architecture(stored, self.path)
+        refuse_kinds(stored, self.path)
+        metadata = {}
+        for file in {id(file): file for file, _ in stored.values()}.values():
+            metadata |= getattr(file, "metadata", {})
+        self._scales = scales_of(stored, metadata, self.path)
+        self._teacher: Teacher | None = None
+        self.architecture: Architecture = _architecture_of(stored, self.path)
         self._tensors = _parts_of(self.architecture, stored)
-        self._scales = {key: place for key, place in stored.items() if key.endswith(SCALE_SUFFIXES)}
-        marks = [name for name in self.architecture.marks if name in stored]
-        self.config: dict = config or self.architecture.infer_config(
-            self.shape, [*self._tensors, *marks]
+        inferred = self._inferred(stored)
+        self.config: dict = check_model_config(
+            self.architecture.name, config or inferred, self.path
         )
-        self._check_config()
+        self._check_config(inferred)
         self._check_keys()
+        self._check_dtypes()
 
     @property
     def num_blocks(self) -> int:
@@ -63,28 +98,49 @@ class Weights:
         shape = file.shape(name)
         return shape if part.of == 1 else (shape[0] // part.of * len(part.pieces), *shape[1:])
 
+    def dtype(self, key: str) -> torch.dtype:
+        """As stored."""
+        file, name, _ = self._tensors[key]
+        return file.dtype(name)
+
+    def identity(self, key: str) -> object:
+        """Of the file that the tensor lies in, as it was opened."""
+        return self._tensors[key][0].identity
+
+    def is_scaled(self, key: str) -> bool:
+        """Whether the stored values mean others: those of a scaled format."""
+        return self._tensors[key][2].name in self._scales
+
+    def expect(self, teacher: Teacher | None) -> list[str]:
+        """From now on every tensor that is read has to be this teacher's. Returns notes on what
+        cannot be compared."""
+        self._teacher = teacher
+        return teacher.notes(self) if teacher is not None else []
+
+    def stored(self, key: str) -> torch.Tensor:
+        """The values as they are stored, without their scale."""
+        return _read_part(*self._tensors[key])
+
     def read(self, key: str, dtype: torch.dtype | None = None, device: str = "cpu") -> torch.Tensor:
-        """The tensor in `dtype` (default: as stored; scaled fp8 then becomes bf16). What becomes
-        larger is moved first and cast on the device: half the bytes to move, and casting fp8 is
-        slow on a CPU."""
-        file, name, part = self._tensors[key]
-        tensor = _read_part(file, name, part)
+        """The tensor in `dtype` (default: as stored; scaled fp8 and int8 then become bf16). What
+        becomes larger is moved first and cast on the device: half the bytes to move, and casting
+        fp8 is slow on a CPU."""
+        part, tensor = self._tensors[key][2], self.stored(key)
+        if self._teacher is not None:
+            self._teacher.check(self, key, tensor)
         if dtype is None or tensor.dtype.itemsize <= dtype.itemsize:
             tensor = tensor.to(device)
-        for suffix in SCALE_SUFFIXES:
-            scale = self._scales.get(part.name.removesuffix(".weight") + suffix)
-            if scale is not None:
-                tensor = (tensor.float() * scale[0].read(scale[1]).to(tensor.device).float()).to(
-                    dtype or torch.bfloat16
-                )
+        scale = self._scales.get(part.name)
+        if scale is not None:
+            tensor = scale.apply(tensor, part).to(dtype or torch.bfloat16)
         return (tensor if dtype is None else tensor.to(dtype)).to(device)
 
     def module(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: str) -> nn.Module:
         """Fills a module (of any device, also meta) with the tensors under `prefix`; eval, no
         gradients."""
-        state = {name: self.read(prefix + name, dtype, device) for name in module.state_dict()}
-        module.load_state_dict(state, assign=True)
-        return module.eval().requires_grad_(False)
+        return fill(
+            module, lambda name: self.read(prefix + name, dtype, device), dtype, device, self.path
+        )
 
     def block(self, index: int, dtype: torch.dtype, device: str) -> nn.Module:
         with torch.device("meta"):
@@ -103,7 +159,31 @@ class Weights:
         shapes = {key: self.shape(key) for key in self._tensors}
         return fingerprint_of(self.architecture, shapes, lambda key: self.read(key, torch.float32))
 
-    def _check_config(self) -> None:
+    def _inferred(self, stored: Places) -> dict:
+        """The configuration that the shapes tell. Raises ValueError for a tensor that it needs and
+        is not there, or is of another kind."""
+        marks = [name for name in self.architecture.marks if name in stored]
+
+        def shape(key: str) -> tuple[int, ...]:
+            if key not in self._tensors:
+                refuse_shard(self.path, key)
+                raise ValueError(f"{self.path} lacks the tensor {key}; it is incomplete")
+            return self.shape(key)
+
+        try:
+            return self.architecture.infer_config(shape, [*self._tensors, *marks])
+        except (
+            ValueError,
+            IndexError,
+            ZeroDivisionError,
+        ) as error:  # a number of dimensions that no such model has
+            if str(error).startswith(str(self.path)):
+                raise
+            raise ValueError(
+                f"{self.path} is named like {self.architecture.name}, but its tensors have other shapes; is it another model?"
+            ) from None
+
+    def _check_config(self, inferred: dict) -> None:
         lists = self.architecture.released.lists.values() if self.architecture.released else ()
         pruned = [name for name in lists if self.config.get(name)]
         if pruned:
@@ -111,46 +191,71 @@ class Weights:
                 f"{self.path} is width-pruned ({pruned[0]} in its config.json), so no full model is in it; "
                 "`ppcl import` makes a bundle or a standalone of it"
             )
+        if odd := sizes_that_differ(self.config, inferred):
+            said, told = self.config[odd[0]], inferred[odd[0]]
+            raise ValueError(
+                f"{self.path}: its configuration says {odd[0]} {said}, its tensors {told}; restore it"
+            )
+        refuse_inputs(self.architecture, self.config, self.path)
 
     def _check_keys(self) -> None:
+        """Blocks first, by names alone: nothing is built of a configuration that names more than
+        are there."""
+        prefixes = [
+            self.architecture.block_prefix(self.config, index) for index in range(self.num_blocks)
+        ]
+        there = {".".join(key.split(".")[:2]) + "." for key in self._tensors}
+        gaps = [prefix.rstrip(".") for prefix in prefixes if prefix not in there]
+        if gaps:
+            refuse_shard(self.path, f"{len(gaps)} of {len(prefixes)} blocks")
+            raise ValueError(
+                f"{self.path} lacks {len(gaps)} of {len(prefixes)} blocks, first {gaps[0]}: a full model's blocks are "
+                "numbered without gaps; export it again, or download it again"
+            )
         expected = expected_shapes(self.architecture, self.config)
         missing = sorted(set(expected) - set(self._tensors))
         unknown = sorted(set(self._tensors) - set(expected))
         wrong = [
             key for key in expected if key in self._tensors and self.shape(key) != expected[key]
         ]
-        prefixes = [
-            self.architecture.block_prefix(self.config, index) for index in range(self.num_blocks)
-        ]
-        gaps = [
-            p.rstrip(".") for p in prefixes if not any(key.startswith(p) for key in self._tensors)
-        ]
-        if gaps:
-            raise ValueError(
-                f"{self.path} lacks {len(gaps)} of {len(prefixes)} blocks, first {gaps[0]}: a full model's blocks are "
-                "numbered without gaps; export it again, or download it again"
-            )
         if missing:
+            refuse_shard(self.path, missing[0])
             raise ValueError(
                 f"{self.path} lacks {len(missing)} tensors, first {missing[0]}; it is incomplete"
             )
         if unknown:
             raise ValueError(
-                f"{self.path} has {len(unknown)} tensors with no home, first {unknown[0]}; is it another model?"
+                f"{self.path} has {len(unknown)} tensors with no home, first {shown(unknown[0])}; is it another model?"
             )
         if wrong:
             raise ValueError(
                 f"{self.path}: {wrong[0]} has shape {self.shape(wrong[0])}, not {expected[wrong[0]]}"
             )
 
+    def _check_dtypes(self) -> None:
+        for key in self._tensors:
+            if not (self.dtype(key).is_floating_point or self.is_scaled(key)):
+                raise ValueError(
+                    f"{self.path}: {key} is {self.dtype(key)}, not numbers of a model; download it again"
+                )
+
+
+def _architecture_of(stored: Places, path: Path) -> Architecture:
+    """Raises ValueError, naming what it looks like, for what is of none."""
+    for architecture in ARCHITECTURES:
+        if architecture.detect(stored):
+            return architecture
+    raise ValueError(unknown_model(stored, path))
+
 
 def _parts_of(
-    architecture: Architecture, stored: dict[str, tuple[TensorFile | PickledFile, str]]
+    architecture: Architecture, stored: Places
 ) -> dict[str, tuple[TensorFile | PickledFile, str, Part]]:
     """diffusers' name -> file, name in it, which of its rows."""
     marks = ("scaled_fp8", STRUCTURE_TENSOR, HINTS_TENSOR, *architecture.marks)
     names = [name for name in stored if not name.endswith(IGNORED_SUFFIXES) and name not in marks]
-    return {key: (*stored[part.name], part) for key, part in parts_in(architecture, names).items()}
+    parts = parts_in(architecture, names)
+    return {key: (*stored[part.name], part) for key, part in parts.items()}
 
 
 def parts_in(architecture: Architecture, names: Iterable[str]) -> dict[str, Part]:
@@ -217,125 +322,6 @@ def full_parameters(architecture: Architecture, config: dict) -> int:
             for index in range(architecture.num_blocks(config))
         ]
         return sum(map(parameter_count, (architecture.build_outer(config), *blocks)))
-
-
-def open_layout(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, str]], dict | None]:
-    """(key -> (file, name in it), configuration or None). Strips the prefixes of checkpoints and of
-    training."""
-    check_exists(path)
-    if path.is_dir():
-        return _open_folder(transformer_folder(path))
-    file = TensorFile(path)
-    names = file.keys()
-    if any(name.startswith(COMFYUI_PREFIX) for name in names):
-        names = [name for name in names if name.startswith(COMFYUI_PREFIX)]
-    stored = {name.removeprefix(COMFYUI_PREFIX): (file, name) for name in names}
-    return stored, _own_config(file) or hints_in(stored).get("config")
-
-
-def _own_config(file: TensorFile) -> dict | None:
-    """In a file's metadata, by diffusers' names. Other tools keep what they please under that
-    name."""
-    try:
-        config = json.loads(file.metadata.get("config", "null"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{file.path}: the configuration in its metadata is not JSON ({error}); export it again"
-        ) from None
-    return _checked_config(config, file.path) if config is not None else None
-
-
-def _checked_config(config: object, path: Path) -> dict:
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: a configuration is a JSON object; export or download it again")
-    return config
-
-
-def hints_in(stored: Mapping[str, tuple[TensorFile | PickledFile, str]]) -> dict:
-    """What a file says of itself in a tensor: config, indices (of the teacher's blocks that it
-    has), blocks (of the teacher). Empty where it says nothing."""
-    if HINTS_TENSOR not in stored:
-        return {}
-    file, name = stored[HINTS_TENSOR]
-    return object_in(file.read(name), file.path)
-
-
-def text_in(tensor: torch.Tensor) -> str:
-    """A byte a value. GGUF has no bytes: tools that make it of our files keep them as numbers of
-    half precision, exactly. Raises ValueError for a tensor that holds no text."""
-    kept = tensor.dtype in (torch.uint8, torch.float16, torch.float32)
-    if not kept or len(tensor.shape) != 1 or tensor.shape[0] > LONGEST_TEXT:
-        raise ValueError(f"a text is stored as bytes in a row, at most {LONGEST_TEXT:,}")
-    try:
-        return bytes(map(int, tensor.tolist())).decode()
-    except OverflowError:  # an infinite number
-        raise ValueError("a text is stored as bytes") from None
-
-
-def object_in(tensor: torch.Tensor, where: object) -> dict:
-    """A JSON object that is stored as bytes. Raises ValueError, in one line, for a tensor that
-    holds none."""
-    try:
-        found = json.loads(text_in(tensor))
-    except (ValueError, RecursionError):  # neither text nor JSON, or nested too deep
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{where}: what it says of its own blocks is not readable; export or save it again"
-        )
-    return found
-
-
-def as_tensor(value: dict | str) -> torch.Tensor:
-    """A JSON object, or its text, as a tensor: what hosts keep of a file where they drop
-    metadata."""
-    return torch.tensor(
-        list((value if isinstance(value, str) else json_text(value)).encode()), dtype=torch.uint8
-    )
-
-
-def transformer_folder(path: Path) -> Path:
-    """Of a diffusers pipeline folder, or the folder itself."""
-    return path / "transformer" if (path / "model_index.json").exists() else path
-
-
-def _open_folder(path: Path) -> tuple[dict[str, tuple[TensorFile | PickledFile, str]], dict]:
-    if not (path / "config.json").exists():
-        raise ValueError(
-            f"{path} has no config.json; give a diffusers transformer or pipeline folder"
-        )
-    values = _checked_config(read_json(path / "config.json"), path / "config.json")
-    config = {k: v for k, v in values.items() if not k.startswith("_")}
-    files = [
-        PickledFile(shard) if shard.suffix == ".bin" else TensorFile(shard)
-        for shard in _shards(path)
-    ]
-    return {
-        name.removeprefix(TRAINING_PREFIX): (file, name) for file in files for name in file.keys()
-    }, config
-
-
-def _shards(path: Path) -> list[Path]:
-    """The files that hold a folder's tensors; safetensors where there are both kinds."""
-    for ending in (".safetensors", ".bin"):
-        for index in sorted(path.glob(f"*{ending}.index.json")):
-            names = _shard_names(index)
-            absent = [name for name in names if not (path / name).exists()]
-            if absent:
-                raise ValueError(
-                    f"{path} lacks the shard {absent[0]} that {index.name} lists; download it again"
-                )
-            return [path / name for name in names]
-        if shards := sorted(path.glob(f"*{ending}")):
-            return shards
-    raise ValueError(f"{path} has no .safetensors or .bin file; download its weights")
-
-
-def _shard_names(index: Path) -> list[str]:
-    match read_json(index):
-        case {"weight_map": dict(places)} if all(isinstance(name, str) for name in places.values()):
-            return sorted(set(places.values()))
-    raise ValueError(f"{index} does not say which file holds which tensor; download it again")
 
 
 def parameter_count(module: nn.Module) -> int:

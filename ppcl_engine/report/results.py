@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +9,9 @@ import torch
 from ..models.layout import Layout, layout_of
 from ..plan import PruningPlan, Variant
 from ..run import Run
-from ..system.atomic import read_json
+from ..system.schemas import read_json_text
 from ..system.tensor_files import TensorFile
+from .result_files import Detection, Evaluation, read_result
 from .width_section import WidthResults, read_width
 
 ACCURACIES = {
@@ -80,7 +80,7 @@ def read_results(files: Run) -> Results:
     for path in (files.evaluation, files.curves, files.detection, shown):
         if not path.exists():
             raise ValueError(f"{path} does not exist; run evaluate first")
-    curves, evaluation = TensorFile(files.curves), read_json(files.evaluation)
+    curves, evaluation = TensorFile(files.curves), read_result(files.evaluation, Evaluation)
     for row in evaluation["variants"]:
         try:
             plan.variant(row["name"])
@@ -96,9 +96,9 @@ def read_results(files: Run) -> Results:
     return Results(
         plan=plan,
         evaluation=evaluation,
-        detection=read_json(files.detection),
-        settings=json.loads(curves.metadata.get("settings", "{}")),
-        calibration=json.loads(origin.get("ppcl_calibration", "{}")),
+        detection=read_result(files.detection, Detection),
+        settings=read_json_text(curves.metadata.get("settings", "{}"), files.curves),
+        calibration=read_json_text(origin.get("ppcl_calibration", "{}"), files.calibration),
         cka=curves.read("cka"),
         damage=curves.read("error").sum(-1) / curves.read("power").sum(),
         losses={name: values for name, values in losses.items() if len(values)},

@@ -3,7 +3,6 @@ has on."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -12,11 +11,11 @@ import torch
 from ..models.layout import Layout, layout_of
 from ..plan import PruningPlan, TextGroup, WidthSite
 from ..run import Run
-from ..system.atomic import read_json
 from ..system.tensor_files import TensorFile
 from .drawings.width_charts import alignment_map, candidate_chart
 from .html import NONE, Html, joined, table, tag
 from .numbers import count_text
+from .result_files import Width, read_result
 from .texts import BY_HAND_TEXT, SCORE_NAMES, SCORE_TEXTS, WIDTH_TEXT
 
 
@@ -47,12 +46,12 @@ def read_width(run: Run, plan: PruningPlan) -> WidthResults | None:
     """None where no width was detected."""
     if not run.width.exists():
         return None
-    found, alignment = read_json(run.width), TensorFile(run.alignment)
+    found, alignment = read_result(run.width, Width), TensorFile(run.alignment)
     return WidthResults(
         plan=plan,
         method=found["method"],
         candidates=found["candidates"],
-        places=json.loads(alignment.metadata["places"]),
+        places=alignment.about("places", list),
         alignment=alignment.read_all(),
         losses={switch.name: list(_losses(run, plan, switch)) for switch in plan.switches},
     )

@@ -77,6 +77,12 @@ class InspectConfig(Settings):
     same names."""
     architectures: bool = False
     """List the known full-size models, counted without weights."""
+    verify: bool = False
+    """Read every tensor and compare it with the hash that was stored with it, where the file
+    carries hashes."""
+    base: Path | None = None
+    """With --verify, of a bundle: the full model that it was made from; every tensor of it is
+    compared too."""
     json: bool = False
     """Print JSON."""
 

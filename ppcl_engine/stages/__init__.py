@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from ..settings import assess_settings, convert_settings, prune_settings
 from ..system.early import begin
@@ -46,9 +48,18 @@ def run_stage(stage: str, config) -> None:
         return
     work = function_of(stage)
     begin()
-    result = together(work, config, getattr(config, "parallel", ""))
+    with _working_in(getattr(config, "run", None), stage):
+        result = together(work, config, getattr(config, "parallel", ""))
     if result is not None:
         print(f"{stage}: {result}")
+
+
+def _working_in(folder: Path | None, stage: str) -> AbstractContextManager:
+    """The lock of the stage's run folder; of several processes the main one has it for all."""
+    from ..system.distributed import is_main
+    from ..system.run_lock import holding
+
+    return holding(folder, stage) if folder is not None and is_main() else nullcontext()
 
 
 def function_of(stage: str) -> Callable:

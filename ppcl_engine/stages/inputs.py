@@ -67,9 +67,10 @@ class RunStudents:
         self._file = run.best if polished else (lambda trained: trained)
 
     def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module:
-        saved = saved_weights(self._file(self.run.student(interval.name)), "distill-depth")
+        path = self._file(self.run.student(interval.name))
+        saved = saved_weights(path, "distill-depth")
         state = {name: tensor.to(device, dtype) for name, tensor in saved.items()}
-        return filled_student(self.architecture, self.config, interval, state)
+        return filled_student(self.architecture, self.config, interval, state, path)
 
     def projection(
         self, place: str, kind: str, dtype: torch.dtype, device: str

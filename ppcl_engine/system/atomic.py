@@ -4,32 +4,47 @@ nothing."""
 from __future__ import annotations
 
 import glob
-import json
+import hashlib
 import os
+import platform
+import re
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .json_text import json_text
+from .json_text import NotJSON, json_text, parse_json
 from .outputs import check_file
+from .regular_files import check_regular
 
 WINDOWS_TRIES, WINDOWS_WAIT = 40, 0.05  # seconds
+ENDING = ".partial"
+WRITER = re.compile(r"\.(?:([0-9a-f]{8})-)?([0-9]{1,10})(?:-[0-9a-f]{8})?\.partial")
+"""behind the name of the file: machine, process, and what tells two writers of one process apart"""
+# seconds without a byte written, after which nobody is believed to be at work on a file
+FORGOTTEN = 24 * 3600.0
+# bytes; the index of a model of thousands of tensors has a few hundred thousand
+LARGEST_JSON = 256_000_000
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it replaces `path`, on failure it goes.
+    """Yields a temporary path beside `path`, of this call alone; on success it replaces `path`, on
+    failure it goes.
 
-    What a killed process left beside `path` goes too. Raises ValueError for what is no file, such
-    as a device.
+    What killed processes left beside `path` goes too; what a living one is writing stays. Raises
+    ValueError for what is not a file, such as a device.
     """
     path = Path(path)
     check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{ENDING}"):
+        if _is_left_over(left, path.name):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(
+        f".{path.name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{ENDING}"
+    )
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -42,6 +57,26 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_left_over(partial: Path, name: str) -> bool:
+    """Of a process of this machine that is gone, or of nobody knows whom and untouched for a
+    day."""
+    match = WRITER.fullmatch(partial.name.removeprefix(f".{name}"))
+    if match and match[1] in (None, _machine()):
+        import psutil  # os.kill(pid, 0) would end the process on Windows
+
+        if not psutil.pid_exists(int(match[2])):
+            return True
+    try:
+        return time.time() - partial.stat().st_mtime > FORGOTTEN
+    except FileNotFoundError:  # its writer has just put it in place
+        return False
+
+
+def _machine() -> str:
+    """Folders are shared between machines, whose processes have the same numbers."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def _replace(temporary: Path, path: Path) -> None:
@@ -67,11 +102,23 @@ def write_json(path: Path, value) -> None:
 
 
 def read_json(path: Path):
-    """Raises ValueError naming the file when it is not JSON."""
+    """Raises ValueError naming the file when it is not JSON, holds what no JSON file may, or is not
+    a file."""
+    if check_regular(path).st_size > LARGEST_JSON:
+        raise ValueError(
+            f"{path} is not a JSON file (more than {LARGEST_JSON:,} bytes); remove it or restore it"
+        )
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not JSON, not UTF-8, a number or a nesting without end
+        return parse_json(Path(path).read_bytes().decode("utf-8-sig"))
+    except (NotJSON, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a JSON file ({error}); remove it or restore it") from None
+
+
+def read_object(path: Path) -> dict:
+    """The same of a file that holds an object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{path} is not a JSON object but {type(value).__name__}; remove it or restore it"
+        )
+    return value

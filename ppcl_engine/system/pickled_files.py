@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from .headers import DTYPE_NAMES
+from .regular_files import check_regular, identity_of
+
 
 class PickledFile:
     """A `.bin` of tensors by name, read as `TensorFile` is. Raises ValueError naming the file for
@@ -18,28 +21,32 @@ class PickledFile:
 
     def __init__(self, path: Path):
         self.path = Path(path)
+        self.identity = identity_of(check_regular(self.path))
         if not zipfile.is_zipfile(self.path):
-            raise ValueError(f"{path} is truncated or no PyTorch file; copy or download it again")
+            raise ValueError(
+                f"{path} is truncated or not a PyTorch file; copy or download it again"
+            )
         try:
             content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError:
             raise ValueError(
                 f"{path} holds code or objects, not tensors alone; it was not opened"
             ) from None
-        except RuntimeError as error:  # the archive's reader
-            raise ValueError(
-                f"{path} cannot be read ({str(error).splitlines()[0]}); download it again"
-            ) from None
-        if not isinstance(content, dict) or not all(
-            isinstance(tensor, torch.Tensor) for tensor in content.values()
-        ):
+        except Exception as error:  # in a damaged file the unpickler meets anything, and torch passes on what Python says
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise ValueError(f"{path} cannot be read ({reason}); download it again") from None
+        if not isinstance(content, dict) or not all(map(_is_named_tensor, content.items())):
             raise ValueError(
                 f"{path} holds more than tensors by name; save the model's state_dict alone"
             )
-        self._tensors: dict[str, torch.Tensor] = content
+        self._tensors: dict[str, torch.Tensor] = dict(content)
 
     def keys(self) -> list[str]:
         return list(self._tensors)
+
+    def stored_as(self, name: str) -> str:
+        """The dtype by safetensors' name."""
+        return DTYPE_NAMES.get(self._tensors[name].dtype, str(self._tensors[name].dtype))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
@@ -52,3 +59,12 @@ class PickledFile:
         any more."""
         tensor = self._tensors[name]
         return (tensor if rows is None else tensor[start : start + rows]).clone()
+
+
+def _is_named_tensor(item: tuple[object, object]) -> bool:
+    name, tensor = item
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        return False
+    return (
+        tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+    )

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,28 +22,14 @@ import torch
 
 from .atomic import replacing
 from .finite import check_finite
-from .json_text import json_text
+from .hashes import CHUNK, DIGITS, HASHES_KEY, TensorHash, hashes_of, hashes_text
+from .headers import DTYPE_NAMES, DTYPES, METADATA, read_header
+from .json_text import json_text, shown
+from .regular_files import Identity, check_regular, identity_of
+from .schemas import Kind, read_text
 from .two_of_four import decompress, dense_entries
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7 or newer: powers of two, as scales of blocks
-    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 NOT_WRITTEN = "it was not written; check the model and the calibration set that it comes from"
-HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
 def write_tensors(
@@ -78,11 +66,33 @@ class TensorEntry:
 def write_tensor_stream(
     path: Path, entries: list[TensorEntry], metadata: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file written tensor by tensor, so memory holds one tensor at a time.
+    """A safetensors file written tensor by tensor, so memory holds one tensor at a time. Their
+    hashes come last, into the place that the header has for them.
 
     Raises ValueError, and leaves what was there, for a tensor that is not finite.
     """
-    header: dict = {"__metadata__": metadata} if metadata else {}
+    metadata = {name: text for name, text in (metadata or {}).items() if name != HASHES_KEY}
+    found = {entry.name: "0" * DIGITS for entry in entries}
+    text = _header(entries, metadata, found)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(text)
+        for entry in entries:
+            tensor = entry.read().detach().to("cpu", entry.dtype).contiguous()
+            assert tuple(tensor.shape) == entry.shape, (entry.name, tensor.shape, entry.shape)
+            if not entry.gaps:
+                check_finite({entry.name: tensor}, path, NOT_WRITTEN)
+            data = tensor.reshape(-1).view(torch.uint8).numpy().data
+            digest = TensorHash(entry.name, DTYPE_NAMES[entry.dtype], entry.shape, len(data))
+            digest.update(data)
+            file.write(data)
+            found[entry.name] = digest.hexdigest()
+        file.seek(0)
+        file.write(_header(entries, metadata, found))
+
+
+def _header(entries: list[TensorEntry], metadata: dict[str, str], found: dict[str, str]) -> bytes:
+    """With its length in front; as long for any hashes."""
+    header: dict = {METADATA: {**metadata, HASHES_KEY: hashes_text(metadata, found)}}
     offset = 0
     for entry in entries:
         offsets = [offset, offset + entry.size]
@@ -94,130 +104,171 @@ def write_tensor_stream(
         offset += entry.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
-        for entry in entries:
-            tensor = entry.read().detach().to("cpu", entry.dtype).contiguous()
-            assert tuple(tensor.shape) == entry.shape, (entry.name, tensor.shape, entry.shape)
-            if not entry.gaps:
-                check_finite({entry.name: tensor}, path, NOT_WRITTEN)
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return struct.pack("<Q", len(text)) + text
 
 
 def check_exists(path: Path) -> None:
     """Raises ValueError for a model that is neither a file nor a folder."""
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; give a model file or folder")
+    if not Path(path).is_dir():
+        check_regular(path)
 
 
 class TensorFile:
     """A safetensors file, opened for reading single tensors without mapping it into memory. What is
     compressed as 2:4 in it is seen as the dense matrices.
 
-    Raises ValueError naming the file when it is not safetensors or is shorter than it says.
+    Raises ValueError naming the file when it is not safetensors or is not as long as it says, when
+    a tensor is asked for that it lacks, when it was changed since it was opened, and for a tensor
+    of ours that is not what was written.
     """
 
     def __init__(self, path: Path):
+        header = read_header(path)
         self.path = Path(path)
-        size = self.path.stat().st_size
-        if not self.path.is_file():  # a pipe would be waited for
-            raise ValueError(f"{path} is not a file; pass a .safetensors file")
-        with open(self.path, "rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else HEADER_LIMIT + 1
-            if length > min(HEADER_LIMIT, size):
-                raise ValueError(
-                    f"{path} is not a safetensors file (no header); pass a .safetensors file"
-                )
-            try:
-                header = json.loads(file.read(length))
-            except (
-                ValueError,
-                RecursionError,
-            ):  # not JSON, not UTF-8, a number or a nesting without end
-                raise ValueError(
-                    f"{path} is not a safetensors file (bad header); pass a .safetensors file"
-                ) from None
-        metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
-        if not isinstance(header, dict) or not (
-            _is_metadata(metadata) and all(map(_is_entry, header.values()))
-        ):
+        self._start, self._identity = header.start, header.identity
+        self._hashes = hashes_of(self.path, header.identity, header.metadata, header.entries)
+        self.metadata: dict[str, str] = {
+            n: text for n, text in header.metadata.items() if n != HASHES_KEY
+        }
+        for name, entry in header.entries.items():
+            entry["name"] = name
+        self.entries: dict[str, dict] = dense_entries(header.entries, path)
+
+    @property
+    def identity(self) -> Identity:
+        """As it was opened."""
+        return self._identity
+
+    @property
+    def has_hashes(self) -> bool:
+        return self._hashes is not None
+
+    def text(self, key: str) -> str:
+        """An entry of the metadata. Raises ValueError naming the file where it is missing."""
+        if key not in self.metadata:
             raise ValueError(
-                f"{path} is not a safetensors file (bad header); pass a .safetensors file"
+                f"{self.path} lacks the metadata {key!r}, so it is another kind of file, or damaged"
             )
-        self.metadata: dict[str, str] = metadata
-        self._start = 8 + length
-        end = self._start + max((e["data_offsets"][1] for e in header.values()), default=0)
-        if end > size:
-            raise ValueError(
-                f"{path} is truncated: {size:,} bytes of {end:,}; copy or download it again"
-            )
-        self.entries: dict[str, dict] = dense_entries(header, path)
+        return self.metadata[key]
+
+    def about(self, key: str, kind: type[Kind] = dict) -> Kind:
+        """The same as JSON of this kind. Raises ValueError naming file and field."""
+        return read_text(kind, self.text(key), f"{self.path}: {key}")
 
     def keys(self) -> list[str]:
         return list(self.entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.entries[name]["shape"])
+        return tuple(self._entry(name)["shape"])
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._known(self.entries[name]["dtype"], name)
+        return self._known(self._entry(name))
 
-    def _known(self, stored: str, name: str) -> torch.dtype:
-        if stored not in DTYPES:
+    def stored_as(self, name: str) -> str:
+        """The dtype by the format's name, known or not."""
+        return self._entry(name)["dtype"]
+
+    def _entry(self, name: str) -> dict:
+        if name not in self.entries:
             raise ValueError(
-                f"{self.path}: {name} is {stored}, which is not read; known: {', '.join(DTYPES)}"
+                f"{self.path} lacks the tensor {shown(name)}; it is incomplete: copy, download or make it again"
+            )
+        return self.entries[name]
+
+    def _known(self, entry: dict) -> torch.dtype:
+        stored = entry["dtype"]
+        if stored not in DTYPES:
+            name = entry.get("name", "a tensor")
+            raise ValueError(
+                f"{self.path}: {shown(name)} is {shown(stored, 20)}, which is not read; known: {', '.join(DTYPES)}"
             )
         return DTYPES[stored]
 
     def read(self, name: str, rows: int | None = None, start: int = 0) -> torch.Tensor:
         """The tensor, or `rows` of its rows from row `start` on."""
-        parts = self.entries[name].get("parts")
-        if parts is not None:
-            return decompress(*(self._read(name, part, rows, start) for part in parts))
-        return self._read(name, self.entries[name], rows, start)
+        entry = self._entry(name)
+        if "parts" in entry:
+            return decompress(*(self._read(part, rows, start) for part in entry["parts"]))
+        return self._read(entry, rows, start)
 
-    def _read(self, name: str, entry: dict, rows: int | None, start: int) -> torch.Tensor:
+    def verify(self, name: str) -> None:
+        """Reads the tensor's bytes, and forgets them. Raises ValueError when they are not those
+        that were written."""
+        entry = self._entry(name)
+        for part in entry.get("parts", [entry]):
+            self._verify(part)
+
+    def _read(self, entry: dict, rows: int | None, start: int) -> torch.Tensor:
         first, last = entry["data_offsets"]
-        shape = tuple(entry["shape"])
+        shape, dtype = tuple(entry["shape"]), self._known(entry)
         if rows is not None:
-            row = (last - first) // shape[0]
+            self._verify(entry)
+            row = (last - first) // max(shape[0], 1)
             first, last = first + start * row, first + (start + rows) * row
             shape = (rows, *shape[1:])
         buffer = torch.empty(last - first, dtype=torch.uint8)
-        with open(self.path, "rb", buffering=0) as file:
+        digest = None if rows is not None else self._digest(entry)
+        view = memoryview(buffer.numpy())
+        for begin, end in self._pieces(entry["name"], first, view):
+            if digest is not None:
+                digest.update(view[begin:end])
+        if digest is not None:
+            self._hashes.check(entry["name"], digest.hexdigest())
+        return buffer.view(dtype).reshape(shape)
+
+    def _verify(self, entry: dict) -> None:
+        digest = self._digest(entry)
+        if digest is None:
+            return
+        first, last = entry["data_offsets"]
+        for begin in range(first, last, CHUNK):
+            view = memoryview(bytearray(min(CHUNK, last - begin)))
+            for _ in self._pieces(entry["name"], begin, view):
+                pass
+            digest.update(view)
+        self._hashes.check(entry["name"], digest.hexdigest())
+
+    def _digest(self, entry: dict) -> TensorHash | None:
+        """None: nothing to check, or checked before."""
+        if self._hashes is None or not self._hashes.wanted(entry["name"]):
+            return None
+        first, last = entry["data_offsets"]
+        return TensorHash(entry["name"], entry["dtype"], entry["shape"], last - first)
+
+    def _pieces(self, name: str, first: int, view: memoryview) -> Iterator[tuple[int, int]]:
+        """Fills `view` with what lies behind `first`; yields (begin, end) of what has come."""
+        done = 0
+        with self._opened(name) as file:
             file.seek(self._start + first)
-            view, done = memoryview(buffer.numpy()), 0
-            while done < last - first:  # one read returns at most 2 GB
-                count = file.readinto(view[done:])
+            while done < len(view):
+                count = file.readinto(view[done : done + CHUNK])
                 if not count:
                     raise ValueError(
-                        f"{self.path} ended while {name} was read; copy or download it again"
+                        f"{self.path} ended while {shown(name)} was read; copy or download it again"
                     )
+                yield done, done + count
                 done += count
-        return buffer.view(self._known(entry["dtype"], name)).reshape(shape)
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator:
+        """The very file whose header was read: another one in its place would be read with the
+        wrong header. It is not held open in between, since Windows would then let nobody replace
+        it."""
+        with open(self.path, "rb", buffering=0) as file:
+            self._check_same(file, name)
+            yield file
+            self._check_same(file, name)
+
+    def _check_same(self, file, name: str) -> None:
+        if identity_of(os.fstat(file.fileno())) != self._identity:
+            raise ValueError(
+                f"{self.path} was replaced or changed while it was in use, before {shown(name)} was read; start again"
+            )
 
     def read_all(self) -> dict[str, torch.Tensor]:
         return {name: self.read(name) for name in self.entries}
-
-
-def _is_metadata(value: object) -> bool:
-    """The format has text by names there, and nothing else."""
-    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-
-
-def _is_entry(value: object) -> bool:
-    """A header's entry: dtype, shape, and offsets that hold just as many bytes (of dtypes that we
-    know)."""
-    match value:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(first), int(last)]}:
-            if not (
-                0 <= first <= last and all(isinstance(size, int) and size >= 0 for size in shape)
-            ):
-                return False
-            return dtype not in DTYPES or last - first == math.prod(shape) * DTYPES[dtype].itemsize
-    return False
 
 
 def file_mark(path: Path) -> str:

@@ -3,8 +3,9 @@ tools read."""
 
 import pytest
 
-from benchmarks import distill_speed, memory, removal
+from benchmarks import distill_speed, hashing, memory, removal
 from benchmarks.folding import __main__ as folding
+from benchmarks.hostile import __main__ as hostile
 from benchmarks.shared import teachers
 from benchmarks.shared.teachers import random_teacher
 
@@ -231,3 +232,23 @@ def test_quant_aware(tmp_path):
     )
     assert found["difference"]["value"] == pytest.approx(aware - plain)
     assert found["returned"] == pytest.approx((plain - aware) / (plain - untouched))
+
+
+def test_hostile_goes_on_where_it_was_stopped(tmp_path):
+    """Files alone in the quick form; no fault among them, and what was tried before is not tried
+    again."""
+    values = run(hostile, tmp_path, "--count", 12, "--folder", tmp_path / "runs")
+    assert (values["tracebacks"], values["hangs"], values["silent"]) == (0, 0, 0), values["faults"]
+    assert values["tried"] == 12 and "bundle" in values["classes"]
+    lines = (tmp_path / "runs" / "done_0.jsonl").read_text().splitlines()
+    assert run(hostile, tmp_path, "--count", 13, "--folder", tmp_path / "runs")["tried"] == 13
+    assert (tmp_path / "runs" / "done_0.jsonl").read_text().splitlines()[:12] == lines
+
+
+def test_hashing(tmp_path):
+    values = run(hashing, tmp_path)
+    assert (
+        values["seconds_with"] > 0
+        and values["bytes"] > 1e5
+        and values.keys() >= {"share", "processor_share"}
+    )

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from ppcl_engine.__main__ import USER_ERROR, main
 from ppcl_engine.demo.bundled import TEACHER, render_pictures
-from ppcl_engine.models.weights import COMFYUI_PREFIX
+from ppcl_engine.models.stored_layout import COMFYUI_PREFIX
 from ppcl_engine.run import Run
+from ppcl_engine.system.hashes import HASHES_KEY
+from ppcl_engine.system.run_lock import LOCK
 from ppcl_engine.system.tensor_files import TensorFile
 
 from ..tiny.trained_run import Parts, write_parts
@@ -42,7 +44,9 @@ FILES = {
 def damaged(source: Path, path: Path, name: str, value: float = math.nan) -> Path:
     """A copy with one value changed, written by another library than ours."""
     with safe_open(source, "pt") as file:
-        metadata = file.metadata()
+        metadata = {
+            name: text for name, text in (file.metadata() or {}).items() if name != HASHES_KEY
+        }
     tensors = load_file(source)
     tensors[name].view(-1)[1] = value
     save_file(tensors, path, metadata)
@@ -66,7 +70,11 @@ def written(folder: Path) -> dict[str, bytes]:
     files = {
         str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
     }
-    return {name: content for name, content in files.items() if not name.startswith("states")}
+    return {
+        name: content
+        for name, content in files.items()
+        if not name.startswith("states") and Path(name).name != LOCK
+    }
 
 
 def check_nothing_bad_is_new(folder: Path, before: dict[str, bytes]) -> None:

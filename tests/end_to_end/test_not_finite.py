@@ -39,7 +39,15 @@ from ppcl_engine.system.tensor_files import (
 from ..tiny.trained_run import write_parts
 
 ROOT = Path(ppcl_engine.__file__).parent
-IN_MEMORY = {"json_text", "tensor_files", "source", "reader", "train"}
+IN_MEMORY = {
+    "json_text",
+    "tensor_files",
+    "hashes",
+    "reader",
+    "schemas",
+    "teacher_hashes",
+    "train",
+}
 """Files that may call json.dumps: on whole numbers and text, or on what they read from a file just
 now."""
 ROUNDS = {"rounds": 2, "updates": 2, "warm_up": 0}

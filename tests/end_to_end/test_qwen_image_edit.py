@@ -18,8 +18,9 @@ from ppcl_engine.jobs.preview import Painter
 from ppcl_engine.models.cost import CostModel
 from ppcl_engine.models.layout import Place
 from ppcl_engine.models.opening import open_model
+from ppcl_engine.models.stored_layout import COMFYUI_PREFIX, HINTS_TENSOR
 from ppcl_engine.models.streaming import StateStore, teacher_velocity
-from ppcl_engine.models.weights import COMFYUI_PREFIX, HINTS_TENSOR, Weights
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import (
     DetectWidthConfig,

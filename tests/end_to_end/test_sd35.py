@@ -16,8 +16,9 @@ from ppcl_engine.data.rendered.tables import fit_codec
 from ppcl_engine.models.layout import layout_of
 from ppcl_engine.models.lora import coverage
 from ppcl_engine.models.opening import open_model
+from ppcl_engine.models.stored_layout import COMFYUI_PREFIX, STRUCTURE_TENSOR
 from ppcl_engine.models.tensor_sources import Source, comfyui_sources
-from ppcl_engine.models.weights import COMFYUI_PREFIX, STRUCTURE_TENSOR, Weights
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.run import Run
 from ppcl_engine.settings.convert_settings import ExportConfig
 from ppcl_engine.settings.prune_settings import DetectConfig, DetectWidthConfig, DistillDepthConfig

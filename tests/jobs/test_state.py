@@ -195,7 +195,7 @@ def test_a_worker_elsewhere_is_believed_until_it_is_silent(tmp_path):
 
 def test_settling_waits_for_no_lock(tmp_path):
     write_state(tmp_path, running(os.getpid(), 0.0))
-    with claimed(tmp_path), pytest.raises(ValueError, match="another worker is at work"):
+    with claimed(tmp_path), pytest.raises(ValueError, match="another process is at work"):
         settle(tmp_path)
 
 

@@ -221,7 +221,7 @@ BROKEN = {
         "no full block comes before it",
     ),
     "code in a pickle": (broken_pickle, "holds code or objects, not tensors alone"),
-    "truncated pickle": (broken_end, "is truncated or no PyTorch file"),
+    "truncated pickle": (broken_end, "is truncated or not a PyTorch file"),
 }
 
 

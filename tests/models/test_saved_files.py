@@ -10,13 +10,8 @@ import torch
 
 from ppcl_engine import open_model
 from ppcl_engine.algorithms.sparsity.source import open_source
-from ppcl_engine.models.weights import (
-    COMFYUI_PREFIX,
-    HINTS_TENSOR,
-    STRUCTURE_TENSOR,
-    Weights,
-    usual_name,
-)
+from ppcl_engine.models.stored_layout import COMFYUI_PREFIX, HINTS_TENSOR, STRUCTURE_TENSOR
+from ppcl_engine.models.weights import Weights, usual_name
 from ppcl_engine.run import Run
 from ppcl_engine.settings.convert_settings import ExportConfig, FoldConfig
 from ppcl_engine.stages.assess.inspect import describe

@@ -43,7 +43,7 @@ def plans(draw) -> PruningPlan:
             last=v,
             score=draw(st.none() | FINITE),
             stability=draw(st.none() | st.floats(0, 1)),
-            parameters=draw(st.none() | st.integers(0)),
+            parameters=draw(st.none() | st.integers(0, 1 << 53)),
             correction=draw(st.sampled_from(["none", "affine", "16"])),
         )
         for u, v in pairs

@@ -33,6 +33,7 @@ STREAMS, FIT = ("image", "text"), ("residual", "median", "worst")
 PROBE, MAP, STEPS = "probe", "map", "steps"
 Maps = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """stream -> (weight, bias)"""
+PROBED_STREAMS = ("image", "text", "joint")
 
 
 @dataclass(frozen=True)
@@ -379,7 +380,17 @@ def load_probe(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     if not path.exists():
         raise ValueError(f"{path} does not exist; run probe first")
     file = TensorFile(path)
-    streams = [name.split(".")[0] for name in file.keys() if name.endswith(".weight")]
+    streams = [name.removesuffix(".weight") for name in file.keys() if name.endswith(".weight")]
+    for stream in streams:
+        width = file.shape(f"{stream}.bias")
+        if (
+            stream not in PROBED_STREAMS
+            or len(width) != 1
+            or file.shape(f"{stream}.weight") != width * 2
+        ):
+            raise ValueError(
+                f"{path}: {stream[:40]} is not a square map of a stream and its bias; run probe again"
+            )
     return {
         stream: (file.read(f"{stream}.weight"), file.read(f"{stream}.bias")) for stream in streams
     }

@@ -20,6 +20,7 @@ from ...system.distributed import processes
 from ...system.finite import check_finite, first_not_finite
 from ...system.tensor_files import TensorFile, write_tensors
 from .quantization import NONE
+from .saved_training import check_training, settings_of, step_of
 
 BETAS = (0.9, 0.95)
 FINAL_SHARE = 1 / 30
@@ -156,7 +157,8 @@ class Trainer:
         check_finite(self.tensors(), path, "remove the file, lower --learning-rate and train again")
 
     def load(self, file: TensorFile) -> None:
-        self.step = self.saved = int(file.metadata["step"])
+        check_training(file, {name: tuple(p.shape) for name, p in self.module.named_parameters()})
+        self.step = self.saved = step_of(file)
         self.about = {
             name: text for name, text in file.metadata.items() if name not in ("step", "settings")
         }
@@ -183,13 +185,13 @@ def saved_step(path: Path, settings: str) -> int | None:
     settings."""
     if not path.exists():
         return None
-    metadata = TensorFile(path).metadata
-    if metadata.get("settings") != settings:
-        changed = _changed(metadata.get("settings", "{}"), settings)
+    file = TensorFile(path)
+    if file.text("settings") != settings:
+        changed = _changed(settings_of(file), json.loads(settings))
         raise ValueError(
             f"{path} was trained with other settings ({changed}); use them, or another --run folder"
         )
-    return int(metadata["step"])
+    return step_of(file)
 
 
 def saved_weights(path: Path, stage: str = "distill-depth") -> dict[str, torch.Tensor]:
@@ -204,8 +206,7 @@ def saved_weights(path: Path, stage: str = "distill-depth") -> dict[str, torch.T
     return weights
 
 
-def _changed(old: str, new: str) -> str:
-    old_values, new_values = json.loads(old), json.loads(new)
+def _changed(old_values: dict, new_values: dict) -> str:
     names = [
         name
         for name in {**new_values, **old_values}

@@ -21,6 +21,7 @@ from ...system.interruption import Stopped, stop_on_interrupt
 from ...system.json_text import json_text
 from ...system.progress import Progress, saved
 from ...system.tensor_files import TensorFile, file_mark
+from .saved_training import settings_of
 from .trainer import Trainer, cosine_schedule, recorded, saved_step
 
 SETTINGS = ("steps", "learning_rate", "warm_up", "weight_decay", "ema", "seed", "dtype")
@@ -137,11 +138,8 @@ def forget_if_stale(path: Path, settings: str) -> None:
     """Removes a saved training that started from the same parts, which have been trained anew
     since."""
     if processes().writes and path.exists():
-        old, new = (
-            json.loads(text)["sources"]
-            for text in (TensorFile(path).metadata["settings"], settings)
-        )
-        if old.keys() == new.keys() and old != new:
+        old, new = settings_of(TensorFile(path)).get("sources"), json.loads(settings)["sources"]
+        if isinstance(old, dict) and old.keys() == new.keys() and old != new:
             path.unlink()
     processes().wait()
 

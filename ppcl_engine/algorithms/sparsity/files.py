@@ -3,20 +3,22 @@ is as a dense model's."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from ...models.comfyui_names import marks_of
 from ...models.layout import layout_of
 from ...models.standalone import GUARD_SHAPE, STRUCTURE_KEY, guard_name, structure_of
+from ...models.stored_layout import STRUCTURE_TENSOR
 from ...models.tensor_sources import Source, comfyui_sources
-from ...models.weights import STRUCTURE_TENSOR
 from ...system.json_text import json_text
 from ...system.progress import Progress
+from ...system.schemas import STRICT, Count, Finite, read_text
 from ...system.tensor_files import TensorEntry, TwoParts, write_tensor_stream
 from ...system.two_of_four import INDICES, VALUES, compress, compressed_shapes
 from .source import SparsitySource
@@ -31,8 +33,10 @@ class Sparsity:
     channels stand in another order than the teacher's, so that LoRA files of it do not fit these
     layers."""
 
+    __pydantic_config__ = STRICT
+
     pattern: str
-    sparsity: float
+    sparsity: Finite
     score: str
     granularity: str
     exchange: bool
@@ -40,9 +44,9 @@ class Sparsity:
     permuted: bool
     timesteps: str
     calibration: str
-    weights: int
-    dropped: int
-    error: float
+    weights: Annotated[int, Field(ge=1, le=1 << 53)]
+    dropped: Count
+    error: Finite
     note: str = ""
 
     def to_json(self) -> str:
@@ -54,12 +58,7 @@ def sparsity_of(metadata: dict[str, str]) -> Sparsity | None:
     else."""
     if SPARSITY_KEY not in metadata:
         return None
-    try:
-        return Sparsity(**json.loads(metadata[SPARSITY_KEY]))
-    except (TypeError, json.JSONDecodeError):
-        raise ValueError(
-            f"the file's {SPARSITY_KEY} is not readable; make the model sparse again"
-        ) from None
+    return read_text(Sparsity, metadata[SPARSITY_KEY], SPARSITY_KEY)
 
 
 def write_sparse(

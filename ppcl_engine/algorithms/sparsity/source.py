@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from ...models.layout import Layout, Place, full_layout, layout_of
 from ...models.standalone import standalone_reader, standalone_structure
 from ...models.surgery import empty_block
 from ...models.weights import Weights
-from ...plan import PruningPlan, Variant, plan_from_json
+from ...plan import PruningPlan, Variant, plan_from_value
 from ...system.tensor_files import check_exists
 
 PlacedBlock = Callable[[Place, torch.dtype, str, dict[int, SharedText]], nn.Module]
@@ -83,7 +82,7 @@ def open_source(path: Path, base: Path | None, variant: str | None) -> SparsityS
             f"{path} is not a bundle, so it has no variant {variant!r}; leave the variant out"
         )
     elif structure := standalone_structure(path):
-        source = _of_standalone(path, plan_from_json(json.dumps(structure), path))
+        source = _of_standalone(path, plan_from_value(structure, path))
     else:
         weights = Weights(path)
         layout = full_layout(weights.num_blocks)
@@ -115,7 +114,7 @@ def _of_bundle(path: Path, base: Path | None, name: str | None) -> SparsitySourc
         )
     bundle, weights = Bundle(path), Weights(base)
     plan = bundle.plan
-    plan.check_teacher(weights.architecture.name, weights.fingerprint, base)
+    bundle.check_base(weights, base)
     variant = plan.variant(name)
     read, placed = weights.read, lambda place, *where: placed_block(weights, bundle, place, *where)
     if variant.tuned:

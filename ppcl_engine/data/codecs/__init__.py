@@ -3,10 +3,9 @@ beside the transformer."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from ...system.atomic import read_json
+from ...system.atomic import read_object
 from ...system.tensor_files import TensorFile, check_exists
 from .base import Codec
 from .flux1 import FluxCodec
@@ -27,7 +26,7 @@ PIPELINES = {
 def open_pipeline(folder: Path, device: str = "cpu") -> PipelineCodec:
     """The codec of the pipeline that the folder's model_index.json names. Raises ValueError for an
     unknown one."""
-    name = read_json(folder / "model_index.json").get("_class_name")
+    name = read_object(folder / "model_index.json").get("_class_name")
     if name not in PIPELINES:
         raise ValueError(
             f"{folder}/model_index.json is of a {name}; known pipelines: {', '.join(PIPELINES)}"
@@ -47,7 +46,7 @@ def open_codec(path: Path, device: str = "cpu") -> Codec:
         if set(TABLES) <= set(file.entries) and VOCABULARY_KEY in file.metadata:
             names = (*TABLES, POSITIONS) if POSITIONS in file.entries else TABLES
             tables = (file.read(name).float() for name in names)
-            return TableCodec(tuple(json.loads(file.metadata[VOCABULARY_KEY])), *tables)
+            return TableCodec(file.about(VOCABULARY_KEY, tuple[str, ...]), *tables)
     raise ValueError(
         f"{path} brings no text encoder and VAE; give a diffusers pipeline folder, "
         "or stored embeddings with --embeddings"

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from ...architectures import Inputs
-from ...system.atomic import read_json
 from ...system.tensor_files import TensorFile
 from ..flow import euler_timesteps
 from .base import check_references
+from .pipeline_files import PooledVAE, Scheduler, read_part_config
 
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -38,6 +38,7 @@ class PipelineCodec:
 
     rescales_guidance: ClassVar[bool] = False
     edits: ClassVar[bool] = False
+    vae_schema: ClassVar[type] = PooledVAE
     text_parts: ClassVar[tuple[str, ...]]
     """folders of text encoders and tokenizers, in the order in which they are looked for"""
 
@@ -45,9 +46,7 @@ class PipelineCodec:
         self.folder, self.device = Path(folder), device
         self.dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
         _check_layout(self.folder, self.text_parts)
-        self.latent_channels, self.pixels_per_latent = self._sizes(
-            read_json(self.folder / "vae" / "config.json")
-        )
+        self.latent_channels, self.pixels_per_latent = self._sizes(self._vae_config())
         self.picture_size = (LATENT_SIDE * self.pixels_per_latent,) * 2
         self._text_pipeline = None
         self._vae = None
@@ -59,7 +58,7 @@ class PipelineCodec:
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(
-            read_json(self.folder / SCHEDULER_FILE)
+            read_part_config(self.folder / SCHEDULER_FILE, Scheduler)
         )
         config = scheduler.config
         # it stretches the line from the first timestep to the last
@@ -110,6 +109,9 @@ class PipelineCodec:
         """What the pipeline tells its scheduler: equal steps before the shift."""
         return {"sigmas": euler_timesteps(steps)[:-1]}
 
+    def _vae_config(self) -> dict:
+        return read_part_config(self.folder / "vae" / "config.json", self.vae_schema)
+
     def _sizes(self, config: dict) -> tuple[int, int]:
         """Channels of a latent, pixels a side that one covers."""
         raise NotImplementedError
@@ -145,7 +147,7 @@ def _check_layout(folder: Path, text_parts: tuple[str, ...]) -> None:
     for part in ("vae/config.json", *text_parts, SCHEDULER_FILE):
         if not (folder / part).exists():
             raise ValueError(f"{folder} has no {part}; download the whole pipeline folder again")
-    name = read_json(folder / SCHEDULER_FILE).get("_class_name")
+    name = read_part_config(folder / SCHEDULER_FILE, Scheduler).get("_class_name")
     if name not in SCHEDULERS:
         raise ValueError(
             f"{folder / SCHEDULER_FILE} is of a {name}; known schedulers: {', '.join(SCHEDULERS)}"

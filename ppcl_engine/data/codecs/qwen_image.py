@@ -10,6 +10,7 @@ from torch import nn
 from ...architectures import Inputs
 from .base import check_references
 from .pipeline import TEXT_TOKENS, TEXTS_AT_ONCE, PipelineCodec, read_part, read_tokenizer
+from .pipeline_files import QwenVAE
 
 IMAGE_TOKEN = "<|image_pad|>"
 
@@ -18,6 +19,7 @@ class QwenImageCodec(PipelineCodec):
     """Of `QwenImagePipeline`: one text encoder, a VAE of films."""
 
     rescales_guidance = True  # QwenImagePipeline's call does
+    vae_schema = QwenVAE
     text_parts = ("text_encoder/config.json", "tokenizer")
 
     def _text(self, texts: list[str]) -> Inputs:

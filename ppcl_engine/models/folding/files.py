@@ -27,13 +27,17 @@ from ...architectures.folded import (
     table_maps,
     unfolded_config,
 )
-from ...plan import PruningPlan, plan_from_json
+from ...plan import PruningPlan, plan_from_value
 from ...system.json_text import json_text
 from ...system.progress import Progress
+from ...system.schemas import read_text
 from ...system.tensor_files import TensorEntry, TensorFile, write_tensor_stream
 from ..bundle import PLAN_KEY, Bundle, is_bundle
+from ..scales import SCALE_SUFFIXES
 from ..standalone import STRUCTURE_KEY, standalone_structure
-from ..weights import COMFYUI_PREFIX, SCALE_SUFFIXES, STRUCTURE_TENSOR, Weights, open_layout
+from ..stored_layout import STRUCTURE_TENSOR, common_prefix, open_layout
+from ..teacher_hashes import TEACHER_KEY, without
+from ..weights import Weights
 from .basis import MARKED, mark_of
 from .tables import Table, batches_of, conditionings, make_table, put_table, table_in
 
@@ -70,6 +74,13 @@ class Original:
         """Names of the linear maps, such as `transformer_blocks.3.img_mod.1`."""
         return modulation_names(
             (name.removeprefix(self.prefix) for name in self.stored), self.architecture
+        )
+
+    @cached_property
+    def base_modulations(self) -> frozenset[str]:
+        """Of a bundle: those of the full model it was made from."""
+        return frozenset(
+            modulation_names(json.loads(self.metadata[TEACHER_KEY]), self.architecture)
         )
 
     @cached_property
@@ -124,12 +135,17 @@ def open_original(path: Path) -> Original:
             plan=bundle.plan,
         )
     file = TensorFile(path) if path.is_file() else None
-    stored = open_layout(path)[0] if file is None else {name: (file, name) for name in file.keys()}
-    prefix = COMFYUI_PREFIX if any(name.startswith(COMFYUI_PREFIX) for name in stored) else ""
-    stored = {name: place for name, place in stored.items() if name != prefix + STRUCTURE_TENSOR}
+    prefix = common_prefix(file.keys()) if file is not None else ""
+    stored = {
+        prefix + name: place
+        for name, place in open_layout(path)[0].items()
+        if name != STRUCTURE_TENSOR
+    }
+    if file is not None:  # what a checkpoint holds beside the transformer stays
+        stored |= {name: (file, name) for name in file.keys() if not name.startswith(prefix)}
     metadata = {} if file is None else file.metadata
     if structure := standalone_structure(path):
-        plan = plan_from_json(json_text(structure), path)
+        plan = plan_from_value(structure, path)
         architecture = architecture_named(plan.architecture)
         return Original(path, architecture, plan.config, stored, metadata, prefix, plan=plan)
     weights = Weights(path)
@@ -266,6 +282,8 @@ def write_folded(path: Path, original: Original, folded: Folded) -> Path:
     }
     if original.is_bundle:
         metadata[PLAN_KEY] = plan.to_json()
+        if TEACHER_KEY in metadata:
+            metadata[TEACHER_KEY] = without(metadata[TEACHER_KEY], original.base_modulations)
     else:
         structure = plan.to_json().encode()
         entries.append(
@@ -310,7 +328,18 @@ def check_is_original(original: Original, folded: Original) -> None:
         raise ValueError(
             f"{original.path} is folded itself; give the file that {folded.path} was folded from"
         )
-    check_mark(original, json.loads(folded.metadata[FOLDED_FROM])["mark"], folded.path)
+    check_mark(
+        original,
+        read_text(_FoldedFrom, folded.metadata[FOLDED_FROM], f"{folded.path}: {FOLDED_FROM}").mark,
+        folded.path,
+    )
+
+
+@dataclass(frozen=True)
+class _FoldedFrom:
+    """What a folded file says of its original."""
+
+    mark: str
 
 
 def check_mark(original: Original, mark: str, where: object) -> None:

@@ -8,17 +8,19 @@ serves all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from ...architectures import Architecture
 from ...architectures.folded import TableInputs
 from ...system.json_text import json_text
+from ...system.schemas import STRICT, Finite
 from ...system.tensor_files import TensorFile, write_tensors
 from .basis import Conditionings, values_at
 
@@ -29,6 +31,17 @@ Batches = Sequence[tuple[int, int]]
 table serves"""
 Opened = Iterable[tuple[str, Callable[[], nn.Module], Conditionings]]
 """(name, what opens the modulation, what it is given)"""
+
+
+@dataclass(frozen=True)
+class _About:
+    """What a table's file says of it."""
+
+    __pydantic_config__ = STRICT
+
+    key: str
+    timesteps: tuple[Finite, ...]
+    batches: tuple[Annotated[int, Field(ge=1, le=1 << 20)], ...]
 
 
 @dataclass(frozen=True)
@@ -106,10 +119,16 @@ def read_table(path: Path, key: str) -> Table:
     file = TensorFile(path)
     if TABLE_KEY not in file.metadata:
         raise ValueError(f"{path} is not a table of modulations; remove it")
-    about = json.loads(file.metadata[TABLE_KEY])
-    if about["key"] != key:
+    about = file.about(TABLE_KEY, _About)
+    if about.key != key:
         raise ValueError(f"{path} is the table of another model; remove it, and it is made again")
-    return Table(tuple(about["timesteps"]), tuple(about["batches"]), file.read_all())
+    columns = len(about.timesteps) * len(about.batches)
+    for name in file.keys():
+        if len(file.shape(name)) != 2 or file.shape(name)[1] != columns:
+            raise ValueError(
+                f"{path}: {name} {file.shape(name)} does not have {columns} columns; remove the file"
+            )
+    return Table(about.timesteps, about.batches, file.read_all())
 
 
 def rows_of(architecture: Architecture, config: dict, samples: Iterable[int]) -> tuple[int, ...]:

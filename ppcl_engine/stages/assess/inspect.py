@@ -9,6 +9,7 @@ from ...algorithms.sparsity.patterns import UNSTRUCTURED
 from ...architectures import ARCHITECTURES, Architecture
 from ...architectures.folded import folding_of
 from ...models.bundle import Bundle, is_bundle
+from ...models.bundle_contents import check_bundle
 from ...models.released import (
     Released,
     is_width_pruned,
@@ -16,10 +17,13 @@ from ...models.released import (
     repeated_steps_warning,
     teacher_indices,
 )
-from ...models.standalone import standalone_structure
+from ...models.standalone import check_standalone, standalone_structure
+from ...models.stored_layout import files_of
+from ...models.teacher_hashes import check_all
 from ...models.weights import Weights, full_parameters
 from ...settings.assess_settings import InspectConfig
 from ...system.json_text import json_text
+from ...system.progress import Progress
 from ...system.tensor_files import TensorFile
 
 
@@ -27,9 +31,15 @@ def inspect(config: InspectConfig) -> None:
     """Prints. Raises ValueError when neither a path nor --architectures is given."""
     if not config.architectures and config.path is None:
         raise ValueError("inspect needs --path FILE or --architectures")
+    if config.base is not None and not config.verify:
+        raise ValueError(
+            "inspect compares a --base only with --verify; add it, or leave --base out"
+        )
     found = (
         known_models() if config.architectures else describe(config.path, config.legacy_txt_proj)
     )
+    if config.verify and not config.architectures:
+        found |= verified(config.path, config.base)
     print(json_text(found, indent=1) if config.json else _as_text(found))
 
 
@@ -53,6 +63,39 @@ def describe(path: Path, legacy_txt_proj: bool = False) -> dict:
     return {**_describe(path, legacy_txt_proj), **_sparsity(path)}
 
 
+def verified(path: Path, base: Path | None) -> dict:
+    """Every tensor of the file, or of a folder's, is read and compared. Raises ValueError naming
+    the first that differs."""
+    files = [TensorFile(file) for file in files_of(path) if file.suffix != ".bin"]
+    count = 0
+    for file in files:
+        for name in Progress(file.keys(), desc=f"verify {file.path.name}", unit="tensor"):
+            file.verify(name)
+            count += file.has_hashes
+    said = f"{count:,} tensors are as they were written"
+    found = {
+        "verified": said
+        if count
+        else "the file carries no hashes, so there is nothing to compare it with"
+    }
+    return found | (_compared(path, base) if base is not None else {})
+
+
+def _compared(path: Path, base: Path) -> dict:
+    bundle, weights = Bundle(path), Weights(base)
+    bundle.plan.check_teacher(weights.architecture.name, weights.fingerprint, base)
+    if bundle.teacher is None:
+        return {
+            "base": "the bundle was made before hashes of its teacher were kept; names, shapes and vectors fit"
+        }
+    check_all(bundle.teacher, weights)
+    return {
+        "base": "; ".join(
+            [f"{len(bundle.teacher.recorded):,} tensors compared", *bundle.teacher.notes(weights)]
+        )
+    }
+
+
 def _describe(path: Path, legacy_txt_proj: bool) -> dict:
     if is_width_pruned(path):
         return _describe_released(Released(path, legacy_txt_proj))
@@ -61,8 +104,11 @@ def _describe(path: Path, legacy_txt_proj: bool) -> dict:
             f"{path} has no text projections of the authors', so --legacy-txt-proj says nothing"
         )
     if is_bundle(path):
-        plan, kind = Bundle(path).plan, "bundle"
+        bundle = Bundle(path)
+        check_bundle(bundle.file, bundle.plan, whole=True)
+        plan, kind = bundle.plan, "bundle"
     elif structure := standalone_structure(path):
+        check_standalone(path, structure)
         return {
             "kind": "standalone with teacher indices",
             "architecture": structure["architecture"],

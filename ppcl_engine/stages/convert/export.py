@@ -12,20 +12,16 @@ import torch
 from ...architectures import Architecture
 from ...architectures.folded import FOLDING
 from ...models.assembly import empty_model, placed_block
-from ...models.bundle import (
-    BUNDLE_SUFFIX,
-    MAP_KEY,
-    projection_prefix,
-    student_prefix,
-    tuned_prefix,
-    write_bundle,
-)
+from ...models.bundle import BUNDLE_SUFFIX, MAP_KEY, write_bundle
+from ...models.bundle_contents import projection_prefix, student_prefix, tuned_prefix
 from ...models.comfyui_names import marks_of
 from ...models.layout import Place, layout_of
 from ...models.standalone import hints_of, write_standalone
+from ...models.stored_layout import HINTS_TENSOR
 from ...models.surgery import empty_block
+from ...models.teacher_hashes import teacher_hashes
 from ...models.tensor_sources import Source, comfyui_sources, write_sources
-from ...models.weights import HINTS_TENSOR, Weights
+from ...models.weights import Weights
 from ...plan import PruningPlan, Variant
 from ...run import Run
 from ...settings.convert_settings import ExportConfig
@@ -53,7 +49,7 @@ def export(config: ExportConfig) -> Path:
     folder = run.folder / "exports"
     if config.layout == "bundle":
         path = folder / f"{config.name}{BUNDLE_SUFFIX}"
-        write_bundle(path, plan, list(_bundle_entries(run, plan, dtype)))
+        write_bundle(path, plan, list(_bundle_entries(run, plan, dtype)), teacher_hashes(weights))
         return path
     variant = plan.variant(config.variant)
     tensors = _tensors(run, weights, plan, variant)

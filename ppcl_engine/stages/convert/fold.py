@@ -22,7 +22,7 @@ from ...data.codecs import open_codec
 from ...data.codecs.table import TABLES
 from ...data.draw import picture_size
 from ...data.flow import euler_timesteps
-from ...models.bundle import BUNDLE_SUFFIX
+from ...models.bundle import BUNDLE_SUFFIX, Bundle
 from ...models.cost import CostModel
 from ...models.folding.basis import (
     GRID,
@@ -95,7 +95,7 @@ def _base_of(original: Original, config: FoldConfig) -> Original:
         raise ValueError(
             f"{config.base} is no full model; give the one that {config.path} was made from as --base"
         )
-    original.plan.check_teacher(base.architecture.name, base.weights.fingerprint, config.base)
+    Bundle(config.path).check_base(base.weights, config.base)
     check_foldable(base.architecture, base.config, config.base)
     return base
 

@@ -21,13 +21,8 @@ from ...algorithms.least_squares import NormalEquations
 from ...architectures import architecture_named
 from ...data.calibration import CalibrationSet, load_calibration
 from ...models.assembly import empty_model
-from ...models.bundle import (
-    BUNDLE_SUFFIX,
-    projection_prefix,
-    student_prefix,
-    tuned_prefix,
-    write_bundle,
-)
+from ...models.bundle import BUNDLE_SUFFIX, write_bundle
+from ...models.bundle_contents import projection_prefix, student_prefix, tuned_prefix
 from ...models.layout import Place, group_places, layout_of
 from ...models.released import (
     Released,
@@ -38,6 +33,7 @@ from ...models.released import (
 from ...models.standalone import write_standalone
 from ...models.streaming import StateStore, Teacher, sweep
 from ...models.surgery import build_student, empty_block, projection_state
+from ...models.teacher_hashes import teacher_hashes
 from ...models.tensor_sources import Source
 from ...models.weights import Weights
 from ...plan import Interval, PruningPlan, Variant, WidthSite, parse_intervals
@@ -296,7 +292,7 @@ def _write_bundle(
             TensorEntry(prefix + n, dtype, shape, lambda n=n: imported.read(n))
             for n, shape in names
         ]
-        write_bundle(path, plan.with_parts(variants=(variant,)), entries)
+        write_bundle(path, plan.with_parts(variants=(variant,)), entries, teacher_hashes(base))
         return path
     students = [(old, new) for old, new in imported.places if new.interval]
     if cut := [new.name for _, new in students if new.projections]:
@@ -312,7 +308,7 @@ def _write_bundle(
             entries.append(
                 TensorEntry(projection_prefix(place.name, kind) + name, dtype, shape, read)
             )
-    write_bundle(path, plan, entries)
+    write_bundle(path, plan, entries, teacher_hashes(base))
     return path
 
 

@@ -193,7 +193,7 @@ class _Sparsifying:
         return path.exists() and TensorFile(path).metadata.get("settings") == self._settings
 
     def _report(self, place: Place) -> list[dict]:
-        return json.loads(TensorFile(self._path(place)).metadata["report"])
+        return TensorFile(self._path(place)).about("report", list)
 
     @cached_property
     def _settings(self) -> str:

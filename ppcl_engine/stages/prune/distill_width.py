@@ -213,8 +213,8 @@ def _trained_on(run: Run, fit: Fit) -> str:
 def _origin(student: Path) -> str:
     if not student.exists():
         raise ValueError(f"{student} does not exist; run distill-depth first")
-    metadata = TensorFile(student).metadata
-    return f"{metadata['settings']} step {metadata['step']}"
+    file = TensorFile(student)
+    return f"{file.text('settings')} step {file.text('step')}"
 
 
 @dataclass

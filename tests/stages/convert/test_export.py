@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from ppcl_engine.models.opening import open_model
 from ppcl_engine.models.standalone import GUARD_SHAPE
-from ppcl_engine.models.weights import COMFYUI_PREFIX, HINTS_TENSOR, Weights
+from ppcl_engine.models.stored_layout import COMFYUI_PREFIX, HINTS_TENSOR
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.settings.convert_settings import ExportConfig
 from ppcl_engine.stages.convert.export import export
 from ppcl_engine.system.tensor_files import TensorFile

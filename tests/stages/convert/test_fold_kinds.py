@@ -9,7 +9,8 @@ import torch
 
 from ppcl_engine import open_model
 from ppcl_engine.models.bundle import Bundle
-from ppcl_engine.models.weights import COMFYUI_PREFIX, parameter_count
+from ppcl_engine.models.stored_layout import COMFYUI_PREFIX
+from ppcl_engine.models.weights import parameter_count
 from ppcl_engine.run import Run
 from ppcl_engine.settings.assess_settings import InspectConfig
 from ppcl_engine.settings.convert_settings import ExportConfig, ImportConfig

@@ -316,7 +316,9 @@ def test_what_does_not_fit_is_one_line(failing, teacher_file, bundle, tmp_path, 
     )
     assert "leaves no linear map" in failing("--path", teacher_file, "--skip", "attn mlp mod")
     assert "--run says where it goes" in failing("--path", teacher_file, "--name", "../sparse")
-    assert "is no calibration set" in failing("--path", teacher_file, "--calibration", teacher_file)
+    assert "is not a calibration set" in failing(
+        "--path", teacher_file, "--calibration", teacher_file
+    )
 
 
 def test_groups_that_do_not_divide_name_the_layer(

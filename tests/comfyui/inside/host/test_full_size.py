@@ -9,7 +9,8 @@ from ppcl_engine.architectures import architecture_named
 from ppcl_engine.models.assembly import empty_model
 from ppcl_engine.models.layout import layout_of
 from ppcl_engine.models.released import released_layout, stored_tensors
-from ppcl_engine.models.weights import STRUCTURE_TENSOR, expected_shapes
+from ppcl_engine.models.stored_layout import STRUCTURE_TENSOR
+from ppcl_engine.models.weights import expected_shapes
 from ppcl_engine.plan import Interval, PruningPlan, parse_intervals, parse_sites
 
 QWEN = architecture_named("qwen_image")

@@ -7,7 +7,8 @@ import torch
 
 from ppcl_engine.models.assembly import empty_model
 from ppcl_engine.models.layout import layout_of
-from ppcl_engine.models.weights import STRUCTURE_TENSOR, expected_shapes
+from ppcl_engine.models.stored_layout import STRUCTURE_TENSOR
+from ppcl_engine.models.weights import expected_shapes
 from ppcl_engine.plan import PruningPlan, parse_intervals, parse_sites
 
 # billions

@@ -9,7 +9,8 @@ import comfy.sd
 import pytest
 import torch
 
-from ppcl_engine.models.weights import COMFYUI_PREFIX, Weights
+from ppcl_engine.models.stored_layout import COMFYUI_PREFIX
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from ....tiny.released_models import KEPT, LISTS, TEACHER_BLOCKS, released_state

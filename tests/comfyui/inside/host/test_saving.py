@@ -14,7 +14,7 @@ import torch
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel
 from comfy.taesd.taesd import TAESD
 
-from ppcl_engine.models.weights import COMFYUI_PREFIX, HINTS_TENSOR, STRUCTURE_TENSOR
+from ppcl_engine.models.stored_layout import COMFYUI_PREFIX, HINTS_TENSOR, STRUCTURE_TENSOR
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from ..forwards import relative_error

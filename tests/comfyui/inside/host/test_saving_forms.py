@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named
-from ppcl_engine.models.weights import COMFYUI_PREFIX, STRUCTURE_TENSOR
+from ppcl_engine.models.stored_layout import COMFYUI_PREFIX, STRUCTURE_TENSOR
 from ppcl_engine.settings.convert_settings import FoldConfig
 from ppcl_engine.stages.convert.fold import fold
 from ppcl_engine.system.float8 import FP8_MARK

@@ -7,7 +7,7 @@ import comfy.model_management
 import pytest
 import torch
 
-from ppcl_engine.models.weights import COMFYUI_PREFIX
+from ppcl_engine.models.stored_layout import COMFYUI_PREFIX
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from ..conftest import copy_of

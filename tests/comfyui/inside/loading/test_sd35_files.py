@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named
-from ppcl_engine.models.weights import COMFYUI_PREFIX
+from ppcl_engine.models.stored_layout import COMFYUI_PREFIX
 from ppcl_engine.system.tensor_files import write_tensors
 
 from ....tiny.models import comfyui_state, tiny_model

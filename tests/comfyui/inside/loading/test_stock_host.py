@@ -15,8 +15,9 @@ from ppcl_engine.models.assembly import empty_model
 from ppcl_engine.models.bundle import MAP_KEY
 from ppcl_engine.models.layout import layout_of
 from ppcl_engine.models.standalone import GUARD_SHAPE, guard_name
+from ppcl_engine.models.stored_layout import HINTS_TENSOR, STRUCTURE_TENSOR
 from ppcl_engine.models.tensor_sources import Source, write_sources
-from ppcl_engine.models.weights import HINTS_TENSOR, STRUCTURE_TENSOR, expected_shapes
+from ppcl_engine.models.weights import expected_shapes
 from ppcl_engine.plan import PruningPlan, parse_intervals, parse_sites
 from ppcl_engine.system.float8 import FP8, FP8_MARK
 from ppcl_engine.system.tensor_files import TensorFile

@@ -1,0 +1,50 @@
+"""Configurations in a diffusers pipeline folder, as far as something of ours is computed from
+them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...system.atomic import read_object
+from ...system.schemas import Finite, read_value
+
+Channels = Annotated[int, Field(ge=1, le=4096)]
+Levels = Annotated[list, Field(min_length=1, max_length=12)]
+
+
+class _Open(BaseModel):
+    """Entries that are not named here are the library's business."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class Scheduler(_Open):
+    base_image_seq_len: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    max_image_seq_len: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    base_shift: Finite | None = None
+    max_shift: Finite | None = None
+    shift: Finite | None = None
+    shift_terminal: Finite | None = None
+    num_train_timesteps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+
+
+class PooledVAE(_Open):
+    """Of FLUX and SD3.5."""
+
+    latent_channels: Channels
+    block_out_channels: Levels
+
+
+class QwenVAE(_Open):
+    z_dim: Channels
+    temperal_downsample: Levels
+
+
+def read_part_config(path: Path, kind: type[BaseModel]) -> dict:
+    """The file's object as it is. Raises ValueError naming file and field."""
+    values = read_object(path)
+    read_value(kind, values, path)
+    return values

@@ -1,0 +1,114 @@
+"""A model's configuration as files bring it (config.json, metadata, a plan): types and bounds,
+before anything is built of it. Sizes that a file's tensors tell are compared with these
+(`checkpoint.Weights`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..system.schemas import MOST_BLOCKS, read_value
+
+Size = Annotated[int, Field(ge=1, le=1 << 17)]
+Layers = Annotated[int, Field(ge=0, le=MOST_BLOCKS)]
+Head = Annotated[int, Field(ge=2, le=2048)]
+Heads = Annotated[int, Field(ge=1, le=1024)]
+Patch = Annotated[int, Field(ge=1, le=64)]
+Channels = Annotated[int, Field(ge=1, le=1 << 14)]
+Axes = Annotated[list[Annotated[int, Field(ge=1, le=2048)]], Field(min_length=3, max_length=3)]
+EvenAxes = Annotated[
+    list[Annotated[int, Field(ge=2, le=2048, multiple_of=2)]], Field(min_length=3, max_length=3)
+]
+LARGEST_TABLE = 1 << 30
+"""values that diffusers computes for the positions of SD3.5; Medium has 226 million"""
+
+
+class _Config(BaseModel):
+    """Entries that no code of ours reads pass as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    patch_size: Patch = 1
+    in_channels: Channels
+    num_layers: Layers
+    attention_head_dim: Head
+    num_attention_heads: Heads
+    joint_attention_dim: Size
+
+
+class QwenImageConfig(_Config):
+    out_channels: Channels | None = None
+    axes_dims_rope: EvenAxes = [16, 56, 56]
+    zero_cond_t: bool = False
+    guidance_embeds: bool = False
+    use_additional_t_cond: bool = False
+    folding: dict[str, Any] | None = None
+
+
+class Flux1Config(_Config):
+    out_channels: Channels | None = None
+    num_single_layers: Layers
+    pooled_projection_dim: Size
+    axes_dims_rope: Axes = [16, 56, 56]
+    guidance_embeds: bool = False
+
+
+class SD35Config(_Config):
+    sample_size: Size = 128
+    out_channels: Channels
+    caption_projection_dim: Size
+    pooled_projection_dim: Size
+    pos_embed_max_size: Annotated[int, Field(ge=1, le=4096)]
+    dual_attention_layers: list[Annotated[int, Field(ge=0, lt=MOST_BLOCKS)]] = []
+    qk_norm: str | None
+
+
+SCHEMAS: dict[str, type[_Config]] = {
+    "qwen_image": QwenImageConfig,
+    "flux1": Flux1Config,
+    "sd35": SD35Config,
+}
+
+
+def check_model_config(name: str, config: object, where: object) -> dict:
+    """The configuration as it is. Raises ValueError naming `where` and the entry. `name`: of the
+    architecture."""
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{where}: the configuration is not an object but {type(config).__name__}; restore it"
+        )
+    read_value(SCHEMAS[name], config, f"{where}: configuration")
+    _check_sizes(config, where)
+    return config
+
+
+def _check_sizes(config: Mapping[str, Any], where: object) -> None:
+    axes, head = config.get("axes_dims_rope"), config["attention_head_dim"]
+    if axes is not None and sum(axes) != head:
+        raise ValueError(
+            f"{where}: configuration: axes_dims_rope {axes} do not add up to attention_head_dim {head}"
+        )
+    table = config.get("pos_embed_max_size", 0) ** 2 * head * config["num_attention_heads"]
+    if table > LARGEST_TABLE:
+        raise ValueError(
+            f"{where}: configuration: pos_embed_max_size {config['pos_embed_max_size']} makes a table of {table:,}"
+        )
+
+
+def sizes_that_differ(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> list[str]:
+    """Of a full model: entries that its tensors' shapes say otherwise."""
+    told = (
+        "in_channels",
+        "out_channels",
+        "attention_head_dim",
+        "num_attention_heads",
+        "joint_attention_dim",
+        "pooled_projection_dim",
+        "caption_projection_dim",
+        "pos_embed_max_size",
+    )
+    return [
+        n for n in told if n in inferred and config.get(n) is not None and config[n] != inferred[n]
+    ]

@@ -1,0 +1,212 @@
+"""Where a full model's tensors lie: a folder of shards or one file, under the prefixes that others
+leave before names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import torch
+
+from ..system.atomic import read_object
+from ..system.json_text import NotJSON, json_text, parse_json, shown
+from ..system.pickled_files import PickledFile
+from ..system.tensor_files import TensorFile, check_exists
+
+COMFYUI_PREFIX = "model.diffusion_model."
+PREFIXES = (COMFYUI_PREFIX, "diffusion_model.", "transformer.", "net.", "module.", "_orig_mod.")
+"""of checkpoints, of trainers, of wrappers for several processes, of torch.compile; in any order"""
+COMPILED = "_orig_mod."  # also before the names of a single block
+MOST_SHARDS = 10_000
+LONGEST_NAME = 255
+STRUCTURE_TENSOR = "ppcl_structure"
+# JSON: which of the teacher's blocks a file has, where metadata does not reach
+HINTS_TENSOR = "ppcl_hints"
+LONGEST_TEXT = 10_000_000  # bytes of a plan in a tensor; that of 60 blocks has some ten thousand
+Places = dict[str, tuple[TensorFile | PickledFile, str]]
+
+
+def open_layout(path: Path) -> tuple[Places, dict | None]:
+    """(key -> (file, name in it), configuration or None). Strips the prefixes of checkpoints and of
+    training."""
+    check_exists(path)
+    if path.is_dir():
+        return _open_folder(transformer_folder(path))
+    file = TensorFile(path)
+    names = stripped_names(file.keys(), path)
+    stored: Places = {ours: (file, name) for ours, name in names.items()}
+    return stored, config_of(file) or hints_in(stored).get("config")
+
+
+def config_of(file: TensorFile) -> dict | None:
+    """The configuration in a file's metadata, if there is one. Raises ValueError for one that is
+    not an object."""
+    text = file.metadata.get("config")
+    if text is None:
+        return None
+    try:
+        config = parse_json(text)
+    except NotJSON as error:
+        raise ValueError(
+            f"{file.path}: its metadata's config is not JSON ({error}); restore the file"
+        ) from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file.path}: its metadata's config is not an object; restore the file")
+    return config
+
+
+def hints_in(stored: Places) -> dict:
+    """What a file says of itself in a tensor: config, indices (of the teacher's blocks that it
+    has), blocks (of the teacher). Empty where it says nothing."""
+    if HINTS_TENSOR not in stored:
+        return {}
+    file, name = stored[HINTS_TENSOR]
+    return object_in(file.read(name), file.path)
+
+
+def text_in(tensor: torch.Tensor) -> str:
+    """A byte a value. GGUF has no bytes: tools that make it of our files keep them as numbers of
+    half precision, exactly. Raises ValueError for a tensor that holds no text."""
+    kept = tensor.dtype in (torch.uint8, torch.float16, torch.float32)
+    if not kept or len(tensor.shape) != 1 or tensor.shape[0] > LONGEST_TEXT:
+        raise ValueError(f"a text is stored as bytes in a row, at most {LONGEST_TEXT:,}")
+    try:
+        return bytes(map(int, tensor.tolist())).decode()
+    except OverflowError:  # an infinite number
+        raise ValueError("a text is stored as bytes") from None
+
+
+def object_in(tensor: torch.Tensor, where: object) -> dict:
+    """A JSON object that is stored as bytes. Raises ValueError, in one line, for a tensor that
+    holds none."""
+    try:
+        found = parse_json(text_in(tensor))
+    except ValueError:  # neither text nor JSON
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{where}: what it says of its own blocks is not readable; export or save it again"
+        )
+    return found
+
+
+def as_tensor(value: dict | str) -> torch.Tensor:
+    """A JSON object, or its text, as a tensor: what hosts keep of a file where they drop
+    metadata."""
+    return torch.tensor(
+        list((value if isinstance(value, str) else json_text(value)).encode()), dtype=torch.uint8
+    )
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """All prefixes that stand before a transformer's names, such as
+    "model.diffusion_model._orig_mod."; what a checkpoint holds beside the transformer does not have
+    it."""
+    found, names = "", list(names)
+    while prefix := next((p for p in PREFIXES if any(name.startswith(p) for name in names)), None):
+        found += prefix
+        names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return found
+
+
+def stripped_names(names: Iterable[str], where: object) -> dict[str, str]:
+    """A transformer's name -> as it is stored. Raises ValueError where two are one."""
+    names, found = list(names), {}
+    prefix = common_prefix(names)
+    for name in names:
+        if name.startswith(prefix):
+            ours = name.removeprefix(prefix).replace(COMPILED, "")
+            if ours in found:
+                raise ValueError(
+                    f"{where}: {shown(found[ours])} and {shown(name)} are the same tensor; which one is meant?"
+                )
+            found[ours] = name
+    return found
+
+
+def transformer_folder(path: Path) -> Path:
+    """Of a diffusers pipeline folder, or the folder itself."""
+    return path / "transformer" if (path / "model_index.json").exists() else path
+
+
+def _open_folder(path: Path) -> tuple[Places, dict]:
+    if not (path / "config.json").exists():
+        raise ValueError(
+            f"{path} has no config.json; give a diffusers transformer or pipeline folder"
+        )
+    config = {k: v for k, v in read_object(path / "config.json").items() if not k.startswith("_")}
+    stored: Places = {}
+    for shard in shards_of(path):
+        file = PickledFile(shard) if shard.suffix == ".bin" else TensorFile(shard)
+        for name in file.keys():
+            if name in stored:
+                raise ValueError(
+                    f"{path}: {shown(name)} is in {stored[name][0].path.name} and in {shard.name}; which one is meant?"
+                )
+            stored[name] = file, name
+    return {ours: stored[name] for ours, name in stripped_names(stored, path).items()}, config
+
+
+def files_of(path: Path) -> list[Path]:
+    """A model's own file, or those of its folder."""
+    check_exists(path)
+    return shards_of(transformer_folder(path)) if path.is_dir() else [path]
+
+
+def shards_of(path: Path) -> list[Path]:
+    """The files that hold a folder's tensors; safetensors where there are both kinds."""
+    for ending in (".safetensors", ".bin"):
+        for index in sorted(path.glob(f"*{ending}.index.json")):
+            return _listed(path, index)
+        if shards := sorted(p for p in path.glob(f"*{ending}") if not p.name.startswith(".")):
+            return shards
+    raise ValueError(f"{path} has no .safetensors or .bin file; download its weights")
+
+
+def _listed(path: Path, index: Path) -> list[Path]:
+    """The shards of an index, all of them inside the folder. Raises ValueError naming the index and
+    what is wrong with it."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise ValueError(
+            f"{index}: weight_map is missing or not file names by tensor; download it again"
+        )
+    names = sorted(set(weight_map.values()))
+    if not names or len(names) > MOST_SHARDS:
+        raise ValueError(f"{index}: weight_map names {len(names):,} files; download it again")
+    for name in names:
+        _check_inside(path, name, index)
+        if not (path / name).exists():
+            raise ValueError(
+                f"{path} lacks the shard {shown(name)} that {index.name} lists; download it again"
+            )
+    return [path / name for name in names]
+
+
+def _is_below(file: Path, folder: Path) -> bool:
+    """In the folder, or, where the folder is a snapshot in the cache of huggingface_hub, among the
+    files of that model: there `models--x/snapshots/y` is full of links to `models--x/blobs`."""
+    blobs = [p.parent / "blobs" for p in folder.parents if p.name == "snapshots"]
+    return file.is_relative_to(folder) or file.parent in blobs
+
+
+def _check_inside(folder: Path, name: str, index: Path) -> None:
+    """Links included: a folder from elsewhere may not name files of its reader's."""
+    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+    plain = (
+        0 < len(name) <= LONGEST_NAME
+        and name.isprintable()
+        and not PurePosixPath(name).is_absolute()
+        and not PureWindowsPath(name).drive
+    )
+    inside = plain and ".." not in parts and not re.match(r"[/\\]", name)
+    if inside and (folder / name).exists():
+        inside = _is_below(Path(os.path.realpath(folder / name)), Path(os.path.realpath(folder)))
+    if not inside or not name.endswith((".safetensors", ".bin")):
+        raise ValueError(
+            f"{index}: {name[:80]!r} is not a file of weights in its folder, so it is not opened"
+        )

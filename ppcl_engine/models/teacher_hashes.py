@@ -1,0 +1,139 @@
+"""What a bundle knows of its teacher: a hash of every tensor, by diffusers' name, so that another
+base is told by what differs. A base in another precision is compared as bfloat16; of a quantised
+one, a note says what cannot be compared.
+
+In a bundle's metadata `ppcl_teacher` is JSON: {name: [dtype as stored, hash of its bytes, hash of
+its bfloat16 values]}.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+
+from ..system.headers import DTYPE_NAMES
+from ..system.progress import Progress
+from ..system.regular_files import Identity
+
+if TYPE_CHECKING:
+    from .weights import Weights
+
+
+TEACHER_KEY = "ppcl_teacher"
+PLAIN = ("F64", "F32", "F16", "BF16")
+SHOWN = 3
+Recorded = dict[str, tuple[str, str, str]]
+MOST_CHECKED = 200_000
+_CHECKED: set[tuple[Identity, object, str]] = set()
+"""(bundle, base, tensor) as they were last changed, where the tensor is the teacher's"""
+
+
+def teacher_hashes(weights: Weights) -> str:
+    """Of every tensor; the whole model is read once, a tensor at a time."""
+    keys = Progress(weights.keys(), desc="hash teacher", unit="tensor")
+    return json.dumps({key: _hashes(weights, key) for key in keys}, separators=(",", ":"))
+
+
+def _hashes(weights: Weights, key: str) -> tuple[str, str, str]:
+    return _hashes_of(weights.stored(key), weights.is_scaled(key))
+
+
+def _hashes_of(tensor: torch.Tensor, scaled: bool) -> tuple[str, str, str]:
+    kind, exact = _kind(tensor.dtype, scaled), _digest(tensor)
+    if kind not in PLAIN:
+        return kind, exact, ""
+    return kind, exact, exact if kind == "BF16" else _digest(tensor.bfloat16())
+
+
+def _kind(dtype: torch.dtype, scaled: bool) -> str:
+    return DTYPE_NAMES.get(dtype, str(dtype)) + (" with a scale" if scaled else "")
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return xxhash.xxh3_64(data).hexdigest()
+
+
+def without(text: str, names: frozenset[str] | set[str]) -> str:
+    """Of a base whose modulations were folded away: what is left of the teacher."""
+    kept = {
+        key: value for key, value in json.loads(text).items() if key.rpartition(".")[0] not in names
+    }
+    return json.dumps(kept, separators=(",", ":"))
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """What a bundle expects of its base. identity: of the bundle's file as it was opened."""
+
+    bundle: Path
+    identity: Identity
+    recorded: Recorded
+
+    def check(self, weights: Weights, key: str, tensor: torch.Tensor) -> None:
+        """Of a tensor as it was read, once for each pair of files. Raises ValueError, naming the
+        first ones and counting all, when it differs."""
+        pair = (self.identity, weights.identity(key), key)
+        if key not in self.recorded or pair in _CHECKED:
+            return
+        if self._differs(key, tensor, weights.is_scaled(key)):
+            raise ValueError(self._difference(weights, key))
+        if len(_CHECKED) > MOST_CHECKED:
+            _CHECKED.clear()
+        _CHECKED.add(pair)
+
+    def notes(self, weights: Weights) -> list[str]:
+        """What cannot be compared, since the base stores it otherwise than the teacher did."""
+        pairs, there = Counter(), set(weights.keys())
+        for key, (dtype, _, rounded) in self.recorded.items():
+            if key in there and not self._is_comparable(
+                dtype, rounded, found := _kind(weights.dtype(key), weights.is_scaled(key))
+            ):
+                pairs[found, dtype] += 1
+        return [
+            f"{weights.path}: {count} tensors are {found}, the teacher of {self.bundle} had {dtype}: whether they are its "
+            "own cannot be seen"
+            for (found, dtype), count in pairs.items()
+        ]
+
+    def _differs(self, key: str, tensor: torch.Tensor, scaled: bool) -> bool:
+        dtype, exact, rounded = self.recorded[key]
+        found = _kind(tensor.dtype, scaled)
+        if found == dtype:
+            return _digest(tensor) != exact
+        return self._is_comparable(dtype, rounded, found) and _digest(tensor.bfloat16()) != rounded
+
+    @staticmethod
+    def _is_comparable(dtype: str, rounded: str, found: str) -> bool:
+        """float16 rounds otherwise than bfloat16, so after it the values may be others."""
+        return found == dtype or (bool(rounded) and found in PLAIN and found != "F16")
+
+    def _difference(self, weights: Weights, first: str) -> str:
+        rest = [key for key in weights.keys() if key in self.recorded and key != first]
+        differ = [
+            first,
+            *(
+                key
+                for key in rest
+                if self._differs(key, weights.stored(key), weights.is_scaled(key))
+            ),
+        ]
+        names = ", ".join(differ[:SHOWN]) + (
+            f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
+        )
+        return (
+            f"{weights.path} is not the teacher of {self.bundle}: {len(differ)} of {len(self.recorded)} tensors differ "
+            f"({names}); choose the base model that it was made from"
+        )
+
+
+def check_all(teacher: Teacher, weights: Weights) -> None:
+    """Reads every tensor of the base."""
+    for key in Progress(weights.keys(), desc="compare base", unit="tensor"):
+        teacher.check(weights, key, weights.stored(key))

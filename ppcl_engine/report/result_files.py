@@ -1,0 +1,57 @@
+"""What stages leave for the report, as far as the report counts on it: evaluate.json, detect.json,
+width.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..system.atomic import read_object
+from ..system.schemas import BlockIndex, Count, Finite, read_value
+
+
+class _Open(BaseModel):
+    """Entries that are not named here pass as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class EvaluatedVariant(_Open):
+    name: str
+    parameters: Count
+    velocity_error_by_timestep: list[Finite] = []
+
+
+class Evaluation(_Open):
+    variants: Annotated[list[EvaluatedVariant], Field(min_length=1)]
+    captions_shown: list[str]
+
+
+class DetectedInterval(_Open):
+    first: BlockIndex
+    last: BlockIndex
+
+
+class Detection(_Open):
+    method: str
+    intervals: list[DetectedInterval]
+
+
+class WidthCandidate(_Open):
+    name: str
+    form: str
+    chosen: bool
+
+
+class Width(_Open):
+    method: str
+    candidates: list[WidthCandidate]
+
+
+def read_result(path: Path, kind: type[_Open]) -> dict:
+    """The file's object as it is. Raises ValueError naming file and field."""
+    values = read_object(path)
+    read_value(kind, values, path)
+    return values
