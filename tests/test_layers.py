@@ -5,6 +5,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,7 @@ def test_an_unknown_attribute_is_an_error():
         ppcl_engine.prune  # noqa: B018
 
 
+@cache
 def names_in(path: Path) -> set[str]:
     """What a file binds at its top, and what is in its folder if it is a package."""
     names = set()
