@@ -4,7 +4,6 @@ command line: this is where a widget's tooltip comes from."""
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Literal, get_args, get_origin
@@ -12,11 +11,12 @@ from typing import Literal, get_args, get_origin
 from comfy_api.v0_0_2 import io
 
 from ..ppcl_engine.settings.base_settings import hints_of
+from ..ppcl_engine.settings.convert_settings import ExportConfig
 from ..ppcl_engine.settings.help_texts import setting_help
 from ..ppcl_engine.settings.ranges import rules_of
 from .checks import MOST_CHARACTERS
 
-FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
+FILE_NAME = rules_of(ExportConfig)["name"]
 WHOLE_SEED = {"control_after_generate": False}
 """without it the page would change the seed after each run"""
 
@@ -99,7 +99,5 @@ def check_length(name: str, text: str) -> None:
 
 def check_file_name(name: str) -> None:
     """Raises ValueError for a name that could be a path, before a job is started with it."""
-    if not FILE_NAME.fullmatch(name):
-        raise ValueError(
-            f"name {name[:40]!r}: letters, digits, '-' and '_' only, at most 80 of them"
-        )
+    if not FILE_NAME.holds(name):
+        raise ValueError(f"name {name[:40]!r}: {FILE_NAME}")

@@ -5,12 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from .plan import PruningPlan, plan_from_value
-from .settings.convert_settings import ExportConfig
-from .settings.ranges import OutOfRange, rules_of
 from .system.atomic import read_object
 from .system.tensor_files import TensorFile, file_mark
-
-FILE_NAME = rules_of(ExportConfig)["name"]
 
 
 class Run:
@@ -63,9 +59,3 @@ class Run:
 
     def tuned_variant(self, name: str) -> Path:
         return self.tuned / f"{name}.safetensors"
-
-
-def check_file_name(name: str) -> None:
-    """Raises ValueError for a name that is a path: files go where the run folder says."""
-    if not FILE_NAME.holds(name):
-        raise OutOfRange("name", name, FILE_NAME)

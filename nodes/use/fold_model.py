@@ -13,7 +13,6 @@ from comfy_api.v0_0_2 import io
 from ...ppcl_engine.architectures.folded import FORMS
 from ...ppcl_engine.models.bundle import is_bundle
 from ...ppcl_engine.report.numbers import size_text
-from ...ppcl_engine.run import check_file_name
 from ...ppcl_engine.settings.convert_settings import FoldConfig
 from ...ppcl_engine.settings.help_texts import setting_help
 from ...ppcl_engine.stages.convert.fold import fold
@@ -21,6 +20,7 @@ from ...ppcl_engine.system.atomic import read_json
 from ...ppcl_engine.system.progress import listening
 from ..node import Node
 from ..paths import NO_BASE, base_path, files_of_the_engine, model_path, written_folder
+from ..widgets import check_file_name
 
 PRECISIONS = ("bfloat16", "float32")
 NAME = "folded"

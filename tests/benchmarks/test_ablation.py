@@ -9,7 +9,7 @@ from .quick import quick_teacher, run
 
 @pytest.mark.filterwarnings("ignore")
 def test_ablation_trains_every_row_within_its_budget_and_goes_on(tmp_path):
-    options = ("--teacher", quick_teacher(tmp_path), "--work", tmp_path / "work")
+    options = ("--teacher", quick_teacher(tmp_path), "--work", tmp_path / "work", "--budget", 200)
     values = run(ablation, tmp_path, *options)
     rows = {
         (row["table"], row["name"]): row

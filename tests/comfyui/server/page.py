@@ -27,6 +27,8 @@ SETTINGS = {
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # the words of a large graph are drawn, too
     # the view stays where a test puts it: frontend 1.32 misplaces modern nodes when it moves while they are measured
     "Comfy.EnableWorkflowViewRestore": False,
+    # a page that is opened anew does not load, late, what it had before
+    "Comfy.Workflow.Persist": False,
 }
 BANNER = "div.bg-gradient-to-r > button"
 # a part of it in frontend 1.32

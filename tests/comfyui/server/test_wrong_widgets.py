@@ -188,7 +188,7 @@ def test_a_link_to_the_wrong_type(server, graph_of):
             "PPCL_DistillDepth",
             "learning_rate",
             NAN,
-            "Distil Depth (PPCL): learning_rate is nan; give a number from 0 to 1,000,000",
+            "Distil Depth (PPCL): learning_rate is nan; give a number from 0 to 1",
         ),
         (
             "PPCL_Probe",

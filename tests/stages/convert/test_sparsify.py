@@ -315,7 +315,7 @@ def test_what_does_not_fit_is_one_line(failing, teacher_file, bundle, tmp_path, 
         "--path", teacher_file, "--calibration", tmp_path / "none"
     )
     assert "leaves no linear map" in failing("--path", teacher_file, "--skip", "attn mlp mod")
-    assert "--run says where it goes" in failing("--path", teacher_file, "--name", "../sparse")
+    assert "letters, digits" in failing("--path", teacher_file, "--name", "../sparse")
     assert "is not a calibration set" in failing(
         "--path", teacher_file, "--calibration", teacher_file
     )
