@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ppcl_engine.algorithms.distillation.losses import interval_loss
+from ppcl_engine.algorithms.distillation.rounds import Rounds
 from ppcl_engine.algorithms.distillation.trainer import Trainer, cosine_schedule
 from ppcl_engine.architectures import BlockState, Inputs
 from ppcl_engine.data.calibration import CalibrationSet, load_calibration, save_calibration
@@ -38,6 +39,7 @@ from ppcl_engine.settings.prune_settings import DistillDepthConfig
 from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune import distill_depth
 from ppcl_engine.system.atomic import write_text
+from ppcl_engine.system.seeds import draw_seed
 
 from .shared.output import options, parse, print_table, write
 from .shared.teachers import BUNDLED, describe, rendered
@@ -140,7 +142,7 @@ def plain(
     ).train()
     trainer = Trainer(students, WEIGHT_DECAY)
     for step in range(horizon):
-        inputs = calibration.fresh(step % len(calibration), seed * 1_000_003 + step)
+        inputs = calibration.fresh(step % len(calibration), draw_seed(seed, step))
         loss = plain_loss(teacher, students, task.intervals, inputs, authors)
         trainer.update(loss, cosine_schedule(step, horizon, learning_rate, WARM_UP), "plain")
         if trainer.step % task.updates == 0 or trainer.step == horizon:
@@ -205,17 +207,17 @@ def ours(task: Task, held_out: HeldOut, horizon: int, learning_rate: float, seed
             weight_decay=WEIGHT_DECAY,
         )
         students = RunStudents(run, held_out.teacher.config, held_out.teacher.architecture)
-        clock, curve, work = Clock(), [], distill_depth._Round.work
+        clock, curve, work = Clock(), [], Rounds.train_round
 
-        def watched(round_) -> None:
-            work(round_)
+        def watched(rounds: Rounds, number: int, *more) -> None:
+            work(rounds, number, *more)
             with clock.paused():
                 loss = held_out.loss(
                     lambda interval: students.student(interval, torch.float32, "cpu")
                 )
-                curve.append(((round_.number + 1) * task.updates, clock.seconds, loss))
+                curve.append(((number + 1) * task.updates, clock.seconds, loss))
 
-        with mock.patch.object(distill_depth._Round, "work", watched):
+        with mock.patch.object(Rounds, "train_round", watched):
             distill_depth.distill_depth(config)
         with clock.paused():
             # the plan is written after the last round

@@ -17,6 +17,7 @@ from ppcl_engine.algorithms.distillation.trainer import Trainer, cosine_schedule
 from ppcl_engine.architectures import BlockState, Inputs
 from ppcl_engine.data.calibration import CalibrationSet
 from ppcl_engine.models.streaming import Teacher, embed_with, run_chain, teacher_velocity
+from ppcl_engine.system.seeds import draw_seed
 
 FORWARD, FORWARD_BACKWARD = 1, 3
 WARM_UP = 16
@@ -63,7 +64,7 @@ def step_cost(num_blocks: int, kept: int, frozen: int = 0) -> int:
 
 def step_inputs(calibration: CalibrationSet, seed: int, step: int) -> Inputs:
     """The batches in turn, each time with new noise and timesteps."""
-    return calibration.fresh(step % len(calibration), seed * 1_000_003 + step)
+    return calibration.fresh(step % len(calibration), draw_seed(seed, step))
 
 
 def distil_loss(

@@ -15,6 +15,7 @@ import torch
 from ...ppcl_engine.architectures import Architecture, Inputs
 from ...ppcl_engine.data.calibration import CalibrationSet, load_calibration, save_calibration
 from ...ppcl_engine.data.draw import inputs_of
+from ...ppcl_engine.system.seeds import draw_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ def wanted_states(limits: Limits, number: int, rows: int, steps: int) -> Wanted:
 
 
 def _generator(limits: Limits, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed(limits.seed * 1_000_003 + number)
+    return draw_generator(limits.seed, number)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ..architectures import REFERENCES, Architecture, Inputs, placed
 from ..architectures.folded import known_timesteps
 from ..system.finite import checked_velocity
 from ..system.progress import Progress
+from ..system.seeds import draw_generator
 from . import flow
 from .calibration import CLEAN
 from .codecs.base import Codec
@@ -227,7 +228,7 @@ def draw_prompts(
 def seeded_noise(seed: int, index: int, shape: tuple[int, ...]) -> torch.Tensor:
     """Latent noise of picture `index`: depends on (seed, index) alone, not on how pictures are
     batched."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    generator = draw_generator(seed, index)
     return torch.randn(shape, generator=generator)
 
 

@@ -30,6 +30,7 @@ from ..data.rendered.reader import load_reader, read, score
 from ..models.opening import open_model
 from ..models.weights import Weights
 from ..system.atomic import replacing, write_json
+from ..system.seeds import draw_generator
 
 CHUNK = 50  # captions drawn together
 GRID_SAMPLES, GRID_COLUMNS, GRID_SCALE = 48, 12, 2
@@ -118,7 +119,7 @@ def main() -> None:
     start = time.monotonic()
     weights, codec = Weights(options.teacher), open_codec(options.teacher)
     model = open_model(options.teacher)
-    generator = torch.Generator().manual_seed(options.seed * 1_000_003)
+    generator = draw_generator(options.seed)
     captions = random_captions(options.captions, generator)
     prompts = encode_prompts(codec, [caption.text() for caption in captions])
     sampling = (options.seed, options.steps, options.guidance, CHUNK, "draw")

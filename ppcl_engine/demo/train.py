@@ -25,6 +25,7 @@ from ..data.rendered.tables import TEXT_WIDTH, fit_codec
 from ..models.stored_layout import COMFYUI_PREFIX
 from ..models.tensor_sources import Source, comfyui_sources
 from ..system.atomic import write_json
+from ..system.seeds import draw_generator
 from ..system.tensor_files import write_tensors
 
 
@@ -110,7 +111,7 @@ def training_batch(
     kind: Kind, codec: TableCodec, recipe: Recipe, step: int
 ) -> tuple[Inputs, torch.Tensor]:
     """(what the model reads, the velocity that it has to give)"""
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step + 1)
+    generator = draw_generator(recipe.seed, step + 1)
     captions = random_captions(recipe.batch, generator)
     latents = codec.latents(render(captions, generator))
     clean = kind.architecture.pack(latents)

@@ -1,5 +1,5 @@
-"""A round: one sweep of the teacher over fresh samples that leaves the states that students learn
-from.
+"""Training in rounds. A round is one sweep of the teacher over fresh samples, which leaves the
+states that students learn from; then each of them takes its updates from those.
 
 A sweep costs as much as many students' updates, so every cached batch serves several of them.
 """
@@ -7,16 +7,26 @@ A sweep costs as much as many students' updates, so every cached batch serves se
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from ...architectures import BlockState
 from ...data.calibration import CalibrationSet
 from ...models.streaming import StateStore, Teacher
+from ...settings.prune_settings import DistillDepthConfig, DistillWidthConfig
 from ...system.distributed import processes, tell
+from ...system.interruption import stop_on_interrupt
 from ...system.machine import free_disk, free_memory
+from ...system.progress import Progress
+from ...system.seeds import draw_seed
+from .kept_trainers import KeptTrainers
+from .loop import Session, train_until
+from .trainer import Trainer
 
 REUSE = 4  # updates from one cached batch
 SPARE = 0.8  # of what is free, at most, is a cache advised to take
@@ -24,18 +34,116 @@ SPARE = 0.8  # of what is free, at most, is a cache advised to take
 
 @dataclass(frozen=True, kw_only=True)
 class RoundSettings:
-    """updates of a student in a round; cache_gb: for `boundaries` states a batch at most, the same
-    for any part of a run, so that training some students first changes nothing."""
+    """What a round is made of."""
 
     updates: int
+    """of each part in a round"""
     cache_gb: float
+    """of states that are kept for it"""
     boundaries: int
+    """that the cache is divided among: the same whichever parts are trained, so that training some
+    of them first changes nothing"""
     seed: int
 
     @property
     def wanted_batches(self) -> int:
         """Of a round, so that a cached batch serves REUSE updates."""
         return math.ceil(self.updates / REUSE)
+
+
+Part = TypeVar("Part")
+
+
+class Course(Protocol[Part]):
+    """What a stage knows of the parts that it trains."""
+
+    def path(self, part: Part) -> Path:
+        """The file of its training."""
+        ...
+
+    def settings(self, part: Part) -> str:
+        """As `resume_settings`, in JSON."""
+        ...
+
+    def name(self, part: Part) -> str:
+        """As losses and messages call it."""
+        ...
+
+    def boundaries(self, part: Part) -> set[int]:
+        """Of the teacher's states that it learns from (i: the input of block i)."""
+        ...
+
+    def begin(self, part: Part, states: FreshStates) -> Trainer:
+        """From its file, or new."""
+        ...
+
+    def loss_at(
+        self, part: Part, trainer: Trainer, states: FreshStates
+    ) -> Callable[[int], torch.Tensor]:
+        """The loss before each of the round's updates, by step."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Rounds(Generic[Part]):
+    """The training of a stage's parts, round by round."""
+
+    name: str
+    """of the stage, beside its bar"""
+    course: Course[Part]
+    parts: Sequence[Part]
+    """those that this process trains"""
+    teacher: Teacher
+    calibration: CalibrationSet
+    config: DistillDepthConfig | DistillWidthConfig
+    boundaries: int
+    """as RoundSettings has them"""
+    folder: Path | None
+    """of the cached states; None: they stay in memory"""
+
+    def train(self) -> None:
+        """Goes on from what is saved. Raises Stopped on Ctrl-C after saving, Diverged with the last
+        good state kept."""
+        config, course = self.config, self.course
+        kept = KeptTrainers(course.path, course.settings, config.rounds)
+        steps = config.rounds * config.updates
+        done, total = sum(kept.step(part) or 0 for part in self.parts), steps * len(self.parts)
+        if done < total:
+            tell_reuse(self.teacher, self.calibration, self.settings, self.folder)
+        progress = Progress(total=total, initial=done, desc=self.name, unit="update")
+        with stop_on_interrupt() as asked, progress, kept.saved_when_stopped():
+            session = Session(rates=config, steps=steps, progress=progress, stop_asked=asked)
+            for number in range(config.rounds):
+                due = unfinished(number, config.updates)
+                parts = [part for part in self.parts if kept.step(part) in due]
+                if parts:
+                    self.train_round(number, parts, kept, session)
+
+    @property
+    def settings(self) -> RoundSettings:
+        return RoundSettings(
+            updates=self.config.updates,
+            cache_gb=self.config.cache_gb,
+            boundaries=self.boundaries,
+            seed=self.config.seed,
+        )
+
+    def train_round(
+        self, number: int, parts: list[Part], kept: KeptTrainers, session: Session
+    ) -> None:
+        """Sweeps the teacher once, then trains each part on the states of that sweep."""
+        folder = self.folder and processes().folder(self.folder / f"{self.name}_{number}")
+        wanted = set().union(*(self.course.boundaries(part) for part in parts))
+        states = FreshStates(self.teacher, self.calibration, self.settings, number, wanted, folder)
+        end = (number + 1) * self.config.updates
+        for part in parts:
+            trainer = kept.take(part, self.teacher.device) or self.course.begin(part, states)
+            loss_at = self.course.loss_at(part, trainer, states)
+            save = partial(kept.save, part, trainer)
+            train_until(end, trainer, loss_at, self.course.name(part), session, save)
+            kept.put(part, trainer)
+        states.clear()
+        kept.end_round(number)
 
 
 class FreshStates:
@@ -50,12 +158,8 @@ class FreshStates:
         wanted: set[int],
         folder: Path | None,
     ):
-        self.teacher, self.calibration, self.settings, self.number = (
-            teacher,
-            calibration,
-            settings,
-            number,
-        )
+        self.teacher, self.calibration = teacher, calibration
+        self.settings, self.number = settings, number
         self.store = StateStore(folder)
         first = teacher.embed(self._inputs(0))
         self.batches = range(self._batches_that_fit(first))
@@ -84,7 +188,7 @@ class FreshStates:
         timesteps."""
         count = self.number * self._sweep_batches() + batch
         return self.calibration.fresh(
-            count % len(self.calibration), self.settings.seed * 1_000_003 + count
+            count % len(self.calibration), draw_seed(self.settings.seed, count)
         )
 
     def _sweep_batches(self) -> int:

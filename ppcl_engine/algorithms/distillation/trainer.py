@@ -173,9 +173,12 @@ class Trainer:
                 }
 
 
-def recorded(config: TrainingConfig, names: Iterable[str]) -> dict:
-    """Settings that the bits of a training hang on. quant_aware where it is on: files of before it
-    was there go on."""
+def resume_settings(config: TrainingConfig, names: Iterable[str]) -> dict:
+    """The settings that decide a training's result, saved with it and compared when it resumes.
+
+    `quant_aware` is left out while it is off, so that files from before that setting existed can
+    still be resumed.
+    """
     used = (*names, *(("quant_aware",) if config.quant_aware != NONE else ()))
     return {name: getattr(config, name) for name in used}
 

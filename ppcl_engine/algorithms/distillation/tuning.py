@@ -17,12 +17,14 @@ from torch import nn
 from ...data.calibration import CalibrationSet
 from ...settings.base_settings import TuningConfig
 from ...system.distributed import processes
-from ...system.interruption import Stopped, stop_on_interrupt
+from ...system.interruption import stop_on_interrupt
 from ...system.json_text import json_text
 from ...system.progress import Progress, saved
+from ...system.seeds import draw_seed
 from ...system.tensor_files import TensorFile, file_mark
+from .loop import Session, train_until
 from .saved_training import settings_of
-from .trainer import Trainer, cosine_schedule, recorded, saved_step
+from .trainer import Trainer, resume_settings, saved_step
 
 SETTINGS = ("steps", "learning_rate", "warm_up", "weight_decay", "ema", "seed", "dtype")
 
@@ -101,32 +103,29 @@ def tune(
     if before:
         trainer.restore(path)
     progress = Progress(total=config.steps, initial=before, desc=what, unit="step")
+
+    def save() -> None:
+        trainer.save(path, settings)
+        saved()
+
     with stop_on_interrupt() as asked, progress:
+        session = Session(rates=config, steps=config.steps, progress=progress, stop_asked=asked)
         while trainer.step < config.steps:
-            rate = cosine_schedule(trainer.step, config.steps, config.learning_rate, config.warm_up)
-            trainer.update(loss_at(trainer.step), rate, what)
-            progress.update()
-            progress.set_postfix_str(f"loss {trainer.losses[-1]:.3g}", refresh=False)
-            done, stop = trainer.step == config.steps, asked()
-            if stop or done or trainer.step % config.save_every == 0:
-                trainer.save(path, settings)
-                saved()
-            if stop and not done:
-                raise Stopped(
-                    f"stopped at step {trainer.step} of {what}; saved. Run the same command to go on"
-                )
+            next_save = (trainer.step // config.save_every + 1) * config.save_every
+            train_until(min(next_save, config.steps), trainer, loss_at, what, session, save)
+            save()
     return before
 
 
 def tuning_settings(
     config: TuningConfig, calibration: CalibrationSet, sources: Iterable[Path], **more
 ) -> str:
-    """What the bits of a training hang on. `sources`: the files of the parts that it starts
-    from."""
+    """The settings that decide a training's result. `sources`: the files of the parts that it
+    starts from."""
     marks = {path.name: file_mark(path) for path in sources}
     return json_text(
         {
-            **recorded(config, SETTINGS),
+            **resume_settings(config, SETTINGS),
             **more,
             "calibration": calibration.hash[:16],
             "sources": marks,
@@ -147,4 +146,4 @@ def forget_if_stale(path: Path, settings: str) -> None:
 def step_draw(config: TuningConfig, calibration: CalibrationSet, step: int) -> tuple[int, int]:
     """(batch, seed) for `CalibrationSet.fresh`: the batches in turn, each time with new noise and
     timesteps."""
-    return step % len(calibration), config.seed * 1_000_003 + step
+    return step % len(calibration), draw_seed(config.seed, step)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...system.seeds import draw_generator
 from ...system.tensor_files import write_tensors
 from ..codecs.base import Codec
 from ..codecs.table import TableCodec
@@ -130,7 +131,7 @@ def training_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Augmented pictures [batch, 3, 48, 48] and their table [batch, 5]; depends on (seed, step)
     alone."""
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step + 1)
+    generator = draw_generator(recipe.seed, step + 1)
     captions = random_captions(recipe.batch, generator)
     pictures = render(captions, generator)
     half = recipe.batch // 2
@@ -226,7 +227,7 @@ def train(recipe: ReaderRecipe, codec: TableCodec) -> Reader:
 def accuracy(reader: Reader, codec: TableCodec, seed: int, count: int) -> dict[str, float]:
     """Share read right of each of FIELDS, on `count` rendered pictures that went through the
     codec."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003)
+    generator = draw_generator(seed)
     captions = random_captions(count, generator)
     readings = read(reader, codec.pictures(codec.latents(render(captions, generator))))
     shares = (readings == caption_table(captions)).double().mean(dim=0)
@@ -278,7 +279,7 @@ class Reading:
             raise ValueError(
                 "evaluate needs captions for this model; give --prompts, a text file with one a line"
             )
-        generator = torch.Generator().manual_seed(seed * 1_000_003)
+        generator = draw_generator(seed)
         return [caption.text() for caption in random_captions(count, generator)]
 
     def score(self, pictures: torch.Tensor, texts: list[str]) -> dict[str, torch.Tensor]:

@@ -15,30 +15,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...algorithms.distillation.kept_trainers import KeptTrainers
 from ...algorithms.distillation.losses import interval_loss
 from ...algorithms.distillation.quantization import quantised_in_training
-from ...algorithms.distillation.rounds import FreshStates, RoundSettings, tell_reuse, unfinished
-from ...algorithms.distillation.trainer import (
-    Trainer,
-    cosine_schedule,
-    recorded,
-    rounding,
-    saved_step,
-)
+from ...algorithms.distillation.rounds import FreshStates, Rounds
+from ...algorithms.distillation.trainer import Trainer, resume_settings, rounding, saved_step
 from ...algorithms.least_squares import NormalEquations, Solution
 from ...architectures import BlockState
 from ...data.calibration import CalibrationSet
 from ...models.streaming import Teacher, mixed_precision
 from ...models.surgery import build_student, interval_streams
-from ...plan import Interval, PruningPlan, parse_intervals
+from ...plan import Interval, parse_intervals
 from ...run import Run
 from ...settings.prune_settings import DistillDepthConfig
 from ...system.atomic import write_text
 from ...system.distributed import processes
-from ...system.interruption import Stopped, stop_on_interrupt
 from ...system.json_text import json_text
-from ...system.progress import Progress
 from ..inputs import open_calibration, open_plan, open_teacher
 
 RIDGE = 1e-4
@@ -58,31 +49,24 @@ def distill_depth(config: DistillDepthConfig) -> Path:
         plan.intervals
     )
     intervals = [replace(interval, correction=config.correction) for interval in wanted]
-    settings = _settings(config, calibration)
-    steps_done = {i.name: saved_step(run.student(i.name), settings) or 0 for i in intervals}
+    course = _Students(config, run, teacher, _settings(config, calibration))
+    steps_done = [saved_step(course.path(i), course.settings(i)) or 0 for i in intervals]
     processes().wait()  # a process that is ahead would change what this one counts
-    own, total = processes().own(intervals), config.rounds * config.updates
-    done = sum(steps_done[i.name] for i in own)
-    if done < total * len(own):
-        tell_reuse(
-            teacher,
-            calibration,
-            round_settings(config, plan),
-            run.states if config.streamed else None,
-        )
-    progress = Progress(total=total * len(own), initial=done, desc="distill-depth", unit="update")
-    kept = KeptTrainers(run.student, lambda name: settings, config.rounds)
-    with stop_on_interrupt() as asked, progress, kept.saved_when_stopped():
-        for number in range(config.rounds):
-            due = [i for i in own if kept.step(i.name) in unfinished(number, config.updates)]
-            if due:
-                _Round(
-                    config, run, teacher, calibration, plan, due, number, kept, progress, asked
-                ).work()
+    Rounds(
+        name="distill-depth",
+        course=course,
+        parts=processes().own(intervals),
+        teacher=teacher,
+        calibration=calibration,
+        config=config,
+        boundaries=2 * len(plan.intervals) + 2,
+        folder=run.states if config.streamed else None,
+    ).train()
     processes().wait()
     students = {interval.name: interval for interval in intervals}
     trained = tuple(students.get(i.name, i) for i in plan.intervals)
-    changed = trained != plan.intervals or any(steps < total for steps in steps_done.values())
+    total = config.rounds * config.updates
+    changed = trained != plan.intervals or min(steps_done) < total
     if processes().is_main and changed:
         write_text(run.plan, plan.with_parts(intervals=trained, variants=()).to_json() + "\n")
     return run.students
@@ -102,91 +86,57 @@ def _settings(config: DistillDepthConfig, calibration: CalibrationSet) -> str:
         "seed",
         "dtype",
     )
-    return json_text({**recorded(config, names), "calibration": calibration.hash[:16]})
-
-
-def round_settings(config: DistillDepthConfig, plan: PruningPlan) -> RoundSettings:
-    """The same whichever of the plan's intervals are trained."""
-    boundaries = 2 * len(plan.intervals) + 2
-    return RoundSettings(
-        updates=config.updates, cache_gb=config.cache_gb, seed=config.seed, boundaries=boundaries
-    )
+    return json_text({**resume_settings(config, names), "calibration": calibration.hash[:16]})
 
 
 @dataclass
-class _Round:
-    """One sweep of the teacher and the updates that it feeds."""
+class _Students:
+    """How an interval's student is trained: a `Course` of rounds."""
 
     config: DistillDepthConfig
     run: Run
     teacher: Teacher
-    calibration: CalibrationSet
-    plan: PruningPlan
-    intervals: list[Interval]
-    number: int
-    kept: KeptTrainers
-    progress: Progress
-    asked: Callable[[], bool]
+    resumed: str
+    """the settings that decide every student's result, in JSON"""
 
-    def work(self) -> None:
-        wanted = {i.first for i in self.intervals} | {i.last + 1 for i in self.intervals}
-        folder = (
-            processes().folder(self.run.states / f"round_{self.number}")
-            if self.config.streamed
-            else None
-        )
-        settings = round_settings(self.config, self.plan)
-        self.states = FreshStates(
-            self.teacher, self.calibration, settings, self.number, wanted, folder
-        )
-        for interval in self.intervals:
-            self._train(interval)
-        self.states.clear()
-        self.kept.end_round(self.number)
+    def path(self, interval: Interval) -> Path:
+        return self.run.student(interval.name)
 
-    def _train(self, interval: Interval) -> None:
-        end = (self.number + 1) * self.config.updates
-        trainer = self.kept.take(interval.name, self.teacher.device) or self._begun(interval)
-        while trainer.step < end:
-            trainer.update(*self._loss(interval, trainer), f"interval {interval.name}")
-            self.progress.update()
-            self.progress.set_postfix_str(
-                f"{interval.name} loss {trainer.losses[-1]:.3g}", refresh=False
-            )
-            if self.asked():
-                self.kept.save(interval.name, trainer)
-                raise Stopped(
-                    f"stopped at step {trainer.step} of interval {interval.name}; saved. Run the same command to go on"
-                )
-        self.kept.put(interval.name, trainer)
+    def settings(self, interval: Interval) -> str:
+        return self.resumed
 
-    def _begun(self, interval: Interval) -> Trainer:
-        """From its file, or new."""
-        path = self.run.student(interval.name)
+    def name(self, interval: Interval) -> str:
+        return f"interval {interval.name}"
+
+    def boundaries(self, interval: Interval) -> set[int]:
+        return {interval.first, interval.last + 1}
+
+    def begin(self, interval: Interval, states: FreshStates) -> Trainer:
+        path = self.path(interval)
         if path.exists():
             trainer = Trainer(self._empty_student(interval), self.config.weight_decay)
             trainer.restore(path)
             return trainer
         trainer = Trainer(self._new_student(interval), self.config.weight_decay)
         with torch.no_grad():
-            self._fit_correction(interval, trainer)
+            self._fit_correction(interval, trainer, states)
         return trainer
 
-    def _loss(self, interval: Interval, trainer: Trainer) -> tuple[torch.Tensor, float]:
-        config, batch = self.config, trainer.step % len(self.states.batches)
-        source, target = self._pair(interval, batch)
+    def loss_at(
+        self, interval: Interval, trainer: Trainer, states: FreshStates
+    ) -> Callable[[int], torch.Tensor]:
+        config, architecture = self.config, self.teacher.architecture
+        streams = interval_streams(architecture, self.teacher.config, interval)
         total = config.rounds * config.updates
-        with (
-            quantised_in_training(trainer.module, rounding(config, trainer.step, total)),
-            mixed_precision(self.teacher),
-        ):
-            student = self.teacher.architecture.run_block(trainer.module, source)
-        streams = interval_streams(self.teacher.architecture, self.teacher.config, interval)
-        rate = cosine_schedule(trainer.step, total, config.learning_rate, config.warm_up)
-        return interval_loss(config.loss, student, target, streams), rate
 
-    def _pair(self, interval: Interval, batch: int) -> tuple[BlockState, BlockState]:
-        return self.states.state(interval.first, batch), self.states.state(interval.last + 1, batch)
+        def loss(step: int) -> torch.Tensor:
+            source, target = _pair(states, interval, step % len(states.batches))
+            bits = rounding(config, step, total)
+            with quantised_in_training(trainer.module, bits), mixed_precision(self.teacher):
+                student = architecture.run_block(trainer.module, source)
+            return interval_loss(config.loss, student, target, streams)
+
+        return loss
 
     def _empty_student(self, interval: Interval) -> nn.Module:
         """Its tensors hold nothing yet, and all of them are trained."""
@@ -218,7 +168,7 @@ class _Round:
         student.load_state_dict(values, assign=True)
         return student.train()
 
-    def _fit_correction(self, interval: Interval, trainer: Trainer) -> None:
+    def _fit_correction(self, interval: Interval, trainer: Trainer, states: FreshStates) -> None:
         """Least squares from what the copied block returns to the teacher's state after the
         interval."""
         if interval.correction == "none":
@@ -227,8 +177,8 @@ class _Round:
         maps = trainer.module.correction.maps
         width = self.teacher.architecture.width(self.teacher.config)
         equations = {stream: NormalEquations(width, width, self.teacher.device) for stream in maps}
-        for batch in self.states.batches:
-            source, target = self._pair(interval, batch)
+        for batch in states.batches:
+            source, target = _pair(states, interval, batch)
             with mixed_precision(self.teacher):
                 output = self.teacher.architecture.run_block(trainer.module, source)
             for stream, sums in equations.items():
@@ -241,6 +191,11 @@ class _Round:
         trainer.about["fit"] = json_text(
             {stream: solution.report for stream, solution in fits.items()}
         )
+
+
+def _pair(states: FreshStates, interval: Interval, batch: int) -> tuple[BlockState, BlockState]:
+    """What the student reads, and what the teacher makes of it."""
+    return states.state(interval.first, batch), states.state(interval.last + 1, batch)
 
 
 def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:

@@ -17,10 +17,11 @@ from ppcl_engine.algorithms.distillation.trainer import (
 )
 from ppcl_engine.data.calibration import CalibrationSet, load_calibration
 from ppcl_engine.models.weights import Weights
-from ppcl_engine.plan import PruningPlan, parse_intervals
+from ppcl_engine.plan import Interval, PruningPlan, parse_intervals
 from ppcl_engine.run import Run
 from ppcl_engine.stages.prune import distill_depth as stage
 from ppcl_engine.system.interruption import Stopped
+from ppcl_engine.system.seeds import draw_seed
 from ppcl_engine.system.tensor_files import TensorFile
 
 from ...tiny.trained_run import poison
@@ -114,7 +115,7 @@ def test_the_first_loss_is_the_copys_own(new_run, distill, architecture, model, 
     (seed, 0)."""
     run = new_run()
     distill(run, loss=loss, correction="none", rounds=1, updates=1, intervals="2-4", seed=3)
-    state = architecture.embed(model, load_calibration(run.calibration).fresh(0, 3 * 1_000_003))
+    state = architecture.embed(model, load_calibration(run.calibration).fresh(0, draw_seed(3, 0)))
     states = [state]
     for block in model.transformer_blocks:
         states.append(architecture.run_block(block, states[-1]))
@@ -191,9 +192,9 @@ def interrupt_after(interval: str, monkeypatch) -> None:
     then."""
     put = KeptTrainers.put
 
-    def put_and_interrupt(self, name: str, trainer: Trainer) -> None:
-        put(self, name, trainer)
-        if name == interval:
+    def put_and_interrupt(self, part: Interval, trainer: Trainer) -> None:
+        put(self, part, trainer)
+        if part.name == interval:
             monkeypatch.setattr(KeptTrainers, "put", put)
             signal.raise_signal(signal.SIGINT)
 

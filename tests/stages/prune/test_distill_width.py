@@ -4,12 +4,14 @@ training."""
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from ppcl_engine.algorithms import least_squares
 from ppcl_engine.algorithms.detection import width_fits
+from ppcl_engine.algorithms.distillation import rounds
 from ppcl_engine.algorithms.distillation.trainer import saved_weights
 from ppcl_engine.data.calibration import load_calibration
 from ppcl_engine.models.assembly import open_variant, placed_block
@@ -149,15 +151,12 @@ def test_training_lowers_every_loss_and_leaves_the_rest_alone(new_run, teacher_f
 def test_interrupted_training_ends_in_the_same_bits(new_run, teacher_file, monkeypatch):
     whole = projection_files(distil(new_run("whole"), teacher_file))
     run, calls = new_run("stopped"), []
-    from contextlib import contextmanager
-
-    from ppcl_engine.stages.prune import distill_width as stage
 
     @contextmanager
     def stops_at_once():
         yield lambda: calls.append(1) or len(calls) % 5 == 0
 
-    monkeypatch.setattr(stage, "stop_on_interrupt", stops_at_once)
+    monkeypatch.setattr(rounds, "stop_on_interrupt", stops_at_once)
     stops = 0
     while True:
         try:

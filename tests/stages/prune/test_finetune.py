@@ -20,6 +20,7 @@ from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.finetune import finetune
 from ppcl_engine.stages.prune.variants import variants
 from ppcl_engine.system.interruption import Stopped
+from ppcl_engine.system.seeds import draw_seed
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from ...tiny.trained_run import (
@@ -151,7 +152,7 @@ def test_the_first_loss_in_closed_form(new_run, tuned, teacher_file, architectur
     run, weights = new_run(), Weights(teacher_file)
     plan, calibration = run.load_plan(), load_calibration(run.calibration)
     students = RunStudents(run, weights.config, architecture)
-    inputs, clean = calibration.fresh(0, 3 * 1_000_003), calibration.batches[0][CLEAN]
+    inputs, clean = calibration.fresh(0, draw_seed(3, 0)), calibration.batches[0][CLEAN]
     with torch.no_grad():
         pruned = open_variant(
             weights, students, plan, plan.variant("smallest"), torch.float32, "cpu"
