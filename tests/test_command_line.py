@@ -162,7 +162,7 @@ def test_dry_run_of_the_twenty_billion_model_needs_no_weights(capsys, tmp_path):
     )
     text = capsys.readouterr().out
     assert "60 blocks, 20.43 B" in text and "resident" in text and "streamed" in text
-    assert "distill-depth with these settings" in text and "of new files" in text
+    assert "distill-depth with these settings" in text and "GB of files" in text
     assert not list(tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ppcl_engine.estimate.advice import ADVICE
 from ppcl_engine.estimate.counts import Count
-from ppcl_engine.estimate.dry_run import estimate, print_estimate, refusal
+from ppcl_engine.estimate.dry_run import print_estimate, refusal
 from ppcl_engine.estimate.needs import _OF, needs
 from ppcl_engine.jobs.spec import ALLOWED, Order, configs
 from ppcl_engine.models.cost import CostModel
@@ -21,6 +21,7 @@ from ppcl_engine.settings.convert_settings import ExportConfig, SparsifyConfig
 from ppcl_engine.settings.prune_settings import (
     CalibrateConfig,
     DetectConfig,
+    DistillDepthConfig,
     FinetuneConfig,
     PolishConfig,
     ProbeConfig,
@@ -117,8 +118,11 @@ def test_blocks_of_several_kinds_are_summed_one_by_one(tmp_path, name, parameter
     count, again = (Count(replace(probe, streamed=s), None) for s in (False, True))
     assert count.teacher == 4 * parameters < 0.95 * 4 * len(sizes) * sizes[0]
     assert again.teacher == 4 * (parameters - sum(sizes) + sizes[0] + sizes[1])
-    resident, streamed = estimate(count.sizes.cost, torch.float32, "cpu")
-    assert resident.device_bytes - streamed.device_bytes == count.teacher - again.teacher
+    resident, streamed = (
+        needs(DistillDepthConfig(model=Path(name), run=tmp_path, device="cpu", streamed=s))
+        for s in (False, True)
+    )
+    assert resident.at_least - streamed.at_least == count.teacher - again.teacher
 
 
 def test_a_block_is_built_once_however_many_costs_are_counted(monkeypatch):
@@ -159,7 +163,7 @@ def test_a_large_model_is_made_sparse_with_little_memory(capsys, tmp_path):
     print_estimate(config)
     said = capsys.readouterr().out
     assert "60 blocks, 20.43 B parameters" in said and "sparsify with these settings" in said
-    assert "distil depth" not in said
+    assert "resident" in said and "streamed" in said
     assert 4 * GB < needs(config).at_least < 10 * GB and 80 * GB < needs(config).disk < 85 * GB
 
 
