@@ -4,6 +4,7 @@ once into a basis."""
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import comfy.model_management
@@ -13,16 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ...ppcl_engine.architectures.folded import FOLDING, Folding
-from ...ppcl_engine.models.folding.basis import (
-    GRID,
-    MARKED,
-    OTHER_GRID,
-    Curve,
-    directions,
-    errors_by_rank,
-    project,
-    useful_ranks,
-)
+from ...ppcl_engine.models.folding.basis import MARKED, Curve, TimeBasis, useful_ranks
 from ...ppcl_engine.settings.convert_settings import FoldConfig
 from ...ppcl_engine.system.tensor_files import TensorFile, write_tensors
 from ..host import host_named
@@ -78,25 +70,18 @@ def _write_basis(path: Path, key: str, modulations: Modulations) -> None:
     width = modulations.embedder[
         f"{modulations.architecture.time_embedder}.timestep_embedder.linear_2.weight"
     ].shape[0]
-    ranks = useful_ranks(width)
-    basis = directions(
-        inputs_at(modulations, width, torch.linspace(0, 1, GRID), torch.float32, device), ranks[-1]
-    )
-    basis, curve = basis.to(device, torch.float32), Curve(ranks)
-    grid = torch.linspace(0, 1, OTHER_GRID)
-    given = torch.cat(
-        [inputs_at(modulations, width, grid, d, device) for d in (torch.float32, torch.bfloat16)]
-    )
+    inputs = partial(inputs_at, modulations, width, device=device)
+    basis = TimeBasis(inputs, useful_ranks(width), device)
+    curve = Curve(basis.ranks)
     bar = comfy.utils.ProgressBar(2 * len(modulations.stored))
     for name in _each(modulations, bar):
-        weight, bias = (tensor.to(device) for tensor in modulations.values(name))
-        curve.add(name, errors_by_rank(weight, bias, given, basis, ranks))
+        curve.add(name, basis.errors(*modulations.values(name)))
     rank = curve.smallest_rank(BOUND)
-    row, basis = ranks.index(rank), basis[:, : 1 + rank]
-    tensors = {_name(modulations, DIRECTIONS): basis.cpu()}
+    row = curve.ranks.index(rank)
+    tensors = {_name(modulations, DIRECTIONS): basis.of_rank(rank).cpu()}
     for name in _each(modulations, bar):
         weight, bias = modulations.values(name)
-        tensors |= {f"{name}.weight": project(weight.to(device), basis).cpu(), f"{name}.bias": bias}
+        tensors |= {f"{name}.weight": basis.folded(weight, rank).cpu(), f"{name}.bias": bias}
     note = f"folded, basis of rank {rank}: error {curve.mean[row]:.2%} mean, {curve.worst[row]:.2%} worst"
     write_tensors(path, tensors, {BASIS_KEY: key, NOTE_KEY: note, "format": "pt"})
 
@@ -110,7 +95,11 @@ def _each(modulations: Modulations, bar):
 
 @torch.no_grad()
 def inputs_at(
-    modulations: Modulations, width: int, timesteps: torch.Tensor, dtype, device
+    modulations: Modulations,
+    width: int,
+    timesteps: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> torch.Tensor:
     """silu(conditioning) [timesteps, width] in float32, as a model of this precision computes it."""
     operations = comfy.ops.disable_weight_init

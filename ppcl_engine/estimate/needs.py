@@ -70,7 +70,7 @@ class Demand:
 def needs(config: Common | SparsifyConfig, calibrate: CalibrateConfig | None = None) -> Needs:
     """`calibrate`: of the same job, where its calibration is not there yet; with neither, the
     smallest one counts."""
-    stage, demand_of = _DEMANDS[type(config)]
+    stage, demand_of = DEMANDS[type(config)]
     demand = demand_of(Count(config, calibrate), config)
     speed = flops_a_second(resolve_device(config.device), DTYPES[config.dtype])
     return Needs(
@@ -264,7 +264,7 @@ def _slower(config: SparsifyConfig) -> float:
     return flops_a_second(device, DTYPES[config.dtype]) / flops_a_second(device, torch.float64)
 
 
-_DEMANDS = {
+DEMANDS = {
     CalibrateConfig: ("calibrate", _calibrate),
     ProbeConfig: ("probe", _probe),
     DetectConfig: ("detect", _detect),

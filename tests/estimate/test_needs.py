@@ -12,7 +12,7 @@ import torch
 from ppcl_engine.estimate.advice import ADVICE
 from ppcl_engine.estimate.counts import Count
 from ppcl_engine.estimate.dry_run import print_estimate, refusal
-from ppcl_engine.estimate.needs import _OF, needs
+from ppcl_engine.estimate.needs import DEMANDS, needs
 from ppcl_engine.jobs.spec import ALLOWED, Order, configs
 from ppcl_engine.models.cost import CostModel
 from ppcl_engine.models.opening import model_config
@@ -37,7 +37,7 @@ GB = 1e9
 
 def test_every_stage_of_a_job_is_counted_and_has_advice():
     kinds = {STAGES[stage][0] for stage in ALLOWED}
-    assert kinds == set(_OF) == set(ADVICE)
+    assert kinds == set(DEMANDS) == set(ADVICE)
 
 
 @pytest.mark.parametrize("stage", ALLOWED)

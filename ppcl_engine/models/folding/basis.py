@@ -66,6 +66,39 @@ def errors_by_rank(
     return (errors / power).sqrt()
 
 
+InputsAt = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
+"""(timesteps, precision) -> s(t) [timesteps, width] in float32, as a model of that precision
+computes it"""
+
+
+class TimeBasis:
+    """The directions that the outputs of one time embedder span, and the outputs between them on
+    which every rank's error is measured: other timesteps, in both precisions."""
+
+    def __init__(self, inputs_at: InputsAt, ranks: tuple[int, ...], device: str | torch.device):
+        self.ranks, self.device = ranks, device
+        made_of = inputs_at(torch.linspace(0, 1, GRID), torch.float32)
+        self.directions = directions(made_of, ranks[-1]).to(device, torch.float32)
+        between = torch.linspace(0, 1, OTHER_GRID)
+        self.measured_on = torch.cat(
+            [inputs_at(between, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        )
+
+    def of_rank(self, rank: int) -> torch.Tensor:
+        """[width, 1 + rank]"""
+        return self.directions[:, : 1 + rank]
+
+    def errors(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Of a modulation folded with each of the ranks, as `errors_by_rank`."""
+        weight, bias = weight.to(self.device), bias.to(self.device)
+        return errors_by_rank(weight, bias, self.measured_on, self.directions, self.ranks)
+
+    def folded(self, weight: torch.Tensor, rank: int) -> torch.Tensor:
+        """A modulation's weight [outputs, width] as the map of its coefficients [outputs, 1 +
+        rank]."""
+        return project(weight.to(self.device), self.of_rank(rank))
+
+
 @dataclass
 class Curve:
     """Error against rank over all modulations. by_part: name -> [ranks, timesteps]'s mean and worst

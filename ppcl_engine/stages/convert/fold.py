@@ -24,15 +24,7 @@ from ...data.draw import picture_size
 from ...data.flow import euler_timesteps
 from ...models.bundle import BUNDLE_SUFFIX, Bundle
 from ...models.cost import CostModel
-from ...models.folding.basis import (
-    GRID,
-    OTHER_GRID,
-    Curve,
-    directions,
-    errors_by_rank,
-    project,
-    useful_ranks,
-)
+from ...models.folding.basis import Curve, TimeBasis, useful_ranks
 from ...models.folding.files import (
     Folded,
     Original,
@@ -93,7 +85,7 @@ def _base_of(original: Original, config: FoldConfig) -> Original:
     base = open_original(config.base)
     if base.weights is None:
         raise ValueError(
-            f"{config.base} is no full model; give the one that {config.path} was made from as --base"
+            f"{config.base} is not a full model; give the one that {config.path} was made from as --base"
         )
     Bundle(config.path).check_base(base.weights, config.base)
     check_foldable(base.architecture, base.config, config.base)
@@ -153,7 +145,7 @@ class _Folding:
             timesteps = torch.tensor(self.timesteps)
             return {f"{prefix}{name}timesteps": timesteps.clone() for prefix in sorted(prefixes)}
         return {
-            f"{prefix}{name}directions": self._directions(prefix)[:, : folding.inputs].float()
+            f"{prefix}{name}directions": self._time_basis(prefix).of_rank(folding.inputs - 1).cpu()
             for prefix in sorted(prefixes)
         }
 
@@ -180,10 +172,18 @@ class _Folding:
     # basis
 
     @lru_cache(maxsize=8)  # noqa: B019 - one run, a few time embedders
-    def _directions(self, prefix: str) -> torch.Tensor:
+    def _time_basis(self, prefix: str) -> TimeBasis:
+        return TimeBasis(partial(self._inputs_at, prefix), self._ranks(), self.device)
+
+    def _ranks(self) -> tuple[int, ...]:
         width = self.architecture.width(self.base.config)
-        rank = max(*useful_ranks(width), self.config.rank or 0)
-        return directions(self._inputs_at(prefix, torch.linspace(0, 1, GRID), torch.float32), rank)
+        asked = {self.config.rank} if self.config.rank else set()
+        ranks = tuple(sorted({*useful_ranks(width), *asked}))
+        if not ranks or ranks[-1] >= width:
+            raise ValueError(
+                f"rank {ranks[-1:] or 1} of {width} inputs saves nothing; fold with --form table"
+            )
+        return ranks
 
     def _basis(self) -> tuple[Folding, dict[str, Callable[[], torch.Tensor]], dict]:
         curve = self._curve()
@@ -192,38 +192,18 @@ class _Folding:
 
         def make(file: Original, name: str) -> torch.Tensor:
             return_freed_memory()
-            basis = self._directions(self._prefix(file, name))[:, : 1 + rank]
-            return project(file.read(f"{name}.weight").to(self.device), basis.to(self.device))
+            basis = self._time_basis(self._prefix(file, name))
+            return basis.folded(file.read(f"{name}.weight"), rank)
 
         maps = {name: partial(make, file, name) for file in self.files for name in file.modulations}
         return folding, maps, {"rank": rank, "bound": self.config.bound, "curve": curve}
 
     def _curve(self) -> Curve:
-        """Error against rank of every modulation, between the timesteps that the basis was made of
-        and in both precisions."""
-        width = self.architecture.width(self.base.config)
-        ranks = tuple(
-            sorted({*useful_ranks(width), *([self.config.rank] if self.config.rank else [])})
-        )
-        if not ranks or ranks[-1] >= width:
-            raise ValueError(
-                f"rank {ranks[-1:] or 1} of {width} inputs saves nothing; fold with --form table"
-            )
-        curve, grid = Curve(ranks), torch.linspace(0, 1, OTHER_GRID)
-        given: dict[str, torch.Tensor] = {}
+        """Error against rank of every modulation."""
+        curve = Curve(self._ranks())
         for file, name in self._modulations("measure"):
-            prefix = self._prefix(file, name)
-            if prefix not in given:
-                given[prefix] = torch.cat(
-                    [self._inputs_at(prefix, grid, d) for d in (torch.float32, torch.bfloat16)]
-                )
-            weight, bias = (
-                file.read(f"{name}.{leaf}").to(self.device) for leaf in ("weight", "bias")
-            )
-            basis = self._directions(prefix)
-            curve.add(
-                name, errors_by_rank(weight, bias, given[prefix], basis.to(self.device), ranks)
-            )
+            weight, bias = (file.read(f"{name}.{leaf}") for leaf in ("weight", "bias"))
+            curve.add(name, self._time_basis(self._prefix(file, name)).errors(weight, bias))
         return curve
 
     # table
