@@ -120,7 +120,7 @@ def test_a_read_only_place_and_a_full_disk(failing, run_folder, teacher_file, mo
         raise OSError(
             errno.ENOSPC,
             "No space left on device",
-            str(run_folder / "probes" / "block_000.safetensors"),
+            str(run_folder / "block_000.safetensors"),
         )
 
     monkeypatch.setattr(atomic.os, "fsync", full)
