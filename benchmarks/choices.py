@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ppcl_engine.algorithms.detection.damage import Damage
-from ppcl_engine.algorithms.resampling import bootstrap_ratio
+from ppcl_engine.algorithms.resampling import ratio_estimate
 from ppcl_engine.data.calibration import save_calibration
 from ppcl_engine.models.layout import layout_of
 from ppcl_engine.plan import Variant
@@ -117,8 +117,8 @@ def _row(
 
 
 def _with_interval(error: torch.Tensor, power: torch.Tensor) -> dict:
-    low, high = bootstrap_ratio(error, power, seed=0)
-    return {"joint": float(error.sum() / power.sum()), "low": low, "high": high}
+    estimate = ratio_estimate(error, power, seed=0)
+    return {"joint": estimate.pop("value"), **estimate}
 
 
 def main(arguments: list[str] | None = None) -> Path:

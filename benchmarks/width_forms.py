@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ppcl_engine.algorithms.detection.damage import Damage
-from ppcl_engine.algorithms.resampling import bootstrap_ratio
+from ppcl_engine.algorithms.resampling import ratio_estimate
 from ppcl_engine.data.calibration import save_calibration
 from ppcl_engine.models.layout import layout_of
 from ppcl_engine.models.streaming import Teacher
@@ -107,8 +107,7 @@ def _damage(common: dict, run: Run, teacher: Teacher, unseen: list) -> dict:
         error, power = Damage(teacher, students, plan, unseen).per_sample(
             layout_of(plan, plan.everything())
         )
-    low, high = bootstrap_ratio(error, power, seed=0)
-    return {"value": float(error.sum() / power.sum()), "low": low, "high": high}
+    return ratio_estimate(error, power, seed=0)
 
 
 def main(arguments: list[str] | None = None) -> Path:

@@ -12,6 +12,7 @@ from torch import nn
 
 import ppcl_engine.demo
 from ppcl_engine.algorithms.distillation.quantization import NONE, simulated
+from ppcl_engine.algorithms.resampling import ratio_estimate
 from ppcl_engine.algorithms.sparsity.grams import EARLY, EVEN, Grams
 from ppcl_engine.data.calibration import CalibrationSet
 from ppcl_engine.data.rendered.tables import fit_codec
@@ -21,7 +22,7 @@ from ppcl_engine.models.weights import Weights
 
 from . import output
 from .pruned_layers import collect
-from .scoring import Judge, ratio_with_interval, share_with_interval
+from .scoring import SEED, Judge, share_with_interval
 from .teachers import BUNDLED, NARROW, random_teacher, rendered
 
 DEMO = Path(ppcl_engine.demo.__file__).parent / "demo.ppcl.safetensors"
@@ -53,7 +54,7 @@ def judged(context: Context, model: nn.Module, name: str) -> dict:
         "drop": {"value": scored["drop_percent"], "low": scored["low"], "high": scored["high"]},
         "characters": share_with_interval(scored["character_accuracy"], scored["captions"]),
         "velocity_rows": (error / power.sum() * len(power)).tolist(),
-        "velocity_error": ratio_with_interval(error, power),
+        "velocity_error": ratio_estimate(error, power, SEED),
         "image_distance": scored["image_distance"],
     }
 

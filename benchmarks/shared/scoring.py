@@ -8,7 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ppcl_engine.algorithms.resampling import bootstrap_interval, bootstrap_ratio, wilson_interval
+from ppcl_engine.algorithms.resampling import (
+    mean_estimate,
+    ratio_estimate,
+    share_estimate,
+    squares,
+)
 from ppcl_engine.data.calibration import CalibrationSet
 from ppcl_engine.data.codecs import open_codec
 from ppcl_engine.data.draw import draw_prompts, encode_prompts
@@ -60,14 +65,12 @@ class Judge:
 
     def velocity_error(self, model: nn.Module) -> dict:
         """Relative squared error on samples that nothing was trained on."""
-        return ratio_with_interval(*self.velocity_rows(model))
+        return ratio_estimate(*self.velocity_rows(model), SEED)
 
     def velocity_rows(self, model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared error and its own square of every unseen sample, each [samples]."""
         ours = self._velocities(model, self.unseen)
-        return (ours - self.target).square().flatten(1).sum(1), self.target.square().flatten(1).sum(
-            1
-        )
+        return squares(ours - self.target), squares(self.target)
 
     def validation_error(self, model: nn.Module) -> float:
         """What a learning-rate search looks at: samples of its own, neither trained on nor
@@ -82,8 +85,8 @@ class Judge:
     def score(self, model: nn.Module, name: str) -> dict:
         """drop_percent with its interval, the accuracies, image distance and velocity error."""
         ours = self._draw(model, name)
-        power = self.teacher["latents"].square().flatten(1).sum(1)
-        distance = (ours["latents"] - self.teacher["latents"]).square().flatten(1).sum(1)
+        power = squares(self.teacher["latents"])
+        distance = squares(ours["latents"] - self.teacher["latents"])
         accuracies = {f"{r}_accuracy": float(ours[r].double().mean()) for r in READINGS}
         return {
             **drop_percent(ours, self.teacher),
@@ -118,22 +121,13 @@ class Judge:
             )
 
 
-def ratio_with_interval(error: torch.Tensor, power: torch.Tensor) -> dict:
-    """sum(error) / sum(power), both [samples], with a 95 % bootstrap interval."""
-    low, high = bootstrap_ratio(error, power, SEED)
-    return {"value": float(error.sum() / power.sum()), "low": low, "high": high}
-
-
 def mean_with_interval(values: list[float]) -> dict:
-    """With a 95 % bootstrap interval."""
-    low, high = bootstrap_interval(torch.tensor(values), SEED)
-    return {"value": sum(values) / len(values), "low": low, "high": high}
+    return mean_estimate(torch.tensor(values), SEED)
 
 
 def share_with_interval(share: float, count: int) -> dict:
-    """Of `count` that are right or wrong, with the 95 % interval of Wilson."""
-    low, high = wilson_interval(torch.arange(count) < round(count * share))
-    return {"value": share, "low": low, "high": high}
+    """Of `count` that are right or wrong."""
+    return share_estimate(torch.arange(count) < round(count * share))
 
 
 def drop_percent(ours: dict[str, torch.Tensor], teacher: dict[str, torch.Tensor]) -> dict:

@@ -38,6 +38,29 @@ def bootstrap_ratio(
     return float(low), float(high)
 
 
+def squares(x: torch.Tensor) -> torch.Tensor:
+    """Sum of squares of each sample [n], float64, of x [n, ...]."""
+    return x.double().square().flatten(1).sum(1)
+
+
+def mean_estimate(values: torch.Tensor, seed: int) -> dict[str, float]:
+    """The mean of `values` [n] with its 95 % bootstrap interval: value, low, high."""
+    low, high = bootstrap_interval(values, seed)
+    return {"value": float(values.mean()), "low": low, "high": high}
+
+
+def ratio_estimate(above: torch.Tensor, below: torch.Tensor, seed: int) -> dict[str, float]:
+    """sum(above) / sum(below), both [n], with its 95 % bootstrap interval: value, low, high."""
+    low, high = bootstrap_ratio(above, below, seed)
+    return {"value": float(above.sum() / below.sum()), "low": low, "high": high}
+
+
+def share_estimate(right: torch.Tensor) -> dict[str, float]:
+    """The share of trues in `right`, bool [n], with its 95 % Wilson interval: value, low, high."""
+    low, high = wilson_interval(right)
+    return {"value": float(right.double().mean()), "low": low, "high": high}
+
+
 def bootstrap_subsets(
     samples: int, rows_per_sample: int, resamples: int, seed: int
 ) -> torch.Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..algorithms.resampling import wilson_interval
+from ..algorithms.resampling import share_estimate
 from ..data.codecs import open_codec
 from ..data.draw import draw_prompts, encode_prompts
 from ..data.rendered.captions import (
@@ -95,12 +95,11 @@ def measure(scores: dict[str, torch.Tensor]) -> dict[str, float]:
     `scores`."""
     result = {}
     for name, right in scores.items():
-        low, high = wilson_interval(right)
-        share = right.double().mean().item()
+        estimate = share_estimate(right)
         result |= {
-            f"{name}_accuracy": share,
-            f"{name}_accuracy_low": low,
-            f"{name}_accuracy_high": high,
+            f"{name}_accuracy": estimate["value"],
+            f"{name}_accuracy_low": estimate["low"],
+            f"{name}_accuracy_high": estimate["high"],
         }
     return result
 

@@ -21,6 +21,7 @@ from ...plan import FULL, PruningPlan, Variant
 from ...system.finite import check_finite, checked_velocity
 from ...system.progress import Progress
 from ..distillation.trainable import twin
+from ..resampling import squares
 
 CACHE_GB = 8.0
 
@@ -86,7 +87,7 @@ class Damage:
         found: dict[Places, dict[int, torch.Tensor]] = {places: {} for places in wanted}
 
         def compare(places: Places, batch: int, velocity: torch.Tensor) -> None:
-            found[places][batch] = _squares(velocity - self.target[batch])
+            found[places][batch] = squares(velocity - self.target[batch]).cpu()
 
         self._walk_all(wanted, compare, what)
         power = self._per_sample(self.target)
@@ -100,7 +101,7 @@ class Damage:
         self.target[batch] = velocity
 
     def _per_sample(self, velocities: dict[int, torch.Tensor]) -> torch.Tensor:
-        return torch.cat([_squares(velocities[batch]) for batch in range(len(self.embedded))])
+        return torch.cat([squares(velocities[batch]).cpu() for batch in range(len(self.embedded))])
 
     def _walk_all(self, layouts: list[Places], seen: Seen, what: str | None) -> None:
         walks = list(self._grouped(sorted(layouts, key=self._parts_ways))) if layouts else []
@@ -209,7 +210,3 @@ class Damage:
 
     def _trained(self, place: Place, kind: str) -> dict[str, torch.Tensor]:
         return self.students.projection(place.name, kind, self.teacher.dtype, self.teacher.device)
-
-
-def _squares(x: torch.Tensor) -> torch.Tensor:
-    return x.double().square().flatten(1).sum(1).cpu()

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ...algorithms.picture_metrics import psnr, ssim
-from ...algorithms.resampling import bootstrap_interval, bootstrap_ratio, wilson_interval
+from ...algorithms.resampling import mean_estimate, ratio_estimate, share_estimate, squares
 from ...architectures import placed
 from ...data.calibration import CalibrationSet
 from ...data.codecs import open_codec
@@ -64,10 +64,10 @@ def evaluate_with(config: EvaluateConfig, seconds: Callable[[], float] | None) -
     plan, calibration = open_plan(config, weights), open_calibration(config, weights)
     reading = reader_of(config, weights.path)
     texts, prompts = _prompts(config, weights, reading)
-    judge = _Judge(config, run, weights, plan, calibration, reading, texts, prompts)
+    comparison = _Comparison(config, run, weights, plan, calibration, reading, texts, prompts)
     variants = _variants(config, plan)
-    rows = [judge.row(variant) for variant in variants]
-    judge.time_again(variants, rows)
+    rows = [comparison.row(variant) for variant in variants]
+    comparison.time_again(variants, rows)
     write_json(
         run.evaluation,
         {
@@ -83,7 +83,7 @@ def evaluate_with(config: EvaluateConfig, seconds: Callable[[], float] | None) -
             "variants": rows,
         },
     )
-    write_tensors(run.folder / "pictures.safetensors", judge.shown)
+    write_tensors(run.folder / "pictures.safetensors", comparison.shown)
     return write_report(run.folder, seconds() if seconds else None)
 
 
@@ -116,7 +116,7 @@ def _variants(config: EvaluateConfig, plan: PruningPlan) -> list[Variant]:
     return [plan.variant(FULL)] + [plan.variant(name) for name in names if name != FULL]
 
 
-class _Judge:
+class _Comparison:
     """Draws with one variant after the other; keeps what the teacher drew."""
 
     def __init__(
@@ -234,14 +234,15 @@ class _Judge:
         if ours is self.teacher:
             return dict.fromkeys(names)
         pairs = list(zip(ours["velocities"], self.teacher["velocities"], strict=True))
-        error = torch.cat([_squares(a - b) for a, b in pairs])
-        power = torch.cat([_squares(b) for _, b in pairs])
+        mean = partial(mean_estimate, seed=self.config.seed)
+        error = torch.cat([squares(a - b) for a, b in pairs])
+        power = torch.cat([squares(b) for _, b in pairs])
         return {
-            "velocity_error": self._ratio(error, power),
+            "velocity_error": ratio_estimate(error, power, self.config.seed),
             "velocity_error_by_timestep": self._by_timestep(error, power),
-            "latent_psnr": self._mean(psnr(ours["latents"], self.teacher["latents"], peak=None)),
-            "psnr": self._mean(psnr(ours["pictures"], self.teacher["pictures"], peak=1.0)),
-            "ssim": self._mean(ssim(ours["pictures"], self.teacher["pictures"])),
+            "latent_psnr": mean(psnr(ours["latents"], self.teacher["latents"], peak=None)),
+            "psnr": mean(psnr(ours["pictures"], self.teacher["pictures"], peak=1.0)),
+            "ssim": mean(ssim(ours["pictures"], self.teacher["pictures"])),
         }
 
     def _by_timestep(self, error: torch.Tensor, power: torch.Tensor) -> list[dict]:
@@ -251,7 +252,10 @@ class _Judge:
             here = (timesteps * TIMESTEP_PARTS).long().clamp_max(TIMESTEP_PARTS - 1) == part
             if here.sum() > 1:
                 rows.append(
-                    {"t": (part + 0.5) / TIMESTEP_PARTS, **self._ratio(error[here], power[here])}
+                    {
+                        "t": (part + 0.5) / TIMESTEP_PARTS,
+                        **ratio_estimate(error[here], power[here], self.config.seed),
+                    }
                 )
         return rows
 
@@ -259,7 +263,8 @@ class _Judge:
         scores = self.reading.score(pictures, self.texts)
         names = ("character", "shape", "colour")
         return {
-            f"{name}_accuracy": _share(scores[name]) if name in scores else None for name in names
+            f"{name}_accuracy": share_estimate(scores[name]) if name in scores else None
+            for name in names
         }
 
     def _text_sensitivity(self, model) -> dict:
@@ -286,24 +291,7 @@ class _Judge:
             caption, empty = (
                 self._forward(model, inputs_of(noise, t, guide(text), grid)) for text in rows
             )
-        return self._ratio(_squares(caption - empty), _squares(caption))
-
-    def _mean(self, values: torch.Tensor) -> dict:
-        low, high = bootstrap_interval(values, self.config.seed)
-        return {"value": float(values.mean()), "low": low, "high": high}
-
-    def _ratio(self, above: torch.Tensor, below: torch.Tensor) -> dict:
-        low, high = bootstrap_ratio(above, below, self.config.seed)
-        return {"value": float(above.sum() / below.sum()), "low": low, "high": high}
-
-
-def _share(right: torch.Tensor) -> dict:
-    low, high = wilson_interval(right)
-    return {"value": float(right.double().mean()), "low": low, "high": high}
-
-
-def _squares(x: torch.Tensor) -> torch.Tensor:
-    return x.double().square().flatten(1).sum(1)
+        return ratio_estimate(squares(caption - empty), squares(caption), self.config.seed)
 
 
 def reader_of(config: EvaluateConfig, model: Path) -> Reading:
