@@ -180,3 +180,15 @@ def _text_places(
     members = [index for index in here if group.first <= index <= group.last]
     read = "text" in architecture_named(plan.architecture).used_streams(plan.config, group.last)
     return {index: (source, read and index == members[-1]) for index in members}
+
+
+def projections_of(plan: PruningPlan, variant: Variant) -> list[tuple[str, str]]:
+    """(place's name, site kind) of every projection that a subset of the variant can switch on."""
+    natural = {place.index: place.name for place in layout_of(plan, plan.everything()).places}
+    names_and_kinds: dict[tuple[str, str], None] = {}
+    for site in (s for name in variant.sites for s in plan.site(name).sites):
+        names = [natural[site.block]] if site.block in natural else []
+        for name in (*names, *site.fitted):
+            if "-" not in name or name in variant.intervals:
+                names_and_kinds[name, site.kind] = None
+    return list(names_and_kinds)

@@ -15,13 +15,14 @@ from ..architectures.folded import FOLDING
 from ..system.atomic import read_object
 from ..system.tensor_files import check_exists
 from .assembly import assemble, empty_model, open_variant
-from .bundle import Bundle, is_bundle
+from .bundle import Bundle
 from .bundle_contents import check_bundle
 from .filling import fill
 from .folding.files import give_base
+from .kinds import Kind, kind_of
 from .layout import full_layout
 from .model_configs import check_model_config
-from .released import Released, is_width_pruned, repeated_steps_warning
+from .released import Released, repeated_steps_warning
 from .standalone import open_standalone, standalone_structure
 from .streaming import block_loader
 from .weights import Weights
@@ -36,19 +37,23 @@ def model_config(model: Path) -> tuple[str, Architecture, dict]:
     for folder in (model / "transformer", model):
         if (folder / "config.json").exists():
             return _from_config_file(model, read_object(folder / "config.json"))
-    if structure := standalone_structure(model):
-        return model.name, architecture_named(structure["architecture"]), structure["config"]
-    if is_bundle(model):
-        raise ValueError(
-            f"{model} is a bundle: students only; give the base model it was made from as --base"
-        )
     if model.is_file():
-        weights = Weights(model)
-        return model.name, weights.architecture, weights.config
+        return model.name, *_of_file(model)
     known = ", ".join(name for a in ARCHITECTURES for name in a.model_configs)
     raise ValueError(
         f"--model {model}: no such file, no folder with a config.json, and not one of {known}"
     )
+
+
+def _of_file(model: Path) -> tuple[Architecture, dict]:
+    if structure := standalone_structure(model):
+        return architecture_named(structure["architecture"]), structure["config"]
+    if kind_of(model) is Kind.BUNDLE:
+        raise ValueError(
+            f"{model} is a bundle: students only; give the base model it was made from as --base"
+        )
+    weights = Weights(model)
+    return weights.architecture, weights.config
 
 
 def _from_config_file(model: Path, values: dict) -> tuple[str, Architecture, dict]:
@@ -127,23 +132,23 @@ def _opened(
     streamed: bool,
 ) -> nn.Module:
     check_exists(path)
-    if legacy_txt_proj and not is_width_pruned(path):
+    kind = kind_of(path)
+    if legacy_txt_proj and kind is not Kind.RELEASED:
         raise ValueError(
             f"{path} is not one of the authors' width-pruned folders, so --legacy-txt-proj says nothing; leave it out"
         )
-    if not is_bundle(path):
+    if kind is not Kind.BUNDLE:
         if variant is not None:
             raise ValueError(
                 f"{path} is not a bundle, so it has no variant {variant!r}; leave the variant out"
             )
-        structure = standalone_structure(path)
-        if streamed and (structure or is_width_pruned(path) or base is not None):
+        if streamed and (kind is not Kind.FULL or base is not None):
             raise ValueError(
                 f"{path} has no streamed form, which full models and bundles have; leave streamed out"
             )
-        if is_width_pruned(path):
+        if kind is Kind.RELEASED:
             return _open_released(Released(path, legacy_txt_proj), dtype, device)
-        if structure:
+        if structure := standalone_structure(path):
             return _with_base(open_standalone(path, structure, dtype, device), base, path)
         weights = Weights(path)
         load = block_loader(weights, dtype, device, streamed)
@@ -190,9 +195,10 @@ def _with_base(model: nn.Module, base: str | Path | None, path: Path) -> nn.Modu
 
 def architecture_of(path: Path) -> Architecture:
     """Of any file that `open_model` reads."""
-    if is_bundle(path):
+    kind = kind_of(path)
+    if kind is Kind.BUNDLE:
         return Bundle(path).architecture
-    if is_width_pruned(path):
+    if kind is Kind.RELEASED:
         return Released(path).architecture
     structure = standalone_structure(path)
     return (

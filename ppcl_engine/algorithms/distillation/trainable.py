@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...architectures import Architecture, BlockState, SharedText
 from ...models.assembly import Students
-from ...models.layout import Layout, Place, layout_of
+from ...models.layout import Layout, Place, projections_of
 from ...models.streaming import Teacher
 from ...models.surgery import project, projection_modules
 from ...plan import PruningPlan, Variant
@@ -76,18 +76,6 @@ class Parts(nn.Module):
 
     def _projection(self, place: str, kind: str) -> dict[str, torch.Tensor]:
         return self.projections[f"{place}:{kind}"].state_dict()
-
-
-def projections_of(plan: PruningPlan, variant: Variant) -> list[tuple[str, str]]:
-    """(place's name, site kind) of every projection that a subset of the variant can switch on."""
-    natural = {place.index: place.name for place in layout_of(plan, plan.everything()).places}
-    found: dict[tuple[str, str], None] = {}
-    for site in (s for name in variant.sites for s in plan.site(name).sites):
-        names = [natural[site.block]] if site.block in natural else []
-        for name in (*names, *site.fitted):
-            if "-" not in name or name in variant.intervals:
-                found[name, site.kind] = None
-    return list(found)
 
 
 def twin(block: nn.Module) -> nn.Module:

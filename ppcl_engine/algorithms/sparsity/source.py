@@ -13,7 +13,8 @@ from torch import nn
 from ...architectures import Architecture, SharedText, architecture_named
 from ...architectures.folded import FOLDING
 from ...models.assembly import empty_model, placed_block
-from ...models.bundle import Bundle, is_bundle
+from ...models.bundle import Bundle
+from ...models.kinds import Kind, kind_of
 from ...models.layout import Layout, Place, full_layout, layout_of
 from ...models.standalone import standalone_reader, standalone_structure
 from ...models.surgery import empty_block
@@ -75,7 +76,7 @@ def open_source(path: Path, base: Path | None, variant: str | None) -> SparsityS
     """Raises ValueError for a folded model, and for a base or variant where there is none or too
     few."""
     check_exists(path)
-    if is_bundle(path):
+    if kind_of(path) is Kind.BUNDLE:
         source = _of_bundle(path, base, variant)
     elif variant is not None:
         raise ValueError(

@@ -32,7 +32,8 @@ from ...system.json_text import json_text
 from ...system.progress import Progress
 from ...system.schemas import read_text
 from ...system.tensor_files import TensorEntry, TensorFile, write_tensor_stream
-from ..bundle import PLAN_KEY, Bundle, is_bundle
+from ..bundle import PLAN_KEY, Bundle
+from ..kinds import Kind, kind_of
 from ..scales import SCALE_SUFFIXES
 from ..standalone import STRUCTURE_KEY, standalone_structure
 from ..stored_layout import STRUCTURE_TENSOR, common_prefix, open_layout
@@ -123,7 +124,7 @@ class Original:
 def open_original(path: Path) -> Original:
     """Raises ValueError for any other file."""
     path = Path(path)
-    if is_bundle(path):
+    if kind_of(path) is Kind.BUNDLE:
         bundle = Bundle(path)
         stored = {name: (bundle.file, name) for name in bundle.file.keys()}
         return Original(

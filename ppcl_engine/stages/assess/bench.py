@@ -8,7 +8,8 @@ import time
 import torch
 
 from ...algorithms.sparsity.kernels import on_kernels
-from ...models.bundle import Bundle, is_bundle
+from ...models.bundle import Bundle
+from ...models.kinds import Kind, kind_of
 from ...models.opening import architecture_of, open_model
 from ...models.weights import parameter_count
 from ...settings.assess_settings import BenchConfig
@@ -21,7 +22,7 @@ def bench(config: BenchConfig) -> None:
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
     names = (
         ["full", *(v.name for v in Bundle(config.path).plan.variants if v.name != "full")]
-        if is_bundle(config.path)
+        if kind_of(config.path) is Kind.BUNDLE
         else [None]
     )
     models = {

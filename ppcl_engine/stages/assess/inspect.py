@@ -8,11 +8,11 @@ from ...algorithms.sparsity.files import sparsity_of
 from ...algorithms.sparsity.patterns import UNSTRUCTURED
 from ...architectures import ARCHITECTURES, Architecture
 from ...architectures.folded import folding_of
-from ...models.bundle import Bundle, is_bundle
+from ...models.bundle import Bundle
 from ...models.bundle_contents import check_bundle
+from ...models.kinds import Kind, kind_of
 from ...models.released import (
     Released,
-    is_width_pruned,
     published_intervals,
     repeated_steps_warning,
     teacher_indices,
@@ -21,6 +21,7 @@ from ...models.standalone import check_standalone, standalone_structure
 from ...models.stored_layout import files_of
 from ...models.teacher_hashes import check_all
 from ...models.weights import Weights, full_parameters
+from ...plan import PruningPlan
 from ...settings.assess_settings import InspectConfig
 from ...system.json_text import json_text
 from ...system.progress import Progress
@@ -97,38 +98,41 @@ def _compared(path: Path, base: Path) -> dict:
 
 
 def _describe(path: Path, legacy_txt_proj: bool) -> dict:
-    if is_width_pruned(path):
+    kind = kind_of(path)
+    if kind is Kind.RELEASED:
         return _describe_released(Released(path, legacy_txt_proj))
     if legacy_txt_proj:
         raise ValueError(
             f"{path} has no text projections of the authors', so --legacy-txt-proj says nothing"
         )
-    if is_bundle(path):
+    if kind is Kind.BUNDLE:
         bundle = Bundle(path)
         check_bundle(bundle.file, bundle.plan, whole=True)
-        plan, kind = bundle.plan, "bundle"
-    elif structure := standalone_structure(path):
+        return _describe_plan(bundle.plan)
+    if structure := standalone_structure(path):
         check_standalone(path, structure)
         return {
-            "kind": "standalone with teacher indices",
+            "kind": kind.value,
             "architecture": structure["architecture"],
             "blocks": structure["num_blocks"],
             "intervals": [f"{i['first']}-{i['last']}" for i in structure["intervals"]],
             **_folding(structure["config"]),
         }
-    else:
-        weights = Weights(path)
-        return {
-            "kind": "full model",
-            "architecture": weights.architecture.name,
-            "blocks": weights.num_blocks,
-            "parameters": full_parameters(weights.architecture, weights.config),
-            "fingerprint": weights.fingerprint,
-            **_teacher_blocks(weights.architecture, weights.config),
-            **_folding(weights.config),
-        }
+    weights = Weights(path)
     return {
-        "kind": kind,
+        "kind": kind.value,
+        "architecture": weights.architecture.name,
+        "blocks": weights.num_blocks,
+        "parameters": full_parameters(weights.architecture, weights.config),
+        "fingerprint": weights.fingerprint,
+        **_teacher_blocks(weights.architecture, weights.config),
+        **_folding(weights.config),
+    }
+
+
+def _describe_plan(plan: PruningPlan) -> dict:
+    return {
+        "kind": Kind.BUNDLE.value,
         "architecture": plan.architecture,
         "blocks": plan.num_blocks,
         "teacher": plan.fingerprint,
@@ -145,7 +149,7 @@ def _describe_released(released: Released) -> dict:
     places, known = released.layout.places, _teacher_blocks(released.architecture, released.config)
     warning = repeated_steps_warning(released, known.get("teacher_blocks"))
     return {
-        "kind": "released width-pruned",
+        "kind": Kind.RELEASED.value,
         "architecture": released.architecture.name,
         "blocks": released.num_blocks,
         "parameters": released.parameters,

@@ -15,7 +15,7 @@ from ...models.assembly import empty_model, placed_block
 from ...models.bundle import BUNDLE_SUFFIX, MAP_KEY, write_bundle
 from ...models.bundle_contents import projection_prefix, student_prefix, tuned_prefix
 from ...models.comfyui_names import marks_of
-from ...models.layout import Place, layout_of
+from ...models.layout import Place, layout_of, projections_of
 from ...models.standalone import hints_of, write_standalone
 from ...models.stored_layout import HINTS_TENSOR
 from ...models.surgery import empty_block
@@ -90,12 +90,9 @@ def _bundle_entries(run: Run, plan: PruningPlan, dtype: torch.dtype) -> Iterator
         yield from _saved(
             run.best(run.student(interval.name)), student_prefix(interval), dtype, "distill-depth"
         )
-    natural = {place.index: place.name for place in layout_of(plan, plan.everything()).places}
-    for site in plan.sites:
-        names = [natural[site.block]] if site.block in natural else []
-        for name in dict.fromkeys([*names, *site.fitted]):
-            path = run.best(run.projection(name, site.kind))
-            yield from _saved(path, projection_prefix(name, site.kind), dtype, "distill-width")
+    for name, kind in projections_of(plan, plan.everything()):
+        path = run.best(run.projection(name, kind))
+        yield from _saved(path, projection_prefix(name, kind), dtype, "distill-width")
     for variant in plan.variants:
         if variant.tuned:
             yield from _saved(

@@ -18,7 +18,7 @@ from torch import nn
 
 from ...algorithms.distillation.losses import tuning_loss
 from ...algorithms.distillation.quantization import NONE
-from ...algorithms.distillation.trainable import Parts, projections_of, run_made
+from ...algorithms.distillation.trainable import Parts, run_made
 from ...algorithms.distillation.trainer import rounding
 from ...algorithms.distillation.tuning import (
     AveragedTrainer,
@@ -27,7 +27,7 @@ from ...algorithms.distillation.tuning import (
     tune,
     tuning_settings,
 )
-from ...models.layout import Layout, layout_of
+from ...models.layout import Layout, layout_of, projections_of
 from ...models.streaming import Teacher, mixed_precision, run_blocks, run_chain
 from ...plan import PruningPlan, Variant
 from ...run import Run
