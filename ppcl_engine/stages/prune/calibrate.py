@@ -7,8 +7,7 @@ with those that they were made from, the references: triples of reference, instr
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ...algorithms.drawing import Drawing, draw_together, states_of
+from ...algorithms.saved_batches import SavedBatches
 from ...architectures import Architecture, Inputs
 from ...architectures.folded import folding_of
 from ...data import draw, flow
@@ -29,6 +29,7 @@ from ...data.picture_files import (
     picture_files,
     reference_files,
 )
+from ...data.stored_embeddings import stored_prompts
 from ...models.assembly import assemble
 from ...models.layout import full_layout
 from ...models.streaming import Teacher, block_loader, check_states
@@ -36,16 +37,10 @@ from ...models.weights import Weights
 from ...run import Run
 from ...settings.prune_settings import CalibrateConfig
 from ...system.distributed import GRID
-from ...system.finite import check_finite, checked_velocity
+from ...system.finite import checked_velocity
 from ...system.json_text import json_text
 from ...system.machine import DTYPES, resolve_device
 from ...system.progress import Progress
-from ...system.tensor_files import TensorFile, write_tensors
-
-BAD_SOURCE = (
-    "what the captions and pictures are encoded with is damaged: download the model's folder again"
-)
-MASK, POOLED = "encoder_hidden_states_mask", "pooled_projections"
 
 
 def calibrate(config: CalibrateConfig) -> Path:
@@ -69,69 +64,17 @@ def calibrate(config: CalibrateConfig) -> Path:
         "seed": config.seed,
         "source": given[0],
     }
-    parts = _Parts(run.states / "calibrate", config, origin["fingerprint"])
+    values = {f.name: str(getattr(config, f.name)) for f in fields(config) if f.name != "run"}
+    settings = json_text({**values, "fingerprint": weights.fingerprint})
+    saved = SavedBatches(run.states / "calibrate", settings)
     batches = (
-        _from_images(config, weights, parts)
+        _from_images(config, weights, saved)
         if config.images
-        else _from_drawing(config, weights, parts)
+        else _from_drawing(config, weights, saved)
     )
     save_calibration(run.calibration, CalibrationSet(batches, origin))
-    parts.remove()
+    saved.remove()
     return run.calibration
-
-
-class _Parts:
-    """Batches that are done, a file each: drawing them takes hours on a large model."""
-
-    def __init__(self, folder: Path, config: CalibrateConfig, fingerprint: str):
-        self.folder = folder
-        values = {f.name: str(getattr(config, f.name)) for f in fields(config) if f.name != "run"}
-        self.settings = json_text({**values, "fingerprint": fingerprint})
-
-    def done(self, number: int, make: Callable[[], Inputs]) -> Inputs:
-        """Raises ValueError for what the text encoder, the VAE or the drawing gave, where it is not
-        finite."""
-        path = self.folder / f"batch_{number}.safetensors"
-        if path.exists() and (file := TensorFile(path)).metadata.get("settings") == self.settings:
-            return file.read_all()
-        inputs = make()
-        check_finite(inputs, f"calibration batch {number}", BAD_SOURCE)
-        write_tensors(path, inputs, {"settings": self.settings})
-        return inputs
-
-    def have(self, numbers: Sequence[int]) -> bool:
-        return all(self._is_mine(self.folder / f"batch_{number}.safetensors") for number in numbers)
-
-    def keep(self, numbers: Sequence[int], drawings: Sequence[Drawing], step: int) -> None:
-        """Batches that are drawn together, after so many steps: one is hours on a large model."""
-        rows = zip(numbers, drawings, strict=True)
-        tensors = {
-            f"{number}.{name}": t for number, drawing in rows for name, t in drawing.tensors.items()
-        }
-        about = {"settings": self.settings, "step": str(step), "numbers": str(list(numbers))}
-        write_tensors(self._together(numbers), tensors, about)
-
-    def restore(self, numbers: Sequence[int], drawings: Sequence[Drawing]) -> int:
-        """Steps done of batches that are drawn together, which then go on from there."""
-        path = self._together(numbers)
-        if not self._is_mine(path) or TensorFile(path).metadata["numbers"] != str(list(numbers)):
-            return 0
-        file = TensorFile(path)
-        for number, drawing in zip(numbers, drawings, strict=True):
-            drawing.restore({name: file.read(f"{number}.{name}") for name in drawing.tensors})
-        return int(file.metadata["step"])
-
-    def forget(self, numbers: Sequence[int]) -> None:
-        self._together(numbers).unlink(missing_ok=True)
-
-    def _together(self, numbers: Sequence[int]) -> Path:
-        return self.folder / f"together_{numbers[0]}.safetensors"
-
-    def _is_mine(self, path: Path) -> bool:
-        return path.exists() and TensorFile(path).metadata.get("settings") == self.settings
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder)
 
 
 def spread_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -141,7 +84,7 @@ def spread_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
     return parts[torch.randperm(count, generator=generator)]
 
 
-def _from_images(config: CalibrateConfig, weights: Weights, parts: _Parts) -> list[Inputs]:
+def _from_images(config: CalibrateConfig, weights: Weights, saved: SavedBatches) -> list[Inputs]:
     """All captions first, then all pictures: the text encoder and the VAE are never in memory
     together."""
     codec = open_codec(config.model, resolve_device(config.device))
@@ -182,7 +125,7 @@ def _from_images(config: CalibrateConfig, weights: Weights, parts: _Parts) -> li
                 else batch
             )
 
-        batches.append(parts.done(number, make))
+        batches.append(saved.done(number, make))
     codec.release()  # before the model comes
     _check_model(
         config, weights, {name: tensor for name, tensor in batches[0].items() if name != CLEAN}
@@ -237,13 +180,12 @@ def _with_references(
     return {**batch, **tokens, "grid": torch.cat([batch["grid"], grid])}
 
 
-def _from_drawing(config: CalibrateConfig, weights: Weights, parts: _Parts) -> list[Inputs]:
+def _from_drawing(config: CalibrateConfig, weights: Weights, saved: SavedBatches) -> list[Inputs]:
     """Text is encoded first and its encoder released, then the transformer comes."""
     device, architecture = resolve_device(config.device), weights.architecture
     generator = torch.Generator().manual_seed(config.seed)
     empty = torch.rand(config.samples, generator=generator) < config.empty_captions
-    encode = _stored_prompts if config.embeddings else _encoded_prompts
-    prompts = encode(config, weights, empty)
+    prompts = _prompts(config, weights, empty)
     kept_steps = torch.randint(config.steps, (config.samples,), generator=generator)
     drawings = []
     for chunk in _chunks(config.samples, config.batch):
@@ -259,7 +201,7 @@ def _from_drawing(config: CalibrateConfig, weights: Weights, parts: _Parts) -> l
     # a table asks its base file for whole schedules
     if config.streamed and not (folding and folding.form == "table"):
         teacher = Teacher(weights, DTYPES[config.dtype], device, streamed=True)
-        return _drawn_together(config, teacher, parts, drawings)
+        return _drawn_together(config, teacher, saved, drawings)
     _check_model(config, weights, _first_sample(config, weights, prompts))
     load = block_loader(weights, DTYPES[config.dtype], device, config.streamed)
     model = assemble(
@@ -267,7 +209,7 @@ def _from_drawing(config: CalibrateConfig, weights: Weights, parts: _Parts) -> l
     )
     shown = Progress(drawings, desc="calibrate", unit="batch")
     return [
-        parts.done(n, lambda d=d: _drawn(config, architecture, model, d))
+        saved.done(n, lambda d=d: _drawn(config, architecture, model, d))
         for n, d in enumerate(shown)
     ]
 
@@ -306,7 +248,7 @@ def _as_inputs(
 
 
 def _drawn_together(
-    config: CalibrateConfig, teacher: Teacher, parts: _Parts, drawings: list[Drawing]
+    config: CalibrateConfig, teacher: Teacher, saved: SavedBatches, drawings: list[Drawing]
 ) -> list[Inputs]:
     """The same of as many batches at once as their states fit into memory."""
     groups = list(_fitting(config, teacher, drawings))
@@ -314,19 +256,19 @@ def _drawn_together(
     with Progress(total=len(groups) * each, desc="calibrate", unit="block") as progress:
         for numbers in groups:
             group = [drawings[number] for number in numbers]
-            if parts.have(numbers):
+            if saved.have(numbers):
                 progress.update(each)
             else:
-                first = parts.restore(numbers, group)
+                first = saved.restore(numbers, group)
                 progress.update(first * teacher.num_blocks)
-                keep = partial(parts.keep, numbers, group)
+                keep = partial(saved.keep, numbers, group)
                 draw_together(teacher, group, config.steps, config.guidance, first, progress, keep)
             make = partial(_as_inputs, config, teacher.architecture, teacher.config)
             done += [
-                parts.done(n, partial(make, drawing))
+                saved.done(n, partial(make, drawing))
                 for n, drawing in zip(numbers, group, strict=True)
             ]
-            parts.forget(numbers)
+            saved.forget(numbers)
     return done
 
 
@@ -346,80 +288,24 @@ def _fitting(
     yield group
 
 
-def _encoded_prompts(
-    config: CalibrateConfig, weights: Weights, empty: torch.Tensor
-) -> draw.Prompts:
+def _prompts(config: CalibrateConfig, weights: Weights, empty: torch.Tensor) -> draw.Prompts:
+    size = config.height, config.width
+    if config.embeddings:
+        path, architecture = config.embeddings, weights.architecture
+        return stored_prompts(path, architecture, weights.config, empty, *size)
     codec, samples = (
         open_codec(config.model, resolve_device(config.device)),
         torch.arange(config.samples),
     )
     if config.prompts:
         texts = _texts(caption_file(config.prompts), empty, samples)
-        return draw.encode_prompts(codec, texts, config.height, config.width)
+        return draw.encode_prompts(codec, texts, *size)
     pictures, captions = zip(*picture_files(config.references), strict=True)
     texts, references = (
         _texts(captions, empty, samples),
         [[pictures[i % len(pictures)]] for i in samples.tolist()],
     )
-    return draw.encode_edits(
-        weights.architecture, codec, texts, references, config.height, config.width
-    )
-
-
-def _stored_prompts(
-    config: CalibrateConfig, weights: Weights, empty_rows: torch.Tensor
-) -> draw.Prompts:
-    """From a file of embeddings, to be drawn in equal steps: it brings no schedule.
-
-    Raises ValueError naming the tensor that is missing or the size that is not given.
-    """
-    file, (text_name, *others) = TensorFile(config.embeddings), weights.architecture.caption_inputs
-    wanted = {"text": text_name, "empty": None}
-    wanted |= {"mask": MASK} if MASK in others else {}
-    wanted |= {"pooled": POOLED, "empty_pooled": None} if POOLED in others else {}
-    absent = [name for name in wanted if name not in file.entries]
-    if absent:
-        raise ValueError(
-            f"{config.embeddings} has no tensor {absent[0]!r}; it needs {', '.join(wanted)}"
-        )
-    if not config.height or not config.width:
-        raise ValueError(
-            "stored embeddings do not say how large pictures are; give --height and --width"
-        )
-    rows = torch.arange(config.samples) % file.shape("text")[0]
-    given = {name: file.read(stored)[rows] for stored, name in wanted.items() if name}
-    nothing = {text_name: file.read("empty")}
-    if MASK in given:
-        nothing[MASK] = torch.ones(nothing[text_name].shape[:2], dtype=torch.bool)
-        given[MASK] = given[MASK].bool()
-    elif nothing[text_name].shape[1:] != given[text_name].shape[1:]:
-        raise ValueError(
-            f"{config.embeddings}: this model masks no text, so text and empty need as many tokens"
-        )
-    if POOLED in given:
-        nothing[POOLED] = file.read("empty_pooled")
-    given, nothing = (
-        {n: t if n == MASK else t.float() for n, t in text.items()} for text in (given, nothing)
-    )
-    for text in (given, nothing):
-        check_finite(text, config.embeddings, "encode the captions again")
-    for name, tensor in nothing.items():
-        given[name][empty_rows] = _as_long(tensor, given[name])
-    return draw.Prompts(
-        given=given,
-        nothing=nothing,
-        latent_shape=weights.architecture.latent_shape(weights.config, config.height, config.width),
-        timesteps=lambda steps, image_tokens: flow.euler_timesteps(steps),
-        rescales_guidance=False,
-    )
-
-
-def _as_long(empty: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[1, tokens, ...] filled up with zeros to the tokens of `like`: padding that its mask
-    hides."""
-    filled = torch.zeros_like(like[:1])
-    filled[:, : empty.shape[1]] = empty
-    return filled
+    return draw.encode_edits(weights.architecture, codec, texts, references, *size)
 
 
 def _texts(captions: Sequence[str], empty: torch.Tensor, samples: torch.Tensor) -> list[str]:
