@@ -9,6 +9,7 @@ Files without it are read as they are.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -48,7 +49,7 @@ class TensorHash:
     def update(self, data) -> None:
         """`data` may not change before `hexdigest`."""
         if self._beside:
-            self._waiting.append(_thread().submit(self._state.update, data))
+            self._waiting.append(_thread(os.getpid()).submit(self._state.update, data))
         else:
             self._state.update(data)
 
@@ -59,7 +60,8 @@ class TensorHash:
 
 
 @cache
-def _thread() -> ThreadPoolExecutor:
+def _thread(process: int) -> ThreadPoolExecutor:
+    """A forked process has no thread of its parent's, so each starts its own."""
     return ThreadPoolExecutor(1, thread_name_prefix="hashes")
 
 
