@@ -18,10 +18,18 @@ class _Open(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
+class TimestepError(_Open):
+    t: Finite
+    value: Finite
+    low: Finite
+    high: Finite
+
+
 class EvaluatedVariant(_Open):
     name: str
     parameters: Count
-    velocity_error_by_timestep: list[Finite] = []
+    velocity_error_by_timestep: list[TimestepError] | None
+    """None: the teacher's"""
 
 
 class Evaluation(_Open):
