@@ -1,8 +1,10 @@
 """safetensors files, read and written one tensor at a time.
 
-The safetensors library maps whole files into memory, and the operating system counts mapped
-pages as the process's own; streaming a 40 GB model needs plain reads, so the container format
-(8 bytes of header length, JSON header, raw data) is read and written here.
+The safetensors library maps a file into memory, and the operating system counts the mapped pages as
+the process's own: reading sixteen tensors of 268 MB one after the other counted 4.30 GB with its
+`safe_open` and 0.27 GB here. It also checks no hashes and writes a file only from tensors that are
+all in memory. So the container format (8 bytes of header length, a JSON header, raw data) is read
+and written here; its names of types are the library's.
 """
 
 from __future__ import annotations
