@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ppcl_engine import open_model
 from ppcl_engine.system.atomic import read_json, replacing, write_json
-from ppcl_engine.system.hashes import BESIDE, TensorHash
+from ppcl_engine.system.hashes import CHUNK, TensorHash
 from ppcl_engine.system.headers import DTYPES
 from ppcl_engine.system.tensor_files import (
     TensorEntry,
@@ -338,7 +338,7 @@ def test_what_was_checked_is_not_hashed_again(tmp_path, monkeypatch):
 
 
 def test_a_large_tensor_is_hashed_while_it_is_read(tmp_path):
-    path, tensor = tmp_path / "model.safetensors", torch.arange(BESIDE // 4 + 3)
+    path, tensor = tmp_path / "model.safetensors", torch.arange(CHUNK + 3)
     write_tensors(path, {"a": tensor})
     assert torch.equal(TensorFile(path).read("a"), tensor)
     content = bytearray(path.read_bytes())
