@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .modules import AnyModule
 from .projections import SharedText
 
 Inputs = dict[str, torch.Tensor]
@@ -124,6 +125,8 @@ class Architecture(Protocol):
     of the configuration that each turns on"""
     model_configs: dict[str, dict]
     """full-size models by name; the first is the default"""
+    tiny_config: dict
+    """a model of all kinds of blocks that is as small as can be, for tests and for names"""
     projection_names: dict[str, dict[str, str]]
     """site kind -> part ("map", "step") -> the sub-module of a projected block that is this linear
     map"""
@@ -158,7 +161,7 @@ class Architecture(Protocol):
 
     def build_block(self, config: dict, index: int) -> nn.Module: ...
 
-    def build_outer(self, config: dict) -> nn.Module: ...
+    def build_outer(self, config: dict) -> AnyModule: ...
 
     def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module: ...
 
@@ -183,16 +186,15 @@ class Architecture(Protocol):
 
     def reference_timesteps(self, config: dict) -> tuple[float, ...]:
         """Where modulations can be folded: timesteps that every forward reads besides its own (an
-        edit model's
-        reference: 0)."""
-        ...
+        edit model's reference: 0)."""
+        return ()
 
     def time_conditioning(
         self, embedder: nn.Module, timestep: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         """Where modulations can be folded: what the time embedder makes of timesteps [n] in a model
         of this precision."""
-        ...
+        raise ValueError(f"modulations of {self.diffusers_class} read more than the timestep")
 
     def used_streams(self, config: dict, index: int) -> tuple[str, ...]: ...
 

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .base import BlockState, Inputs, Part
+from .base import Architecture, BlockState, Inputs, Part
 from .flux1_names import COMFYUI_NAMES, DOUBLE, SINGLE
+from .modules import AnyModule
 from .names import depth
 from .packing import PackedLatents
 from .projections import (
@@ -29,7 +30,7 @@ ROTARY_SHARES = (2, 7, 7)  # of 16: picture, row, column; 16, 56, 56 of 128 in t
 SUFFIXES = {"image": "", "text": "_context"}  # as the names of a double block's parts end
 
 
-class Flux1(PackedLatents):
+class Flux1(PackedLatents, Architecture):
     name = "flux1"
     diffusers_class = "FluxTransformer2DModel"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
@@ -160,7 +161,7 @@ class Flux1(PackedLatents):
             attention_head_dim=config["attention_head_dim"],
         )
 
-    def build_outer(self, config: dict) -> nn.Module:
+    def build_outer(self, config: dict) -> AnyModule:
         """diffusers' model without a block: embeddings and the final layer."""
         from diffusers import FluxTransformer2DModel
 
@@ -168,7 +169,7 @@ class Flux1(PackedLatents):
             {**config, "num_layers": 0, "num_single_layers": 0}
         )
 
-    def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module:
+    def assemble(self, outer: AnyModule, config: dict, blocks: list[nn.Module]) -> nn.Module:
         """diffusers' model with these blocks; its forward is diffusers' own."""
         doubles = config["num_layers"]
         outer.transformer_blocks = nn.ModuleList(blocks[:doubles])
@@ -180,7 +181,7 @@ class Flux1(PackedLatents):
         """The last block's text is never read."""
         return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
 
-    def embed(self, outer: nn.Module, inputs: Inputs) -> BlockState:
+    def embed(self, outer: AnyModule, inputs: Inputs) -> BlockState:
         """All that diffusers' forward does before its loops over blocks. The text is never masked:
         a model of this kind was trained with its padding, which counts as real."""
         image = outer.x_embedder(inputs["hidden_states"])
@@ -192,7 +193,7 @@ class Flux1(PackedLatents):
         rotary = outer.pos_embed(torch.cat([self._text_ids(inputs), self._image_ids(inputs)]))
         return BlockState(image, text, conditioning, None, rotary)
 
-    def run_block(self, block: nn.Module, state: BlockState) -> BlockState:
+    def run_block(self, block: AnyModule, state: BlockState) -> BlockState:
         shared: SharedText | None = getattr(block, "shared_text", None)
         if shared is not None:
             shared.value = state.modulated_text
@@ -209,7 +210,7 @@ class Flux1(PackedLatents):
         """A single block runs both streams as one: one FFN, and no text stream of its own."""
         return ("text", "ffn_image", "ffn_text") if index < config["num_layers"] else ("ffn_joint",)
 
-    def project_ffn(self, block: nn.Module, kind: str, form: str) -> None:
+    def project_ffn(self, block: AnyModule, kind: str, form: str) -> None:
         """paper: x + P(x) behind attention, modulation 6 d -> 3 d. gated: P between modulation and
         gate. ffn_joint (gated): P(x) in place of `proj_mlp` and of its columns of `proj_out`."""
         if kind == "ffn_joint":
@@ -225,7 +226,7 @@ class Flux1(PackedLatents):
             norm.linear = cut_linear(norm.linear, width, 3 * width, PaddedLinear)
             setattr(block, f"norm2{suffix}", nn.Identity())
 
-    def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None:
+    def project_text(self, block: AnyModule, source: SharedText, steps: bool) -> None:
         """No modulation, norm or FFN of the text is left; the q, k, v maps of the text stay."""
         like = block.attn.add_q_proj
         width = like.in_features
@@ -235,12 +236,12 @@ class Flux1(PackedLatents):
         block.ff_context = linear_like(like, width, width) if steps else Nothing()
         block.attn.to_add_out = nn.Identity()
 
-    def publish_text(self, block: nn.Module, source: SharedText) -> None:
+    def publish_text(self, block: AnyModule, source: SharedText) -> None:
         """The text that enters joint attention is kept for the group behind this block."""
         publish(block, block.attn.add_q_proj, source)
 
     def observe(
-        self, block: nn.Module, state: BlockState
+        self, block: AnyModule, state: BlockState
     ) -> tuple[BlockState, dict[str, torch.Tensor]]:
         """Runs the block; also what its parts saw: of a double block `text_modulated`, and for each
         stream (of a single
@@ -256,7 +257,7 @@ class Flux1(PackedLatents):
             return self.run_block(block, state), seen
 
     def _observe_single(
-        self, block: nn.Module, state: BlockState
+        self, block: AnyModule, state: BlockState
     ) -> tuple[BlockState, dict[str, torch.Tensor]]:
         """Its FFN's output is what the FFN's columns of `proj_out` give; the gate is attention's
         too."""
@@ -276,10 +277,10 @@ class Flux1(PackedLatents):
             "joint_after_ffn": ends,
         }
 
-    def final_image(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+    def final_image(self, outer: AnyModule, state: BlockState) -> torch.Tensor:
         return state.image
 
-    def finish(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+    def finish(self, outer: AnyModule, state: BlockState) -> torch.Tensor:
         return outer.proj_out(outer.norm_out(state.image, state.conditioning))
 
     def takes_guidance(self, config: Mapping) -> bool:
@@ -292,7 +293,7 @@ class Flux1(PackedLatents):
             "pooled text",
         )
 
-    def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    def call(self, model: AnyModule, inputs: Inputs) -> torch.Tensor:
         """diffusers' own forward on our inputs."""
         return model(
             hidden_states=inputs["hidden_states"],

@@ -13,10 +13,13 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .modules import AnyModule
 
 FOLDING = "folding"
 """where a configuration says so"""
@@ -97,6 +100,7 @@ class BasisInputs(nn.Module):
 
     def __init__(self, width: int, inputs: int):
         super().__init__()
+        self.directions: torch.Tensor
         self.register_buffer("directions", torch.zeros(width, inputs))
 
     def forward(self, timestep: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
@@ -115,6 +119,7 @@ class TableInputs(nn.Module):
 
     def __init__(self, inputs: int, precision: torch.dtype = torch.float32):
         super().__init__()
+        self.timesteps: torch.Tensor
         self.register_buffer("timesteps", torch.zeros(inputs))
         self.precision = precision
         self.more: Callable[[list[float]], None] | None = None
@@ -129,7 +134,9 @@ class TableInputs(nn.Module):
         return found.to(conditioning.dtype)
 
     def places(self, timestep: torch.Tensor) -> torch.Tensor:
-        return timestep.float()[:, None] == self.timesteps.to(timestep.device, torch.float32)
+        return torch.eq(
+            timestep.float()[:, None], self.timesteps.to(timestep.device, torch.float32)
+        )
 
     def ask(self, missing: list[float]) -> None:
         if self.more is None:
@@ -137,7 +144,7 @@ class TableInputs(nn.Module):
         self.more(list(dict.fromkeys(missing)))
 
 
-def refuse_timesteps(missing: list[float], known: list[float], precision: torch.dtype) -> None:
+def refuse_timesteps(missing: list[float], known: list[float], precision: torch.dtype) -> NoReturn:
     raise ValueError(
         f"the model's table has no timestep {_listed(missing)}, and no base file is given; it has {_listed(known)} in "
         f"{str(precision).removeprefix('torch.')}: give the file that it was folded from as base, keep to its schedule and "
@@ -207,7 +214,7 @@ def without_autocast(like: torch.Tensor):
 
 
 def fold_block(
-    block: nn.Module, modulations: tuple[str, ...], width: int, folding: Folding
+    block: AnyModule, modulations: tuple[str, ...], width: int, folding: Folding
 ) -> nn.Module:
     """The block with small maps in place of its modulations' linear ones ("img_mod.1": behind an
     activation "img_mod.0")."""
@@ -226,7 +233,7 @@ def folded_map(linear: nn.Linear, folding: Folding) -> nn.Linear:
     return BasisMap(folding.inputs, linear.out_features, **options)
 
 
-def fold_embedder(embedder: nn.Module, last: nn.Module, width: int, folding: Folding) -> None:
+def fold_embedder(embedder: AnyModule, last: AnyModule, width: int, folding: Folding) -> None:
     """The time embedder appends what the blocks need; the final layer, which reads the conditioning
     too, does not see it."""
     if folding.form == "basis":
@@ -238,12 +245,12 @@ def fold_embedder(embedder: nn.Module, last: nn.Module, width: int, folding: Fol
 
 
 def append_carried(
-    embedder: nn.Module, arguments: tuple, conditioning: torch.Tensor
+    embedder: AnyModule, arguments: tuple, conditioning: torch.Tensor
 ) -> torch.Tensor:
     return torch.cat([conditioning, embedder.folding(arguments[0], conditioning)], dim=-1)
 
 
-def drop_carried(width: int, last: nn.Module, arguments: tuple) -> tuple:
+def drop_carried(width: int, last: AnyModule, arguments: tuple) -> tuple:
     return (arguments[0], arguments[1][..., :width], *arguments[2:])
 
 
@@ -260,7 +267,7 @@ def first_half(linear: nn.Linear) -> nn.Linear:
     return half
 
 
-def known_timesteps(model: nn.Module, timesteps: Iterable[float]) -> None:
+def known_timesteps(model: AnyModule, timesteps: Iterable[float]) -> None:
     """Before sampling: a table model that lacks some of these gets them from its base file, in one
     pass (not told before, it takes a pass for each). Nothing to do for others. Raises ValueError,
     in one line, where there is no base file."""
@@ -273,9 +280,9 @@ def known_timesteps(model: nn.Module, timesteps: Iterable[float]) -> None:
         inputs.ask(missing)
 
 
-def table_inputs(model: nn.Module) -> TableInputs | None:
+def table_inputs(model: AnyModule) -> TableInputs | None:
     return next((module for module in model.modules() if isinstance(module, TableInputs)), None)
 
 
-def table_maps(model: nn.Module, kind: type = TableMap) -> dict[str, nn.Module]:
+def table_maps(model: AnyModule, kind: type = TableMap) -> dict[str, AnyModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .folded import BasisMap, TableMap
+from .modules import AnyModule
 
 HEADS_OUT = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 HEADS_IN = ("to_out.0", "to_add_out")
@@ -81,7 +82,7 @@ LINEAR_MAPS = {
 }
 
 
-def linear_maps(block: nn.Module) -> dict[str, nn.Linear]:
+def linear_maps(block: AnyModule) -> dict[str, nn.Linear]:
     """By name; tables and bases of folded modulations are none."""
     kinds = (TableMap, BasisMap)
     return {
@@ -91,7 +92,7 @@ def linear_maps(block: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def known_rows(architecture: str, block: nn.Module, name: str) -> tuple[int, ...]:
+def known_rows(architecture: str, block: AnyModule, name: str) -> tuple[int, ...]:
     """Sizes of the groups that a map's outputs are known to form: heads, chunks of a modulation."""
     module = block.get_submodule(name)
     if name.startswith(LINEAR_MAPS[architecture].conditioning):
@@ -100,7 +101,7 @@ def known_rows(architecture: str, block: nn.Module, name: str) -> tuple[int, ...
     return _by_head(block, parent, module.out_features) if leaf in HEADS_OUT else ()
 
 
-def known_columns(architecture: str, block: nn.Module, name: str) -> tuple[int, ...]:
+def known_columns(architecture: str, block: AnyModule, name: str) -> tuple[int, ...]:
     """The same of its inputs: heads, attention | mlp of a fused map."""
     module = block.get_submodule(name)
     for leaf in HEADS_IN:
@@ -113,7 +114,7 @@ def known_columns(architecture: str, block: nn.Module, name: str) -> tuple[int, 
     return (width, module.in_features - width) if fused and module.in_features > width else ()
 
 
-def present(passed: Passed, block: nn.Module) -> bool:
+def present(passed: Passed, block: AnyModule) -> bool:
     """Whether all givers stand in the block as plain maps and the takers that are there read what
     they give."""
     maps = linear_maps(block)
@@ -130,11 +131,11 @@ def first_column(passed: Passed, taker: nn.Linear) -> int:
     return taker.out_features if passed.first else 0
 
 
-def sections(passed: Passed, block: nn.Module) -> int:
+def sections(passed: Passed, block: AnyModule) -> int:
     """Equal runs of the channels that each keep to themselves."""
     return block.get_submodule(passed.by_head).heads if passed.by_head else 1
 
 
-def _by_head(block: nn.Module, attention: str, size: int) -> tuple[int, ...]:
+def _by_head(block: AnyModule, attention: str, size: int) -> tuple[int, ...]:
     heads = block.get_submodule(attention).heads
     return (size // heads,) * heads

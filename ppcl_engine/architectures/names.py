@@ -25,9 +25,10 @@ def tensors_of(
     diffusers -> in ComfyUI."""
     table: dict[str, Part] = {}
     for module, place in modules.items():
-        name, *pieces = (place,) if isinstance(place, str) else place
+        whole = Part(place) if isinstance(place, str) else Part(*place)
         for leaf, stored in leaves.items():
-            table[f"{ours}{module}.{leaf}"] = Part(f"{theirs}{name}.{stored}", *pieces)
+            name = f"{theirs}{whole.name}.{stored}"
+            table[f"{ours}{module}.{leaf}"] = replace(whole, name=name)
     return table
 
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .modules import AnyModule
+
 
 class SharedText:
     """Carries the modulated text of a text group's source block to the group's projections, in one
@@ -164,18 +166,18 @@ def without_ffn(modulation: nn.Linear) -> nn.Linear:
     width = modulation.in_features
     if modulation.out_features == 6 * width:
         return cut_linear(modulation, width, 3 * width, PaddedLinear)
-    cut = linear_like(modulation, width, 6 * width, PaddedDual)
+    cut: AnyModule = linear_like(modulation, width, 6 * width, PaddedDual)
     with torch.no_grad():
         for name, tensor in cut.named_parameters():
             tensor.copy_(cut.kept(getattr(modulation, name)))
     return cut
 
 
-def publish(block: nn.Module, text_map: nn.Module, source: SharedText) -> None:
+def publish(block: AnyModule, text_map: AnyModule, source: SharedText) -> None:
     """What enters `text_map`, a block's first map of the modulated text, is kept for the group
     behind the block."""
 
-    def keep(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+    def keep(module: AnyModule, arguments: tuple[torch.Tensor, ...]) -> None:
         source.value = arguments[0]
 
     block.shared_text = source
@@ -184,14 +186,14 @@ def publish(block: nn.Module, text_map: nn.Module, source: SharedText) -> None:
 
 @contextmanager
 def watched(
-    block: nn.Module, inputs: Mapping[str, str], outputs: Mapping[str, str], returns: Sequence[str]
+    block: AnyModule, inputs: Mapping[str, str], outputs: Mapping[str, str], returns: Sequence[str]
 ) -> Iterator[dict[str, torch.Tensor]]:
     """What parts of a block read and give while it runs, by names of our own (sub-module -> name);
     `returns`: names of what the block returns before a correction. A part that gives several
     tensors is seen as the tuple."""
     seen: dict[str, torch.Tensor] = {}
 
-    def ends(module: nn.Module, arguments, results: tuple[torch.Tensor, ...]) -> None:
+    def ends(module: AnyModule, arguments, results: tuple[torch.Tensor, ...]) -> None:
         seen.update(zip(returns, results, strict=True))
 
     handles = [block.register_forward_hook(ends, prepend=True)]

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .base import REFERENCES, BlockState, Inputs, Part, ReleasedNames
+from .base import REFERENCES, Architecture, BlockState, Inputs, Part, ReleasedNames
 from .folded import first_half, fold_block, fold_embedder, folding_of, unfolded_config
+from .modules import AnyModule
 from .packing import PackedLatents
 from .projections import (
     FixedModulation,
@@ -29,7 +30,7 @@ REFERENCE_AT_ZERO = "__index_timestep_zero__"
 ROTARY_SHARES = (2, 7, 7)  # of 16: frame, row, column; 16, 56, 56 of 128 in the released model
 
 
-class QwenImage(PackedLatents):
+class QwenImage(PackedLatents, Architecture):
     name = "qwen_image"
     diffusers_class = "QwenImageTransformer2DModel"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
@@ -146,18 +147,18 @@ class QwenImage(PackedLatents):
             else block
         )
 
-    def build_outer(self, config: dict) -> nn.Module:
+    def build_outer(self, config: dict) -> AnyModule:
         """diffusers' model without a block: embeddings and the final layer."""
         from diffusers import QwenImageTransformer2DModel
 
-        outer = QwenImageTransformer2DModel.from_config(
+        outer: AnyModule = QwenImageTransformer2DModel.from_config(
             {**unfolded_config(config), "num_layers": 0}
         )
         if folding := folding_of(config):
             fold_embedder(outer.time_text_embed, outer.norm_out, self.width(config), folding)
         return outer
 
-    def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module:
+    def assemble(self, outer: AnyModule, config: dict, blocks: list[nn.Module]) -> nn.Module:
         """diffusers' model with these blocks; its forward is diffusers' own."""
         outer.transformer_blocks = nn.ModuleList(blocks)
         outer.register_to_config(num_layers=len(blocks))
@@ -173,7 +174,7 @@ class QwenImage(PackedLatents):
         return (0.0,) if config.get("zero_cond_t") else ()
 
     def time_conditioning(
-        self, embedder: nn.Module, timestep: torch.Tensor, dtype: torch.dtype
+        self, embedder: AnyModule, timestep: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         return embedder(timestep, timestep.new_empty(0, dtype=dtype))
 
@@ -181,7 +182,7 @@ class QwenImage(PackedLatents):
         """The last block's text is never read."""
         return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
 
-    def embed(self, outer: nn.Module, inputs: Inputs) -> BlockState:
+    def embed(self, outer: AnyModule, inputs: Inputs) -> BlockState:
         """All that diffusers' forward does before its loop over blocks. References stand behind the
         tokens that are drawn."""
         tokens = self._tokens(inputs)
@@ -205,7 +206,7 @@ class QwenImage(PackedLatents):
             target_tokens=inputs["hidden_states"].shape[1],
         )
 
-    def run_block(self, block: nn.Module, state: BlockState) -> BlockState:
+    def run_block(self, block: AnyModule, state: BlockState) -> BlockState:
         rotary, modulate_index = state.extra
         shared: SharedText | None = getattr(block, "shared_text", None)
         if shared is not None:
@@ -224,7 +225,7 @@ class QwenImage(PackedLatents):
     def site_kinds(self, config: dict, index: int) -> tuple[str, ...]:
         return ("text", "ffn_image", "ffn_text")
 
-    def project_ffn(self, block: nn.Module, kind: str, form: str) -> None:
+    def project_ffn(self, block: AnyModule, kind: str, form: str) -> None:
         """paper: x + P(x) behind attention, modulation 6 d -> 3 d. gated: P between modulation and
         gate."""
         stream = STREAMS[kind.removeprefix("ffn_")]
@@ -237,7 +238,7 @@ class QwenImage(PackedLatents):
             )
             setattr(block, f"{stream}_norm2", nn.Identity())
 
-    def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None:
+    def project_text(self, block: AnyModule, source: SharedText, steps: bool) -> None:
         """No modulation, norm or MLP of the text is left; the q, k, v maps of the text stay."""
         like = block.attn.add_q_proj
         width = like.in_features
@@ -248,12 +249,12 @@ class QwenImage(PackedLatents):
         block.txt_mlp = linear_like(like, width, width) if steps else Nothing()
         block.attn.to_add_out = nn.Identity()
 
-    def publish_text(self, block: nn.Module, source: SharedText) -> None:
+    def publish_text(self, block: AnyModule, source: SharedText) -> None:
         """The text that enters joint attention is kept for the group behind this block."""
         publish(block, block.attn.add_q_proj, source)
 
     def observe(
-        self, block: nn.Module, state: BlockState
+        self, block: AnyModule, state: BlockState
     ) -> tuple[BlockState, dict[str, torch.Tensor]]:
         """Runs the block; also what its parts saw: `text_modulated`, and for each stream
         `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn` (before a correction).
@@ -265,10 +266,10 @@ class QwenImage(PackedLatents):
         with watched(block, inputs, outputs, ("text_after_ffn", "image_after_ffn")) as seen:
             return self.run_block(block, state), seen
 
-    def final_image(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+    def final_image(self, outer: AnyModule, state: BlockState) -> torch.Tensor:
         return state.image
 
-    def finish(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+    def finish(self, outer: AnyModule, state: BlockState) -> torch.Tensor:
         """Of the picture that is drawn alone."""
         conditioning = state.conditioning.chunk(2)[0] if outer.zero_cond_t else state.conditioning
         return outer.proj_out(outer.norm_out(state.image, conditioning))[:, : state.target_tokens]
@@ -276,7 +277,7 @@ class QwenImage(PackedLatents):
     def takes_guidance(self, config: Mapping) -> bool:
         return False
 
-    def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    def call(self, model: AnyModule, inputs: Inputs) -> torch.Tensor:
         """diffusers' own forward on our inputs, and of it what belongs to the picture that is
         drawn."""
         velocity = model(

@@ -10,7 +10,8 @@ from math import isqrt
 import torch
 from torch import nn
 
-from .base import BlockState, Inputs, Part
+from .base import Architecture, BlockState, Inputs, Part
+from .modules import AnyModule
 from .packing import PackedLatents
 from .projections import (
     Nothing,
@@ -27,7 +28,7 @@ from .sd35_names import BLOCKS, COMFYUI_BLOCKS, COMFYUI_NAMES
 SUFFIXES = {"image": "", "text": "_context"}  # as the names of a block's parts end
 
 
-class SD35(PackedLatents):
+class SD35(PackedLatents, Architecture):
     name = "sd35"
     diffusers_class = "SD3Transformer2DModel"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
@@ -160,13 +161,13 @@ class SD35(PackedLatents):
             use_dual_attention=_is_dual(config, index),
         )
 
-    def build_outer(self, config: dict) -> nn.Module:
+    def build_outer(self, config: dict) -> AnyModule:
         """diffusers' model without a block: embeddings and the final layer."""
         from diffusers import SD3Transformer2DModel
 
         return SD3Transformer2DModel.from_config({**config, "num_layers": 0})
 
-    def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module:
+    def assemble(self, outer: AnyModule, config: dict, blocks: list[AnyModule]) -> nn.Module:
         """diffusers' model with these blocks; its forward is diffusers' own, which asks each
         whether it gives text."""
         for index, block in enumerate(blocks):
@@ -179,7 +180,7 @@ class SD35(PackedLatents):
         """The last block gives no text."""
         return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
 
-    def embed(self, outer: nn.Module, inputs: Inputs) -> BlockState:
+    def embed(self, outer: AnyModule, inputs: Inputs) -> BlockState:
         """All that diffusers' forward does before its loop over blocks. The text is never masked: a
         model of this kind was trained with its padding, which counts as real."""
         image = outer.pos_embed(self.unpack(inputs["hidden_states"], inputs["grid"])).contiguous()
@@ -190,7 +191,7 @@ class SD35(PackedLatents):
             image, outer.context_embedder(inputs["encoder_hidden_states"]), conditioning
         )
 
-    def run_block(self, block: nn.Module, state: BlockState) -> BlockState:
+    def run_block(self, block: AnyModule, state: BlockState) -> BlockState:
         """The last block's text is what came in."""
         shared: SharedText | None = getattr(block, "shared_text", None)
         if shared is not None:
@@ -209,7 +210,7 @@ class SD35(PackedLatents):
             else ("text", "ffn_image", "ffn_text")
         )
 
-    def project_ffn(self, block: nn.Module, kind: str, form: str) -> None:
+    def project_ffn(self, block: AnyModule, kind: str, form: str) -> None:
         """paper: x + P(x) behind attention, modulation 6 d -> 3 d (9 d -> 6 d of a block that
         attends twice). gated: P between modulation and gate."""
         suffix = SUFFIXES[kind.removeprefix("ffn_")]
@@ -220,7 +221,7 @@ class SD35(PackedLatents):
             norm.linear = without_ffn(norm.linear)
             setattr(block, f"norm2{suffix}", nn.Identity())
 
-    def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None:
+    def project_text(self, block: AnyModule, source: SharedText, steps: bool) -> None:
         """No modulation, norm or FFN of the text is left; the q, k, v maps of the text stay."""
         like = block.attn.add_q_proj
         width = like.in_features
@@ -232,12 +233,12 @@ class SD35(PackedLatents):
         if not block.context_pre_only:
             block.attn.to_add_out = nn.Identity()
 
-    def publish_text(self, block: nn.Module, source: SharedText) -> None:
+    def publish_text(self, block: AnyModule, source: SharedText) -> None:
         """The text that enters joint attention is kept for the group behind this block."""
         publish(block, block.attn.add_q_proj, source)
 
     def observe(
-        self, block: nn.Module, state: BlockState
+        self, block: AnyModule, state: BlockState
     ) -> tuple[BlockState, dict[str, torch.Tensor]]:
         """Runs the block; also what its parts saw: `text_modulated`, and for each stream (of the
         last block: the image) `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn`
@@ -255,10 +256,10 @@ class SD35(PackedLatents):
             after = self.run_block(block, state)
         return after, {name: tensor for name, tensor in seen.items() if tensor is not None}
 
-    def final_image(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+    def final_image(self, outer: AnyModule, state: BlockState) -> torch.Tensor:
         return state.image
 
-    def finish(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+    def finish(self, outer: AnyModule, state: BlockState) -> torch.Tensor:
         """diffusers' final layer gives row, column, channel of a token; ours are channel, row,
         column."""
         tokens = outer.proj_out(outer.norm_out(state.image, state.conditioning))
@@ -271,7 +272,7 @@ class SD35(PackedLatents):
     def modulation_reads(self, config: dict) -> tuple[str, ...]:
         return "the timestep", "pooled text"
 
-    def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    def call(self, model: AnyModule, inputs: Inputs) -> torch.Tensor:
         """diffusers' own forward on our inputs."""
         latents = model(
             hidden_states=self.unpack(inputs["hidden_states"], inputs["grid"]),

@@ -10,6 +10,7 @@ import torch
 
 from ..architectures import REFERENCES, Architecture, Inputs, placed
 from ..architectures.folded import known_timesteps
+from ..architectures.modules import AnyModule
 from ..system.finite import checked_velocity
 from ..system.progress import Progress
 from ..system.seeds import draw_generator
@@ -76,7 +77,7 @@ def with_guidance(architecture: Architecture, config: Mapping, text: Text, guida
 
 def draw(
     architecture: Architecture,
-    model: torch.nn.Module,
+    model: AnyModule,
     noise: torch.Tensor,
     grid: torch.Tensor,
     prompts: Prompts,

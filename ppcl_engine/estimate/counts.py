@@ -17,7 +17,7 @@ from ..models.cost import CostModel, Grid, largest_pair
 from ..models.opening import model_config
 from ..plan import Interval, PruningPlan
 from ..run import Run
-from ..settings.base_settings import Common
+from ..settings.base_settings import Common, TrainingConfig
 from ..settings.convert_settings import SparsifyConfig
 from ..settings.prune_settings import CalibrateConfig, DistillDepthConfig, DistillWidthConfig
 from ..system.machine import DTYPES, free_memory, resolve_device
@@ -89,7 +89,7 @@ def _sizes(
 class Count:
     """Sizes that the stages' needs are made of; bytes unless said otherwise."""
 
-    def __init__(self, config: Common, calibrate: CalibrateConfig | None):
+    def __init__(self, config: Common | SparsifyConfig, calibrate: CalibrateConfig | None):
         self.config, self.size = config, DTYPES[config.dtype].itemsize
         self.samples = _samples(config, calibrate)
         model = Path(config.model)
@@ -140,10 +140,10 @@ class Count:
             min(self.sizes.blocks) + self.sizes.correction
         ]
 
-    def read_in_training(self, trained: int) -> int:
+    def read_in_training(self, config: TrainingConfig, trained: int) -> int:
         """Weights that a forward reads in the place of those in training, which are float32:
         rounded ones, and what mixed precision makes of them."""
-        rounded = trained * FP32 if self.config.quant_aware != NONE else 0
+        rounded = trained * FP32 if config.quant_aware != NONE else 0
         return rounded + (trained * self.size if self.size < FP32 else 0)
 
     def kept(self, samples: int) -> int:
@@ -187,7 +187,7 @@ class Count:
         ).parameters
 
 
-def _samples(config: Common, calibrate: CalibrateConfig | None) -> Samples:
+def _samples(config: Common | SparsifyConfig, calibrate: CalibrateConfig | None) -> Samples:
     path = Run(config.run).calibration
     if isinstance(config, SparsifyConfig) and config.calibration is not None:
         path = config.calibration

@@ -40,12 +40,18 @@ def assemble(
 ) -> nn.Module:
     """diffusers' model of this layout, teacher indices kept. `teacher_block` (default: read into
     memory) gives the blocks that stay."""
+
+    def student(interval: Interval) -> nn.Module:
+        if students is None:
+            raise ValueError(f"{weights.path} has no students, and the layout has {interval.name}")
+        return students.student(interval, dtype, device)
+
     blocks = pruned_blocks(
         weights.architecture,
         layout,
         teacher_block or (lambda index, edit: edit(weights.block(index, dtype, device))),
-        lambda interval: students.student(interval, dtype, device),
-        students and partial(students.projection, dtype=dtype, device=device),
+        student,
+        partial(students.projection, dtype=dtype, device=device) if students else None,
     )
     return weights.architecture.assemble(weights.outer(dtype, device), weights.config, blocks)
 

@@ -4,12 +4,13 @@ configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from ..architectures import Architecture, Part
+from ..system.pickled_files import PickledFile
 from ..system.tensor_files import TensorFile
 from .filling import check_shape
 from .layout import Layout
@@ -43,7 +44,7 @@ def variant_parts(
 
 
 def check_parts(
-    stored: Mapping[str, tuple[TensorFile, str]],
+    stored: Mapping[str, tuple[TensorFile | PickledFile, str]],
     scales: Mapping[str, Scale],
     parts: Mapping[str, Part],
     shapes: Mapping[str, tuple[int, ...]],
@@ -70,7 +71,7 @@ def check_parts(
 
 
 def read_part(
-    stored: Mapping[str, tuple[TensorFile, str]],
+    stored: Mapping[str, tuple[TensorFile | PickledFile, str]],
     scales: Mapping[str, Scale],
     parts: Mapping[str, Part],
     key: str,
@@ -93,7 +94,7 @@ def read_part(
 
 
 def _projections(
-    architecture: Architecture, config: dict, layout: Layout, whole: Iterable[str]
+    architecture: Architecture, config: dict, layout: Layout, whole: Collection[str]
 ) -> dict[str, str]:
     """A projection's linear map, by diffusers' name of where it stands -> by ComfyUI's."""
     found = {}
@@ -109,7 +110,7 @@ def _projections(
     return found
 
 
-def _prefix(architecture: Architecture, ours: str, whole: Iterable[str]) -> str:
+def _prefix(architecture: Architecture, ours: str, whole: Collection[str]) -> str:
     """ "double_blocks.3." of "transformer_blocks.3." """
     key = next(key for key in whole if key.startswith(ours))
     return ".".join(architecture.to_comfyui(key, whole).name.split(".")[:2]) + "."

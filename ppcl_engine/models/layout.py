@@ -115,7 +115,7 @@ def layout_of(plan: PruningPlan, variant: Variant) -> Layout:
             notes.append(f"{name} is off: {reason}")
             continue
         on.append(name)
-        if (site := plan.site(name)).kind == "text":
+        if isinstance(site := plan.site(name), TextGroup):
             text |= _text_places(plan, site, here)
         else:
             ffn.setdefault(site.block, []).append(site)
@@ -160,7 +160,7 @@ def _misfit(
     """Why the site cannot be on with what stands here; None when it can."""
     site = plan.site(name)
     fitted = {s.block: s.fitted for s in site.sites}
-    if site.kind == "text":
+    if isinstance(site, TextGroup):
         source = max(index for index in here if index < site.first)
         if here[source] != everything.get(source):
             return f"the block before it ({here[source]}) is not the one that it was trained behind"

@@ -69,14 +69,17 @@ def coverage(
     found: dict[str, list[str]] = {"reached": [], "halved": [], "removed": [], "projected": []}
     for name in sorted(set(targets), key=_natural):
         prefix = next((p for p in prefixes if name.startswith(p)), None)
-        place, part = places.get(prefixes.get(prefix)), name.removeprefix(prefix or "")
-        if prefix and place is None:
+        if prefix is None:
+            found["reached"].append(name)
+            continue
+        place, part = places.get(prefixes[prefix]), name.removeprefix(prefix)
+        if place is None:
             found["removed"].append(name)
-        elif prefix and part.startswith(gone_parts(architecture, place)):
+        elif part.startswith(gone_parts(architecture, place)):
             found["projected"].append(name)
         else:
             found["reached"].append(name)
-            if prefix and part.startswith(cut_parts(architecture, place)):
+            if part.startswith(cut_parts(architecture, place)):
                 found["halved"].append(name)
     return Coverage(
         unknown=tuple(sorted(set(unknown), key=_natural)), **{k: tuple(v) for k, v in found.items()}

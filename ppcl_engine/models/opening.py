@@ -12,6 +12,7 @@ from torch import nn
 
 from ..architectures import ARCHITECTURES, Architecture, architecture_named
 from ..architectures.folded import FOLDING
+from ..architectures.modules import AnyModule
 from ..system.atomic import read_object
 from ..system.tensor_files import check_exists
 from .assembly import assemble, empty_model, open_variant
@@ -92,14 +93,14 @@ def open_model(
     line; so does the model's save_pretrained, where diffusers could not load what it writes.
     """
     model = _opened(
-        Path(path), variant, base and Path(base), dtype, device, legacy_txt_proj, streamed
+        Path(path), variant, Path(base) if base else None, dtype, device, legacy_txt_proj, streamed
     )
     if streamed or not _is_stock(model):
-        model.save_pretrained = partial(_refuse_to_save, path, streamed)
+        model.save_pretrained = partial(_refuse_to_save, Path(path), streamed)
     return model
 
 
-def _is_stock(model: nn.Module) -> bool:
+def _is_stock(model: AnyModule) -> bool:
     """Whether diffusers' class builds just these tensors from the model's configuration."""
     if FOLDING in model.config:
         return False
@@ -130,7 +131,7 @@ def _opened(
     device: str,
     legacy_txt_proj: bool,
     streamed: bool,
-) -> nn.Module:
+) -> AnyModule:
     check_exists(path)
     kind = kind_of(path)
     if legacy_txt_proj and kind is not Kind.RELEASED:

@@ -42,6 +42,8 @@ class Released:
                 f"{path} is not a folder; give the released folder, config.json included"
             )
         self._stored, config = open_layout(self.path)
+        if config is None:
+            raise ValueError(f"{path} has no config.json; download the whole folder")
         self.architecture: Architecture = detect_architecture(self._stored, self.path)
         check_model_config(self.architecture.name, config, self.path)
         if self.architecture.num_blocks(config) > len(self._stored):
@@ -205,7 +207,7 @@ def stored_tensors(
                 unused |= {
                     prefix + name: prefix + name
                     for name in full
-                    if name.startswith(architecture.released.unused)
+                    if architecture.released and name.startswith(architecture.released.unused)
                 }
     return names, shapes, unused
 

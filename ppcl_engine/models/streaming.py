@@ -61,11 +61,10 @@ class Teacher:
             yield from ((index, self._resident[index]) for index in indices)
             return
         with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self._load, indices[0]) if indices else None
+            coming = [reader.submit(self._load, index) for index in indices[:1]]
             for position, index in enumerate(indices):
-                block = coming.result()
-                if position + 1 < len(indices):
-                    coming = reader.submit(self._load, indices[position + 1])
+                block = coming.pop().result()
+                coming += [reader.submit(self._load, i) for i in indices[position + 1 :][:1]]
                 yield index, block
                 del block
                 return_freed_memory()
@@ -186,7 +185,8 @@ class StateStore:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, key: int | str, batch: int) -> Path:
-        return self.folder / f"state_{key}_batch_{batch}"
+        """With a folder alone."""
+        return Path(self.folder or "") / f"state_{key}_batch_{batch}"
 
 
 def streams_of(state: BlockState, rest: str | None = None) -> dict[str, torch.Tensor]:
@@ -215,11 +215,11 @@ def write_bare(path: Path, tensors: Iterable[torch.Tensor]) -> None:
     try:
         with open(path, "wb", buffering=0) as file:
             for tensor in tensors:
-                view, done = memoryview(_bytes_of(tensor.cpu().contiguous())), 0
+                view, done = _bytes_of(tensor.cpu().contiguous()), 0
                 while done < len(view):  # one write takes at most 2 GB
                     done += file.write(view[done:])
     except OSError as error:  # a full disk does not say where it is full
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
 
 def read_bare(
@@ -228,7 +228,7 @@ def read_bare(
     with open(path, "rb", buffering=0) as file:
         for dtype, shape in known:
             tensor = torch.empty(shape, dtype=dtype)
-            view, done = memoryview(_bytes_of(tensor)), 0
+            view, done = _bytes_of(tensor), 0
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
@@ -239,8 +239,8 @@ def read_bare(
             yield tensor
 
 
-def _bytes_of(tensor: torch.Tensor):
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def sweep(

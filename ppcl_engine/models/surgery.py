@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..architectures import Architecture, SharedText
+from ..architectures.modules import AnyModule
 from ..plan import Interval
 from .filling import check_shape
 from .layout import Layout, Place
@@ -48,7 +49,7 @@ def _map(width: int, rank: int | None) -> nn.Module:
     return nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, width))
 
 
-def add_correction(block: nn.Module, correction: Correction, returns: tuple[str, ...]) -> nn.Module:
+def add_correction(block: AnyModule, correction: Correction, returns: tuple[str, ...]) -> AnyModule:
     """Puts the correction behind what the block returns.
 
     As a part of the block and a hook on it, not a module around it: the block's own tensors keep
@@ -56,7 +57,7 @@ def add_correction(block: nn.Module, correction: Correction, returns: tuple[str,
     """
 
     def correct(
-        module: nn.Module, arguments, outputs: tuple[torch.Tensor, ...]
+        module: AnyModule, arguments, outputs: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]:
         return tuple(module.correction.correct(s, x) for s, x in zip(returns, outputs, strict=True))
 
@@ -122,7 +123,7 @@ def filled_student(
 
 def project(
     architecture: Architecture,
-    block: nn.Module,
+    block: AnyModule,
     place: Place,
     shared: dict[int, SharedText],
     projections: Projections | None = None,

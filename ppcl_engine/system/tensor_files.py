@@ -212,12 +212,11 @@ class TensorFile:
             shape = (rows, *shape[1:])
         buffer = torch.empty(last - first, dtype=torch.uint8)
         digest = None if rows is not None else self._digest(entry)
-        view = memoryview(buffer.numpy())
+        view = memoryview(buffer.numpy().data)
         for begin, end in self._pieces(entry["name"], first, view):
             if digest is not None:
                 digest.update(view[begin:end])
-        if digest is not None:
-            self._hashes.check(entry["name"], digest.hexdigest())
+        self._check(entry["name"], digest)
         return buffer.view(dtype).reshape(shape)
 
     def _verify(self, entry: dict) -> None:
@@ -230,7 +229,12 @@ class TensorFile:
             for _ in self._pieces(entry["name"], begin, view):
                 pass
             digest.update(view)
-        self._hashes.check(entry["name"], digest.hexdigest())
+        self._check(entry["name"], digest)
+
+    def _check(self, name: str, digest: TensorHash | None) -> None:
+        """Raises ValueError for another hash than the file's."""
+        if self._hashes is not None and digest is not None:
+            self._hashes.check(name, digest.hexdigest())
 
     def _digest(self, entry: dict) -> TensorHash | None:
         """None: nothing to check, or checked before."""

@@ -220,7 +220,7 @@ class _Measurement:
         self.velocities = {batch: self._velocity(ends[batch]) for batch in self.held_out}
         self.power = torch.cat([_per_sample(v) for v in self.velocities.values()])
         features = [self._features(state, batch) for batch, state in enumerate(ends)]
-        self.end_gram = None if self.config.local else self._gram(features)
+        self.end_gram: torch.Tensor | None = None if self.config.local else self._gram(features)
 
     def _walk(self, group: list[Part], progress: Progress) -> None:
         """From the group's first block to the end: at block i the chains that end at i branch off,
@@ -320,7 +320,7 @@ class _Measurement:
         for k in range(u + 1, reach(u, self.last + 1, self.config.longest, self.starts) + 1):
             seen = self.seen.pop((u, k))
             here = self.end_gram
-            if self.config.local:
+            if here is None:
                 here = self._gram(
                     [self._features(self._state(k + 1, batch), batch) for batch in self.batches]
                 )

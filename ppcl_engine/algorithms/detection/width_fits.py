@@ -19,10 +19,11 @@ from torch import nn
 from tqdm import tqdm
 
 from ...architectures import BlockState, Inputs
+from ...architectures.modules import AnyModule
 from ...models.assembly import Students
 from ...models.layout import Layout, Place, group_places, layout_of
 from ...models.streaming import StateStore, Teacher, read_bare, sweep, write_bare
-from ...plan import PruningPlan
+from ...plan import PruningPlan, TextGroup
 from ...system.distributed import processes
 from ...system.progress import Progress
 from ..least_squares import InputMoments, NormalEquations, Solution
@@ -63,7 +64,7 @@ def fits_of(plan: PruningPlan, layout: Layout) -> list[Fit]:
     fits = []
     for name in layout.sites:
         site = plan.site(name)
-        if site.kind == "text":
+        if isinstance(site, TextGroup):
             source, members = group_places(layout, site)
             fits += [
                 Fit(place=_bare(p), kind="text", source=_bare(source), steps=p.steps_text)
@@ -99,7 +100,7 @@ def own_pair(
 ) -> Pair:
     """(what the projection reads, what it has to give), [n, tokens, d] each (method: width; paper,
     section 3.4)."""
-    if fit.kind == "text":
+    if source_seen is not None:
         source = source_seen["text_modulated"]
         return source, seen["text_modulated"].float() - source.float()
     stream = fit.stream
@@ -221,7 +222,7 @@ def _on_host(solution: Solution) -> Solution:
 
 
 def standing_block(
-    teacher: Teacher, students: Students, place: Place, block: nn.Module | None
+    teacher: Teacher, students: Students, place: Place, block: AnyModule
 ) -> nn.Module:
     """What stands at a place where nothing is projected: a student, or the teacher's block that was
     read for it."""
@@ -243,7 +244,7 @@ class _Accumulation:
         self.inputs = {key: InputMoments(width, device) for key in sources}
         self.sums = {
             f: {
-                part: NormalEquations(width, width, device, self.inputs.get((f.source, part)))
+                part: NormalEquations(width, width, device, self._inputs_of(f, part))
                 for part in f.parts
             }
             for f in fits
@@ -255,6 +256,9 @@ class _Accumulation:
         }
         """source -> the last block at which anything reads what it left"""
         self.source_seen: dict[tuple[Place, int], dict[str, torch.Tensor]] = {}
+
+    def _inputs_of(self, fit: Fit, part: str) -> InputMoments | None:
+        return self.inputs[fit.source, part] if fit.source else None
 
     def sweep(self, inputs: Sequence[Inputs]) -> None:
         embedded = [self.teacher.embed(row) for row in inputs]
@@ -300,7 +304,7 @@ class _Accumulation:
             )
         for fit, parts in self.sums.items():
             if fit.place == place:
-                source = self._source(fit, batch) if fit.source else None
+                source = self._source(fit.source, batch) if fit.source else None
                 x, y = own_pair(fit, seen, source)
                 rows = counted(fit, state, self.teacher.used_streams(place.last))
                 parts["map"].add(x[rows], y[rows])
@@ -316,17 +320,15 @@ class _Accumulation:
         rest = "cpu" if self.teacher.streamed else self.teacher.device
         self.source_seen[place, batch] = {name: tensor.to(rest) for name, tensor in seen.items()}
 
-    def _source(self, fit: Fit, batch: int) -> dict[str, torch.Tensor]:
-        return {
-            name: t.to(self.teacher.device)
-            for name, t in self.source_seen[fit.source, batch].items()
-        }
+    def _source(self, source: Place, batch: int) -> dict[str, torch.Tensor]:
+        seen = self.source_seen[source, batch]
+        return {name: tensor.to(self.teacher.device) for name, tensor in seen.items()}
 
     def _step(self, index: int, after: BlockState, batch: int) -> None:
         """The teacher's text behind a group's last block against the text that its source left."""
         for fit, parts in self.sums.items():
-            if "step" in parts and fit.place.last == index:
-                real, before = after.real("text"), self._source(fit, batch)["text"]
+            if fit.source and "step" in parts and fit.place.last == index:
+                real, before = after.real("text"), self._source(fit.source, batch)["text"]
                 parts["step"].add(before[real], after.text[real].float() - before[real].float())
 
 
@@ -335,7 +337,7 @@ def warnings_of(solutions: Mapping[Fit, dict[str, Solution]]) -> Iterator[str]:
     for fit, parts in solutions.items():
         for part, solution in parts.items():
             width = solution.weight.shape[1]
-            if solution.rank < width:
+            if solution.rank is not None and solution.rank < width:
                 yield (
                     f"warning: {fit.name} ({part}) is rank-deficient: rank {solution.rank} of {width} from "
                     f"{solution.rows} tokens; the ridge decides the rest, calibrate with more samples"

@@ -7,7 +7,7 @@ A sweep costs as much as many students' updates, so every cached batch serves se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,34 +51,35 @@ class RoundSettings:
         return math.ceil(self.updates / REUSE)
 
 
-Part = TypeVar("Part")
+Part = TypeVar("Part", bound=Hashable)
+Taught = TypeVar("Taught", contravariant=True)
 
 
-class Course(Protocol[Part]):
+class Course(Protocol[Taught]):
     """What a stage knows of the parts that it trains."""
 
-    def path(self, part: Part) -> Path:
+    def path(self, part: Taught, /) -> Path:
         """The file of its training."""
         ...
 
-    def settings(self, part: Part) -> str:
+    def settings(self, part: Taught, /) -> str:
         """As `resume_settings`, in JSON."""
         ...
 
-    def name(self, part: Part) -> str:
+    def name(self, part: Taught, /) -> str:
         """As losses and messages call it."""
         ...
 
-    def boundaries(self, part: Part) -> set[int]:
+    def boundaries(self, part: Taught, /) -> set[int]:
         """Of the teacher's states that it learns from (i: the input of block i)."""
         ...
 
-    def begin(self, part: Part, states: FreshStates) -> Trainer:
+    def begin(self, part: Taught, /, states: FreshStates) -> Trainer:
         """From its file, or new."""
         ...
 
     def loss_at(
-        self, part: Part, trainer: Trainer, states: FreshStates
+        self, part: Taught, /, trainer: Trainer, states: FreshStates
     ) -> Callable[[int], torch.Tensor]:
         """The loss before each of the round's updates, by step."""
         ...
@@ -129,7 +130,7 @@ class Rounds(Generic[Part]):
         )
 
     def train_round(
-        self, number: int, parts: list[Part], kept: KeptTrainers, session: Session
+        self, number: int, parts: list[Part], kept: KeptTrainers[Part], session: Session
     ) -> None:
         """Sweeps the teacher once, then trains each part on the states of that sweep."""
         folder = self.folder and processes().folder(self.folder / f"{self.name}_{number}")

@@ -44,9 +44,10 @@ def open_codec(path: Path, device: str = "cpu") -> Codec:
     if path.is_file():
         file = TensorFile(path)
         if set(TABLES) <= set(file.entries) and VOCABULARY_KEY in file.metadata:
-            names = (*TABLES, POSITIONS) if POSITIONS in file.entries else TABLES
-            tables = (file.read(name).float() for name in names)
-            return TableCodec(file.about(VOCABULARY_KEY, tuple[str, ...]), *tables)
+            positions = file.read(POSITIONS).float() if POSITIONS in file.entries else None
+            tables = (file.read(name).float() for name in TABLES)
+            vocabulary = file.about(VOCABULARY_KEY, tuple[str, ...])
+            return TableCodec(vocabulary, *tables, position_embedding=positions)
     raise ValueError(
         f"{path} brings no text encoder and VAE; give a diffusers pipeline folder, "
         "or stored embeddings with --embeddings"

@@ -3,7 +3,7 @@ it."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -17,14 +17,21 @@ class Codec(Protocol):
     the CPU, in and out; masks are bool.
     """
 
-    picture_size: tuple[int, int]
-    """default height and width of a picture, pixels"""
-    latent_channels: int
-    pixels_per_latent: int
-    rescales_guidance: bool
+    rescales_guidance: ClassVar[bool]
     """whether the guided velocity of every token keeps the norm of the caption's"""
-    edits: bool
+    edits: ClassVar[bool]
     """whether captions are instructions, read with the pictures that they change, the references"""
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Default height and width of a picture, pixels."""
+        ...
+
+    @property
+    def latent_channels(self) -> int: ...
+
+    @property
+    def pixels_per_latent(self) -> int: ...
 
     def timesteps(self, steps: int, image_tokens: int) -> list[float]:
         """1, ..., 0, both ends included: where a picture of so many tokens is sampled"""

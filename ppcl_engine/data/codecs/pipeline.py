@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ...architectures import Inputs
+from ...architectures.modules import AnyModule
 from ...system.tensor_files import TensorFile
 from ..flow import euler_timesteps
 from .base import check_references
@@ -47,7 +48,8 @@ class PipelineCodec:
         self.dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
         _check_layout(self.folder, self.text_parts)
         self.latent_channels, self.pixels_per_latent = self._sizes(self._vae_config())
-        self.picture_size = (LATENT_SIDE * self.pixels_per_latent,) * 2
+        side = LATENT_SIDE * self.pixels_per_latent
+        self.picture_size = (side, side)
         self._text_pipeline = None
         self._vae = None
 
@@ -57,7 +59,7 @@ class PipelineCodec:
         from diffusers import FlowMatchEulerDiscreteScheduler
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        scheduler: AnyModule = FlowMatchEulerDiscreteScheduler.from_config(
             read_part_config(self.folder / SCHEDULER_FILE, Scheduler)
         )
         config = scheduler.config
@@ -116,7 +118,7 @@ class PipelineCodec:
         """Channels of a latent, pixels a side that one covers."""
         raise NotImplementedError
 
-    def _statistics(self, vae: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _statistics(self, vae: AnyModule, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The latents' mean and standard deviation, of the device and dtype of `like`."""
         raise NotImplementedError
 
@@ -128,15 +130,17 @@ class PipelineCodec:
         """The inverse of `_framed`."""
         return x
 
-    def _open_text_pipeline(self):
+    def _open_text_pipeline(self) -> Any:
         raise NotImplementedError
 
     def _vae_class(self) -> type:
         raise NotImplementedError
 
-    def _open_vae(self):
+    def _open_vae(self) -> Any:
         if self._vae is None:
-            vae = read_part(self._vae_class(), self.folder / "vae", torch_dtype=self.dtype)
+            vae: AnyModule = read_part(
+                self._vae_class(), self.folder / "vae", torch_dtype=self.dtype
+            )
             vae.enable_slicing()  # one picture at a time: memory does not grow with the batch
             self._vae = vae.to(self.device)
         return self._vae

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ...architectures import Inputs
+from ...architectures.modules import AnyModule
 from .pipeline import TEXTS_AT_ONCE, PipelineCodec, read_part
 
 
@@ -28,7 +29,7 @@ class PooledCodec(PipelineCodec):
     def _sizes(self, config: dict) -> tuple[int, int]:
         return config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
 
-    def _statistics(self, vae: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _statistics(self, vae: AnyModule, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         values = torch.tensor([vae.config.shift_factor, 1 / vae.config.scaling_factor])
         mean, deviation = values.to(like.device, like.dtype)
         return mean, deviation

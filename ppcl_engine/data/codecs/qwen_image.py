@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...architectures import Inputs
+from ...architectures.modules import AnyModule
 from .base import check_references
 from .pipeline import TEXT_TOKENS, TEXTS_AT_ONCE, PipelineCodec, read_part, read_tokenizer
 from .pipeline_files import QwenVAE
@@ -51,7 +52,7 @@ class QwenImageCodec(PipelineCodec):
     def _sizes(self, config: dict) -> tuple[int, int]:
         return config["z_dim"], 2 ** len(config["temperal_downsample"])
 
-    def _statistics(self, vae: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _statistics(self, vae: AnyModule, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[1, channels, 1, 1, 1] each"""
         values = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
         mean, deviation = values.to(like.device, like.dtype)[:, None, :, None, None, None]
@@ -101,8 +102,8 @@ class QwenImageEditCodec(QwenImageCodec):
         them."""
         check_references(self.edits, references is not None, self.folder)
         pipeline, rows = self._open_text_pipeline(), []
-        images = pipeline.image_processor
-        for text, pictures in zip(texts, references, strict=True):
+        images, given = pipeline.image_processor, () if references is None else references
+        for text, pictures in zip(texts, given, strict=True):
             seen = self._seen(pipeline, images.numpy_to_pil(images.pt_to_numpy(pictures)))
             with torch.no_grad():
                 rows.append(pipeline.encode_prompt([text], seen, self.device)[0][0].float().cpu())

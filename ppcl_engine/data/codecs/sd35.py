@@ -30,15 +30,14 @@ class StableDiffusion3Codec(PooledCodec):
 
     def _open_text_pipeline(self):
         if self._text_pipeline is None:
-            from diffusers import StableDiffusion3Pipeline
             from transformers import (
                 CLIPTextModelWithProjection,
                 CLIPTokenizer,
                 T5EncoderModel,
-                T5TokenizerFast,
+                T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
             )
 
-            self._text_pipeline = StableDiffusion3Pipeline(
+            self._text_pipeline = self._pipeline_class()(
                 scheduler=None,
                 vae=None,
                 text_encoder=self._encoder(CLIPTextModelWithProjection, "text_encoder"),
@@ -50,3 +49,8 @@ class StableDiffusion3Codec(PooledCodec):
                 transformer=None,
             )
         return self._text_pipeline
+
+    def _pipeline_class(self) -> type:
+        from diffusers import StableDiffusion3Pipeline
+
+        return StableDiffusion3Pipeline

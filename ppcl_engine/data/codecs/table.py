@@ -47,9 +47,8 @@ class TableCodec:
         return int((len(self.mean) // 3) ** 0.5)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        tables = dict(
-            zip(TABLES, (self.token_embedding, self.mean, self.encode, self.decode), strict=True)
-        )
+        values = (self.token_embedding, self.mean, self.encode, self.decode)
+        tables: dict[str, torch.Tensor] = dict(zip(TABLES, values, strict=True))
         return (
             tables
             if self.position_embedding is None

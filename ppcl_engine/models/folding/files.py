@@ -221,11 +221,13 @@ def give_base(model: nn.Module, base: Path, path: Path) -> None:
     inputs = table_inputs(model)
     if inputs is None:
         return
+    folding = open_original(path).folding
+    mark = folding.mark if folding else ""
     maps = table_maps(model)
 
     def more(timesteps: list[float]) -> None:
         original, parameter = open_original(base), next(iter(maps.values())).weight
-        check_mark(original, open_original(path).folding.mark, path)
+        check_mark(original, mark, path)
         found = original_table(
             original, timesteps, inputs, maps, parameter.dtype, str(parameter.device)
         )

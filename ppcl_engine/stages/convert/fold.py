@@ -113,7 +113,7 @@ class _Folding:
             folder / f"{self.config.name}_base.safetensors",
             _path(folder, self.config.name, self.original),
         )
-        if self.original.is_bundle:
+        if self.original.is_bundle and self.original.plan:
             write_folded(base_path, self.base, self._folded(self.base, folding, maps))
             fingerprint = Weights(base_path).fingerprint
             plan = _plan_of_folded(self.original.plan, folding, fingerprint)

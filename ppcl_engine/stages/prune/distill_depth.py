@@ -21,6 +21,7 @@ from ...algorithms.distillation.rounds import FreshStates, Rounds
 from ...algorithms.distillation.trainer import Trainer, resume_settings, rounding, saved_step
 from ...algorithms.least_squares import NormalEquations, Solution
 from ...architectures import BlockState
+from ...architectures.modules import AnyModule
 from ...data.calibration import CalibrationSet
 from ...models.streaming import Teacher, mixed_precision
 from ...models.surgery import build_student, interval_streams
@@ -202,7 +203,7 @@ def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items()}
 
 
-def set_map(target: nn.Module, equations: NormalEquations) -> Solution:
+def set_map(target: AnyModule, equations: NormalEquations) -> Solution:
     """The ridge solution into a Linear, or its best approximation of the rank of a pair of Linears.
 
     Reduced-rank regression: project on the leading directions of the fitted values, centred
