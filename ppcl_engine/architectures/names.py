@@ -4,7 +4,7 @@ block's number."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .base import Part
@@ -62,3 +62,10 @@ class NameTable:
 def _split(name: str) -> tuple[str, str]:
     match = NUMBERED.fullmatch(name)
     return (f"{match[1]}.{{}}.{match[3]}", match[2]) if match else (name, "")
+
+
+def depth(keys: Iterable[str], prefix: str) -> int:
+    """How many blocks a model has whose names begin with `prefix` and the block's number."""
+    return 1 + max(
+        int(key.removeprefix(prefix).split(".")[0]) for key in keys if key.startswith(prefix)
+    )

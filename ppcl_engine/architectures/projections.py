@@ -51,6 +51,21 @@ def padded(first: torch.Tensor) -> torch.Tensor:
     return torch.cat([first, zeros, zeros, zeros + 1], dim=-1)
 
 
+class PaddedDual(nn.Linear):
+    """The modulation of a block that attends twice to the image, without the FFN's third in its
+    middle (9 d -> 6 d)."""
+
+    @staticmethod
+    def kept(whole: torch.Tensor) -> torch.Tensor:
+        """Rows of the whole modulation's weight or bias."""
+        first, _, second = whole.chunk(3)
+        return torch.cat([first, second])
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        first, second = super().forward(conditioning).chunk(2, dim=-1)
+        return torch.cat([padded(first), second], dim=-1)
+
+
 class FixedModulation(nn.Module):
     """In place of a text modulation whose stream does not move: all zeros, or the FFN's gate 1
     where it steps."""
@@ -101,6 +116,13 @@ class ProjectedNorm(nn.Module):
         )
 
 
+class ProjectedLastNorm(ProjectedNorm):
+    """Of the last block, which modulates its text and does nothing else with it."""
+
+    def forward(self, text: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        return super().forward(text, emb)[0]
+
+
 class AddedProjection(nn.Linear):
     """[attention, P(x)] -> W attention + b + P(x): what is left of a map that joined attention and
     FFN."""
@@ -136,6 +158,18 @@ def cut_linear(
     with torch.no_grad():
         cut.weight.copy_(linear.weight[:width_out, :width_in])
         cut.bias.copy_(linear.bias[:width_out])
+    return cut
+
+
+def without_ffn(modulation: nn.Linear) -> nn.Linear:
+    """A copy of a modulation without the rows that give the FFN's shift, scale and gate."""
+    width = modulation.in_features
+    if modulation.out_features == 6 * width:
+        return cut_linear(modulation, width, 3 * width, PaddedLinear)
+    cut: AnyModule = linear_like(modulation, width, 6 * width, PaddedDual)
+    with torch.no_grad():
+        for name, tensor in cut.named_parameters():
+            tensor.copy_(cut.kept(getattr(modulation, name)))
     return cut
 
 

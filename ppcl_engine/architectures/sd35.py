@@ -12,84 +12,20 @@ from torch import nn
 
 from .base import Architecture, BlockState, Inputs, Part
 from .modules import AnyModule
-from .names import NameTable, tensors_of
 from .packing import PackedLatents
 from .projections import (
     Nothing,
-    PaddedLinear,
+    ProjectedLastNorm,
     ProjectedNorm,
     SharedText,
-    cut_linear,
     linear_like,
-    padded,
     publish,
     watched,
+    without_ffn,
 )
+from .sd35_names import BLOCKS, COMFYUI_BLOCKS, COMFYUI_NAMES
 
-BLOCKS, COMFYUI_BLOCKS = "transformer_blocks.", "joint_blocks."
 SUFFIXES = {"image": "", "text": "_context"}  # as the names of a block's parts end
-OUTER_NAMES = {  # diffusers' module -> ComfyUI's
-    "pos_embed.proj": "x_embedder.proj",
-    "context_embedder": "context_embedder",
-    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
-    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-    # scale, shift; there shift, scale
-    "norm_out.linear": ("final_layer.adaLN_modulation.1", (1, 0), 2),
-    "proj_out": "final_layer.linear",
-}
-POSITIONS = {"pos_embed.pos_embed": Part("pos_embed")}
-BLOCK_NAMES = {
-    "norm1.linear": "x_block.adaLN_modulation.1",
-    "norm1_context.linear": "context_block.adaLN_modulation.1",
-    **{f"attn.to_{m}": ("x_block.attn.qkv", (n,), 3) for n, m in enumerate("qkv")},
-    **{f"attn.add_{m}_proj": ("context_block.attn.qkv", (n,), 3) for n, m in enumerate("qkv")},
-    **{f"attn2.to_{m}": ("x_block.attn2.qkv", (n,), 3) for n, m in enumerate("qkv")},
-    "attn.to_out.0": "x_block.attn.proj",
-    "attn.to_add_out": "context_block.attn.proj",
-    "attn2.to_out.0": "x_block.attn2.proj",
-    "ff.net.0.proj": "x_block.mlp.fc1",
-    "ff.net.2": "x_block.mlp.fc2",
-    "ff_context.net.0.proj": "context_block.mlp.fc1",
-    "ff_context.net.2": "context_block.mlp.fc2",
-}
-BLOCK_NORMS = {
-    "attn.norm_q": "x_block.attn.ln_q",
-    "attn.norm_k": "x_block.attn.ln_k",
-    "attn.norm_added_q": "context_block.attn.ln_q",
-    "attn.norm_added_k": "context_block.attn.ln_k",
-    "attn2.norm_q": "x_block.attn2.ln_q",
-    "attn2.norm_k": "x_block.attn2.ln_k",
-}
-COMFYUI_NAMES = NameTable(
-    POSITIONS,
-    tensors_of(OUTER_NAMES),
-    tensors_of(BLOCK_NAMES, f"{BLOCKS}{{}}.", f"{COMFYUI_BLOCKS}{{}}."),
-    tensors_of(BLOCK_NORMS, f"{BLOCKS}{{}}.", f"{COMFYUI_BLOCKS}{{}}.", {"weight": "weight"}),
-)
-
-
-class PaddedDual(nn.Linear):
-    """The modulation of a block that attends twice to the image, without the FFN's third in its
-    middle (9 d -> 6 d)."""
-
-    @staticmethod
-    def kept(whole: torch.Tensor) -> torch.Tensor:
-        """Rows of the whole modulation's weight or bias."""
-        first, _, second = whole.chunk(3)
-        return torch.cat([first, second])
-
-    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        first, second = super().forward(conditioning).chunk(2, dim=-1)
-        return torch.cat([padded(first), second], dim=-1)
-
-
-class ProjectedLastNorm(ProjectedNorm):
-    """Of the last block, which modulates its text and does nothing else with it."""
-
-    def forward(self, text: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        return super().forward(text, emb)[0]
 
 
 class SD35(PackedLatents, Architecture):
@@ -282,7 +218,7 @@ class SD35(PackedLatents, Architecture):
         width = norm.linear.in_features
         setattr(block, f"ff{suffix}", linear_like(norm.linear, width, width))
         if form == "paper":
-            norm.linear = _without_ffn(norm.linear)
+            norm.linear = without_ffn(norm.linear)
             setattr(block, f"norm2{suffix}", nn.Identity())
 
     def project_text(self, block: AnyModule, source: SharedText, steps: bool) -> None:
@@ -385,14 +321,3 @@ class SD35(PackedLatents, Architecture):
 
 def _is_dual(config: dict, index: int) -> bool:
     return index in config.get("dual_attention_layers", ())
-
-
-def _without_ffn(modulation: nn.Linear) -> nn.Linear:
-    width = modulation.in_features
-    if modulation.out_features == 6 * width:
-        return cut_linear(modulation, width, 3 * width, PaddedLinear)
-    cut: AnyModule = linear_like(modulation, width, 6 * width, PaddedDual)
-    with torch.no_grad():
-        for name, tensor in cut.named_parameters():
-            tensor.copy_(cut.kept(getattr(modulation, name)))
-    return cut
