@@ -1,0 +1,262 @@
+"""Files whose modulations are folded or unfolded, and what is read of them.
+
+Three kinds: a full model (anything that `Weights` reads), one of our standalones, a bundle
+(students, tuned variants).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...architectures import Architecture, architecture_named
+from ...architectures.base import modulation_names
+from ...architectures.folded import (
+    FOLDING,
+    Folding,
+    TableInputs,
+    folding_of,
+    table_inputs,
+    table_maps,
+    unfolded_config,
+)
+from ...plan import PruningPlan, plan_from_value
+from ...system.progress import Progress
+from ...system.tensor_files import TensorFile
+from ..bundle import PLAN_KEY, Bundle
+from ..kinds import Kind, kind_of
+from ..standalone import standalone_structure
+from ..stored_layout import STRUCTURE_TENSOR, common_prefix, open_layout
+from ..teacher_hashes import TEACHER_KEY
+from ..weights import Weights
+from .basis import MARKED, mark_of
+from .tables import Table, batches_of, conditionings, make_table, put_table, table_in
+
+TUNED = "tuned."
+Read = Callable[[str, torch.dtype | None], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """A file, opened. stored: every tensor's name in it -> (open file, name there); prefix: of the
+    transformer's names (a checkpoint's); plan: of a bundle or standalone; weights: of a full
+    model."""
+
+    path: Path
+    architecture: Architecture
+    config: dict
+    stored: dict[str, tuple]
+    metadata: dict[str, str]
+    prefix: str = ""
+    plan: PruningPlan | None = None
+    weights: Weights | None = None
+
+    @property
+    def is_bundle(self) -> bool:
+        return PLAN_KEY in self.metadata
+
+    @property
+    def folding(self) -> Folding | None:
+        return folding_of(self.config)
+
+    @cached_property
+    def modulations(self) -> list[str]:
+        """Names of the linear maps, such as `transformer_blocks.3.img_mod.1`."""
+        return modulation_names(
+            (name.removeprefix(self.prefix) for name in self.stored), self.architecture
+        )
+
+    @cached_property
+    def base_modulations(self) -> frozenset[str]:
+        """Of a bundle: those of the full model it was made from."""
+        return frozenset(
+            modulation_names(json.loads(self.metadata[TEACHER_KEY]), self.architecture)
+        )
+
+    @cached_property
+    def modulation_set(self) -> frozenset[str]:
+        return frozenset(self.modulations)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        file, key = self.stored[self.prefix + name]
+        return file.shape(key)
+
+    def dtype(self, name: str) -> torch.dtype:
+        file, key = self.stored[self.prefix + name]
+        return file.dtype(key)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A transformer's tensor; of a scaled one its values."""
+        if self.weights is not None:
+            return self.weights.read(name, dtype)
+        tensor = self.raw(self.prefix + name)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    def raw(self, name: str) -> torch.Tensor:
+        file, key = self.stored[name]
+        return file.read(key)
+
+    @cached_property
+    def mark(self) -> str:
+        embedder = f"{self.architecture.time_embedder}."
+        embedders = (name.removeprefix(self.prefix) for name in self.stored if embedder in name)
+        names = [name + leaf for name in self.modulations for leaf in MARKED]
+        return mark_of(
+            [*names, *(name for name in embedders if name.endswith(MARKED))], self._first_rows
+        )
+
+    def _first_rows(self, name: str, rows: int | None) -> torch.Tensor:
+        file, key = self.stored[self.prefix + name]
+        return file.read(key, rows) if isinstance(file, TensorFile) else file.read(key)[:rows]
+
+
+def open_original(path: Path) -> Original:
+    """Raises ValueError for any other file."""
+    path = Path(path)
+    if kind_of(path) is Kind.BUNDLE:
+        bundle = Bundle(path)
+        stored = {name: (bundle.file, name) for name in bundle.file.keys()}
+        return Original(
+            path,
+            bundle.architecture,
+            bundle.plan.config,
+            stored,
+            bundle.file.metadata,
+            plan=bundle.plan,
+        )
+    file = TensorFile(path) if path.is_file() else None
+    prefix = common_prefix(file.keys()) if file is not None else ""
+    stored = {
+        prefix + name: place
+        for name, place in open_layout(path)[0].items()
+        if name != STRUCTURE_TENSOR
+    }
+    if file is not None:  # what a checkpoint holds beside the transformer stays
+        stored |= {name: (file, name) for name in file.keys() if not name.startswith(prefix)}
+    metadata = {} if file is None else file.metadata
+    if structure := standalone_structure(path):
+        plan = plan_from_value(structure, path)
+        architecture = architecture_named(plan.architecture)
+        return Original(path, architecture, plan.config, stored, metadata, prefix, plan=plan)
+    weights = Weights(path)
+    return Original(
+        path, weights.architecture, weights.config, stored, metadata, prefix, weights=weights
+    )
+
+
+def check_foldable(architecture: Architecture, config: dict, where: object) -> None:
+    """Raises ValueError for an architecture whose modulations read more than the timestep, and for
+    a folded model."""
+    reads = architecture.modulation_reads(config)
+    if not architecture.timestep_modulations or reads != ("the timestep",):
+        raise ValueError(
+            f"{where} is {architecture.name}, whose modulations read {_listed(reads)}: only those that read the timestep "
+            "alone can be folded (Qwen-Image and its edit models)"
+        )
+    if FOLDING in config:
+        raise ValueError(
+            f"{where} is folded already ({config[FOLDING]['form']}); unfold it first with --form off"
+        )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    """ "a, b and c" """
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def embedder_prefix(name: str, names: Iterable[str], architecture: Architecture) -> str:
+    """Where the time embedder of a modulation is: a tuned variant in a bundle has its own. "" is
+    the base's."""
+    if not name.startswith(TUNED):
+        return ""
+    prefix = ".".join(name.split(".")[:2]) + "."
+    return prefix if any(n.startswith(prefix + architecture.time_embedder) for n in names) else ""
+
+
+@torch.no_grad()
+def open_embedder(
+    architecture: Architecture,
+    config: dict,
+    read: Read,
+    prefix: str,
+    dtype: torch.dtype,
+    device: str,
+) -> nn.Module:
+    """The time embedder alone, as an unfolded model has it."""
+    with torch.device("meta"):
+        embedder = architecture.build_outer(unfolded_config(config)).get_submodule(
+            architecture.time_embedder
+        )
+    names = embedder.state_dict()
+    state = {
+        name: read(f"{prefix}{architecture.time_embedder}.{name}", dtype).to(device)
+        for name in names
+    }
+    embedder.load_state_dict(state, assign=True)
+    return embedder.eval().requires_grad_(False)
+
+
+def open_modulation(read: Read, name: str, dtype: torch.dtype, device: str) -> nn.Module:
+    """Activation and linear map, as they stand in a block."""
+    weight, bias = (read(f"{name}.{leaf}", dtype).to(device) for leaf in ("weight", "bias"))
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return nn.Sequential(nn.SiLU(), linear).requires_grad_(False)
+
+
+def give_base(model: nn.Module, base: Path, path: Path) -> None:
+    """A model on a table gets the timesteps that it lacks from the file that it was folded from,
+    when it is asked for them. Nothing happens to others."""
+    inputs = table_inputs(model)
+    if inputs is None:
+        return
+    folding = open_original(path).folding
+    mark = folding.mark if folding else ""
+    maps = table_maps(model)
+
+    def more(timesteps: list[float]) -> None:
+        original, parameter = open_original(base), next(iter(maps.values())).weight
+        check_mark(original, mark, path)
+        found = original_table(
+            original, timesteps, inputs, maps, parameter.dtype, str(parameter.device)
+        )
+        put_table(maps, inputs, table_in(maps, inputs).joined(found))
+
+    inputs.more = more
+
+
+def original_table(
+    original: Original, timesteps, inputs: TableInputs, maps, dtype: torch.dtype, device: str
+) -> Table:
+    """One pass over the modulations of the file for these timesteps, for the numbers of rows that
+    the model's maps know."""
+    architecture, config = original.architecture, original.config
+    embedder = open_embedder(architecture, config, original.read, "", dtype, device)
+
+    def condition(t: torch.Tensor) -> torch.Tensor:
+        return architecture.time_conditioning(embedder, t.to(device, inputs.precision), dtype)
+
+    batches = batches_of(architecture, config, next(iter(maps.values())).batches)
+    given = conditionings(condition, timesteps, batches)
+    names = Progress(maps, desc="table", unit="modulation")
+    return make_table(
+        (
+            (name, partial(open_modulation, original.read, name, dtype, device), given)
+            for name in names
+        ),
+        timesteps,
+    )
+
+
+def check_mark(original: Original, mark: str, where: object) -> None:
+    if original.mark != mark:
+        raise ValueError(
+            f"{original.path} is another model than {where} was folded from ({original.mark[:8]}, not {mark[:8]}); "
+            "give the very file"
+        )
