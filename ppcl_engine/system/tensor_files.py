@@ -84,9 +84,10 @@ def write_tensor_stream(
             if not entry.gaps:
                 check_finite({entry.name: tensor}, path, NOT_WRITTEN)
             data = tensor.reshape(-1).view(torch.uint8).numpy().data
-            digest = TensorHash(entry.name, DTYPE_NAMES[entry.dtype], entry.shape, len(data))
-            digest.update(data)
-            file.write(data)
+            digest = TensorHash(entry.name, DTYPE_NAMES[entry.dtype], entry.shape)
+            for begin in range(0, len(data), CHUNK):
+                digest.update(data[begin : begin + CHUNK])
+                file.write(data[begin : begin + CHUNK])
             found[entry.name] = digest.hexdigest()
         file.seek(0)
         file.write(_header(entries, metadata, found))
@@ -240,8 +241,7 @@ class TensorFile:
         """None: nothing to check, or checked before."""
         if self._hashes is None or not self._hashes.wanted(entry["name"]):
             return None
-        first, last = entry["data_offsets"]
-        return TensorHash(entry["name"], entry["dtype"], entry["shape"], last - first)
+        return TensorHash(entry["name"], entry["dtype"], entry["shape"])
 
     def _pieces(self, name: str, first: int, view: memoryview) -> Iterator[tuple[int, int]]:
         """Fills `view` with what lies behind `first`; yields (begin, end) of what has come."""

@@ -8,7 +8,6 @@ import torch
 
 from benchmarks import precision
 from benchmarks.precision import last_quarter, watching
-from ppcl_engine.algorithms.distillation.trainer import Trainer
 from ppcl_engine.run import Run
 from ppcl_engine.system.tensor_files import TensorFile
 
@@ -73,20 +72,6 @@ def test_files_of_a_training_in_bfloat16_hold_float32(trained, stage):
     for path in files if stage == "distill_depth" else Run(folder).projections.iterdir():
         file = TensorFile(path)
         assert {file.dtype(name) for name in file.keys()} == {torch.float32}, path.name
-
-
-def test_what_was_saved_in_bfloat16_goes_on_in_float32(tmp_path):
-    """Files of before: weights and moments in bfloat16."""
-    torch.manual_seed(0)
-    old = Trainer(torch.nn.Linear(4, 4).bfloat16(), 0.0)
-    old.update(old.module(torch.ones(2, 4).bfloat16()).float().square().mean(), 0.1, "here")
-    old.save(tmp_path / "old.safetensors", "{}")
-    new = Trainer(torch.nn.Linear(4, 4), 0.0)
-    new.restore(tmp_path / "old.safetensors")
-    assert torch.equal(new.module.weight, old.module.weight.float())
-    before = new.module.weight.detach().clone()
-    new.update(new.module(torch.ones(2, 4)).square().mean(), 1e-5, "here")
-    assert new.step == 2 and not torch.equal(new.module.weight, before)
 
 
 def test_the_benchmark(tmp_path):
