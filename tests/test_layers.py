@@ -199,9 +199,7 @@ def test_settings_and_plan_come_without_torch():
     """The command line's help and a plan's reader need no more than these, and what they import in
     turn."""
     rooms = {
-        name
-        for name in FILES
-        if name == "ppcl_engine.plan" or name.startswith("ppcl_engine.settings")
+        name for name in FILES if name.startswith(("ppcl_engine.plan", "ppcl_engine.settings"))
     }
     light = rooms.union(*(reached(GRAPH, name) for name in rooms))
     assert {n.split(".")[0] for name in light for n in FILES[name]} & HEAVY == set()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from ppcl_engine.algorithms.detection.curves import load_probe
+from ppcl_engine.algorithms.detection.stream_maps import load_probe
 from ppcl_engine.algorithms.distillation.saved_training import step_of
 from ppcl_engine.algorithms.distillation.trainer import Trainer, saved_weights
 from ppcl_engine.architectures import architecture_named

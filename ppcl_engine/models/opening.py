@@ -19,7 +19,7 @@ from .assembly import assemble, empty_model, open_variant
 from .bundle import Bundle
 from .bundle_contents import check_bundle
 from .filling import fill
-from .folding.files import give_base
+from .folding.reading import give_base
 from .kinds import Kind, kind_of
 from .layout import full_layout
 from .model_configs import check_model_config

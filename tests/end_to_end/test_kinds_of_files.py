@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from ppcl_engine.algorithms.detection.curves import load_probe
+from ppcl_engine.algorithms.detection.stream_maps import load_probe
 from ppcl_engine.algorithms.distillation.trainer import Trainer, saved_step
 from ppcl_engine.algorithms.sparsity.files import sparsity_of
 from ppcl_engine.architectures.folded import folding_of

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named
-from ppcl_engine.models.folding.files import open_original
+from ppcl_engine.models.folding.reading import open_original
 from ppcl_engine.models.scales import FORMAT_SUFFIX
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.system.tensor_files import write_tensors

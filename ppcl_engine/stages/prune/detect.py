@@ -14,13 +14,8 @@ from pathlib import Path
 import torch
 
 from ... import __version__
-from ...algorithms.detection.curves import (
-    Curves,
-    block_passes,
-    load_curves,
-    measure,
-    section_starts,
-)
+from ...algorithms.detection.chains import measure
+from ...algorithms.detection.curves import Curves, block_passes, load_curves, section_starts
 from ...algorithms.detection.intervals import (
     DEGENERATE,
     budget_intervals,

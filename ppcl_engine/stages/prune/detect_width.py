@@ -18,15 +18,13 @@ import torch
 
 from ...algorithms.detection.alignment import cka, linear_gram
 from ...algorithms.detection.damage import Damage
-from ...algorithms.detection.width_fits import (
-    Fit,
+from ...algorithms.detection.width_fits import Fit, fits_of, standing_block
+from ...algorithms.detection.width_solutions import (
     Solutions,
     as_state,
     explained,
-    fits_of,
     print_warnings,
     ridge_solutions,
-    standing_block,
 )
 from ...models.assembly import Students
 from ...models.cost import CostModel

@@ -14,12 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...algorithms.detection.width_fits import (
-    Fit,
+from ...algorithms.detection.width_fits import Fit, fits_of, fits_of_blocks_given_back
+from ...algorithms.detection.width_solutions import (
     Solutions,
     as_state,
-    fits_of,
-    fits_of_blocks_given_back,
     print_warnings,
     ridge_solutions,
 )

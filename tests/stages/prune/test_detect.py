@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from ppcl_engine.algorithms.detection.alignment import cka, linear_gram
-from ppcl_engine.algorithms.detection.curves import (
-    RIDGE,
-    Part,
-    apply_maps,
-    block_passes,
-    blocks_read,
-    grouped,
-    load_probe,
-)
+from ppcl_engine.algorithms.detection.chains import RIDGE, Part, blocks_read, grouped
+from ppcl_engine.algorithms.detection.curves import block_passes
+from ppcl_engine.algorithms.detection.stream_maps import apply_maps, load_probe
 from ppcl_engine.algorithms.least_squares import InputMoments, NormalEquations
 from ppcl_engine.architectures.qwen_image import QwenImage
 from ppcl_engine.data.calibration import CalibrationSet
