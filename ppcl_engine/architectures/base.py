@@ -223,7 +223,7 @@ class Architecture(Protocol):
 
     def to_comfyui(self, key: str, keys: Collection[str]) -> Part:
         """Of every tensor by diffusers' name, in a model that has tensors of the names `keys`.
-        Raises KeyError for a name that is none."""
+        Raises KeyError for any other name."""
         ...
 
     def from_comfyui(self, name: str) -> tuple[str, ...]:

@@ -40,7 +40,8 @@ class Bundle:
 
     @cached_property
     def teacher(self) -> Teacher | None:
-        """What is known of the base's tensors; None in a bundle of before that was kept."""
+        """What is known of the base's tensors; None in a bundle that was written before this
+        was recorded."""
         recorded = (
             self.file.about(TEACHER_KEY, Recorded) if TEACHER_KEY in self.file.metadata else None
         )
