@@ -249,8 +249,6 @@ def test_hostile_goes_on_where_it_was_stopped(tmp_path):
 
 def test_hashing(tmp_path):
     values = run(hashing, tmp_path)
-    assert (
-        values["seconds_with"] > 0
-        and values["bytes"] > 1e5
-        and values.keys() >= {"share", "processor_share"}
-    )
+    assert values["bytes"] > 1e5
+    for row in (values["disk"], values["page_cache"]):
+        assert row["seconds_with"] > 0 and row.keys() >= {"share", "processor_share"}
