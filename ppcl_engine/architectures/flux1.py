@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .base import Architecture, BlockState, Inputs, Part
-from .flux1_names import COMFYUI_NAMES, DOUBLE, SINGLE
+from .flux1_names import COMFYUI_NAMES, COMFYUI_PROJECTIONS, DOUBLE, SINGLE
 from .modules import AnyModule
 from .names import depth
 from .packing import PackedLatents
@@ -60,13 +60,7 @@ class Flux1(PackedLatents, Architecture):
         "ffn_joint": {"map": "proj_mlp"},
         "text": {"map": "norm1_context.projection", "step": "ff_context"},
     }
-    comfyui_projections = {
-        "ffn_image": {"map": "img_mlp"},
-        "ffn_text": {"map": "txt_mlp"},
-        # reads the block's input, and replaces the MLP's first map and its activation
-        "ffn_joint": {"map": "mlp_act"},
-        "text": {"map": "txt_norm1.projection", "step": "txt_mlp"},
-    }
+    comfyui_projections = COMFYUI_PROJECTIONS
     replaced_names = {
         "ffn_image": ("ff.",),
         "ffn_text": ("ff_context.",),

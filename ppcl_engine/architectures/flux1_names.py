@@ -51,3 +51,10 @@ COMFYUI_NAMES = NameTable(
     tensors_of(SINGLE_NORMS, f"{SINGLE}{{}}.", "single_blocks.{}.", {"weight": "scale"}),
     spellings={"weight": "scale"},  # as ComfyUI 0.14 and later save norms
 )
+COMFYUI_PROJECTIONS = {
+    "ffn_image": {"map": "img_mlp"},
+    "ffn_text": {"map": "txt_mlp"},
+    # reads the block's input, and replaces the MLP's first map and its activation
+    "ffn_joint": {"map": "mlp_act"},
+    "text": {"map": "txt_norm1.projection", "step": "txt_mlp"},
+}

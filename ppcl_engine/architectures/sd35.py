@@ -23,7 +23,7 @@ from .projections import (
     watched,
     without_ffn,
 )
-from .sd35_names import BLOCKS, COMFYUI_BLOCKS, COMFYUI_NAMES
+from .sd35_names import BLOCKS, COMFYUI_BLOCKS, COMFYUI_NAMES, COMFYUI_PROJECTIONS
 
 SUFFIXES = {"image": "", "text": "_context"}  # endings of the names of a block's parts
 
@@ -62,11 +62,7 @@ class SD35(PackedLatents, Architecture):
         "ffn_text": {"map": "ff_context"},
         "text": {"map": "norm1_context.projection", "step": "ff_context"},
     }
-    comfyui_projections = {
-        "ffn_image": {"map": "x_block.mlp"},
-        "ffn_text": {"map": "context_block.mlp"},
-        "text": {"map": "context_block.norm1.projection", "step": "context_block.mlp"},
-    }
+    comfyui_projections = COMFYUI_PROJECTIONS
     replaced_names = {
         "ffn_image": ("ff.",),
         "ffn_text": ("ff_context.",),

@@ -46,3 +46,8 @@ COMFYUI_NAMES = NameTable(
     tensors_of(BLOCK_NAMES, f"{BLOCKS}{{}}.", f"{COMFYUI_BLOCKS}{{}}."),
     tensors_of(BLOCK_NORMS, f"{BLOCKS}{{}}.", f"{COMFYUI_BLOCKS}{{}}.", {"weight": "weight"}),
 )
+COMFYUI_PROJECTIONS = {
+    "ffn_image": {"map": "x_block.mlp"},
+    "ffn_text": {"map": "context_block.mlp"},
+    "text": {"map": "context_block.norm1.projection", "step": "context_block.mlp"},
+}
