@@ -87,8 +87,7 @@ class Flux1(PackedLatents, Architecture):
     }
 
     def detect(self, keys: Iterable[str]) -> bool:
-        """By tensors that neither Qwen-Image nor other models with double and single blocks have,
-        in either layout."""
+        """By tensors that no other model with double and single blocks has, in either layout."""
         keys = set(keys)
         diffusers = {
             "context_embedder.weight",

@@ -141,8 +141,8 @@ class Painter:
             name: tensor[chosen] for name, tensor in inputs.items() if name not in PICTURE_INPUTS
         }
         self.prompts = Prompts(
-            given=text,
-            nothing=text,  # not read without guidance
+            positive=text,
+            negative=text,  # not read without guidance
             latent_shape=(0, 0, 0),
             timesteps=self.codec.timesteps,
             rescales_guidance=self.codec.rescales_guidance,
