@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .base import Architecture, BlockState, Inputs, Part
-from .flux1_names import COMFYUI_NAMES, DOUBLE, SINGLE
+from .flux1_names import COMFYUI_NAMES, COMFYUI_PROJECTIONS, DOUBLE, SINGLE
 from .modules import AnyModule
 from .names import depth
 from .packing import PackedLatents
@@ -27,7 +27,7 @@ from .projections import (
 )
 
 ROTARY_SHARES = (2, 7, 7)  # of 16: picture, row, column; 16, 56, 56 of 128 in the released models
-SUFFIXES = {"image": "", "text": "_context"}  # as the names of a double block's parts end
+SUFFIXES = {"image": "", "text": "_context"}  # endings of the names of a double block's parts
 
 
 class Flux1(PackedLatents, Architecture):
@@ -60,13 +60,7 @@ class Flux1(PackedLatents, Architecture):
         "ffn_joint": {"map": "proj_mlp"},
         "text": {"map": "norm1_context.projection", "step": "ff_context"},
     }
-    comfyui_projections = {
-        "ffn_image": {"map": "img_mlp"},
-        "ffn_text": {"map": "txt_mlp"},
-        # of what comes in: in place of the MLP's first map and of its activation
-        "ffn_joint": {"map": "mlp_act"},
-        "text": {"map": "txt_norm1.projection", "step": "txt_mlp"},
-    }
+    comfyui_projections = COMFYUI_PROJECTIONS
     replaced_names = {
         "ffn_image": ("ff.",),
         "ffn_text": ("ff_context.",),
@@ -93,8 +87,7 @@ class Flux1(PackedLatents, Architecture):
     }
 
     def detect(self, keys: Iterable[str]) -> bool:
-        """By what neither Qwen-Image nor other models with double and single blocks have, in either
-        layout."""
+        """By tensors that no other model with double and single blocks has, in either layout."""
         keys = set(keys)
         diffusers = {
             "context_embedder.weight",
@@ -182,8 +175,10 @@ class Flux1(PackedLatents, Architecture):
         return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
 
     def embed(self, outer: AnyModule, inputs: Inputs) -> BlockState:
-        """All that diffusers' forward does before its loops over blocks. The text is never masked:
-        a model of this kind was trained with its padding, which counts as real."""
+        """Everything that diffusers' forward does before its loops over blocks.
+
+        The text is never masked: models of this kind were trained with padding as real tokens.
+        """
         image = outer.x_embedder(inputs["hidden_states"])
         times = [inputs["timestep"].to(image.dtype) * 1000]
         if self.takes_guidance(outer.config):
@@ -212,7 +207,10 @@ class Flux1(PackedLatents, Architecture):
 
     def project_ffn(self, block: AnyModule, kind: str, form: str) -> None:
         """paper: x + P(x) behind attention, modulation 6 d -> 3 d. gated: P between modulation and
-        gate. ffn_joint (gated): P(x) in place of `proj_mlp` and of its columns of `proj_out`."""
+        gate.
+
+        ffn_joint (gated): P(x) replaces `proj_mlp` and the MLP's columns of `proj_out`.
+        """
         if kind == "ffn_joint":
             width = block.proj_out.out_features
             block.proj_out = cut_linear(block.proj_out, width, width, AddedProjection)
@@ -227,7 +225,7 @@ class Flux1(PackedLatents, Architecture):
             setattr(block, f"norm2{suffix}", nn.Identity())
 
     def project_text(self, block: AnyModule, source: SharedText, steps: bool) -> None:
-        """No modulation, norm or FFN of the text is left; the q, k, v maps of the text stay."""
+        """The text loses its modulation, norm and FFN; its q, k, v maps stay."""
         like = block.attn.add_q_proj
         width = like.in_features
         block.shared_text = source
@@ -237,16 +235,18 @@ class Flux1(PackedLatents, Architecture):
         block.attn.to_add_out = nn.Identity()
 
     def publish_text(self, block: AnyModule, source: SharedText) -> None:
-        """The text that enters joint attention is kept for the group behind this block."""
+        """Keeps the text that enters joint attention, for the text group behind this block."""
         publish(block, block.attn.add_q_proj, source)
 
     def observe(
         self, block: AnyModule, state: BlockState
     ) -> tuple[BlockState, dict[str, torch.Tensor]]:
-        """Runs the block; also what its parts saw: of a double block `text_modulated`, and for each
-        stream (of a single
-        one: `joint`) `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn` (before a
-        correction)."""
+        """Runs the block; returns also what its parts read and gave.
+
+        A double block: `text_modulated`, and for each stream `<stream>_` + `before_ffn`,
+        `ffn_input`, `ffn_output`, `after_ffn` (before a correction). A single block: the same four
+        with `joint_`.
+        """
         if hasattr(block, "proj_mlp"):
             return self._observe_single(block, state)
         inputs = {"attn.add_q_proj": "text_modulated"}
@@ -259,8 +259,8 @@ class Flux1(PackedLatents, Architecture):
     def _observe_single(
         self, block: AnyModule, state: BlockState
     ) -> tuple[BlockState, dict[str, torch.Tensor]]:
-        """Its FFN's output is what the FFN's columns of `proj_out` give; the gate is attention's
-        too."""
+        """The FFN's output is what the FFN's columns of `proj_out` give; attention shares its
+        gate."""
         inputs = {"proj_mlp": "joint_ffn_input", "proj_out": "joined"}
         with watched(block, inputs, {"norm": "modulated_and_gate"}, ("text", "image")) as seen:
             after = self.run_block(block, state)

@@ -14,7 +14,7 @@ OUTER_NAMES = {  # diffusers' module -> ComfyUI's
     "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
     "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
     "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-    # scale, shift; there shift, scale
+    # diffusers: scale, shift; ComfyUI: shift, scale
     "norm_out.linear": ("final_layer.adaLN_modulation.1", (1, 0), 2),
     "proj_out": "final_layer.linear",
 }
@@ -49,5 +49,12 @@ COMFYUI_NAMES = NameTable(
     tensors_of(DOUBLE_NORMS, f"{DOUBLE}{{}}.", "double_blocks.{}.", {"weight": "scale"}),
     tensors_of(SINGLE_NAMES, f"{SINGLE}{{}}.", "single_blocks.{}."),
     tensors_of(SINGLE_NORMS, f"{SINGLE}{{}}.", "single_blocks.{}.", {"weight": "scale"}),
-    spellings={"weight": "scale"},  # ComfyUI from 0.14 on saves norms so
+    spellings={"weight": "scale"},  # as ComfyUI 0.14 and later save norms
 )
+COMFYUI_PROJECTIONS = {
+    "ffn_image": {"map": "img_mlp"},
+    "ffn_text": {"map": "txt_mlp"},
+    # reads the block's input, and replaces the MLP's first map and its activation
+    "ffn_joint": {"map": "mlp_act"},
+    "text": {"map": "txt_norm1.projection", "step": "txt_mlp"},
+}

@@ -1,8 +1,7 @@
-"""The small modules that stand inside a width-pruned block: the block's own forward then runs on
-them.
+"""The small modules inside a width-pruned block, so that the block's own forward runs on them.
 
 The mathematics of the method's width stage (paper, section 3.4) is here once, for training, export
-and inference; which sub-module of a block each replaces is the architecture's business.
+and inference; the architecture knows which sub-module of a block each of them replaces.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from .modules import AnyModule
 
 
 class SharedText:
-    """Carries the modulated text of a text group's source block to the group's projections, in one
-    forward.
+    """Carries a text group's modulated text from the group's source block to its projections,
+    during one forward.
 
-    The source writes it every time before the group's blocks read it; it holds no weights.
+    The source writes it in every forward before the group's blocks read it; it holds no weights.
     """
 
     value: torch.Tensor | None = None
@@ -30,8 +29,8 @@ class PaddedModulation(nn.Sequential):
     """A modulation cut to its first half (3 d: attention's shift, scale, gate), as the paper's FFN
     form needs.
 
-    The second half reads shift 0, scale 0, gate 1, so that a block adds P(x) of the very stream to
-    it. Keeps the names of the modulation's own tensors.
+    The second half reads shift 0, scale 0, gate 1, so that the block adds P(x) to the stream x
+    itself. Keeps the names of the modulation's own tensors.
     """
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
@@ -39,7 +38,7 @@ class PaddedModulation(nn.Sequential):
 
 
 class PaddedLinear(nn.Linear):
-    """The same where a block keeps the modulation's linear map alone."""
+    """The same for a block that keeps only the modulation's linear map."""
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
         return padded(super().forward(conditioning))
@@ -52,12 +51,12 @@ def padded(first: torch.Tensor) -> torch.Tensor:
 
 
 class PaddedDual(nn.Linear):
-    """The modulation of a block that attends twice to the image, without the FFN's third in its
+    """The modulation of a block that attends to the image twice, without the FFN's third in the
     middle (9 d -> 6 d)."""
 
     @staticmethod
     def kept(whole: torch.Tensor) -> torch.Tensor:
-        """Rows of the whole modulation's weight or bias."""
+        """The rows that are kept of the whole modulation's weight or bias."""
         first, _, second = whole.chunk(3)
         return torch.cat([first, second])
 
@@ -67,7 +66,7 @@ class PaddedDual(nn.Linear):
 
 
 class FixedModulation(nn.Module):
-    """In place of a text modulation whose stream does not move: all zeros, or the FFN's gate 1
+    """Replaces a text modulation whose stream does not move: all zeros, or 1 as the FFN's gate
     where it steps."""
 
     def __init__(self, width: int, steps: bool):
@@ -81,8 +80,8 @@ class FixedModulation(nn.Module):
 
 
 class ProjectedText(nn.Module):
-    """txt_modulated_j = P_j(txt_modulated_a) + txt_modulated_a, a being the last full block before
-    the group."""
+    """txt_modulated_j = P_j(txt_modulated_a) + txt_modulated_a, where a is the last full block
+    before the group."""
 
     def __init__(self, projection: nn.Linear, source: SharedText):
         super().__init__()
@@ -95,9 +94,11 @@ class ProjectedText(nn.Module):
 
 
 class ProjectedNorm(nn.Module):
-    """`ProjectedText` where norm and modulation are one module: it also returns attention's gate
-    and the FFN's shift, scale and gate, all zeros but the FFN's gate where the group steps the
-    text."""
+    """`ProjectedText` where norm and modulation are one module.
+
+    So it also returns attention's gate and the FFN's shift, scale and gate: all zeros, except that
+    the FFN's gate is 1 where the group steps the text.
+    """
 
     def __init__(self, projection: nn.Linear, source: SharedText, steps: bool):
         super().__init__()
@@ -117,7 +118,7 @@ class ProjectedNorm(nn.Module):
 
 
 class ProjectedLastNorm(ProjectedNorm):
-    """Of the last block, which modulates its text and does nothing else with it."""
+    """The same for the last block, which only modulates its text."""
 
     def forward(self, text: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         return super().forward(text, emb)[0]
@@ -133,7 +134,7 @@ class AddedProjection(nn.Linear):
 
 
 class Nothing(nn.Module):
-    """Zeros in the shape of its input: an output that a gate of zero would drop anyway."""
+    """Zeros in the shape of its input, for an output that a gate of zero drops anyway."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x)
@@ -174,8 +175,8 @@ def without_ffn(modulation: nn.Linear) -> nn.Linear:
 
 
 def publish(block: AnyModule, text_map: AnyModule, source: SharedText) -> None:
-    """What enters `text_map`, a block's first map of the modulated text, is kept for the group
-    behind the block."""
+    """Keeps what enters `text_map`, a block's first map of the modulated text, for the group behind
+    the block."""
 
     def keep(module: AnyModule, arguments: tuple[torch.Tensor, ...]) -> None:
         source.value = arguments[0]
@@ -188,9 +189,12 @@ def publish(block: AnyModule, text_map: AnyModule, source: SharedText) -> None:
 def watched(
     block: AnyModule, inputs: Mapping[str, str], outputs: Mapping[str, str], returns: Sequence[str]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """What parts of a block read and give while it runs, by names of our own (sub-module -> name);
-    `returns`: names of what the block returns before a correction. A part that gives several
-    tensors is seen as the tuple."""
+    """What parts of a block read and return while it runs, under names of our choice (sub-module ->
+    name).
+
+    `returns`: names for what the block returns, before a correction. A part that returns several
+    tensors is seen as the tuple.
+    """
     seen: dict[str, torch.Tensor] = {}
 
     def ends(module: AnyModule, arguments, results: tuple[torch.Tensor, ...]) -> None:

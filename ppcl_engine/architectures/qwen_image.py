@@ -24,8 +24,8 @@ from .projections import (
     watched,
 )
 
-STREAMS = {"image": "img", "text": "txt"}  # as the names of a block's parts begin
-# in ComfyUI's files of edit models that modulate references at t = 0
+STREAMS = {"image": "img", "text": "txt"}  # prefixes of the names of a block's parts
+# a tensor in ComfyUI's files of edit models that modulate references at t = 0
 REFERENCE_AT_ZERO = "__index_timestep_zero__"
 ROTARY_SHARES = (2, 7, 7)  # of 16: frame, row, column; 16, 56, 56 of 128 in the released model
 
@@ -165,7 +165,7 @@ class QwenImage(PackedLatents, Architecture):
         return outer
 
     def modulation_reads(self, config: dict) -> tuple[str, ...]:
-        """Layered models add a condition of their own, and a guidance-distilled one its
+        """Layered models also read a condition of their own, and guidance-distilled ones their
         guidance."""
         more = {"guidance_embeds": "guidance", "use_additional_t_cond": "an additional condition"}
         return ("the timestep", *(what for name, what in more.items() if config.get(name)))
@@ -183,8 +183,8 @@ class QwenImage(PackedLatents, Architecture):
         return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
 
     def embed(self, outer: AnyModule, inputs: Inputs) -> BlockState:
-        """All that diffusers' forward does before its loop over blocks. References stand behind the
-        tokens that are drawn."""
+        """Everything that diffusers' forward does before its loop over blocks. References come
+        behind the tokens to draw."""
         tokens = self._tokens(inputs)
         image = outer.img_in(tokens)
         text = outer.txt_in(outer.txt_norm(inputs["encoder_hidden_states"]))
@@ -239,7 +239,7 @@ class QwenImage(PackedLatents, Architecture):
             setattr(block, f"{stream}_norm2", nn.Identity())
 
     def project_text(self, block: AnyModule, source: SharedText, steps: bool) -> None:
-        """No modulation, norm or MLP of the text is left; the q, k, v maps of the text stay."""
+        """The text loses its modulation, norm and MLP; its q, k, v maps stay."""
         like = block.attn.add_q_proj
         width = like.in_features
         block.shared_text = source
@@ -250,15 +250,17 @@ class QwenImage(PackedLatents, Architecture):
         block.attn.to_add_out = nn.Identity()
 
     def publish_text(self, block: AnyModule, source: SharedText) -> None:
-        """The text that enters joint attention is kept for the group behind this block."""
+        """Keeps the text that enters joint attention, for the text group behind this block."""
         publish(block, block.attn.add_q_proj, source)
 
     def observe(
         self, block: AnyModule, state: BlockState
     ) -> tuple[BlockState, dict[str, torch.Tensor]]:
-        """Runs the block; also what its parts saw: `text_modulated`, and for each stream
-        `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn` (before a correction).
-        All [n, tokens, d]."""
+        """Runs the block; returns also what its parts read and gave, all [n, tokens, d].
+
+        `text_modulated`, and for each stream `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`,
+        `after_ffn` (before a correction).
+        """
         inputs = {"attn.add_q_proj": "text_modulated"}
         inputs |= {f"{short}_norm2": f"{stream}_before_ffn" for stream, short in STREAMS.items()}
         inputs |= {f"{short}_mlp": f"{stream}_ffn_input" for stream, short in STREAMS.items()}
@@ -270,7 +272,7 @@ class QwenImage(PackedLatents, Architecture):
         return state.image
 
     def finish(self, outer: AnyModule, state: BlockState) -> torch.Tensor:
-        """Of the picture that is drawn alone."""
+        """The velocity of the picture to draw, without its references."""
         conditioning = state.conditioning.chunk(2)[0] if outer.zero_cond_t else state.conditioning
         return outer.proj_out(outer.norm_out(state.image, conditioning))[:, : state.target_tokens]
 
@@ -278,8 +280,8 @@ class QwenImage(PackedLatents, Architecture):
         return False
 
     def call(self, model: AnyModule, inputs: Inputs) -> torch.Tensor:
-        """diffusers' own forward on our inputs, and of it what belongs to the picture that is
-        drawn."""
+        """diffusers' own forward on our inputs; returns the part that belongs to the picture to
+        draw."""
         velocity = model(
             hidden_states=self._tokens(inputs),
             encoder_hidden_states=inputs["encoder_hidden_states"],
@@ -315,8 +317,8 @@ class QwenImage(PackedLatents, Architecture):
         }
 
     def _tokens(self, inputs: Inputs) -> torch.Tensor:
-        """[n, tokens of all pictures, channels]. Raises ValueError for pictures that are not as
-        large as `grid` says."""
+        """[n, tokens of all pictures, channels]. Raises ValueError for pictures of another size
+        than `grid` says."""
         pictures = [inputs[name] for name in ("hidden_states", REFERENCES) if name in inputs]
         first, *others = inputs["grid"].prod(1).tolist()
         given = [tokens.shape[1] for tokens in pictures]

@@ -1,5 +1,5 @@
-"""SD3.5 Large and Medium: joint blocks; the last gives no text, some attend twice to the image
-(diffusers' class)."""
+"""SD3.5 Large and Medium: joint blocks; the last returns no text, and some attend to the image
+twice (diffusers' class)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .projections import (
     watched,
     without_ffn,
 )
-from .sd35_names import BLOCKS, COMFYUI_BLOCKS, COMFYUI_NAMES
+from .sd35_names import BLOCKS, COMFYUI_BLOCKS, COMFYUI_NAMES, COMFYUI_PROJECTIONS
 
-SUFFIXES = {"image": "", "text": "_context"}  # as the names of a block's parts end
+SUFFIXES = {"image": "", "text": "_context"}  # endings of the names of a block's parts
 
 
 class SD35(PackedLatents, Architecture):
@@ -62,11 +62,7 @@ class SD35(PackedLatents, Architecture):
         "ffn_text": {"map": "ff_context"},
         "text": {"map": "norm1_context.projection", "step": "ff_context"},
     }
-    comfyui_projections = {
-        "ffn_image": {"map": "x_block.mlp"},
-        "ffn_text": {"map": "context_block.mlp"},
-        "text": {"map": "context_block.norm1.projection", "step": "context_block.mlp"},
-    }
+    comfyui_projections = COMFYUI_PROJECTIONS
     replaced_names = {
         "ffn_image": ("ff.",),
         "ffn_text": ("ff_context.",),
@@ -91,8 +87,8 @@ class SD35(PackedLatents, Architecture):
     }
 
     def detect(self, keys: Iterable[str]) -> bool:
-        """By what it shares with no model of double blocks, in either layout; SD3.0 has no norms of
-        q and k."""
+        """By tensors that no model of double blocks has, in either layout; SD3.0 has no norms of q
+        and k."""
         keys = set(keys)
         diffusers = {
             "pos_embed.pos_embed",
@@ -135,7 +131,7 @@ class SD35(PackedLatents, Architecture):
         return config["num_layers"]
 
     def sections(self, config: dict) -> tuple[range, ...]:
-        """All blocks but the last, and the last, which alone gives no text."""
+        """All blocks but the last, and the last, the only one that returns no text."""
         last = config["num_layers"] - 1
         return range(last), range(last, last + 1)
 
@@ -168,8 +164,8 @@ class SD35(PackedLatents, Architecture):
         return SD3Transformer2DModel.from_config({**config, "num_layers": 0})
 
     def assemble(self, outer: AnyModule, config: dict, blocks: list[AnyModule]) -> nn.Module:
-        """diffusers' model with these blocks; its forward is diffusers' own, which asks each
-        whether it gives text."""
+        """diffusers' model with these blocks; its forward is diffusers' own, which asks each block
+        whether it returns text."""
         for index, block in enumerate(blocks):
             block.context_pre_only = index == len(blocks) - 1
         outer.transformer_blocks = nn.ModuleList(blocks)
@@ -177,12 +173,14 @@ class SD35(PackedLatents, Architecture):
         return outer
 
     def used_streams(self, config: dict, index: int) -> tuple[str, ...]:
-        """The last block gives no text."""
+        """The last block returns no text."""
         return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
 
     def embed(self, outer: AnyModule, inputs: Inputs) -> BlockState:
-        """All that diffusers' forward does before its loop over blocks. The text is never masked: a
-        model of this kind was trained with its padding, which counts as real."""
+        """Everything that diffusers' forward does before its loop over blocks.
+
+        The text is never masked: models of this kind were trained with padding as real tokens.
+        """
         image = outer.pos_embed(self.unpack(inputs["hidden_states"], inputs["grid"])).contiguous()
         conditioning = outer.time_text_embed(
             inputs["timestep"] * 1000, inputs["pooled_projections"]
@@ -192,7 +190,7 @@ class SD35(PackedLatents, Architecture):
         )
 
     def run_block(self, block: AnyModule, state: BlockState) -> BlockState:
-        """The last block's text is what came in."""
+        """The last block returns no text, so its text stays as it came in."""
         shared: SharedText | None = getattr(block, "shared_text", None)
         if shared is not None:
             shared.value = state.modulated_text
@@ -211,7 +209,7 @@ class SD35(PackedLatents, Architecture):
         )
 
     def project_ffn(self, block: AnyModule, kind: str, form: str) -> None:
-        """paper: x + P(x) behind attention, modulation 6 d -> 3 d (9 d -> 6 d of a block that
+        """paper: x + P(x) behind attention, modulation 6 d -> 3 d (9 d -> 6 d in a block that
         attends twice). gated: P between modulation and gate."""
         suffix = SUFFIXES[kind.removeprefix("ffn_")]
         norm = getattr(block, f"norm1{suffix}")
@@ -222,7 +220,7 @@ class SD35(PackedLatents, Architecture):
             setattr(block, f"norm2{suffix}", nn.Identity())
 
     def project_text(self, block: AnyModule, source: SharedText, steps: bool) -> None:
-        """No modulation, norm or FFN of the text is left; the q, k, v maps of the text stay."""
+        """The text loses its modulation, norm and FFN; its q, k, v maps stay."""
         like = block.attn.add_q_proj
         width = like.in_features
         kind = ProjectedLastNorm if block.context_pre_only else ProjectedNorm
@@ -234,15 +232,17 @@ class SD35(PackedLatents, Architecture):
             block.attn.to_add_out = nn.Identity()
 
     def publish_text(self, block: AnyModule, source: SharedText) -> None:
-        """The text that enters joint attention is kept for the group behind this block."""
+        """Keeps the text that enters joint attention, for the text group behind this block."""
         publish(block, block.attn.add_q_proj, source)
 
     def observe(
         self, block: AnyModule, state: BlockState
     ) -> tuple[BlockState, dict[str, torch.Tensor]]:
-        """Runs the block; also what its parts saw: `text_modulated`, and for each stream (of the
-        last block: the image) `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn`
-        (before a correction). All [n, tokens, d]."""
+        """Runs the block; returns also what its parts read and gave, all [n, tokens, d].
+
+        `text_modulated`, and for each stream (in the last block: the image) `<stream>_` +
+        `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn` (before a correction).
+        """
         suffixes = {
             stream: s
             for stream, s in SUFFIXES.items()
@@ -260,8 +260,8 @@ class SD35(PackedLatents, Architecture):
         return state.image
 
     def finish(self, outer: AnyModule, state: BlockState) -> torch.Tensor:
-        """diffusers' final layer gives row, column, channel of a token; ours are channel, row,
-        column."""
+        """diffusers' final layer orders a token's values row, column, channel; ours are channel,
+        row, column."""
         tokens = outer.proj_out(outer.norm_out(state.image, state.conditioning))
         side = outer.config.patch_size
         return tokens.unflatten(-1, (side, side, -1)).movedim(-1, -3).flatten(-3)
@@ -284,15 +284,15 @@ class SD35(PackedLatents, Architecture):
         return self.pack(latents)
 
     def latent_shape(self, config: dict, height: int, width: int) -> tuple[int, int, int]:
-        """Its `in_channels` are of a latent, not of a token."""
+        """Here `in_channels` counts a latent's channels, not a token's."""
         return super().latent_shape({"in_channels": 4 * config["in_channels"]}, height, width)
 
     def to_comfyui(self, key: str, keys: Collection[str]) -> Part:
-        """The last block, which has no FFN for the text, stores the two parts of its text norm the
-        other way round."""
+        """The last block, which has no FFN for the text, stores the two parts of its text norm in
+        reverse order."""
         part = COMFYUI_NAMES.place(key)
         block, norm, _ = key.partition("norm1_context.linear.")
-        # whole, projected
+        # as the FFN is named whole, and projected
         others = (f"{block}ff_context.net.2.weight", f"{block}ff_context.weight")
         last = norm and not any(name in keys for name in others)
         return replace(part, pieces=(1, 0), of=2) if last else part

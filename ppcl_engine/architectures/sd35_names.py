@@ -13,7 +13,7 @@ OUTER_NAMES = {  # diffusers' module -> ComfyUI's
     "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
     "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
     "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-    # scale, shift; there shift, scale
+    # diffusers: scale, shift; ComfyUI: shift, scale
     "norm_out.linear": ("final_layer.adaLN_modulation.1", (1, 0), 2),
     "proj_out": "final_layer.linear",
 }
@@ -46,3 +46,8 @@ COMFYUI_NAMES = NameTable(
     tensors_of(BLOCK_NAMES, f"{BLOCKS}{{}}.", f"{COMFYUI_BLOCKS}{{}}."),
     tensors_of(BLOCK_NORMS, f"{BLOCKS}{{}}.", f"{COMFYUI_BLOCKS}{{}}.", {"weight": "weight"}),
 )
+COMFYUI_PROJECTIONS = {
+    "ffn_image": {"map": "x_block.mlp"},
+    "ffn_text": {"map": "context_block.mlp"},
+    "text": {"map": "context_block.norm1.projection", "step": "context_block.mlp"},
+}

@@ -146,8 +146,8 @@ class Painter:
             name: tensor[chosen] for name, tensor in inputs.items() if name not in PICTURE_INPUTS
         }
         self.prompts = Prompts(
-            given=text,
-            nothing=text,  # read only with guidance
+            positive=text,
+            negative=text,  # not read without guidance
             latent_shape=(0, 0, 0),
             timesteps=self.codec.timesteps,
             rescales_guidance=self.codec.rescales_guidance,

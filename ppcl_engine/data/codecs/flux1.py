@@ -9,7 +9,7 @@ from .pooled import PooledCodec
 
 
 class FluxCodec(PooledCodec):
-    """Of `FluxPipeline`: CLIP's pooled text, T5's tokens."""
+    """`FluxPipeline`: CLIP's pooled text, T5's tokens."""
 
     text_parts = (
         "text_encoder/config.json",

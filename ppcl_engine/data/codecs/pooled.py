@@ -1,4 +1,4 @@
-"""Pipelines that read pooled text beside the tokens: what FLUX.1 and SD3.5 share."""
+"""Pipelines with pooled text besides the tokens: what FLUX.1 and SD3.5 share."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from .pipeline import TEXTS_AT_ONCE, PipelineCodec, read_part
 
 
 class PooledCodec(PipelineCodec):
-    """With pooled text beside the tokens (padding counts), and a VAE with one shift and scale."""
+    """Pooled text besides the tokens (padding counts), and a VAE with one shift and scale."""
 
     def _text(self, texts: list[str]) -> Inputs:
-        """Embeddings [n, tokens, width], as many for every caption, and pooled text [n, width]."""
+        """Embeddings [n, tokens, width], the same number of tokens for every caption, and pooled
+        text [n, width]."""
         pipeline, rows = self._open_text_pipeline(), []
         for first in range(0, len(texts), TEXTS_AT_ONCE):
             with torch.no_grad():

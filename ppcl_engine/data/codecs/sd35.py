@@ -11,14 +11,14 @@ SD3_TEXT_TOKENS = 256  # of StableDiffusion3Pipeline's call, without CLIP's 77
 
 
 class StableDiffusion3Codec(PooledCodec):
-    """Of `StableDiffusion3Pipeline`: tokens and pooled text of two CLIPs, then T5's tokens."""
+    """`StableDiffusion3Pipeline`: tokens and pooled text of two CLIPs, then T5's tokens."""
 
     text_parts = tuple(
         part for n in ("", "_2", "_3") for part in (f"text_encoder{n}/config.json", f"tokenizer{n}")
     )
 
     def _spacing(self, steps: int) -> dict:
-        """The steps' number: the scheduler spaces them itself."""
+        """The number of steps: the scheduler spaces them itself."""
         return {"num_inference_steps": steps}
 
     def _encoded(self, pipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -221,7 +221,7 @@ def _first_sample(config: CalibrateConfig, weights: Weights, prompts: draw.Promp
     noise = torch.randn(
         1, *prompts.latent_shape, generator=torch.Generator().manual_seed(config.seed)
     )
-    text = draw.with_guidance(architecture, weights.config, first.given, config.guidance)
+    text = draw.with_guidance(architecture, weights.config, first.positive, config.guidance)
     return draw.inputs_of(
         architecture.pack(noise), torch.ones(1), text, first.grid(architecture.grid(noise))
     )
@@ -244,7 +244,7 @@ def _drawn(config: CalibrateConfig, architecture: Architecture, model, drawing: 
 def _as_inputs(
     config: CalibrateConfig, architecture: Architecture, model_config, drawing: Drawing
 ) -> Inputs:
-    text = draw.with_guidance(architecture, model_config, drawing.prompts.given, config.guidance)
+    text = draw.with_guidance(architecture, model_config, drawing.prompts.positive, config.guidance)
     return draw.inputs_of(drawing.kept, drawing.times, text, drawing.grid, drawing.tokens)
 
 
