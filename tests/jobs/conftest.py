@@ -56,10 +56,6 @@ def fork(*arguments: object, before: Callable[[], None] = lambda: None) -> int:
         os._exit(code)
 
 
-def exit_code(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def is_at(path: Path, stage: str, step: int = 1) -> bool:
     state = current_state(path)
     return state.is_final or (state.stage == stage and state.step >= step)

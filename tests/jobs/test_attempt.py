@@ -33,8 +33,8 @@ from ppcl_engine.jobs.state import (
 )
 from ppcl_engine.settings.prune_settings import ProbeConfig
 
-from ..tiny.processes import Launched
-from .conftest import exit_code, fork, is_at, until
+from ..tiny.processes import Launched, exit_code
+from .conftest import fork, is_at, until
 
 ALL = ("probe", "detect", "distill-depth", "variants", "polish", "export")
 LONG = {"distill_depth": {"rounds": 100, "updates": 40}}

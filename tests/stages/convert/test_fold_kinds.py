@@ -28,25 +28,18 @@ from ...tiny.released_models import (
     released_state,
     write_folder,
 )
-from ...tiny.trained_run import tuned_run, write_parts
+from ...tiny.trained_run import write_parts
 
 VARIANTS = ("full", "small", "smallest", "1-2,text:3-4", "3-4,ffn_image:1", "smallest_tuned")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, teacher_file, make_run) -> Run:
-    """Students of both forms, projections of all kinds, a tuned variant with a time embedder of its
-    own."""
-    return tuned_run(make_run(tmp_path_factory.mktemp("run"), teacher_file), teacher_file)
-
-
-@pytest.fixture(scope="module")
-def exported(run, teacher_file):
+def exported(complete_run, teacher_file):
     def make(layout: str, variant: str = "smallest"):
         return export(
             ExportConfig(
                 model=teacher_file,
-                run=run.folder,
+                run=complete_run.folder,
                 layout=layout,
                 variant=variant,
                 store="float32",
@@ -191,7 +184,7 @@ def test_a_bundle_alone_cannot_be_folded(folded, exported):
         folded(exported("bundle"), "table")
 
 
-def test_stock_layouts_are_refused(folded, run, teacher_file, tmp_path):
+def test_stock_layouts_are_refused(folded, teacher_file, tmp_path):
     path = folded(teacher_file, "basis")
     folder = Run(tmp_path / "of_folded")
     write_parts(folder, path)
