@@ -40,16 +40,15 @@ class Bundle:
 
     @cached_property
     def teacher(self) -> Teacher | None:
-        """What is known of the base's tensors; None in a bundle that was written before this
-        was recorded."""
+        """What is known of the base's tensors; None for older bundles, which did not keep it."""
         recorded = (
             self.file.about(TEACHER_KEY, Recorded) if TEACHER_KEY in self.file.metadata else None
         )
         return None if recorded is None else Teacher(self.file.path, self.file.identity, recorded)
 
     def check_base(self, weights: Weights, where: object) -> None:
-        """Raises ValueError for another model than the plan's teacher, now or when a tensor of it
-        is read that is not the teacher's; warns of what cannot be compared."""
+        """Raises ValueError for a model that is not the plan's teacher, now or when one of its
+        tensors is read and differs; warns of what cannot be compared."""
         self.plan.check_teacher(weights.architecture.name, weights.fingerprint, where)
         for note in weights.expect(self.teacher):
             warnings.warn(note, stacklevel=3)
@@ -74,8 +73,10 @@ class Bundle:
 def write_bundle(
     path: Path, plan: PruningPlan, entries: list[TensorEntry], teacher: str | None = None
 ) -> None:
-    """entries: named by the prefixes above; memory holds one tensor at a time. teacher:
-    `teacher_hashes` of the base."""
+    """Writes a bundle; memory holds one tensor at a time.
+
+    entries: named by the prefixes above. teacher: `teacher_hashes` of the base.
+    """
     known = {} if teacher is None else {TEACHER_KEY: teacher}
     write_tensor_stream(path, entries, {PLAN_KEY: plan.to_json(), "format": "pt", **known})
 

@@ -1,5 +1,4 @@
-"""What a bundle holds beside its plan: names, shapes and kinds of its tensors, compared with what
-the plan says."""
+"""The names, shapes and dtypes of a bundle's tensors, checked against its plan."""
 
 from __future__ import annotations
 
@@ -35,8 +34,8 @@ def tuned_prefix(variant: str) -> str:
 
 
 def check_bundle(file: TensorFile, plan: PruningPlan, whole: bool = False) -> None:
-    """Raises ValueError, naming file and tensor, for one that the plan has no place for, of another
-    shape, or not of numbers; with `whole` also for one that is missing."""
+    """Raises ValueError, naming file and tensor, for a tensor that the plan has no place for, of
+    the wrong shape, or not of numbers; with `whole` also for a missing one."""
     architecture = architecture_named(plan.architecture)
     expected = dict(_expected(architecture, plan, file))
     for name in file.keys():
@@ -59,7 +58,8 @@ def check_bundle(file: TensorFile, plan: PruningPlan, whole: bool = False) -> No
 def _expected(
     architecture: Architecture, plan: PruningPlan, file: TensorFile
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Of students and tuned variants that the file has something of."""
+    """Name and shape of the tensors of those students and tuned variants that the file has tensors
+    of."""
     with torch.device("meta"):
         for interval in plan.intervals:
             student = build_student(architecture, plan.config, interval)
@@ -98,7 +98,7 @@ def _check_projection(file: TensorFile, name: str, width: int) -> None:
 
 
 def _check_whole(file: TensorFile, plan: PruningPlan, expected: dict[str, tuple[int, ...]]) -> None:
-    """A bundle of tuned variants alone has neither students nor projections."""
+    """A bundle that holds only tuned variants needs neither students nor projections."""
     there = set(file.keys())
     if any(name.startswith(STUDENTS) for name in there) or not any(
         variant.tuned for variant in plan.variants

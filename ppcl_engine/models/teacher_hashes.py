@@ -1,9 +1,9 @@
-"""What a bundle knows of its teacher: a hash of every tensor, by diffusers' name, so that another
-base is told by what differs. A base in another precision is compared as bfloat16; of a quantised
-one, a note says what cannot be compared.
+"""Hashes of a bundle's teacher, one for every tensor by diffusers' name, which show where another
+base differs.
 
-In a bundle's metadata `ppcl_teacher` is JSON: {name: [dtype as stored, hash of its bytes, hash of
-its bfloat16 values]}.
+A base in another precision is compared as bfloat16; for a quantised one, a note says what cannot be
+compared. In a bundle's metadata `ppcl_teacher` is JSON: {name: [dtype as stored, hash of its bytes,
+hash of its bfloat16 values]}.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ SHOWN = 3
 Recorded = dict[str, tuple[str, str, str]]
 MOST_CHECKED = 200_000
 _CHECKED: set[tuple[Identity, object, str]] = set()
-"""(bundle, base, tensor) as they were last changed, where the tensor is the teacher's"""
+"""(bundle, base, tensor), the files as last changed, where the tensor was found to be the
+teacher's"""
 
 
 def teacher_hashes(weights: Weights) -> str:
-    """Of every tensor; the whole model is read once, a tensor at a time."""
+    """The hashes of every tensor; the whole model is read once, one tensor at a time."""
     keys = Progress(weights.keys(), desc="hash teacher", unit="tensor")
     return json.dumps({key: _hashes(weights, key) for key in keys}, separators=(",", ":"))
 
@@ -61,7 +62,7 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def without(text: str, names: frozenset[str] | set[str]) -> str:
-    """Of a base whose modulations were folded away: what is left of the teacher."""
+    """The hashes without those of modulations that were folded away."""
     kept = {
         key: value for key, value in json.loads(text).items() if key.rpartition(".")[0] not in names
     }
@@ -70,15 +71,18 @@ def without(text: str, names: frozenset[str] | set[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """What a bundle expects of its base. identity: of the bundle's file as it was opened."""
+    """What a bundle expects of its base."""
 
     bundle: Path
+    """the bundle's file"""
     identity: Identity
+    """the bundle's file as it was opened"""
     recorded: Recorded
+    """name -> (dtype as stored, hash of its bytes, hash of its bfloat16 values)"""
 
     def check(self, weights: Weights, key: str, tensor: torch.Tensor) -> None:
-        """Of a tensor as it was read, once for each pair of files. Raises ValueError, naming the
-        first ones and counting all, when it differs."""
+        """Checks a tensor that was read, once for each pair of files. Raises ValueError when it
+        differs, with the number of tensors that differ and the names of the first ones."""
         pair = (self.identity, weights.identity(key), key)
         if key not in self.recorded or pair in _CHECKED:
             return
@@ -89,30 +93,33 @@ class Teacher:
         _CHECKED.add(pair)
 
     def notes(self, weights: Weights) -> list[str]:
-        """What cannot be compared, since the base stores it otherwise than the teacher did."""
+        """What cannot be compared because the base stores it in another format than the teacher
+        did."""
         pairs, there = Counter(), set(weights.keys())
         for key, (dtype, _, rounded) in self.recorded.items():
             if key in there and not self._is_comparable(
-                dtype, rounded, found := _kind(weights.dtype(key), weights.is_scaled(key))
+                dtype, rounded, stored_as := _kind(weights.dtype(key), weights.is_scaled(key))
             ):
-                pairs[found, dtype] += 1
+                pairs[stored_as, dtype] += 1
         return [
-            f"{weights.path}: {count} tensors are {found}, the teacher of {self.bundle} had {dtype}: whether they are its "
+            f"{weights.path}: {count} tensors are {stored_as}, the teacher of {self.bundle} had {dtype}: whether they are its "
             "own cannot be seen"
-            for (found, dtype), count in pairs.items()
+            for (stored_as, dtype), count in pairs.items()
         ]
 
     def _differs(self, key: str, tensor: torch.Tensor, scaled: bool) -> bool:
         dtype, exact, rounded = self.recorded[key]
-        found = _kind(tensor.dtype, scaled)
-        if found == dtype:
+        stored_as = _kind(tensor.dtype, scaled)
+        if stored_as == dtype:
             return _digest(tensor) != exact
-        return self._is_comparable(dtype, rounded, found) and _digest(tensor.bfloat16()) != rounded
+        return (
+            self._is_comparable(dtype, rounded, stored_as) and _digest(tensor.bfloat16()) != rounded
+        )
 
     @staticmethod
-    def _is_comparable(dtype: str, rounded: str, found: str) -> bool:
-        """float16 rounds otherwise than bfloat16, so after it the values may be others."""
-        return found == dtype or (bool(rounded) and found in PLAIN and found != "F16")
+    def _is_comparable(dtype: str, rounded: str, stored_as: str) -> bool:
+        """float16 rounds otherwise than bfloat16, so values that went through it may differ."""
+        return stored_as == dtype or (bool(rounded) and stored_as in PLAIN and stored_as != "F16")
 
     def _difference(self, weights: Weights, first: str) -> str:
         rest = [key for key in weights.keys() if key in self.recorded and key != first]
@@ -134,6 +141,6 @@ class Teacher:
 
 
 def check_all(teacher: Teacher, weights: Weights) -> None:
-    """Reads every tensor of the base."""
+    """Checks every tensor of the base."""
     for key in Progress(weights.keys(), desc="compare base", unit="tensor"):
         teacher.check(weights, key, weights.stored(key))

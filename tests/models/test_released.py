@@ -194,7 +194,7 @@ BROKEN = {
             broken_state,
             lambda s: s.update({"transformer_blocks.1.txt_mlp.net.2.bias": torch.ones(32)}),
         ),
-        "has 1 tensors with no home, first transformer_blocks.1.txt_mlp.net.2.bias",
+        "has 1 tensors that the model does not have, first transformer_blocks.1.txt_mlp.net.2.bias",
     ),
     "shape": (
         partial(

@@ -152,7 +152,7 @@ def test_what_is_not_read_is_named(tmp_path, int8, change, reason):
     )
     with pytest.raises(ValueError, match=f"a.safetensors: {NAME}.*{reason}") as caught:
         Weights(tmp_path / "a.safetensors")
-    assert "\n" not in str(caught.value) and "no home" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "the model does not have" not in str(caught.value)
 
 
 def test_formats_in_the_metadata_count_too(tmp_path, int8):
