@@ -1,4 +1,4 @@
-"""What several conversions begin from: a run with every kind of part, and a released model's folder."""
+"""Files made sparse, and a released model's folder and its import."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 
 from ppcl_engine import open_model
-from ppcl_engine.run import Run
-from ppcl_engine.settings.convert_settings import ExportConfig, ImportConfig, SparsifyConfig
-from ppcl_engine.stages.convert.export import export
+from ppcl_engine.settings.convert_settings import ImportConfig, SparsifyConfig
 from ppcl_engine.stages.convert.import_released import import_released
 from ppcl_engine.stages.convert.sparsify import sparsify
 
@@ -22,19 +20,6 @@ from ...tiny.released_models import (
     write_folder,
 )
 from ...tiny.sparsity import PLAIN
-from ...tiny.trained_run import tuned_run
-
-
-@pytest.fixture(scope="package")
-def complete_run(tmp_path_factory, teacher_file, make_run) -> Run:
-    """Students of both forms, projections of all kinds, a tuned variant with a time embedder of its
-    own."""
-    return tuned_run(make_run(tmp_path_factory.mktemp("run"), teacher_file), teacher_file)
-
-
-@pytest.fixture(scope="package")
-def complete_bundle(complete_run, teacher_file) -> Path:
-    return export(ExportConfig(model=teacher_file, run=complete_run.folder, store="float32"))
 
 
 @pytest.fixture

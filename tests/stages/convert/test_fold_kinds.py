@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -12,9 +10,7 @@ from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.models.stored_layout import COMFYUI_PREFIX
 from ppcl_engine.models.weights import parameter_count
 from ppcl_engine.run import Run
-from ppcl_engine.settings.assess_settings import InspectConfig
 from ppcl_engine.settings.convert_settings import ExportConfig, ImportConfig
-from ppcl_engine.stages.assess.inspect import inspect
 from ppcl_engine.stages.convert.export import export
 from ppcl_engine.stages.convert.import_released import import_released
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
@@ -31,23 +27,6 @@ from ...tiny.released_models import (
 from ...tiny.trained_run import write_parts
 
 VARIANTS = ("full", "small", "smallest", "1-2,text:3-4", "3-4,ffn_image:1", "smallest_tuned")
-
-
-@pytest.fixture(scope="module")
-def exported(complete_run, teacher_file):
-    def make(layout: str, variant: str = "smallest"):
-        return export(
-            ExportConfig(
-                model=teacher_file,
-                run=complete_run.folder,
-                layout=layout,
-                variant=variant,
-                store="float32",
-                name=variant.replace(",", "_").replace(":", "_"),
-            )
-        )
-
-    return make
 
 
 def test_a_checkpoint_keeps_what_is_beside_the_transformer(folded, output, tmp_path, make_model):
@@ -199,13 +178,3 @@ def test_stock_layouts_are_refused(folded, teacher_file, tmp_path):
         ValueError, match="was not made by folding a file, so there are no original weights"
     ):
         folded(original, "off", base=teacher_file)
-
-
-def test_inspect_says_it(folded, teacher_file, exported, capsys):
-    inspect(InspectConfig(path=folded(teacher_file, "table"), json=True))
-    assert (
-        json.loads(capsys.readouterr().out.rpartition("\n{")[2].join(("{", "")))["folded"]
-        == "table of 4 timesteps"
-    )
-    inspect(InspectConfig(path=folded(exported("ppcl"), "basis", rank=3)))
-    assert "basis of 4 coefficients" in capsys.readouterr().out

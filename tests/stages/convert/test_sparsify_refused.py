@@ -5,24 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ppcl_engine.__main__ import USER_ERROR, main
 from ppcl_engine.data.calibration import load_calibration, save_calibration
 from ppcl_engine.settings.convert_settings import FoldConfig
 from ppcl_engine.stages.convert.fold import fold
 
 
 @pytest.fixture
-def failing(capsys, complete_run, tmp_path):
+def failing(error_of, complete_run, tmp_path):
     """Runs a command that must fail; returns its one line."""
 
     def fail(*arguments) -> str:
         given = ["sparsify", "--run", tmp_path, "--device", "cpu", *arguments]
         if "--calibration" not in arguments:
             given += ["--calibration", complete_run.calibration]
-        assert main([str(a) for a in given]) == USER_ERROR
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ppcl:")]
-        assert len(lines) == 1 and not list(tmp_path.rglob("*.safetensors"))
-        return lines[0]
+        line = error_of(*given)
+        assert not list(tmp_path.rglob("*.safetensors"))
+        return line
 
     return fail
 
