@@ -119,7 +119,7 @@ def test_a_base_in_another_precision_is_compared_as_far_as_that_goes(
         []
         if stored is None
         else [
-            f"{base}: {matrices} tensors are {stored}, the teacher of {bundle[0]} had F32: so they cannot be compared"
+            f"{base}: {matrices} tensors are {stored}, the teacher of {bundle[0]} had F32, so they cannot be compared"
         ]
     )
     inspect(InspectConfig(path=bundle[0], base=base, verify=True))
