@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
@@ -46,10 +47,17 @@ def refused(difference: str) -> str:
     """Why the nodes do not run in this ComfyUI, in one line."""
     from comfyui_version import __version__
 
+    if _numbers(__version__) < _numbers(TESTED[0]):
+        return f"PPCL needs ComfyUI {TESTED[0]} or newer; this is {__version__} ({difference}): update ComfyUI"
     return (
-        f"this version of PPCL was tested with ComfyUI {TESTED[0]} to {TESTED[1]}; this is {__version__}, where "
-        f"{difference}: update ComfyUI-PPCL, or use a ComfyUI of those versions"
+        f"this version of PPCL was tested with ComfyUI {TESTED[0]} to {TESTED[1]}; this is {__version__} "
+        f"({difference}): update ComfyUI-PPCL, or use a ComfyUI of those versions"
     )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """0.3.75 -> (0, 3, 75); what follows the numbers does not count."""
+    return tuple(int(part) for part in re.findall(r"[0-9]+", version)[:3])
 
 
 def refusing(node: type[io.ComfyNode], text: str) -> type[io.ComfyNode]:

@@ -1,7 +1,7 @@
 """Sets up a real ComfyUI for the tests, in `.hosts/<version>` of this repository. Runs with any
 Python 3.10+.
 
-Usage: python tests/comfyui/setup_host.py 0.30.0     (a minute or two the first time, nothing the
+Usage: python tests/comfyui/setup_host.py 0.30.0     (a few minutes the first time, nothing the
 second)
 
 A host is fetched when it is needed and never kept in the repository: its licence is the GPL. It
@@ -103,11 +103,14 @@ def main(version: str) -> None:
     if mark.exists() and mark.read_text() == made_of:
         return
     environment, host = folder / "venv", folder / "ComfyUI"
+    print(f"ComfyUI {version}: installing what it needs into {environment}", flush=True)
     make_environment(environment, recipe)
     register_operators(environment)
     if not (host / "main.py").exists():
+        print(f"ComfyUI {version}: taking it out of {recipe.package}", flush=True)
         unpack(environment, recipe, host)
     mark.write_text(made_of)
+    print(f"ComfyUI {version} is ready: {python_of(environment)} {host / 'main.py'} --cpu")
 
 
 def make_environment(environment: Path, recipe: Recipe) -> None:

@@ -114,17 +114,24 @@ def _line(points: dict[int, float]) -> tuple[list[int], list[float]] | None:
 
 
 def _draw_mean(axes, lines: dict[str, tuple[list[int], list[float]]]) -> None:
-    """Of many: their geometric mean, and the one that is worst now."""
+    """Of many: their geometric mean as far as all of them have a value, and the one that is worst at
+    the end."""
     common = sorted(set.intersection(*(set(steps) for steps, _ in lines.values())))
     if common:
         chosen = [
             [dict(zip(*line, strict=True))[step] for step in common] for line in lines.values()
         ]
         mean = torch.tensor(chosen, dtype=torch.float64).log().mean(0).exp().tolist()
-        axes.plot(common, smoothed(mean), color=INK, lw=2.2, label=f"mean of {len(lines)}")
+        axes.plot(
+            common, smoothed(mean), color=INK, lw=2.2, label=f"geometric mean of {len(lines)}"
+        )
     worst = max(lines, key=lambda name: smoothed(lines[name][1])[-1])
     axes.plot(
-        lines[worst][0], smoothed(lines[worst][1]), color=VERMILION, lw=1.8, label=f"worst: {worst}"
+        lines[worst][0],
+        smoothed(lines[worst][1]),
+        color=VERMILION,
+        lw=1.8,
+        label=f"worst at the end: {worst}",
     )
 
 
