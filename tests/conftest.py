@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ppcl_engine.__main__ import USER_ERROR, main
 from ppcl_engine.architectures import REFERENCES, architecture_named
 from ppcl_engine.data.calibration import CLEAN, CalibrationSet, save_calibration
 from ppcl_engine.data.flow import noised
@@ -142,5 +143,33 @@ def run_stages():
             stage = function_of(name.replace("_", "-"))
             stage(kind(**{"model": teacher, "run": folder, "device": "cpu", **tiny, **chosen}))
         return Run(folder)
+
+    return run
+
+
+@pytest.fixture
+def line_of(capsys):
+    """Runs a command that must fail at once; returns the one line that it says."""
+
+    def run(*arguments) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == USER_ERROR
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return run
+
+
+@pytest.fixture
+def error_of(capsys):
+    """Runs a command that must fail, after whatever progress it shows; returns its one line of
+    error."""
+
+    def run(*arguments) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == USER_ERROR
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ppcl:")]
+        assert len(lines) == 1
+        return lines[0]
 
     return run

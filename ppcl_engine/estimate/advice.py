@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..settings import assess_settings, base_settings, convert_settings, prune_settings
+from ..settings import assess_settings, convert_settings, prune_settings
 from ..settings.ranges import Settings
 
 STREAMED = ("streamed", False, "turn on streamed (blocks are read from disk one after the other)")
@@ -43,7 +43,7 @@ ADVICE = {
 then what is left."""
 
 
-def memory_advice(settings: base_settings.Common) -> str:
+def memory_advice(settings: Settings) -> str:
     """The first settings that still help, two at most."""
     first, rest = ADVICE[type(settings)]
     helping = [

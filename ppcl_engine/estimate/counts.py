@@ -17,8 +17,8 @@ from ..models.cost import CostModel, Grid, largest_pair
 from ..models.opening import model_config
 from ..plan import Interval, PruningPlan
 from ..run import Run
-from ..settings.base_settings import Common, TrainingConfig
-from ..settings.convert_settings import SparsifyConfig
+from ..settings.base_settings import TrainingConfig
+from ..settings.convert_settings import JobConfig, SparsifyConfig
 from ..settings.prune_settings import CalibrateConfig, DistillDepthConfig, DistillWidthConfig
 from ..system.machine import DTYPES, free_memory, resolve_device
 from ..system.tensor_files import TensorFile
@@ -89,7 +89,7 @@ def _sizes(
 class Count:
     """Sizes that the stages' needs are made of; bytes unless said otherwise."""
 
-    def __init__(self, config: Common | SparsifyConfig, calibrate: CalibrateConfig | None):
+    def __init__(self, config: JobConfig, calibrate: CalibrateConfig | None):
         self.config, self.size = config, DTYPES[config.dtype].itemsize
         self.samples = _samples(config, calibrate)
         model = Path(config.model)
@@ -187,7 +187,7 @@ class Count:
         ).parameters
 
 
-def _samples(config: Common | SparsifyConfig, calibrate: CalibrateConfig | None) -> Samples:
+def _samples(config: JobConfig, calibrate: CalibrateConfig | None) -> Samples:
     path = Run(config.run).calibration
     if isinstance(config, SparsifyConfig) and config.calibration is not None:
         path = config.calibration

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from ..models.cost import CostModel
 from ..models.opening import model_config
-from ..settings.base_settings import Common, TuningConfig
-from ..settings.convert_settings import SparsifyConfig
+from ..settings.base_settings import TuningConfig
+from ..settings.convert_settings import JobConfig
 from ..settings.prune_settings import CalibrateConfig
 from ..system.machine import device_memory, free_disk, resolve_device
 from .advice import STREAMED, last_advice, setting_advice
@@ -19,7 +19,7 @@ from .needs import needs
 FITTING = {"streamed": STREAMED[-1], "dtype": "choose dtype bfloat16"}
 
 
-def print_estimate(config: Common | SparsifyConfig) -> None:
+def print_estimate(config: JobConfig) -> None:
     name, architecture, settings = model_config(config.model)
     device = resolve_device(config.device)
     blocks = architecture.num_blocks(settings)
@@ -37,7 +37,7 @@ def print_estimate(config: Common | SparsifyConfig) -> None:
         print(f"as a job it would be refused: {line}")
 
 
-def _print_needs(config: Common | SparsifyConfig, device: str) -> None:
+def _print_needs(config: JobConfig, device: str) -> None:
     rows = {
         name: needs(replace(config, streamed=streamed))
         for name, streamed in (("resident", False), ("streamed", True))
@@ -62,9 +62,7 @@ def _tuning_note(parameters: int) -> str:
     )
 
 
-def refusal(
-    config: Common | SparsifyConfig, calibrate: CalibrateConfig | None = None
-) -> str | None:
+def refusal(config: JobConfig, calibrate: CalibrateConfig | None = None) -> str | None:
     """Why the stage cannot run on this machine, in a line that names what to change; None when it
     may fit.
 
@@ -85,9 +83,7 @@ def refusal(
     return None
 
 
-def _what_fits(
-    config: Common | SparsifyConfig, calibrate: CalibrateConfig | None, there: int
-) -> str:
+def _what_fits(config: JobConfig, calibrate: CalibrateConfig | None, there: int) -> str:
     """The change after which it may."""
     changes = ({"streamed": True}, {"dtype": "bfloat16"}, {"streamed": True, "dtype": "bfloat16"})
     for change in changes:

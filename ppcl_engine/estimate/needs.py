@@ -13,8 +13,7 @@ from ..algorithms.sparsity.patterns import UNSTRUCTURED
 from ..algorithms.sparsity.source import open_source
 from ..models.layout import Place, full_layout
 from ..settings.assess_settings import EvaluateConfig
-from ..settings.base_settings import Common
-from ..settings.convert_settings import ExportConfig, SparsifyConfig
+from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
     CalibrateConfig,
     DetectConfig,
@@ -67,7 +66,7 @@ class Demand:
     flops: float = 0
 
 
-def needs(config: Common | SparsifyConfig, calibrate: CalibrateConfig | None = None) -> Needs:
+def needs(config: JobConfig, calibrate: CalibrateConfig | None = None) -> Needs:
     """`calibrate`: of the same job, where its calibration is not there yet; with neither, the
     smallest one counts."""
     stage, demand_of = DEMANDS[type(config)]

@@ -1,5 +1,4 @@
-"""SD3.5 against diffusers: the same forward bit for bit, the released models' sizes, and both
-layouts' names."""
+"""SD3.5 against diffusers: the same forward bit for bit, and both layouts' names."""
 
 from functools import partial
 
@@ -8,7 +7,6 @@ import torch
 
 from ppcl_engine.architectures import architecture_named, detect_architecture
 from ppcl_engine.models.weights import expected_shapes
-from ppcl_engine.stages.assess.inspect import known_models
 
 from ..tiny.models import check_comfyui_file, comfyui_state, tiny_inputs, tiny_model
 
@@ -102,19 +100,6 @@ def test_assembled_parts_are_diffusers_model(model):
     built.load_state_dict(model.state_dict())
     assert type(built) is type(model) and built.config.num_layers == 6
     assert torch.equal(SD35.call(built.eval(), make_inputs()), SD35.call(model, make_inputs()))
-
-
-@pytest.mark.parametrize(
-    "name, parameters, blocks, width",
-    [
-        ("sd35_large", 8_056_627_520, 38, 2432),
-        ("sd35_medium", 2_243_171_520, 24, 1536),
-    ],
-)
-def test_the_released_models_have_their_published_sizes(name, parameters, blocks, width):
-    found = known_models()[name]
-    sizes = {"architecture": "sd35", "parameters": parameters, "blocks": blocks, "width": width}
-    assert found == {**sizes, "modulations_read": ["the timestep", "pooled text"]}
 
 
 @pytest.mark.parametrize("name", ["sd35_large", "sd35_medium"])

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ppcl_engine.__main__ import USER_ERROR, main
+from ppcl_engine.__main__ import main
 from ppcl_engine.demo.bundled import TEACHER, render_pictures
 from ppcl_engine.models.stored_layout import COMFYUI_PREFIX
 from ppcl_engine.run import Run
@@ -53,19 +53,6 @@ def damaged(source: Path, path: Path, name: str, value: float = math.nan) -> Pat
     return path
 
 
-@pytest.fixture
-def line_of(capsys):
-    """Runs a command that must fail; returns its one line."""
-
-    def run(*arguments) -> str:
-        assert main([str(a) for a in arguments]) == USER_ERROR
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ppcl:")]
-        assert len(lines) == 1
-        return lines[0]
-
-    return run
-
-
 def written(folder: Path) -> dict[str, bytes]:
     files = {
         str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
@@ -99,7 +86,7 @@ def bad_teacher(tmp_path_factory, teacher_file) -> Path:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_model_with_one_nan_is_refused_by_every_stage(
-    line_of, tmp_path, teacher_file, bad_teacher, make_run, stage, streamed
+    error_of, tmp_path, teacher_file, bad_teacher, make_run, stage, streamed
 ):
     run = Run(make_run(tmp_path, teacher_file))
     write_parts(run, teacher_file)
@@ -118,7 +105,7 @@ def test_a_model_with_one_nan_is_refused_by_every_stage(
         "cpu",
         *(["--streamed"] if streamed else []),
     ]
-    line = line_of(stage, *options, *STAGES[stage])
+    line = error_of(stage, *options, *STAGES[stage])
     assert "not finite" in line and "download it again" in line
     if stage in ("probe", "detect", "detect-width"):
         assert f"the model is not finite from block {BLOCK} on" in line
@@ -127,7 +114,7 @@ def test_a_model_with_one_nan_is_refused_by_every_stage(
 
 @pytest.mark.parametrize("what", FILES)
 def test_no_file_is_made_of_a_model_with_one_nan(
-    line_of, tmp_path, teacher_file, bad_teacher, make_run, what
+    error_of, tmp_path, teacher_file, bad_teacher, make_run, what
 ):
     """Nor of a file that was made of the good one."""
     run = Run(make_run(tmp_path / "run", teacher_file))
@@ -143,7 +130,7 @@ def test_no_file_is_made_of_a_model_with_one_nan(
         weight = f"transformer_blocks.{BLOCK}.img_mod.1.weight"
         options[1] = damaged(teacher_file, folder / "teacher.safetensors", weight)
     before = written(tmp_path)
-    line = line_of(stage, *options, *FILES[what])
+    line = error_of(stage, *options, *FILES[what])
     assert "not finite" in line and str(BLOCK) in line
     check_nothing_bad_is_new(tmp_path, before)
     assert not (run.folder / "exports").exists() or not list((run.folder / "exports").iterdir())
@@ -165,49 +152,49 @@ def captions(tmp_path) -> Path:
     return path
 
 
-def test_generate_writes_no_picture_of_noise(line_of, tmp_path, bad_demo):
+def test_generate_writes_no_picture_of_noise(error_of, tmp_path, bad_demo):
     picture = tmp_path / "a.png"
     caption = "a red K on a blue circle, yellow background"
-    line = line_of(
+    line = error_of(
         "generate", "--path", bad_demo, "--prompt", caption, "--output", picture, "--device", "cpu"
     )
     assert "the model at t = 1: velocity is not finite" in line and not picture.exists()
 
 
-def test_evaluate_reports_no_figures_of_noise(line_of, tmp_path, bad_demo, captions):
+def test_evaluate_reports_no_figures_of_noise(error_of, tmp_path, bad_demo, captions):
     common = ["--model", TEACHER, "--run", tmp_path, "--device", "cpu"]
     small = ["--samples", 2, "--batch", 2, "--steps", 1]
     assert main([str(a) for a in ["calibrate", *common, "--prompts", captions, *small]]) == 0
     write_parts(
         Run(tmp_path), TEACHER, parts=Parts(depth=(), width=(), projections={}, variants=())
     )
-    line = line_of("evaluate", "--model", bad_demo, *common[2:], "--captions", 1, "--steps", 1)
+    line = error_of("evaluate", "--model", bad_demo, *common[2:], "--captions", 1, "--steps", 1)
     assert "variant 'full': velocity is not finite" in line
     assert not (tmp_path / "evaluate.json").exists()
 
 
 @pytest.mark.parametrize("source", ["prompts", "images"])
-def test_calibrate_names_the_block(line_of, tmp_path, bad_demo, captions, source):
+def test_calibrate_names_the_block(error_of, tmp_path, bad_demo, captions, source):
     given = captions if source == "prompts" else render_pictures(tmp_path / "images", 2, 0)
     options = ["--samples", 2, "--batch", 2, "--steps", 1, "--device", "cpu"]
-    line = line_of(
+    line = error_of(
         "calibrate", "--model", bad_demo, "--run", tmp_path / "run", f"--{source}", given, *options
     )
     assert f"the model is not finite from block {BLOCK} on" in line and "download it again" in line
     assert not (tmp_path / "run" / "calibration.safetensors").exists()
 
 
-def test_calibrate_looks_at_the_layers_before_the_blocks_too(line_of, tmp_path, captions):
+def test_calibrate_looks_at_the_layers_before_the_blocks_too(error_of, tmp_path, captions):
     path = damaged(TEACHER, tmp_path / "teacher.safetensors", f"{COMFYUI_PREFIX}img_in.weight")
     options = ["--samples", 2, "--batch", 2, "--steps", 1, "--device", "cpu"]
-    line = line_of(
+    line = error_of(
         "calibrate", "--model", path, "--run", tmp_path / "run", "--prompts", captions, *options
     )
     assert "the model, before its first block: image is not finite" in line
 
 
 @pytest.mark.parametrize("name", ["text", "empty"])
-def test_stored_embeddings_with_one_nan_are_refused(line_of, tmp_path, teacher_file, name):
+def test_stored_embeddings_with_one_nan_are_refused(error_of, tmp_path, teacher_file, name):
     tensors = {
         "text": torch.randn(2, 5, 24),
         "empty": torch.randn(1, 2, 24),
@@ -217,7 +204,7 @@ def test_stored_embeddings_with_one_nan_are_refused(line_of, tmp_path, teacher_f
     path = tmp_path / "embeddings.safetensors"
     save_file(tensors, path)
     size = ["--height", 64, "--width", 64, "--samples", 2, "--steps", 1, "--device", "cpu"]
-    line = line_of(
+    line = error_of(
         "calibrate", "--model", teacher_file, "--run", tmp_path / "run", "--embeddings", path, *size
     )
     assert (
@@ -228,13 +215,13 @@ def test_stored_embeddings_with_one_nan_are_refused(line_of, tmp_path, teacher_f
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_calibration_set_with_one_nan_is_refused_by_every_stage(
-    line_of, tmp_path, teacher_file, make_run, stage
+    error_of, tmp_path, teacher_file, make_run, stage
 ):
     run = Run(make_run(tmp_path, teacher_file))
     write_parts(run, teacher_file)
     damaged(run.calibration, run.calibration, "1.encoder_hidden_states")
     before = written(tmp_path)
-    line = line_of(
+    line = error_of(
         stage, "--model", teacher_file, "--run", tmp_path, "--device", "cpu", *STAGES[stage]
     )
     assert (
@@ -244,8 +231,8 @@ def test_a_calibration_set_with_one_nan_is_refused_by_every_stage(
     assert written(tmp_path) == before
 
 
-def test_sparsify_refuses_such_a_set_too(line_of, tmp_path, teacher_file, make_run):
+def test_sparsify_refuses_such_a_set_too(error_of, tmp_path, teacher_file, make_run):
     run = Run(make_run(tmp_path, teacher_file))
     damaged(run.calibration, run.calibration, "0.hidden_states", math.inf)
-    line = line_of("sparsify", "--path", teacher_file, "--run", tmp_path, "--device", "cpu")
+    line = error_of("sparsify", "--path", teacher_file, "--run", tmp_path, "--device", "cpu")
     assert "batch 0: hidden_states is not finite" in line and "run calibrate again" in line

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from ppcl_engine.__main__ import main
 from ppcl_engine.system.early import INTERRUPTED
+
+from ..tiny.processes import exit_code, forked
 
 KILLS = 10
 RUN_FILE = """
@@ -64,22 +65,6 @@ def write_run_file(folder: Path, teacher: Path, make_run) -> Path:
     return path
 
 
-def start(path: Path) -> int:
-    """The command in a process of its own (a fork: importing torch again would take the whole
-    test)."""
-    child = os.fork()
-    if child == 0:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
-            os._exit(main(["run", str(path)]))
-    return child
-
-
-def finish(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def result(path: Path) -> dict[str, str]:
     run = path.parent / "run"
     folders = ("probes", "depth", "width", "polished", "tuned")
@@ -95,25 +80,31 @@ def left_alone(tmp_path_factory, teacher_file, make_run) -> tuple[dict[str, str]
     """What an uninterrupted run leaves, and the seconds it took."""
     path = write_run_file(tmp_path_factory.mktemp("alone"), teacher_file, make_run)
     begun = time.monotonic()
-    assert finish(start(path)) == 0
+    assert exit_code(forked("run", path)) == 0
     return result(path), time.monotonic() - begun
 
 
+def killed_after(seconds: float, path: Path) -> bool:
+    """False when it had ended by then."""
+    child = forked("run", path)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return exit_code(child) == -signal.SIGKILL
+
+
 def test_kill_at_ten_random_moments_changes_no_bit(tmp_path, teacher_file, make_run, left_alone):
+    """Each run is killed again and again while it goes on, until it comes to its end: kills hit
+    every stage, and what earlier kills left."""
     expected, seconds = left_alone
-    moments, killed = random.Random(0), 0
+    moments, killed, runs = random.Random(0), 0, 0
     while killed < KILLS:
-        folder = tmp_path / str(killed)
-        path = write_run_file(folder, teacher_file, make_run)
-        child = start(path)
-        time.sleep(moments.uniform(0, seconds))
-        os.kill(child, signal.SIGKILL)
-        if finish(child) != -signal.SIGKILL:
-            continue  # it had ended before the signal came; another moment
-        assert finish(start(path)) == 0
+        path = write_run_file(tmp_path / str(runs), teacher_file, make_run)
+        while killed < KILLS and killed_after(moments.uniform(0, seconds / 2), path):
+            killed += 1
+        assert exit_code(forked("run", path)) == 0
         assert result(path) == expected
-        assert not list((folder / "run").rglob("*.partial"))
-        killed += 1
+        assert not list(path.parent.rglob("*.partial"))
+        runs += 1
 
 
 def test_control_c_saves_says_how_to_go_on_and_changes_no_bit(
@@ -121,12 +112,12 @@ def test_control_c_saves_says_how_to_go_on_and_changes_no_bit(
 ):
     expected, _ = left_alone
     path = write_run_file(tmp_path, teacher_file, make_run)
-    child = start(path)
+    child = forked("run", path)
     students = tmp_path / "run" / "depth"
     while not list(students.glob("*.safetensors")):
         time.sleep(0.005)
     os.kill(child, signal.SIGINT)
-    assert finish(child) == INTERRUPTED
+    assert exit_code(child) == INTERRUPTED
     assert list(students.glob("*.safetensors"))
-    assert finish(start(path)) == 0
+    assert exit_code(forked("run", path)) == 0
     assert result(path) == expected

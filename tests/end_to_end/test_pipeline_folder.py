@@ -1,10 +1,7 @@
-"""Every stage through the command line, on a tiny diffusers pipeline folder and on ComfyUI files of
+"""The method through the command line, on a tiny diffusers pipeline folder and on ComfyUI files of
 its transformer."""
 
 from __future__ import annotations
-
-import json
-import weakref
 
 import pytest
 import torch
@@ -13,19 +10,14 @@ from PIL import Image
 from ppcl_engine.__main__ import main
 from ppcl_engine.data.calibration import load_calibration
 from ppcl_engine.data.codecs import open_codec
-from ppcl_engine.data.codecs.pipeline import PipelineCodec
 from ppcl_engine.models.opening import open_model
 from ppcl_engine.models.weights import Weights
-from ppcl_engine.stages.assess import evaluate as evaluate_stage
-from ppcl_engine.stages.assess import generate as generate_stage
-from ppcl_engine.system.tensor_files import TensorFile, write_tensors
+from ppcl_engine.system.tensor_files import write_tensors
 
-from ..tiny.qwen_image_folder import build_tiny_pipeline
+from ..tiny.memory import check_one_model_at_a_time
+from ..tiny.qwen_image_folder import CAPTIONS, DRAWING, SIZE, build_tiny_pipeline
 
-CAPTIONS = ["a red cat", "the image of the background", "", "by the sea, text"]
-SIZE = ("--height", 32, "--width", 48)
 LATENT_SHAPE = (8, 12)
-DRAWING = ("--steps", 3, "--guidance", 2.0)
 DETECT = ("--remove", 2, "--longest", 3, "--bootstrap", 4)
 DISTILL = ("--rounds", 1, "--updates", 2, "--warm-up", 1)
 
@@ -67,38 +59,6 @@ def run(folder, prompts, tmp_path_factory):
     return run
 
 
-@pytest.fixture
-def alone(monkeypatch):
-    """The VAE finds neither a transformer nor a text encoder in memory; returns the transformers
-    that came and went."""
-    transformers = []
-
-    def watched(module, name):
-        opened = getattr(module, name)
-
-        def open_and_remember(*arguments):
-            model = opened(*arguments)
-            transformers.append(weakref.ref(model))
-            return model
-
-        monkeypatch.setattr(module, name, open_and_remember)
-
-    def checked(name):
-        original = getattr(PipelineCodec, name)
-
-        def check(codec, tensor):
-            assert codec._text_pipeline is None and all(model() is None for model in transformers)
-            return original(codec, tensor)
-
-        monkeypatch.setattr(PipelineCodec, name, check)
-
-    watched(evaluate_stage, "open_variant")
-    watched(generate_stage, "open_model")
-    checked("pictures")
-    checked("latents")
-    return transformers
-
-
 def test_states_lie_on_the_teachers_own_way(run, folder):
     calibration, codec = load_calibration(run / "calibration.safetensors"), open_codec(folder)
     times = torch.cat([batch["timestep"] for batch in calibration.batches])
@@ -111,7 +71,8 @@ def test_states_lie_on_the_teachers_own_way(run, folder):
     assert all((schedule == t).any() for t in times) and len(times.unique()) > 1
 
 
-def test_pictures_with_captions_calibrate_one_model_at_a_time(folder, tmp_path, alone):
+def test_pictures_with_captions_calibrate_one_model_at_a_time(folder, tmp_path, monkeypatch):
+    check_one_model_at_a_time(monkeypatch)
     images = tmp_path / "images"
     images.mkdir()
     for i, caption in enumerate(CAPTIONS):
@@ -168,96 +129,30 @@ def test_exports_are_the_bundles_model(run, folder):
             assert torch.equal(architecture.call(open_model(path), inputs), expected)
 
 
-def test_evaluate(run, folder, prompts, alone):
-    common = ("--model", folder, "--run", run, "--device", "cpu", "--prompts", prompts)
-    ppcl("evaluate", *common, "--captions", 3, "--batch", 2, "--variants", "small", *SIZE, *DRAWING)
-    rows = json.loads((run / "evaluate.json").read_text())["variants"]
-    # each is opened again to be timed
-    assert [row["name"] for row in rows] == ["full", "small"] and len(alone) == 4
-    assert rows[1]["velocity_error"]["value"] > 0 and rows[1]["psnr"]["value"] < 100
-    assert rows[1]["character_accuracy"] is None and rows[1]["text_sensitivity"]["value"] > 0
-    assert TensorFile(run / "pictures.safetensors").shape("small") == (3, 3, 32, 48)
-    assert (run / "report.html").stat().st_size > 10_000
-
-
-def test_generate_from_every_file(run, folder, tmp_path, alone):
-    """The teacher itself, the bundle, and both exports with the folder as what brings text encoder
-    and VAE."""
-    exports = run / "exports"
-    files = {
-        "teacher": ("--path", folder),
-        "bundle": (
-            "--path",
-            exports / "bundle.ppcl.safetensors",
-            "--base",
-            folder,
-            "--variant",
-            "small",
-        ),
-        "diffusers": ("--path", exports / "diffusers", "--base", folder),
-        "comfyui": ("--path", exports / "comfyui.safetensors", "--base", folder),
-    }
-    pictures = {}
-    for name, arguments in files.items():
-        output = tmp_path / f"{name}.png"
-        ppcl(
-            "generate",
-            *arguments,
-            "--prompt",
-            "a red cat | the sea",
-            "--output",
-            output,
-            "--device",
-            "cpu",
-            *SIZE,
-            *DRAWING,
-        )
-        pictures[name] = Image.open(output)
-    assert len(alone) == 4 and {picture.size for picture in pictures.values()} == {
-        (2 * 48 * 8, 32 * 8)
-    }
-    contents = {name: picture.tobytes() for name, picture in pictures.items()}
-    assert contents["bundle"] == contents["diffusers"] == contents["comfyui"] != contents["teacher"]
+@pytest.fixture
+def embeddings(folder, tmp_path):
+    """Made elsewhere: of the captions, and of none."""
+    codec, path = open_codec(folder), tmp_path / "embeddings.safetensors"
+    text, mask = codec.text(CAPTIONS).values()
+    empty = codec.text([""])["encoder_hidden_states"]
+    write_tensors(path, {"text": text, "mask": mask, "empty": empty})
+    return path
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_a_comfyui_file_and_stored_embeddings(folder, tmp_path, dtype):
-    """No pipeline folder at hand: the file brings the transformer alone, the embeddings are made
-    elsewhere."""
-    weights, codec = Weights(folder), open_codec(folder)
-    model, embeddings, run = (
-        tmp_path / "comfyui.safetensors",
-        tmp_path / "embeddings.safetensors",
-        tmp_path / "run",
-    )
-    write_tensors(
-        model,
-        {f"model.diffusion_model.{key}": weights.read(key).to(dtype) for key in weights.keys()},
-    )
-    text, mask = codec.text(CAPTIONS).values()
-    write_tensors(
-        embeddings, {"text": text, "mask": mask, "empty": codec.text([""])["encoder_hidden_states"]}
-    )
-    common = (
-        "--model",
-        model,
-        "--run",
-        run,
-        "--device",
-        "cpu",
-        "--embeddings",
-        embeddings,
-        "--height",
-        64,
-        "--width",
-        96,
-    )
-    ppcl("calibrate", *common, "--samples", 6, "--batch", 2, *DRAWING)
-    times = torch.cat(
-        [batch["timestep"] for batch in load_calibration(run / "calibration.safetensors").batches]
-    )
-    assert {round(3 * t) for t in times.tolist()} <= {1, 2, 3} and torch.allclose(
-        3 * times, (3 * times).round()
-    )
+def test_a_comfyui_file_and_stored_embeddings(folder, embeddings, tmp_path, dtype):
+    """No pipeline folder at hand: the file brings the transformer alone."""
+    weights, model, run = Weights(folder), tmp_path / "comfyui.safetensors", tmp_path / "run"
+    tensors = {
+        f"model.diffusion_model.{key}": weights.read(key).to(dtype) for key in weights.keys()
+    }
+    write_tensors(model, tensors)
+    common = ("--model", model, "--run", run, "--device", "cpu", "--embeddings", embeddings)
+    size = ("--height", 64, "--width", 96)
+    ppcl("calibrate", *common, *size, "--samples", 6, "--batch", 2, *DRAWING)
+    batches = load_calibration(run / "calibration.safetensors").batches
+    times = 3 * torch.cat([batch["timestep"] for batch in batches])
+    assert {round(t) for t in times.tolist()} <= {1, 2, 3}
+    assert torch.allclose(times, times.round())
     prune(model, run)
     assert list((run / "depth").glob("*.safetensors"))

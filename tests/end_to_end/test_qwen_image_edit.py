@@ -52,13 +52,6 @@ def ppcl(*arguments) -> None:
     assert main([str(argument) for argument in arguments]) == 0
 
 
-def refused(capsys, *arguments) -> str:
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("edit") / "pipeline"
@@ -151,25 +144,19 @@ def test_a_comfyui_file_says_by_its_mark_that_references_are_as_at_t_0(run, tmp_
         assert weights.num_blocks == 4 and weights.config.get("zero_cond_t", False) == marked
 
 
-def test_evaluate_and_generate(run, folder, triples, tmp_path):
-    pictures, _ = triples
-    common = ("--model", folder, "--run", run, "--device", "cpu", "--references", pictures)
+def test_evaluate_draws_from_references(run, folder, triples):
+    common = ("--model", folder, "--run", run, "--device", "cpu", "--references", triples[0])
     ppcl("evaluate", *common, "--captions", 3, "--batch", 2, "--variants", "small", *SIZE, *DRAWING)
     rows = json.loads((run / "evaluate.json").read_text())["variants"]
     assert rows[1]["velocity_error"]["value"] > 0 and rows[1]["text_sensitivity"]["value"] > 0
     assert TensorFile(run / "pictures.safetensors").shape("small") == (3, 3, 32, 48)
-    references, output = f"{pictures / 'cat'}.png|{pictures / 'dog'}.png", tmp_path / "drawn.png"
-    given = (
-        "--path",
-        folder,
-        "--prompt",
-        "red | blue",
-        "--references",
-        references,
-        "--output",
-        output,
-    )
-    ppcl("generate", *given, "--device", "cpu", *SIZE, *DRAWING)
+
+
+def test_generate_draws_from_references(folder, triples, tmp_path):
+    pictures, output = triples[0], tmp_path / "drawn.png"
+    given = ("--path", folder, "--prompt", "red | blue", "--output", output, "--device", "cpu")
+    references = f"{pictures / 'cat'}.png|{pictures / 'dog'}.png"
+    ppcl("generate", *given, "--references", references, *SIZE, *DRAWING)
     assert Image.open(output).size == (2 * 48 * 8, 32 * 8)
 
 
@@ -290,63 +277,52 @@ def test_references_cost_what_their_tokens_do(
     assert memory[0] > memory[1]
 
 
-def test_bad_triples_are_one_line(folder, triples, tmp_path, capsys):
+@pytest.fixture
+def calibrating(folder, tmp_path):
+    run = tmp_path / "run"
+    return ("calibrate", "--model", folder, "--run", run, "--device", "cpu", "--samples", 4, *SIZE)
+
+
+def test_pictures_without_references_are_one_line(calibrating, triples, tmp_path, line_of):
     pictures, references = triples
-    common = (
-        "calibrate",
-        "--model",
-        folder,
-        "--run",
-        tmp_path / "run",
-        "--device",
-        "cpu",
-        "--samples",
-        4,
-        *SIZE,
-    )
-    line = refused(capsys, *common, "--images", pictures)
+    line = line_of(*calibrating, "--images", pictures)
     assert line.endswith(
         "is an edit model, whose captions change pictures: name them with --references"
     )
     less = tmp_path / "less"
     less.mkdir()
     (less / "cat.png").write_bytes((references / "cat.png").read_bytes())
-    line = refused(capsys, *common, "--images", pictures, "--references", less)
-    assert (
-        line
-        == f"ppcl: {less} has no reference of dog.png; put dog.png there, or dog_1.png and so on"
-    )
-    line = refused(capsys, *common, "--images", pictures, "--references", tmp_path / "none")
+    line = line_of(*calibrating, "--images", pictures, "--references", less)
+    put = "put dog.png there, or dog_1.png and so on"
+    assert line == f"ppcl: {less} has no reference of dog.png; {put}"
+    line = line_of(*calibrating, "--images", pictures, "--references", tmp_path / "none")
     assert "none holds no pictures" in line
-    line = refused(capsys, *common[:-1], 44, "--images", pictures, "--references", references)
+    line = line_of(*calibrating[:-1], 44, "--images", pictures, "--references", references)
     assert line == "ppcl: 32 x 44 pixels is not a multiple of 8; change --height and --width"
-    line = refused(capsys, *common, "--references", references)
+
+
+def test_references_without_captions_are_one_line(calibrating, triples, tmp_path, line_of):
+    pictures, references = triples
+    line = line_of(*calibrating, "--references", references)
     assert line.endswith("cat.png has no caption; write it into cat.txt")
     words = tmp_path / "words.txt"
     words.write_text("a cat\n")
-    assert "needs one source" in refused(
-        capsys, *common, "--references", pictures, "--prompts", words
-    )
-    line = refused(
-        capsys,
-        "generate",
-        "--path",
-        folder,
-        "--prompt",
-        "a",
-        "--references",
-        tmp_path / "no.png",
-        *SIZE,
-    )
+    line = line_of(*calibrating, "--references", pictures, "--prompts", words)
+    assert "needs one source" in line
+
+
+def test_a_reference_that_does_not_exist_is_one_line(folder, tmp_path, line_of):
+    given = ("--path", folder, "--prompt", "a", "--references", tmp_path / "no.png")
+    line = line_of("generate", *given, *SIZE)
     assert line.endswith("no.png does not exist; name the pictures to change with --references")
 
 
-def test_a_model_that_changes_no_pictures_takes_no_references(triples, tmp_path, capsys):
+def test_a_model_that_changes_no_pictures_takes_no_references(triples, tmp_path, line_of):
     plain = build_tiny_pipeline(tmp_path / "plain")
     pictures, references = triples
     given = ("--images", pictures, "--references", references, "--samples", 4, *SIZE)
-    line = refused(
-        capsys, "calibrate", "--model", plain, "--run", tmp_path / "run", "--device", "cpu", *given
+    line = line_of(
+        "calibrate", "--model", plain, "--run", tmp_path / "run", "--device", "cpu", *given
     )
     assert line.endswith(
         "plain draws from text alone and cannot change pictures; leave the references out"

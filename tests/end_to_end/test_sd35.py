@@ -253,61 +253,68 @@ def test_a_part_that_the_last_block_has_not_is_one_line(depth, teacher_file, tmp
     )
 
 
-def test_from_captions_to_the_report(architecture, make_model, tmp_path):
-    """By the command line, with the tables of the demo's codec as text encoder and VAE."""
-    channels = {
-        "in_channels": 16,
-        "out_channels": 16,
-        "joint_attention_dim": 64,
-        "pooled_projection_dim": 64,
-    }
-    model, codec = make_model(**channels), fit_codec(0, positions=True, samples=64)
+@pytest.fixture(scope="module")
+def whole_model(architecture, make_model, tmp_path_factory):
+    """A ComfyUI file with the tables of the demo's codec as text encoder and VAE."""
+    model = make_model(
+        in_channels=16, out_channels=16, joint_attention_dim=64, pooled_projection_dim=64
+    )
+    codec = fit_codec(0, positions=True, samples=64)
     sources = {
         name: Source(tuple(t.shape), lambda t=t: t) for name, t in model.state_dict().items()
     }
     tensors = {
-        COMFYUI_PREFIX + name: s.read()
-        for name, s in comfyui_sources(architecture, sources).items()
+        COMFYUI_PREFIX + name: source.read()
+        for name, source in comfyui_sources(architecture, sources).items()
     }
-    write_tensors(tmp_path / "model.safetensors", {**tensors, **codec.tensors()}, codec.metadata())
-    (tmp_path / "captions.txt").write_text(
+    path = tmp_path_factory.mktemp("whole") / "model.safetensors"
+    write_tensors(path, {**tensors, **codec.tensors()}, codec.metadata())
+    return path
+
+
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory):
+    """How captions are drawn, for calibrate and evaluate."""
+    captions = tmp_path_factory.mktemp("captions") / "captions.txt"
+    captions.write_text(
         "a red K on a blue circle, yellow background\na blue 7 on a red square, green background\n"
     )
-    run = tmp_path / "run"
-    common = ["--model", tmp_path / "model.safetensors", "--run", run, "--device", "cpu"]
-    drawing = ["--steps", 2, "--guidance", 2.0, "--prompts", tmp_path / "captions.txt"]
-    trained = ["--rounds", 1, "--updates", 2, "--warm-up", 1]
+    return ("--steps", 2, "--guidance", 2.0, "--prompts", captions)
+
+
+@pytest.fixture(scope="module")
+def from_captions(architecture, whole_model, drawing, tmp_path_factory):
+    """A run folder with all that the command line makes, from captions to the bundle."""
+    run = tmp_path_factory.mktemp("captions") / "run"
 
     def ppcl(stage, *arguments):
+        common = ("--model", whole_model, "--run", run, "--device", "cpu")
         assert main([stage, *map(str, (*common, *arguments))]) == 0
 
     ppcl("calibrate", *drawing, "--samples", 8, "--batch", 4)
-    assert load_calibration(run / "calibration.safetensors").batches[0][
-        "pooled_projections"
-    ].shape == (4, 64)
     ppcl("probe")
     ppcl("detect", "--remove", 2, "--longest", 3, "--bootstrap", 4)
-    ppcl("distill-depth", *trained)
+    ppcl("distill-depth", "--rounds", 1, "--updates", 2, "--warm-up", 1)
     ppcl("variants", "--samples", 4)
     ppcl("evaluate", *drawing, "--captions", 2, "--variants", "small")
-    rows = json.loads((run / "evaluate.json").read_text())["variants"]
-    assert [row["name"] for row in rows] == ["full", "small"] and rows[1]["velocity_error"][
-        "value"
-    ] > 0
-    assert (
-        rows[0]["text_sensitivity"]["value"] > 0 and (run / "report.html").stat().st_size > 10_000
-    )
     ppcl("export", "--name", "bundle")
-    bundle, picture = run / "exports" / "bundle.ppcl.safetensors", tmp_path / "picture.png"
-    arguments = [
-        "--path",
-        bundle,
-        "--base",
-        common[1],
-        "--prompt",
-        "a red K",
-        "--output",
-        picture,
-        *drawing[:4],
-    ]
-    assert main(["generate", *map(str, arguments)]) == 0 and picture.stat().st_size > 1000
+    return run
+
+
+def test_from_captions_to_the_report(from_captions):
+    batch = load_calibration(from_captions / "calibration.safetensors").batches[0]
+    assert batch["pooled_projections"].shape == (4, 64)
+    full, small = json.loads((from_captions / "evaluate.json").read_text())["variants"]
+    assert [full["name"], small["name"]] == ["full", "small"]
+    assert small["velocity_error"]["value"] > 0
+    assert full["text_sensitivity"]["value"] > 0
+    assert (from_captions / "report.html").stat().st_size > 10_000
+
+
+def test_the_bundle_draws(from_captions, whole_model, tmp_path):
+    bundle = from_captions / "exports" / "bundle.ppcl.safetensors"
+    given = ("--path", bundle, "--base", whole_model, "--prompt", "a red K")
+    output = tmp_path / "picture.png"
+    drawn = ("--steps", 2, "--guidance", 2.0, "--output", output)
+    assert main(["generate", *map(str, (*given, *drawn))]) == 0
+    assert output.stat().st_size > 1000

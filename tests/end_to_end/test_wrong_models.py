@@ -7,7 +7,6 @@ import json
 
 import pytest
 
-from ppcl_engine.__main__ import main
 from ppcl_engine.architectures import architecture_named
 from ppcl_engine.models.bundle import write_bundle
 from ppcl_engine.models.weights import Weights
@@ -27,19 +26,6 @@ STAGES = (
 )
 
 
-@pytest.fixture
-def refused(capsys):
-    """The one line in which the command line says no."""
-
-    def say(*arguments) -> str:
-        capsys.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
-    return say
-
-
 def plan_of(name: str, fingerprint: str, intervals: str) -> PruningPlan:
     architecture = architecture_named(name)
     config = dict(architecture.tiny_config)
@@ -53,17 +39,17 @@ def plan_of(name: str, fingerprint: str, intervals: str) -> PruningPlan:
 
 
 @pytest.mark.parametrize("other", ["flux1", "sd35"])
-def test_a_plan_of_another_architecture(teacher_file, make_run, tmp_path, refused, other):
+def test_a_plan_of_another_architecture(teacher_file, make_run, tmp_path, line_of, other):
     run, plan = Run(make_run(tmp_path / "run", teacher_file)), plan_of(other, "f" * 64, "1-2")
     write_text(run.plan, plan.to_json())
     expected = f"teacher.safetensors is qwen_image, the plan is for {other}; choose its base"
     for stage in STAGES:
-        assert expected in refused(
+        assert expected in line_of(
             stage, "--model", teacher_file, "--run", run.folder, "--device", "cpu"
         ), stage
     bundle = tmp_path / "other.ppcl.safetensors"
     write_bundle(bundle, plan, [])
-    assert expected in refused("bench", "--path", bundle, "--base", teacher_file, "--device", "cpu")
+    assert expected in line_of("bench", "--path", bundle, "--base", teacher_file, "--device", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +58,7 @@ def test_a_plan_of_another_architecture(teacher_file, make_run, tmp_path, refuse
     indirect=["architecture"],
 )
 def test_an_interval_over_two_kinds_of_blocks(
-    architecture, teacher_file, make_run, tmp_path, refused, intervals, kinds
+    architecture, teacher_file, make_run, tmp_path, line_of, intervals, kinds
 ):
     """From double blocks to single ones; SD3's last block, which would be dropped."""
     run = Run(make_run(tmp_path / "run", teacher_file))
@@ -83,7 +69,7 @@ def test_an_interval_over_two_kinds_of_blocks(
         f"interval {intervals} holds blocks of two kinds ({kinds}); end it where one kind ends"
     )
     for stage in STAGES:
-        assert expected in refused(
+        assert expected in line_of(
             stage, "--model", teacher_file, "--run", run.folder, "--device", "cpu"
         ), stage
 
@@ -98,11 +84,11 @@ def test_an_interval_over_two_kinds_of_blocks(
     ],
     indirect=["architecture"],
 )
-def test_a_diffusers_file_with_gaps(model, model_config, tmp_path, refused, dropped, blocks):
+def test_a_diffusers_file_with_gaps(model, model_config, tmp_path, line_of, dropped, blocks):
     """Blocks left out without renumbering, in either list of FLUX."""
     path = tmp_path / "gap.safetensors"
     kept = {n: t for n, t in model.state_dict().items() if not n.startswith(dropped)}
     write_tensors(path, kept, {"config": json.dumps(model_config(model))})
     expected = f"gap.safetensors lacks 1 of {blocks} blocks, first {dropped.rstrip('.')}: a full model's blocks are numbered"
-    assert expected in refused("inspect", "--path", path)
-    assert expected in refused("probe", "--model", path, "--run", tmp_path, "--device", "cpu")
+    assert expected in line_of("inspect", "--path", path)
+    assert expected in line_of("probe", "--model", path, "--run", tmp_path, "--device", "cpu")

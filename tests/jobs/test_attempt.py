@@ -22,7 +22,7 @@ from ppcl_engine.data.calibration import CalibrationSet, save_calibration
 from ppcl_engine.jobs import attempt
 from ppcl_engine.jobs.failures import failure, memory_line
 from ppcl_engine.jobs.launch import WORKER, launch, stop
-from ppcl_engine.jobs.spec import Order, write_order
+from ppcl_engine.jobs.spec import JobSpec, write_spec
 from ppcl_engine.jobs.state import (
     JobState,
     ask_to_cancel,
@@ -33,8 +33,8 @@ from ppcl_engine.jobs.state import (
 )
 from ppcl_engine.settings.prune_settings import ProbeConfig
 
-from ..tiny.processes import Launched
-from .conftest import exit_code, fork, is_at, until
+from ..tiny.processes import Launched, exit_code
+from .conftest import fork, is_at, until
 
 ALL = ("probe", "detect", "distill-depth", "variants", "polish", "export")
 LONG = {"distill_depth": {"rounds": 100, "updates": 40}}
@@ -203,7 +203,7 @@ def test_a_run_written_by_hand_elsewhere(tmp_path, teacher_file, make_run, stage
     """No store, a name with a space, relative paths, the model where this machine has it."""
     folder = make_run(tmp_path / "My run", teacher_file)
     ((stage, settings),) = stages_of("probe")
-    write_order(folder, Order(stages=((stage, {**settings, "model": "nowhere.safetensors"}),)))
+    write_spec(folder, JobSpec(stages=((stage, {**settings, "model": "nowhere.safetensors"}),)))
     assert exit_code(fork(folder)) == REFUSED and "nowhere.safetensors" in read_state(folder).error
     (folder / "state.json").unlink()
     assert exit_code(fork(folder, "--model", teacher_file)) == DONE

@@ -196,28 +196,6 @@ def test_a_standalone_that_does_not_match_its_structure(tmp_path, standalone, ki
         assert "\n" not in str(caught.value)
 
 
-def test_inspect_verifies_everything_in_a_file(tmp_path, bundle, standalone, model, capsys):
-    for path in (bundle[0], standalone):
-        inspect(InspectConfig(path=path, verify=True))
-        assert (
-            f"{len(TensorFile(path).keys())} tensors are as they were written"
-            in capsys.readouterr().out
-        )
-    content = bytearray(bundle[0].read_bytes())
-    content[-3] ^= 4
-    (tmp_path / "a.ppcl.safetensors").write_bytes(content)
-    inspect(InspectConfig(path=tmp_path / "a.ppcl.safetensors"))
-    with pytest.raises(
-        ValueError, match="a.ppcl.safetensors: .* does not have the hash that was stored with it"
-    ):
-        inspect(InspectConfig(path=tmp_path / "a.ppcl.safetensors", verify=True))
-    model.save_pretrained(tmp_path / "folder", max_shard_size="200KB")
-    inspect(InspectConfig(path=tmp_path / "folder", verify=True))
-    assert "carries no hashes" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="only with --verify"):
-        inspect(InspectConfig(path=bundle[0], base=standalone))
-
-
 def test_the_teachers_hashes_are_of_values_not_of_layout(tmp_path, model, teacher_file):
     model.save_pretrained(tmp_path / "folder", max_shard_size="200KB")
     assert json.loads(teacher_hashes(Weights(tmp_path / "folder"))) == json.loads(

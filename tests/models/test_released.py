@@ -3,7 +3,6 @@ line."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from functools import partial
@@ -22,7 +21,7 @@ from ppcl_engine.models.released import (
     stored_tensors,
     teacher_indices,
 )
-from ppcl_engine.models.weights import Weights, parameter_count
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import parse_intervals
 from ppcl_engine.stages.assess.inspect import describe
 
@@ -33,6 +32,7 @@ from ..tiny.released_models import (
     TEACHER_BLOCKS,
     TEXT,
     WEIGHTS,
+    plant,
     reference,
     released_state,
     write_folder,
@@ -250,15 +250,6 @@ def test_a_width_pruned_model_is_no_teacher(tmp_path, teacher, config):
         Weights(tmp_path)
 
 
-def plant(state: dict) -> dict:
-    """The exporter's fault: one group's text step in another group."""
-    first, last = (f"transformer_blocks.{index}.ehs_proj." for index in (1, 5))
-    return {
-        n: state[first + n.removeprefix(last)].clone() if n.startswith(last) else t
-        for n, t in state.items()
-    }
-
-
 def test_repeated_text_steps_are_named(tmp_path, teacher, config):
     state = released_state(teacher, KEPT, LISTS)
     sound = Released(write_folder(tmp_path / "a", state, config, LISTS))
@@ -268,27 +259,6 @@ def test_repeated_text_steps_are_named(tmp_path, teacher, config):
     assert "blocks 1 7 share one text step" in repeated_steps_warning(Released(folder), KEPT)
     with pytest.warns(UserWarning, match="blocks 1 5 share one text step.*--refit"):
         open_model(folder)
-
-
-def test_inspect_says_what_a_folder_holds(tmp_path, teacher, config, capsys):
-    state = plant(released_state(teacher, KEPT, LISTS))
-    folder = write_folder(tmp_path, state, config, LISTS)
-    assert main(["inspect", "--path", str(folder), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["kind"] == "released width-pruned" and found["blocks"] == 6
-    assert found["parameters"] == sum(t.numel() for t in state.values())
-    assert found["text_projections"] == [1, 4, 5] and found["text_steps"] == [1, 5]
-    assert found["ffn_projections"] == ["ffn_image:2", "ffn_text:2", "ffn_image:5"]
-    assert main(["inspect", "--path", str(folder), "--legacy-txt-proj"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert sum("share one text step" in line for line in lines) == 1
-    unused = sum(
-        t.numel()
-        for n, t in state.items()
-        if "to_add_out" in n and n.split(".")[1] in ("1", "4", "5")
-    )
-    with pytest.warns(UserWarning):
-        assert parameter_count(open_model(folder)) == found["parameters"] - unused
 
 
 def test_the_published_blocks(architecture, tmp_path):

@@ -9,43 +9,12 @@ import stat
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
 
-from ppcl_engine.__main__ import USER_ERROR, main
 from ppcl_engine.demo.bundled import TEACHER
-from ppcl_engine.stages.assess.generate import save_row
 from ppcl_engine.system.atomic import replacing, write_text
 from ppcl_engine.system.outputs import check_file, check_folder
 
-CAPTION = "a red K on a blue circle, yellow background"
-
-
-@pytest.fixture
-def line_of(capsys):
-    def run(*arguments) -> str:
-        assert main([str(a) for a in arguments]) == USER_ERROR
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1
-        return lines[0]
-
-    return run
-
-
-def generate(output) -> list:
-    return [
-        "generate",
-        "--path",
-        TEACHER,
-        "--prompt",
-        CAPTION,
-        "--steps",
-        1,
-        "--device",
-        "cpu",
-        "--output",
-        output,
-    ]
+from ..tiny.demo_drawing import drawing
 
 
 @pytest.fixture
@@ -60,7 +29,7 @@ def test_a_device_is_not_replaced(line_of, no_file):
     pipe, device = no_file
     for path in no_file:
         assert (
-            line_of(*generate(path))
+            line_of(*drawing(path))
             == f"ppcl: {path} is a device or a pipe, not a file; give another path"
         )
     with pytest.raises(ValueError, match="is a device or a pipe"):
@@ -90,31 +59,9 @@ def test_a_picture_s_path(line_of, tmp_path, monkeypatch, name, line):
     (tmp_path / "sub").mkdir()
     (tmp_path / "text").write_text("a file")
     before = sorted(tmp_path.rglob("*"))
-    found = line_of(*generate(name))
+    found = line_of(*drawing(name))
     assert re.search(line, found)
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "text").read_text() == "a file"
-
-
-@pytest.mark.parametrize("name, form", [("a.png", "PNG"), ("b/a.jpg", "JPEG"), ("a.JPEG", "JPEG")])
-def test_a_picture_is_what_its_name_says(tmp_path, name, form):
-    assert main([str(a) for a in generate(tmp_path / name)]) == 0
-    with Image.open(tmp_path / name) as picture:
-        assert picture.format == form and picture.size == (240, 240)
-
-
-def test_a_row_too_long_for_a_jpeg_is_said_before_it_is_drawn(line_of, tmp_path):
-    arguments = generate(tmp_path / "a.jpg")
-    arguments[4] = "|".join([CAPTION] * 1400)
-    assert "67,200 pixels beside each other are too many for a JPEG; write a .png" in line_of(
-        *arguments
-    )
-    assert not list(tmp_path.iterdir())
-
-
-def test_small_pictures_are_not_enlarged_past_what_a_jpeg_holds(tmp_path):
-    save_row(tmp_path / "a.jpg", torch.rand(2, 3, 8, 4000), "JPEG")
-    with Image.open(tmp_path / "a.jpg") as picture:
-        assert picture.size == (8 * 8000, 8 * 8)
 
 
 def test_an_error_of_a_library_without_a_number_stays_what_it_is(tmp_path):

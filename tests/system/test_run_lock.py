@@ -9,7 +9,6 @@ import sys
 
 import pytest
 
-from ppcl_engine.__main__ import main
 from ppcl_engine.jobs.state import claimed
 from ppcl_engine.system.run_lock import HOLDER, holding, locked
 
@@ -38,14 +37,12 @@ def holder(tmp_path):
 
 
 @pytest.fixture
-def stage(tmp_path, teacher_file, capsys):
+def stage(tmp_path, teacher_file, line_of):
     """A stage that has nothing to work on; the line that it ends with."""
 
     def run() -> str:
         arguments = ["--model", teacher_file, "--run", tmp_path, "--device", "cpu"]
-        assert main(["variants", *map(str, arguments)]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
+        return line_of("variants", *arguments)
 
     return run
 

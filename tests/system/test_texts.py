@@ -7,23 +7,13 @@ import random
 
 import pytest
 
-from ppcl_engine.__main__ import USER_ERROR, main, read_run_file
+from ppcl_engine.__main__ import read_run_file
 from ppcl_engine.data.picture_files import caption_file, picture_files
 from ppcl_engine.settings.base_settings import from_mapping
 from ppcl_engine.settings.prune_settings import ProbeConfig
 from ppcl_engine.system.texts import MOST_BYTES, lines_of, read_text
 
 RUN = "[probe]\nmodel = 'm'\nrun = 'r'\n"
-
-
-@pytest.fixture
-def line_of(capsys):
-    def run(*arguments) -> str:
-        assert main([str(a) for a in arguments]) == USER_ERROR
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
-    return run
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

@@ -1,5 +1,5 @@
-"""Commands in several processes that meet as those of a launcher do (forks: importing torch again
-would take long)."""
+"""Commands in a process of their own, or in several that meet as those of a launcher do (forks:
+importing torch again would take long)."""
 
 from __future__ import annotations
 
@@ -73,6 +73,22 @@ class Launched:
         """What all of them have to say."""
         texts = [line for output in self.outputs for line in output.read_text().splitlines()]
         return [line for line in texts if line.startswith(beginning)]
+
+
+def forked(*arguments: object) -> int:
+    """One command in a process of its own, and silent. Returns its pid."""
+    child = os.fork()
+    if child == 0:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+            os._exit(main([str(argument) for argument in arguments]))
+    return child
+
+
+def exit_code(child: int) -> int:
+    """Waits for a process of ours; the number of a signal that ended it is negative."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def command(folder: Path, count: int, *arguments) -> Launched:

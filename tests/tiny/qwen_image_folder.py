@@ -15,6 +15,9 @@ import torch
 
 from .models import enlarge
 
+CAPTIONS = ["a red cat", "the image of the background", "", "by the sea, text"]
+SIZE = ("--height", 32, "--width", 48)  # of what is drawn
+DRAWING = ("--steps", 3, "--guidance", 2.0)
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 32
 SHARD_SIZE = "1MB"  # the transformer is about 4 MB, so it is cut into several files

@@ -1,7 +1,7 @@
 """Losses of distillation; lower is better, 0 is equal.
 
-On one stream's real tokens, [tokens, d] each: a sum over tokens divided by a size that hangs on the
-teacher alone. `whole` makes the size of all rows of a batch from that of these rows
+On one stream's real tokens, [tokens, d] each: a sum over tokens divided by a size that the
+teacher alone decides. `whole` makes the size of all rows of a batch from that of these rows
 (`Processes.sum`), so that the losses of a batch's parts add up to the batch's. On an interval: the
 sum over its streams. On a velocity: the relative error.
 """

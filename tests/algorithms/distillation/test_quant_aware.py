@@ -44,6 +44,7 @@ from ppcl_engine.stages.prune.finetune import finetune, model_velocity
 from ppcl_engine.stages.prune.polish import polish, subset_loss
 from ppcl_engine.system.tensor_files import TensorFile
 
+from ...tiny.processes import exit_code
 from ...tiny.trained_run import files_of, write_parts
 
 STAGES = {
@@ -262,7 +263,7 @@ def test_killed_and_gone_on_is_the_same_bits(new_run, train, stage, updates):
         kill_at(updates)
         train(stage, halted, **settings)
         os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert exit_code(child) == -signal.SIGKILL
     assert train(stage, halted, **settings) == expected != {}
 
 

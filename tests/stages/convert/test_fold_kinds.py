@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -12,9 +10,7 @@ from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.models.stored_layout import COMFYUI_PREFIX
 from ppcl_engine.models.weights import parameter_count
 from ppcl_engine.run import Run
-from ppcl_engine.settings.assess_settings import InspectConfig
 from ppcl_engine.settings.convert_settings import ExportConfig, ImportConfig
-from ppcl_engine.stages.assess.inspect import inspect
 from ppcl_engine.stages.convert.export import export
 from ppcl_engine.stages.convert.import_released import import_released
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
@@ -28,33 +24,9 @@ from ...tiny.released_models import (
     released_state,
     write_folder,
 )
-from ...tiny.trained_run import tuned_run, write_parts
+from ...tiny.trained_run import write_parts
 
 VARIANTS = ("full", "small", "smallest", "1-2,text:3-4", "3-4,ffn_image:1", "smallest_tuned")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, teacher_file, make_run) -> Run:
-    """Students of both forms, projections of all kinds, a tuned variant with a time embedder of its
-    own."""
-    return tuned_run(make_run(tmp_path_factory.mktemp("run"), teacher_file), teacher_file)
-
-
-@pytest.fixture(scope="module")
-def exported(run, teacher_file):
-    def make(layout: str, variant: str = "smallest"):
-        return export(
-            ExportConfig(
-                model=teacher_file,
-                run=run.folder,
-                layout=layout,
-                variant=variant,
-                store="float32",
-                name=variant.replace(",", "_").replace(":", "_"),
-            )
-        )
-
-    return make
 
 
 def test_a_checkpoint_keeps_what_is_beside_the_transformer(folded, output, tmp_path, make_model):
@@ -191,7 +163,7 @@ def test_a_bundle_alone_cannot_be_folded(folded, exported):
         folded(exported("bundle"), "table")
 
 
-def test_stock_layouts_are_refused(folded, run, teacher_file, tmp_path):
+def test_stock_layouts_are_refused(folded, teacher_file, tmp_path):
     path = folded(teacher_file, "basis")
     folder = Run(tmp_path / "of_folded")
     write_parts(folder, path)
@@ -206,13 +178,3 @@ def test_stock_layouts_are_refused(folded, run, teacher_file, tmp_path):
         ValueError, match="was not made by folding a file, so there are no original weights"
     ):
         folded(original, "off", base=teacher_file)
-
-
-def test_inspect_says_it(folded, teacher_file, exported, capsys):
-    inspect(InspectConfig(path=folded(teacher_file, "table"), json=True))
-    assert (
-        json.loads(capsys.readouterr().out.rpartition("\n{")[2].join(("{", "")))["folded"]
-        == "table of 4 timesteps"
-    )
-    inspect(InspectConfig(path=folded(exported("ppcl"), "basis", rank=3)))
-    assert "basis of 4 coefficients" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from ppcl_engine.system.atomic import write_text
 from ...tiny.distilled_depth import ALL
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def depth_trained(tmp_path_factory, teacher_file, make_run, run_stages) -> Run:
     """A run with students for 2-3 and 4-5."""
     run = run_stages(

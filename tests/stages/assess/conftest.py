@@ -1,0 +1,48 @@
+"""A tiny pipeline with students that nobody trained: what assessing needs, and no more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ppcl_engine.__main__ import main
+from ppcl_engine.plan import Interval
+from ppcl_engine.run import Run
+
+from ...tiny.memory import check_one_model_at_a_time
+from ...tiny.qwen_image_folder import CAPTIONS, DRAWING, SIZE, build_tiny_pipeline
+from ...tiny.trained_run import Parts, write_parts
+
+# without corrections, which every layout can hold
+PLAIN = tuple(Interval(first=u, last=v, correction="none") for u, v in ((1, 2), (3, 4)))
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory) -> Path:
+    return build_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(CAPTIONS) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def pipeline_run(pipeline, prompts, tmp_path_factory, run_stages) -> Run:
+    """Calibrated and detected, with two students and the variant "small" of both."""
+    run = Run(tmp_path_factory.mktemp("run"))
+    common = ("--model", pipeline, "--run", run.folder, "--device", "cpu")
+    drawn = ("--prompts", prompts, "--samples", 6, "--batch", 2, *SIZE, *DRAWING)
+    assert main([str(a) for a in ("calibrate", *common, *drawn)]) == 0
+    run_stages(pipeline, run.folder, "probe", "detect")
+    write_parts(run, pipeline, width=False, parts=Parts(depth=PLAIN))
+    return run
+
+
+@pytest.fixture
+def transformers(monkeypatch) -> list:
+    """Those that came and went, one at a time."""
+    return check_one_model_at_a_time(monkeypatch)
