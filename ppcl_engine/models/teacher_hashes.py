@@ -103,7 +103,7 @@ class Teacher:
                 pairs[stored_as, dtype] += 1
         return [
             f"{weights.path}: {count} tensors are {stored_as}, the teacher of {self.bundle} had {dtype}: whether they are its "
-            "own cannot be seen"
+            "own cannot be told"
             for (stored_as, dtype), count in pairs.items()
         ]
 

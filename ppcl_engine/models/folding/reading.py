@@ -264,5 +264,5 @@ def check_mark(original: Original, mark: str, where: object) -> None:
     if original.mark != mark:
         raise ValueError(
             f"{original.path} is another model than {where} was folded from ({original.mark[:8]}, not {mark[:8]}); "
-            "give the very file"
+            "give the file that it was folded from"
         )
