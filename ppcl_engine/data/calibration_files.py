@@ -47,7 +47,7 @@ def _check_batch(file: TensorFile, number: int, names: list[str]) -> None:
     for name in names:
         shape, dtype = file.shape(f"{number}.{name}"), file.dtype(f"{number}.{name}")
         if name != "grid" and shape[:1] != (samples,):
-            _refuse(file, f"{number}.{name} has {shape[:1]} samples, timestep {samples}")
+            _refuse(file, f"{number}.{name} is of {shape[:1]} samples, timestep of {samples}")
         if dtype.is_floating_point == (name in WHOLE):
             _refuse(file, f"{number}.{name} is {dtype}")
     if not samples:
