@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from ..algorithms.detection.intervals import PUBLISHED_SHARE
 from ..algorithms.distillation.kept_trainers import SHARE
 from ..algorithms.distillation.quantization import NONE
 from ..algorithms.distillation.rounds import REUSE
@@ -31,7 +32,7 @@ TUNING_COPIES = 5  # weights, gradients, two moments, average
 OPTIMISER_COPIES = 4  # weights, gradients, two moments
 SAVED_COPIES = 3  # weights, two moments
 FP32 = 4
-PUBLISHED_SHARE, PUBLISHED_LENGTH = 25 / 60, 3  # blocks removed, blocks of an interval
+PUBLISHED_LENGTH = 3  # blocks of an interval
 
 
 @dataclass(frozen=True, kw_only=True)

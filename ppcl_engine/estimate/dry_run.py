@@ -7,12 +7,11 @@ from dataclasses import replace
 
 from ..models.cost import CostModel
 from ..models.opening import model_config
-from ..settings.base_settings import TuningConfig
 from ..settings.convert_settings import JobConfig
 from ..settings.prune_settings import CalibrateConfig
 from ..system.machine import device_memory, free_disk, resolve_device
 from .advice import STREAMED, last_advice, setting_advice
-from .counts import FP32, GRID, TEXT_TOKENS, TUNING_COPIES
+from .counts import GRID, TEXT_TOKENS
 from .needs import needs
 
 # where a stage has no advice of its own
@@ -31,8 +30,6 @@ def print_estimate(config: JobConfig) -> None:
         f"on disk: {parameters * 2 / 1e9:.1f} GB in bf16, {parameters * 4 / 1e9:.1f} GB in fp32; {free:.0f} GB are free"
     )
     _print_needs(config, device)
-    if isinstance(config, TuningConfig):
-        print(_tuning_note(parameters))
     if line := refusal(config):
         print(f"as a job it would be refused: {line}")
 
@@ -51,15 +48,6 @@ def _print_needs(config: JobConfig, device: str) -> None:
             f"{name:10} {row.memory / 1e9:>10.1f} {row.at_least / 1e9:>12.1f} {row.disk / 1e9:>12.1f} "
             f"{row.seconds / 3600:>8.2f}  {fits}"
         )
-
-
-def _tuning_note(parameters: int) -> str:
-    """Weights, gradient, two moments and average, all float32."""
-    size = TUNING_COPIES * FP32
-    return (
-        f"tuning on the velocity takes more: {size} bytes a trained parameter, {parameters * size / 1e9:.0f} GB if "
-        "that is the whole model, and what all blocks keep for their gradients (one block's with --checkpointing)"
-    )
 
 
 def refusal(config: JobConfig, calibrate: CalibrateConfig | None = None) -> str | None:

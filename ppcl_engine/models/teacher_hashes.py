@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import xxhash
@@ -20,10 +20,6 @@ import xxhash
 from ..system.headers import DTYPE_NAMES
 from ..system.progress import Progress
 from ..system.regular_files import Identity
-
-if TYPE_CHECKING:
-    from .weights import Weights
-
 
 TEACHER_KEY = "ppcl_teacher"
 PLAIN = ("F64", "F32", "F16", "BF16")
@@ -35,13 +31,30 @@ _CHECKED: set[tuple[Identity, object, str]] = set()
 teacher's"""
 
 
-def teacher_hashes(weights: Weights) -> str:
+class StoredModel(Protocol):
+    """What is asked of a full model's file here; `weights.Weights` is one. Keys are diffusers'
+    names."""
+
+    path: Path
+
+    def keys(self) -> list[str]: ...
+
+    def dtype(self, key: str) -> torch.dtype: ...
+
+    def is_scaled(self, key: str) -> bool: ...
+
+    def stored(self, key: str) -> torch.Tensor: ...
+
+    def identity(self, key: str) -> object: ...
+
+
+def teacher_hashes(weights: StoredModel) -> str:
     """The hashes of every tensor; the whole model is read once, one tensor at a time."""
     keys = Progress(weights.keys(), desc="hash teacher", unit="tensor")
     return json.dumps({key: _hashes(weights, key) for key in keys}, separators=(",", ":"))
 
 
-def _hashes(weights: Weights, key: str) -> tuple[str, str, str]:
+def _hashes(weights: StoredModel, key: str) -> tuple[str, str, str]:
     return _hashes_of(weights.stored(key), weights.is_scaled(key))
 
 
@@ -70,7 +83,7 @@ def without(text: str, names: frozenset[str] | set[str]) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Teacher:
+class ExpectedBase:
     """What a bundle expects of its base."""
 
     bundle: Path
@@ -80,7 +93,7 @@ class Teacher:
     recorded: Recorded
     """name -> (dtype as stored, hash of its bytes, hash of its bfloat16 values)"""
 
-    def check(self, weights: Weights, key: str, tensor: torch.Tensor) -> None:
+    def check(self, weights: StoredModel, key: str, tensor: torch.Tensor) -> None:
         """Checks a tensor that was read, once for each pair of files. Raises ValueError when it
         differs, with the number of tensors that differ and the names of the first ones."""
         pair = (self.identity, weights.identity(key), key)
@@ -92,7 +105,7 @@ class Teacher:
             _CHECKED.clear()
         _CHECKED.add(pair)
 
-    def notes(self, weights: Weights) -> list[str]:
+    def notes(self, weights: StoredModel) -> list[str]:
         """What cannot be compared because the base stores it in another format than the teacher
         did."""
         pairs, there = Counter(), set(weights.keys())
@@ -102,8 +115,8 @@ class Teacher:
             ):
                 pairs[stored_as, dtype] += 1
         return [
-            f"{weights.path}: {count} tensors are {stored_as}, the teacher of {self.bundle} had {dtype}: whether they are its "
-            "own cannot be told"
+            f"{weights.path}: {count} tensors are {stored_as}, the teacher of {self.bundle} had {dtype}, so they cannot "
+            "be compared"
             for (stored_as, dtype), count in pairs.items()
         ]
 
@@ -121,7 +134,7 @@ class Teacher:
         """float16 rounds otherwise than bfloat16, so values that went through it may differ."""
         return stored_as == dtype or (bool(rounded) and stored_as in PLAIN and stored_as != "F16")
 
-    def _difference(self, weights: Weights, first: str) -> str:
+    def _difference(self, weights: StoredModel, first: str) -> str:
         rest = [key for key in weights.keys() if key in self.recorded and key != first]
         differ = [
             first,
@@ -140,7 +153,7 @@ class Teacher:
         )
 
 
-def check_all(teacher: Teacher, weights: Weights) -> None:
+def check_all(expected: ExpectedBase, weights: StoredModel) -> None:
     """Checks every tensor of the base."""
     for key in Progress(weights.keys(), desc="compare base", unit="tensor"):
-        teacher.check(weights, key, weights.stored(key))
+        expected.check(weights, key, weights.stored(key))

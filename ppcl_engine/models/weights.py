@@ -34,7 +34,7 @@ from .stored_layout import (
     text_in,
     transformer_folder,
 )
-from .teacher_hashes import Teacher
+from .teacher_hashes import ExpectedBase
 
 __all__ = [
     "COMFYUI_PREFIX",
@@ -75,7 +75,7 @@ class Weights:
         for file in {id(file): file for file, _ in stored.values()}.values():
             metadata |= getattr(file, "metadata", {})
         self._scales = scales_of(stored, metadata, self.path)
-        self._teacher: Teacher | None = None
+        self._expected: ExpectedBase | None = None
         self.architecture: Architecture = _architecture_of(stored, self.path)
         self._tensors = _parts_of(self.architecture, stored)
         inferred = self._inferred(stored)
@@ -111,11 +111,11 @@ class Weights:
         """Whether the real values are the stored ones times a scale."""
         return self._tensors[key][2].name in self._scales
 
-    def expect(self, teacher: Teacher | None) -> list[str]:
-        """From now on every tensor that is read must be this teacher's. Returns notes on what
-        cannot be compared."""
-        self._teacher = teacher
-        return teacher.notes(self) if teacher is not None else []
+    def expect(self, base: ExpectedBase | None) -> list[str]:
+        """From now on every tensor that is read must be the one that a bundle expects. Returns
+        notes on what cannot be compared."""
+        self._expected = base
+        return base.notes(self) if base is not None else []
 
     def stored(self, key: str) -> torch.Tensor:
         """The values as stored, without their scale."""
@@ -128,8 +128,8 @@ class Weights:
         casting fp8 is slow on a CPU.
         """
         part, tensor = self._tensors[key][2], self.stored(key)
-        if self._teacher is not None:
-            self._teacher.check(self, key, tensor)
+        if self._expected is not None:
+            self._expected.check(self, key, tensor)
         if dtype is None or tensor.dtype.itemsize <= dtype.itemsize:
             tensor = tensor.to(device)
         scale = self._scales.get(part.name)

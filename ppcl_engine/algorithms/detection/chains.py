@@ -7,7 +7,7 @@ sum over pairs (u, k) of (last - k) block passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +19,13 @@ from ...run import Run
 from ...settings.prune_settings import DetectConfig
 from ...system.progress import Progress
 from ...system.tensor_files import write_tensors
-from ..least_squares import InputMoments, NormalEquations
-from ..resampling import bootstrap_subsets
+from ..least_squares import RIDGE, InputMoments, NormalEquations
+from ..resampling import bootstrap_subsets, squares
 from .alignment import biased_hsic, cka, hsic, linear_gram, rbf_gram
 from .curves import FIT, STREAMS, Curves, section_starts
 from .intervals import reach
 from .stream_maps import Maps, apply_maps, load_probe
 
-RIDGE = 1e-4
 PROBE, MAP, STEPS = "probe", "map", "steps"
 
 
@@ -56,11 +55,6 @@ def grouped(parts: Iterable[ChainBatch], limit: float) -> Iterator[list[ChainBat
         group.append(part)
     if group:
         yield group
-
-
-def blocks_read(groups: Iterable[Sequence[ChainBatch]], blocks: int) -> int:
-    """How many blocks the sweep and all walks read."""
-    return blocks + sum(blocks - 1 - group[0].u for group in groups)
 
 
 def chains_of(u: int, end: int, held_out: bool, local: bool) -> int:
@@ -167,7 +161,7 @@ class _Measurement:
                 )
         ends = [self._state(self.last + 1, batch) for batch in self.batches]
         self.velocities = {batch: self._velocity(ends[batch]) for batch in self.held_out}
-        self.power = torch.cat([_per_sample(v) for v in self.velocities.values()])
+        self.power = torch.cat([squares(v) for v in self.velocities.values()]).cpu()
         features = [self._features(state, batch) for batch, state in enumerate(ends)]
         self.end_gram: torch.Tensor | None = None if self.config.local else self._gram(features)
 
@@ -260,7 +254,7 @@ class _Measurement:
             self.seen.setdefault((u, k), {})[batch] = self._features(state, batch)
         else:
             first = sum(len(self.embedded[b].image) for b in self.held_out if b < batch)
-            error = _per_sample(self._velocity(state) - self.velocities[batch])
+            error = squares(self._velocity(state) - self.velocities[batch]).cpu()
             self.curves.error[u, k - u, first : first + len(error)] = error
         self.chains.drop(name, batch)
 
@@ -309,7 +303,3 @@ class _Measurement:
     def _gram(self, features: list[torch.Tensor]) -> torch.Tensor:
         rows = torch.cat(features)
         return linear_gram(rows) if self.config.kernel == "linear" else rbf_gram(rows)
-
-
-def _per_sample(x: torch.Tensor) -> torch.Tensor:
-    return x.double().square().flatten(1).sum(1).cpu()

@@ -19,10 +19,8 @@ from ...models.layout import Place
 from ...models.streaming import StateStore, Teacher, read_bare, sweep, write_bare
 from ...system.distributed import processes
 from ...system.progress import Progress
-from ..least_squares import InputMoments, NormalEquations, Solution
+from ..least_squares import RIDGE, InputMoments, NormalEquations, Solution
 from .width_fits import Fit, counted, own_pair, standing_block
-
-RIDGE = 1e-4
 
 
 def ridge_solutions(

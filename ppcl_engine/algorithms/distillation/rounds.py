@@ -187,13 +187,10 @@ class FreshStates:
     def _inputs(self, batch: int):
         """Batch `batch` of this round: the calibration set's batches in turn, with fresh noise and
         timesteps."""
-        count = self.number * self._sweep_batches() + batch
+        count = self.number * self.settings.wanted_batches + batch
         return self.calibration.fresh(
             count % len(self.calibration), draw_seed(self.settings.seed, count)
         )
-
-    def _sweep_batches(self) -> int:
-        return self.settings.wanted_batches
 
     def _batches_that_fit(self, state: BlockState) -> int:
         size = batch_bytes(self.settings, state)
@@ -202,7 +199,7 @@ class FreshStates:
             raise ValueError(
                 f"--cache-gb {self.settings.cache_gb} is too small for one batch, which needs {size / 1e9:.2f}"
             )
-        return min(self._sweep_batches(), fitting)
+        return min(self.settings.wanted_batches, fitting)
 
 
 def batch_bytes(settings: RoundSettings, state: BlockState) -> int:

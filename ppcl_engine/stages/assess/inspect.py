@@ -85,14 +85,17 @@ def verified(path: Path, base: Path | None) -> dict:
 def _compared(path: Path, base: Path) -> dict:
     bundle, weights = Bundle(path), Weights(base)
     bundle.plan.check_teacher(weights.architecture.name, weights.fingerprint, base)
-    if bundle.teacher is None:
+    if bundle.expected_base is None:
         return {
             "base": "the bundle was made before hashes of its teacher were kept; names, shapes and vectors fit"
         }
-    check_all(bundle.teacher, weights)
+    check_all(bundle.expected_base, weights)
     return {
         "base": "; ".join(
-            [f"{len(bundle.teacher.recorded):,} tensors compared", *bundle.teacher.notes(weights)]
+            [
+                f"{len(bundle.expected_base.recorded):,} tensors compared",
+                *bundle.expected_base.notes(weights),
+            ]
         )
     }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ... import __version__
-from ...algorithms.least_squares import NormalEquations
+from ...algorithms.least_squares import RIDGE, NormalEquations
 from ...architectures import architecture_named
 from ...data.calibration import CalibrationSet, load_calibration
 from ...models.assembly import empty_model
@@ -43,7 +43,6 @@ from ...system.machine import DTYPES, resolve_device
 from ...system.progress import Progress
 from ...system.tensor_files import TensorEntry
 
-RIDGE = 1e-4
 VARIANT = "released"
 
 

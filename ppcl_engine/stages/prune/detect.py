@@ -18,6 +18,7 @@ from ...algorithms.detection.chains import measure
 from ...algorithms.detection.curves import Curves, block_passes, load_curves, section_starts
 from ...algorithms.detection.intervals import (
     DEGENERATE,
+    PUBLISHED_SHARE,
     budget_intervals,
     curve_scale,
     first_difference,
@@ -36,7 +37,6 @@ from ...system.json_text import json_text
 from ...system.tensor_files import TensorFile
 from ..inputs import open_calibration, open_teacher
 
-PUBLISHED_SHARE = 25 / 60
 NO_DAMAGE = 1e-12  # of an interval, relative to the velocity
 
 

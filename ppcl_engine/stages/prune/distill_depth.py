@@ -19,7 +19,7 @@ from ...algorithms.distillation.losses import interval_loss
 from ...algorithms.distillation.quantization import quantised_in_training
 from ...algorithms.distillation.rounds import FreshStates, Rounds
 from ...algorithms.distillation.trainer import Trainer, resume_settings, rounding, saved_step
-from ...algorithms.least_squares import NormalEquations, Solution
+from ...algorithms.least_squares import RIDGE, NormalEquations, Solution
 from ...architectures import BlockState
 from ...architectures.modules import AnyModule
 from ...data.calibration import CalibrationSet
@@ -32,8 +32,6 @@ from ...system.atomic import write_text
 from ...system.distributed import processes
 from ...system.json_text import json_text
 from ..inputs import open_calibration, open_plan, open_teacher
-
-RIDGE = 1e-4
 
 
 def distill_depth(config: DistillDepthConfig) -> Path:

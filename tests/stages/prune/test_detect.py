@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ppcl_engine.algorithms.detection.alignment import cka, linear_gram
-from ppcl_engine.algorithms.detection.chains import RIDGE, ChainBatch, blocks_read, grouped
+from ppcl_engine.algorithms.detection.chains import ChainBatch, grouped
 from ppcl_engine.algorithms.detection.curves import block_passes
 from ppcl_engine.algorithms.detection.stream_maps import apply_maps, load_probe
-from ppcl_engine.algorithms.least_squares import InputMoments, NormalEquations
+from ppcl_engine.algorithms.least_squares import RIDGE, InputMoments, NormalEquations
 from ppcl_engine.architectures.qwen_image import QwenImage
 from ppcl_engine.data.calibration import CalibrationSet
 from ppcl_engine.models.streaming import Teacher
@@ -196,6 +196,11 @@ def test_block_passes_is_the_count_of_blocks_that_ran(
     )
     # pairs (0,1) (0,2) (1,2): one block is behind the first
     assert block_passes(3, 3, 1) == 3 + (1 + 0 + 0)
+
+
+def blocks_read(groups, blocks: int) -> int:
+    """By the sweep and by all walks."""
+    return blocks + sum(blocks - 1 - group[0].u for group in groups)
 
 
 def test_parts_share_a_walk_as_far_as_their_states_fit():
