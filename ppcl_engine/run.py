@@ -10,7 +10,7 @@ from .system.tensor_files import TensorFile, file_mark
 
 
 class Run:
-    """Names of the files in a run folder. Stages exchange these and nothing else."""
+    """The names of the files in a run folder. Stages exchange these files and nothing else."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -46,12 +46,12 @@ class Run:
         return self.projections / f"{place}.{kind}.safetensors"
 
     def polished(self, trained: Path) -> Path:
-        """Where the polished form of a student or projection is, if there is one."""
+        """The path of a student's or projection's polished form, whether it exists or not."""
         return self.polished_parts / trained.relative_to(self.folder)
 
     def best(self, trained: Path) -> Path:
-        """The polished form of a student or projection; itself where there is none, or only one of
-        an earlier training."""
+        """The polished form of a student or projection; without one, or with one of an earlier
+        training, the trained form."""
         polished = self.polished(trained)
         if not (polished.exists() and trained.exists()):
             return trained

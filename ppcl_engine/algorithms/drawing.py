@@ -1,8 +1,8 @@
 """Batches of pictures drawn together, block by block: a denoising step reads the model's file once
 for all of them.
 
-Drawn one after the other, each forward would read the whole file. The arithmetic is
-`sampling.draw`'s, so the bits are.
+Drawn one after the other, each forward would read the whole file. The arithmetic is that of
+`data.draw.draw`, so the bits are the same.
 """
 
 from __future__ import annotations
@@ -22,15 +22,20 @@ from ..system.progress import Progress
 
 @dataclass(kw_only=True)
 class Drawing:
-    """A batch on its way from noise to pictures. tokens [n, tokens, channels]: now; kept, times:
-    what each picture was at the step `kept_steps` [n] says, and the t of it."""
+    """A batch on its way from noise to pictures."""
 
     prompts: Prompts
+    """of the batch"""
     grid: torch.Tensor
+    """of the pictures, as in `Inputs`"""
     tokens: torch.Tensor
+    """[n, tokens, channels], as they are now"""
     kept_steps: torch.Tensor
+    """[n]: the step at which each picture's state is kept"""
     kept: torch.Tensor = field(init=False)
+    """[n, tokens, channels]: each picture at its step"""
     times: torch.Tensor = field(init=False)
+    """[n]: the t of these states"""
 
     def __post_init__(self):
         self.kept, self.times = torch.zeros_like(self.tokens), torch.zeros(len(self.tokens))
@@ -41,7 +46,7 @@ class Drawing:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All that going on needs."""
+        """Everything that is needed to go on."""
         return {"tokens": self.tokens, "kept": self.kept, "times": self.times}
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -58,8 +63,10 @@ def draw_together(
     progress: Progress,
     stepped: Callable[[int], None],
 ) -> None:
-    """Takes the drawings from step `first` to the end; `stepped(steps done)` after each. `progress`
-    counts blocks. Raises ValueError naming the block from which on the model is not finite."""
+    """Takes the drawings from step `first` to the end; calls `stepped(steps done)` after each step.
+
+    `progress` counts blocks. Raises ValueError naming the block from which the model is not finite.
+    """
     schedules = [drawing.prompts.timesteps(steps, drawing.tokens.shape[1]) for drawing in drawings]
     for step in range(first, steps):
         now = [schedule[step] for schedule in schedules]
@@ -75,7 +82,7 @@ def draw_together(
 
 
 def states_of(teacher: Teacher, drawing: Drawing, t: float, guidance: float) -> list[BlockState]:
-    """Embedded: with its captions, and with the empty one where it is guided by both."""
+    """Embedded states: with the captions, and with the empty caption where guidance needs both."""
     texts = texts_of(
         teacher.architecture, teacher.config, drawing.prompts, len(drawing.tokens), guidance
     )
@@ -102,7 +109,7 @@ def _velocities(
                 check_states(index, before)
                 row[place] = streams_of(teacher.architecture.run_block(block, before), rest)
         progress.update()
-    found = []
+    guided_velocities = []
     for drawing, row, like in zip(drawings, streams, likes, strict=True):
         ends = [state_of(stream, template) for stream, template in zip(row, like, strict=True)]
         for end in ends:
@@ -110,5 +117,5 @@ def _velocities(
         velocities = [
             teacher.architecture.finish(teacher.outer, state).float().cpu() for state in ends
         ]
-        found.append(guided_velocity(velocities, guidance, drawing.prompts))
-    return found
+        guided_velocities.append(guided_velocity(velocities, guidance, drawing.prompts))
+    return guided_velocities

@@ -19,10 +19,10 @@ CONSTANT = 1e-12
 
 
 class InputMoments:
-    """X^T X [width + 1, width + 1] of all rows, a column of ones behind X, in float64: memory does
-    not grow with the set.
+    """X^T X [width + 1, width + 1] of all rows, X followed by a column of ones, in float64: memory
+    does not grow with the set.
 
-    Several `NormalEquations` may have one, when they read the same rows of X.
+    Several `NormalEquations` that read the same rows of X may share one.
     """
 
     def __init__(self, width: int, device: str = "cpu"):
@@ -46,7 +46,7 @@ class InputMoments:
 
     @property
     def deviation(self) -> torch.Tensor:
-        """Standard deviation of every channel, [width]; 0 of those that do not vary."""
+        """Standard deviation of every channel, [width]; 0 for those that do not vary."""
         moment = self.xx.diagonal()[:-1]
         varied = moment - self.xx[-1, -1] * self.mean.square()
         return (
@@ -79,8 +79,11 @@ class InputMoments:
         return self._factors[ridge]
 
     def rank(self) -> int:
-        """Numerical rank of X, its channels scaled to one length. A Cholesky factor proves a full
-        rank at a fraction of the cost of the eigenvalues, which decide where it does not."""
+        """Numerical rank of X, its channels scaled to the same length.
+
+        A Cholesky factor proves full rank at a fraction of the cost of eigenvalues, which decide
+        where it does not.
+        """
         length = self.xx.diagonal()[:-1].sqrt()
         scaled = self.xx[:-1, :-1] / torch.where(length > 0, length, 1.0).outer(
             torch.where(length > 0, length, 1.0)
@@ -108,7 +111,7 @@ class NormalEquations:
     def __init__(
         self, width_in: int, width_out: int, device: str = "cpu", inputs: InputMoments | None = None
     ):
-        """inputs: of the same rows of X, filled by somebody else."""
+        """inputs: for the same rows of X, filled by their owner."""
         options = {"dtype": torch.float64, "device": device}
         self.inputs = InputMoments(width_in, device) if inputs is None else inputs
         self._fills_inputs = inputs is None
@@ -128,21 +131,21 @@ class NormalEquations:
         self.yy += y.square().sum(0)
 
     def shared(self, whole: Callable[[torch.Tensor], torch.Tensor]) -> NormalEquations:
-        """Those of all rows, where `whole` sums over the processes that have them; shared inputs
-        are summed by their owner."""
+        """The equations for all rows, where `whole` sums over the processes that have them; shared
+        inputs are summed by their owner."""
         if self._fills_inputs:
             self.inputs.xx = whole(self.inputs.xx)
         self.xy, self.yy = whole(self.xy), whole(self.yy)
         return self
 
     def solve(self, ridge: float, rank: bool = False) -> Solution:
-        """Minimum of ||X W - Y||^2 + ridge * sum over channels of (what the channel varies) * (its
+        """Minimum of ||X W - Y||^2 + ridge * sum over channels of (the channel's variation) * (its
         row of W)^2.
 
-        Each channel is shrunk by its own size, as if all had been scaled to one variance first: a
-        share of the mean over channels would shut out every map of small channels beside a large
-        one. The bias is not shrunk. rank: whether it is wanted. Raises ValueError for states that
-        are not finite.
+        Each channel is shrunk by its own size, as if all had first been scaled to one variance: a
+        ridge of the channels' mean would suppress every map of small channels beside a large one.
+        The bias is not shrunk. rank: whether to compute it. Raises ValueError for states that are
+        not finite.
         """
         check_finite(
             {"sum": self.inputs.xx, "product": self.xy}, "what a map is fitted to", NOT_FITTED
@@ -168,21 +171,25 @@ class NormalEquations:
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """weight [out, in], bias [out]; residual: error / variance of Y; channels: the same of every
-    channel of Y that varies;
-    rank: numerical, of X, where it was asked for."""
+    """An affine map, and how well it fits."""
 
     weight: torch.Tensor
+    """[out, in]"""
     bias: torch.Tensor
+    """[out]"""
     residual: float
+    """error / variance of Y"""
     channels: torch.Tensor
+    """the same for every channel of Y that varies"""
     rank: int | None
+    """numerical rank of X, where it was asked for"""
     rows: int
+    """rows that it was fitted to"""
 
     @property
     def report(self) -> dict[str, float | None]:
-        """Of the whole (None where Y does not vary) and of single channels: a few large ones may
-        rule the whole."""
+        """The error of the whole (None where Y does not vary) and of single channels: a few large
+        channels may dominate the whole."""
         worst = float(self.channels.max()) if len(self.channels) else 0.0
         median = float(self.channels.median()) if len(self.channels) else 0.0
         return {"residual": finite_or_none(self.residual), "median": median, "worst": worst}

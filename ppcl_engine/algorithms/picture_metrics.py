@@ -1,4 +1,4 @@
-"""How alike two pictures are: PSNR and structural similarity."""
+"""How similar two pictures are: PSNR and structural similarity."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def ssim(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 
 def psnr(ours: torch.Tensor, theirs: torch.Tensor, peak: float | None) -> torch.Tensor:
-    """Decibels a sample; `peak` None takes the teacher's own range, as latents have no fixed one.
-    At most 100."""
+    """Decibels for each sample, at most 100; `peak` None takes the teacher's own range, since
+    latents have no fixed one."""
     error = (ours - theirs).double().square().flatten(1).mean(1).clamp_min(1e-12)
     flat = theirs.double().flatten(1)
     span = flat.amax(1) - flat.amin(1) if peak is None else torch.full_like(error, peak)

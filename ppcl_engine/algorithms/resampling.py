@@ -19,8 +19,8 @@ def bootstrap_interval(
 
 
 def wilson_interval(right: torch.Tensor) -> tuple[float, float]:
-    """95 % interval of a share of trues in `right`, bool [n] (Wilson 1927). The bootstrap's has no
-    width at 0 and 100 %."""
+    """95 % interval of the share of true values in `right`, bool [n] (Wilson 1927). The bootstrap's
+    interval would have no width at 0 and 100 %."""
     count, share, z = len(right), float(right.double().mean()), 1.959964
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
@@ -56,7 +56,8 @@ def ratio_estimate(above: torch.Tensor, below: torch.Tensor, seed: int) -> dict[
 
 
 def share_estimate(right: torch.Tensor) -> dict[str, float]:
-    """The share of trues in `right`, bool [n], with its 95 % Wilson interval: value, low, high."""
+    """The share of true values in `right`, bool [n], with its 95 % Wilson interval: value, low,
+    high."""
     low, high = wilson_interval(right)
     return {"value": float(right.double().mean()), "low": low, "high": high}
 
@@ -64,10 +65,10 @@ def share_estimate(right: torch.Tensor) -> dict[str, float]:
 def bootstrap_subsets(
     samples: int, rows_per_sample: int, resamples: int, seed: int
 ) -> torch.Tensor:
-    """[samples * rows_per_sample, resamples + 1] zeros and ones; the first column takes all.
+    """[samples * rows_per_sample, resamples + 1] zeros and ones; the first column selects all rows.
 
-    The others hold the samples that a draw with replacement hits, each once: a row that stands
-    twice in a Gram matrix would look like perfect alignment.
+    The others select the samples that a draw with replacement contains, each once: a row that
+    occurs twice in a Gram matrix would look like perfect alignment.
     """
     generator = torch.Generator().manual_seed(seed)
     choice = torch.randint(samples, (resamples, samples), generator=generator)

@@ -1,5 +1,5 @@
-"""What a calibration has made so far, on disk: drawing it takes hours on a large model, and goes on
-where it was stopped."""
+"""The part of a calibration that is done, on disk: on a large model drawing takes hours, and
+resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ BAD_SOURCE = (
 
 
 class SavedBatches:
-    """A calibration's batches that are done, a file each, and those that are being drawn."""
+    """A calibration's finished batches, one file each, and those that are being drawn."""
 
     def __init__(self, folder: Path, settings: str):
         self.folder, self.settings = folder, settings
 
     def done(self, number: int, make: Callable[[], Inputs]) -> Inputs:
-        """Raises ValueError for what the text encoder, the VAE or the drawing gave, where it is not
-        finite."""
+        """A finished batch, made by `make` if it is not saved yet. Raises ValueError where the text
+        encoder, the VAE or the drawing gave values that are not finite."""
         path = self.folder / f"batch_{number}.safetensors"
         if path.exists() and (file := TensorFile(path)).metadata.get("settings") == self.settings:
             return file.read_all()
@@ -38,7 +38,8 @@ class SavedBatches:
         return all(self._is_mine(self.folder / f"batch_{number}.safetensors") for number in numbers)
 
     def keep(self, numbers: Sequence[int], drawings: Sequence[Drawing], step: int) -> None:
-        """Batches that are drawn together, after so many steps: one is hours on a large model."""
+        """Saves batches that are drawn together, after this many steps: a step takes up to hours on
+        a large model."""
         rows = zip(numbers, drawings, strict=True)
         tensors = {
             f"{number}.{name}": t for number, drawing in rows for name, t in drawing.tensors.items()
@@ -47,7 +48,8 @@ class SavedBatches:
         write_tensors(self._together(numbers), tensors, about)
 
     def restore(self, numbers: Sequence[int], drawings: Sequence[Drawing]) -> int:
-        """Steps done of batches that are drawn together, which then go on from there."""
+        """The number of steps done for batches that are drawn together, whose states are
+        restored."""
         path = self._together(numbers)
         if not self._is_mine(path) or TensorFile(path).metadata["numbers"] != str(list(numbers)):
             return 0

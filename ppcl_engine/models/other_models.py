@@ -42,7 +42,7 @@ READS = {
     6: "FLUX Fill (its input has a masked picture and a mask)",
     2: "FLUX Canny or Depth (its input has a control picture)",
 }
-"""how many times as many channels are read as given -> which model"""
+"""channels in divided by channels out -> which model it is"""
 KNOWN = "known: " + ", ".join(a.name for a in ARCHITECTURES)
 
 

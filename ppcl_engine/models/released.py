@@ -48,7 +48,7 @@ class Released:
         check_model_config(self.architecture.name, config, self.path)
         if self.architecture.num_blocks(config) > len(self._stored):
             raise ValueError(
-                f"{path}: config.json says {self.architecture.num_blocks(config)} blocks, and so many tensors are not there"
+                f"{path}: config.json says {self.architecture.num_blocks(config)} blocks, more than it has tensors; is the config.json of another model?"
             )
         self.layout = released_layout(self.architecture, config, self.path)
         lists = _lists_of(self.architecture)
@@ -247,7 +247,7 @@ def repeated_steps_warning(released: Released, indices: list[int] | None = None)
     blocks = " ".join(str(indices[index] if indices else index) for index in repeated)
     return (
         f"blocks {blocks} share one text step, fitted for another block: a known fault of the authors' exporter; "
-        "it is read as it is, `ppcl import --refit` fits each anew from the teacher"
+        "it is read as it is, `ppcl import --refit` fits each one from the teacher"
     )
 
 

@@ -1,7 +1,7 @@
 """What a plan is made of: intervals, width sites and variants.
 
-Indices are the teacher's, from 0. An interval [first, last] includes both ends: these blocks
-are replaced by one student (paper, section 3.3).
+Indices are the teacher's, from 0. An interval [first, last] includes both ends: these blocks are
+replaced by one student (paper, section 3.3).
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ Correction = Annotated[str, Field(pattern=r"^(none|affine|[1-9][0-9]{0,4})\z")]
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """Blocks first..last. `score`: damage on the final velocity (relative, squared) when measured;
-    `stability`: share of bootstrap resamples that find this very interval; `parameters`: of its
-    student, correction included; `correction`: "none", "affine" or the rank of a low-rank one."""
+    """Blocks first..last, which one student replaces."""
 
     __pydantic_config__ = STRICT
 
     first: BlockIndex
+    """the first block"""
     last: BlockIndex
+    """the last block"""
     score: Finite | None = None
+    """damage on the final velocity (relative, squared), when measured"""
     stability: Finite | None = None
+    """share of bootstrap resamples that choose exactly this interval"""
     parameters: Count | None = None
+    """of its student, correction included"""
     correction: Correction = "none"
+    """ "none", "affine", or the rank of a low-rank one"""
 
     @property
     def name(self) -> str:
@@ -52,19 +56,22 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class WidthSite:
-    """A part of a block that a projection replaces. `form` of an FFN: "paper" (x + P x) or "gated"
-    (P inside norm, modulation and gate); `ffn_joint`, of a block that runs text and image as one,
-    is gated. `score`: its damage when measured. `fitted`: what else than the block or student that
-    stands there with all intervals on has a projection of its own, as "52" for the teacher's
-    block."""
+    """A part of a block that a projection replaces."""
 
     __pydantic_config__ = STRICT
 
     block: BlockIndex
+    """teacher index"""
     kind: str
+    """one of SITE_KINDS"""
     form: str = "paper"
+    """of an FFN: "paper" (x + P x) or "gated" (P inside norm, modulation and gate); `ffn_joint`, in
+    a block that runs text and image as one, is always gated"""
     score: Finite | None = None
+    """its damage, when measured"""
     fitted: tuple[str, ...] = ()
+    """names of blocks and students with a projection of their own, besides what stands there with
+    all intervals on; "52" is the teacher's block"""
 
     @property
     def name(self) -> str:
@@ -78,8 +85,8 @@ class WidthSite:
 
 @dataclass(frozen=True)
 class TextGroup:
-    """Neighbouring text sites: they switch as one, since a restored block inside would step the
-    text."""
+    """Neighbouring text sites. They switch together, because a block restored in between would step
+    the text."""
 
     sites: tuple[WidthSite, ...]
     kind = "text"
@@ -108,18 +115,25 @@ class TextGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A named set of intervals and sites that are switched on. `damage`: relative squared velocity
-    error; `flops`: of one forward at the plan's reference size; `tuned`: it has weights of its own
-    (fine-tuned)."""
+    """A named set of intervals and sites that are switched on."""
 
     __pydantic_config__ = STRICT
 
     name: str
+    """unique in the plan"""
     intervals: tuple[str, ...] = ()
+    """names of those that are on"""
     sites: tuple[str, ...] = ()
+    """names of the sites and text groups that are on"""
     parameters: Count | None = None
+    """of the variant's model"""
     bytes: Count | None = None
+    """of its file"""
     flops: Finite | None = None
+    """of one forward at the plan's reference size"""
     milliseconds: Finite | None = None
+    """of one forward, when measured"""
     damage: Finite | None = None
+    """relative squared velocity error, when measured"""
     tuned: bool = False
+    """it has weights of its own (fine-tuned)"""

@@ -18,19 +18,27 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class PruningPlan:
-    """Raises ValueError, naming the part, for anything that cannot be applied."""
+    """What is pruned from a model. Raises ValueError, naming the part, for anything that cannot be
+    applied."""
 
     __pydantic_config__ = STRICT
 
     architecture: str
+    """name of the teacher's architecture"""
     config: dict
+    """the teacher's configuration, by diffusers' names"""
     num_blocks: Annotated[int, Field(ge=0, le=MOST_BLOCKS)]
+    """the teacher's"""
     fingerprint: str
+    """the teacher's (`Weights.fingerprint`)"""
     intervals: tuple[Interval, ...] = ()
+    """disjoint"""
     sites: tuple[WidthSite, ...] = ()
     variants: tuple[Variant, ...] = ()
     provenance: dict = field(default_factory=dict)
+    """how the plan was made"""
     version: int = FORMAT_VERSION
+    """of the format"""
 
     def __post_init__(self):
         if self.version != FORMAT_VERSION:
@@ -82,8 +90,7 @@ class PruningPlan:
 
     @property
     def switches(self) -> tuple[WidthSite | TextGroup, ...]:
-        """What a variant can switch besides intervals: FFN sites one by one, text by whole
-        group."""
+        """What a variant can switch besides intervals: single FFN sites, and whole text groups."""
         return (*(s for s in self.sites if s.kind != "text"), *self.text_groups)
 
     def site(self, name: str) -> WidthSite | TextGroup:
@@ -93,8 +100,8 @@ class PruningPlan:
         raise ValueError(f"width site {name!r} is not in the plan; it has: {known}")
 
     def variant(self, name: str | None) -> Variant:
-        """By name; None is the smallest named variant; "full" and "all" (everything on) are always
-        there.
+        """A variant by its name; None: the smallest named variant; "full" and "all" (everything on)
+        always exist.
 
         A comma-separated list of intervals and sites ("3-4,8-10,text:51-59") is an unnamed variant.
         """
@@ -133,7 +140,7 @@ class PruningPlan:
         return variant
 
     def _check_sites(self) -> None:
-        """Once through sites and blocks: a file may name thousands."""
+        """One pass over sites and blocks, because a file may name thousands."""
         inside = {block: interval for interval in self.intervals for block in interval.blocks[1:]}
         text = {site.block for site in self.sites if site.kind == "text"}
         seen: set[tuple[int, str]] = set()

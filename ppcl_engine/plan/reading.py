@@ -17,7 +17,7 @@ def plan_from_json(text: str | bytes, where: object = "plan") -> PruningPlan:
 
 
 def plan_from_value(values: object, where: object = "plan") -> PruningPlan:
-    """The same of JSON that was parsed."""
+    """The same for JSON that is already parsed."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: a plan is a JSON object")
     version = values.get("version", FORMAT_VERSION)

@@ -1,1 +1,1 @@
-"""What touches the machine: files, processes, progress, devices. Knows no model."""
+"""What touches the machine: files, processes, progress, devices. It knows nothing of models."""

@@ -1,5 +1,5 @@
-"""Files that appear whole or not at all. Standard library only, so that reading a job's state costs
-nothing."""
+"""Files that appear whole or not at all. Standard library only, so that reading a job's state is
+cheap."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from .regular_files import check_regular
 WINDOWS_TRIES, WINDOWS_WAIT = 40, 0.05  # seconds
 ENDING = ".partial"
 WRITER = re.compile(r"\.(?:([0-9a-f]{8})-)?([0-9]{1,10})(?:-[0-9a-f]{8})?\.partial")
-"""behind the name of the file: machine, process, and what tells two writers of one process apart"""
-# seconds without a byte written, after which nobody is believed to be at work on a file
+"""after the file's name: machine, process, and a token that tells two writers of one process
+apart"""
+# seconds without a byte written, after which nobody is assumed to be writing a file
 FORGOTTEN = 24 * 3600.0
 # bytes; the index of a model of thousands of tensors has a few hundred thousand
 LARGEST_JSON = 256_000_000
@@ -30,11 +31,11 @@ LARGEST_JSON = 256_000_000
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, of this call alone; on success it replaces `path`, on
-    failure it goes.
+    """Yields a temporary path beside `path`, used by this call alone; on success it replaces
+    `path`, on failure it is removed.
 
-    What killed processes left beside `path` goes too; what a living one is writing stays. Raises
-    ValueError for what is not a file, such as a device.
+    Leftovers of killed processes beside `path` are removed too; files that a running process writes
+    stay. Raises ValueError where `path` is something other than a file, such as a device.
     """
     path = Path(path)
     check_file(path)
@@ -60,8 +61,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _is_left_over(partial: Path, name: str) -> bool:
-    """Of a process of this machine that is gone, or of nobody knows whom and untouched for a
-    day."""
+    """Whether its process ran on this machine and has ended, or its writer is unknown and it has
+    not changed for a day."""
     match = WRITER.fullmatch(partial.name.removeprefix(f".{name}"))
     if match and match[1] in (None, _machine()):
         import psutil  # os.kill(pid, 0) would end the process on Windows
@@ -75,12 +76,12 @@ def _is_left_over(partial: Path, name: str) -> bool:
 
 
 def _machine() -> str:
-    """Folders are shared between machines, whose processes have the same numbers."""
+    """Folders may be shared between machines, whose process numbers overlap."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """Windows refuses for as long as somebody reads `path`: a page that shows a job's state, a
+    """Windows refuses while somebody reads `path`, such as a page that shows a job's state, or a
     virus scanner."""
     for _ in range(WINDOWS_TRIES):
         try:
@@ -102,8 +103,8 @@ def write_json(path: Path, value) -> None:
 
 
 def read_json(path: Path):
-    """Raises ValueError naming the file when it is not JSON, holds what no JSON file may, or is not
-    a file."""
+    """Raises ValueError naming the file when it is not a file, is not JSON, or holds JSON that no
+    file should."""
     if check_regular(path).st_size > LARGEST_JSON:
         raise ValueError(
             f"{path} is not a JSON file (more than {LARGEST_JSON:,} bytes); remove it or restore it"
@@ -115,7 +116,7 @@ def read_json(path: Path):
 
 
 def read_object(path: Path) -> dict:
-    """The same of a file that holds an object."""
+    """The same for a file that holds a JSON object."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(

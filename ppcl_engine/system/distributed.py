@@ -1,8 +1,8 @@
-"""Several processes on one training, as `accelerate launch` or torchrun starts them.
+"""Several processes in one training, as `accelerate launch` or torchrun start them.
 
-data: each takes its rows of every batch; loss, gradients and normal equations are summed over them.
-intervals: each trains intervals of its own; nothing is exchanged but the files.
-One process: everything here gives back what it got, and accelerate is not imported.
+data: each takes its rows of every batch; loss, gradients and normal equations are summed over the
+processes. intervals: each trains intervals of its own; they exchange nothing but files. One
+process: every function here returns its input, and accelerate is not imported.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import torch
 
 from .early import RANKS
 
-# as torchrun and MPIs name them
+# as torchrun and MPI implementations name them
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-# a stage may take days; who dies is noticed by the closed connection, not by the clock
+# a stage may take days; a process that dies is noticed by its closed connection, not by a timeout
 PATIENCE = timedelta(days=30)
-GLANCE = 0.005  # seconds between two looks of a process that waits, so that it hears Ctrl-C
+GLANCE = 0.005  # seconds between two looks of a waiting process, so that it reacts to Ctrl-C
 BUCKET = 1 << 24  # numbers summed at once, since they are copied for it
 GRID = "grid"  # the one input that has no row for each sample
 
@@ -37,18 +37,21 @@ Item = TypeVar("Item")
 
 
 class Lost(ValueError):
-    """Another process has ended before its time."""
+    """Another process has ended unexpectedly."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Who this process is and what it shares with `count - 1` others: share is "data", "intervals"
-    or "" (nothing)."""
+    """This process, and what it shares with the others."""
 
     rank: int = 0
+    """this process's number, from 0"""
     count: int = 1
+    """number of processes"""
     share: str = ""
+    """ "data", "intervals", or "" for nothing"""
     gpu: str = "cuda"
+    """the GPU of this process"""
 
     @property
     def is_main(self) -> bool:
@@ -64,7 +67,7 @@ class Processes:
         return self.is_main or not self.by_rows
 
     def own(self, items: Sequence[Item]) -> Sequence[Item]:
-        """What of the intervals, fits or blocks this process trains."""
+        """The intervals, fits or blocks that this process trains."""
         return items[self.rank :: self.count] if self.share == "intervals" else items
 
     def rows(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -76,19 +79,19 @@ class Processes:
         }
 
     def folder(self, path: Path) -> Path:
-        """A place beside `path` for what this process alone writes and reads."""
+        """A folder beside `path` that only this process writes and reads."""
         return path.with_name(f"{path.name}_process_{self.rank}") if self.count > 1 else path
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Over the processes that share a batch; no gradient flows back through it."""
+        """The sum over the processes that share a batch; no gradient flows back through it."""
         return _summed(tensor.detach().clone()) if self.by_rows else tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds for one of the processes that share a batch."""
+        """Whether it is true in any of the processes that share a batch."""
         return bool(self.sum(torch.tensor(int(flag)))) if self.by_rows else flag
 
     def sum_gradients(self, parameters: Iterable[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
-        """Leaves in every `grad` the sum over the processes that share a batch; returns the sum of
+        """Puts into every `grad` the sum over the processes that share a batch; returns the sum of
         their losses."""
         loss = loss.detach()
         if self.by_rows:
@@ -103,7 +106,7 @@ class Processes:
         return loss
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Returns when all processes have called it."""
         if self.count > 1:
             work = _reached(lambda: torch.distributed.all_reduce(torch.zeros(1), async_op=True))
             while work is not None and not work.is_completed():
@@ -117,13 +120,13 @@ _CURRENT: ContextVar[Processes] = ContextVar("processes", default=ALONE)
 
 
 def processes() -> Processes:
-    """What this process shares at the moment."""
+    """This process, and what it shares at the moment."""
     return _CURRENT.get()
 
 
 @contextmanager
 def joined(share: str, device: str = "auto") -> Iterator[Processes]:
-    """Whatever runs inside is shared with the other processes of the launch, if there are any."""
+    """Whatever runs inside is shared with the launch's other processes, if there are any."""
     everyone = _everyone(device == "cpu") if launched() else ALONE
     with _working(replace(everyone, share=share)) as current:
         yield current
@@ -131,14 +134,14 @@ def joined(share: str, device: str = "auto") -> Iterator[Processes]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """What one process does by itself in the midst of shared work, such as drawing a picture."""
+    """For work that one process does by itself during shared work, such as drawing a picture."""
     with _working(Processes(gpu=processes().gpu)):
         yield
 
 
 def together(work: Callable[[Config], Result], config: Config, share: str = "") -> Result | None:
-    """work(config), shared; with nothing to share the main process does it, and the others wait.
-    None on the others."""
+    """work(config), shared. With nothing to share the main process does it while the others wait
+    and get None."""
     if not launched():
         return work(config)
     everyone, result = _everyone(getattr(config, "device", "auto") == "cpu"), None
@@ -163,20 +166,23 @@ def launched() -> bool:
 
 
 def is_main() -> bool:
-    """Whether this process is the main one of its launch, or alone; known before they have met."""
+    """Whether this process is the main one of its launch, or alone; known before the processes have
+    met."""
     return not any(_number(name, 0) for name in RANKS) or not _several()
 
 
 def tell(line: str) -> None:
-    """To stderr, once where several processes have the same to say."""
+    """To stderr; once, where several processes say the same."""
     if _is_first_to_say(line):
         print(line, file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> int:
-    """The exit code, with the connections closed. After a failure it ends the process: the others
-    may be waiting in the midst of a sum, and neither they nor this one would come out of a tidy
-    farewell."""
+    """Closes the connections and returns the exit code. After a failure it ends the process.
+
+    The others may be waiting in a sum, and then neither they nor this process could shut down in an
+    orderly way.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         if code:
             sys.stdout.flush(), sys.stderr.flush()
@@ -196,8 +202,8 @@ def _working(current: Processes) -> Iterator[Processes]:
 
 @cache
 def _everyone(cpu: bool) -> Processes:
-    """Connects to the others: NCCL between GPUs, gloo for what lies in memory, or for all if GPUs
-    must be shared."""
+    """Connects to the others: NCCL between GPUs; gloo for tensors in memory, and for everything
+    where processes share a GPU."""
     from accelerate import PartialState
 
     gpus = 0 if cpu else torch.cuda.device_count()
@@ -220,8 +226,8 @@ def _number(name: str, default: int) -> int:
 
 
 def _is_first_to_say(line: str) -> bool:
-    """The store through which the processes met counts who said it. The main one alone speaks
-    before they meet."""
+    """The store through which the processes met counts who said it; before they meet, only the main
+    one speaks."""
     if not (_several() and torch.distributed.is_initialized()):
         return is_main()
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -232,7 +238,7 @@ def _is_first_to_say(line: str) -> bool:
             )
             == 1
         )
-    except RuntimeError:  # it went with the process that held it
+    except RuntimeError:  # it was lost with the process that held it
         return True
 
 

@@ -1,5 +1,4 @@
-"""ComfyUI's scaled fp8 on disk: a matrix in fp8 with a scale of its own, and a tensor that says
-so."""
+"""ComfyUI's scaled fp8 on disk: a matrix in fp8, its scale, and a tensor that marks the format."""
 
 from __future__ import annotations
 
@@ -14,8 +13,8 @@ FP8_MARK, FP8_SCALE = "scaled_fp8", ".scale_weight"  # as ComfyUI names them
 
 
 def scaled_fp8(weight: torch.Tensor, dtype: torch.dtype = FP8) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values in `dtype`, scale float32 []), weight ~ values * scale: the largest weight is fp8's
-    largest number."""
+    """(values in `dtype`, scale float32 []), weight ~ values * scale: the largest weight becomes
+    fp8's largest number."""
     scale = (weight.float().abs().max() / torch.finfo(dtype).max).clamp_min(
         torch.finfo(torch.float32).tiny
     )

@@ -1,9 +1,9 @@
-"""A hash of every tensor in files of ours, against flipped bits, swapped names and other dtypes
-(not against forgers).
+"""A hash for every tensor in the files that we write, against flipped bits, swapped names and
+changed dtypes (not against forgers).
 
 `ppcl_hashes` in a safetensors file's metadata is JSON: {"algorithm": "xxh3_64", "metadata": {entry:
 hash}, "tensors": {name: hash}}. A tensor's hash is of its name, dtype, shape and bytes as stored.
-Files without it are read as they are.
+Files without hashes are read unchecked.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ DIGITS = 16
 CHUNK = 512 << 10
 """bytes that are read, then hashed while they lie in the processor's cache: in pieces of 4 MB, or by
 a thread beside the reading, hashing cost a fifth of a load"""
-MOST_FILES = 512  # whose checked tensors are remembered
+MOST_FILES = 512  # files whose checked tensors are remembered
 DAMAGED = "it was damaged or changed after it was written; copy or make it again"
 
 _LOCK = threading.Lock()
 _CHECKED: OrderedDict[Identity, set[str]] = OrderedDict()
-"""file as it was last changed -> names of the tensors that were found to be whole"""
+"""file as last changed -> names of its tensors that were checked and are undamaged"""
 
 
 class TensorHash:
-    """Takes a tensor's bytes in pieces, in their order."""
+    """Takes a tensor's bytes in pieces, in order."""
 
     def __init__(self, name: str, dtype: str, shape: Iterable[int]):
         self._state = xxhash.xxh3_64(
@@ -54,8 +54,8 @@ def text_hash(text: str) -> str:
 
 
 def hashes_text(metadata: Mapping[str, str], tensors: Mapping[str, str]) -> str:
-    """What a file says of itself; as long for any hashes, so that it can be written before they are
-    known."""
+    """The metadata's entry. Its length does not depend on the hashes, so that it can be written
+    before they are known."""
     texts = {name: text_hash(text) for name, text in metadata.items()}
     return json.dumps(
         {"algorithm": ALGORITHM, "metadata": texts, "tensors": dict(tensors)}, separators=(",", ":")
@@ -64,23 +64,26 @@ def hashes_text(metadata: Mapping[str, str], tensors: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Hashes:
-    """Those of one file, as it was when it was opened."""
+    """The hashes in a file."""
 
     path: Path
+    """the file"""
     identity: Identity
+    """the file as it was opened"""
     tensors: dict[str, str]
+    """name -> hash"""
 
     def wanted(self, name: str) -> bool:
-        """Whether the tensor was not checked yet."""
+        """Whether the tensor still has to be checked."""
         return name not in _CHECKED.get(self.identity, ())
 
-    def check(self, name: str, found: str) -> None:
-        """Raises ValueError for another hash than the file's."""
-        if found != self.tensors[name]:
+    def check(self, name: str, digest: str) -> None:
+        """Raises ValueError for a hash that differs from the file's."""
+        if digest != self.tensors[name]:
             raise ValueError(
                 f"{self.path}: {shown(name)} does not have the hash that was stored with it: {DAMAGED}"
             )
-        with _LOCK:  # blocks are read ahead by a thread
+        with _LOCK:  # a thread reads blocks ahead
             _CHECKED.setdefault(self.identity, set()).add(name)
             _CHECKED.move_to_end(self.identity)
             while len(_CHECKED) > MOST_FILES:
@@ -88,15 +91,15 @@ class Hashes:
 
 
 def forget() -> None:
-    """Everything is checked again."""
+    """From now on everything is checked again."""
     _CHECKED.clear()
 
 
 def hashes_of(
     path: Path, identity: Identity, metadata: Mapping[str, str], names: Iterable[str]
 ) -> Hashes | None:
-    """None: a file without hashes. Raises ValueError where metadata or the list of tensors is not
-    what was hashed."""
+    """None for a file without hashes. Raises ValueError where metadata or the list of tensors
+    differs from what was hashed."""
     if HASHES_KEY not in metadata:
         return None
     texts, tensors = _parsed(path, metadata[HASHES_KEY])

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read and checked: every byte behind it belongs to exactly one
+"""The header of a safetensors file, read and checked: every byte after it belongs to exactly one
 tensor."""
 
 from __future__ import annotations
@@ -42,25 +42,29 @@ OTHERS = {
     b"PK\x03\x04": "is a PyTorch file (.bin, .pt, .ckpt); pass a .safetensors file, or the folder that it belongs to",
     b"\x80\x02": "is a pickled PyTorch file, which can run code; pass a .safetensors file",
 }
-"""first bytes -> what is said"""
+"""first bytes of a file -> what the error says"""
 
 
 @dataclass(frozen=True)
 class Header:
-    """entries: name -> dtype, shape, data_offsets from `start` on."""
+    """A file's header."""
 
     metadata: dict[str, str]
+    """texts by name"""
     entries: dict[str, dict]
+    """name -> dtype, shape, data_offsets counted from `start`"""
     start: int
+    """where the tensors' bytes begin"""
     identity: Identity
+    """the file as it was opened"""
 
 
 def read_header(path: Path) -> Header:
-    """Raises ValueError, in one line that names the file and the entry, for what is not a
-    safetensors file."""
+    """Raises ValueError, in one line naming the file and the entry, for a file that is not
+    safetensors."""
     check_regular(path)
     with open(path, "rb") as file:
-        # of what was opened; a path may lead to another file by now
+        # of the file that was opened; by now the path may lead to another one
         status = os.fstat(file.fileno())
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else HEADER_LIMIT + 1
@@ -97,7 +101,7 @@ def _refuse(path: Path, prefix: bytes) -> NoReturn:
 
 
 def _fault(entry: object) -> str | None:
-    """Why it does not describe a tensor; None when it does."""
+    """Why an entry does not describe a tensor; None when it does."""
     if not isinstance(entry, dict):
         return "not an object"
     if not isinstance(entry.get("dtype"), str):
@@ -118,8 +122,8 @@ def _is_size(value: object) -> bool:
 
 
 def _check_cover(path: Path, header: dict[str, dict], held: int) -> None:
-    """Every byte belongs to one tensor. Raises ValueError for overlaps, holes, and another length
-    of the file."""
+    """Every byte belongs to one tensor. Raises ValueError for overlaps, holes, and a file of
+    another length."""
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]

@@ -10,7 +10,7 @@ from .distributed import processes
 
 
 class Stopped(Exception):
-    """Asked to stop (Ctrl-C); everything is saved. The message says how to go on."""
+    """Stopped by Ctrl-C, with everything saved. The message says how to go on."""
 
 
 @contextmanager
@@ -18,9 +18,9 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     """Yields `asked()`. The first Ctrl-C only sets it, so that the caller can save; the second
     interrupts.
 
-    Processes that share batches all answer the same, at the same step. A launcher passes on the
-    Ctrl-C that its processes have had already, so there the second one does nothing (and after half
-    a minute it kills them).
+    Processes that share batches all get the same answer at the same step. A launcher passes on the
+    Ctrl-C that its processes have already received, so there the second one does nothing (the
+    launcher kills them after half a minute).
     """
     asked: list[int] = []
     several = processes().count > 1

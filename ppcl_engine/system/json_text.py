@@ -1,6 +1,5 @@
-"""JSON of ours, the one place that makes it: never with NaN or infinity, which no other reader
-takes. And JSON as it comes from a file: bounded in depth, without names that stand twice, and
-without numbers that are not finite."""
+"""Writes JSON, always without NaN or infinity, which other readers refuse; reads JSON from files
+with a bounded depth, refusing names that occur twice and numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 MOST_DEPTH = 64
-"""deeper than any file of ours or of a host; code that walks a value may then call itself"""
+"""deeper than any file that we or a host write; code that walks a value may then call itself"""
 LONGEST_NUMBER = 64  # characters; the largest 64-bit integer has 20, a float 24
 
 
@@ -24,16 +23,16 @@ def json_text(value: Any, **options: Any) -> str:
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
-        place, found = next(_not_finite(value, ""), ("", None))
-        if found is None:  # something else, such as a loop
+        place, number = next(_not_finite(value, ""), ("", None))
+        if number is None:  # another error, such as a loop
             raise
     raise ValueError(
-        f"{place or 'the value'} is {found}, which JSON does not hold; check the model and the calibration"
+        f"{place or 'the value'} is {number}, which JSON does not hold; check the model and the calibration"
     )
 
 
 def finite_or_none(value: float) -> float | None:
-    """For figures that do not always exist, such as a share of nothing."""
+    """For figures that do not always exist, such as a fraction with a zero denominator."""
     return value if math.isfinite(value) else None
 
 
@@ -71,18 +70,18 @@ def parse_json(text: str | bytes) -> object:
 
 
 def shown(text: str, most: int = 80) -> str:
-    """A name out of a file, as a line of text may hold it."""
+    """A name from a file, in a form that fits into a line of text."""
     text = text if len(text) <= most else text[: most - 1] + "…"
     return text if text.isprintable() else repr(text)
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise NotJSON(f"the name {twice[:80]!r} stands twice")
-    return found
+        raise NotJSON(f"the name {twice[:80]!r} occurs twice")
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What this machine has: devices, precisions, memory and its peak, free disk, speed."""
+"""What this machine has: devices, precisions, memory and its peak, free disk space, speed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def device_memory(device: str) -> int:
-    """Bytes in all, whoever has them now."""
+    """Bytes in total, whoever uses them."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
     limit = CGROUP.read_text().strip() if CGROUP.exists() else ""
@@ -31,14 +31,14 @@ def device_memory(device: str) -> int:
 
 
 def free_memory() -> int:
-    """Bytes of the host that nobody uses now."""
+    """Bytes of the host that are free."""
     used_here, free = CGROUP.with_name("memory.current"), psutil.virtual_memory().available
     limit = CGROUP.read_text().strip() if CGROUP.exists() else ""
     return min(free, int(limit) - int(used_here.read_text())) if limit.isdigit() else free
 
 
 def free_disk(folder: Path) -> int:
-    """Bytes where the folder is or will be."""
+    """Free bytes where the folder is, or will be."""
     folder = Path(folder).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -47,9 +47,9 @@ def free_disk(folder: Path) -> int:
 
 @cache
 def flops_a_second(device: str, dtype: torch.dtype) -> float:
-    """Of one large matrix product, measured; real blocks reach about this on large inputs."""
+    """Measured on one large matrix product; real blocks with large inputs reach about this."""
     size = 1024 if device == "cpu" else 8192
-    size = size // 4 if dtype is torch.float64 else size  # in which many GPUs are slow
+    size = size // 4 if dtype is torch.float64 else size  # many GPUs are slow in it
     a = torch.ones(size, size, device=device, dtype=dtype)
     a @ a
     start, count = time.perf_counter(), 3
@@ -60,7 +60,8 @@ def flops_a_second(device: str, dtype: torch.dtype) -> float:
 
 
 class PeakMemory:
-    """Bytes that were needed above what was held when it was made. On a CPU only Linux tells."""
+    """Bytes that were needed at most above those in use when it was made. On a CPU only Linux can
+    tell."""
 
     def __init__(self, device: str):
         self.cuda = device.startswith("cuda")
@@ -69,7 +70,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
         elif CLEAR.exists():
-            return_freed_memory()  # what the allocator keeps would hide what comes
+            return_freed_memory()  # memory that the allocator keeps would hide what is needed next
             CLEAR.write_text(RESET_PEAK)
             self.start = _status("VmRSS")
 
@@ -80,8 +81,8 @@ class PeakMemory:
 
 
 def return_freed_memory() -> None:
-    """Gives the pages that glibc keeps after `free` back to the operating system; other libraries
-    do it by themselves."""
+    """Gives the pages that glibc keeps after `free` back to the operating system; other C libraries
+    do so by themselves."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -93,7 +94,8 @@ def _status(field: str) -> int:
 
 
 def resolve_device(device: str) -> str:
-    """Raises ValueError for a device that this machine does not have, and for a name of none."""
+    """Raises ValueError for a device that this machine does not have, and for a name that is not a
+    device."""
     if not re.fullmatch(DEVICE_FORM, device):
         raise ValueError(f"--device {shown(device)}: choose {DEVICES}")
     if device == "auto":
@@ -110,6 +112,6 @@ def resolve_device(device: str) -> str:
         )
     if device.startswith("cuda:") and processes().count > 1:
         raise ValueError(
-            f"device {device} is one for {processes().count} processes; use --device cuda, one for each"
+            f"device {device} would be shared by {processes().count} processes; use --device cuda, which gives each its own"
         )
     return processes().gpu if device == "cuda" else device

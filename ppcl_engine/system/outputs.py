@@ -1,5 +1,4 @@
-"""What a path given for writing may be: looked at before the work whose result goes there. Standard
-library only."""
+"""Checks of an output path, before the work whose result goes there. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,12 +6,12 @@ import os
 from pathlib import Path
 
 PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-LONGEST_JPEG = 65_500  # pixels a side, as its encoder has it
+LONGEST_JPEG = 65_500  # pixels a side, its encoder's limit
 
 
 def check_file(path: Path) -> None:
-    """Raises ValueError unless it is a file, or nothing yet. A device or pipe would be replaced,
-    not written to."""
+    """Raises ValueError unless it is a file, or does not exist yet. A device or pipe would be
+    replaced, not written to."""
     if not path.name or path.is_dir():
         raise ValueError(f"{path} is a folder; give the name of a file in it")
     if path.exists() and not path.is_file():
@@ -20,7 +19,7 @@ def check_file(path: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raises ValueError unless it is a folder that can be written, or can be made."""
+    """Raises ValueError unless it is a folder that can be written, or can be created."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is not a folder; give another path")
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
@@ -31,8 +30,8 @@ def check_folder(path: Path) -> None:
 
 
 def check_picture(path: Path) -> str:
-    """The format that its ending names. Raises ValueError for another ending and for a place that
-    takes no file."""
+    """The format that its ending names. Raises ValueError for another ending, and for a path that
+    cannot be a file."""
     check_file(path)
     check_folder(path.parent)
     if path.suffix.lower() not in PICTURES:

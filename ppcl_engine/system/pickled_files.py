@@ -1,4 +1,4 @@
-"""Weights that others stored as `.bin`: tensors only, mapped from disk and copied one at a time.
+"""Other tools' weights in `.bin` files: tensors only, mapped from disk and copied one at a time.
 
 We write no pickle. A file that holds anything but tensors is refused before any of it runs.
 """
@@ -16,7 +16,7 @@ from .regular_files import check_regular, identity_of
 
 
 class PickledFile:
-    """A `.bin` of tensors by name, read as `TensorFile` is. Raises ValueError naming the file for
+    """A `.bin` of tensors by name, read like a `TensorFile`. Raises ValueError naming the file for
     anything else."""
 
     def __init__(self, path: Path):
@@ -32,7 +32,9 @@ class PickledFile:
             raise ValueError(
                 f"{path} holds code or objects, not tensors alone; it was not opened"
             ) from None
-        except Exception as error:  # in a damaged file the unpickler meets anything, and torch passes on what Python says
+        except (
+            Exception
+        ) as error:  # a damaged file makes the unpickler raise anything, and torch passes it on
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise ValueError(f"{path} cannot be read ({reason}); download it again") from None
         if not isinstance(content, dict) or not all(map(_is_named_tensor, content.items())):
@@ -55,8 +57,8 @@ class PickledFile:
         return self._tensors[name].dtype
 
     def read(self, name: str, rows: int | None = None, start: int = 0) -> torch.Tensor:
-        """The tensor, or `rows` of its rows: a copy in memory, so that nothing depends on the file
-        any more."""
+        """The tensor, or some of its rows: a copy in memory, which no longer depends on the
+        file."""
         tensor = self._tensors[name]
         return (tensor if rows is None else tensor[start : start + rows]).clone()
 

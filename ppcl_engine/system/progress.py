@@ -1,6 +1,7 @@
-"""What long work tells while it runs: a bar in the terminal, and whoever listens (a job's worker).
+"""Progress of long work: a bar in the terminal, and a listener (a job's worker).
 
-Stages know nothing of jobs: they draw a bar, name a loss, say when trained parts are safe on disk.
+Stages know nothing of jobs: they advance a bar, report a loss, and say when trained parts are
+safely on disk.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ from .distributed import alone, processes
 
 class Listener(Protocol):
     def advanced(self, what: str, step: int, steps: int | None, rate: float | None) -> None:
-        """`step` of `steps` of what the bar counts are done, at `rate` steps a second (None: not
-        known yet)."""
+        """`step` of the bar's `steps` are done, at `rate` steps a second (None: not known yet)."""
 
     def measured(self, what: str, step: int, loss: float) -> None:
-        """The loss before update `step` of `what`, such as "interval 3-4"; of "layer attn.to_q" its
-        error in block `step`."""
+        """The loss before update `step` of `what`, such as "interval 3-4"; for "layer attn.to_q"
+        its error in block `step`."""
 
     def saved(self) -> None:
-        """Everything made so far is on disk: a moment to draw with it."""
+        """Everything made so far is on disk, so that a picture can be drawn with it."""
 
 
 _LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
@@ -52,7 +52,8 @@ def saved() -> None:
 
 
 class Progress(tqdm):
-    """A bar whose every step the listener hears; of several processes the main one draws it."""
+    """A bar that tells the listener about every step; of several processes only the main one draws
+    it."""
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **{"disable": not processes().is_main, **named})
@@ -69,7 +70,7 @@ class Progress(tqdm):
 
     @classmethod
     def close_all(cls) -> None:
-        """Ends the lines of bars that an error left open, so that what is said next begins a
+        """Ends the lines of bars that an error left open, so that the next message starts on a new
         line."""
         for bar in list(getattr(cls, "_instances", ())):  # tqdm's own, which its types do not name
             bar.close()

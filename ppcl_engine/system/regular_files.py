@@ -1,5 +1,5 @@
-"""What a path leads to before it is opened: a pipe would never answer, and a device is not a file
-of anybody's."""
+"""Checks what a path leads to before it is opened: reading a pipe would never return, and a device
+is not a file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ KINDS = {
 }
 
 Identity = tuple[int, int, int, int]
-"""device, inode, size, time of the last change in nanoseconds: what two looks at one file have in
-common"""
+"""device, inode, size, time of the last change in nanoseconds: equal as long as a file is unchanged"""
 
 
 def check_regular(path: Path) -> os.stat_result:
-    """Raises ValueError for what is neither a file nor a link to one; FileNotFoundError where there
-    is nothing."""
+    """Raises ValueError for anything but a file or a link to one; FileNotFoundError where nothing
+    exists."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         kind = KINDS.get(stat.S_IFMT(status.st_mode), "not a regular file")

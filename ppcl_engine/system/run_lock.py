@@ -1,6 +1,8 @@
-"""One process at a time works in a run folder. The operating system keeps the lock, so it ends with
-its process however that ends; `holder.json` beside it only says who has it, for whom it keeps
-waiting."""
+"""Only one process at a time works in a run folder.
+
+The operating system keeps the lock, so the lock ends with its process, however that ends.
+`holder.json` beside it only says who holds it, for the message to those who wait.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,16 @@ from .atomic import read_object, write_json
 
 LOCK, HOLDER = "worker.lock", "holder.json"
 _HELD: dict[str, int] = {}
-"""folder -> how often this process has it"""
+"""folder -> how many times this process holds its lock"""
 
 
 @contextmanager
 def holding(folder: Path, doing: str) -> Iterator[None]:
-    """The folder's lock for a stage; nothing happens where this process has it already, as a job's
-    worker does. Raises ValueError when another process has it."""
+    """Holds the folder's lock for a stage; does nothing where this process holds it already, as a
+    job's worker does.
+
+    Raises ValueError when another process holds it.
+    """
     if _key(folder) in _HELD:
         yield
         return
@@ -35,9 +40,11 @@ def holding(folder: Path, doing: str) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path, doing: str = "", seconds: float = 0.0) -> Iterator[None]:
-    """The lock itself. `doing`: what the others are told; without it they are told nothing. Raises
-    ValueError, naming the holder, when another process (or another part of this one) has it and
-    keeps it for so many seconds."""
+    """Holds the lock itself. `doing`: what others are told; empty: nothing.
+
+    Raises ValueError, naming the holder, when another process (or another part of this one) keeps
+    it for `seconds`.
+    """
     folder = Path(folder)
     lock = FileLock(folder / LOCK)
     try:
@@ -77,8 +84,8 @@ def _about(doing: str) -> dict:
 
 
 def _holder(folder: Path) -> str:
-    """ "polish (process 123 on host, since 2026-11-28 10:00:00)"; less where the one that wrote it
-    is gone, since the lock then is another one's."""
+    """ "polish (process 123 on host, since 2026-11-28 10:00:00)"; just "another process" where the
+    one that wrote it has ended, since the lock then belongs to somebody else."""
     try:
         match read_object(folder / HOLDER):
             case {
@@ -95,7 +102,7 @@ def _holder(folder: Path) -> str:
         ValueError,
         OSError,
         OverflowError,
-    ):  # not there, half a moment old, or rubbish: it only tells
+    ):  # missing, half written, or damaged: it is only information
         pass
     return "another process"
 

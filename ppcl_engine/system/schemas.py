@@ -1,10 +1,10 @@
-"""What a file may say, as types with bounds: read by pydantic, refused in one line that names the
-file and the field.
+"""What a file may contain, as types with bounds: read by pydantic, and refused in one line that
+names the file and the field.
 
-Why pydantic and not msgspec: every ComfyUI brings it, it checks frozen dataclasses as they are and
-says where a field stands. Measured on one machine: msgspec is imported in 46 ms and has 0.7 MB,
-pydantic in 71 ms and 9.6 MB (both beside torch's seconds); both refuse text for numbers in their
-strict modes.
+Why pydantic and not msgspec: every ComfyUI already has it, it checks frozen dataclasses as they
+are, and it says where a field is. Measured on one machine: importing msgspec takes 46 ms and 0.7
+MB, pydantic 71 ms and 9.6 MB (both small beside torch's seconds); both refuse text for numbers in
+their strict modes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from .json_text import NotJSON, parse_json
 
 MOST_BLOCKS = 512
-"""of a model; the largest that is known has 60"""
-SHOWN = 60  # characters of what was found
+"""of a model; the largest known model has 60"""
+SHOWN = 60  # characters of a wrong value
 
 Kind = TypeVar("Kind")
 BlockIndex = Annotated[int, Field(ge=0, lt=MOST_BLOCKS)]
@@ -38,7 +38,7 @@ def read_text(kind: type[Kind], text: str | bytes, where: object) -> Kind:
 
 
 def read_json_text(text: str | bytes, where: object) -> Any:
-    """JSON that a file holds. Raises ValueError naming `where`."""
+    """JSON from a file. Raises ValueError naming `where`."""
     try:
         return parse_json(text)
     except NotJSON as error:
@@ -46,8 +46,8 @@ def read_json_text(text: str | bytes, where: object) -> Any:
 
 
 def read_value(kind: type[Kind], value: object, where: object) -> Kind:
-    """What `parse_json` gave, as a value of this kind: lists become tuples, numbers stay what they
-    are."""
+    """A parsed JSON value as a value of this kind: lists become tuples, numbers are not
+    converted."""
     try:
         return _adapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
@@ -60,7 +60,7 @@ def _adapter(kind: type) -> TypeAdapter:
 
 
 def _line(kind: type, error: ValidationError, where: object) -> str:
-    """The first fault alone."""
+    """Only the first error."""
     first = error.errors(include_url=False)[0]
     *parents, name = first["loc"] or (None,)
     place = f"{where}: {_place(parents)}: " if parents else f"{where}: "
@@ -71,7 +71,7 @@ def _line(kind: type, error: ValidationError, where: object) -> str:
         )
     if first["type"].startswith("missing"):
         return f"{place}the field {name!r} is missing"
-    # a dataclass's own check, which says it all
+    # a dataclass's own check, whose message is complete
     if first["type"] == "value_error" and name is None:
         return f"{where}: {first.get('ctx', {})['error']}"
     said = (
@@ -80,9 +80,9 @@ def _line(kind: type, error: ValidationError, where: object) -> str:
         .replace("Input should be", "should be")
         .replace("String should", "should")
     )
-    found = repr(first["input"])
-    found = found if len(found) <= SHOWN else found[: SHOWN - 1] + "…"
-    return " ".join(f"{where}: {_place(first['loc']) or 'it'} {said}, not {found}".split())
+    wrong = repr(first["input"])
+    wrong = wrong if len(wrong) <= SHOWN else wrong[: SHOWN - 1] + "…"
+    return " ".join(f"{where}: {_place(first['loc']) or 'it'} {said}, not {wrong}".split())
 
 
 def _place(parts: Sequence[int | str]) -> str:

@@ -1,4 +1,4 @@
-"""One seed for every draw of a run."""
+"""The seeds of a run's random draws."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def draw_seed(seed: int, number: int) -> int:
 
 
 def draw_generator(seed: int, number: int = 0) -> torch.Generator:
-    """A generator on the CPU that begins at that draw's seed."""
+    """A generator on the CPU that starts with that draw's seed."""
     return torch.Generator().manual_seed(draw_seed(seed, number))

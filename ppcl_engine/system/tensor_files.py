@@ -40,8 +40,7 @@ def write_tensors(
     metadata: dict[str, str] | None = None,
     gaps: bool = False,
 ) -> None:
-    """A safetensors file of tensors that are already in memory. gaps: NaN stands for what was not
-    measured."""
+    """A safetensors file of tensors that are in memory. gaps: NaN marks what was not measured."""
     entries = [
         TensorEntry(name, t.dtype, tuple(t.shape), lambda t=t: t, gaps)
         for name, t in tensors.items()
@@ -51,14 +50,16 @@ def write_tensors(
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor to be written: `read` makes it when its turn comes. gaps: NaN in it stands for what
-    was not measured."""
+    """A tensor to be written, made when its turn comes."""
 
     name: str
+    """in the file"""
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    """makes the tensor"""
     gaps: bool = False
+    """whether NaN in it marks what was not measured"""
 
     @property
     def size(self) -> int:
@@ -68,14 +69,14 @@ class TensorEntry:
 def write_tensor_stream(
     path: Path, entries: list[TensorEntry], metadata: dict[str, str] | None = None
 ) -> None:
-    """A safetensors file written tensor by tensor, so memory holds one tensor at a time. Their
-    hashes come last, into the place that the header has for them.
+    """A safetensors file, written so that memory holds one tensor at a time.
 
-    Raises ValueError, and leaves what was there, for a tensor that is not finite.
+    The hashes are written last, into the place that the header reserves for them. Raises
+    ValueError, leaving an existing file unchanged, for a tensor that is not finite.
     """
     metadata = {name: text for name, text in (metadata or {}).items() if name != HASHES_KEY}
-    found = {entry.name: "0" * DIGITS for entry in entries}
-    text = _header(entries, metadata, found)
+    hashes = {entry.name: "0" * DIGITS for entry in entries}
+    text = _header(entries, metadata, hashes)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(text)
         for entry in entries:
@@ -88,14 +89,14 @@ def write_tensor_stream(
             for begin in range(0, len(data), CHUNK):
                 digest.update(data[begin : begin + CHUNK])
                 file.write(data[begin : begin + CHUNK])
-            found[entry.name] = digest.hexdigest()
+            hashes[entry.name] = digest.hexdigest()
         file.seek(0)
-        file.write(_header(entries, metadata, found))
+        file.write(_header(entries, metadata, hashes))
 
 
-def _header(entries: list[TensorEntry], metadata: dict[str, str], found: dict[str, str]) -> bytes:
-    """With its length in front; as long for any hashes."""
-    header: dict = {METADATA: {**metadata, HASHES_KEY: hashes_text(metadata, found)}}
+def _header(entries: list[TensorEntry], metadata: dict[str, str], hashes: dict[str, str]) -> bytes:
+    """The header, with its length in front; as long for any hashes."""
+    header: dict = {METADATA: {**metadata, HASHES_KEY: hashes_text(metadata, hashes)}}
     offset = 0
     for entry in entries:
         offsets = [offset, offset + entry.size]
@@ -111,7 +112,7 @@ def _header(entries: list[TensorEntry], metadata: dict[str, str], found: dict[st
 
 
 def check_exists(path: Path) -> None:
-    """Raises ValueError for a model that is neither a file nor a folder."""
+    """Raises ValueError for a model's path that is neither a file nor a folder."""
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; give a model file or folder")
     if not Path(path).is_dir():
@@ -119,12 +120,12 @@ def check_exists(path: Path) -> None:
 
 
 class TensorFile:
-    """A safetensors file, opened for reading single tensors without mapping it into memory. What is
-    compressed as 2:4 in it is seen as the dense matrices.
+    """A safetensors file, opened for reading single tensors without mapping it into memory.
+    Matrices compressed as 2:4 appear as dense ones.
 
-    Raises ValueError naming the file when it is not safetensors or is not as long as it says, when
-    a tensor is asked for that it lacks, when it was changed since it was opened, and for a tensor
-    of ours that is not what was written.
+    Raises ValueError naming the file when it is not safetensors or does not have the length that it
+    declares, when it lacks a tensor that is asked for, when it was changed since it was opened, and
+    when a tensor differs from what was written.
     """
 
     def __init__(self, path: Path):
@@ -141,7 +142,7 @@ class TensorFile:
 
     @property
     def identity(self) -> Identity:
-        """As it was opened."""
+        """The file as it was opened."""
         return self._identity
 
     @property
@@ -157,7 +158,7 @@ class TensorFile:
         return self.metadata[key]
 
     def about(self, key: str, kind: type[Kind] = dict) -> Kind:
-        """The same as JSON of this kind. Raises ValueError naming file and field."""
+        """The same, parsed as JSON of this kind. Raises ValueError naming file and field."""
         return read_text(kind, self.text(key), f"{self.path}: {key}")
 
     def keys(self) -> list[str]:
@@ -170,7 +171,7 @@ class TensorFile:
         return self._known(self._entry(name))
 
     def stored_as(self, name: str) -> str:
-        """The dtype by the format's name, known or not."""
+        """The dtype by the format's name, even if it is not known here."""
         return self._entry(name)["dtype"]
 
     def _entry(self, name: str) -> dict:
@@ -190,15 +191,15 @@ class TensorFile:
         return DTYPES[stored]
 
     def read(self, name: str, rows: int | None = None, start: int = 0) -> torch.Tensor:
-        """The tensor, or `rows` of its rows from row `start` on."""
+        """The tensor, or `rows` of its rows beginning with row `start`."""
         entry = self._entry(name)
         if "parts" in entry:
             return decompress(*(self._read(part, rows, start) for part in entry["parts"]))
         return self._read(entry, rows, start)
 
     def verify(self, name: str) -> None:
-        """Reads the tensor's bytes, and forgets them. Raises ValueError when they are not those
-        that were written."""
+        """Reads the tensor's bytes without keeping them. Raises ValueError when they are not the
+        ones that were written."""
         entry = self._entry(name)
         for part in entry.get("parts", [entry]):
             self._verify(part)
@@ -238,13 +239,13 @@ class TensorFile:
             self._hashes.check(name, digest.hexdigest())
 
     def _digest(self, entry: dict) -> TensorHash | None:
-        """None: nothing to check, or checked before."""
+        """None: nothing to check, or already checked."""
         if self._hashes is None or not self._hashes.wanted(entry["name"]):
             return None
         return TensorHash(entry["name"], entry["dtype"], entry["shape"])
 
     def _pieces(self, name: str, first: int, view: memoryview) -> Iterator[tuple[int, int]]:
-        """Fills `view` with what lies behind `first`; yields (begin, end) of what has come."""
+        """Fills `view` with the bytes that follow `first`; yields (begin, end) of each piece."""
         done = 0
         with self._opened(name) as file:
             file.seek(self._start + first)
@@ -259,9 +260,10 @@ class TensorFile:
 
     @contextmanager
     def _opened(self, name: str) -> Iterator:
-        """The very file whose header was read: another one in its place would be read with the
-        wrong header. It is not held open in between, since Windows would then let nobody replace
-        it."""
+        """The very file whose header was read: another one would be read with the wrong header.
+
+        It is not kept open in between, because Windows would then not let anybody replace it.
+        """
         with open(self.path, "rb", buffering=0) as file:
             self._check_same(file, name)
             yield file
@@ -278,8 +280,7 @@ class TensorFile:
 
 
 def file_mark(path: Path) -> str:
-    """Hash that tells one training's file from another's: metadata, losses and the values of all
-    vectors."""
+    """A hash that tells one training's file from another's: of metadata, losses and all vectors."""
     file = TensorFile(path)
     digest = hashlib.sha256(json_text(file.metadata, sort_keys=True).encode())
     for name in sorted(file.keys()):
@@ -290,11 +291,13 @@ def file_mark(path: Path) -> str:
 
 @dataclass(eq=False)
 class TwoParts:
-    """A tensor that is stored as two. It is read once; when the second part is taken, nothing is
-    held."""
+    """A tensor that is stored as two. It is read once; after the second part is taken, nothing is
+    kept in memory."""
 
     read: Callable[[], torch.Tensor]
+    """makes the tensor"""
     split: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    """tensor -> its two parts"""
 
     @cached_property
     def _parts(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,8 +12,8 @@ SAVE = "save it as UTF-8"
 
 
 def read_text(path: Path) -> str:
-    """Line ends stay as they are. Raises ValueError naming the file, and the first byte that is not
-    UTF-8."""
+    """The text, with its line ends. Raises ValueError naming the file and the first byte that is
+    not UTF-8."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a text file")
     if path.stat().st_size > MOST_BYTES:
@@ -32,14 +32,14 @@ def read_text(path: Path) -> str:
         ) from None
     if "\0" in text:
         raise ValueError(
-            f"{path} is UTF-16 or no text: {_place(content, content.index(0))}; {SAVE}"
+            f"{path} is UTF-16 or not text: {_place(content, content.index(0))}; {SAVE}"
         )
     return text
 
 
 def lines_of(text: str) -> list[str]:
-    """Split at line feeds alone: form feeds, U+2028 and their like stay in their lines. A line
-    feed at the end begins no further line."""
+    """Split at line feeds only; form feeds, U+2028 and the like stay inside their lines. A line
+    feed at the end does not start another line."""
     lines = text.split("\n")
     return lines if lines[-1] else lines[:-1]
 

@@ -1,9 +1,9 @@
-"""2:4 on disk: of every four neighbours two values and where they stand, 9/16 of the bytes in 16
+"""2:4 on disk: of every four neighbours, two values and their positions; 9/16 of the bytes in 16
 bits.
 
 A matrix [rows, columns] becomes `<name>.values_2_4` [rows, columns / 2] and `<name>.indices_2_4`
-[rows, columns / 8 rounded up], uint8: two bits an index, four of them a byte, the first in the
-lowest bits. Read back to the very matrix.
+[rows, columns / 8 rounded up], uint8: two bits an index, four indices a byte, the first in the
+lowest bits. Reading gives the identical matrix.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ VALUES, INDICES = ".values_2_4", ".indices_2_4"
 
 
 def compress(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, indices). Raises ValueError when a group has more than two numbers that are not
-    zero."""
+    """(values, indices). Raises ValueError when a group has more than two non-zero numbers."""
     rows, columns = dense.shape
     groups = dense.reshape(rows, columns // 4, 4)
     filled = groups != 0
@@ -41,7 +40,7 @@ def decompress(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 def _movable(dtype: torch.dtype) -> torch.dtype:
-    """An integer as wide: moving it changes no bit, and works for every dtype."""
+    """An integer dtype of the same width: moving it changes no bit, and works for every dtype."""
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
 
 
@@ -65,32 +64,34 @@ def is_compressed(tensors: Iterable[str]) -> bool:
 def decompressed(
     tensors: Mapping[str, torch.Tensor], shapes_only: bool = False
 ) -> Mapping[str, torch.Tensor]:
-    """What another reader left compressed in memory, as dense matrices (of shapes_only: on the meta
-    device); all else as it is."""
+    """Matrices that another reader left compressed, as dense ones (shapes_only: on the meta
+    device); everything else unchanged."""
     if not is_compressed(tensors):
         return tensors
-    found = {
+    dense = {
         name: tensor for name, tensor in tensors.items() if not name.endswith((VALUES, INDICES))
     }
     for name in [name.removesuffix(VALUES) for name in tensors if name.endswith(VALUES)]:
         values = tensors[name + VALUES]
         if shapes_only:
-            found[name] = values.new_empty(len(values), 2 * values.shape[1], device="meta")
+            dense[name] = values.new_empty(len(values), 2 * values.shape[1], device="meta")
         else:
-            found[name] = decompress(values, tensors[name + INDICES])
-    return found
+            dense[name] = decompress(values, tensors[name + INDICES])
+    return dense
 
 
 def compressed_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of values and indices."""
+    """The shapes of values and indices."""
     rows, columns = shape
     return (rows, columns // 2), (rows, -(-columns // 8))
 
 
 def dense_entries(entries: dict[str, dict], where: object) -> dict[str, dict]:
-    """A safetensors header with compressed matrices under their own names: `shape` the dense one's,
-    `parts` their two entries in the file. Raises ValueError for values without indices, and for
-    indices of another shape."""
+    """A safetensors header in which compressed matrices have their own names: `shape` is the dense
+    shape, `parts` are the two entries in the file.
+
+    Raises ValueError for values without indices, and for indices of the wrong shape.
+    """
     names = [name.removesuffix(VALUES) for name in entries if name.endswith(VALUES)]
     parts = {n: (entries[n + VALUES], entries.get(n + INDICES)) for n in names}
     for name, (values, indices) in parts.items():
@@ -102,10 +103,10 @@ def dense_entries(entries: dict[str, dict], where: object) -> dict[str, dict]:
                 "download the file again"
             )
     stored = {name + ending for name in parts for ending in (VALUES, INDICES)}
-    found = {
+    dense = {
         name: entry for name, entry in entries.items() if name not in stored and name not in parts
     }
     for name, (values, indices) in parts.items():
         shape = [values["shape"][0], 2 * values["shape"][1]]
-        found[name] = {"dtype": values["dtype"], "shape": shape, "parts": (values, indices)}
-    return found
+        dense[name] = {"dtype": values["dtype"], "shape": shape, "parts": (values, indices)}
+    return dense

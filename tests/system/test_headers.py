@@ -45,7 +45,7 @@ BAD = {
         container({"a": {**ENTRY, "data_offsets": [8, 16]}}, b"\0" * 16),
         "leaves bytes before it",
     ),
-    "a name twice": (container(b'{"a": 1, "a": 2}'), "the name 'a' stands twice"),
+    "a name twice": (container(b'{"a": 1, "a": 2}'), "the name 'a' occurs twice"),
     "metadata that is a list": (
         container({"__metadata__": [1]}),
         "__metadata__ is not texts by name",

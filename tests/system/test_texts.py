@@ -47,7 +47,7 @@ WRONG = {
     "UTF-16, the other way": (b"\xfe\xff\x00a", "is UTF-16 (its first bytes are fe ff)"),
     "UTF-16 without a mark": (
         "a cat".encode("utf-16-le"),
-        "is UTF-16 or no text: byte 1 (line 1) is 0x00",
+        "is UTF-16 or not text: byte 1 (line 1) is 0x00",
     ),
     "cp1252": (b"a cat\na caf\xe9\n", "is not UTF-8: byte 11 (line 2) is 0xe9"),
     "cp1252 behind a mark": (b"\xef\xbb\xbfcaf\xe9", "is not UTF-8: byte 6 (line 1) is 0xe9"),

@@ -59,6 +59,6 @@ def cka(
     chosen: torch.Tensor | None = None,
     estimator: Callable[..., torch.Tensor] = hsic,
 ) -> torch.Tensor:
-    """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) (Kornblith et al. 2019, equation 3); one value a
-    subset."""
+    """HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) (Kornblith et al. 2019, equation 3); one value for
+    each subset."""
     return estimator(k, l, chosen) / (estimator(k, k, chosen) * estimator(l, l, chosen)).sqrt()

@@ -1,8 +1,8 @@
-"""How the curves of `curves.py` are measured: chains of states, from every block to the end of the
-model.
+"""How the curves of `curves.py` are measured: by chains of states, from every block to the end of
+the model.
 
-Chains start from cached boundary states and only run the blocks behind k: sum over pairs (u, k) of
-(last - k) block passes a batch and curve.
+Chains start from stored boundary states and only run the blocks after k: per batch and curve, the
+sum over pairs (u, k) of (last - k) block passes.
 """
 
 from __future__ import annotations
@@ -30,20 +30,24 @@ PROBE, MAP, STEPS = "probe", "map", "steps"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """One batch of the chains from one block: its states lie in memory together while they go
-    through the blocks. end: the last block that they may replace."""
+class ChainBatch:
+    """One batch of the chains from one block; its states are in memory together while they go
+    through the blocks."""
 
     u: int
+    """the block that the chains start behind"""
     end: int
+    """the last block that they may replace"""
     batch: int
+    """its number"""
     bytes: float
+    """that its states and maps take in memory"""
 
 
-def grouped(parts: Iterable[Part], limit: float) -> Iterator[list[Part]]:
-    """Runs of parts that share a walk through the blocks: as many as `limit` bytes hold, one at
-    least."""
-    group: list[Part] = []
+def grouped(parts: Iterable[ChainBatch], limit: float) -> Iterator[list[ChainBatch]]:
+    """Groups of parts that walk through the blocks together: as many as fit into `limit` bytes, at
+    least one."""
+    group: list[ChainBatch] = []
     for part in parts:
         if group and sum(p.bytes for p in group) + part.bytes > limit:
             yield group
@@ -54,7 +58,7 @@ def grouped(parts: Iterable[Part], limit: float) -> Iterator[list[Part]]:
 
 
 def chains_of(u: int, end: int, held_out: bool, local: bool) -> int:
-    """Chains from block u that a batch goes through."""
+    """How many chains from block u a batch goes through."""
     return (end - u) * ((0 if local else 1) + (1 if held_out else 0))
 
 
@@ -67,8 +71,11 @@ def measure(
     curves: Curves | None,
     done: int,
 ) -> Curves:
-    """Both curves of every pair, saved whenever chains are at their end; `done` first blocks are in
-    `curves`. The second half of the batches is held out of the least-squares maps."""
+    """Both curves for every pair, saved whenever some chains reach the end; `curves` already covers
+    the `done` first blocks.
+
+    The second half of the batches is held out of the least-squares maps.
+    """
     if len(inputs) < 2:
         raise ValueError(
             "detect needs at least two calibration batches; calibrate with a smaller --batch"
@@ -84,7 +91,7 @@ def measure(
 
 
 class _Measurement:
-    """Boundary states of the teacher, and the chains that start from them."""
+    """The teacher's boundary states, and the chains that start from them."""
 
     def __init__(self, config: DetectConfig, run: Run, teacher: Teacher, inputs: list):
         self.config, self.run, self.teacher = config, run, teacher
@@ -113,7 +120,7 @@ class _Measurement:
         )
 
     def work(self, done: int) -> Iterator[int]:
-        """Yields how many first blocks are covered, whenever there are more."""
+        """Yields how many first blocks are covered, whenever the number grows."""
         limit = self.config.cache_gb * 1e9 if self.config.streamed else 0
         parts = list(self._parts())
         total, before = (sum(self.last - p.u for p in parts if p.u < n) for n in (self.last, done))
@@ -130,7 +137,7 @@ class _Measurement:
         if covered < self.last:
             yield self.last
 
-    def _parts(self) -> Iterator[Part]:
+    def _parts(self) -> Iterator[ChainBatch]:
         for u in range(self.last):
             end = reach(u, self.last + 1, self.config.longest, self.starts)
             for batch in self.batches if end > u else ():
@@ -140,10 +147,11 @@ class _Measurement:
                     (end - u) * len(STREAMS) * 4 * state.image.shape[-1] ** 2 if batch == 0 else 0
                 )
                 size = (1 + chains_of(u, end, held_out, self.config.local)) * each + maps
-                yield Part(u=u, end=end, batch=batch, bytes=size)
+                yield ChainBatch(u=u, end=end, batch=batch, bytes=size)
 
     def _sweep(self) -> None:
-        """Every boundary of every batch, the teacher's velocity and what of its end is compared."""
+        """Stores every boundary of every batch, the teacher's velocity, and the end features that
+        CKA compares."""
         for batch, state in enumerate(self.embedded):
             self.store.put(0, batch, state)
         for index, block in self.teacher.walk(0, self.last):
@@ -157,9 +165,9 @@ class _Measurement:
         features = [self._features(state, batch) for batch, state in enumerate(ends)]
         self.end_gram: torch.Tensor | None = None if self.config.local else self._gram(features)
 
-    def _walk(self, group: list[Part], progress: Progress) -> None:
+    def _walk(self, group: list[ChainBatch], progress: Progress) -> None:
         """From the group's first block to the end: at block i the chains that end at i branch off,
-        earlier ones go on."""
+        and earlier ones go on."""
         wanted = {part.u for part in group}
         self.maps = {u: self.maps.get(u) or self._least_squares(u) for u in wanted}
         for part in group:
@@ -184,9 +192,9 @@ class _Measurement:
             for stream, (w, b) in maps
         }
 
-    def _branch(self, part: Part, k: int, probe: Maps) -> Iterator[tuple[str, int]]:
-        """Starts the probe chain and the least-squares chain of the pair; local alignment ends
-        here."""
+    def _branch(self, part: ChainBatch, k: int, probe: Maps) -> Iterator[tuple[str, int]]:
+        """Starts the pair's probe chain and least-squares chain; with local alignment the probe
+        chain ends here."""
         u, batch = part.u, part.batch
         if batch in self.held_out:
             start = apply_maps(self._state(u + 1, batch), self.maps[u][k])
@@ -204,9 +212,9 @@ class _Measurement:
             yield f"{PROBE}_{u}_{k}", batch
 
     def _least_squares(self, u: int) -> dict[int, Maps]:
-        """k -> best affine map from the state after u to the state after k: a student's closed
-        form. What u gives is the same for every k."""
-        width, inputs, found = self.embedded[0].image.shape[-1], {}, {}
+        """k -> the best affine map from the state after u to the state after k: a student's closed
+        form. The moments of u's state are the same for every k."""
+        width, inputs, maps_by_end = self.embedded[0].image.shape[-1], {}, {}
         for k in range(u + 1, reach(u, self.last + 1, self.config.longest, self.starts) + 1):
             streams = self.teacher.used_streams(k)
             new = [stream for stream in streams if stream not in inputs]
@@ -221,10 +229,10 @@ class _Measurement:
                     if stream in new:
                         inputs[stream].add(x)
                     sums.add(x, after.real_tokens(stream).float() - x)
-            found[k] = {
+            maps_by_end[k] = {
                 stream: self._solved(u, k, stream, sums) for stream, sums in equations.items()
             }
-        return found
+        return maps_by_end
 
     def _solved(
         self, u: int, k: int, stream: str, equations: NormalEquations
@@ -251,7 +259,7 @@ class _Measurement:
         self.chains.drop(name, batch)
 
     def _align(self, u: int) -> None:
-        """The alignment of all pairs of u, whose chains are at their end in every batch."""
+        """The alignment of all pairs of u, whose chains have reached the end in every batch."""
         for k in range(u + 1, reach(u, self.last + 1, self.config.longest, self.starts) + 1):
             seen = self.seen.pop((u, k))
             here = self.end_gram
@@ -276,8 +284,8 @@ class _Measurement:
         return cka(ours, teacher, self.subsets, biased_hsic if self.config.biased else hsic)
 
     def _drawn_places(self) -> Iterator[torch.Tensor]:
-        """Of every batch, the image tokens of each sample that are compared: [n, tokens],
-        references left out."""
+        """For every batch, the image tokens of each sample that are compared: [n, tokens], without
+        references."""
         generator = torch.Generator().manual_seed(self.config.seed)
         for state in self.embedded:
             shape = self.teacher.architecture.final_image(self.teacher.outer, state).shape[:2]

@@ -1,9 +1,9 @@
-"""Damage: squared error of the final velocity relative to the teacher's (or another variant's), on
+"""Damage: squared error of the final velocity, relative to the teacher's (or another variant's), on
 fixed inputs.
 
-Layouts go through the blocks together, so that a block is read once for all of them, and layouts
-that are alike up to a block are one up to there. What they need of memory is a state a batch of
-every layout that has gone its own way.
+Layouts go through the blocks together, so that each block is read once for all of them, and layouts
+share their states as long as they are alike. Memory holds one state a batch for every layout that
+has become different.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ ProjectionOf = Callable[[Place, str], dict[str, torch.Tensor]]
 Standing = dict[Places, dict[int, Place]]
 """layout -> index -> what stands there"""
 Seen = Callable[[Places, int, torch.Tensor], None]
-"""is shown (layout, batch, velocity)"""
+"""is called with (layout, batch, velocity)"""
 Way = tuple[list[Places], list[dict[str, torch.Tensor]]]
-"""layouts that are alike so far, and their streams, a batch each"""
+"""layouts that are alike so far, and their streams, one entry a batch"""
 
 
 class Damage:
-    """projections: where those of a place are, if not among the students' own. cache_gb: memory for
-    states."""
+    """Measures the damage of variants.
+
+    projections: where a place's projections are, if not among the students'. cache_gb: memory for
+    states.
+    """
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class Damage:
         self.known = {self.reference: (torch.zeros_like(power), power)}
 
     def of(self, variant: Variant) -> float:
-        """Raises ValueError for a variant whose velocity is not finite."""
+        """The damage of a variant. Raises ValueError where its velocity is not finite."""
         error, power = self.per_sample(layout_of(self.plan, variant))
         check_finite(
             {"velocity": error},
@@ -75,24 +78,28 @@ class Damage:
         return float(error.sum() / power.sum())
 
     def per_sample(self, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared error of the velocity and its own square, each summed over a sample."""
+        """Squared error of the velocity, and square of the reference's velocity, each summed over a
+        sample."""
         self.measure([layout])
         return self.known[layout.places]
 
     def measure(self, layouts: Sequence[Layout], what: str | None = None) -> None:
-        """`per_sample` of all of them, in as few walks through the blocks as memory allows; what is
-        known already is not measured again. what: of the bar."""
+        """`per_sample` for all layouts, in as few walks through the blocks as memory allows; known
+        ones are not measured again.
+
+        what: the progress bar's label.
+        """
         wanted = list(
             dict.fromkeys(layout.places for layout in layouts if layout.places not in self.known)
         )
-        found: dict[Places, dict[int, torch.Tensor]] = {places: {} for places in wanted}
+        errors_of: dict[Places, dict[int, torch.Tensor]] = {places: {} for places in wanted}
 
         def compare(places: Places, batch: int, velocity: torch.Tensor) -> None:
-            found[places][batch] = squares(velocity - self.target[batch]).cpu()
+            errors_of[places][batch] = squares(velocity - self.target[batch]).cpu()
 
         self._walk_all(wanted, compare, what)
         power = self._per_sample(self.target)
-        for places, errors in found.items():
+        for places, errors in errors_of.items():
             self.known[places] = (
                 torch.cat([errors[batch] for batch in range(len(self.embedded))]),
                 power,
@@ -120,8 +127,8 @@ class Damage:
                             seen(places, batch, velocity)
 
     def _grouped(self, layouts: list[Places]) -> Iterator[tuple[list[Places], list[int]]]:
-        """All layouts and as many batches as memory holds; where it does not hold one batch, a
-        batch and fewer layouts."""
+        """All layouts, and as many batches as memory holds; where it does not hold one batch of
+        all, single batches and fewer layouts."""
         largest = max(state.image.nbytes + state.text.nbytes for state in self.embedded)
         fitting, batches = max(1, int(self.cache_gb * 1e9 // largest)), range(len(self.embedded))
         if fitting < len(layouts):
@@ -135,8 +142,8 @@ class Damage:
         )
 
     def _parts_ways(self, places: Places) -> int:
-        """The first place that is not the reference's: neighbours in this order have long ways in
-        common."""
+        """The first place that differs from the reference's; neighbours in this order share the
+        most blocks."""
         pairs = zip(places, self.reference, strict=False)
         return next(
             (ours.index for ours, theirs in pairs if ours != theirs), self.teacher.num_blocks
@@ -161,7 +168,7 @@ class Damage:
     def _through(
         self, index: int, block: nn.Module | None, ways: list[Way], standing: Standing, batches
     ) -> list[Way]:
-        """Every way through what stands at the place; where its layouts differ, it parts."""
+        """Takes every way through what stands at the place; it splits where its layouts differ."""
         onward: list[Way] = []
         built: dict[Place, nn.Module] = {}
         while ways:
@@ -193,8 +200,8 @@ class Damage:
         return streams_of(state, self.rest)
 
     def _built(self, place: Place, block: AnyModule) -> nn.Module:
-        """What stands there: the teacher's block that was read for all, or a student; with its
-        projections."""
+        """What stands at a place, with its projections: a student, or the teacher's block, which
+        was read once for all."""
         if place.interval:
             block = self.students.student(place.interval, self.teacher.dtype, self.teacher.device)
         elif not place.projections and not place.publishes:

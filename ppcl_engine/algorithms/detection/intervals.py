@@ -1,4 +1,4 @@
-"""Rules that turn curves into intervals: the paper's greedy one, and a dynamic programme. Pure
+"""Rules that turn curves into intervals: the paper's greedy rule, and dynamic programming. Pure
 functions."""
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ PUBLISHED_SHARE = 25 / 60
 
 
 @dataclass(frozen=True)
-class Found:
-    """An interval (first == last: a block that stays) and why it ends where it does."""
+class GreedyInterval:
+    """An interval, and why it ends where it does."""
 
     first: int
+    """its first block"""
     last: int
+    """its last block; equal to `first`: the block stays"""
     reason: str
+    """why it ends there"""
 
 
 def first_difference(cka: Cka, first: int, k: int) -> float:
@@ -28,8 +31,8 @@ def first_difference(cka: Cka, first: int, k: int) -> float:
 
 
 def reach(first: int, num_blocks: int, longest: int, starts: frozenset[int] = frozenset()) -> int:
-    """The last block that an interval from `first` may hold. `starts`: first blocks of runs of one
-    kind."""
+    """The last block that an interval from `first` may contain. `starts`: first blocks of runs of
+    one kind."""
     end = min((start for start in starts if start > first), default=num_blocks)
     return min(first + longest, end) - 1
 
@@ -37,7 +40,7 @@ def reach(first: int, num_blocks: int, longest: int, starts: frozenset[int] = fr
 def pairs(
     num_blocks: int, longest: int, starts: frozenset[int] = frozenset()
 ) -> list[tuple[int, int]]:
-    """Every (u, k) that an interval may be, in order."""
+    """Every (u, k) that may be an interval, in order."""
     ends = {u: reach(u, num_blocks, longest, starts) for u in range(num_blocks)}
     return [(u, k) for u, end in ends.items() for k in range(u + 1, end + 1)]
 
@@ -45,7 +48,7 @@ def pairs(
 def largest_difference(
     cka: Cka, num_blocks: int, longest: int, starts: frozenset[int] = frozenset()
 ) -> float:
-    """Largest D of all curves."""
+    """The largest D of all curves."""
     return max(
         (first_difference(cka, u, k) for u, k in pairs(num_blocks, longest, starts)), default=0.0
     )
@@ -73,46 +76,46 @@ def greedy_intervals(
     max_drop: float,
     protect: frozenset[int],
     starts: frozenset[int] = frozenset(),
-) -> list[Found]:
+) -> list[GreedyInterval]:
     """The paper's rule: D falls while blocks belong together; the first rise ends the interval.
 
     D(u, u) = infinity; stop at the first k with D(u, k) > D(u, k-1) + eps * scale; [u, k-1];
     restart at k. Block u stays single when D(u, u+1) > max_drop * scale. Covers every block. No
-    interval goes on over one of `starts`, the first blocks of runs of one kind.
+    interval goes beyond one of `starts`, the first blocks of runs of one kind.
     """
-    found, u = [], 0
+    intervals, u = [], 0
     while u < num_blocks:
-        found.append(_grow(cka, u, num_blocks, longest, scale, eps, max_drop, protect, starts))
-        u = found[-1].last + 1
-    return found
+        intervals.append(_grow(cka, u, num_blocks, longest, scale, eps, max_drop, protect, starts))
+        u = intervals[-1].last + 1
+    return intervals
 
 
-def _grow(cka, u, num_blocks, longest, scale, eps, max_drop, protect, starts) -> Found:
+def _grow(cka, u, num_blocks, longest, scale, eps, max_drop, protect, starts) -> GreedyInterval:
     if u in protect:
-        return Found(u, u, "protected")
+        return GreedyInterval(u, u, "protected")
     previous = math.inf
     for k in range(u + 1, num_blocks):
         if k in protect:
-            return Found(u, k - 1, f"block {k} is protected")
+            return GreedyInterval(u, k - 1, f"block {k} is protected")
         if k in starts:
-            return Found(u, k - 1, f"block {k} is of another kind")
+            return GreedyInterval(u, k - 1, f"block {k} is of another kind")
         if k - u >= longest:
-            return Found(u, k - 1, f"longest interval considered is {longest}")
+            return GreedyInterval(u, k - 1, f"longest interval considered is {longest}")
         d = first_difference(cka, u, k)
         if k == u + 1 and d > max_drop * scale:
-            return Found(
+            return GreedyInterval(
                 u,
                 u,
                 f"D({u},{k}) = {d:.5f} > max_drop x scale = {max_drop * scale:.5f}: stays single",
             )
         if d > previous + eps * scale:
-            return Found(
+            return GreedyInterval(
                 u,
                 k - 1,
                 f"D rises: D({u},{k}) = {d:.5f} > D({u},{k - 1}) = {previous:.5f} + {eps * scale:.5f}",
             )
         previous = d
-    return Found(u, num_blocks - 1, "last block")
+    return GreedyInterval(u, num_blocks - 1, "last block")
 
 
 def budget_intervals(
@@ -123,10 +126,10 @@ def budget_intervals(
     protect: frozenset[int],
     starts: frozenset[int] = frozenset(),
 ) -> list[tuple[int, int]]:
-    """The set of disjoint intervals that removes exactly `remove` blocks at the least sum of costs.
+    """The disjoint intervals that remove exactly `remove` blocks at the least sum of costs.
 
     cost(u, v): damage of replacing u..v by one block (nearly additive over intervals). An interval
-    may hold no protected block, nor one of `starts` behind its first. O(num_blocks * longest *
+    may contain no protected block, and one of `starts` only as its first. O(num_blocks * longest *
     remove). Raises ValueError when the budget cannot be met.
     """
     best = [[math.inf] * (remove + 1) for _ in range(num_blocks + 1)]
@@ -158,7 +161,7 @@ def budget_intervals(
 
 
 def stability(chosen: list[tuple[int, int]], resampled: list[list[tuple[int, int]]]) -> list[float]:
-    """Share of resamples that found each chosen interval, both ends equal."""
+    """For each chosen interval, the share of resamples that contain it with the same ends."""
     return [
         sum(interval in other for other in resampled) / max(1, len(resampled))
         for interval in chosen
@@ -166,7 +169,7 @@ def stability(chosen: list[tuple[int, int]], resampled: list[list[tuple[int, int
 
 
 def least_damage(items: list[tuple[float, float]], saving: float) -> list[int] | None:
-    """Which items to switch on so that savings reach `saving` at the least damage, exactly.
+    """Which items to switch on so that their savings reach `saving` at the least damage; exact.
 
     items: (saving, damage), damage additive. Keeps the Pareto front of (saving, damage); None when
     all together save too little.

@@ -1,4 +1,4 @@
-"""Affine maps of a block's streams, such as the probes, which stand in for blocks."""
+"""Affine maps on a block's streams, such as the probes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROBED_STREAMS = ("image", "text", "joint")
 
 
 def load_probe(path: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """stream -> (weight, bias). Raises ValueError when the probe is missing."""
+    """stream -> (weight, bias). Raises ValueError when the probe is missing or damaged."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; run probe first")
     file = TensorFile(path)

@@ -1,7 +1,7 @@
-"""Width fits: what each projection reads and what it has to give.
+"""Width fits: what each projection reads, and what it has to give.
 
-All on the teacher's own states (paper, section 3.4): an FFN's projection from what its block or
-student sees there, a text group's from the modulated text of the last full block before it.
+All on the teacher's own states (paper, section 3.4): an FFN's projection reads what its block or
+student sees there, a text group's the modulated text of the last full block before it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from ...plan import PruningPlan, TextGroup
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """One projection: at `place` (a student or a teacher's block, nothing projected in it). Text
-    reads from `source`; `steps`: it also moves the text on."""
+    """One projection to be fitted."""
 
     place: Place
+    """a student or a teacher's block, with nothing projected in it"""
     kind: str
+    """of the site"""
     form: str = "paper"
+    """of an FFN: paper or gated"""
     source: Place | None = None
+    """for text: the place whose modulated text it reads"""
     steps: bool = False
+    """for text: it also moves the text stream on"""
 
     @property
     def name(self) -> str:
@@ -36,7 +40,7 @@ class Fit:
 
     @property
     def stream(self) -> str:
-        """What the projection is of: "image", "text", or "joint", both as one sequence."""
+        """What the projection maps: "image", "text", or "joint", both as one sequence."""
         return self.kind.removeprefix("ffn_")
 
     @property
@@ -65,7 +69,7 @@ def fits_of(plan: PruningPlan, layout: Layout) -> list[Fit]:
 
 
 def fits_of_blocks_given_back(plan: PruningPlan) -> list[Fit]:
-    """Projections for the teacher's own blocks, where an interval that holds sites may be given
+    """Projections for the teacher's own blocks in intervals with sites, which a variant may give
     back."""
     everything, fits = plan.everything(), []
     with_sites = [i for i in plan.intervals if any(s.block in i.blocks for s in plan.sites)]
@@ -99,8 +103,8 @@ def own_pair(
 
 
 def counted(fit: Fit, state: BlockState, used: tuple[str, ...]) -> torch.Tensor:
-    """Mask [n, tokens] of the tokens that count: no padding, and nothing of a text that nothing
-    reads any more.
+    """Mask [n, tokens] of the tokens that count: no padding, and no text that nothing reads any
+    more.
 
     used: streams that are read behind the fit's place.
     """
@@ -114,8 +118,8 @@ def counted(fit: Fit, state: BlockState, used: tuple[str, ...]) -> torch.Tensor:
 def standing_block(
     teacher: Teacher, students: Students, place: Place, block: AnyModule
 ) -> nn.Module:
-    """What stands at a place where nothing is projected: a student, or the teacher's block that was
-    read for it."""
+    """What stands at a place where nothing is projected: a student, or the teacher's block, which
+    was already read."""
     return (
         students.student(place.interval, teacher.dtype, teacher.device) if place.interval else block
     )

@@ -1,4 +1,4 @@
-"""Ridge solutions of width fits over a whole calibration set, in few sweeps of the teacher."""
+"""Ridge solutions for width fits over a whole calibration set, in few sweeps of the teacher."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ def ridge_solutions(
     store: StateStore,
     memory_gb: float,
 ) -> Solutions:
-    """All fits over all inputs, in as few sweeps of the teacher as `memory_gb` of normal equations
-    allow. Solutions are float32 in the host's memory; where states lie on disk, so do they."""
+    """The solutions of all fits over all inputs, in as few sweeps of the teacher as `memory_gb` of
+    normal equations allow.
+
+    Solutions are float32 in the host's memory; where states are on disk, so are they.
+    """
     solutions = Solutions.beside(store)
     for chunk in _chunks(fits, teacher.architecture.width(teacher.config), memory_gb * 1e9):
         accumulated = _Accumulation(teacher, students, chunk, store)
@@ -42,8 +45,8 @@ def ridge_solutions(
 
 
 def _chunks(fits: Sequence[Fit], width: int, limit: float) -> Iterator[list[Fit]]:
-    """Neighbours whose normal equations fit into `limit` bytes, one at least. Fits of one source
-    share X^T X."""
+    """Consecutive fits whose normal equations fit into `limit` bytes, at least one. Fits with the
+    same source share X^T X."""
     matrix, chunk = 8 * (width + 1) ** 2, []
 
     def size(some: Sequence[Fit]) -> int:
@@ -63,8 +66,8 @@ def _chunks(fits: Sequence[Fit], width: int, limit: float) -> Iterator[list[Fit]
 
 
 class Solutions(Mapping[Fit, dict[str, Solution]]):
-    """Of every fit, by part; with a folder the maps lie on disk and are read when they are asked
-    for."""
+    """The solution of every fit, by part; with a folder the maps are on disk and are read when
+    asked for."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
@@ -112,7 +115,7 @@ class Solutions(Mapping[Fit, dict[str, Solution]]):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def without_maps(self) -> dict[Fit, dict[str, Solution]]:
-        """How well they fit; maps that lie on disk are not read."""
+        """Only how well they fit; maps that are on disk are not read."""
         return self._kept
 
 
@@ -171,7 +174,7 @@ class _Accumulation:
         self.store.clear()
 
     def solve_into(self, solutions: Solutions) -> None:
-        """Frees the sums of a fit when it is solved."""
+        """Frees each fit's sums once it is solved."""
         for moments in self.inputs.values():
             moments.xx = processes().sum(moments.xx)
         for fit in list(self.sums):
@@ -202,7 +205,8 @@ class _Accumulation:
     def _keep_source(
         self, place: Place, seen: dict[str, torch.Tensor], state: BlockState, batch: int
     ) -> None:
-        """What the fits behind it read, and its sums, which are the same for all of them."""
+        """Keeps what later fits read from this place, and adds it to the sums, which are the same
+        for all of them."""
         real = state.real("text")
         for part, name in (("map", "text_modulated"), ("step", "text")):
             if (place, part) in self.inputs:
@@ -215,7 +219,8 @@ class _Accumulation:
         return {name: tensor.to(self.teacher.device) for name, tensor in seen.items()}
 
     def _step(self, index: int, after: BlockState, batch: int) -> None:
-        """The teacher's text behind a group's last block against the text that its source left."""
+        """Compares the teacher's text behind a group's last block with the text that the group's
+        source left."""
         for fit, parts in self.sums.items():
             if fit.source and "step" in parts and fit.place.last == index:
                 real, before = after.real("text"), self._source(fit.source, batch)["text"]
@@ -240,11 +245,11 @@ def print_warnings(solutions: Solutions) -> None:
 
 
 def as_state(parts: dict[str, Solution]) -> dict[str, torch.Tensor]:
-    """As `surgery.projection_state` names them, float32."""
+    """The tensors, float32, named as in `surgery.projection_state`."""
     state = {f"{part}.weight": solution.weight for part, solution in parts.items()}
     return state | {f"{part}.bias": solution.bias for part, solution in parts.items()}
 
 
 def explained(solution: Solution) -> float:
-    """Share of the target's variance that the projection explains."""
+    """The share of the target's variance that the projection explains."""
     return 1 - solution.residual if math.isfinite(solution.residual) else 0.0

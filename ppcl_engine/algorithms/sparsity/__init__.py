@@ -1,2 +1,2 @@
-"""Weights set to zero with no training: scores, who is compared with whom, patterns, files (the
-stage: `ppcl sparsify`)."""
+"""Setting weights to zero without training: scores, groups that are ranked together, patterns,
+files (the stage is `ppcl sparsify`)."""

@@ -1,4 +1,4 @@
-"""A block's linear maps, pruned one after the other on what they read."""
+"""Prunes a block's linear maps one after the other, by what they read."""
 
 from __future__ import annotations
 
@@ -27,31 +27,37 @@ from .pruning import Method, plain_score, prune_layer
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """error: of the layer's output, relative and squared; share: g of the energy score; permuted:
-    its columns are in another order than the teacher's."""
+    """How one linear map was pruned."""
 
     layer: str
+    """its name"""
     rows: int
+    """outputs"""
     columns: int
+    """inputs"""
     dropped: int
+    """weights set to zero"""
     error: float
+    """of the layer's output, relative and squared"""
     share: float | None
+    """g of the energy score"""
     permuted: bool
+    """whether its columns are in another order than the teacher's"""
 
     def to_json(self) -> dict:
         return asdict(self)
 
 
 def pruned_maps(block: nn.Module, skip: Iterable[str]) -> dict[str, nn.Linear]:
-    """Those that are to be pruned: all but the ones with one of `skip` in their names."""
+    """The maps to prune: all but those with one of `skip` in their names."""
     return {
         name: m for name, m in linear_maps(block).items() if not any(part in name for part in skip)
     }
 
 
 def check_maps(block: nn.Module, method: Method, skip: Iterable[str], where: str) -> int:
-    """How many are to be pruned. Raises ValueError for one that the pattern does not fit. The block
-    may be on the meta device."""
+    """How many maps are to be pruned. Raises ValueError for one that the pattern does not fit. The
+    block may be on the meta device."""
     maps = pruned_maps(block, skip)
     for name, module in maps.items():
         method.pattern.check_columns(module.in_features, f"{where}, {name}")
@@ -66,8 +72,8 @@ def watch(architecture: str, block: nn.Module, skip: Iterable[str]) -> Grams:
 def prune_block(
     architecture: str, block: nn.Module, grams: Grams, method: Method, permute: bool, where: str
 ) -> list[LayerReport]:
-    """Changes the block's weights. permute: order columns for an N:M pattern where the maps before
-    them can follow."""
+    """Changes the block's weights. permute: reorder columns for an N:M pattern where the maps
+    before them can follow."""
     matrices = {name: grams.of(name, f"{where}, {name}") for name in grams.layers}
     permuted = (
         _permute(architecture, block, matrices, method)
@@ -79,9 +85,9 @@ def prune_block(
         structure = Structure(
             known_rows(architecture, block, name), known_columns(architecture, block, name)
         )
-        found = prune_layer(module.weight.double(), matrices.pop(name), method, structure)
-        module.weight.data.copy_(found.weight)
-        dropped = int((~found.stays).sum())
+        pruned = prune_layer(module.weight.double(), matrices.pop(name), method, structure)
+        module.weight.data.copy_(pruned.weight)
+        dropped = int((~pruned.stays).sum())
         rows, columns = module.weight.shape
         reports.append(
             LayerReport(
@@ -89,8 +95,8 @@ def prune_block(
                 rows=rows,
                 columns=columns,
                 dropped=dropped,
-                error=found.error,
-                share=found.share,
+                error=pruned.error,
+                share=pruned.share,
                 permuted=name in permuted,
             )
         )
@@ -101,7 +107,7 @@ def _permute(
     architecture: str, block: nn.Module, matrices: dict[str, torch.Tensor], method: Method
 ) -> set[str]:
     """Orders channels that are passed from map to map; returns the names of the maps that read
-    them. Their Gram matrices follow."""
+    them. Their Gram matrices are reordered too."""
     changed = set()
     for passed in LINEAR_MAPS[architecture].passed:
         takers = [name for name in passed.takers if name in matrices]
@@ -115,8 +121,8 @@ def _permute(
 def _common_order(
     block: nn.Module, passed: Passed, takers: list[str], matrices, method: Method
 ) -> torch.Tensor:
-    """One order for all who read the channels: their scores, each relative to its own sum, stand
-    below each other."""
+    """One order for all maps that read the channels: their scores, each divided by its own sum, are
+    stacked."""
     giver: AnyModule = block.get_submodule(passed.givers[0])
     size, scores = giver.out_features, []
     for name in takers:
@@ -130,8 +136,8 @@ def _common_order(
 def _reorder(
     block: nn.Module, passed: Passed, order: torch.Tensor, matrices: dict[str, torch.Tensor]
 ) -> None:
-    """Givers' rows and takers' columns (of all takers in the block, also of those that stay
-    dense)."""
+    """Reorders the givers' rows and the takers' columns (of all takers in the block, including
+    those that stay dense)."""
     for name in passed.givers:
         module: AnyModule = block.get_submodule(name)
         module.weight.data = module.weight[order]

@@ -1,8 +1,8 @@
-"""Clusters of a layer's rows and columns: k-means on how large, how peaked and how uneven what they
-carry is.
+"""Clusters of a layer's rows and columns: k-means on the size, peakedness and unevenness of what
+they carry.
 
-That weights of DiTs cluster in two dimensions is said by arXiv 2607.00927, of which the abstract
-alone is public; features, start and number of clusters are ours.
+That the weights of DiTs cluster in two dimensions is a claim of arXiv 2607.00927, of which only the
+abstract is public; features, start and number of clusters are our own choice.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ LEAST = 1e-30
 
 @dataclass(frozen=True)
 class Structure:
-    """Known groups of a layer, by their sizes in order: of its rows (heads, chunks of a modulation,
-    q | k | v | mlp) and of its columns (heads, attention | mlp). Empty: not known."""
+    """The known groups of a layer, by their sizes in order; empty: not known."""
 
     rows: tuple[int, ...] = ()
+    """heads, chunks of a modulation, q | k | v | mlp"""
     columns: tuple[int, ...] = ()
+    """heads, attention | mlp"""
 
 
 def features(carried: torch.Tensor) -> torch.Tensor:
@@ -32,29 +33,29 @@ def features(carried: torch.Tensor) -> torch.Tensor:
     kurtosis = squares.square().mean(1) / energy.square().clamp_min(LEAST)
     sizes = carried.abs()
     peak = sizes.amax(1) / sizes.median(1).values.clamp_min(LEAST)
-    found = torch.stack(
+    values = torch.stack(
         [energy.clamp_min(LEAST).log(), kurtosis, peak.clamp_min(LEAST).log()], dim=1
     )
-    spread = found.std(0, correction=0)
-    return (found - found.mean(0)) / torch.where(spread > 0, spread, torch.ones_like(spread))
+    spread = values.std(0, correction=0)
+    return (values - values.mean(0)) / torch.where(spread > 0, spread, torch.ones_like(spread))
 
 
-def start_labels(found: torch.Tensor, known: tuple[int, ...]) -> torch.Tensor:
-    """The known groups, neighbours together where they are many; without them equal parts by
+def start_labels(points: torch.Tensor, known: tuple[int, ...]) -> torch.Tensor:
+    """The known groups, neighbouring ones merged where there are many; without them equal parts by
     energy. [n]"""
     if len(known) > 1:
         groups = torch.repeat_interleave(torch.arange(len(known)), torch.tensor(known)).to(
-            found.device
+            points.device
         )
         return groups * min(MOST_CLUSTERS, len(known)) // len(known)
-    place = torch.empty(len(found), dtype=torch.int64, device=found.device)
-    place[found[:, 0].argsort(stable=True)] = torch.arange(len(found), device=found.device)
-    return place * min(CLUSTERS, len(found)) // len(found)
+    place = torch.empty(len(points), dtype=torch.int64, device=points.device)
+    place[points[:, 0].argsort(stable=True)] = torch.arange(len(points), device=points.device)
+    return place * min(CLUSTERS, len(points)) // len(points)
 
 
 def k_means(points: torch.Tensor, labels: torch.Tensor, rounds: int = ROUNDS) -> torch.Tensor:
-    """Labels [n] of Lloyd's algorithm from a start; a cluster that loses all its points is gone,
-    the others are numbered from 0 without gaps."""
+    """Labels [n] of Lloyd's algorithm from a given start. A cluster that loses all its points
+    disappears; the others are numbered from 0 without gaps."""
     for _ in range(rounds):
         names = labels.unique()
         centres = torch.stack([points[labels == name].mean(0) for name in names])
@@ -68,7 +69,7 @@ def k_means(points: torch.Tensor, labels: torch.Tensor, rounds: int = ROUNDS) ->
 def cluster_rows_and_columns(
     weight: torch.Tensor, energy: torch.Tensor, structure: Structure
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(labels of the rows, labels of the columns), of what each weight carries: W_ij sqrt(E_j)"""
+    """(labels of the rows, labels of the columns), by what each weight carries: W_ij sqrt(E_j)."""
     carried = weight * energy.sqrt()
     rows, columns = features(carried), features(carried.T)
     return k_means(rows, start_labels(rows, structure.rows)), k_means(

@@ -1,13 +1,14 @@
-"""The weights that stay make up for those that go.
+"""The remaining weights compensate for the dropped ones.
 
-Optimal brain surgeon (`compensated`; SparseGPT, Frantar and Alistarh 2023, arXiv 2301.00774; of
-diffusion models with inputs weighted by timestep: OBS-Diff, arXiv 2510.06751). Columns from left to
-right; weights to the left of a column are settled, so one factor of the inverse serves all rows.
+Optimal brain surgeon (`compensated`; SparseGPT, Frantar and Alistarh 2023, arXiv 2301.00774; for
+diffusion models, with inputs weighted by timestep: OBS-Diff, arXiv 2510.06751). Goes through the
+columns from left to right; weights to the left of a column are final, so one factor of the inverse
+serves all rows.
 
-Refit (`refitted`): the best weights on a given mask, least squares by conjugate gradients, all rows
-at once, never worse than the start. SparseGPT settles columns from left to right, so those on the
-right make up for all others and for their own errors alone; with the mask given beforehand the
-exact minimum is within reach (Boža 2024, arXiv 2401.02938, solves it by ADMM).
+Refit (`refitted`): the best weights for a given mask, by least squares with conjugate gradients,
+all rows at once, never worse than the start. SparseGPT goes from left to right, so columns on the
+right compensate for all others and for their own errors alone; with a given mask the exact minimum
+can be reached (Boža 2024, arXiv 2401.02938, solves it by ADMM).
 """
 
 from __future__ import annotations
@@ -20,29 +21,34 @@ BLOCK = 128  # columns that are updated before the ones behind them: the paper's
 DAMPING = 0.01  # as much as in the paper, of each column's own diagonal
 
 Choose = Callable[[int, torch.Tensor], torch.Tensor]
-"""(first column, scores [rows, some columns]) -> which stay, bool of the same shape"""
+"""(first column, scores [rows, some columns]) -> which weights stay, bool of the same shape"""
 MOST_STEPS = 32
 ENOUGH = 1e-4  # of the first residual, squared
 
 
 def ridge_of(gram: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """[columns]: `damping` of each column's own diagonal. The paper takes it of the mean, but one
-    input 1,000 times as large as the others would leave nothing of what the others say. Columns
-    that are always zero take the mean."""
+    """[columns]: `damping` times each column's own diagonal.
+
+    The paper uses the mean diagonal, but then one input 1,000 times as large as the others would
+    drown what they say. Columns that are always zero get the mean.
+    """
     diagonal = gram.diagonal()
     return damping * torch.where(diagonal > 0, diagonal, diagonal.mean())
 
 
 def inverse_factor(gram: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """U upper triangular, H^-1 = U^T U, H = G + `ridge_of` G: row j of U / U_jj is what column j
-    passes on to those behind it, and U_jj^2 is [H^-1]_jj once the columns before j are settled."""
+    """U upper triangular, H^-1 = U^T U, H = G + `ridge_of` G.
+
+    Row j of U / U_jj is what column j passes on to the columns after it, and U_jj^2 is [H^-1]_jj
+    once the columns before j are final.
+    """
     regular = gram.double() + torch.diag(ridge_of(gram, damping).double())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(regular))
     return torch.linalg.cholesky(inverse, upper=True)
 
 
 def inverse_diagonal(gram: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """diag(H^-1), before anything is settled"""
+    """diag(H^-1), before any column is final"""
     return inverse_factor(gram, damping).square().sum(0)
 
 
@@ -53,8 +59,11 @@ def compensated(
     step: int = BLOCK,
     damping: float = DAMPING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(new weight, which stay). `choose` is asked for every `step` columns, with the scores W_ij^2
-    / [H^-1]_jj as they are after all updates before. step: at most BLOCK, which it divides."""
+    """(new weight, which weights stay).
+
+    `choose` is called for every `step` columns, with the scores W_ij^2 / [H^-1]_jj after all
+    updates so far. step: at most BLOCK, and a divisor of it.
+    """
     factor, new = inverse_factor(gram, damping), weight.double().clone()
     stays = torch.ones_like(weight, dtype=torch.bool)
     for first in range(0, weight.shape[1], BLOCK):
@@ -74,8 +83,8 @@ def _settle(
     step: int,
     first: int,
 ) -> torch.Tensor:
-    """Settles the columns of a block in place; returns each dropped weight / U_jj, for the columns
-    behind the block."""
+    """Makes the columns of a block final, in place; returns each dropped weight / U_jj, for the
+    columns after the block."""
     errors, diagonal = torch.zeros_like(part), factor.diagonal()
     for j in range(part.shape[1]):
         if j % step == 0:
@@ -90,9 +99,12 @@ def _settle(
 def refitted(
     weight: torch.Tensor, gram: torch.Tensor, stays: torch.Tensor, damping: float = DAMPING
 ) -> torch.Tensor:
-    """W' with zeros where nothing stays that minimises tr((W - W') H (W - W')^T), H = G +
-    `ridge_of` G: the ridge keeps weights near their own where the calibration inputs say nothing.
-    Preconditioned by the diagonal of H."""
+    """The W' that minimises tr((W - W') H (W - W')^T), zero where no weight stays; H = G +
+    `ridge_of` G.
+
+    The ridge keeps weights near their old values where the calibration inputs say nothing.
+    Preconditioned by the diagonal of H.
+    """
     ridge = ridge_of(gram, damping)
     diagonal = gram.diagonal() + ridge
 

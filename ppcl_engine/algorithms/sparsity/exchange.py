@@ -1,5 +1,5 @@
-"""A mask made better: in every row weights that went come back for others, as long as the exact
-error of the layer falls."""
+"""Improves a mask: in every row, dropped weights come back in exchange for others, as long as the
+exact error of the layer falls."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from .layer import drop_costs, keep_gains
 from .patterns import Pattern
 
 MOST_SWEEPS = 256
-LEAST_GAIN = 1e-9  # of the row's error: below it is rounding
+LEAST_GAIN = 1e-9  # of the row's error; less is rounding
 
 
 def exchanged(
     weight: torch.Tensor, gram: torch.Tensor, stays: torch.Tensor, pattern: Pattern
 ) -> torch.Tensor:
-    """Which stay after exchanges of one weight of a row for another, of N:M inside a group: each
-    sweep the best one of every row, by the exact change of tr(D G D^T), that of the pair's own
-    correlation included. Rows and groups keep their counts. As in DSnoT (Zhang et al. 2023, arXiv
-    2310.08915), whose prices are of expected reconstruction errors."""
+    """Which weights stay after exchanging one weight of a row for another (for N:M: inside a
+    group).
+
+    Each sweep makes the best exchange in every row, by the exact change of tr(D G D^T), including
+    the correlation of the two. Rows and groups keep their counts. As in DSnoT (Zhang et al. 2023,
+    arXiv 2310.08915), which prices exchanges by expected reconstruction errors.
+    """
     of, stays = pattern.of or weight.shape[1], stays.clone()
     removed_gram = weight.masked_fill(stays, 0) @ gram
     active = torch.arange(len(weight), device=weight.device)
@@ -45,8 +48,11 @@ def _best_pairs(
     removed_gram: torch.Tensor,
     of: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each row: (column that comes back, column that goes, change of the error), of the cheapest
-    pair with a weight that by itself gains most when it comes or costs least when it goes."""
+    """For each row (column that comes back, column that goes, change of the error).
+
+    The best pair among those that contain the weight that alone gains most by coming back, or costs
+    least by going.
+    """
     groups = (len(weight), -1, of)
     columns = torch.arange(weight.shape[1], device=weight.device).reshape(-1, of)
     weights = weight.reshape(groups)
@@ -70,7 +76,7 @@ def _partners(
     gram: torch.Tensor,
     columns: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For the cheapest of `first` in every group the partner of `second` that makes the pair
+    """For the cheapest of `first` in every group, the partner in `second` that makes the pair
     cheapest: (column of the one, column of the other, change), each [rows, groups]. The pair's own
     term: -2 W_a W_b G_ab."""
     price, one = first.min(-1)

@@ -1,5 +1,5 @@
-"""Sparse models as files: what was done is in the metadata, 2:4 matrices are compressed, all else
-is as a dense model's."""
+"""Sparse models as files: metadata records what was done, 2:4 matrices are compressed, and the rest
+is as in a dense model's file."""
 
 from __future__ import annotations
 
@@ -28,10 +28,7 @@ SPARSITY_KEY = "ppcl_sparsity"
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """What a file's metadata says. dropped: weights that are zero, of `weights` in the layers that
-    were pruned; error: mean over these of the relative squared error of their outputs; permuted:
-    channels stand in another order than the teacher's, so that LoRA files of it do not fit these
-    layers."""
+    """What a file's metadata says about its sparsity."""
 
     __pydantic_config__ = STRICT
 
@@ -42,11 +39,16 @@ class Sparsity:
     exchange: bool
     compensate: bool
     permuted: bool
+    """whether channels are in another order than the teacher's, so that its LoRA files do not fit
+    these layers"""
     timesteps: str
     calibration: str
     weights: Annotated[int, Field(ge=1, le=1 << 53)]
+    """number of weights in the layers that were pruned"""
     dropped: Count
+    """how many of `weights` are zero"""
     error: Finite
+    """mean over these layers of the relative squared error of their outputs"""
     note: str = ""
 
     def to_json(self) -> str:
@@ -54,8 +56,8 @@ class Sparsity:
 
 
 def sparsity_of(metadata: dict[str, str]) -> Sparsity | None:
-    """None: a file that was not made sparse. Raises ValueError for an entry that says something
-    else."""
+    """None for a file that was not made sparse. Raises ValueError for an entry that cannot be
+    read."""
     if SPARSITY_KEY not in metadata:
         return None
     return read_text(Sparsity, metadata[SPARSITY_KEY], SPARSITY_KEY)
@@ -69,9 +71,11 @@ def write_sparse(
     dtype,
     sparsity: Sparsity,
 ) -> Path:
-    """A full model in ComfyUI's layout, which `Weights` reads too; of a variant a standalone with
-    teacher indices.
-    compressed: diffusers' names of the matrices that are 2:4."""
+    """Writes a full model in ComfyUI's layout, which `Weights` also reads; a variant as a
+    standalone with teacher indices.
+
+    compressed: diffusers' names of the matrices that are 2:4.
+    """
     extra, metadata = {}, {SPARSITY_KEY: sparsity.to_json(), "format": "pt"}
     guard = None
     plan, variant = original.plan, original.variant

@@ -1,8 +1,8 @@
-"""What the linear maps of a block read: weighted second moments over the calibration set, a block
-at a time.
+"""What a block's linear maps read: weighted second moments over the calibration set, one block at a
+time.
 
 Products of a batch are float32, sums over batches float64. Maps that read the very same tensor
-share one Gram matrix, so memory is that of a block's different inputs, whatever the number of
+share one Gram matrix, so memory is that of a block's distinct inputs, whatever the number of
 samples.
 """
 
@@ -24,9 +24,11 @@ STEPS = 1000  # between which the logarithm falls
 
 
 def timestep_weights(timestep: torch.Tensor, scheme: str) -> torch.Tensor:
-    """[n], float64, t in [0, 1] with noise at 1. even: 1. early: 1 + ln(1 + 999 t) / ln 1000, from
-    2 at the first step of a drawing down to 1: errors of early steps add up. That the weights fall
-    logarithmically is OBS-Diff's (arXiv 2510.06751); the constants are ours.
+    """[n], float64, for t in [0, 1] with noise at 1.
+
+    even: 1. early: 1 + ln(1 + 999 t) / ln 1000, from 2 at the first step of drawing down to 1,
+    because errors of early steps add up. That the weights fall logarithmically is from OBS-Diff
+    (arXiv 2510.06751); the constants are ours.
     """
     t = timestep.double()
     return (
@@ -36,20 +38,24 @@ def timestep_weights(timestep: torch.Tensor, scheme: str) -> torch.Tensor:
 
 @dataclass
 class Grams:
-    """layers: by name; reads_text: whose inputs may be padding. `of` gives a layer's Gram matrix
-    when all batches were seen."""
+    """The Gram matrices of a block's layers; `of` returns one when all batches were seen."""
 
     layers: dict[str, nn.Linear]
+    """by name"""
     reads_text: Callable[[str], bool]
+    """whether a layer's inputs may be padding"""
     leaders: dict[str, str] = field(default_factory=dict)
+    """layer -> the layer whose Gram matrix it shares"""
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    """of the leaders: weighted sums of x x^T"""
     rows: dict[str, float] = field(default_factory=dict)
+    """of the leaders: sums of the weights"""
 
     @contextmanager
     def watching(self, state: BlockState, weights: torch.Tensor) -> Iterator[None]:
         """Adds what the layers read while the block runs on this batch. weights [n]: of its
         samples."""
-        # inputs stay alive, so that their ids stay theirs
+        # inputs are kept alive, so that no other tensor gets their ids
         seen: dict[int, tuple[torch.Tensor, str]] = {}
         with ExitStack() as hooks:
             for name, layer in self.layers.items():
@@ -59,7 +65,7 @@ class Grams:
 
     def of(self, name: str, where: str) -> torch.Tensor:
         """The weighted mean of x x^T, float64. Raises ValueError for a layer that read nothing, or
-        nothing but zeros."""
+        only zeros."""
         leader = self.leaders.get(name, "")
         rows = self.rows.get(leader, 0.0)
         total = float(self.sums[leader].diagonal().sum()) if rows else 0.0
@@ -96,8 +102,8 @@ class Grams:
     def _row_weights(
         self, name: str, x: torch.Tensor, state: BlockState, weights: torch.Tensor
     ) -> torch.Tensor:
-        """As many as x has rows; of padding 0. An edit model's conditioning has several rows a
-        sample."""
+        """One weight for every row of x; 0 for padding. An edit model's conditioning has several
+        rows a sample."""
         weights = weights.to(x.device).repeat(len(x) // len(weights))
         if x.ndim < 3:
             return weights

@@ -1,8 +1,8 @@
-"""Who is compared with whom: weights of a row, of the layer, or of a tile (a cluster of rows by a
-cluster of columns).
+"""Which weights are ranked together: those of a row, of the layer, or of a tile (a cluster of rows
+by a cluster of columns).
 
-A granularity is a tile number for every weight and, for every tile, how many of its weights go; the
-counts add up to the layer's share exactly.
+A granularity is a tile number for every weight and, for every tile, how many of its weights are
+dropped; the counts add up to the layer's share exactly.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import torch
 
 from .layer import drop_costs, keep_gains
 
-# of a tile that moves at once: halved whenever a move does not help
+# share of a tile that moves at once: halved whenever a move does not help
 FIRST_SHARE, LAST_SHARE = 0.1, 0.01
 MOST_MOVES = 32
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """of: tile number of every weight, int64 [rows, columns] (or what broadcasts to it); sizes
-    [tiles]"""
+    """Groups of weights that are ranked together."""
 
     of: torch.Tensor
+    """tile number of every weight, int64 [rows, columns] (or broadcastable to it)"""
     sizes: torch.Tensor
+    """[tiles]"""
 
 
 def one_tile(weight: torch.Tensor) -> Tiles:
@@ -54,8 +55,11 @@ def _sizes(sizes: list[int], like: torch.Tensor) -> torch.Tensor:
 
 
 def even_counts(tiles: Tiles, sparsity: float) -> torch.Tensor:
-    """The same share of every tile [tiles]; what rounding leaves over goes to those with the
-    largest fractions, the first of equal ones, so the sum is round(sparsity * all)."""
+    """The same share of every tile [tiles].
+
+    What rounding leaves over goes to the tiles with the largest fractions, the first among equal
+    ones, so that the sum is round(sparsity * all).
+    """
     wanted = tiles.sizes.double() * sparsity
     counts = wanted.floor().long()
     left = round(float(tiles.sizes.sum()) * sparsity) - int(counts.sum())
@@ -64,15 +68,15 @@ def even_counts(tiles: Tiles, sparsity: float) -> torch.Tensor:
 
 
 def ranks(score: torch.Tensor, tiles: Tiles) -> torch.Tensor:
-    """Place of every weight in its tile [rows, columns], 0 the lowest score; of equal ones the
-    first in the layer is lower."""
+    """The rank of every weight in its tile [rows, columns], 0 being the lowest score; among equal
+    ones the first in the layer is lower."""
     of = tiles.of.expand_as(score).flatten()
     order = score.flatten().argsort(stable=True)
     order = order[of[order].argsort(stable=True)]
     starts = tiles.sizes.cumsum(0) - tiles.sizes
-    found = torch.empty_like(order)
-    found[order] = torch.arange(len(order), device=score.device) - starts[of[order]]
-    return found.reshape(score.shape)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=score.device) - starts[of[order]]
+    return places.reshape(score.shape)
 
 
 def kept(rank: torch.Tensor, tiles: Tiles, counts: torch.Tensor) -> torch.Tensor:
@@ -83,9 +87,11 @@ def kept(rank: torch.Tensor, tiles: Tiles, counts: torch.Tensor) -> torch.Tensor
 def moved_counts(
     weight: torch.Tensor, gram: torch.Tensor, rank: torch.Tensor, tiles: Tiles, counts: torch.Tensor
 ) -> torch.Tensor:
-    """Counts of the same sum and a lower layer error: as long as it falls, the tiles where the next
-    weights cost least give up some more, and as many come back where they gain most. Prices are
-    exact for one weight, the error for all."""
+    """Counts with the same sum and a lower layer error.
+
+    As long as the error falls, the tiles where the next weights cost least drop some more, and as
+    many come back where they gain most. Prices are exact for one weight, the error for all.
+    """
     share, error, removed_gram = FIRST_SHARE, *_error(weight, gram, kept(rank, tiles, counts))
     for _ in range(MOST_MOVES):
         moved = _moved_once(weight, gram, rank, tiles, counts, removed_gram, share)
@@ -114,8 +120,8 @@ def _error(
 def _moved_once(
     weight, gram, rank, tiles: Tiles, counts, removed_gram, share: float
 ) -> torch.Tensor | None:
-    """Pairs of tiles in the order of what they promise exchange weights; None when no pair promises
-    anything."""
+    """Pairs of tiles, in the order of what they promise, exchange weights; None when no pair
+    promises a gain."""
     step = (tiles.sizes * share).long().clamp_min(1)
     up, down = step.minimum(tiles.sizes - counts), step.minimum(counts)
     of, first = tiles.of.expand_as(rank), counts[tiles.of]

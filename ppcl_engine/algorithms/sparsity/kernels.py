@@ -1,4 +1,4 @@
-"""2:4 on the kernels that PyTorch has for it, where the GPU has them; anywhere else such weights
+"""2:4 weights on PyTorch's kernels for them, where the GPU supports these; elsewhere such weights
 run as dense ones."""
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ ROWS, COLUMNS = 32, 64  # the largest multiples that a backend asks for in 16 bi
 
 
 def on_kernels(model: nn.Module) -> int:
-    """Puts every 2:4 weight of a model for inference on the kernels; returns how many. In 16 bits
-    on a GPU that has them; others stay as they are. Such a weight takes 9/16 of the memory and can
-    neither be trained nor patched."""
-    found = [m for m in model.modules() if isinstance(m, nn.Linear) and _fits(m.weight)]
-    for module in found:
+    """Moves every 2:4 weight of a model for inference to the kernels; returns how many.
+
+    Only in 16 bits, on a GPU that supports them; other weights stay as they are. Such a weight
+    takes 9/16 of the memory and can be neither trained nor patched.
+    """
+    modules = [m for m in model.modules() if isinstance(m, nn.Linear) and _fits(m.weight)]
+    for module in modules:
         weight = torch.sparse.to_sparse_semi_structured(module.weight.detach().contiguous())
         module.weight = nn.Parameter(weight, requires_grad=False)
-    return len(found)
+    return len(modules)
 
 
 def _fits(weight: torch.Tensor) -> bool:
@@ -30,5 +32,5 @@ def _fits(weight: torch.Tensor) -> bool:
 
 
 def is_two_of_four(weight: torch.Tensor) -> bool:
-    """A dense matrix of which half happens to be zero in this way is one too."""
+    """Also true for a dense matrix of which half happens to be zero in this way."""
     return weight.shape[1] % 4 == 0 and int((weight != 0).reshape(-1, 4).sum(1).max()) <= 2

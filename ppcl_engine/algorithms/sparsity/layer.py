@@ -1,5 +1,5 @@
-"""The exact error of a changed layer on its calibration inputs, and what one weight more or less
-adds to it."""
+"""The exact error of a changed layer on its calibration inputs, and how one weight more or less
+changes it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import torch
 
 
 def layer_error(removed: torch.Tensor, gram: torch.Tensor) -> float:
-    """tr(D G D^T): the mean squared change of the layer's output. removed: D = W - W' [rows,
-    columns], gram: G, the weighted mean of x x^T [columns, columns]."""
+    """tr(D G D^T): the mean squared change of the layer's output.
+
+    removed: D = W - W' [rows, columns], gram: G, the weighted mean of x x^T [columns, columns].
+    """
     return float(((removed @ gram) * removed).sum())
 
 
 def relative_error(removed: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor) -> float:
-    """The same relative to the layer's output without its bias; 0 for a layer that gives
-    nothing."""
+    """The same, relative to the layer's output without its bias; 0 for a layer whose output is
+    zero."""
     whole = layer_error(weight, gram)
     return layer_error(removed, gram) / whole if whole > 0 else 0.0
 

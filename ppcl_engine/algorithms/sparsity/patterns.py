@@ -12,18 +12,21 @@ PATTERNS = (UNSTRUCTURED, "2:4", "4:8")
 
 @dataclass(frozen=True)
 class Pattern:
-    """keep of every `of` neighbours stay; 0 of 0: unstructured."""
+    """Which weights of a row may be zero."""
 
     name: str
+    """as in the settings"""
     keep: int = 0
+    """how many of every `of` neighbours stay; 0: unstructured"""
     of: int = 0
+    """size of a group; 0: unstructured"""
 
     @property
     def is_structured(self) -> bool:
         return self.of > 0
 
     def check_columns(self, columns: int, where: str) -> None:
-        """Raises ValueError for a layer whose inputs cannot be cut into groups."""
+        """Raises ValueError for a layer whose number of inputs does not divide into groups."""
         if self.is_structured and columns % self.of:
             raise ValueError(
                 f"{where} reads {columns} numbers, which groups of {self.of} do not divide; leave it dense with --skip, or "
@@ -41,8 +44,8 @@ def pattern_named(name: str) -> Pattern:
 
 
 def checked_sparsity(sparsity: float | None, pattern: Pattern) -> float:
-    """The share of weights that go; None is the pattern's own, or a half. Raises ValueError for one
-    that cannot be."""
+    """The share of weights to drop; None: the pattern's own, or a half. Raises ValueError for an
+    impossible share."""
     own = 1 - pattern.keep / pattern.of if pattern.is_structured else 0.5
     if sparsity is None:
         return own
@@ -58,7 +61,8 @@ def checked_sparsity(sparsity: float | None, pattern: Pattern) -> float:
 
 
 def kept_of_groups(score: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """The `keep` highest of every `of` neighbours [rows, columns], bool; of equal ones the last."""
+    """The `keep` highest of every `of` neighbours [rows, columns], bool; among equal ones the
+    last."""
     groups = score.reshape(len(score), -1, pattern.of)
     order = groups.argsort(dim=-1, stable=True)
     kept = torch.zeros_like(groups, dtype=torch.bool)

@@ -1,9 +1,9 @@
-"""Columns in another order for N:M: groups of neighbours that do not all matter at once lose less.
+"""Columns in another order for N:M: groups of neighbours that are not all important lose less.
 
-Channel permutation (Pool and Yu, NeurIPS 2021) as RIA's paper does it for large layers: first dealt
-out by importance, then one member of every group exchanged between groups; ours exchanges pairs as
-long as that helps, where the paper solves an assignment problem. The layer before must give its
-outputs in the new order, which costs nothing for a linear map.
+Channel permutation (Pool and Yu, NeurIPS 2021), in the way of RIA's paper for large layers: columns
+are first dealt out by importance, then groups exchange one member; ours exchanges pairs as long as
+that helps, where the paper solves an assignment problem. The layer before must give its outputs in
+the new order, which costs nothing for a linear map.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ NUMBERS_AT_ONCE = 1 << 26
 
 
 def kept_score(score: torch.Tensor, order: torch.Tensor, pattern: Pattern) -> float:
-    """Sum of the scores that N:M keeps of the columns in this order."""
+    """Sum of the scores that N:M keeps when the columns are in this order."""
     ordered = score[:, order]
     return float(ordered.masked_fill(~kept_of_groups(ordered, pattern), 0).sum())
 
 
 def column_order(score: torch.Tensor, pattern: Pattern, sections: int = 1) -> torch.Tensor:
     """An order [columns] that keeps at least as much of `score` [rows, columns] as the present one.
-    sections: equal runs of columns that each stay together (heads)."""
+
+    sections: equal runs of columns that each stay together (heads).
+    """
     width = score.shape[1] // sections
     parts = [
         _section_order(score[:, n * width : (n + 1) * width], pattern) + n * width
@@ -36,13 +38,13 @@ def column_order(score: torch.Tensor, pattern: Pattern, sections: int = 1) -> to
 def _section_order(score: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     present = torch.arange(score.shape[1], device=score.device)
     starts = (present, _dealt(score, pattern))
-    found = [_exchanged(score, order, pattern) for order in starts]
-    return max(found, key=lambda order: kept_score(score, order, pattern))
+    orders = [_exchanged(score, order, pattern) for order in starts]
+    return max(orders, key=lambda order: kept_score(score, order, pattern))
 
 
 def _dealt(score: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """The most important column to the first group, the next to the second, and so on, like
-    cards."""
+    """The most important column goes to the first group, the next one to the second, and so on,
+    like cards."""
     by_importance = score.sum(0).argsort(descending=True, stable=True)
     return by_importance.reshape(pattern.of, -1).T.flatten()
 
@@ -61,8 +63,8 @@ def _exchanged(score: torch.Tensor, order: torch.Tensor, pattern: Pattern) -> to
 def _values(
     score: torch.Tensor, groups: torch.Tensor, place: int, pattern: Pattern
 ) -> torch.Tensor:
-    """[groups, groups]: what group a keeps with the member at `place` of group b in the place of
-    its own"""
+    """[groups, groups]: what group a keeps when the member at `place` of group b replaces its
+    own"""
     others = groups[:, [p for p in range(pattern.of) if p != place]]
     best = score[:, others].sort(dim=-1, descending=True).values  # [rows, groups, of - 1]
     sure, last = best[..., : pattern.keep - 1].sum(-1), best[..., pattern.keep - 1]
@@ -76,11 +78,13 @@ def _values(
 
 
 def exchanges(values: torch.Tensor) -> torch.Tensor:
-    """values [n, n]: of member b in group a -> who goes where [n], by exchanges of two that each
-    raise the sum, the best first, until none does."""
-    found = torch.arange(len(values), device=values.device)
+    """values [n, n]: of member b in group a -> which member goes to which group [n].
+
+    By exchanges of two that each raise the sum, the best first, until none does.
+    """
+    members = torch.arange(len(values), device=values.device)
     for _ in range(2 * len(values)):
-        now = values[:, found]
+        now = values[:, members]
         own = now.diagonal()
         gains = now + now.T - own[:, None] - own[None]
         best, partner = gains.max(1)
@@ -95,5 +99,5 @@ def exchanges(values: torch.Tensor) -> torch.Tensor:
         if not chosen:
             break
         for a, b in chosen:
-            found[[a, b]] = found[[b, a]]
-    return found
+            members[[a, b]] = members[[b, a]]
+    return members

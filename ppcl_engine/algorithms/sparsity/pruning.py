@@ -1,5 +1,4 @@
-"""One layer, pruned by a method: which weights stay, what they become, and the error that is
-left."""
+"""Prunes one layer by a method: which weights stay, their new values, and the error."""
 
 from __future__ import annotations
 
@@ -23,20 +22,24 @@ RECONSTRUCTION = "a reconstruction of arXiv 2607.00927, of which the abstract al
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """score: of SCORES; granularity: of GRANULARITIES, for unstructured patterns; exchange: weights
-    of a row change places as long as the exact error falls; compensate: those that stay make up for
-    those that go (obs always does)."""
+    """How layers are pruned."""
 
     pattern: Pattern
+    """which weights may be zero"""
     sparsity: float
+    """share of the weights that are dropped"""
     score: str = "energy"
+    """one of SCORES"""
     granularity: str = "cluster"
+    """one of GRANULARITIES, for unstructured patterns"""
     exchange: bool = False
+    """weights of a row are exchanged as long as the exact error falls"""
     compensate: bool = False
+    """the remaining weights compensate for the dropped ones (obs always does)"""
 
     @property
     def settles_as_it_goes(self) -> bool:
-        """SparseGPT as published; with clusters or exchanges its score ranks once, and a refit
+        """SparseGPT as published; with clusters or exchanges its score only ranks once, and a refit
         follows."""
         clusters = self.granularity == "cluster" and not self.pattern.is_structured
         return self.score == "obs" and not self.exchange and not clusters
@@ -44,20 +47,23 @@ class Method:
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """error: of the layer's output on its calibration inputs, relative and squared; share: g of the
-    energy score."""
+    """A layer's weights after pruning."""
 
     weight: torch.Tensor
+    """[rows, columns], with exact zeros"""
     stays: torch.Tensor
+    """mask [rows, columns]"""
     error: float
+    """of the layer's output on its calibration inputs, relative and squared"""
     share: float | None = None
+    """g of the energy score"""
 
 
 def prune_layer(
     weight: torch.Tensor, gram: torch.Tensor, method: Method, structure: Structure
 ) -> PrunedLayer:
-    """weight [rows, columns] and gram [columns, columns] in float64. The weight comes back with
-    exact zeros."""
+    """weight [rows, columns] and gram [columns, columns] in float64. The returned weight has exact
+    zeros."""
     if method.settles_as_it_goes:
         share, (new, stays) = None, _surgeon_as_it_goes(weight, gram, method)
     else:
@@ -70,9 +76,11 @@ def prune_layer(
 def _best_mask(
     weight, gram, method: Method, structure: Structure
 ) -> tuple[float | None, torch.Tensor]:
-    """(g, which stay); of the energy score that of the lowest exact error. Where the budget moves,
-    it does for the best of those that share it evenly, and for g = 1/2, so that ours is never worse
-    than Wanda's ranking."""
+    """(g, which weights stay); for the energy score, the g with the lowest exact error.
+
+    Where budgets move between tiles, that is tried for the best of those with even budgets and for
+    g = 1/2, so that ours is never worse than Wanda's ranking.
+    """
     tiles = _tiles(weight, gram, method, structure)
     if method.score != "energy":
         share, stays = (
@@ -93,18 +101,18 @@ def _best_mask(
 def _of_shares(
     weight, gram, method: Method, tiles: Tiles | None, shares
 ) -> tuple[float, torch.Tensor]:
-    """The share g of the lowest error, and its mask."""
+    """The share g with the lowest error, and its mask."""
     energy = gram.diagonal()
-    found = {
+    masks = {
         g: _mask(weight, gram, method, tiles, scores.balanced_energy(weight, energy, g))
         for g in shares
     }
-    best = min(found, key=lambda g: layer_error(weight.masked_fill(found[g], 0), gram))
-    return best, found[best]
+    best = min(masks, key=lambda g: layer_error(weight.masked_fill(masks[g], 0), gram))
+    return best, masks[best]
 
 
 def plain_score(weight: torch.Tensor, gram: torch.Tensor, name: str) -> torch.Tensor:
-    """Of the scores without a setting; of the energy score with g = 1/2."""
+    """A score without a setting; for the energy score, with g = 1/2."""
     energy = gram.diagonal()
     match name:
         case "magnitude":
@@ -144,8 +152,11 @@ def _mask(weight, gram, method: Method, tiles: Tiles | None, score: torch.Tensor
 
 
 def _surgeon_as_it_goes(weight, gram, method: Method) -> tuple[torch.Tensor, torch.Tensor]:
-    """SparseGPT: each run of columns decides when its turn comes, on weights that earlier ones have
-    changed. Its shares are rounded so that they add up to the layer's."""
+    """SparseGPT: each run of columns is decided when its turn comes, on weights that earlier runs
+    have changed.
+
+    Its shares are rounded so that they add up to the layer's.
+    """
     if method.pattern.is_structured:
         choose = lambda first, part: kept_of_groups(part, method.pattern)  # noqa: E731
         return compensation.compensated(weight, gram, choose, step=method.pattern.of)

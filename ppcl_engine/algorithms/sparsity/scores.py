@@ -1,8 +1,8 @@
-"""What a weight is worth to its layer: pure functions of W [rows, columns] and of what its inputs
-were; the lowest go.
+"""What a weight is worth to its layer: pure functions of W [rows, columns] and of its inputs; the
+lowest are dropped.
 
-energy [columns]: E_j, the weighted mean over tokens and timesteps of X_j^2; `layer.gram` has it on
-its diagonal.
+energy [columns]: E_j, the weighted mean over tokens and timesteps of X_j^2, which is the diagonal
+of the layer's Gram matrix.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def ria(weight: torch.Tensor, energy: torch.Tensor, power: float = RIA_POWER) ->
 def balanced_energy(weight: torch.Tensor, energy: torch.Tensor, share: float) -> torch.Tensor:
     """(W^2 / mean W^2)^(1-g) (E / mean E)^g, g = `share`.
 
-    A reconstruction: of "Post-Training Pruning for Diffusion Transformers" (arXiv 2607.00927) the
-    abstract alone is public, which says that weights count for too much in language models' scores,
-    and that weight and activation are balanced from an energy view. The formula, and that g is
-    chosen by the layer's error, are ours.
+    A reconstruction: of "Post-Training Pruning for Diffusion Transformers" (arXiv 2607.00927) only
+    the abstract is public, which says that weights count for too much in the scores of language
+    models, and that weight and activation are balanced from an energy view. The formula, and
+    choosing g by the layer's error, are ours.
     """
     squares = weight.square()
     relative = (squares / squares.mean().clamp_min(LEAST)) ** (1 - share)
@@ -49,7 +49,6 @@ def balanced_energy(weight: torch.Tensor, energy: torch.Tensor, share: float) ->
 
 
 def surgeon(weight: torch.Tensor, inverse_diagonal: torch.Tensor) -> torch.Tensor:
-    """W_ij^2 / [H^-1]_jj: the error of dropping one weight when the others of its row make up for
-    it (optimal brain surgeon; Frantar and Alistarh 2023, SparseGPT, arXiv 2301.00774, equation
-    3)."""
+    """W_ij^2 / [H^-1]_jj: the error of dropping one weight when the others of its row compensate
+    (optimal brain surgeon; Frantar and Alistarh 2023, SparseGPT, arXiv 2301.00774, equation 3)."""
     return weight.square() / inverse_diagonal

@@ -1,4 +1,5 @@
-"""What can be pruned: a full model, a standalone, a variant of a bundle. Read a block at a time."""
+"""The models that can be pruned: a full model, a standalone, a variant of a bundle; read one block
+at a time."""
 
 from __future__ import annotations
 
@@ -27,17 +28,24 @@ PlacedBlock = Callable[[Place, torch.dtype, str, dict[int, SharedText]], nn.Modu
 
 @dataclass(frozen=True, eq=False)
 class SparsitySource:
-    """A model whose weights can be set to zero, a block at a time."""
+    """A model to be made sparse."""
 
     path: Path
+    """its file or folder"""
     architecture: Architecture
     config: dict
     layout: Layout
     fingerprint: str
+    """the teacher's"""
     read: Callable[[str], torch.Tensor]
+    """a tensor by diffusers' name with teacher indices; of an untuned variant only those outside
+    its blocks"""
     plan: PruningPlan | None = None
+    """None for a full model"""
     variant: Variant | None = None
+    """None for a full model"""
     placed: PlacedBlock | None = None
+    """makes the blocks of an untuned variant"""
 
     def block(
         self, place: Place, dtype: torch.dtype, device: str, shared: dict[int, SharedText]
@@ -47,7 +55,7 @@ class SparsitySource:
         return self._filled(self.empty_block(place, shared), self.prefix(place), dtype, device)
 
     def empty_block(self, place: Place, shared: dict[int, SharedText] | None = None) -> nn.Module:
-        """On the meta device."""
+        """A block on the meta device."""
         with torch.device("meta"):
             return empty_block(
                 self.architecture, self.config, place, {} if shared is None else shared
@@ -71,8 +79,8 @@ class SparsitySource:
 
 
 def open_source(path: Path, base: Path | None, variant: str | None) -> SparsitySource:
-    """Raises ValueError for a folded model, and for a base or variant where there is none or too
-    few."""
+    """Raises ValueError for a folded model, and for a base or variant that is missing or not
+    wanted."""
     check_exists(path)
     if kind_of(path) is Kind.BUNDLE:
         source = _of_bundle(path, base, variant)

@@ -112,7 +112,7 @@ def score(readings: torch.Tensor, captions: list[Caption]) -> dict[str, torch.Te
     """Which of the readings [n, 5] agree with the captions.
 
     Returns bool [n] for "character", "shape" and "colour" (all three colours). Raises ValueError
-    when there are not as many captions as readings.
+    when the numbers of captions and readings differ.
     """
     if len(readings) != len(captions):
         raise ValueError(
@@ -130,8 +130,8 @@ def score(readings: torch.Tensor, captions: list[Caption]) -> dict[str, torch.Te
 def training_batch(
     codec: TableCodec, recipe: ReaderRecipe, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Augmented pictures [batch, 3, 48, 48] and their table [batch, 5]; depends on (seed, step)
-    alone."""
+    """Augmented pictures [batch, 3, 48, 48] and their table [batch, 5]; depends only on (seed,
+    step)."""
     generator = draw_generator(recipe.seed, step + 1)
     captions = random_captions(recipe.batch, generator)
     pictures = render(captions, generator)
@@ -150,9 +150,9 @@ def augment(
     pictures: torch.Tensor, recipe: ReaderRecipe, generator: torch.Generator
 ) -> torch.Tensor:
     """Warp, up to one pixel of blur, change of brightness and pixel noise, each of random strength
-    a picture.
+    for every picture.
 
-    The warp is there because models err in the form of a stroke before they err in anything else.
+    The warp is there because models get the form of a stroke wrong before anything else.
     """
     count = len(pictures)
     pictures = warped(pictures, recipe.warp * _uniform(count, generator), generator)
@@ -227,8 +227,8 @@ def train(recipe: ReaderRecipe, codec: TableCodec) -> Reader:
 
 
 def accuracy(reader: Reader, codec: TableCodec, seed: int, count: int) -> dict[str, float]:
-    """Share read right of each of FIELDS, on `count` rendered pictures that went through the
-    codec."""
+    """The share that is read correctly in each of FIELDS, on `count` rendered pictures that went
+    through the codec."""
     generator = draw_generator(seed)
     captions = random_captions(count, generator)
     readings = read(reader, codec.pictures(codec.latents(render(captions, generator))))
@@ -269,7 +269,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Reading:
-    """A model's codec and, where its pictures have known content, captions for it and their
+    """A model's codec and, where the content of its pictures is known, captions for it and their
     score."""
 
     codec: Codec

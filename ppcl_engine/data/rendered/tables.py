@@ -1,7 +1,7 @@
-"""The tables of a bundled teacher: a principal component analysis of 4x4 pixel blocks, one random
-embedding a word.
+"""The tables of a bundled teacher: a principal component analysis of 4x4 pixel blocks, and one
+random embedding for each word.
 
-They live in the teacher's own file and are used through `codecs.table.TableCodec`.
+They are stored in the teacher's own file and used through `codecs.table.TableCodec`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ VOCABULARY = ("<empty>", "a", "on", "background", *COLOUR_NAMES, *SHAPES, *CHARA
 def fit_codec(seed: int, positions: bool = False, samples: int = 4096) -> TableCodec:
     """Principal components of rendered 4x4 blocks, each scaled by the square root of its deviation.
 
-    Full whitening would give the faintest component the weight of the strongest, none would
-    leave noise levels per channel far apart; the square root is the middle. positions: for a
-    transformer that does not number its text tokens; the other tables are the same with and
-    without.
+    Full whitening would give the faintest component the weight of the strongest, and no whitening
+    would give the channels very different noise levels; the square root is in between. positions:
+    for a transformer that does not number its text tokens; the other tables do not depend on it.
     """
     generator = torch.Generator().manual_seed(seed)
     pictures = render(random_captions(samples, generator), generator)

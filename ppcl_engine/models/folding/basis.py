@@ -1,9 +1,9 @@
 """The mathematics of folding a modulation y(t) = W s(t) + b, s(t) = silu(conditioning of timestep
 t), into fewer inputs.
 
-basis: s(t) ~ P P^T s(t) with orthonormal columns P, so y(t) ~ (W P) (P^T s(t)) + b. Linear in W: a
-change dW of low rank or of any other kind becomes dW P. table: y at some timesteps, as the model
-itself computes it.
+basis: s(t) ~ P P^T s(t) with orthonormal columns P, so y(t) ~ (W P) (P^T s(t)) + b. Linear in W:
+any change dW, of low rank or not, becomes dW P. table: y at some timesteps, as the model itself
+computes it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ MARK_ROWS, MARKED = 4, (".weight", ".bias")
 
 def directions(inputs: torch.Tensor, rank: int) -> torch.Tensor:
     """inputs [timesteps, width] -> orthonormal [width, 1 + rank]: the mean's direction, then the
-    `rank` leading ones of what it leaves (Eckart and Young 1936). Float64 inside. Raises ValueError
-    for inputs that are not finite."""
+    `rank` leading ones of the rest (Eckart and Young 1936).
+
+    Float64 inside. Raises ValueError for inputs that are not finite.
+    """
     check_finite({"time embedding": inputs}, "the model", BAD_MODEL)
     inputs = inputs.double()
     mean = inputs.mean(dim=0)
@@ -37,7 +39,7 @@ def directions(inputs: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def useful_ranks(width: int) -> tuple[int, ...]:
-    """Those that leave at most half of a modulation's weights."""
+    """The ranks that leave at most half of a modulation's weights."""
     return tuple(rank for rank in RANKS if 2 * (rank + 1) <= width)
 
 
@@ -49,9 +51,11 @@ def errors_by_rank(
     basis: torch.Tensor,
     ranks: Sequence[int],
 ) -> torch.Tensor:
-    """| y_rank(t) - y(t) | / | y(t) | [ranks, timesteps]. weight [outputs, width], inputs
-    [timesteps, width]; basis as of `directions`, whose first 1 + rank columns are the basis of that
-    rank."""
+    """| y_rank(t) - y(t) | / | y(t) | [ranks, timesteps].
+
+    weight [outputs, width], inputs [timesteps, width]; basis from `directions`: its first 1 + rank
+    columns are the basis of that rank.
+    """
     inputs, basis = inputs.float(), basis.float()
     coefficients = inputs @ basis
     errors, power = torch.zeros(len(ranks), len(inputs)), torch.zeros(len(inputs))
@@ -72,8 +76,8 @@ computes it"""
 
 
 class TimeBasis:
-    """The directions that the outputs of one time embedder span, and the outputs between them on
-    which every rank's error is measured: other timesteps, in both precisions."""
+    """The directions that the outputs of one time embedder span, and the outputs on which every
+    rank's error is measured: at timesteps in between, in both precisions."""
 
     def __init__(self, inputs_at: InputsAt, ranks: tuple[int, ...], device: str | torch.device):
         self.ranks, self.device = ranks, device
@@ -89,26 +93,27 @@ class TimeBasis:
         return self.directions[:, : 1 + rank]
 
     def errors(self, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Of a modulation folded with each of the ranks, as `errors_by_rank`."""
+        """The errors of a modulation folded with each of the ranks, as in `errors_by_rank`."""
         weight, bias = weight.to(self.device), bias.to(self.device)
         return errors_by_rank(weight, bias, self.measured_on, self.directions, self.ranks)
 
     def folded(self, weight: torch.Tensor, rank: int) -> torch.Tensor:
-        """A modulation's weight [outputs, width] as the map of its coefficients [outputs, 1 +
+        """A modulation's weight [outputs, width] as a map of its coefficients [outputs, 1 +
         rank]."""
         return project(weight.to(self.device), self.of_rank(rank))
 
 
 @dataclass
 class Curve:
-    """Error against rank over all modulations. by_part: name -> [ranks, timesteps]'s mean and worst
-    over t [ranks]."""
+    """Error against rank over all modulations."""
 
     ranks: tuple[int, ...]
+    """the useful ones"""
     by_part: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """name of a modulation -> (mean, worst) over t of its errors, [ranks] each"""
 
     def add(self, name: str, errors: torch.Tensor) -> None:
-        """Raises ValueError for errors that are not finite, as those of damaged weights are."""
+        """Raises ValueError for errors that are not finite, as damaged weights give."""
         check_finite({name: errors}, "the model", BAD_MODEL)
         self.by_part[name] = errors.mean(dim=1), errors.amax(dim=1)
 
@@ -125,7 +130,8 @@ class Curve:
         return max(self.by_part, key=lambda name: float(self.by_part[name][1][place]))
 
     def smallest_rank(self, bound: float) -> int:
-        """Whose worst error is within `bound`. Raises ValueError where no useful rank's is."""
+        """The smallest useful rank whose worst error is within `bound`. Raises ValueError where
+        there is none."""
         for rank, worst in zip(self.ranks, self.worst.tolist(), strict=True):
             if worst <= bound:
                 return rank
@@ -156,16 +162,21 @@ it for that many"""
 def values_at(
     modulation: Callable[[torch.Tensor], torch.Tensor], conditionings: Conditionings
 ) -> torch.Tensor:
-    """What the modulation gives for each timestep [outputs, timesteps * batches], by the very calls
-    of a forward: a kernel's last bits depend on how many rows it is given."""
+    """What the modulation returns for each timestep [outputs, timesteps * batches].
+
+    Computed by the very calls of a forward, because a kernel's last bits depend on how many rows it
+    gets.
+    """
     columns = [modulation(rows)[0] for given in conditionings.values() for rows in given]
     return torch.stack(columns, dim=1)
 
 
 def mark_of(names: Iterable[str], read: Callable[[str, int | None], torch.Tensor]) -> str:
-    """Hash that tells one model's modulations from another's, a merged LoRA's too: shapes,
-    precision, the first rows of each weight, all of each bias. `read(name of a tensor, rows)` gives
-    its first rows, as they are stored."""
+    """A hash that tells one model's modulations from another's, also where a LoRA was merged: of
+    shapes, precision, the first rows of each weight, and each whole bias.
+
+    `read(name of a tensor, rows)` returns its first rows, as stored.
+    """
     digest = hashlib.sha256()
     for name in sorted(names):
         rows = read(name, MARK_ROWS if name.endswith(".weight") else None).contiguous()

@@ -1,4 +1,4 @@
-"""Files whose modulations are folded or unfolded, and what is read of them.
+"""Files with folded or unfolded modulations, and what is read from them.
 
 Three kinds: a full model (anything that `Weights` reads), one of our standalones, a bundle
 (students, tuned variants).
@@ -44,18 +44,21 @@ Read = Callable[[str, torch.dtype | None], torch.Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Original:
-    """A file, opened. stored: every tensor's name in it -> (open file, name there); prefix: of the
-    transformer's names (a checkpoint's); plan: of a bundle or standalone; weights: of a full
-    model."""
+    """An opened file."""
 
     path: Path
     architecture: Architecture
     config: dict
     stored: dict[str, tuple]
+    """every tensor's name -> (open file, name in it)"""
     metadata: dict[str, str]
+    """the file's"""
     prefix: str = ""
+    """before the transformer's names, in a checkpoint"""
     plan: PruningPlan | None = None
+    """of a bundle or standalone"""
     weights: Weights | None = None
+    """of a full model"""
 
     @property
     def is_bundle(self) -> bool:
@@ -74,7 +77,7 @@ class Original:
 
     @cached_property
     def base_modulations(self) -> frozenset[str]:
-        """Of a bundle: those of the full model it was made from."""
+        """In a bundle: the modulations of the full model that it was made from."""
         return frozenset(
             modulation_names(json.loads(self.metadata[TEACHER_KEY]), self.architecture)
         )
@@ -92,7 +95,7 @@ class Original:
         return file.dtype(key)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A transformer's tensor; of a scaled one its values."""
+        """A transformer's tensor; a scaled one as its real values."""
         if self.weights is not None:
             return self.weights.read(name, dtype)
         tensor = self.raw(self.prefix + name)
@@ -117,7 +120,7 @@ class Original:
 
 
 def open_original(path: Path) -> Original:
-    """Raises ValueError for any other file."""
+    """Raises ValueError for any other kind of file."""
     path = Path(path)
     if kind_of(path) is Kind.BUNDLE:
         bundle = Bundle(path)
@@ -151,8 +154,8 @@ def open_original(path: Path) -> Original:
 
 
 def check_foldable(architecture: Architecture, config: dict, where: object) -> None:
-    """Raises ValueError for an architecture whose modulations read more than the timestep, and for
-    a folded model."""
+    """Raises ValueError for modulations that read more than the timestep, and for a model that is
+    already folded."""
     reads = architecture.modulation_reads(config)
     if not architecture.timestep_modulations or reads != ("the timestep",):
         raise ValueError(
@@ -171,8 +174,8 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def embedder_prefix(name: str, names: Iterable[str], architecture: Architecture) -> str:
-    """Where the time embedder of a modulation is: a tuned variant in a bundle has its own. "" is
-    the base's."""
+    """Prefix of the time embedder that a modulation belongs to: a tuned variant in a bundle may
+    have its own; "" is the base's."""
     if not name.startswith(TUNED):
         return ""
     prefix = ".".join(name.split(".")[:2]) + "."
@@ -188,7 +191,7 @@ def open_embedder(
     dtype: torch.dtype,
     device: str,
 ) -> nn.Module:
-    """The time embedder alone, as an unfolded model has it."""
+    """Only the time embedder, as in an unfolded model."""
     with torch.device("meta"):
         embedder = architecture.build_outer(unfolded_config(config)).get_submodule(
             architecture.time_embedder
@@ -203,7 +206,7 @@ def open_embedder(
 
 
 def open_modulation(read: Read, name: str, dtype: torch.dtype, device: str) -> nn.Module:
-    """Activation and linear map, as they stand in a block."""
+    """Activation and linear map, as in a block."""
     weight, bias = (read(f"{name}.{leaf}", dtype).to(device) for leaf in ("weight", "bias"))
     linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
@@ -211,8 +214,11 @@ def open_modulation(read: Read, name: str, dtype: torch.dtype, device: str) -> n
 
 
 def give_base(model: nn.Module, base: Path, path: Path) -> None:
-    """A model on a table gets the timesteps that it lacks from the file that it was folded from,
-    when it is asked for them. Nothing happens to others."""
+    """Lets a table model read missing timesteps, when it needs them, from the file that it was
+    folded from.
+
+    Other models are left alone.
+    """
     inputs = table_inputs(model)
     if inputs is None:
         return
@@ -223,10 +229,10 @@ def give_base(model: nn.Module, base: Path, path: Path) -> None:
     def more(timesteps: list[float]) -> None:
         original, parameter = open_original(base), next(iter(maps.values())).weight
         check_mark(original, mark, path)
-        found = original_table(
+        table = original_table(
             original, timesteps, inputs, maps, parameter.dtype, str(parameter.device)
         )
-        put_table(maps, inputs, table_in(maps, inputs).joined(found))
+        put_table(maps, inputs, table_in(maps, inputs).joined(table))
 
     inputs.more = more
 
@@ -234,8 +240,8 @@ def give_base(model: nn.Module, base: Path, path: Path) -> None:
 def original_table(
     original: Original, timesteps, inputs: TableInputs, maps, dtype: torch.dtype, device: str
 ) -> Table:
-    """One pass over the modulations of the file for these timesteps, for the numbers of rows that
-    the model's maps know."""
+    """A table for these timesteps, and for the numbers of rows that the model's maps know; takes
+    one pass over the file's modulations."""
     architecture, config = original.architecture, original.config
     embedder = open_embedder(architecture, config, original.read, "", dtype, device)
 
@@ -258,5 +264,5 @@ def check_mark(original: Original, mark: str, where: object) -> None:
     if original.mark != mark:
         raise ValueError(
             f"{original.path} is another model than {where} was folded from ({original.mark[:8]}, not {mark[:8]}); "
-            "give the very file"
+            "give the file that it was folded from"
         )

@@ -1,8 +1,8 @@
-"""Tables of modulation values: made in one streamed pass over the original weights, joined, kept in
-small files.
+"""Tables of modulation values: made in one streamed pass over the original weights, joined, and
+kept in small files.
 
-A table holds, for every modulation, its value at each timestep for each number of rows (`batches`)
-that it was asked for, as a kernel's last bits depend on that number. Where they do not, one column
+A table holds every modulation's value at each timestep, for each number of rows (`batches`) that it
+was asked for, because a kernel's last bits depend on that number. Where they do not, one column
 serves all.
 """
 
@@ -28,15 +28,15 @@ from .basis import Conditionings, values_at
 TABLE_KEY = "ppcl_table"
 
 Batches = Sequence[tuple[int, int]]
-"""(rows that the time embedder gets, rows of these that a modulation gets) of the forwards that a
+"""(rows that the time embedder gets, how many of them a modulation gets) for the forwards that a
 table serves"""
 Opened = Iterable[tuple[str, Callable[[], nn.Module], Conditionings]]
-"""(name, what opens the modulation, what it is given)"""
+"""(name, function that opens the modulation, what it is given)"""
 
 
 @dataclass(frozen=True)
 class _About:
-    """What a table's file says of it."""
+    """What a table's file says about it."""
 
     __pydantic_config__ = STRICT
 
@@ -47,19 +47,25 @@ class _About:
 
 @dataclass(frozen=True)
 class Table:
-    """columns: modulation -> [outputs, timesteps * batches], all timesteps of the first batch
-    first."""
+    """The values of all modulations at some timesteps."""
 
     timesteps: tuple[float, ...]
+    """in the order of the columns"""
     batches: tuple[int, ...]
+    """the numbers of rows that it has values for"""
     columns: dict[str, torch.Tensor]
+    """modulation -> [outputs, timesteps * batches]; all timesteps for the first number of rows come
+    first"""
 
     def lacks(self, timesteps: Iterable[float], batches: Iterable[int] = ()) -> bool:
         return not (set(timesteps) <= set(self.timesteps) and set(batches) <= set(self.batches))
 
     def joined(self, other: Table) -> Table:
-        """With the timesteps of `other` behind our own. For a number of rows that one of them has
-        no values of its own for, its first ones stand, which differ by rounding at most."""
+        """With the timesteps of `other` after our own.
+
+        For a number of rows that only one of the tables has values for, the other's first values
+        are used, which differ at most by rounding.
+        """
         new = [place for place, t in enumerate(other.timesteps) if t not in self.timesteps]
         batches = (*self.batches, *(b for b in other.batches if b not in self.batches))
         places, ours = torch.tensor(new, dtype=torch.long), torch.arange(len(self.timesteps))
@@ -75,7 +81,7 @@ class Table:
         )
 
     def only(self, timesteps: Sequence[float]) -> Table:
-        """These, which all have to be there, in this order."""
+        """Only these timesteps, in this order; all have to be in the table."""
         places = torch.tensor([self.timesteps.index(t) for t in timesteps], dtype=torch.long)
         columns = {
             name: torch.cat([_block(self, values, b, places) for b in self.batches], dim=1)
@@ -84,7 +90,7 @@ class Table:
         return Table(tuple(timesteps), self.batches, columns)
 
     def compact(self) -> Table:
-        """Without the values for numbers of rows that give what the first one gives."""
+        """Without the values for numbers of rows that equal those for the first number."""
         size = len(self.timesteps)
         blocks = [slice(size * place, size * (place + 1)) for place in range(len(self.batches))]
         kept = [0] + [
@@ -110,13 +116,13 @@ def _block(table: Table, values: torch.Tensor, batch: int, places: torch.Tensor)
 
 
 def write_table(path: Path, table: Table, key: str) -> None:
-    """key: of the model, precision and device whose values these are."""
+    """key: identifies the model, precision and device whose values these are."""
     about = {"key": key, "timesteps": table.timesteps, "batches": table.batches}
     write_tensors(path, table.columns, {TABLE_KEY: json_text(about), "format": "pt"})
 
 
 def read_table(path: Path, key: str) -> Table:
-    """Raises ValueError for a file that is not a table, or is another model's."""
+    """Raises ValueError for a file that is not a table, or another model's."""
     file = TensorFile(path)
     if TABLE_KEY not in file.metadata:
         raise ValueError(f"{path} is not a table of modulations; remove it")
@@ -133,14 +139,17 @@ def read_table(path: Path, key: str) -> Table:
 
 
 def rows_of(architecture: Architecture, config: dict, samples: Iterable[int]) -> tuple[int, ...]:
-    """How many rows modulations get in forwards of so many samples. An edit model's image
-    modulations get each sample twice, its reference's timestep behind its own."""
+    """How many rows modulations get in forwards of so many samples.
+
+    An edit model's image modulations get each sample twice, its reference's timestep after its own.
+    """
     twice = 1 + len(architecture.reference_timesteps(config))
     return tuple(dict.fromkeys(rows for count in samples for rows in (count, twice * count)))
 
 
 def batches_of(architecture: Architecture, config: dict, rows: Sequence[int]) -> Batches:
-    """The embedder of an edit model gets every sample twice, whatever a modulation gets of it."""
+    """The embedder of an edit model gets every sample twice, even where a modulation gets it
+    once."""
     twice = 1 + len(architecture.reference_timesteps(config))
     return [
         (count if count % twice == 0 and count // twice in rows else twice * count, count)
@@ -152,7 +161,7 @@ def batches_of(architecture: Architecture, config: dict, rows: Sequence[int]) ->
 def conditionings(
     condition: Callable[[torch.Tensor], torch.Tensor], timesteps: Sequence[float], batches: Batches
 ) -> Conditionings:
-    """condition: timesteps [n] in float32 -> conditioning [n, width] by the model's own
+    """condition: timesteps [n] in float32 -> conditioning [n, width], by the model's own
     embedder."""
     return {
         rows: torch.stack([condition(torch.full((embedded,), t))[:rows] for t in timesteps])
@@ -161,7 +170,7 @@ def conditionings(
 
 
 def make_table(modulations: Opened, timesteps: Sequence[float]) -> Table:
-    """One modulation is in memory at a time. At least one timestep."""
+    """One modulation is in memory at a time. Needs at least one timestep."""
     columns, batches = {}, ()
     for name, opened, given in modulations:
         columns[name], batches = values_at(opened(), given).cpu(), tuple(given)

@@ -1,6 +1,5 @@
-"""Files with folded or unfolded modulations, written a tensor at a time; everything else is copied as
-it is stored.
-"""
+"""Writes files with folded or unfolded modulations, one tensor at a time; everything else is copied
+as stored."""
 
 from __future__ import annotations
 
@@ -31,17 +30,21 @@ FOLDED_FROM = "ppcl_folded_from"
 
 @dataclass(frozen=True, kw_only=True)
 class Folded:
-    """What takes the place of a file's modulations. maps: module -> how its weight is made; inputs:
-    names of the tensors that time embedders get -> the tensors."""
+    """What replaces a file's modulations."""
 
     folding: Folding
+    """what the configuration says"""
     dtype: torch.dtype
+    """of the maps' weights"""
     maps: dict[str, Callable[[], torch.Tensor]]
+    """modulation -> how its new weight is made"""
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    """names of the tensors that time embedders get -> the tensors"""
 
 
 def write_folded(path: Path, original: Original, folded: Folded) -> Path:
-    """Every other tensor as it is stored, biases of a basis too; a table's values hold theirs."""
+    """Copies every other tensor as it is stored, and the biases of a basis; a table's values
+    already contain them."""
     replaced = _entries_by_name(original, folded)
     entries = [replaced.get(name, _copied(original, name)) for name in original.stored]
     entries = [entry for entry in entries if entry is not None]
@@ -74,8 +77,8 @@ def write_folded(path: Path, original: Original, folded: Folded) -> Path:
 
 
 def write_unfolded(path: Path, folded: Original, original: Original) -> Path:
-    """The folded file's tensors with the original's modulations, and the original's own
-    description."""
+    """Writes the folded file's tensors with the original's modulations and the original's
+    metadata."""
     check_is_original(original, folded)
     kept = {name for name in original.stored if not _of_modulation(original, name)}
     if missing := sorted(kept - folded.stored.keys()):
@@ -110,13 +113,13 @@ def check_is_original(original: Original, folded: Original) -> None:
 
 @dataclass(frozen=True)
 class _FoldedFrom:
-    """What a folded file says of its original."""
+    """What a folded file says about its original."""
 
     mark: str
 
 
 def _folded_plan(original: Original, config: dict) -> PruningPlan:
-    """Of a full model: one that replaces nothing, so that a host knows the file by its
+    """For a full model: a plan that replaces nothing, so that a host recognises the file by its
     structure."""
     if original.plan is not None:
         return original.plan.with_parts(config=config)
@@ -129,18 +132,18 @@ def _folded_plan(original: Original, config: dict) -> PruningPlan:
 
 def _entries_by_name(original: Original, folded: Folded) -> dict[str, TensorEntry | None]:
     """Stored name -> what is written instead; None: nothing."""
-    found: dict[str, TensorEntry | None] = {}
+    entries: dict[str, TensorEntry | None] = {}
     for name, make in folded.maps.items():
         outputs, key = original.shape(f"{name}.weight")[0], original.prefix + name
         shape = (outputs, folded.folding.columns)
-        found |= {
+        entries |= {
             key + ending: None
             for ending in (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
         }
-        found[f"{key}.weight"] = TensorEntry(f"{key}.weight", folded.dtype, shape, make)
+        entries[f"{key}.weight"] = TensorEntry(f"{key}.weight", folded.dtype, shape, make)
         if folded.folding.form == "table":
-            found[f"{key}.bias"] = None
-    return found
+            entries[f"{key}.bias"] = None
+    return entries
 
 
 def _of_modulation(original: Original, name: str) -> bool:

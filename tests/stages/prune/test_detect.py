@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ppcl_engine.algorithms.detection.alignment import cka, linear_gram
-from ppcl_engine.algorithms.detection.chains import Part, grouped
+from ppcl_engine.algorithms.detection.chains import ChainBatch, grouped
 from ppcl_engine.algorithms.detection.curves import block_passes
 from ppcl_engine.algorithms.detection.stream_maps import apply_maps, load_probe
 from ppcl_engine.algorithms.least_squares import RIDGE, InputMoments, NormalEquations
@@ -204,7 +204,9 @@ def blocks_read(groups, blocks: int) -> int:
 
 
 def test_parts_share_a_walk_as_far_as_their_states_fit():
-    parts = [Part(u=u, end=u + 1, batch=batch, bytes=3.0) for u in range(3) for batch in range(2)]
+    parts = [
+        ChainBatch(u=u, end=u + 1, batch=batch, bytes=3.0) for u in range(3) for batch in range(2)
+    ]
     by_limit = {
         limit: [len(group) for group in grouped(parts, limit)] for limit in (0, 5, 6, 9, 18, 100)
     }
