@@ -140,7 +140,9 @@ def _hint(text: str, error: str) -> str:
 
 
 def _usage() -> str:
-    lines = [f"  {name:14} {kind.__doc__.splitlines()[0]}" for name, (kind, _) in STAGES.items()]
+    lines = [
+        f"  {name:14} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in STAGES.items()
+    ]
     lines.append(f"  {'run':14} {assess_settings.RunConfig.__doc__}")
     return "usage: ppcl STAGE [settings]; ppcl STAGE --help lists them\n\n" + "\n".join(lines)
 

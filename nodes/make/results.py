@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ...ppcl_engine.algorithms.distillation.saved_training import read_losses
 from ...ppcl_engine.architectures import architecture_named
 from ...ppcl_engine.data.calibration import load_calibration
 from ...ppcl_engine.jobs.state import PREVIEW, JobState
@@ -159,7 +160,7 @@ def losses_of(folder: Path, kind: str) -> dict[str, torch.Tensor]:
         paths = [
             Run(folder).student(interval.name) for interval in Run(folder).load_plan().intervals
         ]
-    by_part = {path.stem: TensorFile(path).read("losses") for path in paths if path.exists()}
+    by_part = {path.stem: read_losses(path) for path in paths if path.exists()}
     return {name: losses for name, losses in by_part.items() if len(losses)}
 
 

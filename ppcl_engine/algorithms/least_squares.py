@@ -12,7 +12,8 @@ from ..system.json_text import finite_or_none
 
 NOT_FITTED = "the model's weights or the calibration set are damaged: download the model again, run calibrate again"
 # in settings, so that what was fitted with another ridge is fitted again
-RIDGE_OF = "each channel's variance"
+RIDGE, RIDGE_OF = 1e-4, "each channel's variance"
+"""the share of it that the least-squares maps of all stages add, unless a setting says otherwise"""
 # of its second moment: a channel that varies less counts as one that does not vary
 CONSTANT = 1e-12
 

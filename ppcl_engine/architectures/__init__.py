@@ -36,7 +36,7 @@ def architecture_named(name: str) -> Architecture:
 
 
 def detect_architecture(keys: Iterable[str], where: object) -> Architecture:
-    """Raises ValueError naming what is known and the first keys that fit nothing."""
+    """Raises ValueError naming the known architectures and the first keys of the file."""
     keys = sorted(keys)
     for architecture in ARCHITECTURES:
         if architecture.detect(keys):

@@ -1,7 +1,8 @@
 """What the method needs to know of an architecture: an initial layer, blocks, a final layer.
 
-Every stage is a loop over blocks, each `BlockState` in, `BlockState` out. Whatever else an
-architecture has (rotary tables, masks, guidance) travels inside the state and is its own business.
+Every stage is a loop over blocks: `BlockState` in, `BlockState` out. Whatever else an architecture
+needs (rotary tables, masks, guidance) travels inside the state and concerns only the architecture
+itself.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .modules import AnyModule
 from .projections import SharedText
 
 Inputs = dict[str, torch.Tensor]
 """What one forward reads, named as diffusers names it, plus `grid` [images, 3] (frames, rows,
-columns): first of the picture that is drawn, then of those that an edit model refers to, whose
-tokens lie in `image_latents`."""
+columns): first the picture to draw, then an edit model's references, whose tokens are in
+`image_latents`."""
 
 REFERENCES = "image_latents"
 
 
 def placed(inputs: Inputs, device: str | torch.device, dtype: torch.dtype) -> Inputs:
-    """On the device, in `dtype`; timesteps keep their precision, the grid stays where it is."""
+    """The inputs on the device, in `dtype`; timesteps keep their precision, the grid stays where it
+    is."""
 
     def moved(name: str, tensor: torch.Tensor) -> torch.Tensor:
         floating = tensor.is_floating_point() and name != "timestep"
@@ -35,20 +38,25 @@ def placed(inputs: Inputs, device: str | torch.device, dtype: torch.dtype) -> In
 
 @dataclass(frozen=True)
 class BlockState:
-    """image [n, image_tokens, d], text [n, text_tokens, d], conditioning [n, d],
-    text_mask [n, text_tokens] or None (all real), extra: what else the blocks read, modulated_text:
-    what the source of a text group left for the group's projections. target_tokens: how many of the
-    image's first tokens are of the picture that is drawn, those behind them being references (None:
-    all); target_only: that references count in no statistic and no loss."""
+    """What goes into a block and comes out of it, for a batch of n samples."""
 
     image: torch.Tensor
+    """[n, image_tokens, d]"""
     text: torch.Tensor
+    """[n, text_tokens, d]"""
     conditioning: torch.Tensor
+    """[n, d]"""
     text_mask: torch.Tensor | None = None
+    """[n, text_tokens]; None: all tokens are real"""
     extra: Any = None
+    """whatever else the blocks read"""
     modulated_text: torch.Tensor | None = None
+    """what a text group's source leaves for the group's projections"""
     target_tokens: int | None = None
+    """how many of the first image tokens belong to the picture to draw; references follow. None:
+    all"""
     target_only: bool = False
+    """whether references are left out of every statistic and loss"""
 
     def with_streams(self, image: torch.Tensor, text: torch.Tensor) -> BlockState:
         return replace(self, image=image, text=text)
@@ -58,8 +66,8 @@ class BlockState:
         return torch.cat([self.text, self.image], dim=1) if name == "joint" else getattr(self, name)
 
     def real(self, name: str) -> torch.Tensor:
-        """Mask [n, tokens] of the tokens that count: no padding, and with `target_only` no
-        reference."""
+        """Mask [n, tokens] of the tokens that count: padding does not, nor, with `target_only`, do
+        references."""
         if name == "joint":
             return torch.cat([self.real("text"), self.real("image")], dim=1)
         tokens = self.stream(name)
@@ -78,29 +86,29 @@ class BlockState:
 @dataclass(frozen=True, kw_only=True)
 class ReleasedNames:
     """How the method's authors store a width-pruned model of an architecture (method: checkpoints
-    in the wild).
-
-    lists: "text", "step", "ffn" -> the entry of config.json that lists such blocks, after
-    renumbering.
-    projections: a block's key -> (site kind, part of its projection). unused: keys of a text-pruned
-    block that nothing reads. intervals: release -> (teacher's blocks, blocks kept, the intervals)
-    where they are published.
-    """
+    in the wild)."""
 
     lists: dict[str, str]
+    """ "text", "step", "ffn" -> the entry of config.json that lists such blocks, by their new
+    numbers"""
     projections: dict[str, tuple[str, str]]
+    """a block's key -> (site kind, part of its projection)"""
     unused: tuple[str, ...]
+    """keys of a text-pruned block that nothing reads"""
     intervals: dict[str, tuple[int, int, str]]
+    """release -> (teacher's blocks, blocks kept, the intervals), where they are published"""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where one of diffusers' tensors lies in ComfyUI's layout: in the tensor `name`, whose rows are cut
-    into `of` equal parts. `pieces`: those that make up the tensor, in its order."""
+    """Where one of diffusers' tensors lies in ComfyUI's layout: which rows of which tensor."""
 
     name: str
+    """the tensor in ComfyUI's layout"""
     pieces: tuple[int, ...] = (0,)
+    """which of its `of` equal pieces make up diffusers' tensor, in that tensor's order"""
     of: int = 1
+    """into how many equal pieces the rows of `name` are cut"""
 
 
 class Architecture(Protocol):
@@ -113,26 +121,30 @@ class Architecture(Protocol):
     block_returns: tuple[str, ...]
     """the streams in the order in which a block returns them"""
     caption_inputs: tuple[str, ...]
-    """what the model reads of captions, by diffusers' names, a row each; the text itself first"""
+    """the inputs that come from captions, by diffusers' names, one row each; the text itself
+    first"""
     timestep_modulations: tuple[str, ...]
     """a block's linear maps that read silu(conditioning), each behind its activation in a
-    Sequential; empty: none that can be folded"""
+    Sequential; empty: the modulations cannot be folded"""
     time_embedder: str
     """the outer module that makes the conditioning"""
     marks: dict[str, str]
-    """empty tensors that hosts put into their single files to say what shapes do not -> the entry
+    """empty tensors that hosts put into their single files for what shapes do not show -> the entry
     of the configuration that each turns on"""
     model_configs: dict[str, dict]
     """full-size models by name; the first is the default"""
+    tiny_config: dict
+    """a model of all kinds of blocks that is as small as can be, for tests and for names"""
     projection_names: dict[str, dict[str, str]]
     """site kind -> part ("map", "step") -> the sub-module of a projected block that is this linear
     map"""
     comfyui_projections: dict[str, dict[str, str]]
-    """the same by ComfyUI's names: what the host's block runs there becomes the projection"""
+    """the same by ComfyUI's names: the module of the host's block that becomes the projection"""
     replaced_names: dict[str, tuple[str, ...]]
-    """site kind -> beginnings of a block's tensors that its projection leaves no place for"""
+    """site kind -> prefixes of the block's tensors that its projection replaces"""
     cut_names: dict[tuple[str, str], tuple[str, ...]]
-    """(site kind, form) -> beginnings of those of which a first part alone is left"""
+    """(site kind, form) -> prefixes of the block's tensors of which only the first rows or columns
+    are kept"""
     released: ReleasedNames | None
     """None where the method's authors published no pruned model"""
 
@@ -145,11 +157,11 @@ class Architecture(Protocol):
     def num_blocks(self, config: dict) -> int: ...
 
     def sections(self, config: dict) -> tuple[range, ...]:
-        """Runs of blocks of one kind, which an interval may not leave."""
+        """Runs of blocks of one kind; an interval stays inside one run."""
         ...
 
     def with_blocks(self, config: dict, indices: Sequence[int]) -> dict:
-        """Of the model that has these blocks alone."""
+        """The configuration of a model that has only these blocks."""
         ...
 
     def width(self, config: dict) -> int: ...
@@ -158,12 +170,12 @@ class Architecture(Protocol):
 
     def build_block(self, config: dict, index: int) -> nn.Module: ...
 
-    def build_outer(self, config: dict) -> nn.Module: ...
+    def build_outer(self, config: dict) -> AnyModule: ...
 
     def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module: ...
 
     def site_kinds(self, config: dict, index: int) -> tuple[str, ...]:
-        """What projections can replace in a block."""
+        """The parts of a block that projections can replace."""
         ...
 
     def project_ffn(self, block: nn.Module, kind: str, form: str) -> None: ...
@@ -177,22 +189,21 @@ class Architecture(Protocol):
     ) -> tuple[BlockState, dict[str, torch.Tensor]]: ...
 
     def modulation_reads(self, config: dict) -> tuple[str, ...]:
-        """What the conditioning is made of, for people; `("the timestep",)` where modulations can
-        be folded."""
+        """What the conditioning is computed from, in words; `("the timestep",)` where modulations
+        can be folded."""
         ...
 
     def reference_timesteps(self, config: dict) -> tuple[float, ...]:
-        """Where modulations can be folded: timesteps that every forward reads besides its own (an
-        edit model's
-        reference: 0)."""
-        ...
+        """Timesteps that every forward reads besides its own (0 for an edit model's references),
+        where modulations can be folded."""
+        return ()
 
     def time_conditioning(
         self, embedder: nn.Module, timestep: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        """Where modulations can be folded: what the time embedder makes of timesteps [n] in a model
-        of this precision."""
-        ...
+        """The time embedder's output for timesteps [n] in a model of this precision, where
+        modulations can be folded."""
+        raise ValueError(f"modulations of {self.diffusers_class} read more than the timestep")
 
     def used_streams(self, config: dict, index: int) -> tuple[str, ...]: ...
 
@@ -220,13 +231,16 @@ class Architecture(Protocol):
     def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor: ...
 
     def to_comfyui(self, key: str, keys: Collection[str]) -> Part:
-        """Of every tensor by diffusers' name, in a model that has tensors of the names `keys`.
-        Raises KeyError for a name that is none."""
+        """Where a tensor, by diffusers' name, lies in ComfyUI's layout. `keys`: diffusers' names of
+        all the model's tensors.
+
+        Raises KeyError for a name that the model does not have.
+        """
         ...
 
     def from_comfyui(self, name: str) -> tuple[str, ...]:
-        """diffusers' names of what lies in a tensor of ComfyUI's layout, however it is spelled; any
-        other name comes back as it is."""
+        """diffusers' names of what lies in a tensor of ComfyUI's layout, in any of its spellings;
+        any other name comes back unchanged."""
         ...
 
     def random_inputs(
@@ -235,5 +249,6 @@ class Architecture(Protocol):
 
 
 def modulation_names(names: Iterable[str], architecture: Architecture) -> list[str]:
+    """The modulations that can be folded, among the tensors `names`."""
     endings = tuple(f".{name}.weight" for name in architecture.timestep_modulations)
     return [name.removesuffix(".weight") for name in names if name.endswith(endings)]

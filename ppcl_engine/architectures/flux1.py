@@ -9,8 +9,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .base import BlockState, Inputs, Part
-from .names import NameTable, tensors_of
+from .base import Architecture, BlockState, Inputs, Part
+from .flux1_names import COMFYUI_NAMES, COMFYUI_PROJECTIONS, DOUBLE, SINGLE
+from .modules import AnyModule
+from .names import depth
 from .packing import PackedLatents
 from .projections import (
     AddedProjection,
@@ -25,57 +27,10 @@ from .projections import (
 )
 
 ROTARY_SHARES = (2, 7, 7)  # of 16: picture, row, column; 16, 56, 56 of 128 in the released models
-SUFFIXES = {"image": "", "text": "_context"}  # as the names of a double block's parts end
-DOUBLE, SINGLE = "transformer_blocks.", "single_transformer_blocks."
-OUTER_NAMES = {  # diffusers' module -> ComfyUI's
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
-    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
-    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
-    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
-    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
-    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-    # scale, shift; there shift, scale
-    "norm_out.linear": ("final_layer.adaLN_modulation.1", (1, 0), 2),
-    "proj_out": "final_layer.linear",
-}
-DOUBLE_NAMES = {
-    "norm1.linear": "img_mod.lin",
-    "norm1_context.linear": "txt_mod.lin",
-    **{f"attn.to_{m}": ("img_attn.qkv", (n,), 3) for n, m in enumerate("qkv")},
-    **{f"attn.add_{m}_proj": ("txt_attn.qkv", (n,), 3) for n, m in enumerate("qkv")},
-    "attn.to_out.0": "img_attn.proj",
-    "attn.to_add_out": "txt_attn.proj",
-    "ff.net.0.proj": "img_mlp.0",
-    "ff.net.2": "img_mlp.2",
-    "ff_context.net.0.proj": "txt_mlp.0",
-    "ff_context.net.2": "txt_mlp.2",
-}
-DOUBLE_NORMS = {
-    "attn.norm_q": "img_attn.norm.query_norm",
-    "attn.norm_k": "img_attn.norm.key_norm",
-    "attn.norm_added_q": "txt_attn.norm.query_norm",
-    "attn.norm_added_k": "txt_attn.norm.key_norm",
-}
-SINGLE_NAMES = {
-    "norm.linear": "modulation.lin",
-    **{f"attn.to_{m}": ("linear1", (n,), 7) for n, m in enumerate("qkv")},
-    "proj_mlp": ("linear1", (3, 4, 5, 6), 7),  # four times as wide as q
-    "proj_out": "linear2",
-}
-SINGLE_NORMS = {"attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm"}
-COMFYUI_NAMES = NameTable(
-    tensors_of(OUTER_NAMES),
-    tensors_of(DOUBLE_NAMES, f"{DOUBLE}{{}}.", "double_blocks.{}."),
-    tensors_of(DOUBLE_NORMS, f"{DOUBLE}{{}}.", "double_blocks.{}.", {"weight": "scale"}),
-    tensors_of(SINGLE_NAMES, f"{SINGLE}{{}}.", "single_blocks.{}."),
-    tensors_of(SINGLE_NORMS, f"{SINGLE}{{}}.", "single_blocks.{}.", {"weight": "scale"}),
-    spellings={"weight": "scale"},  # ComfyUI from 0.14 on saves norms so
-)
+SUFFIXES = {"image": "", "text": "_context"}  # endings of the names of a double block's parts
 
 
-class Flux1(PackedLatents):
+class Flux1(PackedLatents, Architecture):
     name = "flux1"
     diffusers_class = "FluxTransformer2DModel"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
@@ -105,13 +60,7 @@ class Flux1(PackedLatents):
         "ffn_joint": {"map": "proj_mlp"},
         "text": {"map": "norm1_context.projection", "step": "ff_context"},
     }
-    comfyui_projections = {
-        "ffn_image": {"map": "img_mlp"},
-        "ffn_text": {"map": "txt_mlp"},
-        # of what comes in: in place of the MLP's first map and of its activation
-        "ffn_joint": {"map": "mlp_act"},
-        "text": {"map": "txt_norm1.projection", "step": "txt_mlp"},
-    }
+    comfyui_projections = COMFYUI_PROJECTIONS
     replaced_names = {
         "ffn_image": ("ff.",),
         "ffn_text": ("ff_context.",),
@@ -138,8 +87,7 @@ class Flux1(PackedLatents):
     }
 
     def detect(self, keys: Iterable[str]) -> bool:
-        """By what neither Qwen-Image nor other models with double and single blocks have, in either
-        layout."""
+        """By tensors that no other model with double and single blocks has, in either layout."""
         keys = set(keys)
         diffusers = {
             "context_embedder.weight",
@@ -162,8 +110,8 @@ class Flux1(PackedLatents):
         config = {
             "patch_size": 1,
             "in_channels": in_channels,
-            "num_layers": _depth(keys, DOUBLE),
-            "num_single_layers": _depth(keys, SINGLE),
+            "num_layers": depth(keys, DOUBLE),
+            "num_single_layers": depth(keys, SINGLE),
             "attention_head_dim": head,
             "num_attention_heads": width // head,
             "joint_attention_dim": shapes("context_embedder.weight")[1],
@@ -206,7 +154,7 @@ class Flux1(PackedLatents):
             attention_head_dim=config["attention_head_dim"],
         )
 
-    def build_outer(self, config: dict) -> nn.Module:
+    def build_outer(self, config: dict) -> AnyModule:
         """diffusers' model without a block: embeddings and the final layer."""
         from diffusers import FluxTransformer2DModel
 
@@ -214,7 +162,7 @@ class Flux1(PackedLatents):
             {**config, "num_layers": 0, "num_single_layers": 0}
         )
 
-    def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module:
+    def assemble(self, outer: AnyModule, config: dict, blocks: list[nn.Module]) -> nn.Module:
         """diffusers' model with these blocks; its forward is diffusers' own."""
         doubles = config["num_layers"]
         outer.transformer_blocks = nn.ModuleList(blocks[:doubles])
@@ -226,9 +174,11 @@ class Flux1(PackedLatents):
         """The last block's text is never read."""
         return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
 
-    def embed(self, outer: nn.Module, inputs: Inputs) -> BlockState:
-        """All that diffusers' forward does before its loops over blocks. The text is never masked:
-        a model of this kind was trained with its padding, which counts as real."""
+    def embed(self, outer: AnyModule, inputs: Inputs) -> BlockState:
+        """Everything that diffusers' forward does before its loops over blocks.
+
+        The text is never masked: models of this kind were trained with padding as real tokens.
+        """
         image = outer.x_embedder(inputs["hidden_states"])
         times = [inputs["timestep"].to(image.dtype) * 1000]
         if self.takes_guidance(outer.config):
@@ -238,7 +188,7 @@ class Flux1(PackedLatents):
         rotary = outer.pos_embed(torch.cat([self._text_ids(inputs), self._image_ids(inputs)]))
         return BlockState(image, text, conditioning, None, rotary)
 
-    def run_block(self, block: nn.Module, state: BlockState) -> BlockState:
+    def run_block(self, block: AnyModule, state: BlockState) -> BlockState:
         shared: SharedText | None = getattr(block, "shared_text", None)
         if shared is not None:
             shared.value = state.modulated_text
@@ -255,9 +205,12 @@ class Flux1(PackedLatents):
         """A single block runs both streams as one: one FFN, and no text stream of its own."""
         return ("text", "ffn_image", "ffn_text") if index < config["num_layers"] else ("ffn_joint",)
 
-    def project_ffn(self, block: nn.Module, kind: str, form: str) -> None:
+    def project_ffn(self, block: AnyModule, kind: str, form: str) -> None:
         """paper: x + P(x) behind attention, modulation 6 d -> 3 d. gated: P between modulation and
-        gate. ffn_joint (gated): P(x) in place of `proj_mlp` and of its columns of `proj_out`."""
+        gate.
+
+        ffn_joint (gated): P(x) replaces `proj_mlp` and the MLP's columns of `proj_out`.
+        """
         if kind == "ffn_joint":
             width = block.proj_out.out_features
             block.proj_out = cut_linear(block.proj_out, width, width, AddedProjection)
@@ -271,8 +224,8 @@ class Flux1(PackedLatents):
             norm.linear = cut_linear(norm.linear, width, 3 * width, PaddedLinear)
             setattr(block, f"norm2{suffix}", nn.Identity())
 
-    def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None:
-        """No modulation, norm or FFN of the text is left; the q, k, v maps of the text stay."""
+    def project_text(self, block: AnyModule, source: SharedText, steps: bool) -> None:
+        """The text loses its modulation, norm and FFN; its q, k, v maps stay."""
         like = block.attn.add_q_proj
         width = like.in_features
         block.shared_text = source
@@ -281,17 +234,19 @@ class Flux1(PackedLatents):
         block.ff_context = linear_like(like, width, width) if steps else Nothing()
         block.attn.to_add_out = nn.Identity()
 
-    def publish_text(self, block: nn.Module, source: SharedText) -> None:
-        """The text that enters joint attention is kept for the group behind this block."""
+    def publish_text(self, block: AnyModule, source: SharedText) -> None:
+        """Keeps the text that enters joint attention, for the text group behind this block."""
         publish(block, block.attn.add_q_proj, source)
 
     def observe(
-        self, block: nn.Module, state: BlockState
+        self, block: AnyModule, state: BlockState
     ) -> tuple[BlockState, dict[str, torch.Tensor]]:
-        """Runs the block; also what its parts saw: of a double block `text_modulated`, and for each
-        stream (of a single
-        one: `joint`) `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn` (before a
-        correction)."""
+        """Runs the block; returns also what its parts read and gave.
+
+        A double block: `text_modulated`, and for each stream `<stream>_` + `before_ffn`,
+        `ffn_input`, `ffn_output`, `after_ffn` (before a correction). A single block: the same four
+        with `joint_`.
+        """
         if hasattr(block, "proj_mlp"):
             return self._observe_single(block, state)
         inputs = {"attn.add_q_proj": "text_modulated"}
@@ -302,10 +257,10 @@ class Flux1(PackedLatents):
             return self.run_block(block, state), seen
 
     def _observe_single(
-        self, block: nn.Module, state: BlockState
+        self, block: AnyModule, state: BlockState
     ) -> tuple[BlockState, dict[str, torch.Tensor]]:
-        """Its FFN's output is what the FFN's columns of `proj_out` give; the gate is attention's
-        too."""
+        """The FFN's output is what the FFN's columns of `proj_out` give; attention shares its
+        gate."""
         inputs = {"proj_mlp": "joint_ffn_input", "proj_out": "joined"}
         with watched(block, inputs, {"norm": "modulated_and_gate"}, ("text", "image")) as seen:
             after = self.run_block(block, state)
@@ -322,10 +277,10 @@ class Flux1(PackedLatents):
             "joint_after_ffn": ends,
         }
 
-    def final_image(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+    def final_image(self, outer: AnyModule, state: BlockState) -> torch.Tensor:
         return state.image
 
-    def finish(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+    def finish(self, outer: AnyModule, state: BlockState) -> torch.Tensor:
         return outer.proj_out(outer.norm_out(state.image, state.conditioning))
 
     def takes_guidance(self, config: Mapping) -> bool:
@@ -338,7 +293,7 @@ class Flux1(PackedLatents):
             "pooled text",
         )
 
-    def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    def call(self, model: AnyModule, inputs: Inputs) -> torch.Tensor:
         """diffusers' own forward on our inputs."""
         return model(
             hidden_states=inputs["hidden_states"],
@@ -392,9 +347,3 @@ class Flux1(PackedLatents):
             for n, (_, rows, columns) in enumerate(inputs["grid"].tolist())
         ]
         return torch.cat(ids).to(inputs["hidden_states"].device)
-
-
-def _depth(keys: Iterable[str], prefix: str) -> int:
-    return 1 + max(
-        int(key.removeprefix(prefix).split(".")[0]) for key in keys if key.startswith(prefix)
-    )

@@ -1,10 +1,9 @@
-"""Modulations that read the timestep alone, folded away: the small modules that stand in a block in
-their place.
+"""Small modules that replace modulations which read only the timestep.
 
-Such a modulation is W silu(c(t)) + b: as many numbers as a table has rows, or as a few coefficients
-reach. The time embedder's output carries what a block needs beside the conditioning: the timestep's
-place in a table (one-hot), or its coefficients in a basis. So the block's own forward runs
-unchanged, nothing is handed on beside it, and every state knows its own timesteps.
+Such a modulation is W silu(c(t)) + b: its values can be kept in a table, or computed from a few
+coefficients. The time embedder appends to the conditioning what a block then needs: the timestep's
+row in a table (one-hot), or its coefficients in a basis. So the block's own forward runs unchanged,
+no extra argument is passed along, and every state knows its own timesteps.
 """
 
 from __future__ import annotations
@@ -13,31 +12,37 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .modules import AnyModule
+
 FOLDING = "folding"
-"""where a configuration says so"""
+"""the configuration's entry for it"""
 FORMS = ("table", "basis")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MOST_INPUTS = 4096  # an order above any schedule: a hostile file must not make a host build more
+MOST_INPUTS = 4096  # ten times any schedule: a hostile file must not make a host build more
 SHOWN = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folding:
-    """What a configuration says of a folded model. inputs: timesteps of the table, or columns of
-    the basis. batches: of a table, for how many rows at once its values are bit for bit; it has
-    `inputs` columns for each. precision: of a table, in which its model is given timesteps. mark:
-    of the original modulations (`models.folding.basis.mark_of`)."""
+    """What a configuration says of a folded model."""
 
     form: str
+    """ "table" or "basis" """
     inputs: int
+    """timesteps of the table, or columns of the basis"""
     batches: tuple[int, ...] = (1,)
+    """table: for which numbers of rows at once its values are bit for bit; each has `inputs`
+    columns"""
     precision: str = "float32"
+    """table: the precision in which its model is given timesteps"""
     mark: str = ""
+    """hash of the original modulations (`models.folding.basis.mark_of`)"""
 
     def __post_init__(self):
         if (
@@ -70,7 +75,7 @@ class Folding:
 
 
 def folding_of(config: dict) -> Folding | None:
-    """None: nothing is folded. Raises ValueError for an entry that does not describe one."""
+    """None: nothing is folded. Raises ValueError for an entry that does not describe a folding."""
     values = config.get(FOLDING)
     if values is None:
         return None
@@ -91,12 +96,15 @@ def unfolded_config(config: dict) -> dict:
 
 
 class BasisInputs(nn.Module):
-    """Coefficients of silu(conditioning) in orthonormal `directions` [width, inputs]. In two parts,
-    the second what the conditioning's precision rounds off the first: so many digits matter, and
-    each costs nothing."""
+    """Coefficients of silu(conditioning) in orthonormal `directions` [width, inputs].
+
+    In two parts, the second being what the first loses by rounding to the conditioning's precision:
+    results need these digits, and they cost nothing.
+    """
 
     def __init__(self, width: int, inputs: int):
         super().__init__()
+        self.directions: torch.Tensor
         self.register_buffer("directions", torch.zeros(width, inputs))
 
     def forward(self, timestep: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
@@ -109,12 +117,15 @@ class BasisInputs(nn.Module):
 
 
 class TableInputs(nn.Module):
-    """The place of each timestep in `timesteps` [inputs], one-hot. `more`: what adds further
-    timesteps to the model, see `folding_tables`; None: a timestep that is not there raises
-    ValueError."""
+    """The column of each timestep in `timesteps` [inputs], one-hot.
+
+    `more` adds missing timesteps to the model, see `models.folding.reading.give_base`; None: a
+    timestep that is missing raises ValueError.
+    """
 
     def __init__(self, inputs: int, precision: torch.dtype = torch.float32):
         super().__init__()
+        self.timesteps: torch.Tensor
         self.register_buffer("timesteps", torch.zeros(inputs))
         self.precision = precision
         self.more: Callable[[list[float]], None] | None = None
@@ -122,14 +133,17 @@ class TableInputs(nn.Module):
     def forward(self, timestep: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         if timestep.is_meta:
             return conditioning.new_zeros(len(timestep), len(self.timesteps))
-        found = self.places(timestep)
-        if not bool(found.any(dim=1).all()):
-            self.ask(timestep[~found.any(dim=1)].float().tolist())
-            found = self.places(timestep)
-        return found.to(conditioning.dtype)
+        one_hot = self.places(timestep)
+        if not bool(one_hot.any(dim=1).all()):
+            self.ask(timestep[~one_hot.any(dim=1)].float().tolist())
+            one_hot = self.places(timestep)
+        return one_hot.to(conditioning.dtype)
 
     def places(self, timestep: torch.Tensor) -> torch.Tensor:
-        return timestep.float()[:, None] == self.timesteps.to(timestep.device, torch.float32)
+        """Which column each timestep is in: bool [n, inputs]."""
+        return torch.eq(
+            timestep.float()[:, None], self.timesteps.to(timestep.device, torch.float32)
+        )
 
     def ask(self, missing: list[float]) -> None:
         if self.more is None:
@@ -137,7 +151,7 @@ class TableInputs(nn.Module):
         self.more(list(dict.fromkeys(missing)))
 
 
-def refuse_timesteps(missing: list[float], known: list[float], precision: torch.dtype) -> None:
+def refuse_timesteps(missing: list[float], known: list[float], precision: torch.dtype) -> NoReturn:
     raise ValueError(
         f"the model's table has no timestep {_listed(missing)}, and no base file is given; it has {_listed(known)} in "
         f"{str(precision).removeprefix('torch.')}: give the file that it was folded from as base, keep to its schedule and "
@@ -153,8 +167,8 @@ def _listed(timesteps: list[float]) -> str:
 
 
 class Carried(nn.Module):
-    """In place of a modulation's activation: what the conditioning carries behind its own
-    `width`."""
+    """Replaces a modulation's activation: returns what the conditioning carries behind its own
+    `width` values."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -165,8 +179,8 @@ class Carried(nn.Module):
 
 
 class BasisMap(nn.Linear):
-    """A modulation's linear map on the basis' coefficients; float32 inside, whatever it is stored
-    in."""
+    """A modulation's linear map on the basis' coefficients; computed in float32 whatever it is
+    stored in."""
 
     def forward(self, carried: torch.Tensor) -> torch.Tensor:
         with without_autocast(carried):
@@ -176,8 +190,8 @@ class BasisMap(nn.Linear):
 
 
 class TableMap(nn.Linear):
-    """A modulation's values themselves, a column a timestep; those for other numbers of rows at
-    once lie behind them."""
+    """A modulation's values themselves, one column a timestep; columns for other numbers of rows
+    follow."""
 
     def __init__(self, inputs: int, outputs: int, batches: tuple[int, ...], **options):
         super().__init__(inputs * len(batches), outputs, bias=False, **options)
@@ -193,12 +207,15 @@ def coefficients(carried: torch.Tensor) -> torch.Tensor:
 
 
 def picked(table: torch.Tensor, carried: torch.Tensor, batches: tuple[int, ...]) -> torch.Tensor:
-    """Columns of `table` [outputs, timesteps * batches] that the one-hot `carried` [rows,
-    timesteps] names: copied, not computed. The values for as many rows at once, where they are
-    there; for other numbers they differ by rounding."""
+    """The columns of `table` [outputs, timesteps * batches] that the one-hot `carried` [rows,
+    timesteps] names.
+
+    They are copied, not computed. Uses the columns made for this many rows at once where there are
+    some; for other numbers of rows the values differ by rounding.
+    """
     rows, inputs = carried.shape
     first = inputs * batches.index(rows) if rows in batches else 0
-    # as a linear map gives it
+    # [rows, outputs], contiguous as a linear map returns it
     return table.index_select(1, first + carried.argmax(dim=-1)).t().contiguous()
 
 
@@ -207,9 +224,9 @@ def without_autocast(like: torch.Tensor):
 
 
 def fold_block(
-    block: nn.Module, modulations: tuple[str, ...], width: int, folding: Folding
+    block: AnyModule, modulations: tuple[str, ...], width: int, folding: Folding
 ) -> nn.Module:
-    """The block with small maps in place of its modulations' linear ones ("img_mod.1": behind an
+    """The block with small maps in place of its modulations' linear maps ("img_mod.1", behind the
     activation "img_mod.0")."""
     for name in modulations:
         parent, place = name.rsplit(".", 1)
@@ -226,9 +243,9 @@ def folded_map(linear: nn.Linear, folding: Folding) -> nn.Linear:
     return BasisMap(folding.inputs, linear.out_features, **options)
 
 
-def fold_embedder(embedder: nn.Module, last: nn.Module, width: int, folding: Folding) -> None:
-    """The time embedder appends what the blocks need; the final layer, which reads the conditioning
-    too, does not see it."""
+def fold_embedder(embedder: AnyModule, last: AnyModule, width: int, folding: Folding) -> None:
+    """The time embedder appends what the blocks need; the final layer, which also reads the
+    conditioning, does not see it."""
     if folding.form == "basis":
         embedder.folding = BasisInputs(width, folding.inputs)
     else:
@@ -238,17 +255,18 @@ def fold_embedder(embedder: nn.Module, last: nn.Module, width: int, folding: Fol
 
 
 def append_carried(
-    embedder: nn.Module, arguments: tuple, conditioning: torch.Tensor
+    embedder: AnyModule, arguments: tuple, conditioning: torch.Tensor
 ) -> torch.Tensor:
     return torch.cat([conditioning, embedder.folding(arguments[0], conditioning)], dim=-1)
 
 
-def drop_carried(width: int, last: nn.Module, arguments: tuple) -> tuple:
+def drop_carried(width: int, last: AnyModule, arguments: tuple) -> tuple:
     return (arguments[0], arguments[1][..., :width], *arguments[2:])
 
 
 def first_half(linear: nn.Linear) -> nn.Linear:
-    """A map of the same kind that gives the first half of its outputs, on tensors of its own."""
+    """A copy of a linear map that returns the first half of its outputs, with tensors of its
+    own."""
     half = copy.copy(linear)
     half.out_features = linear.out_features // 2
     half._parameters = {
@@ -260,10 +278,12 @@ def first_half(linear: nn.Linear) -> nn.Linear:
     return half
 
 
-def known_timesteps(model: nn.Module, timesteps: Iterable[float]) -> None:
-    """Before sampling: a table model that lacks some of these gets them from its base file, in one
-    pass (not told before, it takes a pass for each). Nothing to do for others. Raises ValueError,
-    in one line, where there is no base file."""
+def known_timesteps(model: AnyModule, timesteps: Iterable[float]) -> None:
+    """Adds the timesteps that a table model lacks from its base file, in one pass before sampling.
+
+    Without it every missing timestep costs a pass of its own. Other models are left alone. Raises
+    ValueError, in one line, where there is no base file.
+    """
     inputs = table_inputs(model)
     if inputs is None:
         return
@@ -273,9 +293,9 @@ def known_timesteps(model: nn.Module, timesteps: Iterable[float]) -> None:
         inputs.ask(missing)
 
 
-def table_inputs(model: nn.Module) -> TableInputs | None:
+def table_inputs(model: AnyModule) -> TableInputs | None:
     return next((module for module in model.modules() if isinstance(module, TableInputs)), None)
 
 
-def table_maps(model: nn.Module, kind: type = TableMap) -> dict[str, nn.Module]:
+def table_maps(model: AnyModule, kind: type = TableMap) -> dict[str, AnyModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}

@@ -1,6 +1,5 @@
-"""What is known of the linear maps inside a block: what they read, in which groups they give it,
-which outputs may change their order together. Data by architecture, names by diffusers'.
-"""
+"""What is known of the linear maps inside a block: what they read, which groups their outputs form,
+and which outputs may change their order together. Data by architecture, with diffusers' names."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .folded import BasisMap, TableMap
+from .modules import AnyModule
 
 HEADS_OUT = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 HEADS_IN = ("to_out.0", "to_add_out")
@@ -16,25 +16,33 @@ HEADS_IN = ("to_out.0", "to_add_out")
 
 @dataclass(frozen=True, kw_only=True)
 class Passed:
-    """Channels that maps `givers` give and nothing but maps `takers` read, with no more between
-    them than what is done to every channel alone (an activation, attention's weights): all may give
-    and read them in another order. by_head: only inside a head. first: where in a taker's inputs
-    they begin: 0, or behind "width" others."""
+    """Channels passed between linear maps that may be reordered: `givers` write them and only
+    `takers` read them.
+
+    In between, each channel is only treated by itself (an activation, attention's weights).
+    """
 
     givers: tuple[str, ...]
+    """maps whose outputs these channels are"""
     takers: tuple[str, ...]
+    """maps that read them"""
     by_head: str = ""
+    """the attention whose heads keep their channels to themselves; empty: any order"""
     first: str = ""
+    """where the channels begin among a taker's inputs: empty: at 0; "width": behind that many
+    others"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearMaps:
-    """conditioning: beginnings of the maps that read it, which give a modulation in chunks; text:
-    of those that read text tokens, where these may be padding; passed: see there."""
+    """What is known of the linear maps of one architecture's blocks."""
 
     conditioning: tuple[str, ...]
+    """prefixes of the maps that read the conditioning and return a modulation in chunks"""
     text: tuple[str, ...] = ()
+    """prefixes of the maps that read text tokens, where some of these may be padding"""
     passed: tuple[Passed, ...] = ()
+    """channels that may be reordered"""
 
 
 def _ffn(name: str) -> Passed:
@@ -81,8 +89,8 @@ LINEAR_MAPS = {
 }
 
 
-def linear_maps(block: nn.Module) -> dict[str, nn.Linear]:
-    """By name; tables and bases of folded modulations are none."""
+def linear_maps(block: AnyModule) -> dict[str, nn.Linear]:
+    """The block's linear maps by name, without the tables and bases of folded modulations."""
     kinds = (TableMap, BasisMap)
     return {
         n: m
@@ -91,7 +99,7 @@ def linear_maps(block: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def known_rows(architecture: str, block: nn.Module, name: str) -> tuple[int, ...]:
+def known_rows(architecture: str, block: AnyModule, name: str) -> tuple[int, ...]:
     """Sizes of the groups that a map's outputs are known to form: heads, chunks of a modulation."""
     module = block.get_submodule(name)
     if name.startswith(LINEAR_MAPS[architecture].conditioning):
@@ -100,8 +108,8 @@ def known_rows(architecture: str, block: nn.Module, name: str) -> tuple[int, ...
     return _by_head(block, parent, module.out_features) if leaf in HEADS_OUT else ()
 
 
-def known_columns(architecture: str, block: nn.Module, name: str) -> tuple[int, ...]:
-    """The same of its inputs: heads, attention | mlp of a fused map."""
+def known_columns(architecture: str, block: AnyModule, name: str) -> tuple[int, ...]:
+    """The same for its inputs: heads, attention | mlp of a fused map."""
     module = block.get_submodule(name)
     for leaf in HEADS_IN:
         if name.endswith(f".{leaf}"):
@@ -113,9 +121,9 @@ def known_columns(architecture: str, block: nn.Module, name: str) -> tuple[int, 
     return (width, module.in_features - width) if fused and module.in_features > width else ()
 
 
-def present(passed: Passed, block: nn.Module) -> bool:
-    """Whether all givers stand in the block as plain maps and the takers that are there read what
-    they give."""
+def present(passed: Passed, block: AnyModule) -> bool:
+    """Whether all givers are plain maps of the block, and the takers that are there read what they
+    give."""
     maps = linear_maps(block)
     if not all(type(maps.get(name)) is nn.Linear for name in passed.givers):
         return False
@@ -127,14 +135,15 @@ def present(passed: Passed, block: nn.Module) -> bool:
 
 
 def first_column(passed: Passed, taker: nn.Linear) -> int:
+    """Where the channels begin among a taker's inputs."""
     return taker.out_features if passed.first else 0
 
 
-def sections(passed: Passed, block: nn.Module) -> int:
-    """Equal runs of the channels that each keep to themselves."""
+def sections(passed: Passed, block: AnyModule) -> int:
+    """The number of equal runs of channels that keep to themselves, such as heads."""
     return block.get_submodule(passed.by_head).heads if passed.by_head else 1
 
 
-def _by_head(block: nn.Module, attention: str, size: int) -> tuple[int, ...]:
+def _by_head(block: AnyModule, attention: str, size: int) -> tuple[int, ...]:
     heads = block.get_submodule(attention).heads
     return (size // heads,) * heads

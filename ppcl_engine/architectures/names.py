@@ -1,39 +1,45 @@
-"""Tables between diffusers' tensor names and ComfyUI's: total both ways, a `{}` stands for a
-block's number."""
+"""Tables between diffusers' tensor names and ComfyUI's, complete in both directions; `{}` stands
+for a block's number."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from .base import Part
 
-# the block's number stands behind the first word
+# the first word is followed by the block's number
 NUMBERED = re.compile(r"(\w+)\.([0-9]{1,9})\.(.+)")
 LINEAR = {"weight": "weight", "bias": "bias"}
 
 Modules = Mapping[str, str | tuple[str, tuple[int, ...], int]]
-"""diffusers' module -> ComfyUI's, or (ComfyUI's, pieces, of) where several of diffusers' lie in
-one of its tensors"""
+"""diffusers' module -> ComfyUI's, or (ComfyUI's, pieces, of) where one of ComfyUI's tensors holds
+several of diffusers'"""
 
 
 def tensors_of(
     modules: Modules, ours: str = "", theirs: str = "", leaves: Mapping[str, str] = LINEAR
 ):
-    """name of a tensor -> Part. `ours`, `theirs`: prefixes; `leaves`: a module's tensors in
-    diffusers -> in ComfyUI."""
+    """Name of a tensor -> Part.
+
+    `ours`, `theirs`: prefixes; `leaves`: a module's tensors in diffusers -> in ComfyUI.
+    """
     table: dict[str, Part] = {}
     for module, place in modules.items():
-        name, *pieces = (place,) if isinstance(place, str) else place
+        whole = Part(place) if isinstance(place, str) else Part(*place)
         for leaf, stored in leaves.items():
-            table[f"{ours}{module}.{leaf}"] = Part(f"{theirs}{name}.{stored}", *pieces)
+            name = f"{theirs}{whole.name}.{stored}"
+            table[f"{ours}{module}.{leaf}"] = replace(whole, name=name)
     return table
 
 
 class NameTable:
-    """The rows of several `tensors_of`. spellings: leaves of ComfyUI's names that some programs
-    write -> as the rows have them; a name that is in no row is looked up under the other."""
+    """The rows of several `tensors_of`.
+
+    spellings: endings of ComfyUI's names as some programs write them -> as the rows have them; a
+    name that is in no row is looked up with the other ending.
+    """
 
     def __init__(self, *tables: Mapping[str, Part], spellings: Mapping[str, str] | None = None):
         self._parts = {key: part for table in tables for key, part in table.items()}
@@ -45,15 +51,15 @@ class NameTable:
                 self._contents.setdefault(f"{name.removesuffix(own)}{other}", self._contents[name])
 
     def place(self, key: str) -> Part:
-        """Of diffusers' tensor in ComfyUI's layout. Raises KeyError for a name that is in no
-        row."""
+        """Where diffusers' tensor lies in ComfyUI's layout. Raises KeyError for a name that is in
+        no row."""
         template, number = _split(key)
         part = self._parts[template]
         return replace(part, name=part.name.format(number))
 
     def contents(self, name: str) -> tuple[str, ...]:
-        """diffusers' names of what lies in ComfyUI's tensor; a name that is in no row comes back as
-        it is."""
+        """diffusers' names of what ComfyUI's tensor holds; a name that is in no row comes back
+        unchanged."""
         template, number = _split(name)
         return tuple(key.format(number) for key in self._contents.get(template, [])) or (name,)
 
@@ -61,3 +67,10 @@ class NameTable:
 def _split(name: str) -> tuple[str, str]:
     match = NUMBERED.fullmatch(name)
     return (f"{match[1]}.{{}}.{match[3]}", match[2]) if match else (name, "")
+
+
+def depth(keys: Iterable[str], prefix: str) -> int:
+    """How many blocks a model has whose names begin with `prefix` and the block's number."""
+    return 1 + max(
+        int(key.removeprefix(prefix).split(".")[0]) for key in keys if key.startswith(prefix)
+    )

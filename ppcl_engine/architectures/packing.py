@@ -9,7 +9,7 @@ VAE_PIXELS = 8  # pixels a latent position of their VAEs covers
 
 class PackedLatents:
     """The part of an architecture that turns latents into tokens and back; `in_channels` counts a
-    token's."""
+    token's channels."""
 
     def pack(self, latents: torch.Tensor) -> torch.Tensor:
         """[n, c, h, w] -> tokens [n, h/2 * w/2, 4c], as diffusers' pipelines pack them. Raises
@@ -17,7 +17,7 @@ class PackedLatents:
         n, c, h, w = latents.shape
         if h % 2 or w % 2:
             raise ValueError(
-                f"latents of {h} x {w} are no whole number of 2 x 2 tokens; resize the picture"
+                f"latents of {h} x {w} do not divide into 2 x 2 tokens; resize the picture"
             )
         return (
             latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, 4 * c)

@@ -1,8 +1,7 @@
-"""The small modules that stand inside a width-pruned block: the block's own forward then runs on
-them.
+"""The small modules inside a width-pruned block, so that the block's own forward runs on them.
 
 The mathematics of the method's width stage (paper, section 3.4) is here once, for training, export
-and inference; which sub-module of a block each replaces is the architecture's business.
+and inference; the architecture knows which sub-module of a block each of them replaces.
 """
 
 from __future__ import annotations
@@ -13,12 +12,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .modules import AnyModule
+
 
 class SharedText:
-    """Carries the modulated text of a text group's source block to the group's projections, in one
-    forward.
+    """Carries a text group's modulated text from the group's source block to its projections,
+    during one forward.
 
-    The source writes it every time before the group's blocks read it; it holds no weights.
+    The source writes it in every forward before the group's blocks read it; it holds no weights.
     """
 
     value: torch.Tensor | None = None
@@ -28,8 +29,8 @@ class PaddedModulation(nn.Sequential):
     """A modulation cut to its first half (3 d: attention's shift, scale, gate), as the paper's FFN
     form needs.
 
-    The second half reads shift 0, scale 0, gate 1, so that a block adds P(x) of the very stream to
-    it. Keeps the names of the modulation's own tensors.
+    The second half reads shift 0, scale 0, gate 1, so that the block adds P(x) to the stream x
+    itself. Keeps the names of the modulation's own tensors.
     """
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
@@ -37,7 +38,7 @@ class PaddedModulation(nn.Sequential):
 
 
 class PaddedLinear(nn.Linear):
-    """The same where a block keeps the modulation's linear map alone."""
+    """The same for a block that keeps only the modulation's linear map."""
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
         return padded(super().forward(conditioning))
@@ -49,8 +50,23 @@ def padded(first: torch.Tensor) -> torch.Tensor:
     return torch.cat([first, zeros, zeros, zeros + 1], dim=-1)
 
 
+class PaddedDual(nn.Linear):
+    """The modulation of a block that attends to the image twice, without the FFN's third in the
+    middle (9 d -> 6 d)."""
+
+    @staticmethod
+    def kept(whole: torch.Tensor) -> torch.Tensor:
+        """The rows that are kept of the whole modulation's weight or bias."""
+        first, _, second = whole.chunk(3)
+        return torch.cat([first, second])
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        first, second = super().forward(conditioning).chunk(2, dim=-1)
+        return torch.cat([padded(first), second], dim=-1)
+
+
 class FixedModulation(nn.Module):
-    """In place of a text modulation whose stream does not move: all zeros, or the FFN's gate 1
+    """Replaces a text modulation whose stream does not move: all zeros, or 1 as the FFN's gate
     where it steps."""
 
     def __init__(self, width: int, steps: bool):
@@ -64,8 +80,8 @@ class FixedModulation(nn.Module):
 
 
 class ProjectedText(nn.Module):
-    """txt_modulated_j = P_j(txt_modulated_a) + txt_modulated_a, a being the last full block before
-    the group."""
+    """txt_modulated_j = P_j(txt_modulated_a) + txt_modulated_a, where a is the last full block
+    before the group."""
 
     def __init__(self, projection: nn.Linear, source: SharedText):
         super().__init__()
@@ -78,9 +94,11 @@ class ProjectedText(nn.Module):
 
 
 class ProjectedNorm(nn.Module):
-    """`ProjectedText` where norm and modulation are one module: it also returns attention's gate
-    and the FFN's shift, scale and gate, all zeros but the FFN's gate where the group steps the
-    text."""
+    """`ProjectedText` where norm and modulation are one module.
+
+    So it also returns attention's gate and the FFN's shift, scale and gate: all zeros, except that
+    the FFN's gate is 1 where the group steps the text.
+    """
 
     def __init__(self, projection: nn.Linear, source: SharedText, steps: bool):
         super().__init__()
@@ -99,6 +117,13 @@ class ProjectedNorm(nn.Module):
         )
 
 
+class ProjectedLastNorm(ProjectedNorm):
+    """The same for the last block, which only modulates its text."""
+
+    def forward(self, text: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        return super().forward(text, emb)[0]
+
+
 class AddedProjection(nn.Linear):
     """[attention, P(x)] -> W attention + b + P(x): what is left of a map that joined attention and
     FFN."""
@@ -109,7 +134,7 @@ class AddedProjection(nn.Linear):
 
 
 class Nothing(nn.Module):
-    """Zeros in the shape of its input: an output that a gate of zero would drop anyway."""
+    """Zeros in the shape of its input, for an output that a gate of zero drops anyway."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x)
@@ -137,11 +162,23 @@ def cut_linear(
     return cut
 
 
-def publish(block: nn.Module, text_map: nn.Module, source: SharedText) -> None:
-    """What enters `text_map`, a block's first map of the modulated text, is kept for the group
-    behind the block."""
+def without_ffn(modulation: nn.Linear) -> nn.Linear:
+    """A copy of a modulation without the rows that give the FFN's shift, scale and gate."""
+    width = modulation.in_features
+    if modulation.out_features == 6 * width:
+        return cut_linear(modulation, width, 3 * width, PaddedLinear)
+    cut: AnyModule = linear_like(modulation, width, 6 * width, PaddedDual)
+    with torch.no_grad():
+        for name, tensor in cut.named_parameters():
+            tensor.copy_(cut.kept(getattr(modulation, name)))
+    return cut
 
-    def keep(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+
+def publish(block: AnyModule, text_map: AnyModule, source: SharedText) -> None:
+    """Keeps what enters `text_map`, a block's first map of the modulated text, for the group behind
+    the block."""
+
+    def keep(module: AnyModule, arguments: tuple[torch.Tensor, ...]) -> None:
         source.value = arguments[0]
 
     block.shared_text = source
@@ -150,14 +187,17 @@ def publish(block: nn.Module, text_map: nn.Module, source: SharedText) -> None:
 
 @contextmanager
 def watched(
-    block: nn.Module, inputs: Mapping[str, str], outputs: Mapping[str, str], returns: Sequence[str]
+    block: AnyModule, inputs: Mapping[str, str], outputs: Mapping[str, str], returns: Sequence[str]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """What parts of a block read and give while it runs, by names of our own (sub-module -> name);
-    `returns`: names of what the block returns before a correction. A part that gives several
-    tensors is seen as the tuple."""
+    """What parts of a block read and return while it runs, under names of our choice (sub-module ->
+    name).
+
+    `returns`: names for what the block returns, before a correction. A part that returns several
+    tensors is seen as the tuple.
+    """
     seen: dict[str, torch.Tensor] = {}
 
-    def ends(module: nn.Module, arguments, results: tuple[torch.Tensor, ...]) -> None:
+    def ends(module: AnyModule, arguments, results: tuple[torch.Tensor, ...]) -> None:
         seen.update(zip(returns, results, strict=True))
 
     handles = [block.register_forward_hook(ends, prepend=True)]

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .base import REFERENCES, BlockState, Inputs, Part, ReleasedNames
+from .base import REFERENCES, Architecture, BlockState, Inputs, Part, ReleasedNames
 from .folded import first_half, fold_block, fold_embedder, folding_of, unfolded_config
+from .modules import AnyModule
 from .packing import PackedLatents
 from .projections import (
     FixedModulation,
@@ -23,13 +24,13 @@ from .projections import (
     watched,
 )
 
-STREAMS = {"image": "img", "text": "txt"}  # as the names of a block's parts begin
-# in ComfyUI's files of edit models that modulate references at t = 0
+STREAMS = {"image": "img", "text": "txt"}  # prefixes of the names of a block's parts
+# a tensor in ComfyUI's files of edit models that modulate references at t = 0
 REFERENCE_AT_ZERO = "__index_timestep_zero__"
 ROTARY_SHARES = (2, 7, 7)  # of 16: frame, row, column; 16, 56, 56 of 128 in the released model
 
 
-class QwenImage(PackedLatents):
+class QwenImage(PackedLatents, Architecture):
     name = "qwen_image"
     diffusers_class = "QwenImageTransformer2DModel"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
@@ -146,25 +147,25 @@ class QwenImage(PackedLatents):
             else block
         )
 
-    def build_outer(self, config: dict) -> nn.Module:
+    def build_outer(self, config: dict) -> AnyModule:
         """diffusers' model without a block: embeddings and the final layer."""
         from diffusers import QwenImageTransformer2DModel
 
-        outer = QwenImageTransformer2DModel.from_config(
+        outer: AnyModule = QwenImageTransformer2DModel.from_config(
             {**unfolded_config(config), "num_layers": 0}
         )
         if folding := folding_of(config):
             fold_embedder(outer.time_text_embed, outer.norm_out, self.width(config), folding)
         return outer
 
-    def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module:
+    def assemble(self, outer: AnyModule, config: dict, blocks: list[nn.Module]) -> nn.Module:
         """diffusers' model with these blocks; its forward is diffusers' own."""
         outer.transformer_blocks = nn.ModuleList(blocks)
         outer.register_to_config(num_layers=len(blocks))
         return outer
 
     def modulation_reads(self, config: dict) -> tuple[str, ...]:
-        """Layered models add a condition of their own, and a guidance-distilled one its
+        """Layered models also read a condition of their own, and guidance-distilled ones their
         guidance."""
         more = {"guidance_embeds": "guidance", "use_additional_t_cond": "an additional condition"}
         return ("the timestep", *(what for name, what in more.items() if config.get(name)))
@@ -173,7 +174,7 @@ class QwenImage(PackedLatents):
         return (0.0,) if config.get("zero_cond_t") else ()
 
     def time_conditioning(
-        self, embedder: nn.Module, timestep: torch.Tensor, dtype: torch.dtype
+        self, embedder: AnyModule, timestep: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
         return embedder(timestep, timestep.new_empty(0, dtype=dtype))
 
@@ -181,9 +182,9 @@ class QwenImage(PackedLatents):
         """The last block's text is never read."""
         return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
 
-    def embed(self, outer: nn.Module, inputs: Inputs) -> BlockState:
-        """All that diffusers' forward does before its loop over blocks. References stand behind the
-        tokens that are drawn."""
+    def embed(self, outer: AnyModule, inputs: Inputs) -> BlockState:
+        """Everything that diffusers' forward does before its loop over blocks. References come
+        behind the tokens to draw."""
         tokens = self._tokens(inputs)
         image = outer.img_in(tokens)
         text = outer.txt_in(outer.txt_norm(inputs["encoder_hidden_states"]))
@@ -205,7 +206,7 @@ class QwenImage(PackedLatents):
             target_tokens=inputs["hidden_states"].shape[1],
         )
 
-    def run_block(self, block: nn.Module, state: BlockState) -> BlockState:
+    def run_block(self, block: AnyModule, state: BlockState) -> BlockState:
         rotary, modulate_index = state.extra
         shared: SharedText | None = getattr(block, "shared_text", None)
         if shared is not None:
@@ -224,7 +225,7 @@ class QwenImage(PackedLatents):
     def site_kinds(self, config: dict, index: int) -> tuple[str, ...]:
         return ("text", "ffn_image", "ffn_text")
 
-    def project_ffn(self, block: nn.Module, kind: str, form: str) -> None:
+    def project_ffn(self, block: AnyModule, kind: str, form: str) -> None:
         """paper: x + P(x) behind attention, modulation 6 d -> 3 d. gated: P between modulation and
         gate."""
         stream = STREAMS[kind.removeprefix("ffn_")]
@@ -237,8 +238,8 @@ class QwenImage(PackedLatents):
             )
             setattr(block, f"{stream}_norm2", nn.Identity())
 
-    def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None:
-        """No modulation, norm or MLP of the text is left; the q, k, v maps of the text stay."""
+    def project_text(self, block: AnyModule, source: SharedText, steps: bool) -> None:
+        """The text loses its modulation, norm and MLP; its q, k, v maps stay."""
         like = block.attn.add_q_proj
         width = like.in_features
         block.shared_text = source
@@ -248,16 +249,18 @@ class QwenImage(PackedLatents):
         block.txt_mlp = linear_like(like, width, width) if steps else Nothing()
         block.attn.to_add_out = nn.Identity()
 
-    def publish_text(self, block: nn.Module, source: SharedText) -> None:
-        """The text that enters joint attention is kept for the group behind this block."""
+    def publish_text(self, block: AnyModule, source: SharedText) -> None:
+        """Keeps the text that enters joint attention, for the text group behind this block."""
         publish(block, block.attn.add_q_proj, source)
 
     def observe(
-        self, block: nn.Module, state: BlockState
+        self, block: AnyModule, state: BlockState
     ) -> tuple[BlockState, dict[str, torch.Tensor]]:
-        """Runs the block; also what its parts saw: `text_modulated`, and for each stream
-        `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn` (before a correction).
-        All [n, tokens, d]."""
+        """Runs the block; returns also what its parts read and gave, all [n, tokens, d].
+
+        `text_modulated`, and for each stream `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`,
+        `after_ffn` (before a correction).
+        """
         inputs = {"attn.add_q_proj": "text_modulated"}
         inputs |= {f"{short}_norm2": f"{stream}_before_ffn" for stream, short in STREAMS.items()}
         inputs |= {f"{short}_mlp": f"{stream}_ffn_input" for stream, short in STREAMS.items()}
@@ -265,20 +268,20 @@ class QwenImage(PackedLatents):
         with watched(block, inputs, outputs, ("text_after_ffn", "image_after_ffn")) as seen:
             return self.run_block(block, state), seen
 
-    def final_image(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+    def final_image(self, outer: AnyModule, state: BlockState) -> torch.Tensor:
         return state.image
 
-    def finish(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
-        """Of the picture that is drawn alone."""
+    def finish(self, outer: AnyModule, state: BlockState) -> torch.Tensor:
+        """The velocity of the picture to draw, without its references."""
         conditioning = state.conditioning.chunk(2)[0] if outer.zero_cond_t else state.conditioning
         return outer.proj_out(outer.norm_out(state.image, conditioning))[:, : state.target_tokens]
 
     def takes_guidance(self, config: Mapping) -> bool:
         return False
 
-    def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
-        """diffusers' own forward on our inputs, and of it what belongs to the picture that is
-        drawn."""
+    def call(self, model: AnyModule, inputs: Inputs) -> torch.Tensor:
+        """diffusers' own forward on our inputs; returns the part that belongs to the picture to
+        draw."""
         velocity = model(
             hidden_states=self._tokens(inputs),
             encoder_hidden_states=inputs["encoder_hidden_states"],
@@ -314,8 +317,8 @@ class QwenImage(PackedLatents):
         }
 
     def _tokens(self, inputs: Inputs) -> torch.Tensor:
-        """[n, tokens of all pictures, channels]. Raises ValueError for pictures that are not as
-        large as `grid` says."""
+        """[n, tokens of all pictures, channels]. Raises ValueError for pictures of another size
+        than `grid` says."""
         pictures = [inputs[name] for name in ("hidden_states", REFERENCES) if name in inputs]
         first, *others = inputs["grid"].prod(1).tolist()
         given = [tokens.shape[1] for tokens in pictures]

@@ -1,5 +1,5 @@
-"""SD3.5 Large and Medium: joint blocks; the last gives no text, some attend twice to the image
-(diffusers' class)."""
+"""SD3.5 Large and Medium: joint blocks; the last returns no text, and some attend to the image
+twice (diffusers' class)."""
 
 from __future__ import annotations
 
@@ -10,88 +10,25 @@ from math import isqrt
 import torch
 from torch import nn
 
-from .base import BlockState, Inputs, Part
-from .names import NameTable, tensors_of
+from .base import Architecture, BlockState, Inputs, Part
+from .modules import AnyModule
 from .packing import PackedLatents
 from .projections import (
     Nothing,
-    PaddedLinear,
+    ProjectedLastNorm,
     ProjectedNorm,
     SharedText,
-    cut_linear,
     linear_like,
-    padded,
     publish,
     watched,
+    without_ffn,
 )
+from .sd35_names import BLOCKS, COMFYUI_BLOCKS, COMFYUI_NAMES, COMFYUI_PROJECTIONS
 
-BLOCKS, COMFYUI_BLOCKS = "transformer_blocks.", "joint_blocks."
-SUFFIXES = {"image": "", "text": "_context"}  # as the names of a block's parts end
-OUTER_NAMES = {  # diffusers' module -> ComfyUI's
-    "pos_embed.proj": "x_embedder.proj",
-    "context_embedder": "context_embedder",
-    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
-    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-    # scale, shift; there shift, scale
-    "norm_out.linear": ("final_layer.adaLN_modulation.1", (1, 0), 2),
-    "proj_out": "final_layer.linear",
-}
-POSITIONS = {"pos_embed.pos_embed": Part("pos_embed")}
-BLOCK_NAMES = {
-    "norm1.linear": "x_block.adaLN_modulation.1",
-    "norm1_context.linear": "context_block.adaLN_modulation.1",
-    **{f"attn.to_{m}": ("x_block.attn.qkv", (n,), 3) for n, m in enumerate("qkv")},
-    **{f"attn.add_{m}_proj": ("context_block.attn.qkv", (n,), 3) for n, m in enumerate("qkv")},
-    **{f"attn2.to_{m}": ("x_block.attn2.qkv", (n,), 3) for n, m in enumerate("qkv")},
-    "attn.to_out.0": "x_block.attn.proj",
-    "attn.to_add_out": "context_block.attn.proj",
-    "attn2.to_out.0": "x_block.attn2.proj",
-    "ff.net.0.proj": "x_block.mlp.fc1",
-    "ff.net.2": "x_block.mlp.fc2",
-    "ff_context.net.0.proj": "context_block.mlp.fc1",
-    "ff_context.net.2": "context_block.mlp.fc2",
-}
-BLOCK_NORMS = {
-    "attn.norm_q": "x_block.attn.ln_q",
-    "attn.norm_k": "x_block.attn.ln_k",
-    "attn.norm_added_q": "context_block.attn.ln_q",
-    "attn.norm_added_k": "context_block.attn.ln_k",
-    "attn2.norm_q": "x_block.attn2.ln_q",
-    "attn2.norm_k": "x_block.attn2.ln_k",
-}
-COMFYUI_NAMES = NameTable(
-    POSITIONS,
-    tensors_of(OUTER_NAMES),
-    tensors_of(BLOCK_NAMES, f"{BLOCKS}{{}}.", f"{COMFYUI_BLOCKS}{{}}."),
-    tensors_of(BLOCK_NORMS, f"{BLOCKS}{{}}.", f"{COMFYUI_BLOCKS}{{}}.", {"weight": "weight"}),
-)
+SUFFIXES = {"image": "", "text": "_context"}  # endings of the names of a block's parts
 
 
-class PaddedDual(nn.Linear):
-    """The modulation of a block that attends twice to the image, without the FFN's third in its
-    middle (9 d -> 6 d)."""
-
-    @staticmethod
-    def kept(whole: torch.Tensor) -> torch.Tensor:
-        """Rows of the whole modulation's weight or bias."""
-        first, _, second = whole.chunk(3)
-        return torch.cat([first, second])
-
-    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        first, second = super().forward(conditioning).chunk(2, dim=-1)
-        return torch.cat([padded(first), second], dim=-1)
-
-
-class ProjectedLastNorm(ProjectedNorm):
-    """Of the last block, which modulates its text and does nothing else with it."""
-
-    def forward(self, text: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        return super().forward(text, emb)[0]
-
-
-class SD35(PackedLatents):
+class SD35(PackedLatents, Architecture):
     name = "sd35"
     diffusers_class = "SD3Transformer2DModel"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
@@ -125,11 +62,7 @@ class SD35(PackedLatents):
         "ffn_text": {"map": "ff_context"},
         "text": {"map": "norm1_context.projection", "step": "ff_context"},
     }
-    comfyui_projections = {
-        "ffn_image": {"map": "x_block.mlp"},
-        "ffn_text": {"map": "context_block.mlp"},
-        "text": {"map": "context_block.norm1.projection", "step": "context_block.mlp"},
-    }
+    comfyui_projections = COMFYUI_PROJECTIONS
     replaced_names = {
         "ffn_image": ("ff.",),
         "ffn_text": ("ff_context.",),
@@ -154,8 +87,8 @@ class SD35(PackedLatents):
     }
 
     def detect(self, keys: Iterable[str]) -> bool:
-        """By what it shares with no model of double blocks, in either layout; SD3.0 has no norms of
-        q and k."""
+        """By tensors that no model of double blocks has, in either layout; SD3.0 has no norms of q
+        and k."""
         keys = set(keys)
         diffusers = {
             "pos_embed.pos_embed",
@@ -198,7 +131,7 @@ class SD35(PackedLatents):
         return config["num_layers"]
 
     def sections(self, config: dict) -> tuple[range, ...]:
-        """All blocks but the last, and the last, which alone gives no text."""
+        """All blocks but the last, and the last, the only one that returns no text."""
         last = config["num_layers"] - 1
         return range(last), range(last, last + 1)
 
@@ -224,15 +157,15 @@ class SD35(PackedLatents):
             use_dual_attention=_is_dual(config, index),
         )
 
-    def build_outer(self, config: dict) -> nn.Module:
+    def build_outer(self, config: dict) -> AnyModule:
         """diffusers' model without a block: embeddings and the final layer."""
         from diffusers import SD3Transformer2DModel
 
         return SD3Transformer2DModel.from_config({**config, "num_layers": 0})
 
-    def assemble(self, outer: nn.Module, config: dict, blocks: list[nn.Module]) -> nn.Module:
-        """diffusers' model with these blocks; its forward is diffusers' own, which asks each
-        whether it gives text."""
+    def assemble(self, outer: AnyModule, config: dict, blocks: list[AnyModule]) -> nn.Module:
+        """diffusers' model with these blocks; its forward is diffusers' own, which asks each block
+        whether it returns text."""
         for index, block in enumerate(blocks):
             block.context_pre_only = index == len(blocks) - 1
         outer.transformer_blocks = nn.ModuleList(blocks)
@@ -240,12 +173,14 @@ class SD35(PackedLatents):
         return outer
 
     def used_streams(self, config: dict, index: int) -> tuple[str, ...]:
-        """The last block gives no text."""
+        """The last block returns no text."""
         return ("image",) if index == self.num_blocks(config) - 1 else ("image", "text")
 
-    def embed(self, outer: nn.Module, inputs: Inputs) -> BlockState:
-        """All that diffusers' forward does before its loop over blocks. The text is never masked: a
-        model of this kind was trained with its padding, which counts as real."""
+    def embed(self, outer: AnyModule, inputs: Inputs) -> BlockState:
+        """Everything that diffusers' forward does before its loop over blocks.
+
+        The text is never masked: models of this kind were trained with padding as real tokens.
+        """
         image = outer.pos_embed(self.unpack(inputs["hidden_states"], inputs["grid"])).contiguous()
         conditioning = outer.time_text_embed(
             inputs["timestep"] * 1000, inputs["pooled_projections"]
@@ -254,8 +189,8 @@ class SD35(PackedLatents):
             image, outer.context_embedder(inputs["encoder_hidden_states"]), conditioning
         )
 
-    def run_block(self, block: nn.Module, state: BlockState) -> BlockState:
-        """The last block's text is what came in."""
+    def run_block(self, block: AnyModule, state: BlockState) -> BlockState:
+        """The last block returns no text, so its text stays as it came in."""
         shared: SharedText | None = getattr(block, "shared_text", None)
         if shared is not None:
             shared.value = state.modulated_text
@@ -273,19 +208,19 @@ class SD35(PackedLatents):
             else ("text", "ffn_image", "ffn_text")
         )
 
-    def project_ffn(self, block: nn.Module, kind: str, form: str) -> None:
-        """paper: x + P(x) behind attention, modulation 6 d -> 3 d (9 d -> 6 d of a block that
+    def project_ffn(self, block: AnyModule, kind: str, form: str) -> None:
+        """paper: x + P(x) behind attention, modulation 6 d -> 3 d (9 d -> 6 d in a block that
         attends twice). gated: P between modulation and gate."""
         suffix = SUFFIXES[kind.removeprefix("ffn_")]
         norm = getattr(block, f"norm1{suffix}")
         width = norm.linear.in_features
         setattr(block, f"ff{suffix}", linear_like(norm.linear, width, width))
         if form == "paper":
-            norm.linear = _without_ffn(norm.linear)
+            norm.linear = without_ffn(norm.linear)
             setattr(block, f"norm2{suffix}", nn.Identity())
 
-    def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None:
-        """No modulation, norm or FFN of the text is left; the q, k, v maps of the text stay."""
+    def project_text(self, block: AnyModule, source: SharedText, steps: bool) -> None:
+        """The text loses its modulation, norm and FFN; its q, k, v maps stay."""
         like = block.attn.add_q_proj
         width = like.in_features
         kind = ProjectedLastNorm if block.context_pre_only else ProjectedNorm
@@ -296,16 +231,18 @@ class SD35(PackedLatents):
         if not block.context_pre_only:
             block.attn.to_add_out = nn.Identity()
 
-    def publish_text(self, block: nn.Module, source: SharedText) -> None:
-        """The text that enters joint attention is kept for the group behind this block."""
+    def publish_text(self, block: AnyModule, source: SharedText) -> None:
+        """Keeps the text that enters joint attention, for the text group behind this block."""
         publish(block, block.attn.add_q_proj, source)
 
     def observe(
-        self, block: nn.Module, state: BlockState
+        self, block: AnyModule, state: BlockState
     ) -> tuple[BlockState, dict[str, torch.Tensor]]:
-        """Runs the block; also what its parts saw: `text_modulated`, and for each stream (of the
-        last block: the image) `<stream>_` + `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn`
-        (before a correction). All [n, tokens, d]."""
+        """Runs the block; returns also what its parts read and gave, all [n, tokens, d].
+
+        `text_modulated`, and for each stream (in the last block: the image) `<stream>_` +
+        `before_ffn`, `ffn_input`, `ffn_output`, `after_ffn` (before a correction).
+        """
         suffixes = {
             stream: s
             for stream, s in SUFFIXES.items()
@@ -319,12 +256,12 @@ class SD35(PackedLatents):
             after = self.run_block(block, state)
         return after, {name: tensor for name, tensor in seen.items() if tensor is not None}
 
-    def final_image(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
+    def final_image(self, outer: AnyModule, state: BlockState) -> torch.Tensor:
         return state.image
 
-    def finish(self, outer: nn.Module, state: BlockState) -> torch.Tensor:
-        """diffusers' final layer gives row, column, channel of a token; ours are channel, row,
-        column."""
+    def finish(self, outer: AnyModule, state: BlockState) -> torch.Tensor:
+        """diffusers' final layer orders a token's values row, column, channel; ours are channel,
+        row, column."""
         tokens = outer.proj_out(outer.norm_out(state.image, state.conditioning))
         side = outer.config.patch_size
         return tokens.unflatten(-1, (side, side, -1)).movedim(-1, -3).flatten(-3)
@@ -335,7 +272,7 @@ class SD35(PackedLatents):
     def modulation_reads(self, config: dict) -> tuple[str, ...]:
         return "the timestep", "pooled text"
 
-    def call(self, model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    def call(self, model: AnyModule, inputs: Inputs) -> torch.Tensor:
         """diffusers' own forward on our inputs."""
         latents = model(
             hidden_states=self.unpack(inputs["hidden_states"], inputs["grid"]),
@@ -347,15 +284,15 @@ class SD35(PackedLatents):
         return self.pack(latents)
 
     def latent_shape(self, config: dict, height: int, width: int) -> tuple[int, int, int]:
-        """Its `in_channels` are of a latent, not of a token."""
+        """Here `in_channels` counts a latent's channels, not a token's."""
         return super().latent_shape({"in_channels": 4 * config["in_channels"]}, height, width)
 
     def to_comfyui(self, key: str, keys: Collection[str]) -> Part:
-        """The last block, which has no FFN for the text, stores the two parts of its text norm the
-        other way round."""
+        """The last block, which has no FFN for the text, stores the two parts of its text norm in
+        reverse order."""
         part = COMFYUI_NAMES.place(key)
         block, norm, _ = key.partition("norm1_context.linear.")
-        # whole, projected
+        # as the FFN is named whole, and projected
         others = (f"{block}ff_context.net.2.weight", f"{block}ff_context.weight")
         last = norm and not any(name in keys for name in others)
         return replace(part, pieces=(1, 0), of=2) if last else part
@@ -384,14 +321,3 @@ class SD35(PackedLatents):
 
 def _is_dual(config: dict, index: int) -> bool:
     return index in config.get("dual_attention_layers", ())
-
-
-def _without_ffn(modulation: nn.Linear) -> nn.Linear:
-    width = modulation.in_features
-    if modulation.out_features == 6 * width:
-        return cut_linear(modulation, width, 3 * width, PaddedLinear)
-    cut = linear_like(modulation, width, 6 * width, PaddedDual)
-    with torch.no_grad():
-        for name, tensor in cut.named_parameters():
-            tensor.copy_(cut.kept(getattr(modulation, name)))
-    return cut

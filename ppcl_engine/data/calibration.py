@@ -26,14 +26,14 @@ KIND = "ppcl_calibration"
 
 @dataclass
 class CalibrationSet:
-    """batches: inputs by diffusers' names, on the CPU, `clean` [n, tokens, channels] among them or
-    not;
-    origin: how it was made (architecture, model fingerprint, seed, source); rows: takes those rows
-    of a batch that the methods give, which is all of them unless several processes share it."""
+    """Batches of inputs, and where they come from."""
 
     batches: list[Inputs]
+    """inputs by diffusers' names, on the CPU; where known with `clean` [n, tokens, channels]"""
     origin: dict = field(default_factory=dict)
+    """how it was made: architecture, model fingerprint, seed, source"""
     rows: Callable[[Inputs], Inputs] = lambda inputs: inputs
+    """the rows of a batch that the methods return: all, unless several processes share the batch"""
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -60,8 +60,8 @@ class CalibrationSet:
         return [self.inputs(batch) for batch in range(len(self))]
 
     def fresh(self, batch: int, seed: int) -> Inputs:
-        """The batch with new noise and timesteps, uniform in t; as recorded where no clean picture
-        is known."""
+        """The batch with new noise and timesteps, uniform in t; without a clean picture, the batch
+        as recorded."""
         clean = self.batches[batch].get(CLEAN)
         if clean is None:
             return self.inputs(batch)
@@ -70,12 +70,12 @@ class CalibrationSet:
         return self.rows({**self._whole(batch), "hidden_states": noisy, "timestep": timestep})
 
     def data_velocity(self, batch: int, seed: int) -> torch.Tensor:
-        """noise - clean of `fresh(batch, seed)`. Raises ValueError where no clean picture is
+        """noise - clean of `fresh(batch, seed)`. Raises ValueError where the clean picture is not
         known."""
         clean = self.batches[batch].get(CLEAN)
         if clean is None:
             raise ValueError(
-                "this calibration set knows no clean pictures; calibrate with --images, or use --data 0"
+                "this calibration set has no clean pictures; calibrate with --images, or use --data 0"
             )
         return self.rows({"velocity": _drawn(clean, seed)[1] - clean.float()})["velocity"]
 
@@ -114,8 +114,8 @@ def save_calibration(path: Path, calibration: CalibrationSet) -> None:
 
 
 def load_calibration(path: Path) -> CalibrationSet:
-    """Raises ValueError when the file is missing, not safetensors, holds something else, or is not
-    finite."""
+    """Raises ValueError for a file that is missing, is not safetensors, is not a calibration set,
+    or is not finite."""
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; run calibrate first")
     file = TensorFile(path)

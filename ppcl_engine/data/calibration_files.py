@@ -1,5 +1,5 @@
-"""What a calibration set's file holds, checked by names, shapes and the few numbers that others are
-counted by."""
+"""The check of a calibration set's file: names, shapes, and the few numbers that sizes depend
+on."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from ..system.tensor_files import TensorFile
 
 NAME = re.compile(r"([0-9]{1,6})\.([A-Za-z_]{1,80})")
 NEEDED = {"hidden_states": 3, "timestep": 1, "encoder_hidden_states": 3, "grid": 2}
-"""tensor of a batch -> its dimensions"""
-WHOLE = ("grid", "encoder_hidden_states_mask")  # numbers without a fraction, or truths
+"""a batch's tensor -> its number of dimensions"""
+WHOLE = ("grid", "encoder_hidden_states_mask")  # integers or booleans
 MOST_SIDE = 1 << 16  # tokens
 
 
 def batch_names(file: TensorFile) -> dict[int, list[str]]:
-    """Number of each batch -> names of its tensors. Raises ValueError, naming file and tensor, for
-    a batch that lacks one, for samples that are not as many in all of them, and for sizes that no
-    picture has."""
+    """Number of each batch -> names of its tensors.
+
+    Raises ValueError, naming file and tensor, for a batch that lacks one, whose tensors differ in
+    their number of samples, or that has impossible sizes.
+    """
     batches: dict[int, list[str]] = {}
     for key in file.keys():
         match = NAME.fullmatch(key)

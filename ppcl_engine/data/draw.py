@@ -10,6 +10,7 @@ import torch
 
 from ..architectures import REFERENCES, Architecture, Inputs, placed
 from ..architectures.folded import known_timesteps
+from ..architectures.modules import AnyModule
 from ..system.finite import checked_velocity
 from ..system.progress import Progress
 from ..system.seeds import draw_generator
@@ -20,55 +21,58 @@ from .picture_files import load_references
 
 GUIDANCE = "guidance"
 
-Text = Inputs
-"""what a transformer reads of n captions, by diffusers' names: a row each"""
+TextInputs = Inputs
+"""what a transformer reads of n captions, by diffusers' names, one row each"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Encoded captions, the empty one, and how a picture is drawn: all that drawing needs of a
-    codec.
+    """Encoded captions, the empty caption, and how a picture is drawn: all that drawing needs of a
+    codec."""
 
-    nothing: one row; of an edit model, which reads the empty caption with its references, one for
-    each caption.
-    references: `grid` [k, 3] of those whose tokens come with the text.
-    """
-
-    given: Text
-    nothing: Text
+    positive: TextInputs
+    """the captions"""
+    negative: TextInputs
+    """the empty caption: one row; of an edit model, which reads it with its references, one row for
+    each caption"""
     latent_shape: tuple[int, int, int]
+    """(channels, rows, columns)"""
     timesteps: Callable[[int, int], list[float]]
     """a `Codec`'s: (steps, image tokens) -> 1, ..., 0"""
     rescales_guidance: bool
+    """a `Codec`'s: whether the guided velocity keeps the norm of the caption's"""
     references: torch.Tensor = field(default_factory=lambda: torch.empty(0, 3, dtype=torch.long))
+    """`grid` [k, 3] of the references whose tokens come with the text"""
 
     @property
     def count(self) -> int:
-        return len(self.given["encoder_hidden_states"])
+        return len(self.positive["encoder_hidden_states"])
 
     def rows(self, rows: torch.Tensor) -> Prompts:
-        """The captions `rows` alone."""
-        given = {name: tensor[rows] for name, tensor in self.given.items()}
-        nothing = {
+        """Only the captions `rows`."""
+        positive = {name: tensor[rows] for name, tensor in self.positive.items()}
+        negative = {
             name: tensor[rows] if len(tensor) > 1 else tensor
-            for name, tensor in self.nothing.items()
+            for name, tensor in self.negative.items()
         }
-        return replace(self, given=given, nothing=nothing)
+        return replace(self, positive=positive, negative=negative)
 
     def grid(self, drawn: torch.Tensor) -> torch.Tensor:
-        """[pictures, 3]: of the picture that is drawn, [1, 3], and of its references."""
+        """[pictures, 3]: the picture to draw, [1, 3], and its references."""
         return torch.cat([drawn, self.references])
 
 
-def inputs_of(tokens, t, text: Text, grid, clean=None) -> Inputs:
+def inputs_of(tokens, t, text: TextInputs, grid, clean=None) -> Inputs:
     """A batch by diffusers' names: tokens [n, tokens, channels], t [n], text, grid [pictures,
     3]."""
     inputs = {"hidden_states": tokens, "timestep": t, **text, "grid": grid}
     return inputs if clean is None else {**inputs, CLEAN: clean}
 
 
-def with_guidance(architecture: Architecture, config: Mapping, text: Text, guidance: float) -> Text:
-    """The text, and the guidance of every row where the model itself reads it."""
+def with_guidance(
+    architecture: Architecture, config: Mapping, text: TextInputs, guidance: float
+) -> TextInputs:
+    """The text, with every row's guidance where the model itself reads it."""
     if not architecture.takes_guidance(config):
         return text
     return {**text, GUIDANCE: torch.full((len(text["encoder_hidden_states"]),), guidance)}
@@ -76,7 +80,7 @@ def with_guidance(architecture: Architecture, config: Mapping, text: Text, guida
 
 def draw(
     architecture: Architecture,
-    model: torch.nn.Module,
+    model: AnyModule,
     noise: torch.Tensor,
     grid: torch.Tensor,
     prompts: Prompts,
@@ -84,10 +88,12 @@ def draw(
     guidance: float,
     seen: Callable[[int, torch.Tensor, float], None] = lambda step, x, t: None,
 ) -> torch.Tensor:
-    """noise [n, tokens, channels] -> clean tokens of the n prompts. All on the CPU but the forward
-    itself. `seen` is shown every step's number, its state and its t. A model that reads the
-    guidance needs no empty caption. Raises ValueError naming the t at which the velocity is not
-    finite."""
+    """noise [n, tokens, channels] -> clean tokens of the n prompts; everything but the forward runs
+    on the CPU.
+
+    `seen` gets every step's number, its state and its t. A model that reads the guidance needs no
+    empty caption. Raises ValueError naming the t at which the velocity is not finite.
+    """
     texts = texts_of(architecture, model.config, prompts, len(noise), guidance)
     parameter = next(model.parameters())
 
@@ -111,26 +117,26 @@ def draw(
 
 def texts_of(
     architecture: Architecture, config: Mapping, prompts: Prompts, count: int, guidance: float
-) -> tuple[Text, ...]:
-    """What a model reads to draw `count` pictures: the captions, and the empty one where it is
-    guided by both."""
-    given = with_guidance(architecture, config, prompts.given, guidance)
+) -> tuple[TextInputs, ...]:
+    """What a model reads to draw `count` pictures: the captions, and the empty caption where
+    guidance needs both."""
+    positive = with_guidance(architecture, config, prompts.positive, guidance)
     return (
-        (given,)
-        if guidance == 1 or GUIDANCE in given
-        else (given, expanded(prompts.nothing, count))
+        (positive,)
+        if guidance == 1 or GUIDANCE in positive
+        else (positive, expanded(prompts.negative, count))
     )
 
 
 def guided_velocity(
     velocities: list[torch.Tensor], guidance: float, prompts: Prompts
 ) -> torch.Tensor:
-    """Of the velocities that `texts_of` gave."""
+    """The guided velocity from the velocities for `texts_of`."""
     if len(velocities) == 1:
         return velocities[0]
-    caption, empty = velocities
-    guided = flow.guided(empty, caption, guidance)
-    return flow.rescaled(guided, caption) if prompts.rescales_guidance else guided
+    positive, negative = velocities
+    guided = flow.guided(negative, positive, guidance)
+    return flow.rescaled(guided, positive) if prompts.rescales_guidance else guided
 
 
 def picture_size(codec: Codec, height: int, width: int) -> tuple[int, int]:
@@ -149,11 +155,11 @@ def picture_size(codec: Codec, height: int, width: int) -> tuple[int, int]:
 
 
 def encode_prompts(codec: Codec, texts: list[str], height: int = 0, width: int = 0) -> Prompts:
-    """height, width: pixels, 0 is the model's default. Raises ValueError for sizes that do not
-    divide.
+    """Encoded captions. height, width: pixels, 0 is the model's default. Raises ValueError for
+    sizes that do not divide.
 
-    Encoding comes first and alone, and the codec is released, so that the text encoder has left
-    memory before the transformer comes.
+    Encoding comes first and the codec is then released, so that the text encoder has left memory
+    before the transformer is loaded.
     """
     prompts = _prompts(
         codec, picture_size(codec, height, width), codec.text(texts), codec.text([""])
@@ -170,32 +176,36 @@ def encode_edits(
     height: int = 0,
     width: int = 0,
 ) -> Prompts:
-    """`encode_prompts` of instructions, each with as many pictures that it changes: all are cropped
-    to the same size."""
+    """`encode_prompts` for instructions, each with the same number of references; all pictures are
+    cropped to one size."""
     size = picture_size(codec, height, width)
     pictures = load_references(references, size)
-    given, nothing = (codec.text(rows, pictures) for rows in (texts, [""] * len(texts)))
+    positive, negative = (codec.text(rows, pictures) for rows in (texts, [""] * len(texts)))
     codec.release()
     read, grid = reference_tokens(architecture, codec, pictures)
     codec.release()
-    return replace(_prompts(codec, size, {**given, **read}, {**nothing, **read}), references=grid)
+    return replace(
+        _prompts(codec, size, {**positive, **read}, {**negative, **read}), references=grid
+    )
 
 
 def reference_tokens(
     architecture: Architecture, codec: Codec, pictures: torch.Tensor
-) -> tuple[Text, torch.Tensor]:
-    """[n, k, 3, height, width] -> the tokens of the k references behind each other, and their
+) -> tuple[TextInputs, torch.Tensor]:
+    """[n, k, 3, height, width] -> the tokens of the k references, one after the other, and their
     `grid` [k, 3]."""
     latents = codec.latents(pictures.flatten(0, 1))
     tokens = architecture.pack(latents).unflatten(0, pictures.shape[:2]).flatten(1, 2)
     return {REFERENCES: tokens}, architecture.grid(latents).expand(pictures.shape[1], 3)
 
 
-def _prompts(codec: Codec, size: tuple[int, int], given: Text, nothing: Text) -> Prompts:
+def _prompts(
+    codec: Codec, size: tuple[int, int], positive: TextInputs, negative: TextInputs
+) -> Prompts:
     rows, columns = (side // codec.pixels_per_latent for side in size)
     return Prompts(
-        given=given,
-        nothing=nothing,
+        positive=positive,
+        negative=negative,
         latent_shape=(codec.latent_channels, rows, columns),
         timesteps=codec.timesteps,
         rescales_guidance=codec.rescales_guidance,
@@ -212,8 +222,8 @@ def draw_prompts(
     batch: int,
     description: str,
 ) -> torch.Tensor:
-    """Clean latents [n, channels, rows, columns] of all captions; picture i starts from (seed, i)'s
-    noise."""
+    """Clean latents [n, channels, rows, columns] of all captions; picture i starts from the noise
+    of (seed, i)."""
     latents = []
     for rows in Progress(torch.arange(prompts.count).split(batch), desc=description, unit="batch"):
         noise = torch.stack([seeded_noise(seed, i, prompts.latent_shape) for i in rows.tolist()])
@@ -226,12 +236,12 @@ def draw_prompts(
 
 
 def seeded_noise(seed: int, index: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Latent noise of picture `index`: depends on (seed, index) alone, not on how pictures are
+    """Latent noise of picture `index`; depends only on (seed, index), not on how pictures are
     batched."""
     generator = draw_generator(seed, index)
     return torch.randn(shape, generator=generator)
 
 
-def expanded(text: Text, count: int) -> Text:
-    """One caption for `count` rows."""
+def expanded(text: TextInputs, count: int) -> TextInputs:
+    """One caption, repeated for `count` rows."""
     return {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in text.items()}

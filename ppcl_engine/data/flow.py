@@ -34,8 +34,10 @@ def euler(
     timesteps: list[float],
     seen: Callable[[int, torch.Tensor, float], None] = lambda step, x, t: None,
 ) -> torch.Tensor:
-    """From noise at t = 1 to a picture at t = 0, both among the timesteps; `seen` is shown every
-    step's number, its state before the step, and its t."""
+    """From noise at t = 1 to a picture at t = 0, both among the timesteps.
+
+    `seen` gets every step's number, the state before the step, and its t.
+    """
     x = noise
     for step, (now, then) in enumerate(zip(timesteps, timesteps[1:], strict=False)):
         seen(step, x, now)

@@ -1,5 +1,5 @@
-"""Pictures as people have them: turned upright, over white, in eight bits. What cannot be read is
-named in one line."""
+"""Pictures as people have them, made upright, on white, in eight bits. A picture that cannot be
+read is named in one line."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ TRANSPARENT = {"RGBA", "RGBa", "LA", "La", "PA"}
 
 
 def picture_names(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Of a folder its pictures, sorted, and what is neither a picture nor its text. Hidden files
-    are left out, and with them the ._ files of macOS."""
+    """The pictures of a folder, sorted, and the files that are neither a picture nor its caption.
+
+    Hidden files, among them macOS' ._ files, are left out.
+    """
     files = sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file())
     pictures = [p for p in files if p.suffix.lower() in READ]
     return pictures, [p for p in files if p.suffix.lower() not in (*READ, ".txt")]
 
 
 def read_picture(path: Path) -> Image:
-    """RGB. Transparent parts show white. Raises ValueError naming the file, before it is decoded
-    where it is too large."""
+    """RGB; transparent parts become white. Raises ValueError naming the file; one that is too large
+    is refused before it is decoded."""
     from PIL import Image
 
     try:
@@ -46,9 +48,7 @@ def read_picture(path: Path) -> Image:
         pixels, most = (int(number) for number in re.findall(r"\d+", str(error))[:2])
         size = f"{pixels / 1e6:,.0f} megapixels, more than the {most / 1e6:,.0f} that are read"
         raise ValueError(f"{path} has {size}; make it smaller") from None
-    except (
-        Exception
-    ) as error:  # of a broken file Pillow's decoders raise whatever they stumble over
+    except Exception as error:  # Pillow's decoders raise many kinds of errors for a broken file
         reason = (
             str(error)
             if isinstance(error, ValueError)
@@ -60,13 +60,13 @@ def read_picture(path: Path) -> Image:
 
 
 def _eight_bits(picture: Image) -> Image:
-    """Of sixteen bits of grey the upper eight, rounded. Raises ValueError where white has no agreed
-    value."""
+    """The upper eight bits of sixteen-bit grey, rounded. Raises ValueError where no value is agreed
+    to be white."""
     from PIL import Image
 
     mode = picture.mode
     if mode == "F" or (mode == "I" and picture.format != "PNG"):
-        raise ValueError("its values are 32 bits, of which none is known to be white")
+        raise ValueError("its values have 32 bits, and no value is agreed to be white")
     if mode not in SIXTEEN_BITS | {"I"}:
         return picture
     values = np.array(picture).astype(np.int64)
@@ -85,7 +85,7 @@ def _on_white(picture: Image) -> Image:
 
 
 def _upright(picture: Image, orientation: int) -> Image:
-    """As the camera was held."""
+    """Turned as the camera was held."""
     from PIL import ImageOps
 
     picture.getexif()[ORIENTATION] = orientation

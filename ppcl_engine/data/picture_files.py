@@ -24,9 +24,9 @@ def caption_file(path: Path) -> list[str]:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """What else lies there is said."""
-    found, others = picture_names(folder) if folder.is_dir() else ([], [])
-    if not found:
+    """The folder's pictures; a line to stderr names other files that are left out."""
+    pictures, others = picture_names(folder) if folder.is_dir() else ([], [])
+    if not pictures:
         raise ValueError(
             f"{folder} holds no pictures ({' '.join(READ)}); give a folder of pictures with captions"
         )
@@ -35,12 +35,12 @@ def _pictures(folder: Path) -> list[Path]:
         print(
             f"{folder}: {others[0].name}{more} left out; read are {' '.join(READ)}", file=sys.stderr
         )
-    return found
+    return pictures
 
 
 def picture_files(folder: Path) -> list[tuple[Path, str]]:
-    """Pictures with a .txt of the same name beside them, sorted. Raises ValueError naming one
-    without."""
+    """Pictures, sorted, each with the caption in a .txt of the same name. Raises ValueError naming
+    a picture without one."""
     pictures = _pictures(folder)
     for picture in pictures:
         if not picture.with_suffix(".txt").exists():
@@ -51,8 +51,11 @@ def picture_files(folder: Path) -> list[tuple[Path, str]]:
 
 
 def reference_files(folder: Path, pictures: Sequence[Path]) -> list[list[Path]]:
-    """Of each picture those that it was made from: cat.png of cat.png, or cat_1.png, cat_2.png, ...
-    Raises ValueError naming a picture without one."""
+    """The pictures that each picture was made from: cat.png for cat.png, or cat_1.png, cat_2.png,
+    ...
+
+    Raises ValueError naming a picture without a reference.
+    """
     by_name = {path.stem: path for path in _pictures(folder)}
     return [_references_of(picture, by_name, folder) for picture in pictures]
 
@@ -65,25 +68,25 @@ def _references_of(picture: Path, by_name: dict[str, Path], folder: Path) -> lis
         for name in by_name
         if name.startswith(f"{picture.stem}_")
     )
-    found = [
+    references = [
         by_name[f"{picture.stem}_{n}"]
         for n in sorted((n for n in numbers if n.isdecimal()), key=int)
     ]
-    if not found:
+    if not references:
         raise ValueError(
             f"{folder} has no reference of {picture.name}; put {picture.stem}.png there, or {picture.stem}_1.png and so on"
         )
-    return found
+    return references
 
 
 def load_references(rows: Sequence[Sequence[Path]], size: tuple[int, int]) -> torch.Tensor:
-    """[n, k, 3, height, width]: `load_pictures` of k references each."""
+    """[n, k, 3, height, width]: `load_pictures` for k references each."""
     return torch.stack([load_pictures(row, size) for row in rows])
 
 
 def load_pictures(paths: Sequence[Path], size: tuple[int, int]) -> torch.Tensor:
-    """[n, 3, height, width] in [0, 1], each resized to cover `size` and cropped at its centre. As
-    `photos` reads them."""
+    """[n, 3, height, width] in [0, 1], each resized to cover `size` and cropped at its centre, read
+    as in `photos`."""
     import numpy as np
     from PIL import Image, ImageOps
 

@@ -1,5 +1,5 @@
-"""Captions that were encoded elsewhere: a safetensors file of `text` [n, tokens, width], `empty` and,
-where the model reads them, `mask`, `pooled` and `empty_pooled`."""
+"""Captions encoded elsewhere: a safetensors file of `text` [n, tokens, width], `empty` and, where
+the model reads them, `mask`, `pooled` and `empty_pooled`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def stored_prompts(
     height: int,
     width: int,
 ) -> Prompts:
-    """From a file of embeddings, to be drawn in equal steps: it brings no schedule. `empty_rows`:
-    bool [samples], those that get no caption; the file's captions serve in turn.
+    """Prompts from a file of embeddings, drawn in equal steps, since the file has no schedule.
 
-    Raises ValueError naming the tensor that is missing or the size that is not given.
+    `empty_rows`: bool [samples], the samples that get no caption; the others get the file's
+    captions in turn. Raises ValueError naming the tensor that is missing, or a size that is not
+    given.
     """
     file, (text_name, *others) = TensorFile(path), architecture.caption_inputs
     wanted = {"text": text_name, "empty": None}
@@ -41,25 +42,27 @@ def stored_prompts(
             "stored embeddings do not say how large pictures are; give --height and --width"
         )
     rows = torch.arange(len(empty_rows)) % file.shape("text")[0]
-    given = {name: file.read(stored)[rows] for stored, name in wanted.items() if name}
-    nothing = {text_name: file.read("empty")}
-    if MASK in given:
-        nothing[MASK] = torch.ones(nothing[text_name].shape[:2], dtype=torch.bool)
-        given[MASK] = given[MASK].bool()
-    elif nothing[text_name].shape[1:] != given[text_name].shape[1:]:
-        raise ValueError(f"{path}: this model masks no text, so text and empty need as many tokens")
-    if POOLED in given:
-        nothing[POOLED] = file.read("empty_pooled")
-    given, nothing = (
-        {n: t if n == MASK else t.float() for n, t in text.items()} for text in (given, nothing)
+    positive = {name: file.read(stored)[rows] for stored, name in wanted.items() if name}
+    negative = {text_name: file.read("empty")}
+    if MASK in positive:
+        negative[MASK] = torch.ones(negative[text_name].shape[:2], dtype=torch.bool)
+        positive[MASK] = positive[MASK].bool()
+    elif negative[text_name].shape[1:] != positive[text_name].shape[1:]:
+        raise ValueError(
+            f"{path}: this model masks no text, so text and empty must have the same number of tokens"
+        )
+    if POOLED in positive:
+        negative[POOLED] = file.read("empty_pooled")
+    positive, negative = (
+        {n: t if n == MASK else t.float() for n, t in text.items()} for text in (positive, negative)
     )
-    for text in (given, nothing):
+    for text in (positive, negative):
         check_finite(text, path, "encode the captions again")
-    for name, tensor in nothing.items():
-        given[name][empty_rows] = _as_long(tensor, given[name])
+    for name, tensor in negative.items():
+        positive[name][empty_rows] = _as_long(tensor, positive[name])
     return Prompts(
-        given=given,
-        nothing=nothing,
+        positive=positive,
+        negative=negative,
         latent_shape=architecture.latent_shape(model_config, height, width),
         timesteps=lambda steps, image_tokens: flow.euler_timesteps(steps),
         rescales_guidance=False,
@@ -67,8 +70,7 @@ def stored_prompts(
 
 
 def _as_long(empty: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[1, tokens, ...] filled up with zeros to the tokens of `like`: padding that its mask
-    hides."""
+    """[1, tokens, ...] padded with zeros to the tokens of `like`; its mask hides the padding."""
     filled = torch.zeros_like(like[:1])
     filled[:, : empty.shape[1]] = empty
     return filled

@@ -105,7 +105,7 @@ def measure(scores: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--teacher", type=Path, required=True, help="file that ppcl_engine.demo.train wrote"
     )

@@ -255,7 +255,7 @@ def save_teacher(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--teacher", choices=tuple(RECIPES), default=Recipe.teacher, help="its architecture"
     )

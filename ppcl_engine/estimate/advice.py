@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..settings import assess_settings, base_settings, convert_settings, prune_settings
+from ..settings import assess_settings, convert_settings, prune_settings
+from ..settings.ranges import Settings
 
 STREAMED = ("streamed", False, "turn on streamed (blocks are read from disk one after the other)")
 CHECKPOINTING = (
@@ -42,7 +43,7 @@ ADVICE = {
 then what is left."""
 
 
-def memory_advice(settings: base_settings.Common) -> str:
+def memory_advice(settings: Settings) -> str:
     """The first settings that still help, two at most."""
     first, rest = ADVICE[type(settings)]
     helping = [
@@ -51,11 +52,11 @@ def memory_advice(settings: base_settings.Common) -> str:
     return " or ".join([*helping, rest][:2])
 
 
-def setting_advice(settings: base_settings.Common, setting: str) -> str:
+def setting_advice(settings: Settings, setting: str) -> str:
     """How to change this one; "" where the stage has no advice of its own."""
     return next((text for name, _, text in ADVICE[type(settings)][0] if name == setting), "")
 
 
-def last_advice(settings: base_settings.Common) -> str:
+def last_advice(settings: Settings) -> str:
     """What is left when no single setting helps."""
     return ADVICE[type(settings)][1]

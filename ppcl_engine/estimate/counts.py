@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from ..algorithms.detection.intervals import PUBLISHED_SHARE
 from ..algorithms.distillation.kept_trainers import SHARE
 from ..algorithms.distillation.quantization import NONE
 from ..algorithms.distillation.rounds import REUSE
@@ -17,8 +18,8 @@ from ..models.cost import CostModel, Grid, largest_pair
 from ..models.opening import model_config
 from ..plan import Interval, PruningPlan
 from ..run import Run
-from ..settings.base_settings import Common
-from ..settings.convert_settings import SparsifyConfig
+from ..settings.base_settings import TrainingConfig
+from ..settings.convert_settings import JobConfig, SparsifyConfig
 from ..settings.prune_settings import CalibrateConfig, DistillDepthConfig, DistillWidthConfig
 from ..system.machine import DTYPES, free_memory, resolve_device
 from ..system.tensor_files import TensorFile
@@ -31,7 +32,7 @@ TUNING_COPIES = 5  # weights, gradients, two moments, average
 OPTIMISER_COPIES = 4  # weights, gradients, two moments
 SAVED_COPIES = 3  # weights, two moments
 FP32 = 4
-PUBLISHED_SHARE, PUBLISHED_LENGTH = 25 / 60, 3  # blocks removed, blocks of an interval
+PUBLISHED_LENGTH = 3  # blocks of an interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def _sizes(
 class Count:
     """Sizes that the stages' needs are made of; bytes unless said otherwise."""
 
-    def __init__(self, config: Common, calibrate: CalibrateConfig | None):
+    def __init__(self, config: JobConfig, calibrate: CalibrateConfig | None):
         self.config, self.size = config, DTYPES[config.dtype].itemsize
         self.samples = _samples(config, calibrate)
         model = Path(config.model)
@@ -140,10 +141,10 @@ class Count:
             min(self.sizes.blocks) + self.sizes.correction
         ]
 
-    def read_in_training(self, trained: int) -> int:
+    def read_in_training(self, config: TrainingConfig, trained: int) -> int:
         """Weights that a forward reads in the place of those in training, which are float32:
         rounded ones, and what mixed precision makes of them."""
-        rounded = trained * FP32 if self.config.quant_aware != NONE else 0
+        rounded = trained * FP32 if config.quant_aware != NONE else 0
         return rounded + (trained * self.size if self.size < FP32 else 0)
 
     def kept(self, samples: int) -> int:
@@ -187,7 +188,7 @@ class Count:
         ).parameters
 
 
-def _samples(config: Common, calibrate: CalibrateConfig | None) -> Samples:
+def _samples(config: JobConfig, calibrate: CalibrateConfig | None) -> Samples:
     path = Run(config.run).calibration
     if isinstance(config, SparsifyConfig) and config.calibration is not None:
         path = config.calibration

@@ -7,19 +7,18 @@ from dataclasses import replace
 
 from ..models.cost import CostModel
 from ..models.opening import model_config
-from ..settings.base_settings import Common, TuningConfig
-from ..settings.convert_settings import SparsifyConfig
+from ..settings.convert_settings import JobConfig
 from ..settings.prune_settings import CalibrateConfig
 from ..system.machine import device_memory, free_disk, resolve_device
 from .advice import STREAMED, last_advice, setting_advice
-from .counts import FP32, GRID, TEXT_TOKENS, TUNING_COPIES
+from .counts import GRID, TEXT_TOKENS
 from .needs import needs
 
 # where a stage has no advice of its own
 FITTING = {"streamed": STREAMED[-1], "dtype": "choose dtype bfloat16"}
 
 
-def print_estimate(config: Common | SparsifyConfig) -> None:
+def print_estimate(config: JobConfig) -> None:
     name, architecture, settings = model_config(config.model)
     device = resolve_device(config.device)
     blocks = architecture.num_blocks(settings)
@@ -31,13 +30,11 @@ def print_estimate(config: Common | SparsifyConfig) -> None:
         f"on disk: {parameters * 2 / 1e9:.1f} GB in bf16, {parameters * 4 / 1e9:.1f} GB in fp32; {free:.0f} GB are free"
     )
     _print_needs(config, device)
-    if isinstance(config, TuningConfig):
-        print(_tuning_note(parameters))
     if line := refusal(config):
         print(f"as a job it would be refused: {line}")
 
 
-def _print_needs(config: Common | SparsifyConfig, device: str) -> None:
+def _print_needs(config: JobConfig, device: str) -> None:
     rows = {
         name: needs(replace(config, streamed=streamed))
         for name, streamed in (("resident", False), ("streamed", True))
@@ -53,18 +50,7 @@ def _print_needs(config: Common | SparsifyConfig, device: str) -> None:
         )
 
 
-def _tuning_note(parameters: int) -> str:
-    """Weights, gradient, two moments and average, all float32."""
-    size = TUNING_COPIES * FP32
-    return (
-        f"tuning on the velocity takes more: {size} bytes a trained parameter, {parameters * size / 1e9:.0f} GB if "
-        "that is the whole model, and what all blocks keep for their gradients (one block's with --checkpointing)"
-    )
-
-
-def refusal(
-    config: Common | SparsifyConfig, calibrate: CalibrateConfig | None = None
-) -> str | None:
+def refusal(config: JobConfig, calibrate: CalibrateConfig | None = None) -> str | None:
     """Why the stage cannot run on this machine, in a line that names what to change; None when it
     may fit.
 
@@ -85,9 +71,7 @@ def refusal(
     return None
 
 
-def _what_fits(
-    config: Common | SparsifyConfig, calibrate: CalibrateConfig | None, there: int
-) -> str:
+def _what_fits(config: JobConfig, calibrate: CalibrateConfig | None, there: int) -> str:
     """The change after which it may."""
     changes = ({"streamed": True}, {"dtype": "bfloat16"}, {"streamed": True, "dtype": "bfloat16"})
     for change in changes:

@@ -13,8 +13,7 @@ from ..algorithms.sparsity.patterns import UNSTRUCTURED
 from ..algorithms.sparsity.source import open_source
 from ..models.layout import Place, full_layout
 from ..settings.assess_settings import EvaluateConfig
-from ..settings.base_settings import Common
-from ..settings.convert_settings import ExportConfig, SparsifyConfig
+from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
     CalibrateConfig,
     DetectConfig,
@@ -67,7 +66,7 @@ class Demand:
     flops: float = 0
 
 
-def needs(config: Common | SparsifyConfig, calibrate: CalibrateConfig | None = None) -> Needs:
+def needs(config: JobConfig, calibrate: CalibrateConfig | None = None) -> Needs:
     """`calibrate`: of the same job, where its calibration is not there yet; with neither, the
     smallest one counts."""
     stage, demand_of = DEMANDS[type(config)]
@@ -145,7 +144,7 @@ def _distill_depth(count: Count, config: DistillDepthConfig) -> Demand:
     waiting = count.waiting(SAVED_COPIES * FP32 * (sum(count.students) - largest))
     return Demand(
         certain=count.teacher + OPTIMISER_COPIES * largest * FP32,
-        likely=cache + count.backward + count.read_in_training(largest) + waiting,
+        likely=cache + count.backward + count.read_in_training(config, largest) + waiting,
         disk=SAVED_COPIES * sum(count.students) * FP32,
         flops=count.rounds(config, len(count.intervals)),
     )
@@ -165,15 +164,15 @@ def _detect_width(count: Count, config: DetectWidthConfig) -> Demand:
 
 
 def _distill_width(count: Count, config: DistillWidthConfig) -> Demand:
-    planned = count.plan is not None
-    sites = len(count.plan.sites) if planned and not config.sites else count.blocks // 4
+    planned = None if count.plan is None else len(count.plan.sites)
+    sites = count.blocks // 4 if planned is None or config.sites else planned
     cache = 0 if config.streamed else count.cache(config.updates, config.cache_gb, 4 * sites)
-    certain, projection = sites if planned else 1, count.width**2 * FP32
+    certain, projection = 1 if planned is None else sites, count.width**2 * FP32
     training = OPTIMISER_COPIES * projection + 2 * min(count.students) * count.size
     waiting = count.waiting(SAVED_COPIES * projection * (certain - 1))
     return Demand(
         certain=count.teacher + training,
-        likely=cache + count.backward + count.read_in_training(count.width**2) + waiting,
+        likely=cache + count.backward + count.read_in_training(config, count.width**2) + waiting,
         disk=certain * SAVED_COPIES * projection,
         flops=count.rounds(config, sites),
     )
@@ -192,7 +191,7 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig, trained: int) ->
     blocks = 1 if config.checkpointing else count.blocks
     return Demand(
         certain=count.teacher + TUNING_COPIES * FP32 * trained,
-        likely=blocks * count.backward + count.read_in_training(trained),
+        likely=blocks * count.backward + count.read_in_training(config, trained),
         disk=4 * FP32 * trained,  # used and raw weights, two moments
         flops=4 * config.steps * count.samples.batch * count.forward,
     )

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from ..system.run_lock import HOLDER, LOCK
-from .spec import ORDER, Order, configs
+from .spec import SPEC_FILE, JobSpec, configs
 from .state import CANCEL, EVENTS, LOG, PREVIEW, STATE
 
 CALIBRATION = "calibration.safetensors"
@@ -31,18 +31,18 @@ CHECKED = ("probes", "curves.safetensors")
 """Products that hold their settings, and are made anew where these differ."""
 # of all that stages keep there, only calibrate's is gone on from
 SCRATCH, RESUMED = "states", "calibrate"
-OF_ONE_JOB = {ORDER, STATE, EVENTS, CANCEL, LOCK, HOLDER, LOG, PREVIEW}
+OF_ONE_JOB = {SPEC_FILE, STATE, EVENTS, CANCEL, LOCK, HOLDER, LOG, PREVIEW}
 COPIED = {".json", ".jsonl", ".csv", ".txt", ".html"}
 NOT_THE_STUDENTS = {"model", "run", "device", "streamed", "dry_run", "intervals", "parallel"}
 """Settings of distill-depth that change no student."""
 
 
 def seed_from_upstream(
-    upstream: Path, folder: Path, order: Order, depth_made_with: dict | None
+    upstream: Path, folder: Path, spec: JobSpec, depth_made_with: dict | None
 ) -> None:
     """All products that the order's stages do not make anew. `depth_made_with`: settings of the
     upstream's students."""
-    dropped = _made_anew(order, depth_made_with)
+    dropped = _made_anew(spec, depth_made_with)
     for name in PRODUCTS:
         if name not in dropped:
             take(upstream / name, folder / name)
@@ -56,15 +56,19 @@ def seed_attempt(earlier: Path, folder: Path) -> None:
     take(earlier / SCRATCH / RESUMED, folder / SCRATCH / RESUMED)
 
 
-def seed_from_sibling(sibling: Path, folder: Path, order: Order, its_order: Order) -> None:
-    """What a changed order's stages would accept of another one's files, where it is not there
-    yet."""
-    if _models(order) != _models(its_order):
+def seed_from_sibling(sibling: Path, folder: Path, spec: JobSpec, its_spec: JobSpec) -> None:
+    """What the stages of a changed job would accept of another run's files, where it is not there
+    yet.
+
+    On the demo's teacher a detection with another `remove` took 14 s instead of 55 s by this, most
+    of them Python's start; on 20 B it is hours of sweeps.
+    """
+    if _models(spec) != _models(its_spec):
         return
     for name in CHECKED:
         if not (folder / name).exists():
             take(sibling / name, folder / name)
-    if not (folder / "depth").exists() and _same_lessons(sibling, folder, order, its_order):
+    if not (folder / "depth").exists() and _same_lessons(sibling, folder, spec, its_spec):
         take(sibling / "depth", folder / "depth")
 
 
@@ -102,8 +106,8 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _made_anew(order: Order, depth_made_with: dict | None) -> set[str]:
-    stages, dropped = dict(order.stages), set()
+def _made_anew(spec: JobSpec, depth_made_with: dict | None) -> set[str]:
+    stages, dropped = dict(spec.stages), set()
     depth = stages.get("distill-depth")
     if (
         depth is not None
@@ -118,24 +122,24 @@ def _made_anew(order: Order, depth_made_with: dict | None) -> set[str]:
 
 def _lesson(settings: dict) -> dict:
     """All settings of distill-depth that change its students, defaults filled in."""
-    order = Order(stages=(("distill-depth", settings),))
-    config = configs(order, Path())[0][1]
+    spec = JobSpec(stages=(("distill-depth", settings),))
+    config = configs(spec, Path())[0][1]
     return {name: value for name, value in vars(config).items() if name not in NOT_THE_STUDENTS}
 
 
-def _same_lessons(sibling: Path, folder: Path, order: Order, its_order: Order) -> bool:
-    ours, theirs = (dict(o.stages).get("distill-depth") for o in (order, its_order))
+def _same_lessons(sibling: Path, folder: Path, spec: JobSpec, its_spec: JobSpec) -> bool:
+    ours, theirs = (dict(o.stages).get("distill-depth") for o in (spec, its_spec))
     if ours is None or theirs is None or _lesson(ours) != _lesson(theirs):
         return False
-    sets = [dict(o.stages).get("calibrate") for o in (order, its_order)]
+    sets = [dict(o.stages).get("calibrate") for o in (spec, its_spec)]
     if any(sets):
-        return sets[0] == sets[1] and order.upstream == its_order.upstream
+        return sets[0] == sets[1] and spec.upstream == its_spec.upstream
     files = [path / CALIBRATION for path in (folder, sibling)]
     return all(f.is_file() for f in files) and sha256_of(files[0]) == sha256_of(files[1])
 
 
-def _models(order: Order) -> set[str]:
+def _models(spec: JobSpec) -> set[str]:
     return {
         str(settings.get("model", settings.get("base") or settings.get("path")))
-        for _, settings in order.stages
+        for _, settings in spec.stages
     }

@@ -1,4 +1,4 @@
-"""diffusers' model of a layout, put together of a teacher's blocks and trained parts."""
+"""diffusers' model of a layout, assembled from a teacher's blocks and trained parts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .weights import Weights
 
 
 class Students(Protocol):
-    """Where trained parts come from: a bundle, or a run folder. Each raises ValueError for what was
-    not trained."""
+    """Where trained parts come from: a bundle, or a run folder. Each method raises ValueError for
+    an untrained part."""
 
     def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module: ...
 
@@ -38,14 +38,22 @@ def assemble(
     device: str,
     teacher_block: Callable[[int, Edit], nn.Module] | None = None,
 ) -> nn.Module:
-    """diffusers' model of this layout, teacher indices kept. `teacher_block` (default: read into
-    memory) gives the blocks that stay."""
+    """diffusers' model of this layout, with the teacher's indices.
+
+    `teacher_block` gives the blocks that stay; by default they are read into memory.
+    """
+
+    def student(interval: Interval) -> nn.Module:
+        if students is None:
+            raise ValueError(f"{weights.path} has no students, and the layout has {interval.name}")
+        return students.student(interval, dtype, device)
+
     blocks = pruned_blocks(
         weights.architecture,
         layout,
         teacher_block or (lambda index, edit: edit(weights.block(index, dtype, device))),
-        lambda interval: students.student(interval, dtype, device),
-        students and partial(students.projection, dtype=dtype, device=device),
+        student,
+        partial(students.projection, dtype=dtype, device=device) if students else None,
     )
     return weights.architecture.assemble(weights.outer(dtype, device), weights.config, blocks)
 
@@ -58,7 +66,7 @@ def placed_block(
     device: str,
     shared: dict[int, SharedText],
 ) -> nn.Module:
-    """What stands at one place, with its trained weights: a block of its own."""
+    """A new block for one place, with its trained weights."""
     projections = partial(students.projection, dtype=dtype, device=device)
     if place.interval:
         block = students.student(place.interval, dtype, device)
@@ -76,7 +84,7 @@ def open_variant(
     device: str,
     teacher_block: Callable[[int, Edit], nn.Module] | None = None,
 ) -> nn.Module:
-    """The variant's model; a tuned one is filled with its own weights."""
+    """The variant's model; a tuned variant is filled with its own weights."""
     layout = layout_of(plan, variant)
     if not variant.tuned:
         return assemble(weights, students, layout, dtype, device, teacher_block)

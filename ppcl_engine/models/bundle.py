@@ -20,7 +20,7 @@ from ..system.tensor_files import TensorEntry, TensorFile, write_tensor_stream
 from .bundle_contents import projection_prefix, student_prefix, tuned_prefix
 from .layout import checked
 from .surgery import filled_student
-from .teacher_hashes import TEACHER_KEY, Recorded, Teacher
+from .teacher_hashes import TEACHER_KEY, ExpectedBase, Recorded
 from .weights import Weights
 
 PLAN_KEY = "ppcl_plan"
@@ -39,18 +39,20 @@ class Bundle:
         self.architecture = architecture_named(self.plan.architecture)
 
     @cached_property
-    def teacher(self) -> Teacher | None:
-        """What is known of the base's tensors; None in a bundle of before that was kept."""
+    def expected_base(self) -> ExpectedBase | None:
+        """What is known of the base's tensors; None for older bundles, which did not keep it."""
         recorded = (
             self.file.about(TEACHER_KEY, Recorded) if TEACHER_KEY in self.file.metadata else None
         )
-        return None if recorded is None else Teacher(self.file.path, self.file.identity, recorded)
+        return (
+            None if recorded is None else ExpectedBase(self.file.path, self.file.identity, recorded)
+        )
 
     def check_base(self, weights: Weights, where: object) -> None:
-        """Raises ValueError for another model than the plan's teacher, now or when a tensor of it
-        is read that is not the teacher's; warns of what cannot be compared."""
+        """Raises ValueError for a model that is not the plan's teacher, now or when one of its
+        tensors is read and differs; warns of what cannot be compared."""
         self.plan.check_teacher(weights.architecture.name, weights.fingerprint, where)
-        for note in weights.expect(self.teacher):
+        for note in weights.expect(self.expected_base):
             warnings.warn(note, stacklevel=3)
 
     def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module:
@@ -73,8 +75,10 @@ class Bundle:
 def write_bundle(
     path: Path, plan: PruningPlan, entries: list[TensorEntry], teacher: str | None = None
 ) -> None:
-    """entries: named by the prefixes above; memory holds one tensor at a time. teacher:
-    `teacher_hashes` of the base."""
+    """Writes a bundle; memory holds one tensor at a time.
+
+    entries: named by the prefixes above. teacher: `teacher_hashes` of the base.
+    """
     known = {} if teacher is None else {TEACHER_KEY: teacher}
     write_tensor_stream(path, entries, {PLAN_KEY: plan.to_json(), "format": "pt", **known})
 

@@ -1,20 +1,23 @@
-"""What a bundle holds beside its plan: names, shapes and kinds of its tensors, compared with what
-the plan says."""
+"""What is written into a bundle beside its plan; and its tensors' names, shapes and dtypes, checked
+against the plan."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from ..architectures import Architecture, architecture_named
 from ..plan import SITE_KINDS, Interval, PruningPlan
+from ..run import Run
 from ..system.json_text import shown
-from ..system.tensor_files import TensorFile
+from ..system.tensor_files import TensorEntry, TensorFile
+from .assembly import empty_model
 from .filling import check_shape
-from .layout import layout_of
-from .surgery import build_student, pruned_blocks
+from .layout import layout_of, projections_of
+from .surgery import build_student
 
 STUDENTS, PROJECTIONS, TUNED = "students.", "projections.", "tuned."
 PROJECTION = re.compile(
@@ -34,9 +37,38 @@ def tuned_prefix(variant: str) -> str:
     return f"{TUNED}{variant}."
 
 
+def bundle_entries(run: Run, plan: PruningPlan, dtype: torch.dtype) -> Iterator[TensorEntry]:
+    """What a bundle holds, read when it is written: every student, every projection (also those of
+    the blocks that can stand at its place) and every tuned variant. Raises ValueError naming the
+    stage to run first."""
+    for interval in plan.intervals:
+        yield from _saved(
+            run.best(run.student(interval.name)), student_prefix(interval), dtype, "distill-depth"
+        )
+    for name, kind in projections_of(plan, plan.everything()):
+        path = run.best(run.projection(name, kind))
+        yield from _saved(path, projection_prefix(name, kind), dtype, "distill-width")
+    for variant in plan.variants:
+        if variant.tuned:
+            yield from _saved(
+                run.tuned_variant(variant.name), tuned_prefix(variant.name), dtype, "finetune"
+            )
+
+
+def _saved(path: Path, prefix: str, dtype: torch.dtype, stage: str) -> Iterator[TensorEntry]:
+    """The weights of a saved training, read when they are written."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; run {stage} first")
+    file = TensorFile(path)
+    for key in file.keys():
+        if key.startswith("weight."):
+            name = prefix + key.removeprefix("weight.")
+            yield TensorEntry(name, dtype, file.shape(key), lambda key=key: file.read(key))
+
+
 def check_bundle(file: TensorFile, plan: PruningPlan, whole: bool = False) -> None:
-    """Raises ValueError, naming file and tensor, for one that the plan has no place for, of another
-    shape, or not of numbers; with `whole` also for one that is missing."""
+    """Raises ValueError, naming file and tensor, for a tensor that the plan has no place for, of
+    the wrong shape, or not of numbers; with `whole` also for a missing one."""
     architecture = architecture_named(plan.architecture)
     expected = dict(_expected(architecture, plan, file))
     for name in file.keys():
@@ -59,7 +91,8 @@ def check_bundle(file: TensorFile, plan: PruningPlan, whole: bool = False) -> No
 def _expected(
     architecture: Architecture, plan: PruningPlan, file: TensorFile
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Of students and tuned variants that the file has something of."""
+    """Name and shape of the tensors of those students and tuned variants that the file has tensors
+    of."""
     with torch.device("meta"):
         for interval in plan.intervals:
             student = build_student(architecture, plan.config, interval)
@@ -71,15 +104,7 @@ def _expected(
             if variant.tuned and any(
                 name.startswith(tuned_prefix(variant.name)) for name in file.keys()
             ):
-                blocks = pruned_blocks(
-                    architecture,
-                    layout_of(plan, variant),
-                    lambda index, edit: edit(architecture.build_block(plan.config, index)),
-                    lambda interval: build_student(architecture, plan.config, interval),
-                )
-                model = architecture.assemble(
-                    architecture.build_outer(plan.config), plan.config, blocks
-                )
+                model = empty_model(architecture, plan.config, layout_of(plan, variant))
                 yield from (
                     (tuned_prefix(variant.name) + n, tuple(t.shape))
                     for n, t in model.state_dict().items()
@@ -98,7 +123,7 @@ def _check_projection(file: TensorFile, name: str, width: int) -> None:
 
 
 def _check_whole(file: TensorFile, plan: PruningPlan, expected: dict[str, tuple[int, ...]]) -> None:
-    """A bundle of tuned variants alone has neither students nor projections."""
+    """A bundle that holds only tuned variants needs neither students nor projections."""
     there = set(file.keys())
     if any(name.startswith(STUDENTS) for name in there) or not any(
         variant.tuned for variant in plan.variants

@@ -1,15 +1,15 @@
-"""The tensors of one variant by ComfyUI's names, as a standalone has them: fused maps, projections
-where the host's block has a place for them; and the marks by which ComfyUI knows a
-configuration."""
+"""One variant's tensors by ComfyUI's names, as in a standalone: with fused maps, projections where
+the host's block has a place for them, and the marks by which ComfyUI recognises a configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from ..architectures import Architecture, Part
+from ..system.pickled_files import PickledFile
 from ..system.tensor_files import TensorFile
 from .filling import check_shape
 from .layout import Layout
@@ -22,47 +22,49 @@ CORRECTION = "correction."
 def variant_parts(
     architecture: Architecture, config: dict, layout: Layout, keys: Iterable[str]
 ) -> dict[str, Part]:
-    """diffusers' name (teacher indices) -> where the tensor lies by ComfyUI's names. A map that was
-    cut holds the pieces that are left, one behind the other."""
+    """diffusers' name (teacher indices) -> where the tensor lies by ComfyUI's names.
+
+    A map that was cut holds only the pieces that are left, in order.
+    """
     whole = expected_shapes(architecture, config)
     own = _projections(architecture, config, layout, whole)
     prefixes = {
         architecture.block_prefix(config, index): index for index in range(layout.num_blocks)
     }
-    found = {}
+    parts = {}
     for key in keys:
         module, _, leaf = key.rpartition(".")
         prefix, mark, rest = key.partition(CORRECTION)
         if module in own:
-            found[key] = Part(f"{own[module]}.{leaf}")
+            parts[key] = Part(f"{own[module]}.{leaf}")
         elif mark and prefix in prefixes:
-            found[key] = Part(_prefix(architecture, prefix, whole) + mark + rest)
+            parts[key] = Part(_prefix(architecture, prefix, whole) + mark + rest)
         else:
-            found[key] = architecture.to_comfyui(key, whole)
-    return found
+            parts[key] = architecture.to_comfyui(key, whole)
+    return parts
 
 
 def check_parts(
-    stored: Mapping[str, tuple[TensorFile, str]],
+    stored: Mapping[str, tuple[TensorFile | PickledFile, str]],
     scales: Mapping[str, Scale],
     parts: Mapping[str, Part],
     shapes: Mapping[str, tuple[int, ...]],
     where: Path,
 ) -> None:
-    """Every tensor of a variant is of the shape that it has in the model, as numbers. Raises
-    ValueError naming the file and the first that is not."""
+    """Raises ValueError naming the file and the first tensor that has the wrong shape or does not
+    hold numbers."""
     pieces: dict[str, int] = {}
     for part in parts.values():
         pieces[part.name] = pieces.get(part.name, 0) + len(part.pieces)
     for key, part in parts.items():
         file, name = stored[part.name]
         rows, *others = file.shape(name) or (1,)
-        found = (
+        shape = (
             (rows * len(part.pieces) // pieces[part.name], *others)
             if part.of > 1
             else file.shape(name)
         )
-        check_shape(part.name, found, shapes[key], where)
+        check_shape(part.name, shape, shapes[key], where)
         if not (file.dtype(name).is_floating_point or part.name in scales):
             raise ValueError(
                 f"{where}: {part.name} is {file.dtype(name)}, not numbers of a model; restore it"
@@ -70,13 +72,16 @@ def check_parts(
 
 
 def read_part(
-    stored: Mapping[str, tuple[TensorFile, str]],
+    stored: Mapping[str, tuple[TensorFile | PickledFile, str]],
     scales: Mapping[str, Scale],
     parts: Mapping[str, Part],
     key: str,
 ) -> torch.Tensor:
-    """stored: ComfyUI's name -> (open file, name in it). Of a matrix with a scale its values, in
-    float32."""
+    """A variant's tensor by diffusers' name; a matrix with a scale is read as its real values, in
+    float32.
+
+    stored: ComfyUI's name -> (open file, name in it).
+    """
     part = parts[key]
     file, name = stored[part.name]
     if part.of > 1:
@@ -93,29 +98,28 @@ def read_part(
 
 
 def _projections(
-    architecture: Architecture, config: dict, layout: Layout, whole: Iterable[str]
+    architecture: Architecture, config: dict, layout: Layout, whole: Collection[str]
 ) -> dict[str, str]:
-    """A projection's linear map, by diffusers' name of where it stands -> by ComfyUI's."""
-    found = {}
+    """Where a projection's linear map stands, by diffusers' name -> by ComfyUI's."""
+    names = {}
     for place in layout.places:
         ours = architecture.block_prefix(config, place.index)
         for kind in place.projections:
             theirs = architecture.comfyui_projections[kind]
             parts = architecture.projection_names[kind].items()
-            found |= {
+            names |= {
                 ours + name: _prefix(architecture, ours, whole) + theirs[part]
                 for part, name in parts
             }
-    return found
+    return names
 
 
-def _prefix(architecture: Architecture, ours: str, whole: Iterable[str]) -> str:
-    """ "double_blocks.3." of "transformer_blocks.3." """
+def _prefix(architecture: Architecture, ours: str, whole: Collection[str]) -> str:
+    """ "transformer_blocks.3." -> "double_blocks.3." """
     key = next(key for key in whole if key.startswith(ours))
     return ".".join(architecture.to_comfyui(key, whole).name.split(".")[:2]) + "."
 
 
 def marks_of(architecture: Architecture, config: dict) -> dict[str, torch.Tensor]:
-    """Empty tensors by which ComfyUI knows models of this configuration that shapes do not tell
-    apart."""
+    """Empty tensors by which ComfyUI recognises this configuration where shapes do not show it."""
     return {mark: torch.empty(0) for mark, entry in architecture.marks.items() if config.get(entry)}

@@ -27,11 +27,14 @@ STORED_BYTES = 2  # bfloat16
 
 @dataclass(frozen=True)
 class Cost:
-    """stored: values in a file, which has tables that are no parameters too."""
+    """What a block or a model costs."""
 
     parameters: int
+    """trainable values"""
     stored: int
+    """values in a file: the parameters, and tables that are not parameters"""
     flops: float
+    """of one forward"""
 
     @property
     def bytes(self) -> int:
@@ -39,8 +42,8 @@ class Cost:
 
 
 class CostModel:
-    """Costs at one size, batch 1: `grid` (frames, rows, columns) of image tokens, those of
-    references behind it."""
+    """Costs at one size, batch 1: `grid` (frames, rows, columns) of image tokens, followed by the
+    references' grids."""
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class CostModel:
         return self.place(Place(index=index))
 
     def blocks(self) -> list[Cost]:
-        """Of every block of the teacher."""
+        """The cost of every block of the teacher."""
         return [self.block(index) for index in range(self.architecture.num_blocks(self.config))]
 
     def student(self, interval: Interval) -> Cost:
@@ -83,8 +86,8 @@ class CostModel:
         )
 
     def place(self, place: Place) -> Cost:
-        """Of what stands there, projections and correction included; counted once for all places
-        that are built alike."""
+        """The cost of what stands there, projections and correction included; counted once for all
+        places that are built alike."""
         projected = tuple((site.kind, site.form) for site in place.ffn)
         text = (place.text_source is not None, place.steps_text, place.publishes)
         kind = _kind_of(self.architecture.name, self._config_text, place.index)
@@ -99,13 +102,16 @@ class CostModel:
     def linear_maps(
         self, place: Place, skip: Sequence[str] = ()
     ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Of what stands there: (rows, columns) of each linear map; (rows of a sample, width) of
-        each different tensor that they read. skip: parts of names of maps that are left out."""
+        """(rows, columns) of each linear map there; (rows of a sample, width) of each distinct
+        tensor that they read.
+
+        skip: maps with one of these in their names are left out.
+        """
         with torch.device("meta"), torch.no_grad():
             block = empty_block(self.architecture, self.config, place, {})
-            found = [(n, m) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
-            maps = [module for name, module in found if not any(part in name for part in skip)]
-            read: dict[int, torch.Tensor] = {}  # they stay alive, so that their ids stay theirs
+            linears = [(n, m) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
+            maps = [module for name, module in linears if not any(part in name for part in skip)]
+            read: dict[int, torch.Tensor] = {}  # kept alive, so that no other tensor gets their ids
             for module in maps:
                 module.register_forward_pre_hook(
                     lambda _, given: read.update({id(given[0]): given[0]})
@@ -122,20 +128,21 @@ class CostModel:
 
 @lru_cache(maxsize=1024)
 def _kind_of(architecture: str, config: str, index: int) -> Shapes:
-    """What tells a block of the teacher from those of another kind. Built once, however many costs
-    are counted."""
+    """The names and shapes that tell a teacher's block from other kinds; built once, however many
+    costs are counted."""
     with torch.device("meta"):
         block = architecture_named(architecture).build_block(json.loads(config), index)
     return tuple((name, tensor.shape) for name, tensor in block.state_dict().items())
 
 
 def largest_pair(blocks: Sequence[int]) -> int:
-    """Of blocks that follow each other: a streamed one is computed with while the next is read."""
+    """The most that two consecutive blocks take: a streamed block computes while the next one is
+    read."""
     return max(map(sum, pairwise(blocks)), default=sum(blocks))
 
 
 def _meta_state(architecture: Architecture, config: dict, grids: list[Grid], text_tokens: int):
-    """A block's input without memory, made by an outer part of the same shapes."""
+    """A block's input, without memory, from an outer part of the same shapes."""
     outer = architecture.build_outer(config)
     inputs = architecture.random_inputs(config, 1, grids[0], text_tokens, "meta")
     inputs["grid"] = torch.tensor(grids, device="cpu")

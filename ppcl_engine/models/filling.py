@@ -1,4 +1,4 @@
-"""Empty modules filled from files: every tensor is there, of its shape, and of numbers, or the file
+"""Empty modules filled from files; a tensor that is missing, of the wrong shape or not of numbers
 is named."""
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ def fill(
     device: str,
     where: Path | str,
 ) -> nn.Module:
-    """The module (of any device, also meta) with `read(name)` as each of its tensors; eval, no
-    gradients. Raises ValueError naming `where` and a tensor of another shape."""
+    """The module (on any device, also meta) with `read(name)` as each of its tensors; eval, no
+    gradients.
+
+    Raises ValueError naming `where` and a tensor of the wrong shape.
+    """
     state = {}
     for name, empty in module.state_dict().items():
         tensor = read(name)
@@ -31,9 +34,9 @@ def fill(
 
 
 def check_shape(
-    name: str, found: tuple[int, ...], expected: tuple[int, ...], where: Path | str
+    name: str, shape: tuple[int, ...], expected: tuple[int, ...], where: Path | str
 ) -> None:
-    if tuple(found) != tuple(expected):
+    if tuple(shape) != tuple(expected):
         raise ValueError(
-            f"{where}: {shown(name)} has shape {tuple(found)}, not {tuple(expected)}; is it the file that it should be?"
+            f"{where}: {shown(name)} has shape {tuple(shape)}, not {tuple(expected)}; is this the right file?"
         )

@@ -1,4 +1,4 @@
-"""What kind of model a file or folder holds, by its metadata and configuration alone."""
+"""What kind of model a file or folder holds, told from its metadata and configuration."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .standalone import standalone_structure
 
 
 class Kind(Enum):
-    """As `ppcl inspect` names them."""
+    """The kinds, as `ppcl inspect` names them."""
 
     BUNDLE = "bundle"
     """students and projections of a model, with the plan"""
     STANDALONE = "standalone with teacher indices"
-    """one variant whole, in our own layout"""
+    """one whole variant, in our own layout"""
     RELEASED = "released width-pruned"
     """a folder of the paper's authors"""
     FULL = "full model"
-    """anything else: a model of an architecture that we know, in any layout"""
+    """anything else: a model of a known architecture, in any layout"""
 
 
 def kind_of(path: Path) -> Kind:

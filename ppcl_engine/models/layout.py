@@ -1,8 +1,8 @@
-"""What stands at each place of a variant: teacher's block or student, with which projections. Pure
+"""What stands at each place of a variant: a teacher's block or a student, and its projections. Pure
 functions.
 
-A text group (a, b] reads the modulated text of the last full block before it (method: width,
-text stream); which projections exist decides what a variant may switch on together.
+A text group (a, b] reads the modulated text of the last full block before it (method: width, text
+stream); the projections that exist decide what a variant may switch on together.
 """
 
 from __future__ import annotations
@@ -15,21 +15,25 @@ from ..plan import Interval, PruningPlan, TextGroup, Variant, WidthSite
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A block that runs. `index`: its teacher index (an interval's first). `ffn`: its projected
-    FFNs. `text_source`: index of the place whose modulated text its projection reads; `steps_text`:
-    it also moves the text stream on, over its whole group; `publishes`: a text group reads from
-    it."""
+    """A block that runs in a variant: the teacher's, or an interval's student."""
 
     index: int
+    """teacher index; an interval's first block"""
     interval: Interval | None = None
+    """whose student stands here; None: the teacher's block"""
     ffn: tuple[WidthSite, ...] = ()
+    """the FFN sites that are on"""
     text_source: int | None = None
+    """index of the place whose modulated text its text projection reads; None: the text is not
+    projected"""
     steps_text: bool = False
+    """it also moves the text stream on, over its whole group"""
     publishes: bool = False
+    """a text group reads its modulated text"""
 
     @property
     def name(self) -> str:
-        """Of the weights that stand here: "3-6" is a student, "3" the teacher's block."""
+        """The name of the weights that stand here: "3-6" is a student, "3" the teacher's block."""
         return self.interval.name if self.interval else str(self.index)
 
     @property
@@ -43,7 +47,7 @@ class Place:
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """Kinds of the sites that are on here."""
+        """The kinds of the sites that are on here."""
         return (
             *(site.kind for site in self.ffn),
             *(("text",) if self.text_source is not None else ()),
@@ -52,13 +56,16 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """places in order of their indices; sites: names of those on; notes: which went off with an
-    interval, and why."""
+    """All places of a variant, in order."""
 
     num_blocks: int
+    """the teacher's"""
     places: tuple[Place, ...]
+    """in order of their indices"""
     sites: tuple[str, ...] = ()
+    """names of the sites that are on"""
     notes: tuple[str, ...] = ()
+    """the sites that were switched off because of an interval, and why"""
 
 
 def full_layout(num_blocks: int) -> Layout:
@@ -66,7 +73,7 @@ def full_layout(num_blocks: int) -> Layout:
 
 
 def checked(plan: PruningPlan) -> PruningPlan:
-    """The plan. Raises ValueError, naming the part, for what its architecture has no place for."""
+    """The plan itself. Raises ValueError naming a part that does not fit its architecture."""
     architecture = architecture_named(plan.architecture)
     try:
         sections, count = architecture.sections(plan.config), architecture.num_blocks(plan.config)
@@ -74,7 +81,7 @@ def checked(plan: PruningPlan) -> PruningPlan:
         raise ValueError(
             f"the plan's configuration of its model lacks {missing}; it is incomplete"
         ) from None
-    except (TypeError, AttributeError):  # text, lists or nothing for numbers
+    except (TypeError, AttributeError):  # text, lists or null where numbers belong
         raise ValueError(
             "the plan's configuration of its model has no number of layers; it is damaged"
         ) from None
@@ -97,14 +104,14 @@ def checked(plan: PruningPlan) -> PruningPlan:
         kinds = architecture.site_kinds(plan.config, site.block)
         if site.kind not in kinds:
             raise ValueError(
-                f"width site {site.name}: block {site.block} has no such part, but {', '.join(kinds)}"
+                f"width site {site.name}: block {site.block} does not have this part; it has: {', '.join(kinds)}"
             )
     return plan
 
 
 def layout_of(plan: PruningPlan, variant: Variant) -> Layout:
-    """Places of a variant. A site whose projection was not trained for what stands there goes off,
-    and `notes` says so."""
+    """The places of a variant. A site whose projection was not trained for the block that stands
+    there is switched off, and `notes` says so."""
     intervals = {interval.first: interval for interval in checked(plan).intervals_of(variant)}
     everything = _names({interval.first: interval for interval in plan.intervals}, plan.num_blocks)
     here = _names(intervals, plan.num_blocks)
@@ -115,7 +122,7 @@ def layout_of(plan: PruningPlan, variant: Variant) -> Layout:
             notes.append(f"{name} is off: {reason}")
             continue
         on.append(name)
-        if (site := plan.site(name)).kind == "text":
+        if isinstance(site := plan.site(name), TextGroup):
             text |= _text_places(plan, site, here)
         else:
             ffn.setdefault(site.block, []).append(site)
@@ -145,7 +152,7 @@ def group_places(layout: Layout, group: TextGroup) -> tuple[Place, list[Place]]:
 
 
 def _names(intervals: dict[int, Interval], num_blocks: int) -> dict[int, str]:
-    """index -> name of what stands there, in order; gaps have none."""
+    """index -> name of what stands there, in order; indices inside an interval are left out."""
     gaps = {index for interval in intervals.values() for index in interval.blocks[1:]}
     return {
         i: intervals[i].name if i in intervals else str(i)
@@ -157,10 +164,10 @@ def _names(intervals: dict[int, Interval], num_blocks: int) -> dict[int, str]:
 def _misfit(
     plan: PruningPlan, name: str, here: dict[int, str], everything: dict[int, str]
 ) -> str | None:
-    """Why the site cannot be on with what stands here; None when it can."""
+    """Why the site cannot be on with the blocks that stand here; None when it can."""
     site = plan.site(name)
     fitted = {s.block: s.fitted for s in site.sites}
-    if site.kind == "text":
+    if isinstance(site, TextGroup):
         source = max(index for index in here if index < site.first)
         if here[source] != everything.get(source):
             return f"the block before it ({here[source]}) is not the one that it was trained behind"
@@ -175,7 +182,8 @@ def _misfit(
 def _text_places(
     plan: PruningPlan, group: TextGroup, here: dict[int, str]
 ) -> dict[int, tuple[int, bool]]:
-    """index -> (source, steps the text); it need not step where nothing reads it any more."""
+    """index -> (source, whether it steps the text, which it need not do where nothing reads the
+    text any more)."""
     source = max(index for index in here if index < group.first)
     members = [index for index in here if group.first <= index <= group.last]
     read = "text" in architecture_named(plan.architecture).used_streams(plan.config, group.last)
@@ -183,7 +191,7 @@ def _text_places(
 
 
 def projections_of(plan: PruningPlan, variant: Variant) -> list[tuple[str, str]]:
-    """(place's name, site kind) of every projection that a subset of the variant can switch on."""
+    """(place's name, site kind) of every projection that some subset of the variant switches on."""
     natural = {place.index: place.name for place in layout_of(plan, plan.everything()).places}
     names_and_kinds: dict[tuple[str, str], None] = {}
     for site in (s for name in variant.sites for s in plan.site(name).sites):

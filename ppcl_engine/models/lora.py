@@ -1,4 +1,4 @@
-"""What of a LoRA a pruned model can use: which of its targets are there, which were removed or
+"""What a pruned model can use of a LoRA: which of its targets exist, were removed, or were
 projected."""
 
 from __future__ import annotations
@@ -15,21 +15,25 @@ LISTED = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """Names of a LoRA's modules by what becomes of them. `halved`: those of the reached ones of
-    which a part has no place any more; `unknown`: not of this architecture."""
+    """The names of a LoRA's modules, by what becomes of them."""
 
     reached: tuple[str, ...] = ()
+    """they apply"""
     halved: tuple[str, ...] = ()
+    """those of the reached of which only a part still exists"""
     removed: tuple[str, ...] = ()
+    """their block was removed"""
     projected: tuple[str, ...] = ()
+    """their part of the block was projected"""
     unknown: tuple[str, ...] = ()
+    """not of this architecture"""
 
     @property
     def count(self) -> int:
         return len(self.reached) + len(self.removed) + len(self.projected) + len(self.unknown)
 
     def text(self) -> str:
-        """ "covers 15 of 24 modules; 9 belong to removed blocks", then names."""
+        """ "covers 15 of 24 modules; 9 belong to removed blocks", then the names."""
         parts = [f"covers {len(self.reached)} of {self.count} modules"]
         parts += [f"{len(names)} {words}" for words, names in self._missed() if names]
         lines = ["; ".join(parts)]
@@ -60,36 +64,48 @@ def coverage(
     unknown: Iterable[str],
     layout: Layout,
 ) -> Coverage:
-    """targets: weights of the full model that a LoRA changes, by diffusers' names
-    (`transformer_blocks.3.attn...`)."""
+    """How much of a LoRA fits this layout.
+
+    targets: weights of the full model that it changes, by diffusers' names
+    (`transformer_blocks.3.attn...`).
+    """
     places = {place.index: place for place in layout.places}
     prefixes = {
         architecture.block_prefix(config, index): index for index in range(layout.num_blocks)
     }
-    found: dict[str, list[str]] = {"reached": [], "halved": [], "removed": [], "projected": []}
+    names_by_fate: dict[str, list[str]] = {
+        "reached": [],
+        "halved": [],
+        "removed": [],
+        "projected": [],
+    }
     for name in sorted(set(targets), key=_natural):
         prefix = next((p for p in prefixes if name.startswith(p)), None)
-        place, part = places.get(prefixes.get(prefix)), name.removeprefix(prefix or "")
-        if prefix and place is None:
-            found["removed"].append(name)
-        elif prefix and part.startswith(gone_parts(architecture, place)):
-            found["projected"].append(name)
+        if prefix is None:
+            names_by_fate["reached"].append(name)
+            continue
+        place, part = places.get(prefixes[prefix]), name.removeprefix(prefix)
+        if place is None:
+            names_by_fate["removed"].append(name)
+        elif part.startswith(gone_parts(architecture, place)):
+            names_by_fate["projected"].append(name)
         else:
-            found["reached"].append(name)
-            if prefix and part.startswith(cut_parts(architecture, place)):
-                found["halved"].append(name)
+            names_by_fate["reached"].append(name)
+            if part.startswith(cut_parts(architecture, place)):
+                names_by_fate["halved"].append(name)
     return Coverage(
-        unknown=tuple(sorted(set(unknown), key=_natural)), **{k: tuple(v) for k, v in found.items()}
+        unknown=tuple(sorted(set(unknown), key=_natural)),
+        **{k: tuple(v) for k, v in names_by_fate.items()},
     )
 
 
 def gone_parts(architecture: Architecture, place: Place) -> tuple[str, ...]:
-    """Beginnings of the names that a place's projections leave no weight for."""
+    """Prefixes of the names whose weights a place's projections replace."""
     return tuple(name for kind in place.projections for name in architecture.replaced_names[kind])
 
 
 def cut_parts(architecture: Architecture, place: Place) -> tuple[str, ...]:
-    """Beginnings of the names of which a first part is left."""
+    """Prefixes of the names of which only the first rows or columns are left."""
     sites = ((site.kind, site.form) for site in place.ffn)
     return tuple(name for site in sites for name in architecture.cut_names.get(site, ()))
 

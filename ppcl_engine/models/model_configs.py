@@ -1,6 +1,6 @@
-"""A model's configuration as files bring it (config.json, metadata, a plan): types and bounds,
-before anything is built of it. Sizes that a file's tensors tell are compared with these
-(`checkpoint.Weights`)."""
+"""A model's configuration as files give it (config.json, metadata, a plan): types and bounds are
+checked before anything is built from it. The sizes that a file's tensors show are compared with it
+in `weights.Weights`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LARGEST_TABLE = 1 << 30
 
 
 class _Config(BaseModel):
-    """Entries that no code of ours reads pass as they are."""
+    """Entries that this engine does not read are passed on unchanged."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -73,8 +73,8 @@ SCHEMAS: dict[str, type[_Config]] = {
 
 
 def check_model_config(name: str, config: object, where: object) -> dict:
-    """The configuration as it is. Raises ValueError naming `where` and the entry. `name`: of the
-    architecture."""
+    """The configuration, unchanged. Raises ValueError naming `where` and the entry. `name`: the
+    architecture's."""
     if not isinstance(config, dict):
         raise ValueError(
             f"{where}: the configuration is not an object but {type(config).__name__}; restore it"
@@ -98,7 +98,7 @@ def _check_sizes(config: Mapping[str, Any], where: object) -> None:
 
 
 def sizes_that_differ(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> list[str]:
-    """Of a full model: entries that its tensors' shapes say otherwise."""
+    """Entries of a full model's configuration that its tensors' shapes contradict."""
     told = (
         "in_channels",
         "out_channels",

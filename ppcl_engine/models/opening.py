@@ -1,5 +1,5 @@
-"""Any file that holds a model, by its path: the model itself, or its architecture and configuration
-alone."""
+"""Opens any file that holds a model: the model itself, or only its architecture and
+configuration."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import nn
 
 from ..architectures import ARCHITECTURES, Architecture, architecture_named
 from ..architectures.folded import FOLDING
+from ..architectures.modules import AnyModule
 from ..system.atomic import read_object
 from ..system.tensor_files import check_exists
 from .assembly import assemble, empty_model, open_variant
 from .bundle import Bundle
 from .bundle_contents import check_bundle
 from .filling import fill
-from .folding.files import give_base
+from .folding.reading import give_base
 from .kinds import Kind, kind_of
 from .layout import full_layout
 from .model_configs import check_model_config
@@ -29,8 +30,8 @@ from .weights import Weights
 
 
 def model_config(model: Path) -> tuple[str, Architecture, dict]:
-    """(name, architecture, configuration) of a known model's name, a folder with a config.json, or
-    a model file."""
+    """(name, architecture, configuration) for the name of a known model, a folder with a
+    config.json, or a model file."""
     for architecture in ARCHITECTURES:
         if str(model) in architecture.model_configs:
             return str(model), architecture, architecture.model_configs[str(model)]
@@ -81,26 +82,26 @@ def open_model(
 ) -> nn.Module:
     """A model with the same forward as diffusers' class of its architecture.
 
-    path: a bundle (then `base` is the teacher it was made from), a standalone file or folder of
-    ours, a diffusers folder, one of the authors' width-pruned folders, a ComfyUI single file.
+    path: a bundle (then `base` is the teacher it was made from), one of our standalone files or
+    folders, a diffusers folder, one of the authors' width-pruned folders, a ComfyUI single file.
     variant: a name of the bundle's plan, "full", or intervals and sites as "3-4,8-10,text:51-59";
-    None is the smallest. base: also of a folded table, the file that it was folded from, for
-    timesteps that it lacks.
-    legacy_txt_proj: the authors' older meaning of a text projection (see `released`). streamed:
-    blocks of the full model are read from its file when they are called and dropped after, so that
-    little memory holds any model; students of a bundle stay in memory. Raises ValueError in one
-    line; so does the model's save_pretrained, where diffusers could not load what it writes.
+    None is the smallest. base: for a folded table also the file that it was folded from, for
+    timesteps that it lacks. legacy_txt_proj: the authors' older meaning of a text projection (see
+    `released`). streamed: blocks of the full model are read from its file when they are called and
+    dropped afterwards, so that any model fits into little memory; students of a bundle stay in
+    memory. Raises ValueError in one line; so does the model's save_pretrained, where diffusers
+    could not load what it writes.
     """
     model = _opened(
-        Path(path), variant, base and Path(base), dtype, device, legacy_txt_proj, streamed
+        Path(path), variant, Path(base) if base else None, dtype, device, legacy_txt_proj, streamed
     )
     if streamed or not _is_stock(model):
-        model.save_pretrained = partial(_refuse_to_save, path, streamed)
+        model.save_pretrained = partial(_refuse_to_save, Path(path), streamed)
     return model
 
 
-def _is_stock(model: nn.Module) -> bool:
-    """Whether diffusers' class builds just these tensors from the model's configuration."""
+def _is_stock(model: AnyModule) -> bool:
+    """Whether diffusers' class builds exactly these tensors from the model's configuration."""
     if FOLDING in model.config:
         return False
     with torch.device("meta"):
@@ -130,12 +131,12 @@ def _opened(
     device: str,
     legacy_txt_proj: bool,
     streamed: bool,
-) -> nn.Module:
+) -> AnyModule:
     check_exists(path)
     kind = kind_of(path)
     if legacy_txt_proj and kind is not Kind.RELEASED:
         raise ValueError(
-            f"{path} is not one of the authors' width-pruned folders, so --legacy-txt-proj says nothing; leave it out"
+            f"{path} is not one of the authors' width-pruned folders, so --legacy-txt-proj has no effect; leave it out"
         )
     if kind is not Kind.BUNDLE:
         if variant is not None:
@@ -168,7 +169,7 @@ def _opened(
     chosen = bundle.plan.variant(variant)
     if streamed and chosen.tuned:
         raise ValueError(
-            f"variant {chosen.name!r} was fine-tuned whole, so nothing of {base} is streamed; leave streamed out"
+            f"variant {chosen.name!r} was fine-tuned as a whole, so no block of {base} could be streamed; leave streamed out"
         )
     load = block_loader(weights, dtype, device, streamed)
     return open_variant(weights, bundle, bundle.plan, chosen, dtype, device, load)
@@ -187,14 +188,14 @@ def _check_folded_alike(bundle: Bundle, weights: Weights) -> None:
 
 
 def _with_base(model: nn.Module, base: str | Path | None, path: Path) -> nn.Module:
-    """A folded table gets what it lacks from the file that it was folded from."""
+    """A folded table gets the timesteps that it lacks from the file that it was folded from."""
     if base is not None:
         give_base(model, Path(base), path)
     return model
 
 
 def architecture_of(path: Path) -> Architecture:
-    """Of any file that `open_model` reads."""
+    """The architecture of any file that `open_model` reads."""
     kind = kind_of(path)
     if kind is Kind.BUNDLE:
         return Bundle(path).architecture

@@ -1,5 +1,5 @@
-"""Files that people give where a full model is meant, told apart by names of tensors and refused by
-what they are."""
+"""Files given instead of a full model: recognised by names of tensors, and refused by what they
+are."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KINDS = (
 )
 """parts of names -> what has them"""
 FILE_KINDS = KINDS[:3]
-"""those that have a model's names too"""
+"""the kinds that also have a model's names"""
 READS = {
     6: "FLUX Fill (its input has a masked picture and a mask)",
     2: "FLUX Canny or Depth (its input has a control picture)",
@@ -47,14 +47,13 @@ KNOWN = "known: " + ", ".join(a.name for a in ARCHITECTURES)
 
 
 def refuse_kinds(names: Collection[str], path: Path) -> None:
-    """Raises ValueError for what has a model's names and more."""
+    """Raises ValueError for a file that has a model's names and more."""
     if kind := _kind_of(names, FILE_KINDS):
         raise ValueError(f"{path} is {kind}, not a full model; give the base model ({KNOWN})")
 
 
 def unknown_model(names: Collection[str], path: Path) -> str:
-    """One line for a file of no known architecture: what it looks like, and its first keys where it
-    looks like nothing."""
+    """One line for a file of no known architecture: what it looks like, or else its first keys."""
     if match := SHARD.fullmatch(path.name):
         return f"{path} is one shard of {int(match[2])} ({int(match[1])}); give the folder that they lie in"
     if kind := _kind_of(names, KINDS):
@@ -69,7 +68,7 @@ def unknown_model(names: Collection[str], path: Path) -> str:
 
 
 def refuse_shard(path: Path, lacks: str) -> None:
-    """Raises ValueError for a part of a model that was given as the whole."""
+    """Raises ValueError for one shard given as the whole model."""
     if match := SHARD.fullmatch(path.name):
         raise ValueError(
             f"{path} is one shard of {int(match[2])}, so it lacks {lacks}; give the folder that they lie in"
@@ -77,7 +76,7 @@ def refuse_shard(path: Path, lacks: str) -> None:
 
 
 def refuse_inputs(architecture: Architecture, config: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError for a model that reads more than the picture that is drawn."""
+    """Raises ValueError for a model that reads more than the picture to draw."""
     reads, gives = config["in_channels"], config.get("out_channels") or config["in_channels"]
     if architecture.name == "qwen_image":
         gives *= config.get("patch_size", 2) ** 2 if config.get("out_channels") else 1
@@ -87,7 +86,7 @@ def refuse_inputs(architecture: Architecture, config: Mapping[str, Any], path: P
             if architecture.name == "flux1"
             else None
         )
-        said = f"is {which}" if which else "reads more than the picture that is drawn"
+        said = f"is {which}" if which else "reads more than the picture that it draws"
         raise ValueError(
             f"{path} {said}: {reads} channels in, {gives} out; give the text-to-image or edit model"
         )
@@ -102,7 +101,8 @@ def _kind_of(names: Collection[str], kinds) -> str | None:
 
 @cache
 def _outer_names(architecture: Architecture) -> tuple[frozenset[str], frozenset[str]]:
-    """By diffusers' and by ComfyUI's names, with block 0's, of which `detect` looks for some."""
+    """By diffusers' and by ComfyUI's names; with those of block 0, some of which `detect` looks
+    for."""
     config = architecture.tiny_config
     with torch.device("meta"):
         ours = list(architecture.build_outer(config).state_dict())

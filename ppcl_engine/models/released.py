@@ -1,6 +1,6 @@
 """The pruned models that the method's authors released, read by the names of our own modules.
 
-Their folders count blocks from 0 without gaps and list the width-pruned ones in config.json
+Their folders number the remaining blocks from 0 and list the width-pruned ones in config.json
 (method: checkpoints in the wild). A block's place, its projections and its tensors follow from
 these lists.
 """
@@ -27,12 +27,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Released:
-    """A released folder, width-pruned or depth-pruned alone; tensors are read one at a time.
+    """A released folder, width-pruned or only depth-pruned; tensors are read one at a time.
 
-    Attributes: path, architecture, config (of as many layers as there are blocks, without the
-    lists), layout (renumbered places). legacy_txt_proj: an older release computes P(x) where newer
-    ones compute P(x) + x, under the same names; it is read as P - 1. Raises ValueError, in one
-    line, for what is missing or has no home.
+    Attributes: path, architecture, config (for the blocks that are there, without the lists),
+    layout (renumbered places). legacy_txt_proj: an older release computes P(x) where newer ones
+    compute P(x) + x, under the same names; it is read as P - 1. Raises ValueError, in one line, for
+    a missing tensor or one without a place.
     """
 
     def __init__(self, path: str | Path, legacy_txt_proj: bool = False):
@@ -42,6 +42,8 @@ class Released:
                 f"{path} is not a folder; give the released folder, config.json included"
             )
         self._stored, config = open_layout(self.path)
+        if config is None:
+            raise ValueError(f"{path} has no config.json; download the whole folder")
         self.architecture: Architecture = detect_architecture(self._stored, self.path)
         check_model_config(self.architecture.name, config, self.path)
         if self.architecture.num_blocks(config) > len(self._stored):
@@ -60,7 +62,7 @@ class Released:
         )
         if legacy_txt_proj and not self._maps:
             raise ValueError(
-                f"{path} has no text projections, so --legacy-txt-proj says nothing; leave it out"
+                f"{path} has no text projections, so --legacy-txt-proj has no effect; leave it out"
             )
         self._check()
 
@@ -70,14 +72,14 @@ class Released:
 
     @property
     def parameters(self) -> int:
-        """As stored: unused tensors count, as they do in the published sizes."""
+        """As stored: unused tensors count, as in the published sizes."""
         return sum(math.prod(file.shape(name)) for file, name in self._stored.values())
 
     def keys(self) -> list[str]:
         return list(self._names)
 
     def has(self, key: str) -> bool:
-        """Also what is stored and not used."""
+        """Whether it is stored, used or not."""
         return key in self._names or key in self._unused
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -89,17 +91,17 @@ class Released:
         return file.dtype(name)
 
     def read(self, key: str) -> torch.Tensor:
-        """As stored; a text projection of the older form in float32, since 1 was taken from its
-        diagonal."""
+        """As stored; a text projection of the older form in float32, because 1 is subtracted from
+        its diagonal."""
         file, name = self._place(key)
         tensor = file.read(name)
         return tensor.float() - torch.eye(len(tensor)) if key in self._maps else tensor
 
     @cached_property
     def repeated_steps(self) -> list[int]:
-        """Places whose text step is bit for bit that of another group: the authors' exporter wrote
-        one group's into several."""
-        found: dict[bytes, list[int]] = {}
+        """Places whose text step equals that of another group bit for bit: the authors' exporter
+        wrote one group's step into several."""
+        places_by_step: dict[bytes, list[int]] = {}
         for place in self.layout.places:
             if place.steps_text:
                 prefix = self._step_prefix(place)
@@ -109,8 +111,10 @@ class Released:
                 mark = b"".join(
                     hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).digest() for t in tensors
                 )
-                found.setdefault(mark, []).append(place.index)
-        return sorted(index for places in found.values() if len(places) > 1 for index in places)
+                places_by_step.setdefault(mark, []).append(place.index)
+        return sorted(
+            index for places in places_by_step.values() if len(places) > 1 for index in places
+        )
 
     def _step_prefix(self, place: Place) -> str:
         return (
@@ -130,7 +134,7 @@ class Released:
             )
         if unknown:
             raise ValueError(
-                f"{self.path} has {len(unknown)} tensors with no home, first {unknown[0]}; "
+                f"{self.path} has {len(unknown)} tensors that the model does not have, first {unknown[0]}; "
                 "are the lists in its config.json those of this model?"
             )
         for key, shape in self._shapes.items():
@@ -142,7 +146,7 @@ class Released:
 
 
 def is_width_pruned(path: Path) -> bool:
-    """A folder whose config.json lists width-pruned blocks, of whatever architecture."""
+    """Whether it is a folder whose config.json lists width-pruned blocks, of any architecture."""
     file = transformer_folder(path) / "config.json"
     if not file.exists():
         return False
@@ -156,15 +160,17 @@ def is_width_pruned(path: Path) -> bool:
 
 def released_layout(architecture: Architecture, config: dict, where: object) -> Layout:
     """Renumbered places. Every text-pruned block reads from the last full block before it; the text
-    moves on only where the lists say so. Raises ValueError for lists that name no block or
-    contradict each other."""
+    moves on only where the lists say so.
+
+    Raises ValueError for lists that name a missing block or contradict each other.
+    """
     count, lists = architecture.num_blocks(config), _lists_of(architecture)
     text, steps, ffn = (
         _indices(config, lists.get(kind), count, where) for kind in ("text", "step", "ffn")
     )
     if steps - text:
         raise ValueError(
-            f"{where}: {lists['step']} has {min(steps - text)}, which {lists['text']} has not"
+            f"{where}: {lists['step']} has {min(steps - text)}, which {lists['text']} does not have"
         )
     if 0 in text:
         raise ValueError(f"{where}: {lists['text']} has 0, but no full block comes before it")
@@ -185,8 +191,8 @@ def released_layout(architecture: Architecture, config: dict, where: object) -> 
 def stored_tensors(
     architecture: Architecture, config: dict, layout: Layout
 ) -> tuple[dict[str, str], Shapes, dict[str, str]]:
-    """(our name -> stored name, our name -> shape, our name in a full block -> stored name of what
-    nothing reads)."""
+    """(our name -> stored name, our name -> shape, our name in a full block -> stored name of a
+    tensor that nothing reads)."""
     names, shapes, unused = {}, {}, {}
     with torch.device("meta"):
         for name, tensor in architecture.build_outer(config).state_dict().items():
@@ -205,7 +211,7 @@ def stored_tensors(
                 unused |= {
                     prefix + name: prefix + name
                     for name in full
-                    if name.startswith(architecture.released.unused)
+                    if architecture.released and name.startswith(architecture.released.unused)
                 }
     return names, shapes, unused
 
@@ -213,8 +219,8 @@ def stored_tensors(
 def published_intervals(
     architecture: Architecture, config: dict, teacher_blocks: int | None = None
 ) -> tuple[Interval, ...] | None:
-    """Of a release with this many blocks, by its teacher's depth, or by the full-size model's
-    width."""
+    """The intervals of a release with this many blocks; found by its teacher's depth, or by the
+    full-size model's width."""
     if architecture.released is None:
         return None
     widths = {architecture.width(known) for known in architecture.model_configs.values()}
@@ -226,14 +232,15 @@ def published_intervals(
 
 
 def teacher_indices(kept: int, intervals: tuple[Interval, ...]) -> list[int]:
-    """Of the blocks that stay when each interval leaves its first place to a student."""
+    """Teacher indices of the blocks that stay when every interval leaves its first place to a
+    student."""
     gaps = {index for interval in intervals for index in interval.blocks[1:]}
     return [index for index in range(kept + len(gaps)) if index not in gaps]
 
 
 def repeated_steps_warning(released: Released, indices: list[int] | None = None) -> str | None:
-    """One line that names the blocks (by teacher index where known); None when each group has a
-    step of its own."""
+    """One line naming the blocks (by teacher index where known); None when every group has its own
+    step."""
     repeated = released.repeated_steps
     if not repeated:
         return None

@@ -1,9 +1,9 @@
-"""Scales of quantised weights: which weight each belongs to, over what of it, and what is refused
-by name.
+"""Scales of quantised weights: which weight each belongs to, which part of it, and which formats
+are refused by name.
 
 Read: float8 and int8 with one scale a tensor, one a row, or one a block of a row's columns, under
-ComfyUI's old and new names. What a layer is said to be (`comfy_quant`, or the metadata's
-`_quantization_metadata`) is believed before shapes.
+ComfyUI's old and new names. The declared format of a layer (`comfy_quant`, or the metadata's
+`_quantization_metadata`) has priority over shapes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMATS = {
     "float8_e5m2": (torch.float8_e5m2,),
     "int8_tensorwise": (torch.int8,),
 }
-"""ComfyUI's name -> what such a weight is stored as"""
+"""ComfyUI's name of a format -> the dtypes that such a weight is stored in"""
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 FOREIGN = {
     ".weight_scale_2": "NVFP4",
@@ -42,12 +42,12 @@ FOREIGN = {
     ".smooth_factor": "Nunchaku (SVDQuant)",
     ".qweight": "packed in 4 bits (Nunchaku, GPTQ or AWQ)",
 }
-"""endings of names -> the format that has them"""
+"""endings of tensor names -> the format that has them"""
 TAKE = "take the model in bf16, fp16, fp8 or plain int8"
 
 
 class Stored(Protocol):
-    """TensorFile or PickledFile."""
+    """A TensorFile or a PickledFile."""
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -64,14 +64,14 @@ Places = Mapping[str, tuple[Stored, str]]
 
 @dataclass(frozen=True)
 class Scale:
-    """Of a weight as it is stored: one number, one for each row, or [rows, blocks of columns,
+    """The scale of a stored weight: one number, one for each row, or [rows, blocks of columns,
     1]."""
 
     file: Stored
     name: str
 
     def apply(self, weight: torch.Tensor, part: Part) -> torch.Tensor:
-        """In float32. `part`: which rows of the stored weight these are."""
+        """The real values, in float32. `part`: which rows of the stored weight these are."""
         scale = self.file.read(self.name).to(weight.device).float()
         if scale.numel() == 1:
             return weight.float() * scale.reshape(())
@@ -84,9 +84,12 @@ class Scale:
 
 
 def scales_of(stored: Places, metadata: Mapping[str, str], where: Path) -> dict[str, Scale]:
-    """Weight's name -> its scale. Raises ValueError naming the tensor and the format for what is
-    not read: other formats, scales of no weight or of another shape, and weights in eight bits that
-    need a scale and have none."""
+    """Weight's name -> its scale.
+
+    Raises ValueError naming the tensor and the format for anything that is not read: other formats,
+    scales without a weight or of the wrong shape, and weights in eight bits without the scale that
+    they need.
+    """
     for name in stored:
         if foreign := next(
             (said for ending, said in FOREIGN.items() if name.endswith(ending)), None
@@ -94,7 +97,7 @@ def scales_of(stored: Places, metadata: Mapping[str, str], where: Path) -> dict[
             raise ValueError(
                 f"{where}: {shown(name)} belongs to {foreign}, which is not read; {TAKE}"
             )
-    found: dict[str, Scale] = {}
+    scales: dict[str, Scale] = {}
     for name, (file, key) in stored.items():
         ending = next((ending for ending in SCALE_SUFFIXES if name.endswith(ending)), None)
         if ending is None:
@@ -104,16 +107,16 @@ def scales_of(stored: Places, metadata: Mapping[str, str], where: Path) -> dict[
             raise ValueError(
                 f"{where}: {shown(name)} is a scale, but there is no {weight}; download the file again"
             )
-        if weight in found:
+        if weight in scales:
             raise ValueError(
-                f"{where}: {shown(weight)} has two scales, {found[weight].name} and {key}; which one is meant?"
+                f"{where}: {shown(weight)} has two scales, {scales[weight].name} and {key}; which one is meant?"
             )
-        found[weight] = Scale(file, key)
-    _check_formats(stored, metadata, found, where)
+        scales[weight] = Scale(file, key)
+    _check_formats(stored, metadata, scales, where)
     for name, place in stored.items():
         if not name.endswith(IGNORED_SUFFIXES):
-            _check_weight(name, place, found.get(name), where)
-    return found
+            _check_weight(name, place, scales.get(name), where)
+    return scales
 
 
 def _check_weight(name: str, place: tuple[Stored, str], scale: Scale | None, where: Path) -> None:
@@ -154,7 +157,8 @@ def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
 def _check_formats(
     stored: Places, metadata: Mapping[str, str], scales: Mapping[str, Scale], where: Path
 ) -> None:
-    """What layers are said to be is what they are stored as, and something that is read."""
+    """Raises ValueError for a layer whose declared format is not read, or is not how it is
+    stored."""
     for layer, about in _formats(stored, metadata, where).items():
         weight, kind = f"{layer}.weight", about.get("format")
         details = {**(about["params"] if isinstance(about.get("params"), dict) else {}), **about}
@@ -181,13 +185,13 @@ def _check_formats(
 
 
 def _formats(stored: Places, metadata: Mapping[str, str], where: Path) -> dict[str, dict]:
-    """Layer -> what is said of it. Only layers that are there count, whatever prefix the metadata
-    has."""
-    found = {}
+    """Layer -> its declared format; only layers that exist, whatever prefix the metadata gives
+    them."""
+    declared = {}
     for name, (file, key) in stored.items():
         if name.endswith(FORMAT_SUFFIX):
             text = bytes(file.read(key).reshape(-1).view(torch.uint8).tolist())
-            found[name.removesuffix(FORMAT_SUFFIX)] = _object(text, f"{where}: {shown(name)}")
+            declared[name.removesuffix(FORMAT_SUFFIX)] = _object(text, f"{where}: {shown(name)}")
     layers = (
         _object(metadata[FORMATS_KEY], f"{where}: {FORMATS_KEY}").get("layers")
         if FORMATS_KEY in metadata
@@ -203,7 +207,7 @@ def _formats(stored: Places, metadata: Mapping[str, str], where: Path) -> dict[s
         key.removesuffix(".weight"): name.removesuffix(".weight")
         for name, (_, key) in stored.items()
     }
-    return {ours[layer]: about for layer, about in layers.items() if layer in ours} | found
+    return {ours[layer]: about for layer, about in layers.items() if layer in ours} | declared
 
 
 def _object(text: str | bytes, where: str) -> dict:

@@ -1,5 +1,5 @@
-"""One variant as a file of its own, in our layout: teacher indices kept, its structure inside, for
-our loaders."""
+"""One variant as a file of its own, in our layout for our loaders: teacher indices, and its
+structure inside."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ from .weights import usual_name
 
 GUARD_SHAPE = (0, 1)
 STRUCTURE_KEY = "ppcl_structure"
-LEAST_TENSORS = 6  # of a block, whatever projections stand in it
+LEAST_TENSORS = 6  # that a block has, whatever its projections
 
 
 def write_standalone(
     path: Path, sources: dict[str, Source], plan: PruningPlan, variant: Variant, dtype: torch.dtype
 ) -> Path:
-    """ComfyUI's names, teacher indices, the structure as a tensor (hosts drop metadata), and a
-    guard of an impossible shape: a stock host would build what this file has not, and leave out
-    what it has, without a word."""
+    """Writes ComfyUI's names with teacher indices, the structure as a tensor (hosts drop metadata),
+    and a guard of an impossible shape.
+
+    Without the guard a stock host would build the blocks that are missing, and skip tensors that it
+    does not know, silently.
+    """
     structure = structure_of(plan, variant).to_json()
     architecture, layout = architecture_named(plan.architecture), layout_of(plan, variant)
     extra = {STRUCTURE_TENSOR: as_tensor(structure)}
@@ -47,7 +50,8 @@ def write_standalone(
 
 
 def guard_name(plan: PruningPlan, layout: Layout) -> str | None:
-    """The first tensor of the full model that the variant has not; a stock host looks for it."""
+    """The first tensor of the full model that the variant does not have; a stock host looks for
+    it."""
     architecture, places = (
         architecture_named(plan.architecture),
         {place.index: place for place in layout.places},
@@ -69,7 +73,7 @@ def guard_name(plan: PruningPlan, layout: Layout) -> str | None:
 
 
 def structure_of(plan: PruningPlan, variant: Variant) -> PruningPlan:
-    """The plan of a file that holds this variant alone: everything in it is on."""
+    """The plan of a file that holds only this variant: everything in it is on."""
     sites = [s for name in layout_of(plan, variant).sites for s in plan.site(name).sites]
     kept = tuple(plan.intervals_of(variant))
     return replace(
@@ -78,19 +82,19 @@ def structure_of(plan: PruningPlan, variant: Variant) -> PruningPlan:
 
 
 def hints_of(plan: PruningPlan, indices: list[int], config: dict) -> torch.Tensor:
-    """Of a file that counts its blocks anew: which of the teacher's they are. For loaders that drop
-    metadata, where LoRAs would land on wrong blocks."""
+    """For a file that renumbers its blocks: their teacher indices. Loaders that drop metadata need
+    them, or LoRAs would land on the wrong blocks."""
     return as_tensor({"indices": indices, "blocks": plan.num_blocks, "config": config})
 
 
 def standalone_structure(path: Path) -> dict | None:
     """The structure tensor's content when `path` is a standalone in our own (non-stock) layout,
-    also as a part of a checkpoint that ComfyUI saved."""
+    also as part of a checkpoint that ComfyUI saved."""
     if not path.is_file():
         return None
     file = TensorFile(path)
     name = common_prefix(file.keys()) + STRUCTURE_TENSOR
-    # a full model that was folded has both
+    # a folded full model has both
     if name not in file.entries or "config" in file.metadata:
         return None
     return structure_in(file, name)
@@ -105,7 +109,7 @@ def structure_in(file: TensorFile, name: str) -> dict:
 
 
 def check_standalone(path: Path, structure: dict) -> None:
-    """Raises ValueError, naming the tensor, for one that is missing, of another shape, or not of
+    """Raises ValueError, naming the tensor, for one that is missing, of the wrong shape, or not of
     numbers."""
     _empty_standalone(path, structure)
 
@@ -118,8 +122,11 @@ def open_standalone(path: Path, structure: dict, dtype: torch.dtype, device: str
 def _empty_standalone(
     path: Path, structure: dict
 ) -> tuple[nn.Module, Callable[[str], torch.Tensor]]:
-    """The model to be filled, and what gives each of its tensors; all of them are there. Nothing is
-    built of a plan that names more blocks than the file has tensors for."""
+    """The model to be filled, and the function that reads each of its tensors; all of them are
+    there.
+
+    Nothing is built from a plan with more blocks than the file has tensors for.
+    """
     plan = plan_from_value(structure, path)
     architecture, layout = architecture_named(plan.architecture), layout_of(plan, plan.everything())
     held = len(TensorFile(path).entries)
@@ -134,9 +141,11 @@ def _empty_standalone(
 def standalone_reader(
     path: Path, plan: PruningPlan, state: Mapping[str, torch.Tensor]
 ) -> Callable[[str], torch.Tensor]:
-    """Gives a standalone's tensors by diffusers' names with teacher indices, `state` being all of
-    them, of which shapes count. Raises ValueError where some are not there, of another shape, or
-    not of numbers."""
+    """Reads a standalone's tensors by diffusers' names with teacher indices.
+
+    `state`: all of them, only their shapes are used. Raises ValueError for one that is missing, of
+    the wrong shape, or not of numbers.
+    """
     architecture, layout = architecture_named(plan.architecture), layout_of(plan, plan.everything())
     parts = variant_parts(architecture, plan.config, layout, state)
     stored = {usual_name(architecture, name): place for name, place in open_layout(path)[0].items()}

@@ -1,5 +1,5 @@
-"""Where a full model's tensors lie: a folder of shards or one file, under the prefixes that others
-leave before names."""
+"""Where a full model's tensors are: in shards or one file, under the prefixes that other tools add
+to names."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ..system.tensor_files import TensorFile, check_exists
 
 COMFYUI_PREFIX = "model.diffusion_model."
 PREFIXES = (COMFYUI_PREFIX, "diffusion_model.", "transformer.", "net.", "module.", "_orig_mod.")
-"""of checkpoints, of trainers, of wrappers for several processes, of torch.compile; in any order"""
+"""added by checkpoints, trainers, wrappers for several processes and torch.compile; in any order"""
 COMPILED = "_orig_mod."  # also before the names of a single block
 MOST_SHARDS = 10_000
 LONGEST_NAME = 255
 STRUCTURE_TENSOR = "ppcl_structure"
-# JSON: which of the teacher's blocks a file has, where metadata does not reach
+# JSON: the teacher's blocks that a file has, for readers that drop metadata
 HINTS_TENSOR = "ppcl_hints"
-LONGEST_TEXT = 10_000_000  # bytes of a plan in a tensor; that of 60 blocks has some ten thousand
+LONGEST_TEXT = 10_000_000  # bytes of a plan in a tensor; one for 60 blocks has about ten thousand
 Places = dict[str, tuple[TensorFile | PickledFile, str]]
 
 
 def open_layout(path: Path) -> tuple[Places, dict | None]:
-    """(key -> (file, name in it), configuration or None). Strips the prefixes of checkpoints and of
-    training."""
+    """(key -> (file, name in it), configuration or None), without the prefixes that checkpoints and
+    training tools add."""
     check_exists(path)
     if path.is_dir():
         return _open_folder(transformer_folder(path))
@@ -41,8 +41,8 @@ def open_layout(path: Path) -> tuple[Places, dict | None]:
 
 
 def config_of(file: TensorFile) -> dict | None:
-    """The configuration in a file's metadata, if there is one. Raises ValueError for one that is
-    not an object."""
+    """The configuration in a file's metadata, if any. Raises ValueError for one that is not an
+    object."""
     text = file.metadata.get("config")
     if text is None:
         return None
@@ -58,8 +58,8 @@ def config_of(file: TensorFile) -> dict | None:
 
 
 def hints_in(stored: Places) -> dict:
-    """What a file says of itself in a tensor: config, indices (of the teacher's blocks that it
-    has), blocks (of the teacher). Empty where it says nothing."""
+    """What a file's hints tensor says: config, indices (teacher indices of its blocks), blocks (the
+    teacher's number). Empty without one."""
     if HINTS_TENSOR not in stored:
         return {}
     file, name = stored[HINTS_TENSOR]
@@ -67,8 +67,11 @@ def hints_in(stored: Places) -> dict:
 
 
 def text_in(tensor: torch.Tensor) -> str:
-    """A byte a value. GGUF has no bytes: tools that make it of our files keep them as numbers of
-    half precision, exactly. Raises ValueError for a tensor that holds no text."""
+    """The text that a tensor holds, one byte a value.
+
+    GGUF has no bytes: tools that convert our files to it keep them exactly, as half-precision
+    numbers. Raises ValueError for a tensor that does not hold text.
+    """
     kept = tensor.dtype in (torch.uint8, torch.float16, torch.float32)
     if not kept or len(tensor.shape) != 1 or tensor.shape[0] > LONGEST_TEXT:
         raise ValueError(f"a text is stored as bytes in a row, at most {LONGEST_TEXT:,}")
@@ -79,55 +82,53 @@ def text_in(tensor: torch.Tensor) -> str:
 
 
 def object_in(tensor: torch.Tensor, where: object) -> dict:
-    """A JSON object that is stored as bytes. Raises ValueError, in one line, for a tensor that
-    holds none."""
+    """A JSON object stored as bytes. Raises ValueError, in one line, for anything else."""
     try:
-        found = parse_json(text_in(tensor))
+        value = parse_json(text_in(tensor))
     except ValueError:  # neither text nor JSON
-        found = None
-    if not isinstance(found, dict):
+        value = None
+    if not isinstance(value, dict):
         raise ValueError(
             f"{where}: what it says of its own blocks is not readable; export or save it again"
         )
-    return found
+    return value
 
 
 def as_tensor(value: dict | str) -> torch.Tensor:
-    """A JSON object, or its text, as a tensor: what hosts keep of a file where they drop
-    metadata."""
+    """A JSON object, or its text, as a tensor, which hosts keep where they drop metadata."""
     return torch.tensor(
         list((value if isinstance(value, str) else json_text(value)).encode()), dtype=torch.uint8
     )
 
 
 def common_prefix(names: Iterable[str]) -> str:
-    """All prefixes that stand before a transformer's names, such as
-    "model.diffusion_model._orig_mod."; what a checkpoint holds beside the transformer does not have
-    it."""
-    found, names = "", list(names)
+    """All prefixes before a transformer's names, such as "model.diffusion_model._orig_mod."; other
+    tensors of a checkpoint do not have it."""
+    common, names = "", list(names)
     while prefix := next((p for p in PREFIXES if any(name.startswith(p) for name in names)), None):
-        found += prefix
+        common += prefix
         names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    return found
+    return common
 
 
 def stripped_names(names: Iterable[str], where: object) -> dict[str, str]:
-    """A transformer's name -> as it is stored. Raises ValueError where two are one."""
-    names, found = list(names), {}
+    """A transformer's name -> the name as stored. Raises ValueError where two stored names become
+    the same."""
+    names, stored_names = list(names), {}
     prefix = common_prefix(names)
     for name in names:
         if name.startswith(prefix):
             ours = name.removeprefix(prefix).replace(COMPILED, "")
-            if ours in found:
+            if ours in stored_names:
                 raise ValueError(
-                    f"{where}: {shown(found[ours])} and {shown(name)} are the same tensor; which one is meant?"
+                    f"{where}: {shown(stored_names[ours])} and {shown(name)} are the same tensor; which one is meant?"
                 )
-            found[ours] = name
-    return found
+            stored_names[ours] = name
+    return stored_names
 
 
 def transformer_folder(path: Path) -> Path:
-    """Of a diffusers pipeline folder, or the folder itself."""
+    """The transformer's folder in a diffusers pipeline folder, or the folder itself."""
     return path / "transformer" if (path / "model_index.json").exists() else path
 
 
@@ -150,7 +151,7 @@ def _open_folder(path: Path) -> tuple[Places, dict]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """A model's own file, or those of its folder."""
+    """The files with a model's tensors: its own file, or those of its folder."""
     check_exists(path)
     return shards_of(transformer_folder(path)) if path.is_dir() else [path]
 
@@ -166,8 +167,8 @@ def shards_of(path: Path) -> list[Path]:
 
 
 def _listed(path: Path, index: Path) -> list[Path]:
-    """The shards of an index, all of them inside the folder. Raises ValueError naming the index and
-    what is wrong with it."""
+    """The shards of an index, all inside the folder. Raises ValueError naming the index and what is
+    wrong with it."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, Mapping) or not all(
         isinstance(name, str) for name in weight_map.values()
@@ -188,14 +189,14 @@ def _listed(path: Path, index: Path) -> list[Path]:
 
 
 def _is_below(file: Path, folder: Path) -> bool:
-    """In the folder, or, where the folder is a snapshot in the cache of huggingface_hub, among the
-    files of that model: there `models--x/snapshots/y` is full of links to `models--x/blobs`."""
+    """Whether the file is in the folder. In a snapshot of huggingface_hub's cache, files of the
+    same model count too: `models--x/snapshots/y` is full of links to `models--x/blobs`."""
     blobs = [p.parent / "blobs" for p in folder.parents if p.name == "snapshots"]
     return file.is_relative_to(folder) or file.parent in blobs
 
 
 def _check_inside(folder: Path, name: str, index: Path) -> None:
-    """Links included: a folder from elsewhere may not name files of its reader's."""
+    """Links included: a downloaded folder must not be able to name its reader's files."""
     parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
     plain = (
         0 < len(name) <= LONGEST_NAME

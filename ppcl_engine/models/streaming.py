@@ -1,8 +1,9 @@
-"""Where blocks and the states between them come from: memory, or disk, one after the other.
+"""Where blocks and the states between them are kept: in memory, or on disk and read one after the
+other.
 
-Stages see one interface. Resident: every block stays on the device. Streamed: a block is read
-from its file when its turn comes, the next one meanwhile by a thread. Same arithmetic, so the
-results are the same bits.
+Stages see one interface. Resident: every block stays on the device. Streamed: a block is read from
+its file when its turn comes, while a thread reads the next one. Same arithmetic, so the results are
+the same bits.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from .weights import Weights
 
 
 class Teacher:
-    """The teacher's outer layers on the device and its blocks, resident or streamed. `target_only`:
-    of its states, those of references count in no statistic and no loss."""
+    """The teacher's outer layers on the device, and its blocks, resident or streamed.
+
+    `target_only`: references are left out of every statistic and loss.
+    """
 
     def __init__(
         self,
@@ -61,11 +64,10 @@ class Teacher:
             yield from ((index, self._resident[index]) for index in indices)
             return
         with ThreadPoolExecutor(1) as reader:
-            coming = reader.submit(self._load, indices[0]) if indices else None
+            coming = [reader.submit(self._load, index) for index in indices[:1]]
             for position, index in enumerate(indices):
-                block = coming.result()
-                if position + 1 < len(indices):
-                    coming = reader.submit(self._load, indices[position + 1])
+                block = coming.pop().result()
+                coming += [reader.submit(self._load, i) for i in indices[position + 1 :][:1]]
                 yield index, block
                 del block
                 return_freed_memory()
@@ -82,16 +84,18 @@ class Teacher:
 
 
 def mixed_precision(teacher: Teacher) -> AbstractContextManager:
-    """Weights in training stay float32; forward and backward run in the teacher's precision. In
-    bfloat16 the weights themselves would not move: a step at the usual rates is less than half of
-    what the last bit of most of them is worth."""
+    """Weights in training stay float32; forward and backward run in the teacher's precision.
+
+    Weights in bfloat16 would not move: at the usual learning rates a step is less than half the
+    last bit of most of them.
+    """
     kind = teacher.device.split(":")[0]
     return torch.autocast(kind, torch.bfloat16, enabled=teacher.dtype is torch.bfloat16)
 
 
 class StreamedBlock(nn.Module):
-    """A place in a model whose block is read when it is called and dropped after: any forward,
-    little memory."""
+    """A block that is read when it is called and dropped afterwards: any forward in little
+    memory."""
 
     def __init__(self, load: Callable[[], nn.Module]):
         super().__init__()
@@ -106,8 +110,7 @@ class StreamedBlock(nn.Module):
 def block_loader(
     weights: Weights, dtype: torch.dtype, device: str, streamed: bool
 ) -> Callable[[int, Edit], nn.Module]:
-    """What `assembly.assemble` asks for the teacher's blocks: modules with weights, or streamed
-    places."""
+    """The teacher's blocks for `assembly.assemble`: modules with weights, or streamed blocks."""
 
     def load(index: int, edit: Edit) -> nn.Module:
         return edit(weights.block(index, dtype, device))
@@ -116,8 +119,8 @@ def block_loader(
 
 
 def check_states(boundary: int, state: BlockState) -> None:
-    """state: the input of block `boundary`. Raises ValueError naming the block that made it, where
-    it is not finite."""
+    """Raises ValueError, naming the block that made it, where the input of block `boundary` is not
+    finite."""
     where = (
         f"the model is not finite from block {boundary - 1} on"
         if boundary
@@ -130,18 +133,17 @@ def check_states(boundary: int, state: BlockState) -> None:
 
 
 class StateStore:
-    """Both streams of a batch at a block boundary, by (key, batch): in memory, or a file each; and
-    the modulated text that a text group goes on reading.
+    """Both streams of a batch at a block boundary, and the modulated text that a text group still
+    reads, by (key, batch): in memory, or one file each.
 
-    Key i is the input of block i; other states (chains of a detection) have names of their own.
+    Key i is the input of block i; other states (the chains of detection) have names of their own.
     What does not change along the blocks (conditioning, rotary tables, masks) is computed again
-    from the inputs, not stored. Files are bare bytes, and nothing waits for the disk: the process
-    that wrote them is the only one to read them, and one that begins anew makes them anew.
+    from the inputs, not stored. Files are bare bytes, never flushed to disk: only the process that
+    wrote them reads them, and a new process writes its own.
     """
 
     def __init__(self, folder: Path | None, rest: str | None = None):
-        """rest: the device on which states in memory wait; None is the one that they were made
-        on."""
+        """rest: the device on which states in memory wait; None: the one that they were made on."""
         self.folder, self.rest = folder, rest
         self._memory: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
         self._on_disk: dict[tuple[str, int], dict[str, tuple[torch.dtype, torch.Size]]] = {}
@@ -149,7 +151,7 @@ class StateStore:
             folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, key: int | str, batch: int, state: BlockState) -> None:
-        """Raises ValueError naming the block from which on the model's states are not finite; a
+        """Raises ValueError naming the block from which the model's states are not finite; a
         chain's may be."""
         if isinstance(key, int):
             check_states(key, state)
@@ -163,7 +165,7 @@ class StateStore:
             }
 
     def get(self, key: int | str, batch: int, like: BlockState) -> BlockState:
-        """The stored streams in a state whose other parts are those of `like`."""
+        """The stored streams in a state that otherwise equals `like`."""
         if self.folder is None:
             return state_of(self._memory[str(key), batch], like)
         known = self._on_disk[str(key), batch]
@@ -186,18 +188,19 @@ class StateStore:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, key: int | str, batch: int) -> Path:
-        return self.folder / f"state_{key}_batch_{batch}"
+        """Only used with a folder."""
+        return Path(self.folder or "") / f"state_{key}_batch_{batch}"
 
 
 def streams_of(state: BlockState, rest: str | None = None) -> dict[str, torch.Tensor]:
-    """What of a state changes along the blocks, on the device `rest` where one is named."""
+    """The tensors of a state that change along the blocks, on the device `rest` if given."""
     streams = {"image": state.image, "text": state.text, "modulated_text": state.modulated_text}
     kept = {name: tensor.detach() for name, tensor in streams.items() if tensor is not None}
     return kept if rest is None else {name: tensor.to(rest) for name, tensor in kept.items()}
 
 
 def state_of(streams: dict[str, torch.Tensor], like: BlockState) -> BlockState:
-    """These streams in a state whose other parts, and whose device, are those of `like`."""
+    """These streams in a state that otherwise equals `like`, on its device."""
     state = like.with_streams(
         streams["image"].to(like.image.device), streams["text"].to(like.text.device)
     )
@@ -210,16 +213,16 @@ def state_of(streams: dict[str, torch.Tensor], like: BlockState) -> BlockState:
 
 
 def write_bare(path: Path, tensors: Iterable[torch.Tensor]) -> None:
-    """The tensors' bytes, one behind the other."""
+    """The tensors' bytes, one after the other."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(path, "wb", buffering=0) as file:
             for tensor in tensors:
-                view, done = memoryview(_bytes_of(tensor.cpu().contiguous())), 0
+                view, done = _bytes_of(tensor.cpu().contiguous()), 0
                 while done < len(view):  # one write takes at most 2 GB
                     done += file.write(view[done:])
     except OSError as error:  # a full disk does not say where it is full
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
 
 
 def read_bare(
@@ -228,7 +231,7 @@ def read_bare(
     with open(path, "rb", buffering=0) as file:
         for dtype, shape in known:
             tensor = torch.empty(shape, dtype=dtype)
-            view, done = memoryview(_bytes_of(tensor)), 0
+            view, done = _bytes_of(tensor), 0
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
@@ -239,15 +242,15 @@ def read_bare(
             yield tensor
 
 
-def _bytes_of(tensor: torch.Tensor):
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def sweep(
     teacher: Teacher, embedded: Sequence[BlockState], store: StateStore, last: int
 ) -> Iterator[tuple[int, nn.Module, list[int]]]:
-    """Walks blocks 0..last over all batches; yields (index, block, batches) with boundary index+1
-    stored.
+    """Walks blocks 0..last over all batches; yields (index, block, batches) once boundary index+1
+    is stored.
 
     Boundary `index` is dropped when the caller is done with the block.
     """
@@ -269,7 +272,7 @@ def run_blocks(
     state: BlockState,
     seen: list[BlockState] | None = None,
 ) -> BlockState:
-    """The state behind the last block. `seen` takes the input of every block and that last
+    """The state behind the last block. `seen` collects the input of every block, and that last
     state."""
     for block in blocks:
         if seen is not None:
@@ -294,7 +297,7 @@ def run_chain(
 def teacher_velocity(
     teacher: Teacher, inputs: Inputs, seen: list[BlockState] | None = None
 ) -> torch.Tensor:
-    """The same of the teacher itself, resident or streamed. Raises ValueError where it is not
+    """The velocity of the teacher itself, resident or streamed. Raises ValueError where it is not
     finite."""
     blocks = (block for _, block in teacher.walk(0, teacher.num_blocks - 1))
     return checked_velocity(
@@ -303,7 +306,7 @@ def teacher_velocity(
 
 
 def embed_with(teacher: Teacher, outer: nn.Module, inputs: Inputs) -> BlockState:
-    """`teacher.embed` through other outer layers."""
+    """`teacher.embed`, but with these outer layers."""
     like = copy.copy(teacher)
     like.outer = outer
     return like.embed(inputs)

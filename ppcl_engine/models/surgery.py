@@ -1,9 +1,9 @@
-"""Edits to a model: students in place of intervals, corrections behind them, projections, gaps that
-pass through.
+"""Edits to a model: students for intervals, corrections behind them, projections, pass-through
+blocks for gaps.
 
 A pruned model keeps the teacher's indices: where an interval was replaced, its first place holds
-the student and the others hold weightless pass-through blocks. LoRA names and ControlNet depth
-then come out right with no translation.
+the student and the others hold weightless pass-through blocks. So LoRA names and ControlNet depth
+need no translation.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from ..architectures import Architecture, SharedText
+from ..architectures.modules import AnyModule
 from ..plan import Interval
 from .filling import check_shape
 from .layout import Layout, Place
 
 Edit = Callable[[nn.Module], nn.Module]
 Projections = Callable[[str, str], dict[str, torch.Tensor]]
-"""(place's name, site kind) -> the tensors of its projection, named as `projection_state` names
-them"""
+"""(place's name, site kind) -> the tensors of its projection, named as in `projection_state`"""
 
 
 class Correction(nn.Module):
@@ -48,15 +48,15 @@ def _map(width: int, rank: int | None) -> nn.Module:
     return nn.Sequential(nn.Linear(width, rank, bias=False), nn.Linear(rank, width))
 
 
-def add_correction(block: nn.Module, correction: Correction, returns: tuple[str, ...]) -> nn.Module:
-    """Puts the correction behind what the block returns.
+def add_correction(block: AnyModule, correction: Correction, returns: tuple[str, ...]) -> AnyModule:
+    """Applies the correction to what the block returns.
 
-    As a part of the block and a hook on it, not a module around it: the block's own tensors keep
-    the names that LoRA files know them by.
+    It is a part of the block and a hook on it, not a module around it, so that the block's tensors
+    keep the names that LoRA files use.
     """
 
     def correct(
-        module: nn.Module, arguments, outputs: tuple[torch.Tensor, ...]
+        module: AnyModule, arguments, outputs: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]:
         return tuple(module.correction.correct(s, x) for s, x in zip(returns, outputs, strict=True))
 
@@ -66,7 +66,7 @@ def add_correction(block: nn.Module, correction: Correction, returns: tuple[str,
 
 
 class PassThrough(nn.Module):
-    """Stands where a block was dropped; its arguments' names and order are the architecture's."""
+    """Stands where a block was dropped; takes and returns what the architecture's blocks do."""
 
     def __init__(self, arguments: dict[str, str], returns: tuple[str, ...]):
         super().__init__()
@@ -81,12 +81,12 @@ class PassThrough(nn.Module):
 def interval_streams(
     architecture: Architecture, config: dict, interval: Interval
 ) -> tuple[str, ...]:
-    """The streams that anything behind the interval reads."""
+    """The streams that any later block reads."""
     return architecture.used_streams(config, interval.last)
 
 
 def build_student(architecture: Architecture, config: dict, interval: Interval) -> nn.Module:
-    """An empty student of the form the interval names (plain block, or with a correction)."""
+    """An empty student of the interval's form: a plain block, or one with a correction."""
     block = architecture.build_block(config, interval.first)
     if interval.correction == "none":
         return block
@@ -103,15 +103,15 @@ def filled_student(
     state: dict[str, torch.Tensor],
     where: Path | str = "the file",
 ) -> nn.Module:
-    """A student with these tensors as its own, for inference. Raises ValueError when they are not
-    its tensors."""
+    """A student with these tensors, for inference. Raises ValueError when they are not its
+    tensors."""
     with torch.device("meta"):
         student = build_student(architecture, config, interval)
     expected = student.state_dict()
     wrong = sorted(expected.keys() ^ state.keys())
     if wrong:
         raise ValueError(
-            f"{where}: student {interval.name}: tensor {wrong[0]} is missing or has no home; the file does not match its "
+            f"{where}: student {interval.name}: tensor {wrong[0]} is missing or unexpected; the file does not match its "
             "plan: run distill-depth again"
         )
     for name, tensor in state.items():
@@ -122,13 +122,13 @@ def filled_student(
 
 def project(
     architecture: Architecture,
-    block: nn.Module,
+    block: AnyModule,
     place: Place,
     shared: dict[int, SharedText],
     projections: Projections | None = None,
 ) -> nn.Module:
     """Puts the place's projections into the block, which is changed. Without `projections` they
-    hold no values yet.
+    have no values yet.
 
     `shared`: where a text group's source leaves its modulated text, by the source's index.
     """
@@ -138,7 +138,9 @@ def project(
         source = shared.setdefault(place.text_source, SharedText())
         architecture.project_text(block, source, place.steps_text)
         if hasattr(block, "correction") and "text" in block.correction.maps:
-            del block.correction.maps["text"]  # the group moves the text on, no block inside it
+            del block.correction.maps[
+                "text"
+            ]  # the group moves the text on; blocks inside it do not
     if place.publishes:
         architecture.publish_text(block, shared.setdefault(place.index, SharedText()))
     if projections is not None:
@@ -150,17 +152,17 @@ def project(
 def projection_modules(
     architecture: Architecture, block: nn.Module, kind: str
 ) -> dict[str, nn.Module]:
-    """The linear maps of a site that is on in this block, by part ("map"; text also "step" where it
-    ends its group)."""
+    """The linear maps of a site that is on in this block, by part: "map"; for text also "step" in
+    its group's last block."""
     names = architecture.projection_names[kind]
-    found = {part: block.get_submodule(name) for part, name in names.items()}
-    return {part: module for part, module in found.items() if isinstance(module, nn.Linear)}
+    modules = {part: block.get_submodule(name) for part, name in names.items()}
+    return {part: module for part, module in modules.items() if isinstance(module, nn.Linear)}
 
 
 def projection_state(
     architecture: Architecture, block: nn.Module, kind: str
 ) -> dict[str, torch.Tensor]:
-    """ "map.weight", "map.bias", and "step.weight", "step.bias" of a text group's last block."""
+    """ "map.weight", "map.bias", and in a text group's last block "step.weight", "step.bias"."""
     parts = projection_modules(architecture, block, kind)
     return {
         f"{part}.{name}": tensor
@@ -191,10 +193,10 @@ def pruned_blocks(
     student: Callable[[Interval], nn.Module],
     projections: Projections | None = None,
 ) -> list[nn.Module]:
-    """One module a teacher index: teacher block, student, or pass-through.
+    """One module for every teacher index: a teacher's block, a student, or a pass-through block.
 
-    `teacher_block(index, edit)` gives a block of its own with `edit` applied (edit is the identity
-    where nothing is projected).
+    `teacher_block(index, edit)` returns a new block with `edit` applied (edit is the identity where
+    nothing is projected).
     """
     shared: dict[int, SharedText] = {}
     blocks: list[nn.Module] = [
@@ -215,8 +217,8 @@ def pruned_blocks(
 def empty_block(
     architecture: Architecture, config: dict, place: Place, shared: dict[int, SharedText]
 ) -> nn.Module:
-    """What stands at a place, its tensors without values that mean anything (for meta devices and
-    files to fill)."""
+    """What stands at a place, with uninitialised tensors (for meta devices, and to be filled from
+    files)."""
     new = build_student(architecture, config, place.interval) if place.interval else None
     return project(
         architecture, new or architecture.build_block(config, place.index), place, shared

@@ -1,9 +1,9 @@
-"""What a bundle knows of its teacher: a hash of every tensor, by diffusers' name, so that another
-base is told by what differs. A base in another precision is compared as bfloat16; of a quantised
-one, a note says what cannot be compared.
+"""Hashes of a bundle's teacher, one for every tensor by diffusers' name, which show where another
+base differs.
 
-In a bundle's metadata `ppcl_teacher` is JSON: {name: [dtype as stored, hash of its bytes, hash of
-its bfloat16 values]}.
+A base in another precision is compared as bfloat16; for a quantised one, a note says what cannot be
+compared. In a bundle's metadata `ppcl_teacher` is JSON: {name: [dtype as stored, hash of its bytes,
+hash of its bfloat16 values]}.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import xxhash
@@ -21,26 +21,40 @@ from ..system.headers import DTYPE_NAMES
 from ..system.progress import Progress
 from ..system.regular_files import Identity
 
-if TYPE_CHECKING:
-    from .weights import Weights
-
-
 TEACHER_KEY = "ppcl_teacher"
 PLAIN = ("F64", "F32", "F16", "BF16")
 SHOWN = 3
 Recorded = dict[str, tuple[str, str, str]]
 MOST_CHECKED = 200_000
 _CHECKED: set[tuple[Identity, object, str]] = set()
-"""(bundle, base, tensor) as they were last changed, where the tensor is the teacher's"""
+"""(bundle, base, tensor), the files as last changed, where the tensor was found to be the
+teacher's"""
 
 
-def teacher_hashes(weights: Weights) -> str:
-    """Of every tensor; the whole model is read once, a tensor at a time."""
+class StoredModel(Protocol):
+    """What is asked of a full model's file here; `weights.Weights` is one. Keys are diffusers'
+    names."""
+
+    path: Path
+
+    def keys(self) -> list[str]: ...
+
+    def dtype(self, key: str) -> torch.dtype: ...
+
+    def is_scaled(self, key: str) -> bool: ...
+
+    def stored(self, key: str) -> torch.Tensor: ...
+
+    def identity(self, key: str) -> object: ...
+
+
+def teacher_hashes(weights: StoredModel) -> str:
+    """The hashes of every tensor; the whole model is read once, one tensor at a time."""
     keys = Progress(weights.keys(), desc="hash teacher", unit="tensor")
     return json.dumps({key: _hashes(weights, key) for key in keys}, separators=(",", ":"))
 
 
-def _hashes(weights: Weights, key: str) -> tuple[str, str, str]:
+def _hashes(weights: StoredModel, key: str) -> tuple[str, str, str]:
     return _hashes_of(weights.stored(key), weights.is_scaled(key))
 
 
@@ -61,7 +75,7 @@ def _digest(tensor: torch.Tensor) -> str:
 
 
 def without(text: str, names: frozenset[str] | set[str]) -> str:
-    """Of a base whose modulations were folded away: what is left of the teacher."""
+    """The hashes without those of modulations that were folded away."""
     kept = {
         key: value for key, value in json.loads(text).items() if key.rpartition(".")[0] not in names
     }
@@ -69,16 +83,19 @@ def without(text: str, names: frozenset[str] | set[str]) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Teacher:
-    """What a bundle expects of its base. identity: of the bundle's file as it was opened."""
+class ExpectedBase:
+    """What a bundle expects of its base."""
 
     bundle: Path
+    """the bundle's file"""
     identity: Identity
+    """the bundle's file as it was opened"""
     recorded: Recorded
+    """name -> (dtype as stored, hash of its bytes, hash of its bfloat16 values)"""
 
-    def check(self, weights: Weights, key: str, tensor: torch.Tensor) -> None:
-        """Of a tensor as it was read, once for each pair of files. Raises ValueError, naming the
-        first ones and counting all, when it differs."""
+    def check(self, weights: StoredModel, key: str, tensor: torch.Tensor) -> None:
+        """Checks a tensor that was read, once for each pair of files. Raises ValueError when it
+        differs, with the number of tensors that differ and the names of the first ones."""
         pair = (self.identity, weights.identity(key), key)
         if key not in self.recorded or pair in _CHECKED:
             return
@@ -88,33 +105,36 @@ class Teacher:
             _CHECKED.clear()
         _CHECKED.add(pair)
 
-    def notes(self, weights: Weights) -> list[str]:
-        """What cannot be compared, since the base stores it otherwise than the teacher did."""
+    def notes(self, weights: StoredModel) -> list[str]:
+        """What cannot be compared because the base stores it in another format than the teacher
+        did."""
         pairs, there = Counter(), set(weights.keys())
         for key, (dtype, _, rounded) in self.recorded.items():
             if key in there and not self._is_comparable(
-                dtype, rounded, found := _kind(weights.dtype(key), weights.is_scaled(key))
+                dtype, rounded, stored_as := _kind(weights.dtype(key), weights.is_scaled(key))
             ):
-                pairs[found, dtype] += 1
+                pairs[stored_as, dtype] += 1
         return [
-            f"{weights.path}: {count} tensors are {found}, the teacher of {self.bundle} had {dtype}: whether they are its "
-            "own cannot be seen"
-            for (found, dtype), count in pairs.items()
+            f"{weights.path}: {count} tensors are {stored_as}, the teacher of {self.bundle} had {dtype}, so they cannot "
+            "be compared"
+            for (stored_as, dtype), count in pairs.items()
         ]
 
     def _differs(self, key: str, tensor: torch.Tensor, scaled: bool) -> bool:
         dtype, exact, rounded = self.recorded[key]
-        found = _kind(tensor.dtype, scaled)
-        if found == dtype:
+        stored_as = _kind(tensor.dtype, scaled)
+        if stored_as == dtype:
             return _digest(tensor) != exact
-        return self._is_comparable(dtype, rounded, found) and _digest(tensor.bfloat16()) != rounded
+        return (
+            self._is_comparable(dtype, rounded, stored_as) and _digest(tensor.bfloat16()) != rounded
+        )
 
     @staticmethod
-    def _is_comparable(dtype: str, rounded: str, found: str) -> bool:
-        """float16 rounds otherwise than bfloat16, so after it the values may be others."""
-        return found == dtype or (bool(rounded) and found in PLAIN and found != "F16")
+    def _is_comparable(dtype: str, rounded: str, stored_as: str) -> bool:
+        """float16 rounds otherwise than bfloat16, so values that went through it may differ."""
+        return stored_as == dtype or (bool(rounded) and stored_as in PLAIN and stored_as != "F16")
 
-    def _difference(self, weights: Weights, first: str) -> str:
+    def _difference(self, weights: StoredModel, first: str) -> str:
         rest = [key for key in weights.keys() if key in self.recorded and key != first]
         differ = [
             first,
@@ -133,7 +153,7 @@ class Teacher:
         )
 
 
-def check_all(teacher: Teacher, weights: Weights) -> None:
-    """Reads every tensor of the base."""
+def check_all(expected: ExpectedBase, weights: StoredModel) -> None:
+    """Checks every tensor of the base."""
     for key in Progress(weights.keys(), desc="compare base", unit="tensor"):
-        teacher.check(weights, key, weights.stored(key))
+        expected.check(weights, key, weights.stored(key))

@@ -1,4 +1,4 @@
-"""Tensors that are read when they are written: by ComfyUI's names, several in one, and as a
+"""Tensors that are read when they are written: by ComfyUI's names, several joined in one, and as a
 file."""
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Source:
 
 
 def comfyui_sources(architecture: Architecture, sources: dict[str, Source]) -> dict[str, Source]:
-    """The same tensors by ComfyUI's names, some of which hold several of diffusers'."""
+    """The same tensors by ComfyUI's names; some of these hold several of diffusers'."""
     return joined_sources(sources, {key: architecture.to_comfyui(key, sources) for key in sources})
 
 
 def joined_sources(sources: dict[str, Source], parts: dict[str, Part]) -> dict[str, Source]:
-    """Several of diffusers' tensors as one, where `parts` say so; of a map that was cut, those that
-    are left."""
+    """Tensors by their names in `parts`, joined where several lie in one; of a cut map, the pieces
+    that are left."""
     tensors: dict[str, dict[int, tuple[Source, int, int]]] = {}
     for key, source in sources.items():
         part = parts[key]
@@ -42,7 +42,7 @@ def joined_sources(sources: dict[str, Source], parts: dict[str, Part]) -> dict[s
 
 
 def _joined(pieces: list[tuple[Source, int, int]]) -> Source:
-    """One tensor of equal pieces: (tensor, which of its pieces, of how many)."""
+    """One tensor from equal pieces: (tensor, which of its pieces, of how many)."""
     source, position, of = pieces[0]
     if len(pieces) == 1:
         return source
@@ -62,8 +62,10 @@ def write_sources(
     extra: dict[str, torch.Tensor] | None = None,
     scaled: bool = False,
 ) -> None:
-    """A safetensors file of `sources` in `dtype`, read one at a time, and `extra` as they are.
-    scaled: matrices in fp8 with a scale each, as ComfyUI reads them."""
+    """A safetensors file of `sources` in `dtype`, read one at a time, and of `extra`, unchanged.
+
+    scaled: matrices in fp8 with one scale each, as ComfyUI reads them.
+    """
     bar = Progress(total=len(sources), desc=path.stem, unit="tensor")
 
     def counted(source: Source) -> torch.Tensor:
@@ -86,5 +88,6 @@ def write_sources(
 
 
 def _is_matrix(key: str, source: Source) -> bool:
-    """Of a linear map: all others that have two dimensions are tables of embeddings."""
+    """Whether it is a linear map's weight: all other tensors of two dimensions are embedding
+    tables."""
     return len(source.shape) == 2 and key.endswith(".weight") and "embedding.weight" not in key

@@ -34,7 +34,7 @@ from .stored_layout import (
     text_in,
     transformer_folder,
 )
-from .teacher_hashes import Teacher
+from .teacher_hashes import ExpectedBase
 
 __all__ = [
     "COMFYUI_PREFIX",
@@ -63,8 +63,8 @@ class Weights:
     """A transformer's tensors by diffusers' names, read one at a time.
 
     Attributes: path, architecture, config (diffusers' names), fingerprint. Raises ValueError for a
-    file of no known architecture, for a configuration that its tensors do not fit, for missing
-    tensors, for tensors that have no home, and for quantised weights that are not read.
+    file of no known architecture, for a configuration that its tensors contradict, for missing or
+    unexpected tensors, and for quantised weights in a format that is not read.
     """
 
     def __init__(self, path: Path):
@@ -75,7 +75,7 @@ class Weights:
         for file in {id(file): file for file, _ in stored.values()}.values():
             metadata |= getattr(file, "metadata", {})
         self._scales = scales_of(stored, metadata, self.path)
-        self._teacher: Teacher | None = None
+        self._expected: ExpectedBase | None = None
         self.architecture: Architecture = _architecture_of(stored, self.path)
         self._tensors = _parts_of(self.architecture, stored)
         inferred = self._inferred(stored)
@@ -104,30 +104,32 @@ class Weights:
         return file.dtype(name)
 
     def identity(self, key: str) -> object:
-        """Of the file that the tensor lies in, as it was opened."""
+        """The file that the tensor is in, as it was opened."""
         return self._tensors[key][0].identity
 
     def is_scaled(self, key: str) -> bool:
-        """Whether the stored values mean others: those of a scaled format."""
+        """Whether the real values are the stored ones times a scale."""
         return self._tensors[key][2].name in self._scales
 
-    def expect(self, teacher: Teacher | None) -> list[str]:
-        """From now on every tensor that is read has to be this teacher's. Returns notes on what
-        cannot be compared."""
-        self._teacher = teacher
-        return teacher.notes(self) if teacher is not None else []
+    def expect(self, base: ExpectedBase | None) -> list[str]:
+        """From now on every tensor that is read must be the one that a bundle expects. Returns
+        notes on what cannot be compared."""
+        self._expected = base
+        return base.notes(self) if base is not None else []
 
     def stored(self, key: str) -> torch.Tensor:
-        """The values as they are stored, without their scale."""
+        """The values as stored, without their scale."""
         return _read_part(*self._tensors[key])
 
     def read(self, key: str, dtype: torch.dtype | None = None, device: str = "cpu") -> torch.Tensor:
-        """The tensor in `dtype` (default: as stored; scaled fp8 and int8 then become bf16). What
-        becomes larger is moved first and cast on the device: half the bytes to move, and casting
-        fp8 is slow on a CPU."""
+        """The tensor in `dtype` (default: as stored; scaled fp8 and int8 become bf16).
+
+        A tensor that grows is moved first and cast on the device: half the bytes to move, and
+        casting fp8 is slow on a CPU.
+        """
         part, tensor = self._tensors[key][2], self.stored(key)
-        if self._teacher is not None:
-            self._teacher.check(self, key, tensor)
+        if self._expected is not None:
+            self._expected.check(self, key, tensor)
         if dtype is None or tensor.dtype.itemsize <= dtype.itemsize:
             tensor = tensor.to(device)
         scale = self._scales.get(part.name)
@@ -136,7 +138,7 @@ class Weights:
         return (tensor if dtype is None else tensor.to(dtype)).to(device)
 
     def module(self, module: nn.Module, prefix: str, dtype: torch.dtype, device: str) -> nn.Module:
-        """Fills a module (of any device, also meta) with the tensors under `prefix`; eval, no
+        """The module (on any device, also meta) filled with the tensors under `prefix`; eval, no
         gradients."""
         return fill(
             module, lambda name: self.read(prefix + name, dtype, device), dtype, device, self.path
@@ -152,7 +154,7 @@ class Weights:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all names and shapes and of the values of all vectors (biases, norms).
+        """Hash of all names and shapes, and of the values of all vectors (biases, norms).
 
         Vectors are a millionth of the weights, so this reads kilobytes of a 40 GB model.
         """
@@ -160,8 +162,8 @@ class Weights:
         return fingerprint_of(self.architecture, shapes, lambda key: self.read(key, torch.float32))
 
     def _inferred(self, stored: Places) -> dict:
-        """The configuration that the shapes tell. Raises ValueError for a tensor that it needs and
-        is not there, or is of another kind."""
+        """The configuration that the shapes imply. Raises ValueError for a missing tensor, or one
+        of another kind."""
         marks = [name for name in self.architecture.marks if name in stored]
 
         def shape(key: str) -> tuple[int, ...]:
@@ -199,8 +201,8 @@ class Weights:
         refuse_inputs(self.architecture, self.config, self.path)
 
     def _check_keys(self) -> None:
-        """Blocks first, by names alone: nothing is built of a configuration that names more than
-        are there."""
+        """Blocks first, by names alone: nothing is built from a configuration that names more
+        blocks than exist."""
         prefixes = [
             self.architecture.block_prefix(self.config, index) for index in range(self.num_blocks)
         ]
@@ -225,7 +227,7 @@ class Weights:
             )
         if unknown:
             raise ValueError(
-                f"{self.path} has {len(unknown)} tensors with no home, first {shown(unknown[0])}; is it another model?"
+                f"{self.path} has {len(unknown)} tensors that the model does not have, first {shown(unknown[0])}; is it another model?"
             )
         if wrong:
             raise ValueError(
@@ -241,7 +243,7 @@ class Weights:
 
 
 def _architecture_of(stored: Places, path: Path) -> Architecture:
-    """Raises ValueError, naming what it looks like, for what is of none."""
+    """Raises ValueError, naming what the file looks like, for no known architecture."""
     for architecture in ARCHITECTURES:
         if architecture.detect(stored):
             return architecture
@@ -259,7 +261,7 @@ def _parts_of(
 
 
 def parts_in(architecture: Architecture, names: Iterable[str]) -> dict[str, Part]:
-    """diffusers' name -> where it lies in tensors of these names, which are diffusers' or
+    """diffusers' name -> where it lies among tensors of these names, which are diffusers' or
     ComfyUI's."""
     keys = {key: name for name in names for key in architecture.from_comfyui(name)}
     return {
@@ -269,8 +271,8 @@ def parts_in(architecture: Architecture, names: Iterable[str]) -> dict[str, Part
 
 
 def usual_name(architecture: Architecture, name: str) -> str:
-    """As ComfyUI's files have it, of a tensor's name that may be spelled otherwise (FLUX' norms by
-    newer hosts)."""
+    """A tensor's name in the spelling of ComfyUI's files (newer hosts spell FLUX' norms in another
+    way)."""
     key = architecture.from_comfyui(name)[0]
     return name if key == name else architecture.to_comfyui(key, (key,)).name
 
@@ -287,7 +289,7 @@ def fingerprint_of(
     shapes: dict[str, tuple[int, ...]],
     read: Callable[[str], torch.Tensor],
 ) -> str:
-    """`Weights.fingerprint` of tensors by diffusers' names; `read` is asked for vectors only.
+    """`Weights.fingerprint` of tensors by diffusers' names; `read` is only asked for vectors.
 
     Rounded to bf16, so that a model keeps its fingerprint in every precision it is published in.
     """
@@ -300,7 +302,7 @@ def fingerprint_of(
 
 
 def expected_shapes(architecture: Architecture, config: dict) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the full model, by diffusers' names, counted without memory."""
+    """Every tensor of the full model by diffusers' names, determined without allocating memory."""
     with torch.device("meta"):
         shapes = {
             name: tuple(t.shape)
@@ -314,8 +316,8 @@ def expected_shapes(architecture: Architecture, config: dict) -> dict[str, tuple
 
 
 def full_parameters(architecture: Architecture, config: dict) -> int:
-    """Of the full model, counted without memory. A table that no training moves (a buffer) is
-    none."""
+    """Parameters of the full model, counted without allocating memory. Tables that training never
+    moves (buffers) do not count."""
     with torch.device("meta"):
         blocks = [
             architecture.build_block(config, index)
@@ -329,6 +331,6 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def stored_count(module: nn.Module) -> int:
-    """Values that a file of it holds: its parameters, and tables that no training moves
+    """The values that a file of it holds: its parameters, and tables that training never moves
     (buffers)."""
     return sum(tensor.numel() for tensor in module.state_dict().values())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..models.folding.basis import Curve
-from ..models.folding.files import Original
+from ..models.folding.reading import Original
 from ..settings.convert_settings import FoldConfig
 from ..system.atomic import replacing, write_json, write_text
 from ..system.tensor_files import TensorFile

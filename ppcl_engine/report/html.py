@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Sequence
 
 NONE = "–"  # a figure that was not measured
 
@@ -34,7 +35,7 @@ def image(png: bytes, alt: str, **attributes: object) -> Html:
     return Html(f'<img alt="{html.escape(alt)}"{text} src="data:image/png;base64,{data}">')
 
 
-def table(heads: list[str], rows: list[list[object]], classes: str = "") -> Html:
+def table(heads: list[str], rows: Sequence[Sequence[object]], classes: str = "") -> Html:
     """The first column names the row; the others are numbers."""
     head = tag("tr", *(tag("th", h, scope="col") for h in heads))
     body = [

@@ -23,7 +23,7 @@ from .texts import (
     TIMESTEP_TEXT,
 )
 from .variant_tables import fidelity_table, fidelity_text, size_table, stat_text
-from .width_section import notes_list, site_table, width_text
+from .width_section import WidthResults, notes_list, site_table, width_text
 
 THUMBNAIL = 192  # pixels, the longer side of a picture in the page
 
@@ -71,7 +71,7 @@ def page(results: Results, drawings: dict[str, bytes], seconds: float | None) ->
             figure("loss_curves", "training loss of each interval's student"),
         ),
         *(
-            [section("Width", width_text(results.width), *_width(results, figure))]
+            [section("Width", width_text(results.width), *_width(results.width, figure))]
             if results.width
             else []
         ),
@@ -95,14 +95,14 @@ def page(results: Results, drawings: dict[str, bytes], seconds: float | None) ->
     return f"<!doctype html>\n{tag('html', tag('head', *head), tag('body', tag('main', *body)), lang='en')}\n"
 
 
-def _width(results: Results, figure: Callable[[str, str], Html]) -> list[Html]:
+def _width(width: WidthResults, figure: Callable[[str, str], Html]) -> list[Html]:
     return [
         figure(
             "width_alignment",
             "alignment of the text of every two layers, and of each FFN's input and output",
         ),
         figure("width_candidates", "candidate sites: score against parameters saved"),
-        site_table(results.width),
+        site_table(width),
     ]
 
 
@@ -238,9 +238,10 @@ def _facts(results: Results, seconds: float | None) -> Html:
     versions = ", ".join(
         f"{name} {version}" for name, version in (run.get("versions") or {}).items()
     )
+    chosen = str(results.detection.get("method", ""))
     facts = {
         "Teacher": f"{plan.provenance.get('source_model', '')} ({plan.architecture}, {plan.num_blocks} blocks, fingerprint {plan.fingerprint[:12]})",
-        "Detection": method.get(results.detection.get("method"), results.detection.get("method")),
+        "Detection": method.get(chosen, chosen),
         "Detection settings": ", ".join(f"{name} {value}" for name, value in settings.items()),
         "Teacher passes": _passes(results),
         "Calibration": ", ".join(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..algorithms.distillation.saved_training import read_losses
 from ..models.layout import Layout, layout_of
 from ..plan import PruningPlan, Variant
 from ..run import Run
@@ -91,7 +92,7 @@ def read_results(files: Run) -> Results:
     students = {
         i.name: files.student(i.name) for i in plan.intervals if files.student(i.name).exists()
     }
-    losses = {name: TensorFile(path).read("losses") for name, path in students.items()}
+    losses = {name: read_losses(path) for name, path in students.items()}
     origin = TensorFile(files.calibration).metadata if files.calibration.exists() else {}
     return Results(
         plan=plan,

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import MISSING, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar, get_args, get_type_hints
 
@@ -66,8 +65,13 @@ def _check_names(
         for name, hint in get_type_hints(kind).items()
         if Path in (hint, *get_args(hint))
     }
-    for word, value in pairwise([*arguments, None]):
-        if word in paths and value == "" or word.endswith("=") and word[:-1] in paths:
+    for number, word in enumerate(arguments):
+        if (
+            word in paths
+            and arguments[number + 1 : number + 2] == [""]
+            or word.endswith("=")
+            and word[:-1] in paths
+        ):
             raise ValueError(f"{word.rstrip('=')} is empty; give a path")
     missing = [
         f"--{name}"

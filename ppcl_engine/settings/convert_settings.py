@@ -175,3 +175,7 @@ class SparsifyConfig(Settings):
     def model(self) -> Path:
         """The full model that it is about; of a standalone the file itself."""
         return self.base or self.path
+
+
+JobConfig = Common | SparsifyConfig
+"""settings of a stage that can run as a job and that `--dry-run` estimates"""

@@ -30,7 +30,7 @@ def _docstrings(module: str) -> dict[str, dict[str, str]]:
 def _of_class(node: ast.ClassDef) -> dict[str, str]:
     pairs = zip(node.body, node.body[1:], strict=False)
     return {
-        field.target.id: " ".join(text.value.value.split())
+        ast.unparse(field.target): " ".join(str(ast.literal_eval(text.value)).split())
         for field, text in pairs
         if isinstance(field, ast.AnnAssign)
         and isinstance(text, ast.Expr)

@@ -221,11 +221,11 @@ class VariantsConfig(Common):
     """Measure each interval's damage and set the named sizes."""
 
     most_parameters: Limit = 0.0
-    """Also make a variant of at most this many parameters (millions); 0 is none."""
+    """Also make a variant of at most this many parameters (millions); 0: no such variant."""
     most_megabytes: Limit = 0.0
-    """Also make a variant of at most this many MB of weights; 0 is none."""
+    """Also make a variant of at most this many MB of weights; 0: no such variant."""
     most_milliseconds: Limit = 0.0
-    """Also make a variant of at most this time a forward; 0 is none."""
+    """Also make a variant of at most this time a forward; 0: no such variant."""
     samples: Count = 64
     """Calibration samples behind the measurement."""
     cache_gb: Gigabytes = 8.0

@@ -31,7 +31,9 @@ GLANCE = 0.005  # seconds between two looks of a process that waits, so that it 
 BUCKET = 1 << 24  # numbers summed at once, since they are copied for it
 GRID = "grid"  # the one input that has no row for each sample
 
-Config, Result, Item = TypeVar("Config"), TypeVar("Result"), TypeVar("Item")
+Config = TypeVar("Config")
+Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 class Lost(ValueError):
@@ -85,9 +87,7 @@ class Processes:
         """Whether it holds for one of the processes that share a batch."""
         return bool(self.sum(torch.tensor(int(flag)))) if self.by_rows else flag
 
-    def sum_gradients(
-        self, parameters: Iterable[torch.nn.Parameter], loss: torch.Tensor
-    ) -> torch.Tensor:
+    def sum_gradients(self, parameters: Iterable[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
         """Leaves in every `grad` the sum over the processes that share a batch; returns the sum of
         their losses."""
         loss = loss.detach()
@@ -106,9 +106,10 @@ class Processes:
         """Until all processes are here."""
         if self.count > 1:
             work = _reached(lambda: torch.distributed.all_reduce(torch.zeros(1), async_op=True))
-            while not work.is_completed():
+            while work is not None and not work.is_completed():
                 time.sleep(GLANCE)
-            _reached(work.wait)
+            if work is not None:
+                _reached(work.wait)
 
 
 ALONE = Processes()

@@ -16,8 +16,8 @@ RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 def watch() -> None:
     """Ctrl-C ends the process at once, until `begin`. An exception could come up in the midst of a
-    library's import, which is no place for one. Where Ctrl-C is turned off, as behind `nohup ...
-    &`, it stays off."""
+    library's import. Where Ctrl-C is turned off, as behind `nohup ... &`,
+    it stays off."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 

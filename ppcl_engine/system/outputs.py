@@ -36,5 +36,7 @@ def check_picture(path: Path) -> str:
     check_file(path)
     check_folder(path.parent)
     if path.suffix.lower() not in PICTURES:
-        raise ValueError(f"{path} is no name of a picture; let it end in {', '.join(PICTURES)}")
+        raise ValueError(
+            f"{path} is not the name of a picture; let it end in {', '.join(PICTURES)}"
+        )
     return PICTURES[path.suffix.lower()]

@@ -32,7 +32,7 @@ _LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
-def listening(listener: Listener) -> Iterator[None]:
+def listening(listener: Listener | None) -> Iterator[None]:
     token = _LISTENER.set(listener)
     try:
         yield
@@ -71,14 +71,14 @@ class Progress(tqdm):
     def close_all(cls) -> None:
         """Ends the lines of bars that an error left open, so that what is said next begins a
         line."""
-        for bar in list(cls._instances):
+        for bar in list(getattr(cls, "_instances", ())):  # tqdm's own, which its types do not name
             bar.close()
 
     def _tell(self, done: int | None = None) -> None:
         listener = _LISTENER.get()
         if listener is None or self.disable:
             return
-        done = self.n if done is None else done
+        done = int(self.n) if done is None else done
         seconds = self.format_dict["elapsed"]
         rate = (done - self.initial) / seconds if seconds > 0 and done > self.initial else None
         listener.advanced(self.desc or "", done, self.total, rate)

@@ -73,7 +73,7 @@ def _line(kind: type, error: ValidationError, where: object) -> str:
         return f"{place}the field {name!r} is missing"
     # a dataclass's own check, which says it all
     if first["type"] == "value_error" and name is None:
-        return f"{where}: {first['ctx']['error']}"
+        return f"{where}: {first.get('ctx', {})['error']}"
     said = (
         first["msg"]
         .removeprefix("Value error, ")

@@ -84,9 +84,10 @@ def write_tensor_stream(
             if not entry.gaps:
                 check_finite({entry.name: tensor}, path, NOT_WRITTEN)
             data = tensor.reshape(-1).view(torch.uint8).numpy().data
-            digest = TensorHash(entry.name, DTYPE_NAMES[entry.dtype], entry.shape, len(data))
-            digest.update(data)
-            file.write(data)
+            digest = TensorHash(entry.name, DTYPE_NAMES[entry.dtype], entry.shape)
+            for begin in range(0, len(data), CHUNK):
+                digest.update(data[begin : begin + CHUNK])
+                file.write(data[begin : begin + CHUNK])
             found[entry.name] = digest.hexdigest()
         file.seek(0)
         file.write(_header(entries, metadata, found))
@@ -212,12 +213,11 @@ class TensorFile:
             shape = (rows, *shape[1:])
         buffer = torch.empty(last - first, dtype=torch.uint8)
         digest = None if rows is not None else self._digest(entry)
-        view = memoryview(buffer.numpy())
+        view = memoryview(buffer.numpy().data)
         for begin, end in self._pieces(entry["name"], first, view):
             if digest is not None:
                 digest.update(view[begin:end])
-        if digest is not None:
-            self._hashes.check(entry["name"], digest.hexdigest())
+        self._check(entry["name"], digest)
         return buffer.view(dtype).reshape(shape)
 
     def _verify(self, entry: dict) -> None:
@@ -230,14 +230,18 @@ class TensorFile:
             for _ in self._pieces(entry["name"], begin, view):
                 pass
             digest.update(view)
-        self._hashes.check(entry["name"], digest.hexdigest())
+        self._check(entry["name"], digest)
+
+    def _check(self, name: str, digest: TensorHash | None) -> None:
+        """Raises ValueError for another hash than the file's."""
+        if self._hashes is not None and digest is not None:
+            self._hashes.check(name, digest.hexdigest())
 
     def _digest(self, entry: dict) -> TensorHash | None:
         """None: nothing to check, or checked before."""
         if self._hashes is None or not self._hashes.wanted(entry["name"]):
             return None
-        first, last = entry["data_offsets"]
-        return TensorHash(entry["name"], entry["dtype"], entry["shape"], last - first)
+        return TensorHash(entry["name"], entry["dtype"], entry["shape"])
 
     def _pieces(self, name: str, first: int, view: memoryview) -> Iterator[tuple[int, int]]:
         """Fills `view` with what lies behind `first`; yields (begin, end) of what has come."""

@@ -38,8 +38,8 @@ def read_text(path: Path) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """Split at line feeds alone: form feeds, U+2028 and their like stay in their lines. An end
-    behind the last line is none."""
+    """Split at line feeds alone: form feeds, U+2028 and their like stay in their lines. A line
+    feed at the end begins no further line."""
     lines = text.split("\n")
     return lines if lines[-1] else lines[:-1]
 

@@ -166,7 +166,7 @@ def test_a_cut_modulation_shares_its_origins_tensor(architecture, model):
         ),
         (
             {"sites": parse_sites("ffn_text:5")},
-            "^width site ffn_text:5: block 5 has no such part, but text, ffn_image$",
+            "^width site ffn_text:5: block 5 does not have this part; it has: text, ffn_image$",
         ),
     ],
 )

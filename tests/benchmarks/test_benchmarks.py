@@ -3,7 +3,9 @@ tools read."""
 
 import pytest
 
-from benchmarks import distill_speed, hashing, memory, removal
+from benchmarks import hashing, memory, removal
+from benchmarks.distill_speed import __main__ as distill_speed
+from benchmarks.distill_speed.recipes import plain_loss
 from benchmarks.folding import __main__ as folding
 from benchmarks.hostile import __main__ as hostile
 from benchmarks.shared import teachers
@@ -87,10 +89,10 @@ def test_the_chain_of_the_plain_recipe_is_the_teacher_when_students_are(tmp_path
     inputs = rendered(teacher, weights, 2, 2, seed=0).inputs(0)
     students = nn.ModuleDict({"1-2": source.block(1)})
     first = parse_intervals("1-2")
-    light = distill_speed.plain_loss(source, students, first, inputs, authors=False)
-    assert float(
-        distill_speed.plain_loss(source, students, first, inputs, authors=True)
-    ) == pytest.approx(2 * float(light))
+    light = plain_loss(source, students, first, inputs, authors=False)
+    assert float(plain_loss(source, students, first, inputs, authors=True)) == pytest.approx(
+        2 * float(light)
+    )
 
 
 def test_parallel(tmp_path, teacher):
@@ -247,8 +249,6 @@ def test_hostile_goes_on_where_it_was_stopped(tmp_path):
 
 def test_hashing(tmp_path):
     values = run(hashing, tmp_path)
-    assert (
-        values["seconds_with"] > 0
-        and values["bytes"] > 1e5
-        and values.keys() >= {"share", "processor_share"}
-    )
+    assert values["bytes"] > 1e5
+    for row in (values["disk"], values["page_cache"]):
+        assert row["seconds_with"] > 0 and row.keys() >= {"share", "processor_share"}

@@ -166,11 +166,11 @@ def test_a_lora_report_counts_both_kinds_of_blocks(run, architecture):
 BAD = {
     "text of a single block": (
         "text:6",
-        "width site text:6: block 6 has no such part, but ffn_joint",
+        "width site text:6: block 6 does not have this part; it has: ffn_joint",
     ),
     "joint of a double block": (
         "ffn_joint:1",
-        "ffn_joint:1: block 1 has no such part, but text, ffn_image, ffn_text",
+        "ffn_joint:1: block 1 does not have this part; it has: text, ffn_image, ffn_text",
     ),
 }
 

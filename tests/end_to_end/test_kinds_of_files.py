@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from ppcl_engine.algorithms.detection.curves import load_probe
+from ppcl_engine.algorithms.detection.stream_maps import load_probe
 from ppcl_engine.algorithms.distillation.trainer import Trainer, saved_step
 from ppcl_engine.algorithms.sparsity.files import sparsity_of
 from ppcl_engine.architectures.folded import folding_of
@@ -147,7 +147,7 @@ def test_a_jobs_state(tmp_path, change):
 @pytest.mark.parametrize("line", ["[" * 30000, '{"kind": 1}', '{"kind": "x", "time": NaN}', "x"])
 def test_a_jobs_events(tmp_path, line):
     (tmp_path / "events.jsonl").write_text('{"kind": "started"}\n' + line + "\n")
-    with pytest.raises(ValueError, match="events.jsonl, line 2 is not an event"):
+    with pytest.raises(ValueError, match="events.jsonl, line 2: not an event"):
         read_events(tmp_path)
 
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from ppcl_engine.__main__ import main
-from ppcl_engine.algorithms.detection.width_fits import Fit, ridge_solutions
+from ppcl_engine.algorithms.detection.width_fits import Fit
+from ppcl_engine.algorithms.detection.width_solutions import ridge_solutions
 from ppcl_engine.algorithms.distillation.losses import LOSSES, interval_loss
 from ppcl_engine.architectures import REFERENCES
 from ppcl_engine.data.calibration import load_calibration
@@ -324,5 +325,5 @@ def test_a_model_that_changes_no_pictures_takes_no_references(triples, tmp_path,
         "calibrate", "--model", plain, "--run", tmp_path / "run", "--device", "cpu", *given
     )
     assert line.endswith(
-        "plain draws from text alone and changes no pictures; leave the references out"
+        "plain draws from text alone and cannot change pictures; leave the references out"
     )

@@ -248,7 +248,8 @@ def test_a_part_that_the_last_block_has_not_is_one_line(depth, teacher_file, tmp
     assert main(["distill-width", *map(str, arguments)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert (
-        len(lines) == 1 and "ffn_text:5: block 5 has no such part, but text, ffn_image" in lines[0]
+        len(lines) == 1
+        and "ffn_text:5: block 5 does not have this part; it has: text, ffn_image" in lines[0]
     )
 
 

@@ -112,14 +112,14 @@ def test_a_base_in_another_precision_is_compared_as_far_as_that_goes(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         open_model(bundle[0], "small", base)
-    said = [str(w.message) for w in caught if "cannot be seen" in str(w.message)]
+    said = [str(w.message) for w in caught if "cannot be compared" in str(w.message)]
     stored = {"fp16": "F16", "fp8": "F8_E4M3 with a scale"}.get(kind)
     matrices = sum(is_matrix(n, t) for n, t in model.state_dict().items())
     assert said == (
         []
         if stored is None
         else [
-            f"{base}: {matrices} tensors are {stored}, the teacher of {bundle[0]} had F32: whether they are its own cannot be seen"
+            f"{base}: {matrices} tensors are {stored}, the teacher of {bundle[0]} had F32, so they cannot be compared"
         ]
     )
     inspect(InspectConfig(path=bundle[0], base=base, verify=True))

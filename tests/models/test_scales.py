@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named
-from ppcl_engine.models.folding.files import open_original
+from ppcl_engine.models.folding.reading import open_original
 from ppcl_engine.models.scales import FORMAT_SUFFIX
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.system.tensor_files import write_tensors
@@ -152,7 +152,7 @@ def test_what_is_not_read_is_named(tmp_path, int8, change, reason):
     )
     with pytest.raises(ValueError, match=f"a.safetensors: {NAME}.*{reason}") as caught:
         Weights(tmp_path / "a.safetensors")
-    assert "\n" not in str(caught.value) and "no home" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "the model does not have" not in str(caught.value)
 
 
 def test_formats_in_the_metadata_count_too(tmp_path, int8):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ppcl_engine import open_model
-from ppcl_engine.models.folding.files import open_original
+from ppcl_engine.models.folding.reading import open_original
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.system.tensor_files import write_tensors
 

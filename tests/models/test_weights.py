@@ -160,7 +160,7 @@ def test_every_tensor_has_a_home(tmp_path, model, model_config, change):
     write_tensors(tmp_path / "a.safetensors", tensors, {"config": json.dumps(model_config(model))})
     expected = {
         "missing": f"lacks 1 tensors, first {name}",
-        "extra": "has 1 tensors with no home, first transformer_blocks.0.lora.weight",
+        "extra": "has 1 tensors that the model does not have, first transformer_blocks.0.lora.weight",
         "shape": rf"{name} has shape \(32, 31\), not \(32, 32\)",
     }
     with pytest.raises(ValueError, match=expected[change]):

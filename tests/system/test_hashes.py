@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ppcl_engine.system.hashes import BESIDE, TensorHash
+from ppcl_engine.system.hashes import CHUNK, TensorHash
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 
-def test_a_forked_process_hashes_with_a_thread_of_its_own(tmp_path):
-    """Its parent's has written a large tensor, and is not there any more."""
-    large = {"a": torch.zeros(BESIDE, dtype=torch.uint8)}
+def test_a_forked_process_writes_large_tensors_too(tmp_path):
+    """A thread that its parent started for them would not be there."""
+    large = {"a": torch.zeros(64 << 20, dtype=torch.uint8)}
     write_tensors(tmp_path / "parent.safetensors", large, {})
     child = os.fork()
     if not child:
@@ -106,7 +106,7 @@ def test_what_was_checked_is_not_hashed_again(tmp_path, monkeypatch):
 
 
 def test_a_large_tensor_is_hashed_while_it_is_read(tmp_path):
-    path, tensor = tmp_path / "model.safetensors", torch.arange(BESIDE // 4 + 3)
+    path, tensor = tmp_path / "model.safetensors", torch.arange(CHUNK + 3)
     write_tensors(path, {"a": tensor})
     assert torch.equal(TensorFile(path).read("a"), tensor)
     content = bytearray(path.read_bytes())

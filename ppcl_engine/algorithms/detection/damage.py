@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
+from ...architectures.modules import AnyModule
 from ...models.assembly import Students
 from ...models.layout import Layout, Place, layout_of
 from ...models.streaming import Teacher, state_of, streams_of
@@ -191,7 +192,7 @@ class Damage:
         state = self.teacher.architecture.run_block(block, state_of(streams, self.embedded[batch]))
         return streams_of(state, self.rest)
 
-    def _built(self, place: Place, block: nn.Module | None) -> nn.Module:
+    def _built(self, place: Place, block: AnyModule) -> nn.Module:
         """What stands there: the teacher's block that was read for all, or a student; with its
         projections."""
         if place.interval:

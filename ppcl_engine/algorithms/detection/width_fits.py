@@ -1,5 +1,4 @@
-"""Width fits: what each projection reads and has to give, and its ridge solution over a whole
-calibration set.
+"""Width fits: what each projection reads and what it has to give.
 
 All on the teacher's own states (paper, section 3.4): an FFN's projection from what its block or
 student sees there, a text group's from the modulated text of the last full block before it.
@@ -7,27 +6,17 @@ student sees there, a text group's from the modulated text of the last full bloc
 
 from __future__ import annotations
 
-import math
-import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from ...architectures import BlockState, Inputs
+from ...architectures import BlockState
+from ...architectures.modules import AnyModule
 from ...models.assembly import Students
 from ...models.layout import Layout, Place, group_places, layout_of
-from ...models.streaming import StateStore, Teacher, read_bare, sweep, write_bare
-from ...plan import PruningPlan
-from ...system.distributed import processes
-from ...system.progress import Progress
-from ..least_squares import InputMoments, NormalEquations, Solution
-
-RIDGE = 1e-4
+from ...models.streaming import Teacher
+from ...plan import PruningPlan, TextGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +52,7 @@ def fits_of(plan: PruningPlan, layout: Layout) -> list[Fit]:
     fits = []
     for name in layout.sites:
         site = plan.site(name)
-        if site.kind == "text":
+        if isinstance(site, TextGroup):
             source, members = group_places(layout, site)
             fits += [
                 Fit(place=_bare(p), kind="text", source=_bare(source), steps=p.steps_text)
@@ -99,7 +88,7 @@ def own_pair(
 ) -> Pair:
     """(what the projection reads, what it has to give), [n, tokens, d] each (method: width; paper,
     section 3.4)."""
-    if fit.kind == "text":
+    if source_seen is not None:
         source = source_seen["text_modulated"]
         return source, seen["text_modulated"].float() - source.float()
     stream = fit.stream
@@ -122,237 +111,11 @@ def counted(fit: Fit, state: BlockState, used: tuple[str, ...]) -> torch.Tensor:
     return torch.cat([torch.zeros_like(real[:, :text_tokens]), real[:, text_tokens:]], dim=1)
 
 
-def ridge_solutions(
-    teacher: Teacher,
-    students: Students,
-    inputs: Sequence[Inputs],
-    fits: Sequence[Fit],
-    store: StateStore,
-    memory_gb: float,
-) -> Solutions:
-    """All fits over all inputs, in as few sweeps of the teacher as `memory_gb` of normal equations
-    allow. Solutions are float32 in the host's memory; where states lie on disk, so do they."""
-    solutions = Solutions.beside(store)
-    for chunk in _chunks(fits, teacher.architecture.width(teacher.config), memory_gb * 1e9):
-        accumulated = _Accumulation(teacher, students, chunk, store)
-        accumulated.sweep(inputs)
-        accumulated.solve_into(solutions)
-    return solutions
-
-
-def _chunks(fits: Sequence[Fit], width: int, limit: float) -> Iterator[list[Fit]]:
-    """Neighbours whose normal equations fit into `limit` bytes, one at least. Fits of one source
-    share X^T X."""
-    matrix, chunk = 8 * (width + 1) ** 2, []
-
-    def size(some: Sequence[Fit]) -> int:
-        """X^T Y of every part; X^T X of every part, or of every source, whose factor is kept
-        too."""
-        own = sum(len(fit.parts) for fit in some if not fit.source)
-        shared = len({(fit.source, part) for fit in some if fit.source for part in fit.parts})
-        return matrix * (sum(len(fit.parts) for fit in some) + own + 2 * shared)
-
-    for fit in fits:
-        if chunk and size([*chunk, fit]) > limit:
-            yield chunk
-            chunk = []
-        chunk.append(fit)
-    if chunk:
-        yield chunk
-
-
-class Solutions(Mapping[Fit, dict[str, Solution]]):
-    """Of every fit, by part; with a folder the maps lie on disk and are read when they are asked
-    for."""
-
-    def __init__(self, folder: Path | None = None):
-        self.folder = folder
-        self._kept: dict[Fit, dict[str, Solution]] = {}
-        self._paths: dict[Fit, Path] = {}
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    @classmethod
-    def beside(cls, store: StateStore) -> Solutions:
-        return cls(store.folder and store.folder.with_name(f"{store.folder.name}_solutions"))
-
-    def add(self, fit: Fit, parts: dict[str, Solution]) -> None:
-        kept = {part: _on_host(solution) for part, solution in parts.items()}
-        if self.folder is not None:
-            self._paths[fit] = self.folder / f"fit_{len(self._paths)}"
-            write_bare(
-                self._paths[fit], [tensor for s in kept.values() for tensor in (s.weight, s.bias)]
-            )
-            kept = {
-                part: replace(s, weight=s.weight.to("meta"), bias=s.bias.to("meta"))
-                for part, s in kept.items()
-            }
-        self._kept[fit] = kept
-
-    def __getitem__(self, fit: Fit) -> dict[str, Solution]:
-        kept = self._kept[fit]
-        if self.folder is None:
-            return kept
-        known = [(t.dtype, t.shape) for s in kept.values() for t in (s.weight, s.bias)]
-        tensors = read_bare(self._paths[fit], known)
-        return {
-            part: replace(s, weight=next(tensors), bias=next(tensors)) for part, s in kept.items()
-        }
-
-    def __iter__(self) -> Iterator[Fit]:
-        return iter(self._kept)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def clear(self) -> None:
-        self._kept.clear()
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def without_maps(self) -> dict[Fit, dict[str, Solution]]:
-        """How well they fit; maps that lie on disk are not read."""
-        return self._kept
-
-
-def _on_host(solution: Solution) -> Solution:
-    maps = {name: getattr(solution, name).float().cpu() for name in ("weight", "bias", "channels")}
-    return replace(solution, **maps)
-
-
 def standing_block(
-    teacher: Teacher, students: Students, place: Place, block: nn.Module | None
+    teacher: Teacher, students: Students, place: Place, block: AnyModule
 ) -> nn.Module:
     """What stands at a place where nothing is projected: a student, or the teacher's block that was
     read for it."""
     return (
         students.student(place.interval, teacher.dtype, teacher.device) if place.interval else block
     )
-
-
-class _Accumulation:
-    """Normal equations of many fits, filled in one sweep of the teacher."""
-
-    def __init__(
-        self, teacher: Teacher, students: Students, fits: Sequence[Fit], store: StateStore
-    ):
-        self.teacher, self.students, self.store = teacher, students, store
-        self.architecture = teacher.architecture
-        width, device = self.architecture.width(teacher.config), teacher.device
-        sources = dict.fromkeys((f.source, part) for f in fits if f.source for part in f.parts)
-        self.inputs = {key: InputMoments(width, device) for key in sources}
-        self.sums = {
-            f: {
-                part: NormalEquations(width, width, device, self.inputs.get((f.source, part)))
-                for part in f.parts
-            }
-            for f in fits
-        }
-        self.read_last = {
-            f.source: max(g.place.last for g in fits if g.source == f.source)
-            for f in fits
-            if f.source
-        }
-        """source -> the last block at which anything reads what it left"""
-        self.source_seen: dict[tuple[Place, int], dict[str, torch.Tensor]] = {}
-
-    def sweep(self, inputs: Sequence[Inputs]) -> None:
-        embedded = [self.teacher.embed(row) for row in inputs]
-        last = max(fit.place.last for fit in self.sums)
-        blocks = sweep(self.teacher, embedded, self.store, last)
-        for index, walked, batches in Progress(
-            blocks, total=last + 1, desc="projections", unit="block"
-        ):
-            for place in self._places_at(index):
-                block = standing_block(self.teacher, self.students, place, walked)
-                for batch in batches:
-                    self._observe(
-                        place, block, self.store.get(index, batch, embedded[batch]), batch
-                    )
-            for batch in batches:
-                self._step(index, self.store.get(index + 1, batch, embedded[batch]), batch)
-            for place in [place for place, read in self.read_last.items() if read == index]:
-                for batch in batches:
-                    self.source_seen.pop((place, batch), None)
-        self.store.clear()
-
-    def solve_into(self, solutions: Solutions) -> None:
-        """Frees the sums of a fit when it is solved."""
-        for moments in self.inputs.values():
-            moments.xx = processes().sum(moments.xx)
-        for fit in list(self.sums):
-            parts = self.sums.pop(fit)
-            solved = {
-                part: sums.shared(processes().sum).solve(RIDGE, rank=True)
-                for part, sums in parts.items()
-            }
-            solutions.add(fit, solved)
-
-    def _places_at(self, index: int) -> list[Place]:
-        places = [fit.place for fit in self.sums] + list(self.read_last)
-        return list(dict.fromkeys(p for p in places if p.index == index))
-
-    def _observe(self, place: Place, block: nn.Module, state: BlockState, batch: int) -> None:
-        after, seen = self.architecture.observe(block, state)
-        if place in self.read_last:
-            self._keep_source(
-                place, {"text_modulated": seen["text_modulated"], "text": after.text}, state, batch
-            )
-        for fit, parts in self.sums.items():
-            if fit.place == place:
-                source = self._source(fit, batch) if fit.source else None
-                x, y = own_pair(fit, seen, source)
-                rows = counted(fit, state, self.teacher.used_streams(place.last))
-                parts["map"].add(x[rows], y[rows])
-
-    def _keep_source(
-        self, place: Place, seen: dict[str, torch.Tensor], state: BlockState, batch: int
-    ) -> None:
-        """What the fits behind it read, and its sums, which are the same for all of them."""
-        real = state.real("text")
-        for part, name in (("map", "text_modulated"), ("step", "text")):
-            if (place, part) in self.inputs:
-                self.inputs[place, part].add(seen[name][real])
-        rest = "cpu" if self.teacher.streamed else self.teacher.device
-        self.source_seen[place, batch] = {name: tensor.to(rest) for name, tensor in seen.items()}
-
-    def _source(self, fit: Fit, batch: int) -> dict[str, torch.Tensor]:
-        return {
-            name: t.to(self.teacher.device)
-            for name, t in self.source_seen[fit.source, batch].items()
-        }
-
-    def _step(self, index: int, after: BlockState, batch: int) -> None:
-        """The teacher's text behind a group's last block against the text that its source left."""
-        for fit, parts in self.sums.items():
-            if "step" in parts and fit.place.last == index:
-                real, before = after.real("text"), self._source(fit, batch)["text"]
-                parts["step"].add(before[real], after.text[real].float() - before[real].float())
-
-
-def warnings_of(solutions: Mapping[Fit, dict[str, Solution]]) -> Iterator[str]:
-    """One line for every fit with fewer independent directions than unknowns."""
-    for fit, parts in solutions.items():
-        for part, solution in parts.items():
-            width = solution.weight.shape[1]
-            if solution.rank < width:
-                yield (
-                    f"warning: {fit.name} ({part}) is rank-deficient: rank {solution.rank} of {width} from "
-                    f"{solution.rows} tokens; the ridge decides the rest, calibrate with more samples"
-                )
-
-
-def print_warnings(solutions: Solutions) -> None:
-    for line in warnings_of(solutions.without_maps()) if processes().writes else ():
-        tqdm.write(line, file=sys.stderr)
-
-
-def as_state(parts: dict[str, Solution]) -> dict[str, torch.Tensor]:
-    """As `surgery.projection_state` names them, float32."""
-    state = {f"{part}.weight": solution.weight for part, solution in parts.items()}
-    return state | {f"{part}.bias": solution.bias for part, solution in parts.items()}
-
-
-def explained(solution: Solution) -> float:
-    """Share of the target's variance that the projection explains."""
-    return 1 - solution.residual if math.isfinite(solution.residual) else 0.0

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from ...system.distributed import processes
 from ...system.interruption import Stopped
@@ -22,13 +23,12 @@ SHARE = 0.5  # of the memory that is free when training begins
 MOST_WRITTEN = 5e11  # bytes of all saves of a stage
 MOST_UNSAVED = 0.1  # of its rounds
 
-Part = Hashable
+Part = TypeVar("Part", bound=Hashable)
 
 
-class KeptTrainers:
-    """By the part's name, or the part itself. `path_of` and `settings_of` it: of its file. A
-    training that was stopped goes on from its file to the same bits, so nothing hangs on when it is
-    saved."""
+class KeptTrainers(Generic[Part]):
+    """By part, such as an interval. A training that was stopped goes on from its file to the same
+    bits, so it makes no difference when it is saved."""
 
     def __init__(
         self,

@@ -16,8 +16,11 @@ from .trainer import Trainer, cosine_schedule
 class Rates(Protocol):
     """The settings of a learning rate's course."""
 
-    learning_rate: float
-    warm_up: int
+    @property
+    def learning_rate(self) -> float: ...
+
+    @property
+    def warm_up(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)

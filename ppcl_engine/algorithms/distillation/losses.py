@@ -1,7 +1,7 @@
 """Losses of distillation; lower is better, 0 is equal.
 
-On one stream's real tokens, [tokens, d] each: a sum over tokens divided by a size that hangs on the
-teacher alone. `whole` makes the size of all rows of a batch from that of these rows
+On one stream's real tokens, [tokens, d] each: a sum over tokens divided by a size that the
+teacher alone decides. `whole` makes the size of all rows of a batch from that of these rows
 (`Processes.sum`), so that the losses of a batch's parts add up to the batch's. On an interval: the
 sum over its streams. On a velocity: the relative error.
 """
@@ -9,6 +9,7 @@ sum over its streams. On a velocity: the relative error.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 
@@ -69,7 +70,8 @@ def interval_loss(
 ) -> torch.Tensor:
     """Sum over streams of the loss on real tokens (paper, equation 6)."""
     pairs = [(student.real_tokens(s).float(), target.real_tokens(s).float()) for s in streams]
-    return sum(LOSSES[loss](*pair, processes().sum) for pair in pairs)
+    losses = [LOSSES[loss](*pair, processes().sum) for pair in pairs]
+    return reduce(torch.add, losses)
 
 
 def tuning_loss(

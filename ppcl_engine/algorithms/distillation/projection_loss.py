@@ -4,12 +4,13 @@ teacher's state there, plus of its own output against what it replaces, relative
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import nn
 
 from ...architectures import BlockState
+from ...architectures.modules import AnyModule
 from ...models.assembly import Students
 from ...models.layout import Place
 from ...models.streaming import Teacher, mixed_precision
@@ -65,7 +66,7 @@ class ProjectionLoss:
             for s in self._streams()
         ]
         own = [error(outputs[part].float(), y.float()) for part, (_, y) in pairs.items()]
-        return sum(aligned) + sum(own)
+        return reduce(torch.add, aligned) + reduce(torch.add, own)
 
     def _streams(self) -> tuple[str, ...]:
         """Of the block's output that the projection changes; a text that nothing reads is left
@@ -84,26 +85,26 @@ class ProjectionLoss:
         return self.states.state(self.fit.place.last + 1, batch)
 
     def _targets(self, batch: int) -> tuple[dict, dict | None]:
-        """What each map reads and gives, and what the group's source left."""
-        fit, source = self.fit, None
+        """What each map reads and gives; and what the group's source left, where there is one."""
+        fit, source, target = self.fit, self._source_seen(batch), self._target(batch)
         _, seen = self.architecture.observe(self.plain, self.states.state(fit.place.index, batch))
-        if self.source is not None:
-            after, source = self.architecture.observe(
-                self.source, self.states.state(fit.source.index, batch)
-            )
-            source = {"text": after.text, "text_modulated": source["text_modulated"]}
-        target = self._target(batch)
         x, y = own_pair(fit, seen, source)
         real = counted(fit, target, self.used)
         pairs = {"map": (x[real], y[real])}
-        if fit.steps:
-            pairs["step"] = (
-                source["text"][real],
-                (target.text.float() - source["text"].float())[real],
-            )
+        if fit.steps and source is not None:
+            moved = target.text.float() - source["text"].float()
+            pairs["step"] = (source["text"][real], moved[real])
         return pairs, source
 
-    def _block(self, place: Place) -> nn.Module:
+    def _source_seen(self, batch: int) -> dict[str, torch.Tensor] | None:
+        """What the group's source left."""
+        if self.fit.source is None or self.source is None:
+            return None
+        state = self.states.state(self.fit.source.index, batch)
+        after, seen = self.architecture.observe(self.source, state)
+        return {"text": after.text, "text_modulated": seen["text_modulated"]}
+
+    def _block(self, place: Place) -> AnyModule:
         block = None if place.interval else self.teacher.block(place.index)
         return standing_block(self.teacher, self.students, place, block)
 

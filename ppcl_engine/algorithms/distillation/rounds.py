@@ -7,7 +7,7 @@ A sweep costs as much as many students' updates, so every cached batch serves se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,34 +51,35 @@ class RoundSettings:
         return math.ceil(self.updates / REUSE)
 
 
-Part = TypeVar("Part")
+Part = TypeVar("Part", bound=Hashable)
+Taught = TypeVar("Taught", contravariant=True)
 
 
-class Course(Protocol[Part]):
+class Course(Protocol[Taught]):
     """What a stage knows of the parts that it trains."""
 
-    def path(self, part: Part) -> Path:
+    def path(self, part: Taught, /) -> Path:
         """The file of its training."""
         ...
 
-    def settings(self, part: Part) -> str:
+    def settings(self, part: Taught, /) -> str:
         """As `resume_settings`, in JSON."""
         ...
 
-    def name(self, part: Part) -> str:
+    def name(self, part: Taught, /) -> str:
         """As losses and messages call it."""
         ...
 
-    def boundaries(self, part: Part) -> set[int]:
+    def boundaries(self, part: Taught, /) -> set[int]:
         """Of the teacher's states that it learns from (i: the input of block i)."""
         ...
 
-    def begin(self, part: Part, states: FreshStates) -> Trainer:
+    def begin(self, part: Taught, /, states: FreshStates) -> Trainer:
         """From its file, or new."""
         ...
 
     def loss_at(
-        self, part: Part, trainer: Trainer, states: FreshStates
+        self, part: Taught, /, trainer: Trainer, states: FreshStates
     ) -> Callable[[int], torch.Tensor]:
         """The loss before each of the round's updates, by step."""
         ...
@@ -129,7 +130,7 @@ class Rounds(Generic[Part]):
         )
 
     def train_round(
-        self, number: int, parts: list[Part], kept: KeptTrainers, session: Session
+        self, number: int, parts: list[Part], kept: KeptTrainers[Part], session: Session
     ) -> None:
         """Sweeps the teacher once, then trains each part on the states of that sweep."""
         folder = self.folder and processes().folder(self.folder / f"{self.name}_{number}")
@@ -186,13 +187,10 @@ class FreshStates:
     def _inputs(self, batch: int):
         """Batch `batch` of this round: the calibration set's batches in turn, with fresh noise and
         timesteps."""
-        count = self.number * self._sweep_batches() + batch
+        count = self.number * self.settings.wanted_batches + batch
         return self.calibration.fresh(
             count % len(self.calibration), draw_seed(self.settings.seed, count)
         )
-
-    def _sweep_batches(self) -> int:
-        return self.settings.wanted_batches
 
     def _batches_that_fit(self, state: BlockState) -> int:
         size = batch_bytes(self.settings, state)
@@ -201,7 +199,7 @@ class FreshStates:
             raise ValueError(
                 f"--cache-gb {self.settings.cache_gb} is too small for one batch, which needs {size / 1e9:.2f}"
             )
-        return min(self._sweep_batches(), fitting)
+        return min(self.settings.wanted_batches, fitting)
 
 
 def batch_bytes(settings: RoundSettings, state: BlockState) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ...models.filling import check_shape
@@ -32,11 +33,12 @@ def settings_of(file: TensorFile) -> dict:
     return file.about("settings")
 
 
-def read_losses(path: Path) -> list[float]:
+def read_losses(path: Path) -> torch.Tensor:
+    """The loss of each update so far [steps]. Raises ValueError naming the file without them."""
     file = TensorFile(path)
     if len(file.shape(LOSSES)) != 1 or not file.dtype(LOSSES).is_floating_point:
         raise ValueError(f"{path}: its losses are not a row of numbers; train it again")
-    return file.read(LOSSES).tolist()
+    return file.read(LOSSES)
 
 
 def check_training(file: TensorFile, parameters: Mapping[str, tuple[int, ...]]) -> None:

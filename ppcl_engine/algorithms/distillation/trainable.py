@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ...architectures import Architecture, BlockState, SharedText
+from ...architectures.modules import AnyModule
 from ...models.assembly import Students
 from ...models.layout import Layout, Place, projections_of
 from ...models.streaming import Teacher
@@ -69,7 +70,8 @@ class Parts(nn.Module):
         live = set(self.parameters())
         for kind in place.projections:
             for part, linear in projection_modules(self.architecture, built, kind).items():
-                ours = self.projections[f"{place.name}:{kind}"][part]
+                projection: AnyModule = self.projections[f"{place.name}:{kind}"]
+                ours = projection[part]
                 linear.weight, linear.bias = ours.weight, ours.bias
         share_cuts(built, dict(block.named_parameters()), live)
         return built
@@ -85,7 +87,7 @@ def twin(block: nn.Module) -> nn.Module:
     return copy.deepcopy(block, {id(tensor): tensor for tensor in tensors})
 
 
-def share_cuts(block: nn.Module, origins: dict[str, nn.Parameter], live: set[nn.Parameter]) -> None:
+def share_cuts(block: AnyModule, origins: dict[str, nn.Parameter], live: set[nn.Parameter]) -> None:
     """Where projecting copied the first rows or columns of a tensor (a cut modulation), or what its
     module's `kept` says, a view of those takes the copy's place. The copy bears its origin's
     name."""
@@ -94,7 +96,8 @@ def share_cuts(block: nn.Module, origins: dict[str, nn.Parameter], live: set[nn.
         if parameter in known:
             continue
         path, _, leaf = name.rpartition(".")
-        owner, origin = block.get_submodule(path), origins[name]
+        owner: AnyModule = block.get_submodule(path)
+        origin = origins[name]
         kept = (
             owner.kept(origin)
             if hasattr(owner, "kept")

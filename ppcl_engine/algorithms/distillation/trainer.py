@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ...architectures.modules import AnyModule
 from ...settings.base_settings import TrainingConfig
 from ...system import progress
 from ...system.distributed import processes
@@ -53,7 +54,7 @@ def rounding(config: TrainingConfig, step: int, steps: int) -> str:
 class Trainer:
     """A module, its AdamW and its loss history; saved and restored whole."""
 
-    def __init__(self, module: nn.Module, weight_decay: float):
+    def __init__(self, module: AnyModule, weight_decay: float):
         self.module = module.requires_grad_(True)
         matrices = [p for p in module.parameters() if p.ndim >= 2]
         vectors = [p for p in module.parameters() if p.ndim < 2]

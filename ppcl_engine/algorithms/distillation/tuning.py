@@ -58,7 +58,7 @@ class AveragedTrainer(Trainer):
 
     def used(self) -> dict[str, torch.Tensor]:
         """The module's tensors as they are to be used: averaged where there is an average."""
-        return {name: self.average.get(name, t) for name, t in self.module.state_dict().items()}
+        return {**self.module.state_dict(), **self.average}
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """As a Trainer's, `weight.` being what is used and `raw.` what is trained on; `counts`:

@@ -18,6 +18,7 @@ from ...architectures.linear_maps import (
     present,
     sections,
 )
+from ...architectures.modules import AnyModule
 from .clusters import Structure
 from .grams import Grams
 from .permutation import column_order
@@ -116,9 +117,10 @@ def _common_order(
 ) -> torch.Tensor:
     """One order for all who read the channels: their scores, each relative to its own sum, stand
     below each other."""
-    size, scores = block.get_submodule(passed.givers[0]).out_features, []
+    giver: AnyModule = block.get_submodule(passed.givers[0])
+    size, scores = giver.out_features, []
     for name in takers:
-        module = block.get_submodule(name)
+        module: AnyModule = block.get_submodule(name)
         score = plain_score(module.weight.double(), matrices[name], method.score)
         first = first_column(passed, module)
         scores.append(score[:, first : first + size] / score.sum())
@@ -131,7 +133,7 @@ def _reorder(
     """Givers' rows and takers' columns (of all takers in the block, also of those that stay
     dense)."""
     for name in passed.givers:
-        module = block.get_submodule(name)
+        module: AnyModule = block.get_submodule(name)
         module.weight.data = module.weight[order]
         if module.bias is not None:
             module.bias.data = module.bias[order]

@@ -74,7 +74,8 @@ def write_sparse(
     compressed: diffusers' names of the matrices that are 2:4."""
     extra, metadata = {}, {SPARSITY_KEY: sparsity.to_json(), "format": "pt"}
     guard = None
-    if original.plan is None:
+    plan, variant = original.plan, original.variant
+    if plan is None or variant is None:
         joined = {name: original.architecture.to_comfyui(name, tensors).name for name in tensors}
         dense = {joined[name] for name in tensors if name not in compressed}
         tensors = comfyui_sources(original.architecture, tensors)
@@ -82,10 +83,10 @@ def write_sparse(
         metadata["config"] = json_text(original.config)
         extra |= marks_of(original.architecture, original.config)
     else:
-        structure = structure_of(original.plan, original.variant).to_json()
+        structure = structure_of(plan, variant).to_json()
         extra[STRUCTURE_TENSOR] = torch.tensor(list(structure.encode()), dtype=torch.uint8)
         metadata[STRUCTURE_KEY] = structure
-        guard = guard_name(original.plan, layout_of(original.plan, original.variant))
+        guard = guard_name(plan, layout_of(plan, variant))
     guard = guard or min(compressed, default=None)
     if guard:
         extra[guard] = torch.zeros(GUARD_SHAPE, dtype=torch.uint8)

@@ -60,7 +60,7 @@ class Grams:
     def of(self, name: str, where: str) -> torch.Tensor:
         """The weighted mean of x x^T, float64. Raises ValueError for a layer that read nothing, or
         nothing but zeros."""
-        leader = self.leaders.get(name)
+        leader = self.leaders.get(name, "")
         rows = self.rows.get(leader, 0.0)
         total = float(self.sums[leader].diagonal().sum()) if rows else 0.0
         if not math.isfinite(total):

@@ -27,9 +27,7 @@ PlacedBlock = Callable[[Place, torch.dtype, str, dict[int, SharedText]], nn.Modu
 
 @dataclass(frozen=True, eq=False)
 class SparsitySource:
-    """read: a tensor by diffusers' name with teacher indices (of an untuned variant: outside its
-    blocks); placed: gives the blocks of an untuned variant. plan, variant: of what is no full
-    model; fingerprint: of the teacher."""
+    """A model whose weights can be set to zero, a block at a time."""
 
     path: Path
     architecture: Architecture

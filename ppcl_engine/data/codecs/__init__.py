@@ -1,5 +1,5 @@
-"""Words and pictures to the tensors a transformer reads, and back: `open_codec` picks by what lies
-beside the transformer."""
+"""Words and pictures to the tensors a transformer reads, and back; `open_codec` chooses by the
+files beside the transformer."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def open_pipeline(folder: Path, device: str = "cpu") -> PipelineCodec:
     name = read_object(folder / "model_index.json").get("_class_name")
     if name not in PIPELINES:
         raise ValueError(
-            f"{folder}/model_index.json is of a {name}; known pipelines: {', '.join(PIPELINES)}"
+            f"{folder}/model_index.json names {name}; known pipelines: {', '.join(PIPELINES)}"
         )
     return PIPELINES[name](folder, device)
 
 
 def open_codec(path: Path, device: str = "cpu") -> Codec:
-    """The codec of a model. Raises ValueError for a model that has none (a transformer's file
-    alone)."""
+    """The codec of a model. Raises ValueError for a model that has none, such as a transformer's
+    file alone."""
     path = Path(path)
     check_exists(path)
     if path.is_dir() and (path / "model_index.json").exists():
@@ -44,10 +44,11 @@ def open_codec(path: Path, device: str = "cpu") -> Codec:
     if path.is_file():
         file = TensorFile(path)
         if set(TABLES) <= set(file.entries) and VOCABULARY_KEY in file.metadata:
-            names = (*TABLES, POSITIONS) if POSITIONS in file.entries else TABLES
-            tables = (file.read(name).float() for name in names)
-            return TableCodec(file.about(VOCABULARY_KEY, tuple[str, ...]), *tables)
+            positions = file.read(POSITIONS).float() if POSITIONS in file.entries else None
+            tables = (file.read(name).float() for name in TABLES)
+            vocabulary = file.about(VOCABULARY_KEY, tuple[str, ...])
+            return TableCodec(vocabulary, *tables, position_embedding=positions)
     raise ValueError(
-        f"{path} brings no text encoder and VAE; give a diffusers pipeline folder, "
+        f"{path} has no text encoder and VAE; give a diffusers pipeline folder, "
         "or stored embeddings with --embeddings"
     )

@@ -9,7 +9,7 @@ from .pooled import PooledCodec
 
 
 class FluxCodec(PooledCodec):
-    """Of `FluxPipeline`: CLIP's pooled text, T5's tokens."""
+    """`FluxPipeline`: CLIP's pooled text, T5's tokens."""
 
     text_parts = (
         "text_encoder/config.json",
@@ -26,10 +26,14 @@ class FluxCodec(PooledCodec):
 
     def _open_text_pipeline(self):
         if self._text_pipeline is None:
-            from diffusers import FluxPipeline
-            from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+            from transformers import (
+                CLIPTextModel,
+                CLIPTokenizer,
+                T5EncoderModel,
+                T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
+            )
 
-            self._text_pipeline = FluxPipeline(
+            self._text_pipeline = self._pipeline_class()(
                 scheduler=None,
                 vae=None,
                 text_encoder=self._encoder(CLIPTextModel, "text_encoder"),
@@ -39,3 +43,8 @@ class FluxCodec(PooledCodec):
                 transformer=None,
             )
         return self._text_pipeline
+
+    def _pipeline_class(self) -> type:
+        from diffusers import FluxPipeline
+
+        return FluxPipeline

@@ -1,20 +1,21 @@
 """The text encoder, VAE and schedule of a diffusers pipeline folder; models are loaded when needed
 and released.
 
-Prompts go through the pipeline's own `encode_prompt`, timesteps through its own scheduler; nothing
-of them is written again here. The transformer is never loaded: models/weights.py reads it.
+Prompts go through the pipeline's own `encode_prompt`, timesteps through its own scheduler, so none
+of that is written again here. The transformer is never loaded: models/weights.py reads it.
 """
 
 from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ...architectures import Inputs
+from ...architectures.modules import AnyModule
 from ...system.tensor_files import TensorFile
 from ..flow import euler_timesteps
 from .base import check_references
@@ -30,24 +31,25 @@ TEXTS_AT_ONCE = 8  # the text encoder also computes 152,000 logits for every tok
 
 
 class PipelineCodec:
-    """A `Codec` (base.py) over the folder that a diffusers pipeline's `from_pretrained` reads.
+    """A `Codec` (base.py) for the folder that a diffusers pipeline's `from_pretrained` reads.
 
-    Computes in bf16 on a CUDA device and in fp32 elsewhere; takes and gives fp32 on the CPU. Raises
-    ValueError for a folder with a part missing, or with an unreadable part.
+    Computes in bf16 on a CUDA device and in fp32 elsewhere; takes and returns fp32 on the CPU.
+    Raises ValueError for a folder with a part missing or unreadable.
     """
 
     rescales_guidance: ClassVar[bool] = False
     edits: ClassVar[bool] = False
     vae_schema: ClassVar[type] = PooledVAE
     text_parts: ClassVar[tuple[str, ...]]
-    """folders of text encoders and tokenizers, in the order in which they are looked for"""
+    """files of the text encoders and tokenizers, in the order in which they are looked for"""
 
     def __init__(self, folder: Path, device: str = "cpu"):
         self.folder, self.device = Path(folder), device
         self.dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
         _check_layout(self.folder, self.text_parts)
         self.latent_channels, self.pixels_per_latent = self._sizes(self._vae_config())
-        self.picture_size = (LATENT_SIDE * self.pixels_per_latent,) * 2
+        side = LATENT_SIDE * self.pixels_per_latent
+        self.picture_size = (side, side)
         self._text_pipeline = None
         self._vae = None
 
@@ -57,11 +59,11 @@ class PipelineCodec:
         from diffusers import FlowMatchEulerDiscreteScheduler
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        scheduler: AnyModule = FlowMatchEulerDiscreteScheduler.from_config(
             read_part_config(self.folder / SCHEDULER_FILE, Scheduler)
         )
         config = scheduler.config
-        # it stretches the line from the first timestep to the last
+        # the shift stretches the range from the first timestep to the last
         if config.shift_terminal and steps < 2:
             raise ValueError(
                 f"{self.folder / SCHEDULER_FILE} has a shift_terminal, which needs 2 steps; raise --steps"
@@ -89,8 +91,8 @@ class PipelineCodec:
         return self._still((mode - mean) / deviation)
 
     def pictures(self, latents: torch.Tensor) -> torch.Tensor:
-        """[n, channels, h, w] -> [n, 3, 8h, 8w], clipped to [0, 1]; as the pipeline's call
-        decodes"""
+        """[n, channels, h, w] -> [n, 3, 8h, 8w], clipped to [0, 1], decoded as in the pipeline's
+        call"""
         vae = self._open_vae()
         latents = self._framed(latents).to(self.device, self.dtype)
         mean, deviation = self._statistics(vae, latents)
@@ -106,7 +108,8 @@ class PipelineCodec:
             torch.cuda.empty_cache()
 
     def _spacing(self, steps: int) -> dict:
-        """What the pipeline tells its scheduler: equal steps before the shift."""
+        """How the pipeline's call asks its scheduler for timesteps: equal steps before the
+        shift."""
         return {"sigmas": euler_timesteps(steps)[:-1]}
 
     def _vae_config(self) -> dict:
@@ -116,47 +119,49 @@ class PipelineCodec:
         """Channels of a latent, pixels a side that one covers."""
         raise NotImplementedError
 
-    def _statistics(self, vae: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The latents' mean and standard deviation, of the device and dtype of `like`."""
+    def _statistics(self, vae: AnyModule, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The latents' mean and standard deviation, on the device and in the dtype of `like`."""
         raise NotImplementedError
 
     def _framed(self, x: torch.Tensor) -> torch.Tensor:
-        """As the VAE takes pictures and latents."""
+        """Pictures and latents in the shape that the VAE takes."""
         return x
 
     def _still(self, x: torch.Tensor) -> torch.Tensor:
         """The inverse of `_framed`."""
         return x
 
-    def _open_text_pipeline(self):
+    def _open_text_pipeline(self) -> Any:
         raise NotImplementedError
 
     def _vae_class(self) -> type:
         raise NotImplementedError
 
-    def _open_vae(self):
+    def _open_vae(self) -> Any:
         if self._vae is None:
-            vae = read_part(self._vae_class(), self.folder / "vae", torch_dtype=self.dtype)
+            vae: AnyModule = read_part(
+                self._vae_class(), self.folder / "vae", torch_dtype=self.dtype
+            )
             vae.enable_slicing()  # one picture at a time: memory does not grow with the batch
             self._vae = vae.to(self.device)
         return self._vae
 
 
 def _check_layout(folder: Path, text_parts: tuple[str, ...]) -> None:
-    """Raises ValueError for another class of scheduler, and for a part that is not there."""
+    """Raises ValueError for another class of scheduler, and for a missing part."""
     for part in ("vae/config.json", *text_parts, SCHEDULER_FILE):
         if not (folder / part).exists():
             raise ValueError(f"{folder} has no {part}; download the whole pipeline folder again")
     name = read_part_config(folder / SCHEDULER_FILE, Scheduler).get("_class_name")
     if name not in SCHEDULERS:
         raise ValueError(
-            f"{folder / SCHEDULER_FILE} is of a {name}; known schedulers: {', '.join(SCHEDULERS)}"
+            f"{folder / SCHEDULER_FILE} names {name}; known schedulers: {', '.join(SCHEDULERS)}"
         )
 
 
 def read_part(loader: type, folder: Path, **options) -> nn.Module:
-    """A model of diffusers or transformers from its folder, for evaluation, from safetensors
-    alone."""
+    """A model of diffusers or transformers from its folder, for evaluation; only safetensors are
+    read."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no .safetensors file; pickled weights are not read")
@@ -174,8 +179,8 @@ def read_part(loader: type, folder: Path, **options) -> nn.Module:
 
 
 def read_tokenizer(kind: type, folder: Path):
-    """Raises ValueError for a folder without a vocabulary: transformers reads an empty one without
-    complaint."""
+    """Raises ValueError for a folder without a vocabulary; transformers would read an empty one
+    without complaint."""
     if not any(all((folder / name).exists() for name in names) for names in TOKENIZER_FILES):
         raise ValueError(
             f"{folder} has neither tokenizer.json nor vocab.json with merges.txt; download it again"

@@ -1,5 +1,4 @@
-"""Configurations in a diffusers pipeline folder, as far as something of ours is computed from
-them."""
+"""Configurations in a diffusers pipeline folder: the entries that this engine computes with."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ Levels = Annotated[list, Field(min_length=1, max_length=12)]
 
 
 class _Open(BaseModel):
-    """Entries that are not named here are the library's business."""
+    """Entries that are not named here are left to the library."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -32,7 +31,7 @@ class Scheduler(_Open):
 
 
 class PooledVAE(_Open):
-    """Of FLUX and SD3.5."""
+    """The VAE of FLUX and SD3.5."""
 
     latent_channels: Channels
     block_out_channels: Levels
@@ -44,7 +43,7 @@ class QwenVAE(_Open):
 
 
 def read_part_config(path: Path, kind: type[BaseModel]) -> dict:
-    """The file's object as it is. Raises ValueError naming file and field."""
+    """The file's JSON object, unchanged. Raises ValueError naming file and field."""
     values = read_object(path)
     read_value(kind, values, path)
     return values

@@ -1,4 +1,4 @@
-"""Pipelines that read pooled text beside the tokens: what FLUX.1 and SD3.5 share."""
+"""Pipelines with pooled text besides the tokens: what FLUX.1 and SD3.5 share."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import torch
 from torch import nn
 
 from ...architectures import Inputs
+from ...architectures.modules import AnyModule
 from .pipeline import TEXTS_AT_ONCE, PipelineCodec, read_part
 
 
 class PooledCodec(PipelineCodec):
-    """With pooled text beside the tokens (padding counts), and a VAE with one shift and scale."""
+    """Pooled text besides the tokens (padding counts), and a VAE with one shift and scale."""
 
     def _text(self, texts: list[str]) -> Inputs:
-        """Embeddings [n, tokens, width], as many for every caption, and pooled text [n, width]."""
+        """Embeddings [n, tokens, width], the same number of tokens for every caption, and pooled
+        text [n, width]."""
         pipeline, rows = self._open_text_pipeline(), []
         for first in range(0, len(texts), TEXTS_AT_ONCE):
             with torch.no_grad():
@@ -28,7 +30,7 @@ class PooledCodec(PipelineCodec):
     def _sizes(self, config: dict) -> tuple[int, int]:
         return config["latent_channels"], 2 ** (len(config["block_out_channels"]) - 1)
 
-    def _statistics(self, vae: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _statistics(self, vae: AnyModule, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         values = torch.tensor([vae.config.shift_factor, 1 / vae.config.scaling_factor])
         mean, deviation = values.to(like.device, like.dtype)
         return mean, deviation

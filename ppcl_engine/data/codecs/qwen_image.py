@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...architectures import Inputs
+from ...architectures.modules import AnyModule
 from .base import check_references
 from .pipeline import TEXT_TOKENS, TEXTS_AT_ONCE, PipelineCodec, read_part, read_tokenizer
 from .pipeline_files import QwenVAE
@@ -16,7 +17,7 @@ IMAGE_TOKEN = "<|image_pad|>"
 
 
 class QwenImageCodec(PipelineCodec):
-    """Of `QwenImagePipeline`: one text encoder, a VAE of films."""
+    """`QwenImagePipeline`: one text encoder, and a video VAE."""
 
     rescales_guidance = True  # QwenImagePipeline's call does
     vae_schema = QwenVAE
@@ -26,7 +27,7 @@ class QwenImageCodec(PipelineCodec):
         """Embeddings [n, tokens, width] and mask [n, tokens] (True = real), zeros after the real
         tokens.
 
-        The pipeline gives None for a mask that hides nothing; here it is all True.
+        For a mask that hides nothing the pipeline returns None; here it is all True.
         """
         pipeline = self._open_text_pipeline()
         rows: list[torch.Tensor] = []
@@ -51,7 +52,7 @@ class QwenImageCodec(PipelineCodec):
     def _sizes(self, config: dict) -> tuple[int, int]:
         return config["z_dim"], 2 ** len(config["temperal_downsample"])
 
-    def _statistics(self, vae: nn.Module, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _statistics(self, vae: AnyModule, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[1, channels, 1, 1, 1] each"""
         values = torch.tensor([vae.config.latents_mean, vae.config.latents_std])
         mean, deviation = values.to(like.device, like.dtype)[:, None, :, None, None, None]
@@ -90,26 +91,26 @@ class QwenImageCodec(PipelineCodec):
 
 
 class QwenImageEditCodec(QwenImageCodec):
-    """Of `QwenImageEditPipeline`: the text encoder also sees the picture that an instruction
+    """`QwenImageEditPipeline`: the text encoder also sees the picture that an instruction
     changes."""
 
     edits = True
     text_parts = (*QwenImageCodec.text_parts, "processor/preprocessor_config.json")
 
     def text(self, texts: list[str], references: torch.Tensor | None = None) -> Inputs:
-        """`references` [n, k, 3, H, W] in [0, 1]. One text at a time, as the pipelines take
+        """`references` [n, k, 3, H, W] in [0, 1]. One text at a time, as the pipelines encode
         them."""
         check_references(self.edits, references is not None, self.folder)
         pipeline, rows = self._open_text_pipeline(), []
-        images = pipeline.image_processor
-        for text, pictures in zip(texts, references, strict=True):
+        images, given = pipeline.image_processor, () if references is None else references
+        for text, pictures in zip(texts, given, strict=True):
             seen = self._seen(pipeline, images.numpy_to_pil(images.pt_to_numpy(pictures)))
             with torch.no_grad():
                 rows.append(pipeline.encode_prompt([text], seen, self.device)[0][0].float().cpu())
         return padded(rows)
 
     def _seen(self, pipeline, pictures: list):
-        """What the pipeline's call shows its text encoder."""
+        """The pictures as the pipeline's call shows them to its text encoder."""
         if len(pictures) > 1:
             raise ValueError(
                 f"{self.folder} reads one reference with an instruction; {len(pictures)} are given"
@@ -131,8 +132,8 @@ class QwenImageEditCodec(QwenImageCodec):
 
 
 class QwenImageEditPlusCodec(QwenImageEditCodec):
-    """Of `QwenImageEditPlusPipeline`: one reference or several, which its text encoder sees at a
-    size of its own."""
+    """`QwenImageEditPlusPipeline`: one reference or several, which its text encoder sees at a size
+    of their own."""
 
     def _seen(self, pipeline, pictures: list) -> list:
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
@@ -153,14 +154,14 @@ class QwenImageEditPlusCodec(QwenImageEditCodec):
 
 
 class StillsProcessor:
-    """Of transformers' Qwen2VLProcessor what stills need; the whole one reads films too, and wants
-    torchvision for it."""
+    """The part of transformers' Qwen2VLProcessor that still pictures need; the whole one also reads
+    videos and needs torchvision for them."""
 
     def __init__(self, images, tokenizer):
         self.images, self.tokenizer = images, tokenizer
 
     def __call__(self, text: list[str], images, padding: bool, return_tensors: str):
-        """In the texts, a picture's place becomes as many tokens as the picture has."""
+        """In the texts, a picture's placeholder becomes as many tokens as the picture has."""
         from transformers import BatchFeature
 
         seen = self.images(images=images, return_tensors=return_tensors)

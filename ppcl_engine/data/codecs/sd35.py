@@ -11,14 +11,14 @@ SD3_TEXT_TOKENS = 256  # of StableDiffusion3Pipeline's call, without CLIP's 77
 
 
 class StableDiffusion3Codec(PooledCodec):
-    """Of `StableDiffusion3Pipeline`: tokens and pooled text of two CLIPs, then T5's tokens."""
+    """`StableDiffusion3Pipeline`: tokens and pooled text of two CLIPs, then T5's tokens."""
 
     text_parts = tuple(
         part for n in ("", "_2", "_3") for part in (f"text_encoder{n}/config.json", f"tokenizer{n}")
     )
 
     def _spacing(self, steps: int) -> dict:
-        """The steps' number: the scheduler spaces them itself."""
+        """The number of steps: the scheduler spaces them itself."""
         return {"num_inference_steps": steps}
 
     def _encoded(self, pipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,15 +30,14 @@ class StableDiffusion3Codec(PooledCodec):
 
     def _open_text_pipeline(self):
         if self._text_pipeline is None:
-            from diffusers import StableDiffusion3Pipeline
             from transformers import (
                 CLIPTextModelWithProjection,
                 CLIPTokenizer,
                 T5EncoderModel,
-                T5TokenizerFast,
+                T5TokenizerFast,  # pyright: ignore[reportAttributeAccessIssue]
             )
 
-            self._text_pipeline = StableDiffusion3Pipeline(
+            self._text_pipeline = self._pipeline_class()(
                 scheduler=None,
                 vae=None,
                 text_encoder=self._encoder(CLIPTextModelWithProjection, "text_encoder"),
@@ -50,3 +49,8 @@ class StableDiffusion3Codec(PooledCodec):
                 transformer=None,
             )
         return self._text_pipeline
+
+    def _pipeline_class(self) -> type:
+        from diffusers import StableDiffusion3Pipeline
+
+        return StableDiffusion3Pipeline

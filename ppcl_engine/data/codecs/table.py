@@ -20,21 +20,25 @@ VOCABULARY_KEY = "vocabulary"
 
 @dataclass(frozen=True)
 class TableCodec:
-    """token_embedding [vocabulary, width]; mean [48], encode [48, 16], decode [16, 48] of a 4x4
-    block.
+    """A vocabulary's embeddings, and linear maps between 4x4 pixels and a latent.
 
-    The first word of the vocabulary stands for an empty caption. position_embedding [tokens,
-    width]: for a transformer that masks no text and does not number its tokens; captions then are
-    that long, and pooled.
+    The first word of the vocabulary stands for an empty caption.
     """
 
     vocabulary: tuple[str, ...]
     token_embedding: torch.Tensor
+    """[vocabulary, width]"""
     mean: torch.Tensor
+    """[48], of a 4x4 block of pixels"""
     encode: torch.Tensor
+    """[48, 16]"""
     decode: torch.Tensor
+    """[16, 48]"""
     position_embedding: torch.Tensor | None = None
+    """[tokens, width]: for a transformer that masks no text and does not number its tokens;
+    captions then have this many tokens, and are pooled"""
     picture_size: tuple[int, int] = (48, 48)
+    """default height and width, pixels"""
     rescales_guidance: ClassVar[bool] = False
     edits: ClassVar[bool] = False
 
@@ -47,9 +51,8 @@ class TableCodec:
         return int((len(self.mean) // 3) ** 0.5)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        tables = dict(
-            zip(TABLES, (self.token_embedding, self.mean, self.encode, self.decode), strict=True)
-        )
+        values = (self.token_embedding, self.mean, self.encode, self.decode)
+        tables: dict[str, torch.Tensor] = dict(zip(TABLES, values, strict=True))
         return (
             tables
             if self.position_embedding is None
@@ -93,8 +96,8 @@ class TableCodec:
         }
 
     def tokenize(self, text: str) -> list[int]:
-        """Word indices. Raises ValueError naming the word that the model never saw, and for too
-        many words."""
+        """Word indices. Raises ValueError naming a word that the model never saw, and for too many
+        words."""
         words = text.replace(",", " ").split()
         if self.position_embedding is not None and len(words) > len(self.position_embedding):
             raise ValueError(

@@ -150,7 +150,7 @@ def _drawn(draw_on) -> torch.Tensor:
     import numpy as np
     from PIL import Image, ImageDraw
 
-    image = Image.new("L", (SIZE * SUPERSAMPLING,) * 2, 0)
+    image = Image.new("L", (SIZE * SUPERSAMPLING, SIZE * SUPERSAMPLING), 0)
     draw_on(ImageDraw.Draw(image))
     small = image.resize((SIZE, SIZE), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)

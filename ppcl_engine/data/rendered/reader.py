@@ -12,6 +12,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -203,9 +204,10 @@ def train(recipe: ReaderRecipe, codec: TableCodec) -> Reader:
     for step in range(recipe.steps):
         pictures, table = training_batch(codec, recipe, step)
         logits = reader(pictures)
-        loss = sum(
+        losses_by_field = [
             F.cross_entropy(logits[field], table[:, column]) for column, field in enumerate(FIELDS)
-        )
+        ]
+        loss = reduce(torch.add, losses_by_field)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
         optimizer.zero_grad(set_to_none=True)
@@ -250,7 +252,7 @@ def _half(reader: Reader) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="safetensors file to write")
     parser.add_argument("--seed", type=int, default=ReaderRecipe.seed)
     options = parser.parse_args()

@@ -19,6 +19,7 @@ from torch import nn
 
 from ...architectures import Architecture
 from ...architectures.folded import TableInputs
+from ...architectures.modules import AnyModule
 from ...system.json_text import json_text
 from ...system.schemas import STRICT, Finite
 from ...system.tensor_files import TensorFile, write_tensors
@@ -167,14 +168,14 @@ def make_table(modulations: Opened, timesteps: Sequence[float]) -> Table:
     return Table(tuple(timesteps), batches, columns).compact()
 
 
-def table_in(maps: dict[str, nn.Module], inputs: TableInputs) -> Table:
+def table_in(maps: dict[str, AnyModule], inputs: TableInputs) -> Table:
     columns = {name: module.weight.detach() for name, module in maps.items()}
     return Table(
         tuple(inputs.timesteps.float().tolist()), next(iter(maps.values())).batches, columns
     )
 
 
-def put_table(maps: dict[str, nn.Module], inputs: TableInputs, table: Table) -> None:
+def put_table(maps: dict[str, AnyModule], inputs: TableInputs, table: Table) -> None:
     inputs.timesteps = torch.tensor(table.timesteps, device=inputs.timesteps.device)
     for name, module in maps.items():
         values = table.columns[name].to(module.weight.device, module.weight.dtype)

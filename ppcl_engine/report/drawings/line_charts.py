@@ -175,7 +175,7 @@ def _running_mean(values: torch.Tensor) -> torch.Tensor:
 def _end_labels(axes, ends: dict[str, float], labels: dict[str, str], colours: dict) -> None:
     """Names at the right of curves that end at `ends`, on a logarithmic axis."""
     low, high = (math.log10(y) for y in axes.get_ylim())
-    names = sorted(ends, key=ends.get)
+    names = sorted(ends, key=lambda name: ends[name])
     gap = 0.2 / (axes.figure.get_figheight() * axes.get_position().height)
     heights = [
         max(0.0, (math.log10(max(ends[name], 1e-12)) - low) / (high - low)) for name in names

@@ -60,7 +60,7 @@ def alignment_map(
         lw=0.5 if len(places) <= 40 else 0.2,
     )
     _place_axes(axes, places, side)
-    _outlines(axes, places, [s for s in chosen if s.kind == "text"])
+    _outlines(axes, places, [s for s in chosen if isinstance(s, TextGroup)])
     axes.set_title(
         "modulated text: CKA of every two layers",
         loc="left",

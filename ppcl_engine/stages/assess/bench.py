@@ -8,6 +8,7 @@ import time
 import torch
 
 from ...algorithms.sparsity.kernels import on_kernels
+from ...architectures.modules import AnyModule
 from ...models.bundle import Bundle
 from ...models.kinds import Kind, kind_of
 from ...models.opening import architecture_of, open_model
@@ -33,7 +34,8 @@ def bench(config: BenchConfig) -> None:
     if sparse:
         print(f"{sparse} linear maps run on the GPU's 2:4 kernels")
     architecture = architecture_of(config.path)
-    model_config = dict(next(iter(models.values())).config)
+    first: AnyModule = next(iter(models.values()))
+    model_config = dict(first.config)
     grid = (1, config.rows, config.columns)
     inputs = architecture.random_inputs(
         model_config, config.batch, grid, config.text_tokens, device

@@ -276,7 +276,7 @@ class _Comparison:
             torch.randn(count, *self.prompts.latent_shape, generator=generator)
         )
         prompts = self.prompts.rows(torch.arange(count))
-        rows = (prompts.given, expanded(prompts.nothing, count))
+        rows = (prompts.positive, expanded(prompts.negative, count))
         guide = partial(
             with_guidance,
             self.weights.architecture,

@@ -48,7 +48,7 @@ def generate(config: GenerateConfig) -> Path:
 def _encoded(
     config: GenerateConfig, architecture: Architecture, codec: Codec, texts: list[str]
 ) -> Prompts:
-    """Raises ValueError for a reference that is no file, or that the result would replace."""
+    """Raises ValueError for a reference that does not exist, or that the result would replace."""
     references = [Path(path.strip()) for path in config.references.split("|") if path.strip()]
     if not references:
         return encode_prompts(codec, texts, config.height, config.width)

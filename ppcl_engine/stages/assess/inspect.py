@@ -30,17 +30,17 @@ from ...system.tensor_files import TensorFile
 
 def inspect(config: InspectConfig) -> None:
     """Prints. Raises ValueError when neither a path nor --architectures is given."""
-    if not config.architectures and config.path is None:
-        raise ValueError("inspect needs --path FILE or --architectures")
     if config.base is not None and not config.verify:
         raise ValueError(
             "inspect compares a --base only with --verify; add it, or leave --base out"
         )
-    found = (
-        known_models() if config.architectures else describe(config.path, config.legacy_txt_proj)
-    )
-    if config.verify and not config.architectures:
-        found |= verified(config.path, config.base)
+    if config.architectures:
+        found = known_models()
+    elif config.path is None:
+        raise ValueError("inspect needs --path FILE or --architectures")
+    else:
+        found = describe(config.path, config.legacy_txt_proj)
+        found |= verified(config.path, config.base) if config.verify else {}
     print(json_text(found, indent=1) if config.json else _as_text(found))
 
 
@@ -85,14 +85,17 @@ def verified(path: Path, base: Path | None) -> dict:
 def _compared(path: Path, base: Path) -> dict:
     bundle, weights = Bundle(path), Weights(base)
     bundle.plan.check_teacher(weights.architecture.name, weights.fingerprint, base)
-    if bundle.teacher is None:
+    if bundle.expected_base is None:
         return {
             "base": "the bundle was made before hashes of its teacher were kept; names, shapes and vectors fit"
         }
-    check_all(bundle.teacher, weights)
+    check_all(bundle.expected_base, weights)
     return {
         "base": "; ".join(
-            [f"{len(bundle.teacher.recorded):,} tensors compared", *bundle.teacher.notes(weights)]
+            [
+                f"{len(bundle.expected_base.recorded):,} tensors compared",
+                *bundle.expected_base.notes(weights),
+            ]
         )
     }
 
@@ -147,7 +150,8 @@ def _describe_plan(plan: PruningPlan) -> dict:
 def _describe_released(released: Released) -> dict:
     """Blocks are counted as in the folder, from 0 without gaps; parameters as stored."""
     places, known = released.layout.places, _teacher_blocks(released.architecture, released.config)
-    warning = repeated_steps_warning(released, known.get("teacher_blocks"))
+    indices = known.get("teacher_blocks")
+    warning = repeated_steps_warning(released, indices if isinstance(indices, list) else None)
     return {
         "kind": Kind.RELEASED.value,
         "architecture": released.architecture.name,

@@ -3,7 +3,6 @@ own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from ...architectures import Architecture
 from ...architectures.folded import FOLDING
 from ...models.assembly import empty_model, placed_block
 from ...models.bundle import BUNDLE_SUFFIX, MAP_KEY, write_bundle
-from ...models.bundle_contents import projection_prefix, student_prefix, tuned_prefix
+from ...models.bundle_contents import bundle_entries
 from ...models.comfyui_names import marks_of
-from ...models.layout import Place, layout_of, projections_of
+from ...models.layout import Place, layout_of
 from ...models.standalone import hints_of, write_standalone
 from ...models.stored_layout import HINTS_TENSOR
 from ...models.surgery import empty_block
@@ -29,7 +28,6 @@ from ...system.atomic import write_json
 from ...system.float8 import FP8, FP8_MARK
 from ...system.json_text import json_text
 from ...system.machine import DTYPES
-from ...system.tensor_files import TensorEntry, TensorFile
 from ..inputs import RunStudents, open_plan
 
 SOURCE_PLAN_KEY = "ppcl_source_plan"
@@ -49,7 +47,7 @@ def export(config: ExportConfig) -> Path:
     folder = run.folder / "exports"
     if config.layout == "bundle":
         path = folder / f"{config.name}{BUNDLE_SUFFIX}"
-        write_bundle(path, plan, list(_bundle_entries(run, plan, dtype)), teacher_hashes(weights))
+        write_bundle(path, plan, list(bundle_entries(run, plan, dtype)), teacher_hashes(weights))
         return path
     variant = plan.variant(config.variant)
     tensors = _tensors(run, weights, plan, variant)
@@ -81,34 +79,6 @@ def export(config: ExportConfig) -> Path:
         path / "config.json", {"_class_name": weights.architecture.diffusers_class, **stock_config}
     )
     return path
-
-
-def _bundle_entries(run: Run, plan: PruningPlan, dtype: torch.dtype) -> Iterator[TensorEntry]:
-    """Every student, every projection (of the blocks that can stand at its place too), every tuned
-    variant."""
-    for interval in plan.intervals:
-        yield from _saved(
-            run.best(run.student(interval.name)), student_prefix(interval), dtype, "distill-depth"
-        )
-    for name, kind in projections_of(plan, plan.everything()):
-        path = run.best(run.projection(name, kind))
-        yield from _saved(path, projection_prefix(name, kind), dtype, "distill-width")
-    for variant in plan.variants:
-        if variant.tuned:
-            yield from _saved(
-                run.tuned_variant(variant.name), tuned_prefix(variant.name), dtype, "finetune"
-            )
-
-
-def _saved(path: Path, prefix: str, dtype: torch.dtype, stage: str) -> Iterator[TensorEntry]:
-    """The weights of a saved training, read when they are written."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; run {stage} first")
-    file = TensorFile(path)
-    for key in file.keys():
-        if key.startswith("weight."):
-            name = prefix + key.removeprefix("weight.")
-            yield TensorEntry(name, dtype, file.shape(key), lambda key=key: file.read(key))
 
 
 def _tensors(run: Run, weights: Weights, plan: PruningPlan, variant: Variant) -> dict[str, Source]:

@@ -25,18 +25,16 @@ from ...data.flow import euler_timesteps
 from ...models.bundle import BUNDLE_SUFFIX, Bundle
 from ...models.cost import CostModel
 from ...models.folding.basis import Curve, TimeBasis, useful_ranks
-from ...models.folding.files import (
-    Folded,
+from ...models.folding.reading import (
     Original,
     check_foldable,
     embedder_prefix,
     open_embedder,
     open_modulation,
     open_original,
-    write_folded,
-    write_unfolded,
 )
 from ...models.folding.tables import Table, batches_of, conditionings, make_table, rows_of
+from ...models.folding.writing import Folded, write_folded, write_unfolded
 from ...models.weights import Weights
 from ...plan import PruningPlan
 from ...report.folding_report import printed, size_of, write_report
@@ -113,7 +111,7 @@ class _Folding:
             folder / f"{self.config.name}_base.safetensors",
             _path(folder, self.config.name, self.original),
         )
-        if self.original.is_bundle:
+        if self.original.is_bundle and self.original.plan:
             write_folded(base_path, self.base, self._folded(self.base, folding, maps))
             fingerprint = Weights(base_path).fingerprint
             plan = _plan_of_folded(self.original.plan, folding, fingerprint)

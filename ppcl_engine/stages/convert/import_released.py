@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ... import __version__
-from ...algorithms.least_squares import NormalEquations
+from ...algorithms.least_squares import RIDGE, NormalEquations
 from ...architectures import architecture_named
 from ...data.calibration import CalibrationSet, load_calibration
 from ...models.assembly import empty_model
@@ -43,7 +43,6 @@ from ...system.machine import DTYPES, resolve_device
 from ...system.progress import Progress
 from ...system.tensor_files import TensorEntry
 
-RIDGE = 1e-4
 VARIANT = "released"
 
 
@@ -59,14 +58,14 @@ def import_released(config: ImportConfig) -> Path:
     if base:
         _check_base(released, base, plan, config)
     imported = Imported(released, plan)
-    if config.refit:
+    if config.refit and base:
         plan = imported.refit(config, base)
     elif warning := repeated_steps_warning(
         released, teacher_indices(released.num_blocks, plan.intervals)
     ):
         print(f"import: {warning}", file=sys.stderr)
     folder, dtype = Run(config.run).folder / "exports", DTYPES[config.store]
-    if config.layout == "ppcl":
+    if base is None or config.layout == "ppcl":
         sources = {
             name: Source(shape, lambda n=name: imported.read(n))
             for name, shape in imported.shapes.items()
@@ -300,7 +299,10 @@ def _write_bundle(
             f"import: with its width sites off, a student takes what the release lacks from the base: {' '.join(cut)}"
         )
     entries = [
-        entry for pair in students for entry in _student_entries(imported, base, *pair, dtype)
+        entry
+        for old, new in students
+        if new.interval
+        for entry in _student_entries(imported, base, old, new, new.interval, dtype)
     ]
     for place in imported.layout.places:
         for kind, name, model_name in imported.projections(place):
@@ -313,11 +315,11 @@ def _write_bundle(
 
 
 def _student_entries(
-    imported: Imported, base: Weights, old: Place, new: Place, dtype
+    imported: Imported, base: Weights, old: Place, new: Place, interval: Interval, dtype
 ) -> Iterator[TensorEntry]:
     """A whole block: what the release cut off for a width site is the base's."""
     with torch.device("meta"):
-        student = build_student(imported.architecture, imported.plan.config, new.interval)
+        student = build_student(imported.architecture, imported.plan.config, interval)
 
     def read(name: str) -> torch.Tensor:
         theirs, stored = imported.prefix(new) + name, imported.prefix(old) + name
@@ -329,5 +331,5 @@ def _student_entries(
 
     for name, tensor in student.state_dict().items():
         yield TensorEntry(
-            student_prefix(new.interval) + name, dtype, tuple(tensor.shape), lambda n=name: read(n)
+            student_prefix(interval) + name, dtype, tuple(tensor.shape), lambda n=name: read(n)
         )

@@ -7,7 +7,7 @@ with those that they were made from, the references: triples of reference, instr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,7 @@ def calibrate(config: CalibrateConfig) -> Path:
     settings = json_text({**values, "fingerprint": weights.fingerprint})
     saved = SavedBatches(run.states / "calibrate", settings)
     batches = (
-        _from_images(config, weights, saved)
+        _from_images(config, config.images, weights, saved)
         if config.images
         else _from_drawing(config, weights, saved)
     )
@@ -84,13 +84,15 @@ def spread_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
     return parts[torch.randperm(count, generator=generator)]
 
 
-def _from_images(config: CalibrateConfig, weights: Weights, saved: SavedBatches) -> list[Inputs]:
+def _from_images(
+    config: CalibrateConfig, images: Path, weights: Weights, saved: SavedBatches
+) -> list[Inputs]:
     """All captions first, then all pictures: the text encoder and the VAE are never in memory
     together."""
     codec = open_codec(config.model, resolve_device(config.device))
     check_references(codec.edits, config.references is not None, config.model)
     size = draw.picture_size(codec, config.height, config.width)
-    rows = picture_files(config.images)
+    rows = picture_files(images)
     behind = _references(config, [path for path, _ in rows])
     generator = torch.Generator().manual_seed(config.seed)
     empty = torch.rand(config.samples, generator=generator) < config.empty_captions
@@ -119,11 +121,10 @@ def _from_images(config: CalibrateConfig, weights: Weights, saved: SavedBatches)
             text = draw.with_guidance(weights.architecture, weights.config, text, config.guidance)
             latents = codec.latents(load_pictures(paths, size))
             batch = _noised(weights.architecture, latents, timesteps[chunk], text, noise_seed)
-            return (
-                _with_references(weights.architecture, codec, batch, pictures(chunk))
-                if behind
-                else batch
-            )
+            references = pictures(chunk)
+            if references is None:
+                return batch
+            return _with_references(weights.architecture, codec, batch, references)
 
         batches.append(saved.done(number, make))
     codec.release()  # before the model comes
@@ -220,7 +221,7 @@ def _first_sample(config: CalibrateConfig, weights: Weights, prompts: draw.Promp
     noise = torch.randn(
         1, *prompts.latent_shape, generator=torch.Generator().manual_seed(config.seed)
     )
-    text = draw.with_guidance(architecture, weights.config, first.given, config.guidance)
+    text = draw.with_guidance(architecture, weights.config, first.positive, config.guidance)
     return draw.inputs_of(
         architecture.pack(noise), torch.ones(1), text, first.grid(architecture.grid(noise))
     )
@@ -243,7 +244,7 @@ def _drawn(config: CalibrateConfig, architecture: Architecture, model, drawing: 
 def _as_inputs(
     config: CalibrateConfig, architecture: Architecture, model_config, drawing: Drawing
 ) -> Inputs:
-    text = draw.with_guidance(architecture, model_config, drawing.prompts.given, config.guidance)
+    text = draw.with_guidance(architecture, model_config, drawing.prompts.positive, config.guidance)
     return draw.inputs_of(drawing.kept, drawing.times, text, drawing.grid, drawing.tokens)
 
 
@@ -293,22 +294,18 @@ def _prompts(config: CalibrateConfig, weights: Weights, empty: torch.Tensor) -> 
     if config.embeddings:
         path, architecture = config.embeddings, weights.architecture
         return stored_prompts(path, architecture, weights.config, empty, *size)
-    codec, samples = (
-        open_codec(config.model, resolve_device(config.device)),
-        torch.arange(config.samples),
-    )
+    codec = open_codec(config.model, resolve_device(config.device))
+    samples = torch.arange(config.samples)
     if config.prompts:
         texts = _texts(caption_file(config.prompts), empty, samples)
         return draw.encode_prompts(codec, texts, *size)
-    pictures, captions = zip(*picture_files(config.references), strict=True)
-    texts, references = (
-        _texts(captions, empty, samples),
-        [[pictures[i % len(pictures)]] for i in samples.tolist()],
-    )
+    rows = picture_files(config.references) if config.references else []
+    texts = _texts([caption for _, caption in rows], empty, samples)
+    references = [[rows[i % len(rows)][0]] for i in samples.tolist()]
     return draw.encode_edits(weights.architecture, codec, texts, references, *size)
 
 
-def _texts(captions: Sequence[str], empty: torch.Tensor, samples: torch.Tensor) -> list[str]:
+def _texts(captions: list[str], empty: torch.Tensor, samples: torch.Tensor) -> list[str]:
     """The caption of each sample, in turn, or "" where `empty` [all samples] says so."""
     return ["" if empty[i] else captions[i % len(captions)] for i in samples.tolist()]
 

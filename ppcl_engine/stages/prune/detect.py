@@ -14,15 +14,11 @@ from pathlib import Path
 import torch
 
 from ... import __version__
-from ...algorithms.detection.curves import (
-    Curves,
-    block_passes,
-    load_curves,
-    measure,
-    section_starts,
-)
+from ...algorithms.detection.chains import measure
+from ...algorithms.detection.curves import Curves, block_passes, load_curves, section_starts
 from ...algorithms.detection.intervals import (
     DEGENERATE,
+    PUBLISHED_SHARE,
     budget_intervals,
     curve_scale,
     first_difference,
@@ -41,7 +37,6 @@ from ...system.json_text import json_text
 from ...system.tensor_files import TensorFile
 from ..inputs import open_calibration, open_teacher
 
-PUBLISHED_SHARE = 25 / 60
 NO_DAMAGE = 1e-12  # of an interval, relative to the velocity
 
 
@@ -70,7 +65,7 @@ def detect(config: DetectConfig) -> Path:
         {"calibration": calibration.hash, "probes": probes, "ridge": RIDGE_OF, **measured}
     )
     curves, measured_blocks = load_curves(run.curves, settings)
-    if measured_blocks < teacher.num_blocks - 1:
+    if curves is None or measured_blocks < teacher.num_blocks - 1:
         batches = max(2, round(config.samples / calibration.samples * len(calibration)))
         curves = measure(
             config,
@@ -170,15 +165,16 @@ def _sample_weights(curves: Curves, resamples: int, seed: int) -> list[torch.Ten
 
 def _explanation(config, protect, chosen, curves: Curves, damage, starts) -> list[str]:
     lines = _greedy_explanation(config, protect, curves, starts)
+    blocks, longest = curves.cka.shape[:2]
     if config.method == "budget":
         for u, v in chosen:
-            last = reach(u, *curves.cka.shape[:2], starts)
+            last = reach(u, blocks, longest, starts)
             longer = f"; to {v + 1}: {damage(u, v + 1):.4f}" if v < last else ""
             drop = first_difference(curves.cka_of(0), u, v)
             lines.append(
                 f"budget {u}-{v}: damage {damage(u, v):.4f}, D at its end {drop:.5f}{longer}"
             )
-    passes = block_passes(*curves.cka.shape[:2], 1 if config.local else 2, starts)
+    passes = block_passes(blocks, longest, 1 if config.local else 2, starts)
     return [*lines, f"cost: {passes:,} block passes a batch"]
 
 

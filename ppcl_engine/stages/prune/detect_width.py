@@ -18,15 +18,13 @@ import torch
 
 from ...algorithms.detection.alignment import cka, linear_gram
 from ...algorithms.detection.damage import Damage
-from ...algorithms.detection.width_fits import (
-    Fit,
+from ...algorithms.detection.width_fits import Fit, fits_of, standing_block
+from ...algorithms.detection.width_solutions import (
     Solutions,
     as_state,
     explained,
-    fits_of,
     print_warnings,
     ridge_solutions,
-    standing_block,
 )
 from ...models.assembly import Students
 from ...models.cost import CostModel
@@ -157,7 +155,7 @@ def _saving(config: DetectWidthConfig, plan: PruningPlan, cost: CostModel) -> fl
 
 
 def _kinds(config: DetectWidthConfig, teacher: Teacher) -> tuple[str, ...]:
-    """Those asked for that the model has. Raises ValueError where that is none."""
+    """Of the kinds asked for, those that the model has. Raises ValueError if it has none of them."""
     kinds = tuple(config.kinds.replace(",", " ").split())
     unknown = [kind for kind in kinds if kind not in SITE_KINDS]
     if unknown or not kinds:

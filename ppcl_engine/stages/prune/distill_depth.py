@@ -19,8 +19,9 @@ from ...algorithms.distillation.losses import interval_loss
 from ...algorithms.distillation.quantization import quantised_in_training
 from ...algorithms.distillation.rounds import FreshStates, Rounds
 from ...algorithms.distillation.trainer import Trainer, resume_settings, rounding, saved_step
-from ...algorithms.least_squares import NormalEquations, Solution
+from ...algorithms.least_squares import RIDGE, NormalEquations, Solution
 from ...architectures import BlockState
+from ...architectures.modules import AnyModule
 from ...data.calibration import CalibrationSet
 from ...models.streaming import Teacher, mixed_precision
 from ...models.surgery import build_student, interval_streams
@@ -31,8 +32,6 @@ from ...system.atomic import write_text
 from ...system.distributed import processes
 from ...system.json_text import json_text
 from ..inputs import open_calibration, open_plan, open_teacher
-
-RIDGE = 1e-4
 
 
 def distill_depth(config: DistillDepthConfig) -> Path:
@@ -202,7 +201,7 @@ def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items()}
 
 
-def set_map(target: nn.Module, equations: NormalEquations) -> Solution:
+def set_map(target: AnyModule, equations: NormalEquations) -> Solution:
     """The ridge solution into a Linear, or its best approximation of the rank of a pair of Linears.
 
     Reduced-rank regression: project on the leading directions of the fitted values, centred

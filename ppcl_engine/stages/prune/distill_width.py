@@ -7,19 +7,17 @@ output against what it replaces. Inputs are the teacher's own states, as in dist
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ...algorithms.detection.width_fits import (
-    Fit,
+from ...algorithms.detection.width_fits import Fit, fits_of, fits_of_blocks_given_back
+from ...algorithms.detection.width_solutions import (
     Solutions,
     as_state,
-    fits_of,
-    fits_of_blocks_given_back,
     print_warnings,
     ridge_solutions,
 )
@@ -126,7 +124,7 @@ class _Projections:
             self.run, self.teacher.config, self.teacher.architecture, polished=False
         )
 
-    def start(self, fits: list[Fit]) -> None:
+    def start(self, fits: Sequence[Fit]) -> None:
         """Saves the ridge solutions of the projections that are not there yet, as step 0."""
         missing = [fit for fit in fits if saved_step(self.path(fit), self.settings(fit)) is None]
         store = StateStore(
@@ -182,11 +180,10 @@ class _Projections:
         return at
 
     def _trainer(self, fit: Fit) -> Trainer:
-        width, options = (
-            self.teacher.architecture.width(self.teacher.config),
-            {"device": self.teacher.device},
-        )
-        maps = {part: nn.Linear(width, width, dtype=torch.float32, **options) for part in fit.parts}
+        width, device = self.teacher.architecture.width(self.teacher.config), self.teacher.device
+        maps = {
+            part: nn.Linear(width, width, dtype=torch.float32, device=device) for part in fit.parts
+        }
         return Trainer(nn.ModuleDict(maps), self.config.weight_decay)
 
 

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ...algorithms.distillation.losses import tuning_loss
 from ...algorithms.distillation.quantization import NONE
@@ -99,7 +98,7 @@ def subset(plan: PruningPlan, variant: Variant, config: PolishConfig, step: int)
 
 def subset_loss(
     teacher: Teacher,
-    parts: nn.Module,
+    parts: Parts,
     layout: Layout,
     inputs: dict,
     checkpointing: bool,

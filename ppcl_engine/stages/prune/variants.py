@@ -103,9 +103,16 @@ def _subset(cost: CostModel, plan: PruningPlan, saving: float) -> tuple[str, ...
     return _subset_of([float(gain) for gain in gains], plan, saving)
 
 
+def _damage_of(interval: Interval) -> float:
+    """Raises ValueError for an interval whose damage was not measured."""
+    if interval.score is None:
+        raise ValueError(f"the plan has no score of interval {interval.name}; run detect")
+    return interval.score
+
+
 def _subset_of(gains: list[float], plan: PruningPlan, saving: float) -> tuple[str, ...]:
     chosen = least_damage(
-        [(g, i.score) for g, i in zip(gains, plan.intervals, strict=True)], saving
+        [(g, _damage_of(i)) for g, i in zip(gains, plan.intervals, strict=True)], saving
     )
     if chosen is None:
         raise ValueError(

@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from ppcl_engine.algorithms.detection.alignment import cka, linear_gram
-from ppcl_engine.algorithms.detection.curves import (
-    RIDGE,
-    Part,
-    apply_maps,
-    block_passes,
-    blocks_read,
-    grouped,
-    load_probe,
-)
-from ppcl_engine.algorithms.least_squares import InputMoments, NormalEquations
+from ppcl_engine.algorithms.detection.curves import block_passes
+from ppcl_engine.algorithms.detection.stream_maps import apply_maps, load_probe
+from ppcl_engine.algorithms.least_squares import RIDGE, InputMoments, NormalEquations
 from ppcl_engine.architectures.qwen_image import QwenImage
 from ppcl_engine.models.streaming import Teacher
 from ppcl_engine.run import Run
@@ -127,17 +120,6 @@ def test_block_passes_is_the_count_of_blocks_that_ran(
     )
     # pairs (0,1) (0,2) (1,2): one block is behind the first
     assert block_passes(3, 3, 1) == 3 + (1 + 0 + 0)
-
-
-def test_parts_share_a_walk_as_far_as_their_states_fit():
-    parts = [Part(u=u, end=u + 1, batch=batch, bytes=3.0) for u in range(3) for batch in range(2)]
-    by_limit = {
-        limit: [len(group) for group in grouped(parts, limit)] for limit in (0, 5, 6, 9, 18, 100)
-    }
-    assert by_limit == {0: [1] * 6, 5: [1] * 6, 6: [2, 2, 2], 9: [3, 3], 18: [6], 100: [6]}
-    assert blocks_read(grouped(parts, 100), 10) == 10 + 9 and blocks_read(
-        grouped(parts, 0), 10
-    ) == 10 + 2 * (9 + 8 + 7)
 
 
 @pytest.mark.parametrize("local", [False, True])

@@ -1,6 +1,7 @@
 """Losses against their closed forms, and what each of them leaves free."""
 
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ppcl_engine.algorithms.distillation.losses import (
     direction_log_norm,
     relative_mse,
 )
+from ppcl_engine.settings.prune_settings import DistillDepthConfig
 
 TEACHER = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
 
@@ -67,3 +69,7 @@ def test_gradients_are_finite_and_lead_down(loss, start):
     if start.any():
         assert student.grad.abs().sum() > 0
         assert loss(student.detach() - 1e-3 * student.grad, TEACHER) < before
+
+
+def test_the_setting_offers_these_losses_and_no_other():
+    assert set(get_args(get_type_hints(DistillDepthConfig)["loss"])) == set(LOSSES)

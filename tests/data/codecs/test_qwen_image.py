@@ -236,11 +236,11 @@ def cut_weights(copy):
     [
         (
             edit_class,
-            r"is of a SanaPipeline; known pipelines: QwenImagePipeline, .*FluxPipeline, StableDiffusion3Pipeline$",
+            r"names SanaPipeline; known pipelines: QwenImagePipeline, .*FluxPipeline, StableDiffusion3Pipeline$",
         ),
         (
             edit_scheduler,
-            r"is of a UniPCMultistepScheduler; known schedulers: FlowMatchEulerDiscreteScheduler$",
+            r"names UniPCMultistepScheduler; known schedulers: FlowMatchEulerDiscreteScheduler$",
         ),
         (
             lambda copy: shutil.rmtree(copy / "scheduler"),

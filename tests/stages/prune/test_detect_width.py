@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ppcl_engine.algorithms import least_squares
-from ppcl_engine.algorithms.detection import width_fits
+from ppcl_engine.algorithms.detection import width_solutions
 from ppcl_engine.data.calibration import load_calibration
 from ppcl_engine.models.assembly import open_variant
 from ppcl_engine.models.opening import open_model
@@ -58,9 +58,9 @@ def test_detected_sites_meet_the_budget(width_run, teacher_file, method, archite
 def test_any_memory_gives_the_same_candidates(width_run, teacher_file, monkeypatch):
     """Fits are summed in one sweep or in many, their maps lie in memory or on disk, models go
     through the blocks together or apart."""
-    found, chunks, chunked = {}, [], width_fits._chunks
+    found, chunks, chunked = {}, [], width_solutions._chunks
     monkeypatch.setattr(
-        width_fits,
+        width_solutions,
         "_chunks",
         lambda *given: [chunks.append(1) or chunk for chunk in chunked(*given)],
     )
@@ -87,20 +87,22 @@ def test_maps_leave_the_device_in_float32_and_sources_are_let_go(
 ):
     """62.7 GB at full size otherwise: every solution in float64, the text of every source to the
     end."""
-    held, step = [], width_fits._Accumulation._step
+    held, step = [], width_solutions._Accumulation._step
 
     def count(self, *given):
         held.append(len({place for place, _ in self.source_seen}))
         return step(self, *given)
 
-    monkeypatch.setattr(width_fits._Accumulation, "_step", count)
+    monkeypatch.setattr(width_solutions._Accumulation, "_step", count)
     run = width_run()
     config = DetectWidthConfig(
         model=teacher_file, run=run.folder, device="cpu", share=0.65, longest=1, kinds="text"
     )
-    kept, add = [], width_fits.Solutions.add
+    kept, add = [], width_solutions.Solutions.add
     monkeypatch.setattr(
-        width_fits.Solutions, "add", lambda self, *given: add(self, *given) or kept.append(self)
+        width_solutions.Solutions,
+        "add",
+        lambda self, *given: add(self, *given) or kept.append(self),
     )
     detect_width(config)
     assert max(held) == 2  # a source, and the one that its own group reads from

@@ -169,7 +169,7 @@ def test_the_first_loss_in_closed_form(new_run, tuned, teacher_file, architectur
 def test_no_clean_pictures_no_loss_on_them(new_run, tuned):
     run = new_run(clean=False)
     with pytest.raises(
-        ValueError, match="knows no clean pictures; calibrate with --images, or use --data 0"
+        ValueError, match="has no clean pictures; calibrate with --images, or use --data 0"
     ):
         tuned(run, data=0.5)
     assert not run.tuned.exists()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from ppcl_engine.algorithms.detection.curves import load_probe
+from ppcl_engine.algorithms.detection.stream_maps import load_probe
 from ppcl_engine.data.calibration import CLEAN, CalibrationSet, load_calibration
 from ppcl_engine.run import Run
 from ppcl_engine.system.tensor_files import TensorFile

@@ -162,7 +162,8 @@ def test_a_variant_alone_reads_only_itself(load, demo, variant, figures):
     read = bytes_read() - before
     parameters = sum(p.numel() for p in model.model.diffusion_model.parameters())
     figures("load_bytes_ratio", read / (2 * parameters))
-    assert 1 <= read / (2 * parameters) <= 1.02
+    # of a file this small, headers with their hashes are more than a hundredth
+    assert 1 <= read / (2 * parameters) <= 1.03
 
 
 def test_what_was_not_loaded_is_refused(load, demo, switched):

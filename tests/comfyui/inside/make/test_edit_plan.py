@@ -80,8 +80,10 @@ def test_sites_get_the_damage_that_was_measured(edited):
         ("", "text:0-1", "text group text:0-1 has no full block before it"),
         ("", "text:2-3", "text group text:2-3 cuts interval 1-2"),
         ("", "ffn_image:6", "block 6 is inside interval 5-6"),
-        ("", "ffn_image:99999999999999999999", "there are blocks 0-7 only"),
-        ("1-99999999999999999999", "", "is not inside blocks 0-7"),
+        ("", "ffn_image:99", "there are blocks 0-7 only"),
+        ("1-99", "", "is not inside blocks 0-7"),
+        ("", "ffn_image:99999999999999999999", "is not a width site; write them as"),
+        ("1-99999999999999999999", "", "is not an interval; write them as"),
     ],
 )
 def test_what_cannot_be_is_one_line(edited, intervals, sites, message):

@@ -1,5 +1,4 @@
-"""Files whose modulations are folded or unfolded: read a tensor at a time, written the same way,
-all else copied as stored.
+"""Files whose modulations are folded or unfolded, and what is read of them.
 
 Three kinds: a full model (anything that `Weights` reads), one of our standalones, a bundle
 (students, tuned variants).
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -28,21 +27,17 @@ from ...architectures.folded import (
     unfolded_config,
 )
 from ...plan import PruningPlan, plan_from_value
-from ...system.json_text import json_text
 from ...system.progress import Progress
-from ...system.schemas import read_text
-from ...system.tensor_files import TensorEntry, TensorFile, write_tensor_stream
+from ...system.tensor_files import TensorFile
 from ..bundle import PLAN_KEY, Bundle
 from ..kinds import Kind, kind_of
-from ..scales import SCALE_SUFFIXES
-from ..standalone import STRUCTURE_KEY, standalone_structure
+from ..standalone import standalone_structure
 from ..stored_layout import STRUCTURE_TENSOR, common_prefix, open_layout
-from ..teacher_hashes import TEACHER_KEY, without
+from ..teacher_hashes import TEACHER_KEY
 from ..weights import Weights
 from .basis import MARKED, mark_of
 from .tables import Table, batches_of, conditionings, make_table, put_table, table_in
 
-FOLDED_FROM = "ppcl_folded_from"
 TUNED = "tuned."
 Read = Callable[[str, torch.dtype | None], torch.Tensor]
 
@@ -221,11 +216,13 @@ def give_base(model: nn.Module, base: Path, path: Path) -> None:
     inputs = table_inputs(model)
     if inputs is None:
         return
+    folding = open_original(path).folding
+    mark = folding.mark if folding else ""
     maps = table_maps(model)
 
     def more(timesteps: list[float]) -> None:
         original, parameter = open_original(base), next(iter(maps.values())).weight
-        check_mark(original, open_original(path).folding.mark, path)
+        check_mark(original, mark, path)
         found = original_table(
             original, timesteps, inputs, maps, parameter.dtype, str(parameter.device)
         )
@@ -257,150 +254,9 @@ def original_table(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Folded:
-    """What takes the place of a file's modulations. maps: module -> how its weight is made; inputs:
-    names of the tensors that time embedders get -> the tensors."""
-
-    folding: Folding
-    dtype: torch.dtype
-    maps: dict[str, Callable[[], torch.Tensor]]
-    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-def write_folded(path: Path, original: Original, folded: Folded) -> Path:
-    """Every other tensor as it is stored, biases of a basis too; a table's values hold theirs."""
-    replaced = _entries_by_name(original, folded)
-    entries = [replaced.get(name, _copied(original, name)) for name in original.stored]
-    entries = [entry for entry in entries if entry is not None]
-    entries += [_held(original.prefix + name, tensor) for name, tensor in folded.inputs.items()]
-    config = {**original.config, FOLDING: folded.folding.to_config()}
-    plan = _folded_plan(original, config)
-    metadata = {
-        **original.metadata,
-        "format": "pt",
-        FOLDED_FROM: json_text({"mark": original.mark}),
-    }
-    if original.is_bundle:
-        metadata[PLAN_KEY] = plan.to_json()
-        if TEACHER_KEY in metadata:
-            metadata[TEACHER_KEY] = without(metadata[TEACHER_KEY], original.base_modulations)
-    else:
-        structure = plan.to_json().encode()
-        entries.append(
-            _held(
-                original.prefix + STRUCTURE_TENSOR, torch.tensor(list(structure), dtype=torch.uint8)
-            )
-        )
-        metadata |= (
-            {"config": json_text(config)}
-            if original.plan is None
-            else {STRUCTURE_KEY: plan.to_json()}
-        )
-    _write(path, entries, metadata)
-    return path
-
-
-def write_unfolded(path: Path, folded: Original, original: Original) -> Path:
-    """The folded file's tensors with the original's modulations, and the original's own
-    description."""
-    check_is_original(original, folded)
-    kept = {name for name in original.stored if not _of_modulation(original, name)}
-    if missing := sorted(kept - folded.stored.keys()):
-        raise ValueError(
-            f"{folded.path} lacks {missing[0]}, which {original.path} has; it was changed since it was folded"
-        )
-    entries = [_copied(folded if name in kept else original, name) for name in original.stored]
-    if original.plan is not None and not original.is_bundle:
-        name = original.prefix + STRUCTURE_TENSOR
-        entries.append(_held(name, TensorFile(original.path).read(name)))
-    described = {} if original.plan is not None else {"config": json_text(original.config)}
-    _write(path, entries, original.metadata or {**described, "format": "pt"})
-    return path
-
-
-def check_is_original(original: Original, folded: Original) -> None:
-    """Raises ValueError when the folded file was not made from this one."""
-    if FOLDED_FROM not in folded.metadata:
-        raise ValueError(
-            f"{folded.path} was not made by folding a file, so there are no original weights to give back"
-        )
-    if original.folding is not None:
-        raise ValueError(
-            f"{original.path} is folded itself; give the file that {folded.path} was folded from"
-        )
-    check_mark(
-        original,
-        read_text(_FoldedFrom, folded.metadata[FOLDED_FROM], f"{folded.path}: {FOLDED_FROM}").mark,
-        folded.path,
-    )
-
-
-@dataclass(frozen=True)
-class _FoldedFrom:
-    """What a folded file says of its original."""
-
-    mark: str
-
-
 def check_mark(original: Original, mark: str, where: object) -> None:
     if original.mark != mark:
         raise ValueError(
             f"{original.path} is another model than {where} was folded from ({original.mark[:8]}, not {mark[:8]}); "
             "give the very file"
         )
-
-
-def _folded_plan(original: Original, config: dict) -> PruningPlan:
-    """Of a full model: one that replaces nothing, so that a host knows the file by its
-    structure."""
-    if original.plan is not None:
-        return original.plan.with_parts(config=config)
-    architecture = original.architecture
-    blocks = architecture.num_blocks(config)
-    return PruningPlan(
-        architecture=architecture.name, config=config, num_blocks=blocks, fingerprint=""
-    )
-
-
-def _entries_by_name(original: Original, folded: Folded) -> dict[str, TensorEntry | None]:
-    """Stored name -> what is written instead; None: nothing."""
-    found: dict[str, TensorEntry | None] = {}
-    for name, make in folded.maps.items():
-        outputs, key = original.shape(f"{name}.weight")[0], original.prefix + name
-        shape = (outputs, folded.folding.columns)
-        found |= {
-            key + ending: None
-            for ending in (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
-        }
-        found[f"{key}.weight"] = TensorEntry(f"{key}.weight", folded.dtype, shape, make)
-        if folded.folding.form == "table":
-            found[f"{key}.bias"] = None
-    return found
-
-
-def _of_modulation(original: Original, name: str) -> bool:
-    return name.removeprefix(original.prefix).rpartition(".")[0] in original.modulation_set
-
-
-def _copied(original: Original, name: str) -> TensorEntry:
-    file, key = original.stored[name]
-    return TensorEntry(name, file.dtype(key), tuple(file.shape(key)), lambda: file.read(key))
-
-
-def _held(name: str, tensor: torch.Tensor) -> TensorEntry:
-    return TensorEntry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
-
-
-def _write(path: Path, entries: list[TensorEntry], metadata: dict[str, str]) -> None:
-    bar = Progress(total=len(entries), desc=path.stem, unit="tensor")
-
-    def counted(entry: TensorEntry) -> TensorEntry:
-        def read() -> torch.Tensor:
-            bar.update()
-            return entry.read()
-
-        return TensorEntry(entry.name, entry.dtype, entry.shape, read)
-
-    with bar:
-        write_tensor_stream(path, [counted(entry) for entry in entries], metadata)

@@ -17,7 +17,7 @@ from ppcl_engine.plan import (
     plan_from_json,
 )
 
-from .tiny.plans import plan_of, plans
+from ..tiny.plans import plan_of, plans
 
 PLAN = plan_of(
     intervals=(Interval(first=1, last=3), Interval(first=5, last=6, correction="affine")),

@@ -1,141 +1,19 @@
-"""PruningPlan: what is replaced, by what, and what it costs. Frozen, JSON both ways.
-
-Indices are the teacher's, from 0. An interval [first, last] includes both ends: these blocks
-are replaced by one student (paper, section 3.3).
-"""
+"""PruningPlan: what is replaced, by what, and what it costs. Frozen, JSON both ways."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Annotated
 
 from pydantic import Field
 
-from .system.json_text import json_text
-from .system.schemas import (
-    MOST_BLOCKS,
-    STRICT,
-    BlockIndex,
-    Count,
-    Finite,
-    read_json_text,
-    read_value,
-)
+from ..system.json_text import json_text
+from ..system.schemas import MOST_BLOCKS, STRICT
+from .parts import ALL, FORMS_OF, FULL, NAME, SITE_KINDS, Interval, TextGroup, Variant, WidthSite
 
 FORMAT_VERSION = 1
-FORMS = ("paper", "gated")
-FORMS_OF = {"text": FORMS, "ffn_image": FORMS, "ffn_text": FORMS, "ffn_joint": ("gated",)}
-SITE_KINDS = tuple(FORMS_OF)
-FULL, ALL = "full", "all"
-_NUMBER = "[0-9]{1,6}"  # not \d, which takes the digits of all scripts
-_NAME = rf"({_NUMBER}-{_NUMBER}|[a-z_]+:{_NUMBER}(-{_NUMBER})?)"
-Correction = Annotated[str, Field(pattern=r"^(none|affine|[1-9][0-9]{0,4})\z")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """Blocks first..last. `score`: damage on the final velocity (relative, squared) when measured;
-    `stability`: share of bootstrap resamples that find this very interval; `parameters`: of its
-    student, correction included; `correction`: "none", "affine" or the rank of a low-rank one."""
-
-    __pydantic_config__ = STRICT
-
-    first: BlockIndex
-    last: BlockIndex
-    score: Finite | None = None
-    stability: Finite | None = None
-    parameters: Count | None = None
-    correction: Correction = "none"
-
-    @property
-    def name(self) -> str:
-        return f"{self.first}-{self.last}"
-
-    @property
-    def removed(self) -> int:
-        return self.last - self.first
-
-    @property
-    def blocks(self) -> range:
-        return range(self.first, self.last + 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WidthSite:
-    """A part of a block that a projection replaces. `form` of an FFN: "paper" (x + P x) or "gated"
-    (P inside norm, modulation and gate); `ffn_joint`, of a block that runs text and image as one,
-    is gated. `score`: its damage when measured. `fitted`: what else than the block or student that
-    stands there with all intervals on has a projection of its own, as "52" for the teacher's
-    block."""
-
-    __pydantic_config__ = STRICT
-
-    block: BlockIndex
-    kind: str
-    form: str = "paper"
-    score: Finite | None = None
-    fitted: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}:{self.block}"
-
-    @property
-    def sites(self) -> tuple[WidthSite, ...]:
-        """Itself: a switch of one site, as a TextGroup is one of several."""
-        return (self,)
-
-
-@dataclass(frozen=True)
-class TextGroup:
-    """Neighbouring text sites: they switch as one, since a restored block inside would step the
-    text."""
-
-    sites: tuple[WidthSite, ...]
-    kind = "text"
-    """of every site in it, as `WidthSite.kind`"""
-
-    @property
-    def first(self) -> int:
-        return self.sites[0].block
-
-    @property
-    def last(self) -> int:
-        return self.sites[-1].block
-
-    @property
-    def name(self) -> str:
-        return f"text:{self.first}-{self.last}"
-
-    @property
-    def form(self) -> str:
-        return self.sites[0].form
-
-    @property
-    def score(self) -> float | None:
-        return self.sites[0].score
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """A named set of intervals and sites that are switched on. `damage`: relative squared velocity
-    error; `flops`: of one forward at the plan's reference size; `tuned`: it has weights of its own
-    (fine-tuned)."""
-
-    __pydantic_config__ = STRICT
-
-    name: str
-    intervals: tuple[str, ...] = ()
-    sites: tuple[str, ...] = ()
-    parameters: Count | None = None
-    bytes: Count | None = None
-    flops: Finite | None = None
-    milliseconds: Finite | None = None
-    damage: Finite | None = None
-    tuned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +111,7 @@ class PruningPlan:
             return Variant(name=FULL)
         if name == ALL:
             return self.everything()
-        if re.fullmatch(f"{_NAME}(,{_NAME})*", name):
+        if re.fullmatch(f"{NAME}(,{NAME})*", name):
             parts = name.split(",")
             intervals, sites = (
                 tuple(p for p in parts if (":" in p) == site) for site in (False, True)
@@ -325,60 +203,3 @@ class PruningPlan:
 
     def with_parts(self, **parts) -> PruningPlan:
         return replace(self, **parts)
-
-
-def plan_from_json(text: str | bytes, where: object = "plan") -> PruningPlan:
-    """The inverse of `PruningPlan.to_json`. Raises ValueError naming the unknown, missing or wrong
-    field."""
-    return plan_from_value(read_json_text(text, where), where)
-
-
-def plan_from_value(values: object, where: object = "plan") -> PruningPlan:
-    """The same of JSON that was parsed."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: a plan is a JSON object")
-    version = values.get("version", FORMAT_VERSION)
-    if type(version) is int and version != FORMAT_VERSION:  # its fields may be unknown too
-        raise ValueError(
-            f"{where}: plan format {version} is not {FORMAT_VERSION}; update ComfyUI-PPCL"
-        )
-    return read_value(PruningPlan, values, where)
-
-
-def parse_intervals(text: str) -> tuple[Interval, ...]:
-    """ "3-4 5-7" or "3-4,5-7" -> intervals. Raises ValueError naming the part that is not one."""
-    intervals = []
-    for part in text.replace(",", " ").split():
-        if not re.fullmatch(f"{_NUMBER}-{_NUMBER}", part):
-            raise ValueError(f"{part[:40]!r} is not an interval; write them as '3-4 8-10'")
-        first, last = map(int, part.split("-"))
-        _check_numbers(part, (first, last))
-        intervals.append(Interval(first=first, last=last))
-    return tuple(intervals)
-
-
-def parse_sites(text: str, form: str = "paper") -> tuple[WidthSite, ...]:
-    """ "ffn_image:2 text:51-59" -> sites. Raises ValueError naming the part that is not one."""
-    sites = []
-    for part in text.replace(",", " ").split():
-        match = re.fullmatch(rf"([a-z_]+):({_NUMBER})(?:-({_NUMBER}))?", part)
-        if not match or match[1] not in SITE_KINDS:
-            raise ValueError(
-                f"{part[:40]!r} is not a width site; write them as 'ffn_image:2 text:51-59'"
-            )
-        first, last = int(match[2]), int(match[3] or match[2])
-        _check_numbers(part, (first, last))
-        chosen = (
-            form if match[1] != "text" and form in FORMS_OF[match[1]] else FORMS_OF[match[1]][0]
-        )
-        sites += [
-            WidthSite(block=block, kind=match[1], form=chosen) for block in range(first, last + 1)
-        ]
-    return tuple(sites)
-
-
-def _check_numbers(part: str, blocks: Iterable[int]) -> None:
-    if max(blocks) >= MOST_BLOCKS:
-        raise ValueError(
-            f"{part[:40]!r}: blocks are numbered from 0, and no model has more than {MOST_BLOCKS}"
-        )
