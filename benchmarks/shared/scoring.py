@@ -122,7 +122,7 @@ class Judge:
 
 
 def mean_with_interval(values: list[float]) -> dict:
-    return mean_estimate(torch.tensor(values), SEED)
+    return mean_estimate(torch.tensor(values, dtype=torch.float64), SEED)
 
 
 def share_with_interval(share: float, count: int) -> dict:

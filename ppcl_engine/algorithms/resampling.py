@@ -46,7 +46,7 @@ def squares(x: torch.Tensor) -> torch.Tensor:
 def mean_estimate(values: torch.Tensor, seed: int) -> dict[str, float]:
     """The mean of `values` [n] with its 95 % bootstrap interval: value, low, high."""
     low, high = bootstrap_interval(values, seed)
-    return {"value": float(values.mean()), "low": low, "high": high}
+    return {"value": float(values.double().mean()), "low": low, "high": high}
 
 
 def ratio_estimate(above: torch.Tensor, below: torch.Tensor, seed: int) -> dict[str, float]:

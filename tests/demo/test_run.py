@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from ppcl_engine.__main__ import main
 from ppcl_engine.demo.bundled import TEACHER
 from ppcl_engine.models.opening import open_model
 
+NAMES = ["large", "medium", "small", "smallest"]
 
-def test_the_demo_leaves_bundle_exports_and_report(tmp_path, capsys):
-    assert main(["demo", "--run", str(tmp_path), "--quick", "--captions", "3"]) == 0
-    assert "report.html" in capsys.readouterr().out
-    report = json.loads((tmp_path / "report.json").read_text())
+DEMO = ("--quick", "--captions", "3")
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory, timed_once):
+    """The run folder of a quick demo."""
+    folder = tmp_path_factory.mktemp("demo")
+    assert main(["demo", "--run", str(folder), *DEMO]) == 0
+    return folder
+
+
+def test_the_demo_leaves_bundle_exports_and_report(demo_run):
+    report = json.loads((demo_run / "report.json").read_text())
     assert {"seconds", "teacher", "intervals", "variants"} <= report.keys()
     assert report["teacher"]["parameters"] == 8_106_176
-    names = [variant["name"] for variant in report["variants"]]
-    assert names == ["large", "medium", "small", "smallest"]
+    assert [variant["name"] for variant in report["variants"]] == NAMES
     for file in (
         "report.html",
         "layer_map.png",
@@ -24,14 +35,26 @@ def test_the_demo_leaves_bundle_exports_and_report(tmp_path, capsys):
         "exports/pruned.ppcl.safetensors",
         "exports/small.safetensors",
     ):
-        assert (tmp_path / file).stat().st_size > 1000
-    assert (tmp_path / "stock" / "exports" / "small-diffusers" / "config.json").exists()
-    bundle = tmp_path / "exports" / "pruned.ppcl.safetensors"
+        assert (demo_run / file).stat().st_size > 1000
+    assert (demo_run / "stock" / "exports" / "small-diffusers" / "config.json").exists()
+
+
+def test_its_variants_are_ever_smaller(demo_run):
+    bundle = demo_run / "exports" / "pruned.ppcl.safetensors"
     sizes = [
         sum(p.numel() for p in open_model(bundle, name, TEACHER).parameters())
-        for name in ["full", *names]
+        for name in ["full", *NAMES]
     ]
-    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
-    students = {p.name: p.read_bytes() for p in (tmp_path / "depth").iterdir()}
-    assert main(["demo", "--run", str(tmp_path), "--quick", "--captions", "3"]) == 0
-    assert students == {p.name: p.read_bytes() for p in (tmp_path / "depth").iterdir()}
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0]
+
+
+def test_run_again_it_goes_on(demo_run, capsys):
+    """Nothing is trained anew."""
+    folders = ("depth", "width", "polished", "stock/depth")
+    files = [p for name in folders for p in (demo_run / name).rglob("*.safetensors")]
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    assert len(before) > 20
+    assert main(["demo", "--run", str(demo_run), *DEMO]) == 0
+    assert "report.html" in capsys.readouterr().out
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}

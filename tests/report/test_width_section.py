@@ -22,8 +22,8 @@ from ppcl_engine.stages.prune.distill_width import distill_width
 from ppcl_engine.system.atomic import read_json, write_json, write_text
 from ppcl_engine.system.tensor_files import write_tensors
 
+from ..tiny.made_up_run import Page, evaluated
 from ..tiny.plans import plan_of
-from .test_run_report import Page, evaluated
 
 SITES = "text:2-3 ffn_image:0 ffn_text:4"
 # 2-3 runs as the teacher's blocks, for which nothing was trained

@@ -81,35 +81,14 @@ def calibrated_both_ways(folder: Path, codec: Codec, work: Path) -> list[list[di
             "empty_pooled": nothing["pooled_projections"],
         },
     )
+    common = ["--model", folder, "--device", "cpu", "--samples", 4, "--batch", 2, "--steps", 2]
+    common += ["--height", 32, "--width", 32, "--guidance", 3.5, "--empty-captions", 0.5]
     batches = []
-    for name, options in (
+    for name, source in (
         ("a", ["--prompts", work / "prompts.txt"]),
         ("b", ["--embeddings", work / "e.safetensors"]),
     ):
-        options += [
-            "--model",
-            folder,
-            "--run",
-            work / name,
-            "--device",
-            "cpu",
-            "--samples",
-            4,
-            "--batch",
-            2,
-        ]
-        options += [
-            "--height",
-            32,
-            "--width",
-            32,
-            "--steps",
-            2,
-            "--guidance",
-            3.5,
-            "--empty-captions",
-            0.5,
-        ]
-        assert main(["calibrate", *map(str, options)]) == 0
+        arguments = ["calibrate", *common, *source, "--run", work / name]
+        assert main([str(argument) for argument in arguments]) == 0
         batches.append(load_calibration(work / name / "calibration.safetensors").batches)
     return batches

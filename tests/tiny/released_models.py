@@ -4,7 +4,10 @@ hand."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -106,55 +109,76 @@ def reference(
     conditioning = model.time_text_embed(inputs["timestep"], image)
     shapes = [[tuple(row) for row in inputs["grid"].tolist()]] * len(image)
     rotary = model.pos_embed(shapes, max_txt_seq_len=text.shape[1], device=image.device)
-    source = None
+    streams = _Streams(image, text, None)
     for index, block in enumerate(model.transformer_blocks):
-
-        def linear(name: str, x: torch.Tensor, index: int = index) -> torch.Tensor:
-            prefix = f"transformer_blocks.{index}.{name}"
-            return F.linear(x, state[f"{prefix}.weight"], state[f"{prefix}.bias"])
-
-        def mlp(name: str, x: torch.Tensor, linear=linear) -> torch.Tensor:
-            return linear(
-                f"{name}.net.2", F.gelu(linear(f"{name}.net.0.proj", x), approximate="tanh")
-            )
-
-        text_pruned, ffn_pruned = (
-            index in lists[f"{name}_index"] for name in ("single_stream", "ffn_proj")
-        )
-        image_mod = linear("img_mod.1", F.silu(conditioning)).chunk(3 if ffn_pruned else 6, dim=-1)
-        image_modulated = normed(image) * (1 + image_mod[1][:, None]) + image_mod[0][:, None]
-        if text_pruned:
-            text_modulated = linear("txt_proj", source) + (0 if legacy else source)
-        else:
-            text_mod = linear("txt_mod.1", F.silu(conditioning)).chunk(
-                3 if ffn_pruned else 6, dim=-1
-            )
-            text_modulated = source = (
-                normed(text) * (1 + text_mod[1][:, None]) + text_mod[0][:, None]
-            )
-        image_attention, text_attention = block.attn(
-            hidden_states=image_modulated,
-            encoder_hidden_states=text_modulated,
+        parts = _Parts(state, index, lists)
+        attend = partial(
+            block.attn,
             encoder_hidden_states_mask=inputs["encoder_hidden_states_mask"],
             image_rotary_emb=rotary,
         )
-        image = image + image_mod[2][:, None] * image_attention
-        if ffn_pruned:
-            image = image + linear("img_ffn_proj", image)
-        else:
-            inner = normed(image) * (1 + image_mod[4][:, None]) + image_mod[3][:, None]
-            image = image + image_mod[5][:, None] * mlp("img_mlp", inner)
-        if text_pruned:
-            if index in lists["ehs_proj_index"]:
-                text = text + linear("ehs_proj", text)
-            continue
-        text = text + text_mod[2][:, None] * text_attention
-        if ffn_pruned:
-            text = text + linear("txt_ffn_proj", text)
-        else:
-            inner = normed(text) * (1 + text_mod[4][:, None]) + text_mod[3][:, None]
-            text = text + text_mod[5][:, None] * mlp("txt_mlp", inner)
-    return model.proj_out(model.norm_out(image, conditioning))
+        streams = _block(parts, streams, conditioning, attend, legacy)
+    return model.proj_out(model.norm_out(streams.image, conditioning))
+
+
+class _Streams(NamedTuple):
+    image: torch.Tensor
+    text: torch.Tensor
+    source: torch.Tensor | None
+    """modulated text of the last block that has its own, which projections read"""
+
+
+class _Parts:
+    """A block's maps in a released state, and which of them are projections."""
+
+    def __init__(self, state: dict, index: int, lists: dict):
+        self.state, self.prefix = state, f"transformer_blocks.{index}."
+        self.text_pruned, self.ffn_pruned, self.steps_text = (
+            index in lists[f"{name}_index"] for name in ("single_stream", "ffn_proj", "ehs_proj")
+        )
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = (self.state[f"{self.prefix}{name}.{part}"] for part in ("weight", "bias"))
+        return F.linear(x, weight, bias)
+
+    def mlp(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        inner = F.gelu(self.linear(f"{name}.net.0.proj", x), approximate="tanh")
+        return self.linear(f"{name}.net.2", inner)
+
+    def modulation(self, stream: str, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Shift, scale and gate of the attention and, where it is not projected, of the MLP."""
+        chunks = 3 if self.ffn_pruned else 6
+        return self.linear(f"{stream}_mod.1", F.silu(conditioning)).chunk(chunks, dim=-1)
+
+    def feed_forward(self, stream: str, x: torch.Tensor, mod: tuple) -> torch.Tensor:
+        if self.ffn_pruned:
+            return x + self.linear(f"{stream}_ffn_proj", x)
+        return x + mod[5][:, None] * self.mlp(f"{stream}_mlp", modulated(x, mod[3], mod[4]))
+
+
+def _block(
+    parts: _Parts, streams: _Streams, conditioning: torch.Tensor, attend: Callable, legacy: bool
+) -> _Streams:
+    image, text, source = streams
+    image_mod = parts.modulation("img", conditioning)
+    if parts.text_pruned:
+        read = parts.linear("txt_proj", source) + (0 if legacy else source)
+    else:
+        text_mod = parts.modulation("txt", conditioning)
+        read = source = modulated(text, text_mod[0], text_mod[1])
+    image_attention, text_attention = attend(
+        hidden_states=modulated(image, image_mod[0], image_mod[1]), encoder_hidden_states=read
+    )
+    image = parts.feed_forward("img", image + image_mod[2][:, None] * image_attention, image_mod)
+    if not parts.text_pruned:
+        text = parts.feed_forward("txt", text + text_mod[2][:, None] * text_attention, text_mod)
+    elif parts.steps_text:
+        text = text + parts.linear("ehs_proj", text)
+    return _Streams(image, text, source)
+
+
+def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return normed(x) * (1 + scale[:, None]) + shift[:, None]
 
 
 def normed(x: torch.Tensor) -> torch.Tensor:

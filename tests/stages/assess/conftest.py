@@ -1,4 +1,4 @@
-"""A tiny pipeline with students that nobody trained: what assessing needs, and no more."""
+"""A tiny pipeline and a run with students, barely trained: what assessing needs, and no more."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from pathlib import Path
 import pytest
 
 from ppcl_engine.__main__ import main
-from ppcl_engine.plan import Interval
 from ppcl_engine.run import Run
 
 from ...tiny.memory import check_one_model_at_a_time
+from ...tiny.pruned_run import with_students
 from ...tiny.qwen_image_folder import CAPTIONS, DRAWING, SIZE, build_tiny_pipeline
-from ...tiny.trained_run import Parts, write_parts
-
-# without corrections, which every layout can hold
-PLAIN = tuple(Interval(first=u, last=v, correction="none") for u, v in ((1, 2), (3, 4)))
 
 
 @pytest.fixture(scope="session")
@@ -32,14 +28,13 @@ def prompts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def pipeline_run(pipeline, prompts, tmp_path_factory, run_stages) -> Run:
-    """Calibrated and detected, with two students and the variant "small" of both."""
+    """With students for 1-2 and 3-4, without corrections: every layout can hold them."""
     run = Run(tmp_path_factory.mktemp("run"))
     common = ("--model", pipeline, "--run", run.folder, "--device", "cpu")
     drawn = ("--prompts", prompts, "--samples", 6, "--batch", 2, *SIZE, *DRAWING)
     assert main([str(a) for a in ("calibrate", *common, *drawn)]) == 0
-    run_stages(pipeline, run.folder, "probe", "detect")
-    write_parts(run, pipeline, width=False, parts=Parts(depth=PLAIN))
-    return run
+    with_students(pipeline, run.folder, "1-2 3-4", run_stages)
+    return run_stages(pipeline, run.folder, "variants")
 
 
 @pytest.fixture
