@@ -1,4 +1,4 @@
-"""The page of a report: HTML that stands alone."""
+"""The page of a report: one HTML file with everything in it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..system.numbers import count_text, duration_text
 from .html import NONE, Html, image, joined, table, tag
-from .numbers import count_text, exact_duration_text
 from .results import Results
 from .texts import (
     CKA_TEXT,
@@ -23,7 +23,7 @@ from .texts import (
     TIMESTEP_TEXT,
 )
 from .variant_tables import fidelity_table, fidelity_text, size_table, stat_text
-from .width_section import notes_list, site_table, width_text
+from .width_section import WidthResults, notes_list, site_table, width_text
 
 THUMBNAIL = 192  # pixels, the longer side of a picture in the page
 
@@ -71,7 +71,7 @@ def page(results: Results, drawings: dict[str, bytes], seconds: float | None) ->
             figure("loss_curves", "training loss of each interval's student"),
         ),
         *(
-            [section("Width", width_text(results.width), *_width(results, figure))]
+            [section("Width", width_text(results.width), *_width(results.width, figure))]
             if results.width
             else []
         ),
@@ -95,18 +95,19 @@ def page(results: Results, drawings: dict[str, bytes], seconds: float | None) ->
     return f"<!doctype html>\n{tag('html', tag('head', *head), tag('body', tag('main', *body)), lang='en')}\n"
 
 
-def _width(results: Results, figure: Callable[[str, str], Html]) -> list[Html]:
+def _width(width: WidthResults, figure: Callable[[str, str], Html]) -> list[Html]:
     return [
         figure(
             "width_alignment",
             "alignment of the text of every two layers, and of each FFN's input and output",
         ),
         figure("width_candidates", "candidate sites: score against parameters saved"),
-        site_table(results.width),
+        site_table(width),
     ]
 
 
 def _lead(results: Results) -> Html:
+    """The result in a few sentences."""
     plan, rows = results.plan, results.students
     removed = sum(interval.removed for interval in plan.intervals)
     count = len(plan.intervals)
@@ -229,8 +230,9 @@ def _thumbnail(picture: torch.Tensor, alt: str, width: int) -> Html:
 
 
 def _facts(results: Results, seconds: float | None) -> Html:
+    """How the run was made. seconds: it took in all, where known."""
     plan, run = results.plan, results.evaluation
-    method = {
+    methods = {
         "budget": "dynamic programme on measured damage",
         "ppcl": "greedy rule on CKA differences (the paper's)",
     }
@@ -240,7 +242,7 @@ def _facts(results: Results, seconds: float | None) -> Html:
     )
     facts = {
         "Teacher": f"{plan.provenance.get('source_model', '')} ({plan.architecture}, {plan.num_blocks} blocks, fingerprint {plan.fingerprint[:12]})",
-        "Detection": method.get(results.detection.get("method"), results.detection.get("method")),
+        "Detection": methods.get(results.detection["method"], results.detection["method"]),
         "Detection settings": ", ".join(f"{name} {value}" for name, value in settings.items()),
         "Teacher passes": _passes(results),
         "Calibration": ", ".join(
@@ -256,8 +258,8 @@ def _facts(results: Results, seconds: float | None) -> Html:
         "Versions": versions,
         "Time": ", ".join(
             [
-                *([f"{exact_duration_text(seconds)} in all"] if seconds else []),
-                f"{exact_duration_text(run['seconds'])} of evaluation",
+                *([f"{duration_text(seconds)} in all"] if seconds else []),
+                f"{duration_text(run['seconds'])} of evaluation",
             ]
         ),
         **{

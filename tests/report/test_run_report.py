@@ -11,7 +11,6 @@ import torch
 
 from ppcl_engine.plan import Interval, PruningPlan, Variant
 from ppcl_engine.report.drawings.canvas import spread
-from ppcl_engine.report.numbers import count_text
 from ppcl_engine.report.run_report import write_report
 from ppcl_engine.system.atomic import read_json, write_json, write_text
 from ppcl_engine.system.tensor_files import write_tensors
@@ -217,12 +216,3 @@ def test_labels_are_spread_no_further_than_needed():
     assert spread([0.0, 1.0], gap=0.1) == [0.0, 1.0]
     assert spread([0.5, 0.5, 0.9], gap=0.2) == pytest.approx([0.4, 0.6, 0.9])
     assert spread([0.5, 0.5, 0.5], gap=0.1) == pytest.approx([0.4, 0.5, 0.6])
-
-
-def test_counts_are_short():
-    assert [count_text(n) for n in (20_430_401_088, 58_300_000, 999, 512_000)] == [
-        "20.4 B",
-        "58.3 M",
-        "999",
-        "512 k",
-    ]
