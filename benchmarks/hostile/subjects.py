@@ -17,7 +17,7 @@ from ppcl_engine.algorithms.distillation.saved_training import step_of
 from ppcl_engine.algorithms.distillation.trainer import Trainer, saved_weights
 from ppcl_engine.architectures import architecture_named
 from ppcl_engine.data.calibration import CLEAN, CalibrationSet, load_calibration, save_calibration
-from ppcl_engine.jobs.spec import Order, read_order, write_order
+from ppcl_engine.jobs.spec import JobSpec, read_spec, write_spec
 from ppcl_engine.jobs.state import (
     EVENTS,
     STATE,
@@ -255,9 +255,9 @@ def _of_runs(folder: Path) -> list[Subject]:
     write_text(run.plan, _plan(Weights(folder / "single" / "teacher.safetensors")).to_json())
     job = folder / "job"
     job.mkdir()
-    write_order(
+    write_spec(
         job,
-        Order(
+        JobSpec(
             stages=(
                 ("probe", {"model": "a", "ridge": 0.1}),
                 ("detect", {"model": "a", "remove": 2}),
@@ -278,7 +278,7 @@ def _of_runs(folder: Path) -> list[Subject]:
         Subject("saved training", (run.student("1-2"),), True, trained),
         Subject("folding table", (table,), True, lambda: _read_table(table)),
         Subject("plan.json", (run.plan,), False, lambda: repr(run.load_plan())),
-        Subject("run.json", (job / "run.json",), False, lambda: repr(read_order(job))),
+        Subject("run.json", (job / "run.json",), False, lambda: repr(read_spec(job))),
         Subject("state.json", (job / STATE,), False, lambda: repr(read_state(job))),
         Subject("events.jsonl", (job / EVENTS,), False, lambda: repr(read_events(job))),
     ]

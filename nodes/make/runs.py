@@ -7,7 +7,7 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
-from ...ppcl_engine.jobs.spec import read_order
+from ...ppcl_engine.jobs.spec import read_spec
 from ...ppcl_engine.jobs.state import METRICS, JobState
 from ...ppcl_engine.run import Run
 from ...ppcl_engine.settings.prune_settings import VariantsConfig
@@ -45,11 +45,11 @@ def model_of(name: str) -> Path:
         folder = folder_of(name)
         if (folder / RECORDING).is_file():
             return known_model(_recorded_model(folder / RECORDING), name)
-        order = read_order(folder)
-        named = [settings["model"] for _, settings in order.stages if "model" in settings]
+        spec = read_spec(folder)
+        named = [settings["model"] for _, settings in spec.stages if "model" in settings]
         if named:
             return known_model(Path(str(named[-1])), name)
-        name = order.upstream or name
+        name = spec.upstream or name
     raise ValueError(f"run {first} does not name the model it is about; make it again")
 
 

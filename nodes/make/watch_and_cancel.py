@@ -10,7 +10,7 @@ from pathlib import Path
 from comfy_api.v0_0_2 import io, ui
 
 from ...ppcl_engine.jobs.launch import prepared_command
-from ...ppcl_engine.jobs.spec import Order, read_order, write_order
+from ...ppcl_engine.jobs.spec import JobSpec, read_spec, write_spec
 from ...ppcl_engine.jobs.state import ask_to_cancel, current_state
 from ..node import Node
 from ..paths import run_names, runs
@@ -146,7 +146,7 @@ class PrepareRun(Node):
                     tooltip="Devices of that machine to use.",
                 ),
                 *inputs(
-                    Order,
+                    JobSpec,
                     "parallel",
                     parallel={
                         "tooltip": "How several processes share the training: "
@@ -177,8 +177,8 @@ def how_to_start(run: str, processes: int, parallel: str) -> str:
         raise ValueError(
             f"{run} is {state.status}, not waiting to be started; turn start off in the node that makes it"
         )
-    order = read_order(folder)
-    write_order(folder, replace(order, parallel=parallel))
+    spec = read_spec(folder)
+    write_spec(folder, replace(spec, parallel=parallel))
     return "\n".join(_instructions(folder, processes, model_of(run)))
 
 

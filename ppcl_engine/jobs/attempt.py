@@ -1,4 +1,4 @@
-"""A worker's run from claim to end."""
+"""One attempt of a job, in the worker's process: from claiming the run folder to the final state."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..settings.base_settings import Common
+from ..settings.convert_settings import JobConfig
+from ..settings.prune_settings import CalibrateConfig
 from ..stages import run_stage
 from .failures import DONE, INTERRUPTED, UNEXPECTED, USER_ERROR, failure
 from .reporter import Reporter
 from .reuse import RESUMED, clear_scratch
-from .spec import Order, configs, read_order
+from .spec import JobSpec, configs, read_spec
 from .state import (
     CANCEL,
     STATE,
     JobState,
+    Status,
     append_event,
     claimed,
     end,
@@ -38,22 +40,27 @@ if TYPE_CHECKING:
     from .preview import Preview
 
 
-# seconds between two drawings of a bar in a log; a terminal's ten a second would fill a disk
+# seconds between two updates of a progress bar in a log; ten a second, as in a terminal, would fill the disk
 LOG_EVERY = "30"
-LAUNCHING = 5.0  # seconds: the launcher holds the lock until it has written our pid
+LAUNCHING = (
+    5.0  # seconds to wait for the launcher, which holds the lock until it has written our pid
+)
 
 
 @dataclass
 class Job:
-    """rank: of this process among those that share the work; the first one (0) alone tells of it.
-    number: of the present stage, 0 before the first."""
+    """A claimed run folder and the stages to run in it."""
 
     folder: Path
-    order: Order
-    stages: list[tuple[str, Common]]
+    spec: JobSpec
+    stages: list[tuple[str, JobConfig]]
+    """every stage of the job with its settings, also those that an earlier attempt finished"""
     state: JobState
+    """as it was when this worker started"""
     rank: int
+    """of this process among those that share the work; only rank 0 reports on it"""
     number: int = 0
+    """of the stage that is running, from 1; 0 before the first"""
 
     def work(self) -> int:
         """The exit code."""
@@ -62,14 +69,14 @@ class Job:
         with ending:
             watcher.start()
             if self.rank:
-                self._run(watcher, None)
+                self._run(None, None)
             else:
-                self._tell(watcher, ending)
+                self._run_and_report(watcher, ending)
         return ending.code
 
-    def _tell(self, watcher: Watcher, ending: Ending) -> None:
-        """State first, so that the job is seen to run (and can be cancelled) while Python reads
-        torch."""
+    def _run_and_report(self, watcher: Watcher, ending: Ending) -> None:
+        """Writes the state first: importing torch takes seconds, and the job should show as running,
+        and be cancellable, during them."""
         me, started = process_of(os.getpid())
         state = JobState(
             status="running",
@@ -80,38 +87,40 @@ class Job:
             parent_pid=self.state.parent_pid,
             parent_started=self.state.parent_started,
         )
-        ending.reporter = watcher.reporter = Reporter(self.folder, state, watcher.asked)
-        ending.reporter.write(always=True)
+        reporter = Reporter(self.folder, state, watcher.asked)
+        ending.reporter = watcher.reporter = reporter
+        reporter.write(always=True)
         append_event(self.folder, "started", pid=me)
         from .preview import Preview
 
-        preview = Preview(self.folder, self.order.preview_seconds, watcher.asked)
-        ending.reporter.draw = preview.draw
-        self._run(watcher, preview)
+        preview = Preview(self.folder, self.spec.preview_seconds, watcher.asked)
+        reporter.draw = preview.draw
+        self._run(reporter, preview)
 
-    def _run(self, watcher: Watcher, preview: Preview | None) -> None:
+    def _run(self, reporter: Reporter | None, preview: Preview | None) -> None:
+        """The stages that are not finished yet; without a reporter when another process reports."""
         from ..system.progress import listening
 
-        reporter = watcher.reporter
         first = finished_stages(read_events(self.folder))
         self._check(self.stages[first:], reporter)
         with listening(reporter):
             for number, (stage, config) in enumerate(self.stages[first:], start=first + 1):
                 self.number = number
-                if reporter is None:
-                    run_stage(stage, config)
-                    continue
-                preview.config = config
-                reporter.begin(number, stage)
+                if preview is not None:
+                    preview.config = config
+                if reporter is not None:
+                    reporter.begin(number, stage)
                 run_stage(stage, config)
-                reporter.finish()
+                if reporter is not None:
+                    reporter.finish()
 
-    def _check(self, stages: list[tuple[str, Common]], reporter: Reporter | None) -> None:
-        """Raises ValueError for a stage that cannot fit, before the first one starts."""
+    def _check(self, stages: list[tuple[str, JobConfig]], reporter: Reporter | None) -> None:
+        """Raises ValueError if one of the stages cannot fit on this machine, before the first one
+        starts."""
         from ..estimate.dry_run import refusal
         from ..estimate.needs import needs
 
-        calibrate = next((config for stage, config in stages if stage == "calibrate"), None)
+        calibrate = next((c for _, c in stages if isinstance(c, CalibrateConfig)), None)
         for _, config in stages:
             if line := refusal(config, calibrate):
                 raise ValueError(line)
@@ -120,13 +129,17 @@ class Job:
 
 
 class Ending:
-    """Says how the job ended, whatever it was that ended it. `code`: the exit code. What nobody
-    expected goes on as it came, so that Python prints where it happened."""
+    """A context manager that writes down how the job ended, however it ended.
+
+    An unexpected error is raised again, so that Python prints its traceback into the log.
+    """
 
     def __init__(self, job: Job, watcher: Watcher):
         self.job, self.watcher = job, watcher
         self.reporter: Reporter | None = None
+        """None in a process that does not report, and before the job has begun"""
         self.code = DONE
+        """the exit code of the worker"""
 
     def __enter__(self) -> Ending:
         return self
@@ -137,17 +150,19 @@ class Ending:
         if self.reporter is None and status == "failed":
             append_event(self.job.folder, "process_failed", rank=self.job.rank, error=line)
         if self.reporter is not None:
-            clear_scratch(self.job.folder, keep=RESUMED)  # first: the disk may be full
+            # before the state is written: the disk may be full
+            clear_scratch(self.job.folder, keep=RESUMED)
             self.reporter.write(always=True)
             end(self.job.folder, replace(self.reporter.state, status=status, error=line))
         if line and self.code != UNEXPECTED:
             print(f"worker: {line}", file=sys.stderr)
         return self.code != UNEXPECTED
 
-    def _outcome(self, error: BaseException | None) -> tuple[str, str]:
+    def _outcome(self, error: BaseException | None) -> tuple[Status, str]:
+        """(final status, error line); also sets the exit code."""
         if error is None:
             return "done", ""
-        # C extensions make other errors of an interrupt
+        # an interrupt while a C extension is imported surfaces as some other exception
         in_imports = self.watcher.asked() and not self.job.number
         if (
             isinstance(error, KeyboardInterrupt)
@@ -158,25 +173,24 @@ class Ending:
             saved = f"; {error}" if _is(error, "system.interruption", "Stopped") else ""
             return "cancelled", f"{self.watcher.reason or 'cancelled by Ctrl-C'}{saved}"
         line, self.code = failure(error, *self.job.stages[max(self.job.number, 1) - 1])
-        return "failed", (
-            self._told_by_others() if _is(error, "system.distributed", "Lost") else ""
-        ) or line
+        cause = self._failure_of_others() if _is(error, "system.distributed", "Lost") else ""
+        return "failed", cause or line
 
-    def _told_by_others(self) -> str:
-        """Why another process ended, which is why this one did."""
+    def _failure_of_others(self) -> str:
+        """The error of another process of this job, whose end made this one fail; "" if it wrote none."""
         events = read_events(self.job.folder)
-        begun = max(place for place, event in enumerate(events) if event["kind"] == "started")
-        return next((e["error"] for e in events[begun:] if e["kind"] == "process_failed"), "")
+        started = max(index for index, event in enumerate(events) if event["kind"] == "started")
+        return next((e["error"] for e in events[started:] if e["kind"] == "process_failed"), "")
 
 
 def main(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     if not sys.stderr.isatty():
-        # read when tqdm is imported, which comes later
+        # tqdm reads it when it is imported, which happens later
         os.environ.setdefault("TQDM_MININTERVAL", LOG_EVERY)
     with ExitStack() as held:
         try:
-            job = _taken(options, held)
+            job = _claimed_job(options, held)
         except ValueError as error:
             print(f"worker: {error}", file=sys.stderr)
             return USER_ERROR
@@ -185,37 +199,42 @@ def main(arguments: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m ppcl_engine.jobs.worker", description="Does what a run folder says."
+        prog="python -m ppcl_engine.jobs.worker", description="Run the job of a run folder."
     )
     parser.add_argument("run", type=Path, help="the folder with run.json")
     parser.add_argument(
-        "--again", action="store_true", help="another attempt of a run that failed or was cancelled"
+        "--again",
+        action="store_true",
+        help="make another attempt of a run that failed or was cancelled",
     )
     parser.add_argument(
-        "--model", type=Path, help="the model in the place of the order's, on another machine"
+        "--model", type=Path, help="where the model is on this machine, if not where run.json says"
     )
     return parser
 
 
-def _taken(options: argparse.Namespace, held: ExitStack) -> Job:
-    """Raises ValueError, in one line, for a folder that is not a job's, and for a job that has
-    ended or is at work."""
+def _claimed_job(options: argparse.Namespace, held: ExitStack) -> Job:
+    """The job in the folder; `held` keeps its lock until the worker ends.
+
+    Raises ValueError, in one line, if the folder is not a job's, or if the job has ended or is running.
+    """
     folder = options.run.absolute()
     if options.again:
         folder = RunStore(folder.parent).again(folder.name).path
         print(f"worker: attempt {folder.name}", file=sys.stderr)
-    order = read_order(folder)
-    stages = configs(order, folder, options.model)
+    spec = read_spec(folder)
+    stages = configs(spec, folder, options.model)
     rank = int(os.environ.get("RANK") or 0)
     if rank == 0:
         held.enter_context(
             claimed(folder, LAUNCHING if _is_queued(folder) else 0.0, "a job's worker")
         )
-    return Job(folder, order, stages, _startable(folder, rank), rank)
+    return Job(folder, spec, stages, _startable(folder, rank), rank)
 
 
 def _startable(folder: Path, rank: int) -> JobState:
-    if not (folder / STATE).exists():  # a run.json that was written by hand
+    """The state of a job that may start now. Raises ValueError for one that has ended or is running."""
+    if not (folder / STATE).exists():  # run.json was written by hand
         queued = JobState(status="queued")
         return queued if rank else write_state(folder, queued)
     state = read_state(folder)
@@ -237,13 +256,15 @@ def _is_queued(folder: Path) -> bool:
 
 
 def _parent(state: JobState) -> tuple[int, float] | None:
-    """Who launched this very process; on Windows a venv's python.exe stands between."""
+    """(pid, start time) of the process that launched this one; None if it was started otherwise."""
+    # on Windows a venv's python.exe starts a second process, whose parent is the pid in the state
     if state.pid in (os.getpid(), os.getppid()) and state.parent_pid is not None:
         return state.parent_pid, state.parent_started or 0.0
     return None
 
 
 def _is(error: BaseException, module: str, name: str) -> bool:
-    """Of a class in a module of the engine, which is not there when its import failed."""
-    found = sys.modules.get(f"{__package__.rpartition('.')[0]}.{module}")
-    return found is not None and isinstance(error, getattr(found, name))
+    """Whether the error is of a class of the engine, without importing the class's module: if the
+    module's import is what failed, the error cannot be of that class."""
+    imported = sys.modules.get(f"{__name__.rsplit('.', 2)[0]}.{module}")
+    return imported is not None and isinstance(error, getattr(imported, name))

@@ -1,4 +1,4 @@
-"""What ended a job, in one line that says what to do."""
+"""An exception that ended a job, as one line that says what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 
 from ..estimate.advice import memory_advice
-from ..settings.base_settings import Common
+from ..settings.convert_settings import JobConfig
 
 DONE, UNEXPECTED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 NO_MEMORY = (
@@ -17,12 +17,12 @@ NO_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "can't start new thread",
 )
-"""How libraries say it in a RuntimeError."""
+"""what the RuntimeErrors of several libraries say when memory runs out"""
 
 
-def failure(error: BaseException, stage: str, config: Common | None) -> tuple[str, int]:
+def failure(error: BaseException, stage: str, config: JobConfig) -> tuple[str, int]:
     """(line, exit code)"""
-    if config is not None and (line := memory_line(error, stage, config)):
+    if line := memory_line(error, stage, config):
         return line, USER_ERROR
     if isinstance(error, ImportError):
         return _one_line(
@@ -31,26 +31,26 @@ def failure(error: BaseException, stage: str, config: Common | None) -> tuple[st
     if isinstance(error, ValueError):
         return _one_line(str(error)), USER_ERROR
     if isinstance(error, OSError) and error.errno is not None:
-        return _file_line(error), USER_ERROR
+        return _file_line(error, error.errno), USER_ERROR
     return _one_line(f"{type(error).__name__}: {error}"), UNEXPECTED
 
 
-def memory_line(error: BaseException, stage: str, config: Common) -> str | None:
-    """None when the error is another one than a lack of memory."""
-    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
-    refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    if not (told or refused or isinstance(error, MemoryError)):
+def memory_line(error: BaseException, stage: str, config: JobConfig) -> str | None:
+    """None unless the error is a lack of memory."""
+    from_library = isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
+    from_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if not (from_library or from_system or isinstance(error, MemoryError)):
         return None
     return f"{stage} ran out of memory on {config.device}: {memory_advice(config)}; then start it again, it goes on"
 
 
-def _file_line(error: OSError) -> str:
+def _file_line(error: OSError, code: int) -> str:
     where = f"{error.filename}: " if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if code in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"{where}the disk is full; free space and start it again, it goes on from what is saved"
         )
-    return f"{where}{os.strerror(error.errno)}; correct it and start it again"
+    return f"{where}{os.strerror(code)}; correct it and start it again"
 
 
 def _one_line(text: str) -> str:

@@ -1,8 +1,8 @@
-"""The one place that starts a process: this interpreter, the worker's file, a run folder. Nothing
-else reaches it.
+"""The only place that starts a process. Its command is this interpreter, the worker's file and a run
+folder, nothing else.
 
-No widget's text is in the command, the environment or the working folder: the run folder is the
-host's output folder and a name of ours.
+No text that a user typed into a widget reaches the command, the environment or the working folder:
+the run folder is the host's output folder and a name that the store made.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from .state import (
     CANCEL,
@@ -31,7 +32,7 @@ from .state import (
 NAME = re.compile(r"[a-z0-9-]+")
 LONGEST_NAME = 100
 WORKER = Path(__file__).with_name("worker.py")
-PATIENCE = 30.0  # seconds for a save
+PATIENCE = 30.0  # seconds that a stage may take to save
 Process = subprocess.Popen
 
 
@@ -45,15 +46,14 @@ def check_name(name: str) -> str:
 
 
 def launch(folder: Path, outlive: bool) -> Process:
-    """Starts the worker on a queued run, or on one whose worker is gone. It ends with this process
-    unless `outlive`.
+    """Starts the worker of a queued run, or of one whose worker is gone. Unless `outlive`, the worker
+    ends when this process does.
 
-    Raises ValueError for a folder that is not named like a run, for a run that is at work and for one
-    that has ended.
+    Raises ValueError if the folder's name is not a run's, or if the run is running or has ended.
     """
     folder = Path(folder).absolute()
     check_name(folder.name)
-    # the worker's first act is to claim it too, so it begins when its pid is written
+    # the worker claims the folder first of all, so it waits until its pid is written
     with claimed(folder):
         state = read_state(folder)
         if is_abandoned(state):
@@ -68,22 +68,23 @@ def launch(folder: Path, outlive: bool) -> Process:
 
 
 def stop(process: Process, patience: float = PATIENCE) -> int:
-    """Asks it to save and end, then terminates, then kills it; waits `patience` seconds each time.
-    Its exit code."""
-    ask_to_cancel(Path(process.args[-1]))
-    for harder in (process.terminate, process.kill):
+    """Asks a worker to save and end, then terminates it, then kills it, waiting `patience` seconds
+    each time. Returns its exit code."""
+    command = cast(list[str], process.args)  # of `_start`: it ends with the folder
+    ask_to_cancel(Path(command[-1]))
+    for end_it in (process.terminate, process.kill):
         try:
             return process.wait(patience)
         except subprocess.TimeoutExpired:
-            harder()
+            end_it()
     return process.wait()
 
 
 def prepared_command(folder: Path, processes: int = 1) -> str:
-    """What a person types in a terminal to do the same, in any folder. --multi_gpu starts several
-    processes also where there is no GPU; accelerate's --cpu would start one."""
+    """The command that runs the same worker from a terminal, in any working folder."""
     interpreter = [sys.executable]
     if processes > 1:
+        # --multi_gpu starts several processes even without a GPU; --cpu would start only one
         interpreter += [
             "-m",
             "accelerate.commands.launch",
@@ -95,11 +96,11 @@ def prepared_command(folder: Path, processes: int = 1) -> str:
 
 
 def _start(folder: Path) -> Process:
-    """A process group of its own, so that Ctrl-C in the host's terminal reaches the host alone."""
+    """Gives the worker a process group of its own, so that Ctrl-C in the host's terminal reaches only
+    the host."""
+    flags = 0  # of Windows alone
     if os.name == "nt":
-        apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
-    else:
-        apart = {"start_new_session": True}
+        flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
     with open(folder / LOG, "ab") as log:
         return subprocess.Popen(
             [sys.executable, str(WORKER), str(folder)],
@@ -107,11 +108,13 @@ def _start(folder: Path) -> Process:
             stdout=log,
             stderr=log,
             cwd=folder,
-            **apart,
+            creationflags=flags,
+            start_new_session=os.name != "nt",
         )
 
 
 def _queued(state: JobState, child: int, outlive: bool) -> JobState:
+    """The state with the worker's process in it, and this process as its parent unless `outlive`."""
     pid, started = process_of(child)
     parent, parent_started = (None, None) if outlive else process_of(os.getpid())
     return replace(

@@ -1,8 +1,8 @@
-"""preview.png: the loss so far, and pictures of the teacher and of what is trained, from the same
-captions and noise.
+"""preview.png: the loss so far, and pictures that the teacher and the model in training draw from the
+same captions and noise.
 
-Drawn from files alone, between two steps of the stage, with generators of its own: no bit of the
-training changes.
+It is drawn from files alone, between two steps of the stage, with random generators of its own, so that
+the training gives the same bits with and without it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,8 +29,7 @@ from ..models.weights import Weights
 from ..plan import Interval, PruningPlan, Variant, parse_sites
 from ..report.drawings.preview_sheet import LAYER_ERRORS, LOSSES, Row, sheet
 from ..run import Run
-from ..settings.base_settings import Common
-from ..settings.convert_settings import SparsifyConfig
+from ..settings.convert_settings import JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
     DistillDepthConfig,
     DistillWidthConfig,
@@ -45,68 +44,73 @@ from ..system.tensor_files import TensorFile
 from .state import METRICS, PREVIEW
 
 PICTURES, STEPS = 4, 12
-PICTURE_INPUTS = {"hidden_states", "timestep", "grid"}  # all else is of the caption
-SHARE = 10  # a preview takes a tenth of the time, at most
-LARGEST = 2e9  # bytes of a model file that is read a second time for pictures
+PICTURE_INPUTS = {"hidden_states", "timestep", "grid"}  # all other inputs are the caption's
+SHARE = 10  # previews take at most one part in so many of the time
+LARGEST = 2e9  # bytes of a model that is read a second time, to draw pictures
 SEED = 0
 
 
 def next_drawing(begun: float, now: float, seconds: float) -> float:
-    """When the next preview is due, after one that took from `begun` to `now`, in seconds of one
-    clock."""
+    """When the next preview is due, after one that took from `begun` to `now`; all times are seconds of
+    one clock."""
     return now + max(seconds, SHARE * (now - begun))
 
 
 class Preview:
-    """`draw` is called where everything that was made is on disk; `config` is the present stage's.
-    `asked`: to stop."""
+    """Draws the preview whenever `draw` is called and it is time to; callers make sure that everything
+    made so far is on disk."""
 
     def __init__(self, folder: Path, seconds: float, asked: Callable[[], bool]):
-        self.folder, self.seconds, self.asked = folder, seconds, asked
-        self.config: Common | None = None
+        self.folder = folder
+        self.seconds = seconds
+        """between two previews; 0 draws none"""
+        self.asked = asked
+        """whether the job has been asked to stop"""
+        self.config: JobConfig | None = None
+        """settings of the stage that is running; None before the first"""
         self._due = time.monotonic() + seconds
         self._painter: Painter | None = None
 
     def draw(self, finished: bool) -> bool:
-        """Whether there is a new picture: when it is time, and at the end of a stage that trained
-        or pruned weights."""
-        begun = time.monotonic()
-        if not self.seconds or self.asked() or type(self.config) not in {*TRAINING, *CURVES_ALONE}:
+        """Draws when it is time, and (`finished`) at the end of a stage that trained or pruned weights.
+        Whether there is a new picture."""
+        begun, config = time.monotonic(), self.config
+        if config is None or not self.seconds or self.asked():
             return False
-        if not finished and begun < self._due:
+        if type(config) not in {*TRAINING, *CURVES_ALONE} or not (finished or begun >= self._due):
             return False
         with listening(None), torch.random.fork_rng(devices=[]), torch.no_grad():
-            drawn = self._draw()
+            drawn = self._draw(config)
         self._due = next_drawing(begun, time.monotonic(), self.seconds)
         return drawn
 
-    def _draw(self) -> bool:
+    def _draw(self, config: JobConfig) -> bool:
         curves = loss_curves(self.folder / METRICS)
         try:
-            rows = self._rows()
+            rows = self._rows(config)
         except Enough:
             return False
         if not curves and not rows:
             return False
-        picture = sheet(curves, rows, *CURVES_ALONE.get(type(self.config), LOSSES))
+        picture = sheet(curves, rows, *CURVES_ALONE.get(type(config), LOSSES))
         with replacing(self.folder / PREVIEW) as temporary:
             temporary.write_bytes(picture)
         return True
 
-    def _rows(self) -> list[Row]:
-        if type(self.config) in CURVES_ALONE:
+    def _rows(self, config: JobConfig) -> list[Row]:
+        if type(config) in CURVES_ALONE:
             return []
-        if self._painter is None and can_paint(self.config):
-            self._painter = Painter(self.config, self.asked)
-        return self._painter.rows(self.config) if self._painter is not None else []
+        if self._painter is None and can_paint(config):
+            self._painter = Painter(config, self.asked)
+        return self._painter.rows(config) if self._painter is not None else []
 
 
 class Enough(Exception):
-    """Asked to stop while a picture is drawn."""
+    """The job was asked to stop while a picture was being drawn."""
 
 
-def can_paint(config: Common) -> bool:
-    """Whether the model brings its codec and is so small that reading it a second time costs
+def can_paint(config: JobConfig) -> bool:
+    """Whether the model has a codec beside it, and is so small that reading it a second time costs
     little."""
     model = Path(config.model)
     files = [model] if model.is_file() else list((model / "transformer").glob("*.safetensors"))
@@ -117,24 +121,25 @@ def can_paint(config: Common) -> bool:
     return (model / "model_index.json").exists()
 
 
-def _worded(inputs: Inputs) -> torch.Tensor:
-    """Rows whose caption is not empty, as far as a mask shows it; else the first row."""
+def _captioned(inputs: Inputs) -> torch.Tensor:
+    """Indices of the samples whose caption is not empty; of the first one if all are. Without a mask
+    that would tell, of all samples."""
     mask = inputs.get("encoder_hidden_states_mask")
     if mask is None:
         return torch.arange(len(inputs["hidden_states"]))
-    worded = mask.sum(1) > 1
-    return worded.nonzero()[:, 0] if worded.any() else torch.arange(1)
+    captioned = mask.sum(1) > 1
+    return captioned.nonzero()[:, 0] if captioned.any() else torch.arange(1)
 
 
 class Painter:
-    """Draws the same few captions of the calibration set with any model."""
+    """Draws the same few captions of the calibration set with the teacher and with trained models."""
 
-    def __init__(self, config: Common, asked: Callable[[], bool]):
+    def __init__(self, config: JobConfig, asked: Callable[[], bool]):
         self.asked, self.weights = asked, Weights(config.model)
         self.device, self.dtype = resolve_device(config.device), DTYPES[config.dtype]
         self.codec: Codec = open_codec(config.model, self.device)
         inputs = load_calibration(Run(config.run).calibration).inputs(0)
-        chosen = _worded(inputs)[:PICTURES]
+        chosen = _captioned(inputs)[:PICTURES]
         self.grid, shape = inputs["grid"], inputs["hidden_states"][chosen].shape
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
         text = {
@@ -142,7 +147,7 @@ class Painter:
         }
         self.prompts = Prompts(
             given=text,
-            nothing=text,  # not read without guidance
+            nothing=text,  # read only with guidance
             latent_shape=(0, 0, 0),
             timesteps=self.codec.timesteps,
             rescales_guidance=self.codec.rescales_guidance,
@@ -150,13 +155,16 @@ class Painter:
         layout = full_layout(self.weights.num_blocks)
         self.teacher = self._pictures(assemble(self.weights, None, layout, self.dtype, self.device))
 
-    def rows(self, config: Common) -> list[Row]:
-        trained = present(config, self.weights)
+    def rows(self, config: JobConfig) -> list[Row]:
+        """The teacher's pictures and those of what the stage has trained so far; empty if that is
+        nothing."""
+        trained = trained_so_far(config, self.weights)
         if trained is None:
             return []
-        students, plan, variant, name = trained
-        model = open_variant(self.weights, students, plan, variant, self.dtype, self.device)
-        return [Row("teacher", self.teacher), Row(name, self._pictures(model))]
+        model = open_variant(
+            self.weights, trained.students, trained.plan, trained.variant, self.dtype, self.device
+        )
+        return [Row("teacher", self.teacher), Row(trained.label, self._pictures(model))]
 
     def _pictures(self, model: nn.Module) -> torch.Tensor:
         """[n, 3, height, width] in [0, 1]"""
@@ -172,15 +180,23 @@ class Painter:
         return pictures
 
 
-def present(config: Common, weights: Weights) -> tuple[Students, PruningPlan, Variant, str] | None:
-    """What the stage has on disk: trained parts, their plan, what of it is on, its name. None when
-    there is nothing."""
+@dataclass(frozen=True)
+class Trained:
+    """What a stage has trained so far."""
+
+    students: Students
+    plan: PruningPlan
+    variant: Variant
+    """what of the plan is trained already"""
+    label: str
+    """of its row of pictures"""
+
+
+def trained_so_far(config: JobConfig, weights: Weights) -> Trained | None:
+    """What the stage has trained and saved; None if that is nothing."""
     run = Run(config.run)
-    plan, students = (
-        run.load_plan(),
-        RunStudents(run, weights.config, weights.architecture, polished=False),
-    )
-    return TRAINING[type(config)](config, run, plan, students, weights.architecture)
+    students = RunStudents(run, weights.config, weights.architecture, polished=False)
+    return TRAINING[type(config)](config, run, run.load_plan(), students, weights.architecture)
 
 
 def _depth(
@@ -189,17 +205,19 @@ def _depth(
     plan: PruningPlan,
     students: Students,
     architecture: Architecture,
-):
+) -> Trained | None:
     plan = plan.with_parts(
         sites=(), variants=(), intervals=tuple(_as_trained(i, config, run) for i in plan.intervals)
     )
     names = tuple(i.name for i in plan.intervals if run.student(i.name).exists())
-    on = f"student\n{len(names)} of {len(plan.intervals)}\nintervals"
-    return (students, plan, Variant(name="present", intervals=names), on) if names else None
+    label = f"student\n{len(names)} of {len(plan.intervals)}\nintervals"
+    variant = Variant(name="present", intervals=names)
+    return Trained(students, plan, variant, label) if names else None
 
 
 def _as_trained(interval: Interval, config: DistillDepthConfig, run: Run) -> Interval:
-    """The plan learns of the correction only at the stage's end."""
+    """The interval with the correction that its student has; the stage writes it into the plan only
+    when it ends."""
     return (
         replace(interval, correction=config.correction)
         if run.student(interval.name).exists()
@@ -213,10 +231,11 @@ def _width(
     plan: PruningPlan,
     students: Students,
     architecture: Architecture,
-):
+) -> Trained:
     if config.sites:
         plan = plan.with_parts(sites=parse_sites(config.sites, config.form), variants=())
-    return students, plan, plan.everything(), f"student\n{len(plan.sites)} width\nsites"
+    label = f"student\n{len(plan.sites)} width\nsites"
+    return Trained(students, plan, plan.everything(), label)
 
 
 def _polish(
@@ -225,11 +244,12 @@ def _polish(
     plan: PruningPlan,
     students: Students,
     architecture: Architecture,
-):
+) -> Trained | None:
     if not run.polish_state.exists():
         return None
     variant = plan.variant(config.variant) if config.variant else plan.everything()
-    return Saved(run.polish_state, plan, architecture), plan, variant, "polished\nstudent"
+    saved = Saved(run.polish_state, plan, architecture)
+    return Trained(saved, plan, variant, "polished\nstudent")
 
 
 def _finetune(
@@ -238,17 +258,19 @@ def _finetune(
     plan: PruningPlan,
     students: Students,
     architecture: Architecture,
-):
+) -> Trained | None:
     source = plan.variant(config.variant)
     name = config.name or f"{source.name}_tuned"
     if not run.tuned_variant(name).exists():
         return None
     saved = Saved(run.tuned_variant(name), plan, architecture)
-    return saved, plan, replace(source, name=name, tuned=True), f"{source.name}\nfine-tuned"
+    tuned = replace(source, name=name, tuned=True)
+    return Trained(saved, plan, tuned, f"{source.name}\nfine-tuned")
 
 
-CURVES_ALONE = {SparsifyConfig: LAYER_ERRORS}
-TRAINING = {
+# stages of which only the curves are drawn, with the names of their axes
+CURVES_ALONE: dict[type, tuple[str, str]] = {SparsifyConfig: LAYER_ERRORS}
+TRAINING: dict[type, Callable[..., Trained | None]] = {
     DistillDepthConfig: _depth,
     DistillWidthConfig: _width,
     PolishConfig: _polish,
@@ -257,7 +279,7 @@ TRAINING = {
 
 
 class Saved:
-    """Trained parts from the save of a polish or a fine-tuning that is not at its end."""
+    """The trained parts in the saved state of a polish or fine-tuning that still runs."""
 
     def __init__(self, path: Path, plan: PruningPlan, architecture: Architecture):
         self.file, self.plan, self.architecture = TensorFile(path), plan, architecture
@@ -280,8 +302,8 @@ class Saved:
 
 
 def loss_curves(path: Path) -> dict[str, dict[int, float]]:
-    """name -> {update: loss} of the kind of training that was measured last; an update that was
-    done again counts once. Nothing where nothing was measured."""
+    """name -> {update: loss} of the trainings of the kind that was measured last; of an update that was
+    repeated, the last loss. Empty if nothing was measured."""
     if not path.exists():
         return {}
     with open(path, encoding="utf-8", newline="") as file:
@@ -294,7 +316,7 @@ def loss_curves(path: Path) -> dict[str, dict[int, float]]:
 
 
 def _kind(what: str) -> str:
-    """Trainers name themselves "interval 3-4", "ffn_image of block 2", or the stage; maps that were
-    pruned "layer attn.to_q"."""
+    """Which kind of training a name in metrics.csv belongs to. Names are "interval 3-4",
+    "ffn_image of block 2" or a stage's; of a map that is being pruned, "layer attn.to_q"."""
     first = what.split(" ")[0]
     return first if first in ("interval", "layer") else "site" if " of block " in what else what

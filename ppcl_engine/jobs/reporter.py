@@ -1,5 +1,4 @@
-"""What a worker tells of its work: the listener that keeps state.json, events.jsonl and metrics.csv
-true."""
+"""The listener that writes a worker's progress to state.json, events.jsonl and metrics.csv."""
 
 from __future__ import annotations
 
@@ -13,38 +12,43 @@ from pathlib import Path
 
 from .state import METRICS, JobState, append_event, append_line, write_state
 
-# seconds between two states on disk: when there is news, and when there is none
+# seconds between two writes of the state: after a change, and without one
 EVERY, HEARTBEAT = 0.3, 5.0
-SAFE_AT_EVERY_STEP = {"calibrate", "probe", "detect", "sparsify"}  # their steps are files
+# each of their steps ends with a file on disk
+SAFE_AT_EVERY_STEP = {"calibrate", "probe", "detect", "sparsify"}
 
 
 class Reporter:
-    """Heard from the main thread; `write` is the watching thread's, so that no stage waits for a
-    disk."""
+    """Stages call it from the main thread; the watcher's thread calls `write`, so that no stage waits
+    for the disk."""
 
     def __init__(self, folder: Path, state: JobState, asked: Callable[[], bool]):
-        """draw(finished), at the end of a stage or before: whether there is a new preview."""
-        self.folder, self.asked = folder, asked
+        self.folder = folder
+        self.asked = asked
+        """whether the job has been asked to stop"""
         self.draw: Callable[[bool], bool] = lambda finished: False
+        """draw(finished) draws the preview, `finished` at the end of a stage; whether it is a new one"""
         self.state = state
         self._rows: list[tuple[float, str, int, float]] = []
         self._lock, self._written, self._news, self._since_asked = threading.Lock(), 0.0, True, 0
 
     def begin(self, number: int, stage: str) -> None:
-        nothing = {
-            "what": "",
-            "step": 0,
-            "steps": 0,
-            "rate": None,
-            "seconds_left": None,
-            "last_good_step": 0,
-        }
-        self._change(number=number, stage=stage, **nothing)
+        """Records that a stage begins."""
+        self._change(
+            number=number,
+            stage=stage,
+            what="",
+            step=0,
+            steps=0,
+            rate=None,
+            seconds_left=None,
+            last_good_step=0,
+        )
         self.write(always=True)
         append_event(self.folder, "stage", number=number, stage=stage)
 
     def finish(self) -> None:
-        """Of a stage."""
+        """Records that the stage is finished."""
         self.write(always=True)
         append_event(self.folder, "finished", number=self.state.number, stage=self.state.stage)
         self._draw(finished=True)
@@ -72,10 +76,11 @@ class Reporter:
 
     def stopping(self, reason: str) -> None:
         self._change(status="stopping", error=reason)
-        self._written = 0.0  # to be seen at the next write, however soon
+        self._written = 0.0  # the next write is due at once
 
     def write(self, always: bool = False) -> None:
-        """The state, and what was measured since."""
+        """The state, and the losses measured since the last write. Unless `always`, only when a write
+        is due."""
         with self._lock:
             waited = time.monotonic() - self._written
             if not always and waited < (EVERY if self._news else HEARTBEAT):
@@ -97,10 +102,10 @@ class Reporter:
             self.state, self._news = replace(self.state, **values), True
 
     def _insist(self) -> None:
-        """An interrupt can be lost where Python ignores exceptions (in a destructor); work that
-        goes on shows it."""
+        """Interrupts again if the stage goes on after it was asked to stop: Python drops an interrupt
+        that arrives where exceptions are ignored, as in a destructor."""
         self._since_asked += self.asked()
-        if self._since_asked > 3:  # a training loop saves and stops after one
+        if self._since_asked > 3:  # a training loop saves and stops within one step
             self._since_asked = 0
             raise KeyboardInterrupt
 

@@ -1,9 +1,9 @@
-"""`python -m ppcl_engine.jobs.worker RUN_DIR`, or this file's path in the place of -m and the name.
+"""`python -m ppcl_engine.jobs.worker RUN_DIR`, or `python` and the path of this file.
 
-Does what the folder's run.json says, tells of it in the folder's files (the contract: state.py),
-and stops when it is asked to. Under `accelerate launch` every process runs the stages and the first
-one tells. Exit codes: 0 done, 2 refused or failed by what a user can correct, 130 cancelled, 1
-failed by an error of ours.
+Runs the stages that the folder's run.json names, reports on them in the folder's files (the contract
+is in state.py), and stops when it is asked to. Under `accelerate launch` every process runs the
+stages and the first one reports. Exit codes: 0 done; 2 refused, or failed for a reason that the user
+can correct; 130 cancelled; 1 failed for any other reason.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # by its path, in any folder: the pack's root is found from here, and this folder hides nothing
+    # run by its path: imports start at the pack's root, and not in this folder, whose module names
+    # would hide others
     if not __package__:
         sys.path[0] = str(Path(__file__).resolve().parents[2])
         import ppcl_engine.jobs
 
         __package__ = ppcl_engine.jobs.__name__
     code = main()
-    sys.stdout.flush(), sys.stderr.flush()
-    # all is on disk; a tidy farewell of torch takes a second or two, and who cancels waits for it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # everything is on disk; torch takes a second or two to shut down, and whoever cancels waits for it
     os._exit(code)

@@ -13,7 +13,7 @@ from ppcl_engine.estimate.advice import ADVICE
 from ppcl_engine.estimate.counts import Count
 from ppcl_engine.estimate.dry_run import estimate, print_estimate, refusal
 from ppcl_engine.estimate.needs import _OF, needs
-from ppcl_engine.jobs.spec import ALLOWED, Order, configs
+from ppcl_engine.jobs.spec import ALLOWED, JobSpec, configs
 from ppcl_engine.models.cost import CostModel
 from ppcl_engine.models.opening import model_config
 from ppcl_engine.models.weights import Weights, parameter_count
@@ -45,7 +45,7 @@ def test_a_tiny_model_fits(stage, teacher_file, make_run, tmp_path):
     size = {"height": 64, "width": 64} if stage == "calibrate" else {}
     model = "path" if stage == "sparsify" else "model"
     ((_, config),) = configs(
-        Order(stages=((stage, {model: str(teacher_file), "device": "cpu", **size}),)), folder
+        JobSpec(stages=((stage, {model: str(teacher_file), "device": "cpu", **size}),)), folder
     )
     assert refusal(config) is None
     wanted = needs(config)

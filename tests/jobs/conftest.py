@@ -1,4 +1,4 @@
-"""A store with a recording of the tiny teacher, orders on it, and workers in a process of their
+"""A store with a recording of the tiny teacher, job specs on it, and workers in a process of their
 own."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 from ppcl_engine.data.calibration import save_calibration
 from ppcl_engine.estimate.needs import needs
 from ppcl_engine.jobs import attempt
-from ppcl_engine.jobs.spec import Order, configs
+from ppcl_engine.jobs.spec import JobSpec, configs
 from ppcl_engine.jobs.state import JobState, current_state, end
 from ppcl_engine.jobs.store import RunStore
 
@@ -118,7 +118,7 @@ def prepare(store, stages_of):
     """A new run on the recording. What a worker counts and measures first is known to its forks
     from here."""
     recording = store.path(next(name for name, _ in store.names() if name.startswith("record")))
-    for _, config in configs(Order(stages=tuple(stages_of("probe"))), recording):
+    for _, config in configs(JobSpec(stages=tuple(stages_of("probe"))), recording):
         needs(config)
 
     def make(kind: str, *names: str, **changes: dict) -> Path:

@@ -22,7 +22,7 @@ from ppcl_engine.data.calibration import CalibrationSet, save_calibration
 from ppcl_engine.jobs import attempt
 from ppcl_engine.jobs.failures import failure, memory_line
 from ppcl_engine.jobs.launch import WORKER, launch, stop
-from ppcl_engine.jobs.spec import Order, write_order
+from ppcl_engine.jobs.spec import JobSpec, write_spec
 from ppcl_engine.jobs.state import (
     JobState,
     ask_to_cancel,
@@ -203,7 +203,7 @@ def test_a_run_written_by_hand_elsewhere(tmp_path, teacher_file, make_run, stage
     """No store, a name with a space, relative paths, the model where this machine has it."""
     folder = make_run(tmp_path / "My run", teacher_file)
     ((stage, settings),) = stages_of("probe")
-    write_order(folder, Order(stages=((stage, {**settings, "model": "nowhere.safetensors"}),)))
+    write_spec(folder, JobSpec(stages=((stage, {**settings, "model": "nowhere.safetensors"}),)))
     assert exit_code(fork(folder)) == REFUSED and "nowhere.safetensors" in read_state(folder).error
     (folder / "state.json").unlink()
     assert exit_code(fork(folder, "--model", teacher_file)) == DONE

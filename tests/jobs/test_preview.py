@@ -21,9 +21,9 @@ from ppcl_engine.jobs.preview import (
     can_paint,
     loss_curves,
     next_drawing,
-    present,
+    trained_so_far,
 )
-from ppcl_engine.jobs.spec import Order, configs
+from ppcl_engine.jobs.spec import JobSpec, configs
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.report.drawings.preview_sheet import Row, sheet, smoothed
@@ -69,8 +69,8 @@ class Drawing:
         torch.rand(1)  # the stages' own generator is at another place every time
         self.preview._due = 0.0
         self.drawn += self.preview.draw(finished=False)
-        found = present(self.preview.config, Weights(self.preview.config.model))
-        self.names.append(found and found[3])
+        trained = trained_so_far(self.preview.config, Weights(self.preview.config.model))
+        self.names.append(trained and trained.label)
 
 
 def work(folder: Path, model: Path, preview: Preview | None) -> Drawing | None:
@@ -86,7 +86,7 @@ def work(folder: Path, model: Path, preview: Preview | None) -> Drawing | None:
     write_text(Run(folder).plan, plan.to_json())
     listener = Drawing(preview) if preview else None
     with progress.listening(listener):
-        for stage, config in configs(Order(stages=tuple(stages(model))), folder):
+        for stage, config in configs(JobSpec(stages=tuple(stages(model))), folder):
             if preview:
                 preview.config = config
             run_stage(stage, config)
@@ -168,16 +168,18 @@ def test_an_update_that_was_done_again_counts_once(tmp_path):
 def test_only_small_models_that_bring_their_codec_are_drawn(
     painting_teacher, teacher_file, tmp_path
 ):
-    ((_, config),) = configs(Order(stages=(("probe", {"model": str(painting_teacher)}),)), tmp_path)
+    ((_, config),) = configs(
+        JobSpec(stages=(("probe", {"model": str(painting_teacher)}),)), tmp_path
+    )
     assert can_paint(config)
-    ((_, config),) = configs(Order(stages=(("probe", {"model": str(teacher_file)}),)), tmp_path)
+    ((_, config),) = configs(JobSpec(stages=(("probe", {"model": str(teacher_file)}),)), tmp_path)
     assert not can_paint(config)
 
 
 def test_drawing_ends_when_asked_and_takes_a_tenth_of_the_time(drawn, painting_teacher):
     folder, asked = drawn[0], []
     preview = Preview(folder, 0.01, lambda: bool(asked))
-    preview.config = configs(Order(stages=(stages(painting_teacher)[0],)), folder)[0][1]
+    preview.config = configs(JobSpec(stages=(stages(painting_teacher)[0],)), folder)[0][1]
     assert preview.draw(finished=True)
     assert next_drawing(begun=100.0, now=103.0, seconds=5.0) == 103.0 + SHARE * 3.0
     assert next_drawing(begun=100.0, now=100.1, seconds=5.0) == 105.1
@@ -192,7 +194,7 @@ def test_drawing_ends_when_asked_and_takes_a_tenth_of_the_time(drawn, painting_t
 
 def test_seconds_of_0_draw_nothing(drawn, painting_teacher):
     preview = Preview(drawn[0], 0.0, lambda: False)
-    preview.config = configs(Order(stages=(stages(painting_teacher)[0],)), drawn[0])[0][1]
+    preview.config = configs(JobSpec(stages=(stages(painting_teacher)[0],)), drawn[0])[0][1]
     assert not preview.draw(finished=True)
 
 
@@ -204,7 +206,7 @@ def test_a_pipeline_folder_draws_with_its_vae(tmp_path, architecture):
     origin = {"architecture": architecture.name, "fingerprint": weights.fingerprint}
     save_calibration(Run(tmp_path).calibration, CalibrationSet([inputs], origin))
     ((_, config),) = configs(
-        Order(stages=(("distill-depth", {"model": str(model), "device": "cpu"}),)), tmp_path
+        JobSpec(stages=(("distill-depth", {"model": str(model), "device": "cpu"}),)), tmp_path
     )
     assert can_paint(config)
     pictures = Painter(config, lambda: False).teacher

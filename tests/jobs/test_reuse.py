@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ppcl_engine.jobs import reuse
-from ppcl_engine.jobs.spec import configs, read_order
+from ppcl_engine.jobs.spec import configs, read_spec
 from ppcl_engine.jobs.state import read_state
 from ppcl_engine.jobs.store import RunStore
 from ppcl_engine.plan import plan_from_json
@@ -81,7 +81,7 @@ def test_no_later_stage_changes_the_run_before(made, stages_of, run_stages, teac
     later = store.prepare("later", stages_of("variants", "polish", "export"), path.name).path
     linked = [name for name in before if name.endswith(".safetensors")]
     assert linked and all((later / name).samefile(path / name) for name in linked)
-    for stage, config in configs(read_order(later), later):
+    for stage, config in configs(read_spec(later), later):
         run_stage(stage, config)
     assert (later / "plan.json").read_bytes() != before["plan.json"]
     run_stages(
@@ -106,7 +106,7 @@ def test_no_later_stage_changes_the_run_before(made, stages_of, run_stages, teac
 
 def test_a_changed_request_takes_what_is_still_valid(made, stages_of):
     store, path = made
-    upstream = read_order(path).upstream
+    upstream = read_spec(path).upstream
     changed = store.prepare(
         "distill", stages_of("probe", "detect", "distill-depth", detect={"remove": 3}), upstream
     ).path
@@ -151,7 +151,7 @@ def test_a_derived_run_is_done_at_once_and_made_once(made):
         store.derive("plan", path.name, write, {"intervals": "first"}) == first and len(calls) == 1
     )
     assert store.derive("plan", path.name, write, {"intervals": "second"}) != first
-    assert read_state(first).status == "done" and read_order(first).upstream == path.name
+    assert read_state(first).status == "done" and read_spec(first).upstream == path.name
     assert Run(first).load_plan().intervals == () and (first / "depth").exists()
     assert files_of(path) == before
     with pytest.raises(ZeroDivisionError):

@@ -12,7 +12,7 @@ import pytest
 
 from ppcl_engine.estimate.needs import needs
 from ppcl_engine.jobs.preview import loss_curves
-from ppcl_engine.jobs.spec import Order, configs
+from ppcl_engine.jobs.spec import JobSpec, configs
 from ppcl_engine.jobs.state import ask_to_cancel, read_events, read_state
 from ppcl_engine.run import Run
 from ppcl_engine.settings.convert_settings import SparsifyConfig
@@ -60,7 +60,7 @@ def cancelled(path: Path) -> None:
 def test_another_attempt_goes_on_at_the_block(store, teacher_file, tmp_path, end, code, streamed):
     upstream = recording(store)
     stages = [("sparsify", {**SETTINGS, "path": teacher_file, "streamed": streamed})]
-    for _, config in configs(Order(stages=tuple(stages)), store.path(upstream)):
+    for _, config in configs(JobSpec(stages=tuple(stages)), store.path(upstream)):
         needs(config)  # measures the machine, for all workers
     path = store.prepare("sparse", stages, upstream, preview_seconds=0).path
     assert exit_code(fork(path, before=lambda: at_block(2, lambda: end(path)))) == code

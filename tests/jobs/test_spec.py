@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppcl_engine.jobs.spec import ALLOWED, ORDER, Order, configs, read_order, write_order
+from ppcl_engine.jobs.spec import ALLOWED, SPEC_FILE, JobSpec, configs, read_spec, write_spec
 from ppcl_engine.settings.prune_settings import CalibrateConfig, DistillDepthConfig
 from ppcl_engine.stages import STAGES
 
-ORDERS = st.builds(
-    Order,
+SPECS = st.builds(
+    JobSpec,
     stages=st.lists(
         st.tuples(
             st.sampled_from(ALLOWED),
@@ -29,16 +29,16 @@ ORDERS = st.builds(
 )
 
 
-@given(ORDERS)
-def test_there_and_back(tmp_path_factory, order):
+@given(SPECS)
+def test_there_and_back(tmp_path_factory, spec):
     folder = tmp_path_factory.getbasetemp()
-    write_order(folder, order)
-    assert read_order(folder) == order
+    write_spec(folder, spec)
+    assert read_spec(folder) == spec
 
 
 def test_paths_are_written_as_text(tmp_path):
-    write_order(tmp_path, Order(stages=(("probe", {"model": Path("/m")}),)))
-    assert read_order(tmp_path).stages == (("probe", {"model": str(Path("/m"))}),)
+    write_spec(tmp_path, JobSpec(stages=(("probe", {"model": Path("/m")}),)))
+    assert read_spec(tmp_path).stages == (("probe", {"model": str(Path("/m"))}),)
 
 
 def test_a_job_does_the_stages_of_the_command_line():
@@ -47,13 +47,13 @@ def test_a_job_does_the_stages_of_the_command_line():
 
 
 def test_settings_become_configs_in_the_folder(tmp_path):
-    order = Order(
+    spec = JobSpec(
         stages=(
             ("calibrate", {"model": "m.safetensors", "images": "pictures"}),
             ("distill-depth", {"model": "/m"}),
         )
     )
-    (first, calibrate), (second, distill) = configs(order, tmp_path)
+    (first, calibrate), (second, distill) = configs(spec, tmp_path)
     assert (first, second) == ("calibrate", "distill-depth")
     assert calibrate == CalibrateConfig(
         model=tmp_path / "m.safetensors", run=tmp_path, images=tmp_path / "pictures"
@@ -62,16 +62,16 @@ def test_settings_become_configs_in_the_folder(tmp_path):
 
 
 def test_another_machine_has_the_model_elsewhere(tmp_path):
-    order = Order(stages=(("probe", {"model": "/there/m"}), ("export", {"model": "/there/m"})))
-    assert {config.model for _, config in configs(order, tmp_path, Path("/here/m"))} == {
+    spec = JobSpec(stages=(("probe", {"model": "/there/m"}), ("export", {"model": "/there/m"})))
+    assert {config.model for _, config in configs(spec, tmp_path, Path("/here/m"))} == {
         Path("/here/m")
     }
 
 
 def test_a_model_that_is_made_sparse_is_elsewhere_too(tmp_path):
     whole, variant = {"path": "/there/m"}, {"path": "/there/bundle", "base": "/there/m"}
-    order = Order(stages=(("sparsify", whole), ("sparsify", variant)))
-    (_, first), (_, second) = configs(order, tmp_path, Path("/here/m"))
+    spec = JobSpec(stages=(("sparsify", whole), ("sparsify", variant)))
+    (_, first), (_, second) = configs(spec, tmp_path, Path("/here/m"))
     assert (first.path, first.base) == (Path("/here/m"), None)
     assert (second.path, second.base) == (Path("/there/bundle"), Path("/here/m"))
 
@@ -89,11 +89,11 @@ def test_a_model_that_is_made_sparse_is_elsewhere_too(tmp_path):
         ),
         ("probe", {"ridge": 1.0}, "stage probe: setting 'model' is missing"),
         ("probe", {"model": "/m", "ridge": "1"}, "stage probe: ridge = '1' is not float"),
-        ("probe", {"model": "/m", "run": "/etc"}, "stage probe: 'run' is not a job's to choose"),
+        ("probe", {"model": "/m", "run": "/etc"}, "stage probe: a job sets 'run' itself"),
         (
             "probe",
             {"model": "/m", "dry_run": True},
-            "stage probe: 'dry_run' is not a job's to choose",
+            "stage probe: a job sets 'dry_run' itself",
         ),
         (
             "detect",
@@ -109,7 +109,7 @@ def test_a_model_that_is_made_sparse_is_elsewhere_too(tmp_path):
 )
 def test_what_cannot_be_done_is_refused(tmp_path, stage, settings, line):
     with pytest.raises(ValueError) as caught:
-        configs(Order(stages=((stage, settings),)), tmp_path)
+        configs(JobSpec(stages=((stage, settings),)), tmp_path)
     assert line in str(caught.value) and "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -133,12 +133,12 @@ RUBBISH = {
 
 @pytest.mark.parametrize("content", RUBBISH.values(), ids=RUBBISH)
 def test_rubbish_is_refused_in_one_line(tmp_path, content):
-    (tmp_path / ORDER).write_text(content if isinstance(content, str) else json.dumps(content))
+    (tmp_path / SPEC_FILE).write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError) as caught:
-        read_order(tmp_path)
-    assert str(tmp_path / ORDER) in str(caught.value) and "\n" not in str(caught.value)
+        read_spec(tmp_path)
+    assert str(tmp_path / SPEC_FILE) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_folder_without_an_order_is_none(tmp_path):
+def test_a_folder_without_a_spec_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a job folder"):
-        read_order(tmp_path)
+        read_spec(tmp_path)

@@ -241,7 +241,7 @@ def test_a_line_that_is_no_event_is_named(tmp_path, line):
     append_event(tmp_path, "started")
     with open(tmp_path / EVENTS, "ab") as file:
         file.write(line + b"\n")
-    with pytest.raises(ValueError, match=r"events\.jsonl, line 2 is not an event"):
+    with pytest.raises(ValueError, match=r"events\.jsonl, line 2: not an event"):
         read_events(tmp_path)
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from ppcl_engine.jobs.launch import launch, prepared_command
-from ppcl_engine.jobs.spec import Order, read_order, write_order
+from ppcl_engine.jobs.spec import JobSpec, read_spec, write_spec
 from ppcl_engine.jobs.state import (
     JobState,
     append_event,
@@ -84,7 +84,7 @@ def test_a_kind_becomes_a_name_or_is_refused(store, prepare, kind):
         prepare(kind, "probe")
 
 
-def test_a_run_begins_with_its_upstreams_files_and_its_order(store, prepare):
+def test_a_run_begins_with_its_upstreams_files_and_its_spec(store, prepare):
     path = prepare("probe", "probe")
     assert sorted(p.name for p in path.iterdir()) == [
         "calibration.safetensors",
@@ -94,8 +94,8 @@ def test_a_run_begins_with_its_upstreams_files_and_its_order(store, prepare):
     assert path.name.startswith("probe-") and store.path(path.name) == path
     assert read_state(path).status == "queued" and read_state(path).stages == 1
     assert (path / "calibration.safetensors").stat().st_nlink == 2
-    order = read_order(path)
-    assert order.upstream == recording(store) and order.identity.startswith(
+    spec = read_spec(path)
+    assert spec.upstream == recording(store) and spec.identity.startswith(
         path.name.rpartition("-")[2]
     )
 
@@ -191,17 +191,17 @@ def test_a_worker_that_is_gone_is_written_down_before_another_attempt(store, pre
     assert "without a word" in read_state(first).error
 
 
-def test_the_worker_s_again_finds_the_order_by_itself(store, prepare):
+def test_the_worker_s_again_finds_the_spec_by_itself(store, prepare):
     first = prepare("probe", "probe")
     finish(first, "failed")
     second = store.again(first.name).path
-    assert read_order(second) == read_order(first) and second.name == f"{first.name}-2"
+    assert read_spec(second) == read_spec(first) and second.name == f"{first.name}-2"
     assert store.again(second.name).path == second
     finish(second)
     assert store.again(first.name) == store.again(second.name)
     by_hand = store.root / "my-run"
     by_hand.mkdir()
-    write_order(by_hand, Order(stages=read_order(first).stages))
+    write_spec(by_hand, JobSpec(stages=read_spec(first).stages))
     write_state(by_hand, JobState(status="failed"))
     assert store.again("my-run").path.name == "my-run-2"
 
@@ -213,7 +213,7 @@ def test_an_upstream_must_be_done(store, prepare, stages_of):
     assert not [name for name, _ in store.names() if name.startswith("detect")]
 
 
-def test_nothing_is_made_for_an_order_that_is_refused(store, stages_of):
+def test_nothing_is_made_for_a_spec_that_is_refused(store, stages_of):
     before = files_of(store.root)
     for stages in ([("probe", {"model": "/m", "x": 1})], [("shell", {})]):
         with pytest.raises(ValueError):
@@ -239,7 +239,7 @@ def test_two_callers_get_one_run(store, stages_of):
 @pytest.mark.parametrize("rubbish", ["folder", "file", "link", "another request"])
 def test_a_name_that_is_taken_is_passed_over(store, prepare, tmp_path, rubbish):
     taken = prepare("probe", "probe")
-    order = read_order(taken)
+    spec = read_spec(taken)
     shutil.rmtree(taken)
     if rubbish == "file":
         taken.write_text("")
@@ -248,7 +248,7 @@ def test_a_name_that_is_taken_is_passed_over(store, prepare, tmp_path, rubbish):
     else:
         taken.mkdir()
     if rubbish == "another request":
-        write_order(taken, replace(order, identity="f" * 64))
+        write_spec(taken, replace(spec, identity="f" * 64))
     assert prepare("probe", "probe").name == f"{taken.name}-2"
 
 
@@ -316,5 +316,5 @@ def test_a_recording_is_known_by_its_content(store, tmp_path, stages_of):
     path = store.prepare("probe", stages_of("probe"), recorded.name).path
     assert TensorFile(path / "calibration.safetensors").metadata
     (recorded / "calibration.safetensors").unlink()
-    with pytest.raises(ValueError, match="neither an order nor a recording"):
+    with pytest.raises(ValueError, match="neither a run.json nor a recording"):
         store.prepare("probe", stages_of("probe"), recorded.name)

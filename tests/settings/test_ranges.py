@@ -10,7 +10,7 @@ import typing
 import pytest
 
 from ppcl_engine.__main__ import USER_ERROR, main, read_run_file
-from ppcl_engine.jobs.spec import Order
+from ppcl_engine.jobs.spec import JobSpec
 from ppcl_engine.settings import convert_settings, prune_settings
 from ppcl_engine.settings.base_settings import from_mapping
 from ppcl_engine.settings.ranges import OutOfRange, Range, Settings, rules_of
@@ -18,7 +18,7 @@ from ppcl_engine.stages import STAGES
 from ppcl_engine.system.machine import resolve_device
 from ppcl_engine.system.wording import MOST_SHOWN, known_names, one_line, shown
 
-KINDS = {stage: kind for stage, (kind, _) in STAGES.items()} | {"job": Order}
+KINDS = {stage: kind for stage, (kind, _) in STAGES.items()} | {"job": JobSpec}
 NUMBERS = [
     (stage, name, rule)
     for stage, kind in KINDS.items()
@@ -106,7 +106,7 @@ def test_a_number_outside_its_range_is_refused(stage, name, rule):
         with pytest.raises(OutOfRange) as caught:
             kind(**needed(stage), **{name: value})
         assert str(caught.value) == f"--{name.replace('_', '-')} {value}: choose {rule}"
-        if kind is not Order:  # which is not read field by field
+        if kind is not JobSpec:  # which is not read field by field
             with pytest.raises(
                 ValueError, match=f"^here: {name} = .*; choose a (whole )?number from"
             ):
@@ -205,7 +205,7 @@ def test_help_is_not_in_one_line(capsys):
         ),
         (
             "[polish]\nparallel = 'intervals'\n",
-            "[polish]: --parallel intervals: here all parts learn from one loss",
+            "[polish]: --parallel intervals: this stage trains all parts on one loss",
         ),
         (f"[detect]\ndevice = '{'x' * 5000}'\n", "[detect]: device = 'xxxx"),
         ("[detekt]\n", "unknown stage [detekt]; did you mean 'detect'? known:"),

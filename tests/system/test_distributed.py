@@ -15,7 +15,7 @@ import pytest
 import ppcl_engine
 from ppcl_engine.__main__ import USER_ERROR, main
 from ppcl_engine.jobs.attempt import main as worker
-from ppcl_engine.jobs.spec import Order, write_order
+from ppcl_engine.jobs.spec import JobSpec, write_spec
 from ppcl_engine.jobs.state import ask_to_cancel, current_state, read_events
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan, parse_intervals
@@ -277,11 +277,11 @@ def test_when_one_is_killed_the_other_ends_and_what_was_saved_stays(tmp_path, pl
     )
 
 
-def ordered(run: Run, arguments: list, **order) -> Path:
-    """The same as a job's order."""
+def ordered(run: Run, arguments: list, **given) -> Path:
+    """The same as a job does it."""
     names = (str(name).removeprefix("--").replace("-", "_") for name in arguments[5::2])
     settings = dict(zip(names, arguments[6::2], strict=True)) | {"model": arguments[2]}
-    write_order(run.folder, Order(stages=(("distill-depth", settings),), **order))
+    write_spec(run.folder, JobSpec(stages=(("distill-depth", settings),), **given))
     return run.folder
 
 

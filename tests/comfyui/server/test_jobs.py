@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ppcl_engine.data.calibration import load_calibration
-from ppcl_engine.jobs.spec import configs, read_order
+from ppcl_engine.jobs.spec import configs, read_spec
 from ppcl_engine.jobs.state import current_state, read_events, read_state
 from ppcl_engine.run import Run
 from ppcl_engine.stages import run_stage
@@ -119,7 +119,7 @@ class LongJob:
         folders = [
             path
             for path in self.root.glob("depth-*")
-            if read_order(path).stages[0][1]["rounds"] == LONG["rounds"]
+            if read_spec(path).stages[0][1]["rounds"] == LONG["rounds"]
         ]
         return sorted(folders, key=lambda path: path.stat().st_ctime_ns)
 
@@ -201,7 +201,7 @@ def test_whatever_happens_to_it_a_training_ends_in_the_same_bits(server, known, 
     folder = job.prepared_and_done_by_hand(tmp_path)
     undisturbed = tmp_path / "undisturbed"
     shutil.copytree(job.root / planned, undisturbed)
-    for stage, config in configs(read_order(folder), undisturbed):
+    for stage, config in configs(read_spec(folder), undisturbed):
         run_stage(stage, config)
     ends = [
         TensorFile(path / "depth" / "0-1.safetensors").read_all() for path in (folder, undisturbed)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ppcl_engine.jobs.spec import read_order
+from ppcl_engine.jobs.spec import read_spec
 from ppcl_engine.jobs.state import current_state, is_alive, read_events, read_state
 
 from .conftest import begin, eventually, new_base
@@ -40,7 +40,7 @@ def at_work(base, rounds: int):
     def look():
         for folder in (base / "output" / "ppcl").glob("depth-*"):
             if (
-                read_order(folder).stages[0][1]["rounds"] == rounds
+                read_spec(folder).stages[0][1]["rounds"] == rounds
                 and current_state(folder).step > 20
             ):
                 return folder

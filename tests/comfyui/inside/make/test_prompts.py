@@ -12,7 +12,7 @@ from PIL import Image
 
 from ppcl_engine.architectures import REFERENCES
 from ppcl_engine.data.calibration import load_calibration
-from ppcl_engine.jobs.spec import configs, read_order
+from ppcl_engine.jobs.spec import configs, read_spec
 from ppcl_engine.run import Run
 from ppcl_engine.stages import run_stage
 from ppcl_engine.system.tensor_files import TensorFile
@@ -90,7 +90,7 @@ def test_the_words_are_in_the_run(run_node, output, teacher):
         "PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts=PROMPTS, **NODE
     )
     folder = output.path(name)
-    ((stage, settings),) = read_order(folder).stages
+    ((stage, settings),) = read_spec(folder).stages
     assert (
         stage == "calibrate"
         and (folder / settings["prompts"]).read_text().splitlines()[0] == "a red fox"
@@ -111,7 +111,7 @@ def test_the_hosts_text_encoder(run_node, output, teacher, clip):
         "PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts=PROMPTS, clip=clip, **NODE
     )
     folder = output.path(name)
-    ((_, settings),) = read_order(folder).stages
+    ((_, settings),) = read_spec(folder).stages
     stored = TensorFile(folder / settings["embeddings"]).read_all()
     for row, prompt in enumerate(("a red fox", "the same fox, at night, in the rain")):
         with torch.inference_mode():
@@ -119,7 +119,7 @@ def test_the_hosts_text_encoder(run_node, output, teacher, clip):
         assert stored["mask"][row].sum() == len(expected)
         assert torch.equal(stored["text"][row, : len(expected)], expected.float())
     assert stored["empty"].shape[0] == 1 and stored["text"].shape[2] == 24
-    for stage, config in configs(read_order(folder), folder):
+    for stage, config in configs(read_spec(folder), folder):
         run_stage(stage, config)
     calibration = load_calibration(Run(folder).calibration)
     assert calibration.samples == 6 and calibration.origin["source"] == "embeddings"
@@ -136,7 +136,7 @@ def test_sizes_are_asked_for(run_node, output, teacher, clip, pack):
     )
     folder = output.path(name)
     with pytest.raises(ValueError, match="give --height and --width") as caught:
-        for stage, config in configs(read_order(folder), folder):
+        for stage, config in configs(read_spec(folder), folder):
             run_stage(stage, config)
     assert (
         pack("make.waiting")
@@ -171,7 +171,7 @@ def test_pictures_and_their_instructions(run_node, output, edit_model, pictures)
     given = {"model_file": edit_model, "prompts": " ", "references": "before", **small}
     name, _ = run_node("PPCL_CalibrateFromPrompts", **given)
     folder = output.path(name)
-    ((_, settings),) = read_order(folder).stages
+    ((_, settings),) = read_spec(folder).stages
     assert sorted(p.name for p in (folder / settings["references"]).iterdir()) == [
         "cat.png",
         "cat.txt",
@@ -180,7 +180,7 @@ def test_pictures_and_their_instructions(run_node, output, edit_model, pictures)
     ]
     (pictures / "cat.txt").write_text("make the cat blue")
     assert run_node("PPCL_CalibrateFromPrompts", **given)[0] != name
-    for stage, config in configs(read_order(folder), folder):
+    for stage, config in configs(read_spec(folder), folder):
         run_stage(stage, config)
     calibration = load_calibration(Run(folder).calibration)
     assert calibration.samples == 3 and calibration.batches[0][REFERENCES].shape == (2, 24, 16)

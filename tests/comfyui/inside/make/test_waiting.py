@@ -118,7 +118,7 @@ def test_a_failure_is_a_line_in_the_words_of_widgets(pack, run, said):
 def test_a_worker_that_could_not_begin_has_last_words(pack, run, said):
     folder = run(
         status="failed",
-        error="the worker ended before it began; log.txt in the run folder says why",
+        error="the worker ended before its first stage; log.txt in the run folder says why",
     )
     (folder / LOG).write_text("Traceback\n  ...\nImportError: no module named torch\n")
     with pytest.raises(

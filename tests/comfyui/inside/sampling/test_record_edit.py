@@ -9,7 +9,7 @@ import torch
 
 from ppcl_engine.architectures import REFERENCES
 from ppcl_engine.data.calibration import load_calibration
-from ppcl_engine.jobs.spec import configs, read_order
+from ppcl_engine.jobs.spec import configs, read_spec
 from ppcl_engine.jobs.state import JobState, write_state
 from ppcl_engine.models.streaming import Teacher
 from ppcl_engine.models.weights import Weights
@@ -156,11 +156,11 @@ def job(run_node, pack):
     def make(node: str, run: str, do: bool = False, **widgets):
         name, *_ = run_node(f"PPCL_{node}", run=run, **widgets, **JOB)
         folder = pack("paths").runs().path(name)
-        order = read_order(folder)
-        for stage, config in configs(order, folder) if do else ():
+        spec = read_spec(folder)
+        for stage, config in configs(spec, folder) if do else ():
             run_stage(stage, config)
             write_state(folder, JobState(status="done"))
-        return Run(folder), [settings for _, settings in order.stages]
+        return Run(folder), [settings for _, settings in spec.stages]
 
     return make
 

@@ -13,7 +13,7 @@ import torch
 
 from ppcl_engine.data.calibration import load_calibration
 from ppcl_engine.jobs.attempt import main as work
-from ppcl_engine.jobs.spec import configs, read_order
+from ppcl_engine.jobs.spec import configs, read_spec
 from ppcl_engine.models.streaming import Teacher
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.run import Run
@@ -187,7 +187,7 @@ def test_the_hosts_text_encoders(run_node, pack, reader, clip, tmp_path, monkeyp
         "PPCL_CalibrateFromPrompts", model_file=reader.name, prompts=PROMPTS, clip=clip, **NODE
     )
     folder = pack("paths").runs().path(name)
-    ((_, settings),) = read_order(folder).stages
+    ((_, settings),) = read_spec(folder).stages
     stored = TensorFile(folder / settings["embeddings"]).read_all()
     with torch.inference_mode():
         (text, more), *_ = clip.encode_from_tokens_scheduled(clip.tokenize("a red fox"))
@@ -195,7 +195,7 @@ def test_the_hosts_text_encoders(run_node, pack, reader, clip, tmp_path, monkeyp
         stored["pooled"][0], more["pooled_output"][0]
     )
     assert stored["empty_pooled"].shape == (1, 20)
-    for stage, config in configs(read_order(folder), folder):
+    for stage, config in configs(read_spec(folder), folder):
         run_stage(stage, config)
     calibration = load_calibration(Run(folder).calibration)
     assert calibration.samples == 6 and calibration.batches[0]["pooled_projections"].shape == (
