@@ -9,7 +9,7 @@ from ...ppcl_engine.architectures.folded import FOLDING
 from ...ppcl_engine.models.layout import Layout, full_layout, layout_of
 from ...ppcl_engine.models.weights import parameter_count
 from ...ppcl_engine.plan import FULL, PruningPlan, Variant
-from ...ppcl_engine.report.numbers import counted, size_text
+from ...ppcl_engine.system.numbers import bytes_text, count_text
 from . import host_of_model
 from .base import Host
 from .folded import folding_in
@@ -102,8 +102,8 @@ def about(model) -> str:
     full = full_parameters(model)
     layout = layout_in(model)
     lines = [
-        f"{variants[0].name}: {counted(parameters)} parameters, {100 * parameters / full:.0f} % of "
-        f"{counted(full)}; {size_text(size)}",
+        f"{variants[0].name}: {count_text(parameters)} parameters, {100 * parameters / full:.0f} % of "
+        f"{count_text(full)}; {bytes_text(size)}",
         f"{len(layout.places)} of {layout.num_blocks} blocks run; {sum(len(p.projections) for p in layout.places)} parts are projected",
         folding_text(model.model.diffusion_model),
         *(damage_text(plan, variant) for variant in variants),

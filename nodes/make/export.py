@@ -6,10 +6,10 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
-from ...ppcl_engine.report.numbers import size_text
 from ...ppcl_engine.run import Run
 from ...ppcl_engine.settings.assess_settings import EvaluateConfig
 from ...ppcl_engine.settings.convert_settings import ExportConfig
+from ...ppcl_engine.system.numbers import bytes_text
 from ..paths import EXPORTS, exported_name
 from ..widgets import check_file_name, help_of, inputs
 from . import results
@@ -64,7 +64,7 @@ def _exported(folder: Path) -> list:
     plan = Run(folder).load_plan()
     file = sorted((folder / EXPORTS).rglob("*.safetensors"))[0]
     lines = [
-        f"{exported_name(file)}: {size_text(file.stat().st_size)}",
+        f"{exported_name(file)}: {bytes_text(file.stat().st_size)}",
         results.variants_text(plan),
         results.report_of(folder),
     ]

@@ -19,9 +19,9 @@ from ...ppcl_engine.plan import FULL, PruningPlan, Variant
 from ...ppcl_engine.report.drawings import damage_map, layer_map, line_charts
 from ...ppcl_engine.report.drawings.canvas import BLUE, INK, QUIET
 from ...ppcl_engine.report.drawings.preview_sheet import LAYER_ERRORS, sheet
-from ...ppcl_engine.report.numbers import counted
 from ...ppcl_engine.run import Run
 from ...ppcl_engine.system.atomic import read_json
+from ...ppcl_engine.system.numbers import count_text
 from ...ppcl_engine.system.tensor_files import TensorFile
 from ..pictures import CARD, picture_of, stacked, tensor_of, text_card
 from .runs import progress_text
@@ -148,7 +148,7 @@ def variants_text(plan: PruningPlan) -> str:
     lines = []
     for variant in plan.variants:
         error = "" if variant.damage is None else f", velocity error {variant.damage:.3g}"
-        lines.append(f"{variant.name}: {counted(variant.parameters or 0)} parameters{error}")
+        lines.append(f"{variant.name}: {count_text(variant.parameters or 0)} parameters{error}")
     return "\n".join(lines)
 
 

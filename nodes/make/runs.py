@@ -9,10 +9,10 @@ from comfy_api.v0_0_2 import io
 
 from ...ppcl_engine.jobs.spec import read_spec
 from ...ppcl_engine.jobs.state import METRICS, JobState
-from ...ppcl_engine.report.numbers import duration_text, speed_text
 from ...ppcl_engine.run import Run
 from ...ppcl_engine.settings.prune_settings import VariantsConfig
 from ...ppcl_engine.system.atomic import read_json
+from ...ppcl_engine.system.numbers import duration_text, speed_text
 from ..paths import known_model, runs
 
 RunType = io.Custom("PPCL_RUN")

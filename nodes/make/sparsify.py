@@ -11,9 +11,9 @@ from ...ppcl_engine.algorithms.sparsity.patterns import checked_sparsity, patter
 from ...ppcl_engine.algorithms.sparsity.source import open_source
 from ...ppcl_engine.data.calibration import load_calibration
 from ...ppcl_engine.models.bundle import BUNDLE_SUFFIX, is_bundle
-from ...ppcl_engine.report.numbers import size_text
 from ...ppcl_engine.run import Run
 from ...ppcl_engine.settings.convert_settings import SparsifyConfig
+from ...ppcl_engine.system.numbers import bytes_text
 from ..paths import EXPORTS, exported_name, files_of_the_engine, model_path
 from ..widgets import check_file_name, help_of, inputs
 from . import results
@@ -105,5 +105,7 @@ def bundle_of(run: str) -> Path | None:
 def _pruned(folder: Path) -> list:
     report = results.sparse_report(folder)
     (file,) = (folder / EXPORTS).glob("*.safetensors")
-    text = f"{exported_name(file)}: {size_text(file.stat().st_size)}\n{results.sparse_text(report)}"
+    text = (
+        f"{exported_name(file)}: {bytes_text(file.stat().st_size)}\n{results.sparse_text(report)}"
+    )
     return [results.sparse_picture(report), text, exported_name(file)]

@@ -12,11 +12,11 @@ from comfy_api.v0_0_2 import io
 
 from ...ppcl_engine.architectures.folded import FORMS
 from ...ppcl_engine.models.bundle import is_bundle
-from ...ppcl_engine.report.numbers import size_text
 from ...ppcl_engine.settings.convert_settings import FoldConfig
 from ...ppcl_engine.settings.help_texts import setting_help
 from ...ppcl_engine.stages.convert.fold import fold
 from ...ppcl_engine.system.atomic import read_json
+from ...ppcl_engine.system.numbers import bytes_text
 from ...ppcl_engine.system.progress import listening
 from ..node import Node
 from ..paths import NO_BASE, base_path, files_of_the_engine, model_path, written_folder
@@ -98,7 +98,7 @@ def described(written: list[Path], report: dict) -> str:
         sum(size[key] for size in report["sizes"]) for key in ("bytes", "folded_bytes")
     )
     lines = [
-        f"{' and '.join(path.name for path in written)} in models/ppcl: {size_text(after)}, before {size_text(before)}"
+        f"{' and '.join(path.name for path in written)} in models/ppcl: {bytes_text(after)}, before {bytes_text(before)}"
     ]
     if "rank" in report:
         row = next(row for row in report["curve"] if row["rank"] == report["rank"])
@@ -107,7 +107,7 @@ def described(written: list[Path], report: dict) -> str:
         )
     else:
         lines.append(
-            f"table of {len(report['timesteps'])} timesteps, {size_text(report['table_bytes'])}: no error"
+            f"table of {len(report['timesteps'])} timesteps, {bytes_text(report['table_bytes'])}: no error"
         )
     return "\n".join(lines)
 

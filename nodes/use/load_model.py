@@ -11,9 +11,9 @@ from comfy_api.v0_0_2 import io
 
 from ...ppcl_engine.algorithms.sparsity.files import sparsity_of
 from ...ppcl_engine.models.layout import layout_of
-from ...ppcl_engine.report.numbers import counted, size_text
 from ...ppcl_engine.settings.convert_settings import ImportConfig
 from ...ppcl_engine.settings.help_texts import setting_help
+from ...ppcl_engine.system.numbers import bytes_text, count_text
 from ...ppcl_engine.system.tensor_files import TensorFile
 from ..host.adapters import prepare
 from ..host.modulations import FOLDS, OFF
@@ -78,7 +78,7 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
         prepare(model)
         model = with_variant(model, variant)
         content.notes += layout_of(plan, variant).notes
-    lines = [described(model), f"read {size_text(content.bytes_read)}", *content.notes]
+    lines = [described(model), f"read {bytes_text(content.bytes_read)}", *content.notes]
     return model, "\n".join(lines)
 
 
@@ -115,9 +115,9 @@ def described(model) -> str:
     if parts is not None and parts.structure.switchable:
         variant = variant_of(model)
         parameters, size = size_of(transformer, layout_of(parts.plan, variant))
-        return f"{variant.name}: {counted(parameters)} parameters, {size_text(size)} in use; switchable"
+        return f"{variant.name}: {count_text(parameters)} parameters, {bytes_text(size)} in use; switchable"
     parameters, size = size_of(transformer, None)
-    return f"{counted(parameters)} parameters, {size_text(size)}"
+    return f"{count_text(parameters)} parameters, {bytes_text(size)}"
 
 
 class LoadModel(Node):

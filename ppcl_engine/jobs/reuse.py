@@ -1,4 +1,4 @@
-"""What a new run takes over from another one, as hard links, or as copies where links are
+"""What a new run takes over from an earlier one, as hard links, or as copies where links are
 impossible."""
 
 from __future__ import annotations
@@ -26,30 +26,31 @@ PRODUCTS = (
     "polished",
     "tuned",
 )
-"""What stages leave for later ones."""
+"""the files and folders that stages leave for later stages"""
 CHECKED = ("probes", "curves.safetensors")
-"""Products that hold their settings, and are made anew where these differ."""
-# of all that stages keep there, only calibrate's is gone on from
+"""products that hold their settings: a stage uses them only if these are its own"""
+# scratch files of all stages; only those of calibrate are used again after an interruption
 SCRATCH, RESUMED = "states", "calibrate"
 OF_ONE_JOB = {SPEC_FILE, STATE, EVENTS, CANCEL, LOCK, HOLDER, LOG, PREVIEW}
 COPIED = {".json", ".jsonl", ".csv", ".txt", ".html"}
 NOT_THE_STUDENTS = {"model", "run", "device", "streamed", "dry_run", "intervals", "parallel"}
-"""Settings of distill-depth that change no student."""
+"""settings of distill-depth that change no student"""
 
 
 def seed_from_upstream(
     upstream: Path, folder: Path, spec: JobSpec, depth_made_with: dict | None
 ) -> None:
-    """All products that the order's stages do not make anew. `depth_made_with`: settings of the
-    upstream's students."""
-    dropped = _made_anew(spec, depth_made_with)
+    """Takes over all products of the upstream except those that the job's stages will replace.
+    `depth_made_with`: distill-depth's settings for the upstream's students; None if it has none."""
+    replaced = _replaced(spec, depth_made_with)
     for name in PRODUCTS:
-        if name not in dropped:
+        if name not in replaced:
             take(upstream / name, folder / name)
 
 
 def seed_attempt(earlier: Path, folder: Path) -> None:
-    """All that an attempt of the same order left, but what tells of that job alone."""
+    """Takes over everything that an earlier attempt at the same job left, except the files about that
+    attempt itself."""
     for path in sorted(earlier.iterdir()):
         if path.name not in OF_ONE_JOB | {SCRATCH} and not path.name.startswith("."):
             take(path, folder / path.name)
@@ -57,23 +58,28 @@ def seed_attempt(earlier: Path, folder: Path) -> None:
 
 
 def seed_from_sibling(sibling: Path, folder: Path, spec: JobSpec, its_spec: JobSpec) -> None:
-    """What the stages of a changed job would accept of another run's files, where it is not there
-    yet.
+    """Takes over what the stages can still use of a run of the same kind with other settings, as far
+    as the folder does not have it yet: probes, detection's curves, and students trained alike.
 
-    On the demo's teacher a detection with another `remove` took 14 s instead of 55 s by this, most
-    of them Python's start; on 20 B it is hours of sweeps.
+    Without it, another `remove`, `method` or `protect` would measure the curves again, and train again
+    the students of intervals that both plans have. On the bundled teacher (two CPU cores; remove 6,
+    then 8) detection took 0.7 s instead of 130 s, and two rounds of distillation, four of whose six
+    students were there, 17 s instead of 51 s. For Qwen-Image `needs` estimates 2.3 hours of detection
+    on a GPU of 400 TFLOP/s. To measure detection: `ppcl detect --model M --run R --remove 8` in a run
+    that was detected with another `--remove`, with curves.safetensors there and without.
     """
     if _models(spec) != _models(its_spec):
         return
     for name in CHECKED:
         if not (folder / name).exists():
             take(sibling / name, folder / name)
-    if not (folder / "depth").exists() and _same_lessons(sibling, folder, spec, its_spec):
+    if not (folder / "depth").exists() and _same_students(sibling, folder, spec, its_spec):
         take(sibling / "depth", folder / "depth")
 
 
 def take(source: Path, target: Path) -> None:
-    """A file, or all files of a folder; neither links nor what is half written."""
+    """Links a file, or all files of a folder, to the target; leaves out symbolic links and unfinished
+    files."""
     if source.is_symlink() or not source.exists() or source.name.startswith("."):
         return
     if source.is_dir():
@@ -91,7 +97,7 @@ def take(source: Path, target: Path) -> None:
 
 
 def clear_scratch(folder: Path, keep: str = "") -> None:
-    """Gigabytes of states between blocks, which a killed stage leaves."""
+    """Deletes the states between blocks, gigabytes that a killed stage leaves behind."""
     scratch = folder / SCRATCH
     for path in scratch.iterdir() if scratch.is_dir() else ():
         if path.name != keep:
@@ -106,39 +112,38 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _made_anew(spec: JobSpec, depth_made_with: dict | None) -> set[str]:
-    stages, dropped = dict(spec.stages), set()
-    depth = stages.get("distill-depth")
-    if (
-        depth is not None
-        and depth_made_with is not None
-        and _lesson(depth) != _lesson(depth_made_with)
-    ):
-        dropped |= {"depth", "width", "polished"}
+def _replaced(spec: JobSpec, depth_made_with: dict | None) -> set[str]:
+    """The products that the job's stages make again rather than take from the upstream."""
+    stages, replaced = dict(spec.stages), set()
+    settings = [s for s in (stages.get("distill-depth"), depth_made_with) if s is not None]
+    if len(settings) == 2 and _student_settings(settings[0]) != _student_settings(settings[1]):
+        replaced |= {"depth", "width", "polished"}
     if {"detect-width", "distill-width"} & set(stages):
-        dropped |= {"width", "polished"}
-    return dropped | ({"polished"} if "polish" in stages else set())
+        replaced |= {"width", "polished"}
+    return replaced | ({"polished"} if "polish" in stages else set())
 
 
-def _lesson(settings: dict) -> dict:
-    """All settings of distill-depth that change its students, defaults filled in."""
+def _student_settings(settings: dict) -> dict:
+    """All settings of distill-depth that change its students, with defaults filled in."""
     spec = JobSpec(stages=(("distill-depth", settings),))
     config = configs(spec, Path())[0][1]
     return {name: value for name, value in vars(config).items() if name not in NOT_THE_STUDENTS}
 
 
-def _same_lessons(sibling: Path, folder: Path, spec: JobSpec, its_spec: JobSpec) -> bool:
-    ours, theirs = (dict(o.stages).get("distill-depth") for o in (spec, its_spec))
-    if ours is None or theirs is None or _lesson(ours) != _lesson(theirs):
+def _same_students(sibling: Path, folder: Path, spec: JobSpec, its_spec: JobSpec) -> bool:
+    """Whether both jobs train students with the same settings on the same calibration set."""
+    ours, theirs = (dict(s.stages).get("distill-depth") for s in (spec, its_spec))
+    if ours is None or theirs is None or _student_settings(ours) != _student_settings(theirs):
         return False
-    sets = [dict(o.stages).get("calibrate") for o in (spec, its_spec)]
-    if any(sets):
-        return sets[0] == sets[1] and spec.upstream == its_spec.upstream
+    calibrations = [dict(s.stages).get("calibrate") for s in (spec, its_spec)]
+    if any(calibrations):
+        return calibrations[0] == calibrations[1] and spec.upstream == its_spec.upstream
     files = [path / CALIBRATION for path in (folder, sibling)]
     return all(f.is_file() for f in files) and sha256_of(files[0]) == sha256_of(files[1])
 
 
 def _models(spec: JobSpec) -> set[str]:
+    """The full models that a job's stages work on."""
     return {
         str(settings.get("model", settings.get("base") or settings.get("path")))
         for _, settings in spec.stages

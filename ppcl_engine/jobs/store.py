@@ -14,7 +14,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -250,8 +250,10 @@ class RunStore:
         too."""
         self.root.mkdir(parents=True, exist_ok=True)
         for left in self.root.glob(f"{UNFINISHED}*"):
-            if time.time() - left.stat().st_mtime > FORGOTTEN:
-                shutil.rmtree(left, ignore_errors=True)
+            # another caller may publish or delete its folder at this moment
+            with suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > FORGOTTEN:
+                    shutil.rmtree(left, ignore_errors=True)
         folder = self.root / f"{UNFINISHED}{secrets.token_hex(6)}"
         folder.mkdir()
         try:

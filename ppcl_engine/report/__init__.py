@@ -1,1 +1,1 @@
-"""What a run found: a page, JSON, drawings."""
+"""The report of a run: a page, JSON, drawings."""

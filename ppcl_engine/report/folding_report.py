@@ -1,5 +1,5 @@
-"""The report of `ppcl fold`: bytes and parameters before and after, and for a basis the curve of
-error against rank."""
+"""The report of `ppcl fold`: bytes and parameters before and after and, for a basis, the error against
+its rank."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..models.folding.basis import Curve
 from ..models.folding.reading import Original
 from ..settings.convert_settings import FoldConfig
 from ..system.atomic import replacing, write_json, write_text
+from ..system.numbers import bytes_text
 from ..system.tensor_files import TensorFile
 from .drawings.canvas import (
     BLUE,
@@ -27,36 +28,41 @@ from .drawings.canvas import (
 from .html import Html, image, joined, table, tag
 from .texts import STYLE
 
-BF16_ROUNDING = 2**-8  # at most, of a number's own size
+BF16_ROUNDING = 2**-8  # largest relative error of rounding a number to bfloat16
 CURVE_TEXT = (
     "Largest and mean relative error of a modulation, |y_rank(t) − y(t)| / |y(t)|, over all modulations and over timesteps "
-    "between those that the basis was made of, in float32 and in bfloat16. The basis is the mean and so many leading "
-    "directions of silu(time embedding)."
+    "between those that the basis was made from, in float32 and in bfloat16. The basis of rank r is the mean and the r "
+    "leading directions of silu(time embedding)."
 )
-SIZE_TEXT = "What the files hold; a modulation is a block's map from the timestep to shifts, scales and gates."
+SIZE_TEXT = "Contents of the files. A modulation is a block's map from the timestep to shifts, scales and gates."
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of one file: parameters and bytes before, after, and in its modulations before."""
+    """Size of one file before and after folding."""
 
     name: str
     parameters: int
+    """before"""
     folded_parameters: int
+    """after"""
     bytes: int
+    """before"""
     folded_bytes: int
+    """after"""
     modulations: int
+    """how many of the parameters before are the modulations'"""
 
 
 def size_of(original: Original, written: Path) -> Size:
-    file = TensorFile(written)
+    folded = TensorFile(written)
     before = [
-        (name, math.prod(place[0].shape(place[1])), place[0].dtype(place[1]))
-        for name, place in original.stored.items()
+        (math.prod(file.shape(stored_name)), file.dtype(stored_name))
+        for file, stored_name in original.stored.values()
     ]
     after = [
-        (math.prod(file.shape(name)), file.dtype(name))
-        for name in file.keys()
+        (math.prod(folded.shape(name)), folded.dtype(name))
+        for name in folded.keys()
         if not _is_mark(name)
     ]
     modulations = sum(
@@ -66,9 +72,9 @@ def size_of(original: Original, written: Path) -> Size:
     )
     return Size(
         name=written.name,
-        parameters=sum(count for _, count, _ in before),
+        parameters=sum(count for count, _ in before),
         folded_parameters=sum(count for count, _ in after),
-        bytes=sum(count * dtype.itemsize for _, count, dtype in before),
+        bytes=sum(count * dtype.itemsize for count, dtype in before),
         folded_bytes=sum(count * dtype.itemsize for count, dtype in after),
         modulations=modulations,
     )
@@ -78,11 +84,11 @@ def _is_mark(name: str) -> bool:
     return name.split(".")[-1].startswith("ppcl_")
 
 
-def write_report(config: FoldConfig, sizes: list[Size], found: dict) -> Path:
-    """`<name>.json`, `<name>.html` and, for a basis, `<name>.png` in the run folder. found: what
-    the stage measured."""
-    curve: Curve | None = found.get("curve")
-    values = {key: value for key, value in found.items() if key != "curve"} | (
+def write_report(config: FoldConfig, sizes: list[Size], measured: dict) -> Path:
+    """Writes `<name>.json`, `<name>.html` and, for a basis, `<name>.png` to the run folder, and returns
+    the page. measured: what the stage measured."""
+    curve: Curve | None = measured.get("curve")
+    values = {key: value for key, value in measured.items() if key != "curve"} | (
         curve.to_json() if curve else {}
     )
     write_json(
@@ -90,21 +96,21 @@ def write_report(config: FoldConfig, sizes: list[Size], found: dict) -> Path:
     )
     drawing = b""
     if curve:
-        drawing = error_against_rank(curve, found["rank"], found["bound"])
+        drawing = error_against_rank(curve, measured["rank"], measured["bound"])
         with replacing(config.run / f"{config.name}.png") as temporary:
             temporary.write_bytes(drawing)
     page = config.run / f"{config.name}.html"
-    write_text(page, _page(config, sizes, found, drawing))
+    write_text(page, _page(config, sizes, measured, drawing))
     return page
 
 
-def _page(config: FoldConfig, sizes: list[Size], found: dict, drawing: bytes) -> str:
+def _page(config: FoldConfig, sizes: list[Size], measured: dict, drawing: bytes) -> str:
     body = [
         tag(
             "header",
             tag("p", "PPCL folding report", class_="eyebrow"),
             tag("h1", config.name),
-            tag("p", lead(sizes, found), class_="lead"),
+            tag("p", lead(sizes, measured), class_="lead"),
         ),
         tag("section", tag("h2", "Size"), tag("p", SIZE_TEXT), _size_table(sizes)),
     ]
@@ -116,7 +122,7 @@ def _page(config: FoldConfig, sizes: list[Size], found: dict, drawing: bytes) ->
                 tag("h2", "Error against rank"),
                 tag("p", CURVE_TEXT),
                 picture,
-                _curve_table(found["curve"]),
+                _curve_table(measured["curve"]),
             )
         )
     head = joined(
@@ -131,32 +137,31 @@ def _page(config: FoldConfig, sizes: list[Size], found: dict, drawing: bytes) ->
     )
 
 
-def lead(sizes: list[Size], found: dict) -> str:
-    """One line of what came out."""
+def lead(sizes: list[Size], measured: dict) -> str:
+    """The result in one line."""
     before, after = (
         sum(getattr(size, name) for size in sizes) for name in ("parameters", "folded_parameters")
     )
     saved = f"{before:,} -> {after:,} parameters ({100 * (1 - after / before):.1f} % less)"
-    if "curve" in found:
-        place = found["curve"].ranks.index(found["rank"])
-        mean, worst = (
-            float(values[place]) for values in (found["curve"].mean, found["curve"].worst)
-        )
-        return f"basis of rank {found['rank']}: {saved}; error {100 * mean:.2f} % mean, {100 * worst:.2f} % worst"
-    count = len(found["timesteps"])
-    return f"table of {count} timesteps, {found['table_bytes'] / 1e6:.1f} MB: {saved}; the model's own values, no error"
+    if "curve" in measured:
+        curve, rank = measured["curve"], measured["rank"]
+        index = curve.ranks.index(rank)
+        mean, worst = float(curve.mean[index]), float(curve.worst[index])
+        return f"basis of rank {rank}: {saved}; error {100 * mean:.2f} % mean, {100 * worst:.2f} % worst"
+    count, size = len(measured["timesteps"]), bytes_text(measured["table_bytes"])
+    return f"table of {count} timesteps, {size}: {saved}; the model's own values, no error"
 
 
 def _size_table(sizes: list[Size]) -> Html:
-    heads = ["file", "parameters", "folded", "of them modulations", "MB", "folded MB"]
-    rows = [
+    heads = ["file", "parameters", "folded", "of them modulations", "size", "folded size"]
+    rows: list[list[object]] = [
         [
             s.name,
             f"{s.parameters:,}",
             f"{s.folded_parameters:,}",
             f"{s.modulations:,}",
-            f"{s.bytes / 1e6:,.1f}",
-            f"{s.folded_bytes / 1e6:,.1f}",
+            bytes_text(s.bytes),
+            bytes_text(s.folded_bytes),
         ]
         for s in sizes
     ]
@@ -175,7 +180,7 @@ def _curve_table(curve: Curve) -> Html:
 
 
 def error_against_rank(curve: Curve, rank: int, bound: float) -> bytes:
-    """A faint line a modulation, its worst timestep; bold: the worst and the mean of all. PNG."""
+    """A PNG. Faint: each modulation at its worst timestep; bold: the worst and the mean of all."""
     figure = new_figure(4.2)
     axes = figure.add_axes((0.08, 0.13, 0.76, 0.83))
     tidy(axes)
@@ -222,12 +227,13 @@ def _apart(labels: dict[str, tuple[float, str]], axes) -> dict[str, tuple[float,
     }
 
 
-def printed(page: Path, sizes: list[Size], found: dict) -> str:
-    rows = [f"{lead(sizes, found)}; report: {page}"]
-    if "curve" in found:
+def printed(page: Path, sizes: list[Size], measured: dict) -> str:
+    """What the stage prints at its end."""
+    rows = [f"{lead(sizes, measured)}; report: {page}"]
+    if "curve" in measured:
         rows += ["rank  mean %  worst %"]
         rows += [
             f"{r['rank']:4d}  {100 * r['mean']:6.2f}  {100 * r['worst']:7.2f}"
-            for r in found["curve"].to_json()["curve"]
+            for r in measured["curve"].to_json()["curve"]
         ]
     return "\n".join(rows)

@@ -1,4 +1,4 @@
-"""The elements of a report's page. What a user wrote goes in through `tag`, which escapes it."""
+"""The elements of a report's page. Text from a user goes through `tag`, which escapes it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ NONE = "–"  # a figure that was not measured
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that is HTML already and needs no escaping."""
 
 
 def tag(name: str, *content: object, **attributes: object) -> Html:
-    """An element; content and attribute values that are not Html are escaped."""
+    """An element; everything in it that is not Html is escaped."""
     text = "".join(
         f' {key.rstrip("_")}="{html.escape(str(value))}"' for key, value in attributes.items()
     )
@@ -22,6 +22,7 @@ def tag(name: str, *content: object, **attributes: object) -> Html:
 
 
 def joined(content: tuple | list) -> Html:
+    """The parts one after the other; those that are not Html are escaped."""
     return Html(
         "".join(part if isinstance(part, Html) else html.escape(str(part)) for part in content)
     )
@@ -36,7 +37,7 @@ def image(png: bytes, alt: str, **attributes: object) -> Html:
 
 
 def table(heads: list[str], rows: Sequence[Sequence[object]], classes: str = "") -> Html:
-    """The first column names the row; the others are numbers."""
+    """The first cell of a row is its name; the others are numbers."""
     head = tag("tr", *(tag("th", h, scope="col") for h in heads))
     body = [
         tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:]))

@@ -1,4 +1,4 @@
-"""The page of a report: HTML that stands alone."""
+"""The page of a report: one HTML file with everything in it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..system.numbers import count_text, duration_text
 from .html import NONE, Html, image, joined, table, tag
-from .numbers import count_text, exact_duration_text
 from .results import Results
 from .texts import (
     CKA_TEXT,
@@ -107,6 +107,7 @@ def _width(width: WidthResults, figure: Callable[[str, str], Html]) -> list[Html
 
 
 def _lead(results: Results) -> Html:
+    """The result in a few sentences."""
     plan, rows = results.plan, results.students
     removed = sum(interval.removed for interval in plan.intervals)
     count = len(plan.intervals)
@@ -229,8 +230,9 @@ def _thumbnail(picture: torch.Tensor, alt: str, width: int) -> Html:
 
 
 def _facts(results: Results, seconds: float | None) -> Html:
+    """How the run was made. seconds: it took in all, where known."""
     plan, run = results.plan, results.evaluation
-    method = {
+    methods = {
         "budget": "dynamic programme on measured damage",
         "ppcl": "greedy rule on CKA differences (the paper's)",
     }
@@ -241,7 +243,7 @@ def _facts(results: Results, seconds: float | None) -> Html:
     chosen = str(results.detection.get("method", ""))
     facts = {
         "Teacher": f"{plan.provenance.get('source_model', '')} ({plan.architecture}, {plan.num_blocks} blocks, fingerprint {plan.fingerprint[:12]})",
-        "Detection": method.get(chosen, chosen),
+        "Detection": methods.get(chosen, chosen),
         "Detection settings": ", ".join(f"{name} {value}" for name, value in settings.items()),
         "Teacher passes": _passes(results),
         "Calibration": ", ".join(
@@ -257,8 +259,8 @@ def _facts(results: Results, seconds: float | None) -> Html:
         "Versions": versions,
         "Time": ", ".join(
             [
-                *([f"{exact_duration_text(seconds)} in all"] if seconds else []),
-                f"{exact_duration_text(run['seconds'])} of evaluation",
+                *([f"{duration_text(seconds)} in all"] if seconds else []),
+                f"{duration_text(run['seconds'])} of evaluation",
             ]
         ),
         **{

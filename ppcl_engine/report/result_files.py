@@ -1,5 +1,4 @@
-"""What stages leave for the report, as far as the report counts on it: evaluate.json, detect.json,
-width.json."""
+"""The fields of evaluate.json, detect.json and width.json that the report relies on."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from ..system.schemas import BlockIndex, Count, Finite, read_value
 
 
 class _Open(BaseModel):
-    """Entries that are not named here pass as they are."""
+    """Allows fields that are not named here, and leaves them as they are."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -59,7 +58,7 @@ class Width(_Open):
 
 
 def read_result(path: Path, kind: type[_Open]) -> dict:
-    """The file's object as it is. Raises ValueError naming file and field."""
+    """The file's object, checked against `kind`. Raises ValueError naming file and field."""
     values = read_object(path)
     read_value(kind, values, path)
     return values

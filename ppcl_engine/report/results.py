@@ -1,4 +1,4 @@
-"""What a run folder holds, read once for its report."""
+"""The contents of a run folder, read once for its report."""
 
 from __future__ import annotations
 
@@ -34,28 +34,36 @@ FIDELITY = {
 
 @dataclass(frozen=True)
 class Results:
-    """What a run folder says, read once. cka, damage: see curves.Curves; losses: interval ->
-    [updates]."""
+    """What a run folder holds, for its report."""
 
     plan: PruningPlan
     evaluation: dict
+    """evaluate.json"""
     detection: dict
+    """detect.json"""
     settings: dict
+    """of the detection's curves"""
     calibration: dict
+    """where the calibration set is from"""
     cka: torch.Tensor
+    """[blocks, longest, 1 + resamples], as `Curves.cka`"""
     damage: torch.Tensor
+    """[blocks, longest]: squared error of the velocity, relative to the teacher's"""
     losses: dict[str, torch.Tensor]
+    """interval -> [updates]"""
     pictures: dict[str, torch.Tensor]
+    """variant -> uint8 [captions, 3, height, width]"""
     width: WidthResults | None = None
+    """None if no width was detected"""
 
     @property
     def layouts(self) -> dict[str, Layout]:
-        """What is really on in each variant of the layer map."""
+        """Variant of the layer map -> its layout: a site may be off because of an interval."""
         return {variant.name: layout_of(self.plan, variant) for variant in self.mapped}
 
     @property
     def mapped(self) -> list[Variant]:
-        """Those evaluated, teacher first, then those that the plan names besides."""
+        """The variants of the layer map: those evaluated, teacher first, then the plan's others."""
         names = [row["name"] for row in self.evaluation["variants"]]
         names += [v.name for v in self.plan.variants if v.name not in names]
         return [self.plan.variant(name) for name in names]
@@ -77,6 +85,7 @@ class Results:
 
 
 def read_results(files: Run) -> Results:
+    """Raises ValueError if a stage that the report needs has not run."""
     plan, shown = files.load_plan(), files.folder / "pictures.safetensors"
     for path in (files.evaluation, files.curves, files.detection, shown):
         if not path.exists():

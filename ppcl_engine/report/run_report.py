@@ -1,5 +1,5 @@
-"""The report of a run: report.html, which stands alone, report.json, and the pictures beside
-them."""
+"""The report of a run: report.html with everything in it, report.json, and the drawings as PNG
+files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from .width_section import site_rows, width_drawings
 
 
 def write_report(run: Path, seconds: float | None = None) -> Path:
-    """Writes the report into the run folder `run` and returns its path. `seconds`: what the whole
-    run took.
+    """Writes the report into the run folder `run` and returns its path. `seconds`: of the whole run.
 
-    Raises ValueError when a stage that it reads from has not run.
+    Raises ValueError if a stage that the report needs has not run.
     """
     files = Run(run)
     results = read_results(files)
@@ -34,8 +33,8 @@ def write_report(run: Path, seconds: float | None = None) -> Path:
 
 
 def summary(results: Results, seconds: float | None) -> dict:
-    """report.json: plain numbers; `variants` are all but the teacher itself, with the sites that
-    are really on."""
+    """report.json: plain numbers. `variants` are all but the teacher, each with the sites that are
+    really on in it."""
     teacher, evaluation = results.teacher, results.evaluation
     plain = (
         "name",
@@ -94,7 +93,7 @@ def summary(results: Results, seconds: float | None) -> dict:
 
 
 def _drawings(results: Results) -> dict[str, bytes]:
-    """File name without ending -> PNG. What has no data is left out."""
+    """File name without ending -> PNG. Drawings without data are left out."""
     plan, evaluation = results.plan, results.evaluation
     parameters = {v.name: v.parameters for v in plan.variants if v.parameters}
     parameters |= {row["name"]: row["parameters"] for row in evaluation["variants"]}

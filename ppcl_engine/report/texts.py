@@ -1,12 +1,12 @@
-"""The words and the style sheet of a report's page."""
+"""The texts and the style sheet of a report's page."""
 
 MAP_TEXT = (
-    "One row a variant, one cell a block of the teacher. A student stands in the place of the first block of its interval and "
-    "does the work of all of it. Each interval is a switch: where it is off, the teacher's own blocks run."
+    "One row for each variant, one cell for each block of the teacher. A student stands at the first block of its interval and "
+    "does the work of the whole interval. Each interval is a switch: where it is off, the teacher's own blocks run."
 )
 MAP_SITES_TEXT = (
-    " Marks are width sites: projections in the place of a text stream (upper edge) or of one FFN (text above, image below). "
-    "Only what is really on is drawn."
+    " Marks are width sites: projections that replace a text stream (upper edge) or one FFN (text above, image below). "
+    "Only sites that are really on are drawn."
 )
 CKA_TEXT = (
     "For each interval's first block u: how well the teacher's final image state survives when everything after u up to block k "
@@ -27,18 +27,18 @@ SIZE_TEXT = (
     "Weights as stored in bfloat16. Time and speed are of one forward of a calibration batch on the machine named below. "
     "Peak memory is what loading and drawing with this variant took above what the process held before."
 )
-TIMESTEP_TEXT = "Where on the way from noise to picture the variants leave the teacher. Bands are 95 % bootstrap intervals."
+TIMESTEP_TEXT = "How far the variants are from the teacher at each point between noise and picture. Bands are 95 % bootstrap intervals."
 WIDTH_TEXT = (
-    "Where one projection can do the work of a text stream or of an FFN in the model with all intervals on. Above, how alike what "
-    "two layers read is (CKA, 1 is the same up to a rotation; lighter is more alike), with each chosen text group and the full "
-    "block that it reads from outlined, and how little each FFN changes its stream. Below, every candidate: "
+    "Where one projection can do the work of a text stream or of an FFN in the model with all intervals on. Above, how similar the "
+    "inputs of two layers are (CKA, 1 is the same up to a rotation; lighter is more similar), with each chosen text group outlined "
+    "together with the full block that it reads from, and how little each FFN changes its stream. Below, every candidate: "
 )
 SCORE_TEXTS = {
-    "damage": "the error that it adds to the final velocity by its closed form, against the parameters that it saves.",
+    "damage": "the error that it adds to the final velocity in closed form, against the parameters that it saves.",
     "cka": "1 − CKA, summed over its layers, against the parameters that it saves.",
 }
 SCORE_NAMES = {"damage": "damage alone", "cka": "1 − CKA"}
-BY_HAND_TEXT = " The plan's sites are not the ones that detection chose: they were named by hand."
+BY_HAND_TEXT = " The plan's sites are not those that detection chose: they were named by hand."
 STYLE = """
 :root{--ink:#1b2733;--quiet:#5c6b7a;--rule:#d9dfe5;--accent:#0072b2;--shade:#f3f6f9}
 *{box-sizing:border-box}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..system.numbers import bytes_text, count_text, seconds_text
 from .html import NONE, Html, joined, table, tag
-from .numbers import bytes_text, count_text, seconds_text
 from .results import ACCURACIES, FIDELITY, Results
 
 
@@ -67,12 +67,10 @@ def _cell(stat: dict | None, form: str) -> Html:
 
 
 def fidelity_text(results: Results) -> str:
-    text = "Each variant against the teacher at the same seeds; in brackets 95 % intervals over samples (Wilson for what a reader reads, else bootstrap). Velocity error is "
+    text = "Each variant against the teacher at the same seeds; in brackets 95 % intervals over samples (Wilson for what the reader recognises, otherwise bootstrap). Velocity error is "
     text += "squared and relative to the teacher's velocity (0 is identical); PSNR and SSIM compare pictures drawn from the same noise."
     if any(results.teacher.get(name) for name in ACCURACIES):
-        text += (
-            " A reader looks at every picture and says which character, shape and colours it sees."
-        )
+        text += " A reader recognises the character, the shape and the colours in every picture."
     return (
         text
         + " Text sensitivity is how much of the velocity changes when the caption is taken away; it should stay at the teacher's."

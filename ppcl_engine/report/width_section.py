@@ -1,5 +1,5 @@
-"""The report's part about width sites: what detection saw, what was chosen, which ones a variant
-has on."""
+"""The report's section on width sites: what detection measured and chose, and which sites are on in
+each variant."""
 
 from __future__ import annotations
 
@@ -11,29 +11,33 @@ import torch
 from ..models.layout import Layout, layout_of
 from ..plan import PruningPlan, TextGroup, WidthSite
 from ..run import Run
+from ..system.numbers import count_text
 from ..system.tensor_files import TensorFile
 from .drawings.width_charts import alignment_map, candidate_chart
 from .html import NONE, Html, joined, table, tag
-from .numbers import count_text
 from .result_files import Width, read_result
 from .texts import BY_HAND_TEXT, SCORE_NAMES, SCORE_TEXTS, WIDTH_TEXT
 
 
 @dataclass(frozen=True)
 class WidthResults:
-    """method, candidates: of width.json; places: names of the rows of `alignment`; losses: site ->
-    [updates] each."""
+    """What detect-width and distill-width left."""
 
     plan: PruningPlan
     method: str
+    """how the candidates were scored: damage or cka"""
     candidates: list[dict]
+    """as width.json has them"""
     places: list[str]
+    """names of the rows of `alignment`"""
     alignment: dict[str, torch.Tensor]
+    """kind of site -> CKA: of text [places, places], of an FFN [places]"""
     losses: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """site -> [updates] of each of its projections"""
 
     @property
     def by_hand(self) -> bool:
-        """The plan has other sites than detection chose."""
+        """Whether the plan has other sites than detection chose."""
         chosen = {(row["name"], row["form"]) for row in self.candidates if row["chosen"]}
         return chosen != {(switch.name, switch.form) for switch in self.plan.switches}
 
@@ -43,14 +47,14 @@ class WidthResults:
 
 
 def read_width(run: Run, plan: PruningPlan) -> WidthResults | None:
-    """None where no width was detected."""
+    """None if no width was detected."""
     if not run.width.exists():
         return None
-    found, alignment = read_result(run.width, Width), TensorFile(run.alignment)
+    detected, alignment = read_result(run.width, Width), TensorFile(run.alignment)
     return WidthResults(
         plan=plan,
-        method=found["method"],
-        candidates=found["candidates"],
+        method=detected["method"],
+        candidates=detected["candidates"],
         places=alignment.about("places", list),
         alignment=alignment.read_all(),
         losses={switch.name: list(_losses(run, plan, switch)) for switch in plan.switches},
@@ -58,7 +62,7 @@ def read_width(run: Run, plan: PruningPlan) -> WidthResults | None:
 
 
 def _losses(run: Run, plan: PruningPlan, switch: WidthSite | TextGroup) -> Iterator[torch.Tensor]:
-    """Of every projection that the site has with all intervals on."""
+    """Of each projection that the site has with all intervals on."""
     blocks = {site.block for site in switch.sites}
     for place in layout_of(plan, plan.everything()).places:
         path = run.projection(place.name, switch.kind)
@@ -71,7 +75,7 @@ def _losses(run: Run, plan: PruningPlan, switch: WidthSite | TextGroup) -> Itera
 
 
 def site_rows(plan: PruningPlan) -> list[dict]:
-    """For report.json: what can be switched besides intervals."""
+    """The plan's switches other than intervals, for report.json."""
     return [
         {
             "name": switch.name,
@@ -101,17 +105,17 @@ def width_text(width: WidthResults) -> str:
 
 
 def site_table(width: WidthResults) -> Html:
-    """A row a site of the plan."""
+    """A row for each site of the plan."""
     rows = []
     for switch in width.plan.switches:
-        found = width.candidate(switch) or {}
+        candidate = width.candidate(switch) or {}
         rows.append(
             [
                 switch.name,
                 NONE if switch.kind == "text" else switch.form,
-                count_text(found["saving"]) if found else NONE,
-                f"{found['score']:.2g}" if found else NONE,
-                _explained(found.get("explained", [])),
+                count_text(candidate["saving"]) if candidate else NONE,
+                f"{candidate['score']:.2g}" if candidate else NONE,
+                _explained(candidate.get("explained", [])),
                 _final_loss(width.losses[switch.name]),
             ]
         )
@@ -127,7 +131,7 @@ def site_table(width: WidthResults) -> Html:
 
 
 def _explained(shares: list[float]) -> Html:
-    """Mean over the site's blocks, and the range where there are several."""
+    """Mean over the site's blocks, and the range if there are several."""
     if not shares:
         return joined([NONE])
     mean = f"{100 * sum(shares) / len(shares):.1f} %"
@@ -142,7 +146,7 @@ def _final_loss(losses: list[torch.Tensor]) -> str:
 
 
 def notes_list(layouts: dict[str, Layout]) -> Html:
-    """Which sites of a variant went off with an interval, and why."""
+    """The sites that an interval switched off in a variant, and why."""
     lines = [
         tag("li", f"{name}: {note}") for name, layout in layouts.items() for note in layout.notes
     ]

@@ -1,5 +1,4 @@
-"""A stage's settings from the words of a command line. tyro reads them; what is wrong with them is
-said in one line."""
+"""A stage's settings from the command line. tyro parses them; a mistake is reported in one line."""
 
 from __future__ import annotations
 
@@ -16,39 +15,39 @@ from ..system.wording import known_names, shown
 from .ranges import Settings
 
 HELP = {"-h", "--help"}
-RULE = re.compile(r"\W*")  # a line of a box without a word
+RULE = re.compile(r"\W*")  # a line of tyro's box that has no word in it
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 EDGES = " \t│|"
-# of the class where tyro has nothing better to name
+# tyro names a class there when it has no setting to name
 ORIGIN = re.compile(r"Error parsing (?:[A-Z]\w*: )?")
 
 Kind = TypeVar("Kind", bound=Settings)
 
 
 def parse(kind: type[Kind], stage: str, arguments: Sequence[str], tells: bool, **options) -> Kind:
-    """Raises ValueError naming what is unknown, missing or wrong; SystemExit behind the help, which
-    `tells` prints."""
+    """The settings of a stage. Raises ValueError naming what is unknown, missing or wrong, and
+    SystemExit after the help, which is printed only if `tells`."""
     import tyro
 
-    told = f"ppcl {stage}"
+    command = f"ppcl {stage}"
     if HELP & set(arguments):
-        return tyro.cli(kind, args=arguments, prog=told, console_outputs=tells, **options)
+        return tyro.cli(kind, args=arguments, prog=command, console_outputs=tells, **options)
     _check_names(kind, stage, arguments, positional=bool(options))
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with redirect_stderr(said), _endless_lines():
-            return tyro.cli(kind, args=arguments, prog=told, **options)
+        with redirect_stderr(printed), _endless_lines():
+            return tyro.cli(kind, args=arguments, prog=command, **options)
     except SystemExit as end:
         if not end.code:
             raise
-    raise ValueError(f"{_what(said.getvalue())}; {told} --help lists the settings")
+    raise ValueError(f"{_message_in(printed.getvalue())}; {command} --help lists the settings")
 
 
 def _check_names(
     kind: type[Settings], stage: str, arguments: Sequence[str], positional: bool
 ) -> None:
-    """Of settings, which tyro would show with their help texts; and paths, of which "" would be the
-    folder we are in."""
+    """Refuses unknown and missing settings, which tyro would report with their whole help texts, and
+    empty paths, which Path would read as the current folder."""
     names = {f.name.replace("_", "-"): f for f in fields(kind)}
     known = names.keys() | {
         f"no-{name}" for name, field in names.items() if isinstance(field.default, bool)
@@ -65,13 +64,8 @@ def _check_names(
         for name, hint in get_type_hints(kind).items()
         if Path in (hint, *get_args(hint))
     }
-    for number, word in enumerate(arguments):
-        if (
-            word in paths
-            and arguments[number + 1 : number + 2] == [""]
-            or word.endswith("=")
-            and word[:-1] in paths
-        ):
+    for word, value in zip(arguments, [*arguments[1:], None], strict=True):
+        if word in paths and value == "" or word.endswith("=") and word[:-1] in paths:
             raise ValueError(f"{word.rstrip('=')} is empty; give a path")
     missing = [
         f"--{name}"
@@ -86,7 +80,7 @@ def _check_names(
 
 @contextmanager
 def _endless_lines() -> Iterator[None]:
-    """tyro breaks lines, and words, at the terminal's width."""
+    """Keeps tyro from breaking lines, and words, at the terminal's width."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "1000000"
     try:
@@ -97,8 +91,8 @@ def _endless_lines() -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def _what(box: str) -> str:
-    """The first part of tyro's box, behind its title, which says what is wrong; then come help
+def _message_in(box: str) -> str:
+    """The part of tyro's box that says what is wrong: it stands between the title and the help
     texts."""
     part: list[str] = []
     for line in (line.strip(EDGES) for line in COLOUR.sub("", box).splitlines()[1:]):

@@ -17,10 +17,11 @@ class EvaluateConfig(Common):
     captions: Count = 100
     """Pictures drawn a variant."""
     prompts: Path | None = None
-    """Captions to draw, one a line; by default the calibration's own task where it has one."""
+    """Captions to draw, one a line; the bundled teachers draw random captions of their
+    own task by default."""
     references: Path | None = None
-    """In their place, for an edit model: folder of pictures to change, each with a .txt instruction
-    of the same name."""
+    """For an edit model, instead of captions: folder of pictures to change, each with a .txt
+    instruction of the same name."""
     steps: Steps = 20
     """Sampling steps."""
     guidance: Guidance = 2.0
@@ -46,7 +47,7 @@ class GenerateConfig(Settings):
     base: Path | None = None
     """The base model of a bundle; also where text encoder and VAE come from."""
     references: str = ""
-    """Of an edit model: the pictures that every caption changes; several paths are separated by
+    """For an edit model: the pictures that every caption changes; several paths are separated by
     '|'."""
     variant: str | None = None
     """Variant of a bundle."""
@@ -68,20 +69,19 @@ class GenerateConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig(Settings):
-    """Say what a file holds, or what architectures are known."""
+    """Print what a file holds, or which architectures are known."""
 
     path: Path | None = None
     """Bundle, standalone, diffusers folder, released folder or single file."""
     legacy_txt_proj: bool = False
-    """Text projections of a released folder mean P(x), not P(x) + x: an older release under the
-    same names."""
+    """Read the text projections of a released folder as P(x), not P(x) + x: an older release under
+    the same names."""
     architectures: bool = False
     """List the known full-size models, counted without weights."""
     verify: bool = False
-    """Read every tensor and compare it with the hash that was stored with it, where the file
-    carries hashes."""
+    """Read every tensor and compare it with the hash stored in the file, if it stores hashes."""
     base: Path | None = None
-    """With --verify, of a bundle: the full model that it was made from; every tensor of it is
+    """With --verify, for a bundle: the full model that it was made from, whose tensors are all
     compared too."""
     json: bool = False
     """Print JSON."""
@@ -116,9 +116,9 @@ class DemoConfig(Settings):
     """The whole method on a bundled teacher: calibrate to report, no download."""
 
     run: Path | None = None
-    """Where everything goes; by default runs/demo, or runs/demo_flux."""
+    """The folder for all files; by default runs/demo, or runs/demo_flux."""
     teacher: Literal["qwen", "flux"] = "qwen"
-    """The small teacher: of Qwen-Image's architecture, or of FLUX's (double and single blocks)."""
+    """The small teacher: Qwen-Image's architecture, or FLUX's (double and single blocks)."""
     device: Device = "auto"
     """Where to compute."""
     seed: Seed = 0
@@ -126,8 +126,8 @@ class DemoConfig(Settings):
     captions: Count = 200
     """Pictures drawn a variant in the evaluation."""
     quick: bool = False
-    """Fewest samples and updates: shows in a minute that everything runs; its figures mean
-    nothing."""
+    """Use as few samples and updates as possible, to see in a minute that everything runs; the figures
+    mean nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,4 +138,4 @@ class RunConfig(Settings):
     """The file: tables named as the stages are, with their settings."""
     tiny: bool = False
     """Run it in minutes on the bundled teacher that the file's [tiny] names, with few samples and
-    steps: shows that the file is right; its figures mean nothing."""
+    steps, to see that the file is right; the figures mean nothing."""

@@ -11,11 +11,13 @@ from ..system.wording import known_names, shown
 from .ranges import Count, CountOrZero, Device, OutOfRange, Range, Rate, Seed, Settings
 
 LARGEST = 10**300
-PATHS_OF_WINDOWS = r"write paths of Windows in single quotes, as 'C:\models\x'"
+PATHS_OF_WINDOWS = r"write Windows paths in single quotes, as 'C:\models\x'"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Common(Settings):
+    """Settings that all stages of the method have."""
+
     model: Path
     """The teacher: a diffusers folder, or a ComfyUI single file."""
     run: Path
@@ -29,30 +31,29 @@ class Common(Settings):
     seed: Seed = 0
     """Same seed, same files, same machine: same bits."""
     dry_run: bool = False
-    """Only print what it would take (blocks, bytes, memory, time a step), resident and streamed;
-    needs no
-    weights: --model may be the name of a known model, such as qwen_image, or a folder with a
-    config.json."""
+    """Only print what the stage would take (blocks, bytes, memory, time a step), resident and
+    streamed. Needs no weights: --model may be the name of a known model, such as qwen_image, or a
+    folder with a config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SharedConfig(Common):
-    """Stages whose work the processes of `accelerate launch` share; of other stages the first
-    process does all."""
+    """Stages whose work the processes of `accelerate launch` share; other stages are done by the first
+    process alone."""
 
     parallel: Literal["data", "intervals"] = "data"
-    """How several processes share the work. data: each takes its rows of every batch; intervals:
-    each takes intervals (projections, blocks) of its own, and the files are the same bits as of one
-    process. One process does the same in both."""
+    """How several processes share the work. data: each takes its rows of every batch. intervals:
+    each takes intervals (projections, blocks) of its own, and the files are bit for bit those of one
+    process. With one process the two are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatesConfig(Common):
-    """Stages whose statistics and losses are of the states between blocks."""
+    """Stages that compute statistics and losses on the states between blocks."""
 
     target_tokens_only: bool = False
-    """Of an edit model: the tokens of its references count in no statistic and no block's loss.
-    Errors of the velocity are of the drawn picture in any case."""
+    """For an edit model: leave the tokens of its references out of every statistic and every block's
+    loss. Errors of the velocity are always of the drawn picture alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +61,15 @@ class TrainingConfig(SharedConfig):
     """Stages that train parts of the pruned model."""
 
     quant_aware: Literal["none", "fp8", "int8", "int4"] = "none"
-    """In the last tenth of the steps, train linear maps through weights that are rounded as these
-    formats round them, for a model that will be stored in one; gradients and files are those of the
-    full weights."""
+    """In the last tenth of the steps, train linear maps through weights that are rounded to this
+    format, for a model that will be stored in it; gradients and files are those of the full
+    weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningConfig(TrainingConfig):
-    """What polish and finetune share; with bfloat16 the trained weights and the optimiser stay
-    float32."""
+    """Settings that polish and finetune share. Also with bfloat16 the trained weights and the
+    optimiser are float32."""
 
     steps: Count = 1000
     """Steps (paper: 1,000)."""
@@ -79,11 +80,11 @@ class TuningConfig(TrainingConfig):
     weight_decay: Rate = 0.02
     """Weight decay of matrices."""
     ema: Annotated[float, Range(0.0, 0.9999)] = 0.999
-    """Decay of the averaged weights, which are what is used; lower in the first steps. 0 takes the
-    last weights."""
+    """Decay of the averaged weights, which are the result; lower in the first steps. 0 takes the last
+    weights instead."""
     checkpointing: bool = False
-    """Compute blocks again for their gradients instead of keeping what they saw; with --streamed
-    the weights of frozen blocks are not kept either. Same bits."""
+    """Compute blocks again for their gradients instead of keeping their activations; with --streamed
+    the weights of frozen blocks are not kept either. The result is the same to the bit."""
     save_every: Count = 100
     """Steps between saves."""
 
@@ -91,13 +92,13 @@ class TuningConfig(TrainingConfig):
         super().__post_init__()
         if self.parallel != "data":
             raise ValueError(
-                f"--parallel {self.parallel}: here all parts learn from one loss; use --parallel data"
+                f"--parallel {self.parallel}: this stage trains all parts on one loss; use --parallel data"
             )
 
 
 @cache
 def hints_of(kind: type) -> dict:
-    """The type of each field; a list of jobs or of widgets asks for them hundreds of times."""
+    """The type of each field. Cached, because listing jobs or widgets asks hundreds of times."""
     return get_type_hints(kind)
 
 
@@ -143,7 +144,7 @@ def _converted(hint, value, where: str):
             )
         return Path(value)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        # a larger one has no float, and no setting allows it
+        # an int beyond this has no float; cut it, the range check then refuses it like any other
         return float(max(-LARGEST, min(LARGEST, value)))
     if type(value) not in kinds:
         raise ValueError(

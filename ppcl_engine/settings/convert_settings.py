@@ -16,9 +16,10 @@ class ExportConfig(Common):
 
     layout: Literal["bundle", "comfyui", "diffusers", "ppcl"] = "bundle"
     """bundle: all variants, needs the base model. comfyui, diffusers: one variant, renumbered, for
-    stock hosts (no corrections). ppcl: one variant with the teacher's indices, for our loaders."""
+    stock hosts (no corrections). ppcl: one variant with the teacher's indices, for this project's
+    loaders."""
     variant: str = "small"
-    """Which variant a file of its own holds."""
+    """The variant to write, unless the layout is bundle."""
     name: FileName = "pruned"
     """File name without ending: letters, digits, '-', '_'."""
     store: Literal["float32", "bfloat16", "float8"] = "bfloat16"
@@ -28,8 +29,7 @@ class ExportConfig(Common):
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig(Settings):
-    """Make a bundle or a standalone of ours from a pruned model that the method's authors
-    released."""
+    """Make a bundle or a standalone from a pruned model that the method's authors released."""
 
     path: Path
     """The released folder: config.json and weights (safetensors or .bin, sharded or not)."""
@@ -44,14 +44,14 @@ class ImportConfig(Settings):
     """bundle: intervals can be given back to the base. ppcl: the released model alone, with the
     teacher's indices."""
     intervals: str = ""
-    """The teacher's blocks that it replaced, as '3-4 8-10', where they were not published."""
+    """The teacher's blocks that were replaced, as '3-4 8-10', if they were not published."""
     legacy_txt_proj: bool = False
-    """Its text projections mean P(x), not P(x) + x: an older release under the same names."""
+    """Read its text projections as P(x), not P(x) + x: an older release under the same names."""
     refit: bool = False
     """Fit the step of each text group anew from the teacher: the authors' exporter wrote one
     group's into several."""
     calibration: Path | None = None
-    """Calibration set of the teacher, to refit on; by default the one in the run folder."""
+    """The teacher's calibration set, to refit on; by default the one in the run folder."""
     store: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision in the file."""
     device: Device = "auto"
@@ -65,98 +65,98 @@ class ImportConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class FoldConfig(Settings):
-    """Fold away the modulations that read the timestep alone: a third of Qwen-Image, with no
+    """Fold away the modulations that read only the timestep: a third of Qwen-Image, without
     training."""
 
     path: Path
     """What to fold: a diffusers folder, a ComfyUI single file, a bundle or a standalone. With form
     off: the folded file."""
     base: Path | None = None
-    """Of a bundle: the full model it was made from, which is folded along. With form off: the file
+    """For a bundle: the full model it was made from, which is folded too. With form off: the file
     that was folded."""
     form: Literal["table", "basis", "off"] = "table"
     """table: the model's own values at the timesteps of a schedule, no error. basis: a few
-    coefficients for any timestep, within a bound. off: the original weights again."""
+    coefficients for any timestep, within a bound. off: restore the original weights."""
     run: Path = Path("runs/fold")
     """The folder that files and report are written to."""
     name: FileName = "folded"
     """File name without ending: letters, digits, '-', '_'."""
     bound: Annotated[float, Range(1e-6, 0.99)] = 0.01
-    """basis: largest relative error of any modulation at any timestep; the smallest rank that keeps
-    it is taken."""
+    """basis: largest allowed relative error of any modulation at any timestep; the smallest rank
+    within it is taken."""
     rank: Annotated[int | None, Range(1, 100_000)] = None
-    """basis: this rank instead of the one that the bound asks for."""
+    """basis: this rank instead of the one that the bound gives."""
     steps: str = "20"
     """table: numbers of sampling steps, as '8 20', on the schedule of the model's own folder or
     file (else equal steps)."""
     timesteps: str = ""
     """table: timesteps themselves in place of steps, as '1 0.75 0.5 0.25'."""
     height: Pixels = 0
-    """table: height in pixels of the pictures, which a schedule may hang on; 0 is the model's
+    """table: height of the pictures in pixels, since some schedules depend on it; 0 is the model's
     default."""
     width: Pixels = 0
-    """table: width in pixels."""
+    """table: width of the pictures in pixels; 0 is the model's default."""
     samples: str = "1 2"
-    """table: for how many samples at once its values are the model's own to the last bit; for
+    """table: numbers of samples at once for which its values are the model's own to the last bit; for
     others they differ by a kernel's rounding."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """table: precision that the model will run in (auto, on the command line: bfloat16 on a GPU,
     else float32)."""
     host: Literal["diffusers", "comfyui"] = "diffusers"
-    """table: who will run it. diffusers rounds timesteps to the model's precision, ComfyUI does
+    """table: what will run it. diffusers rounds timesteps to the model's precision, ComfyUI does
     not."""
     device: Device = "auto"
-    """Where to compute, best where the model will run: kernels of other devices round
+    """Where to compute; best where the model will run, since other devices' kernels round
     differently."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparsifyConfig(Settings):
-    """Set weights of the blocks to zero with no training, from what their layers read on a
+    """Set weights of the blocks to zero without training, chosen by what their layers read on a
     calibration set."""
 
     path: Path
     """What to prune: a diffusers folder, a ComfyUI single file, a standalone, or a bundle."""
     base: Path | None = None
-    """Of a bundle: the full model it was made from."""
+    """For a bundle: the full model it was made from."""
     variant: str | None = None
-    """Of a bundle: which variant, or intervals and sites as '3-4,8-10,text:51-59'; by default the
+    """For a bundle: which variant, or intervals and sites as '3-4,8-10,text:51-59'; by default the
     smallest."""
     calibration: Path | None = None
-    """Calibration set of the model (of a variant: of its teacher); by default the one in the run
+    """The model's calibration set (for a variant, its teacher's); by default the one in the run
     folder."""
     run: Path = Path("runs/sparsify")
-    """The folder that the file and its report are written to, and where an interrupted run goes
-    on."""
+    """The folder for the file and its report; an interrupted run goes on from what is there."""
     name: FileName = "sparse"
     """File name without ending: letters, digits, '-', '_'."""
     pattern: Literal["unstructured", "2:4", "4:8"] = "unstructured"
     """unstructured: any weight may go. 2:4: two of every four neighbours stay, for GPUs with
     kernels for it; 4:8: four of eight."""
     sparsity: Annotated[float | None, Range(0.0, 1.0)] = None
-    """Share of the weights that go, exact in every layer; by default a half. 2:4 and 4:8 bring
-    their own."""
+    """Share of the weights that go, exact in every layer; by default a half. With 2:4 and 4:8 it is
+    always a half."""
     score: Literal["magnitude", "wanda", "ria", "obs", "energy"] = "energy"
-    """What a weight is worth. energy balances weights and activations for each layer: a
-    reconstruction of arXiv 2607.00927, of which the abstract alone is public. obs is SparseGPT,
-    whose weights make up for those that go."""
+    """How weights are ranked. energy balances weights and activations in each layer: a
+    reconstruction of arXiv 2607.00927, of which only the abstract is public. obs is SparseGPT, in
+    which the weights that stay make up for those that go."""
     granularity: Literal["row", "layer", "cluster"] = "cluster"
     """unstructured: weights compete in a row, in the layer, or in clusters of rows and columns
     between which the budget moves."""
     exchange: bool = True
     """Let weights of a row change places with those that went, as long as the exact error of the
-    layer falls. obs then ranks once, ahead; without it as SparseGPT does, column by column."""
+    layer falls. obs then ranks all weights once, beforehand; without it column by column, as
+    SparseGPT does."""
     compensate: bool = True
     """Let the weights that stay make up for those that go, whatever the score (obs always does)."""
     permute: bool = False
-    """2:4 and 4:8: order channels first where the layers before can follow. LoRA files of the dense
-    model do not fit these then."""
+    """2:4 and 4:8: first reorder channels where the layers before can be reordered too. LoRA files of
+    the dense model then do not fit these layers."""
     timesteps: Literal["even", "early"] = "even"
-    """What a calibration sample counts: all the same, or the early steps of a drawing more (as
+    """How calibration samples are weighted: all the same, or the early steps of a drawing more (as
     OBS-Diff)."""
     feed: Literal["pruned", "dense"] = "pruned"
-    """What a block sees on the calibration set: what the pruned blocks before it give, or what the
-    dense ones do."""
+    """What a block reads on the calibration set: the output of the pruned blocks before it, or of the
+    dense ones."""
     skip: str = ""
     """Linear maps that stay dense, by a part of their names, as 'img_mod txt_mod'."""
     store: Literal["float32", "bfloat16"] = "bfloat16"
@@ -173,7 +173,7 @@ class SparsifyConfig(Settings):
 
     @property
     def model(self) -> Path:
-        """The full model that it is about; of a standalone the file itself."""
+        """The full model; for a standalone, the file itself."""
         return self.base or self.path
 
 

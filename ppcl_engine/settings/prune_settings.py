@@ -32,19 +32,19 @@ class CalibrateConfig(Common):
 
     images: Path | None = None
     """Folder of pictures (.png .jpg .webp .bmp .tif), each with a .txt caption of the same name.
-    They are turned as EXIF says; transparent parts are white."""
+    They are rotated as their EXIF data says; transparent parts become white."""
     references: Path | None = None
-    """Of an edit model: folder of the pictures that each of --images was made from, by its captions
-    as instructions: cat.png for cat.png, or cat_1.png and cat_2.png for several. They are cropped
-    to the same size. Without --images each has its .txt instruction beside it, and the teacher
-    draws."""
+    """For an edit model: folder of the pictures that the --images were made from, with the captions as
+    instructions: cat.png for cat.png, or cat_1.png and cat_2.png for several. They are cropped to
+    the same size. Without --images, each has its .txt instruction beside it and the teacher draws
+    the result."""
     prompts: Path | None = None
-    """Text file, one caption a line: the teacher draws them and its states on the way are kept."""
+    """Text file, one caption a line: the teacher draws them, and its states on the way are kept."""
     embeddings: Path | None = None
     """Stored text embeddings (safetensors: text [n, tokens, width], empty [1, tokens, width]; mask
     [n, tokens] for a model that masks text; pooled [n, width] and empty_pooled [1, width] for one
-    that reads pooled text); the teacher draws in equal steps, since the model's own schedule is in
-    its pipeline folder."""
+    that reads pooled text). The teacher draws in equal steps, since only a pipeline folder has the
+    model's own schedule."""
     samples: Samples = 128
     """Samples to keep; captions and pictures are used again with other timesteps when there are
     fewer."""
@@ -53,17 +53,17 @@ class CalibrateConfig(Common):
     empty_captions: Share = 0.1
     """Share of samples with an empty caption, since sampling with guidance needs it too."""
     steps: Steps = 20
-    """Sampling steps where the teacher draws by itself (prompts, embeddings)."""
+    """Sampling steps if the teacher draws (prompts, embeddings)."""
     guidance: Guidance = 2.0
-    """Classifier-free guidance where the teacher draws by itself."""
+    """Classifier-free guidance if the teacher draws."""
     height: Pixels = 0
     """Height of a picture in pixels; 0 is the model's default."""
     width: Pixels = 0
     """Width of a picture in pixels; 0 is the model's default."""
     cache_gb: Gigabytes = 8.0
-    """Streamed, where the teacher draws by itself: memory for the states of pictures that are drawn
-    together; a step reads the model once for all of them, with less memory more often. Same
-    bits."""
+    """Streamed, if the teacher draws: memory for the states of pictures that are drawn together. A
+    step reads the model once for all of them; with less memory, more often. The result is the same
+    to the bit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +73,12 @@ class ProbeConfig(SharedConfig, StatesConfig):
     ridge: Annotated[float, Range(1e-9, 1.0)] = 1e-4
     """Ridge as a share of each channel's own variance."""
     train_steps: CountOrZero = 50
-    """Gradient steps after the ridge solution, as in the paper; kept only where held-out error
+    """Gradient steps after the ridge solution, as in the paper; kept only where the held-out error
     falls."""
     learning_rate: Rate = 1e-4
     """Learning rate of these steps (Adam)."""
     held_out: Count = 1
-    """Batches of the calibration set that are kept from the fit and used to report its error."""
+    """Batches of the calibration set that are left out of the fit and used to report its error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class DetectConfig(StatesConfig):
     remove: Annotated[int, Range(0, 1000)] = 0
     """Blocks to remove in all (budget); 0 is the paper's share, 25 of 60."""
     longest: Annotated[int, Range(2, 64)] = 8
-    """Longest interval considered, blocks."""
+    """Longest interval considered, in blocks."""
     eps: Annotated[float, Range(0.0, 100.0)] = 0.02
     """ppcl: a rise of D smaller than this share of the curves' scale does not end an interval."""
     max_drop: Annotated[float, Range(0.0, 100.0)] = 0.25
@@ -103,9 +103,9 @@ class DetectConfig(StatesConfig):
     local: bool = False
     """Compare at the output of block k instead of the model's final image state."""
     tokens: Count = 4
-    """Image tokens a sample that enter the alignment."""
+    """Image tokens of each sample that enter the alignment."""
     samples: Samples = 128
-    """Calibration samples to measure on, whole batches, at least two."""
+    """Calibration samples to measure on; whole batches, at least two."""
     protect: str = ""
     """Blocks that stay, as '0 1 59'."""
     bootstrap: Annotated[int, Range(0, 10_000)] = 200
@@ -113,13 +113,13 @@ class DetectConfig(StatesConfig):
     explain: bool = False
     """Print why each interval ends where it does."""
     cache_gb: Gigabytes = 8.0
-    """Streamed: memory for the states of chains that go through the blocks together; with less the
-    blocks are read more often. Same curves."""
+    """Streamed: memory for the states of chains that go through the blocks together; with less, the
+    blocks are read more often. The curves are the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillDepthConfig(TrainingConfig, StatesConfig):
-    """Train one student an interval on the teacher's own states, each interval by itself."""
+    """Train one student for each interval on the teacher's own states, independently."""
 
     intervals: str = ""
     """Which intervals of the plan, as '3-4 8-10'; empty is all."""
@@ -140,7 +140,7 @@ class DistillDepthConfig(TrainingConfig, StatesConfig):
     """Updates of an interval in a round."""
     learning_rate: Rate = 1e-5
     """Peak learning rate (AdamW 0.9, 0.95), cosine to a thirtieth over all rounds. The default is
-    the authors' for 20 B; the demo's 8 M want 3e-3."""
+    the authors' for 20 B parameters; the demo's 8 M train best with 3e-3."""
     warm_up: CountOrZero = 16
     """Updates until the peak learning rate."""
     weight_decay: Rate = 0.02
@@ -161,34 +161,34 @@ class DetectWidthConfig(StatesConfig):
     """damage: velocity error a saved parameter, measured site by site. cka: alignment of
     neighbouring layers (paper)."""
     form: Literal["best", "paper", "gated"] = "best"
-    """FFN projections: paper (x + P x), gated (P inside norm, modulation and gate), or whichever is
-    cheaper at a site; ffn_joint is always gated."""
+    """FFN projections: paper (x + P x), gated (P inside norm, modulation and gate), or whichever does
+    less damage at a site; ffn_joint is always gated."""
     kinds: str = "text ffn_image ffn_text ffn_joint"
-    """Kinds of sites to look at, where the model has them; ffn_joint is of blocks that run text and
-    image as one."""
+    """Kinds of sites to consider, if the model has them; ffn_joint belongs to blocks that run text and
+    image as one stream."""
     longest: Annotated[int, Range(1, 64)] = 8
-    """Longest text group considered, blocks that stay."""
+    """Longest text group considered, in blocks that stay."""
     samples: Count = 96
-    """Calibration samples to measure damage on; fits use them all."""
+    """Calibration samples to measure damage on; fits use all samples."""
     tokens: Count = 4
-    """Tokens a sample that enter the alignment."""
+    """Tokens of each sample that enter the alignment."""
     cache_gb: Gigabytes = 8.0
     """Memory for the normal equations of the fits, then for the states of models that go through
-    the blocks together; with less the blocks are read more often."""
+    the blocks together; with less, the blocks are read more often."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillWidthConfig(TrainingConfig, StatesConfig):
-    """Train the projections of the plan's width sites, each by itself, from the ridge solution
-    on."""
+    """Train the projections of the plan's width sites independently, starting from the ridge
+    solution."""
 
     sites: str = ""
     """Sites by hand instead of the plan's, as 'ffn_image:2 text:51-59'."""
     form: Literal["paper", "gated"] = "paper"
-    """Form of FFN projections that --sites names."""
+    """Form of the FFN projections that --sites names."""
     give_back: bool = True
-    """Also fit the teacher's own blocks inside replaced intervals, so that these can be given back
-    while a site is on."""
+    """Also fit projections for the teacher's own blocks inside replaced intervals, so that an interval
+    can be switched back to the teacher while a site is on."""
     rounds: CountOrZero = 50
     """Rounds (times updates: the paper's 2,000 steps); 0 leaves the ridge solutions."""
     updates: Count = 40
@@ -218,31 +218,29 @@ class PolishConfig(TuningConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class VariantsConfig(Common):
-    """Measure each interval's damage and set the named sizes."""
+    """Measure each interval's damage and make the named variants."""
 
     most_parameters: Limit = 0.0
-    """Also make a variant of at most this many parameters (millions); 0: no such variant."""
+    """Also make a variant of at most this many parameters (millions); 0: do not."""
     most_megabytes: Limit = 0.0
-    """Also make a variant of at most this many MB of weights; 0: no such variant."""
+    """Also make a variant of at most this many MB of weights; 0: do not."""
     most_milliseconds: Limit = 0.0
-    """Also make a variant of at most this time a forward; 0: no such variant."""
+    """Also make a variant whose forward takes at most this time; 0: do not."""
     samples: Count = 64
-    """Calibration samples behind the measurement."""
+    """Calibration samples to measure on."""
     cache_gb: Gigabytes = 8.0
-    """Memory for the states of models that go through the blocks together; with less the blocks are
+    """Memory for the states of models that go through the blocks together; with less, the blocks are
     read more often."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TuningConfig):
-    """Train all parameters of one variant against the teacher's velocity; the result is one more
-    variant."""
+    """Train all parameters of one variant on the teacher's velocity; the result is a new variant."""
 
     variant: str = "small"
-    """The variant to start from; it stays as it is."""
+    """The variant to start from; it is not changed."""
     name: FileNameOrEmpty = ""
-    """Name of the new variant: letters, digits, '-', '_'; empty is the old one's with _tuned behind
-    it."""
+    """Name of the new variant: letters, digits, '-', '_'; empty is the old name followed by _tuned."""
     data: Annotated[float, Range(0.0, 1000.0)] = 0.0
-    """Weight of the error against the data (noise - clean), where the calibration knows the clean
+    """Weight of the error against the data (noise - clean), if the calibration has the clean
     pictures."""

@@ -1,5 +1,5 @@
-"""What a setting may be, said once, in its field's type: the command line, nodes and run files all
-read it there."""
+"""The values that a setting allows, as part of its field's type, where the command line, the nodes and
+run files all read them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MOST = 1_000_000
 
 @dataclass(frozen=True)
 class Range:
-    """From `least` to `most`, both included; neither NaN nor infinity is. Of whole numbers where
-    both are written as such."""
+    """Numbers from `least` to `most`, both included, without NaN and infinity; whole numbers if both
+    bounds are ints."""
 
     least: float
     most: float
@@ -33,10 +33,12 @@ class Range:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Text of this form, which `wanted` says in words."""
+    """Text of a certain form."""
 
     form: str
+    """regular expression that the whole text matches"""
     wanted: str
+    """the same in words, for messages"""
 
     def holds(self, value: str) -> bool:
         return re.fullmatch(self.form, value) is not None
@@ -46,7 +48,7 @@ class Pattern:
 
 
 class OutOfRange(ValueError):
-    """A setting that may not have this value."""
+    """A setting does not allow this value."""
 
     def __init__(self, name: str, value: object, wanted: Range | Pattern):
         super().__init__(f"--{name.replace('_', '-')} {shown(value)}: choose {wanted}")
@@ -58,7 +60,7 @@ Device = Annotated[str, Pattern(DEVICE_FORM, DEVICES)]
 FileName = Annotated[str, Pattern(r"[A-Za-z0-9_-]{1,80}", _FILE_NAME)]
 FileNameOrEmpty = Annotated[str, Pattern(r"[A-Za-z0-9_-]{0,80}", _FILE_NAME)]
 Seed = Annotated[int, Range(0, 2**31 - 1)]
-"""Times a million, a seed still has to be one of torch's."""
+"""multiplied by a million, it is still a valid seed of torch"""
 Count = Annotated[int, Range(1, MOST)]
 CountOrZero = Annotated[int, Range(0, MOST)]
 Samples = Annotated[int, Range(2, MOST)]
@@ -66,7 +68,7 @@ Pixels = Annotated[int, Range(0, 16_384)]
 Steps = Annotated[int, Range(1, 1000)]
 Share = Annotated[float, Range(0.0, 1.0)]
 Rate = Annotated[float, Range(0.0, 1.0)]
-"""Of learning, or of a weight's decay: then no weight grows by more than 1 in an update."""
+"""a learning rate or weight decay; at most 1, so that no update changes a weight by more than 1"""
 Guidance = Annotated[float, Range(0.0, 100.0)]
 Gigabytes = Annotated[float, Range(1e-6, 1e6)]
 Limit = Annotated[float, Range(0.0, 1e6)]
@@ -74,7 +76,8 @@ Limit = Annotated[float, Range(0.0, 1e6)]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Of a stage. Raises OutOfRange (a ValueError) for a value that its field does not allow."""
+    """The settings of a stage. Raises OutOfRange (a ValueError) for a value that a field does not
+    allow."""
 
     def __post_init__(self):
         for name, rule in rules_of(type(self)).items():
@@ -85,15 +88,13 @@ class Settings:
 
 @lru_cache(maxsize=64)
 def rules_of(kind: type) -> Mapping[str, Range | Pattern]:
-    """Field -> what it may be, of those that have a rule."""
-    found = {}
+    """Field -> rule, for the fields that have one."""
+    rules = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
-        rules = [
-            part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Range | Pattern)
-        ]
-        if rules:
-            found[name] = rules[0]
-    return MappingProxyType(found)
+        for part in getattr(hint, "__metadata__", ()):
+            if isinstance(part, Range | Pattern):
+                rules.setdefault(name, part)
+    return MappingProxyType(rules)
 
 
 def _figure(number: float) -> str:

@@ -7,7 +7,6 @@ import re
 import pytest
 
 from ppcl_engine.report.drawings.canvas import spread
-from ppcl_engine.report.numbers import count_text
 from ppcl_engine.report.run_report import write_report
 from ppcl_engine.system.atomic import read_json, write_json
 
@@ -101,12 +100,3 @@ def test_labels_are_spread_no_further_than_needed():
     assert spread([0.0, 1.0], gap=0.1) == [0.0, 1.0]
     assert spread([0.5, 0.5, 0.9], gap=0.2) == pytest.approx([0.4, 0.6, 0.9])
     assert spread([0.5, 0.5, 0.5], gap=0.1) == pytest.approx([0.4, 0.5, 0.6])
-
-
-def test_counts_are_short():
-    assert [count_text(n) for n in (20_430_401_088, 58_300_000, 999, 512_000)] == [
-        "20.4 B",
-        "58.3 M",
-        "999",
-        "512 k",
-    ]

@@ -16,6 +16,6 @@ def test_one_line_whatever_the_source_has():
 
 def test_unknown_settings_name_the_known():
     with pytest.raises(
-        ValueError, match="ImportConfig says nothing of 'speed'; it documents: path, base, run"
+        ValueError, match="ImportConfig has no help text for 'speed'; it documents: path, base, run"
     ):
         setting_help(ImportConfig, "speed")

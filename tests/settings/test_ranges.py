@@ -205,7 +205,7 @@ def test_help_is_not_in_one_line(capsys):
         ),
         (
             "[polish]\nparallel = 'intervals'\n",
-            "[polish]: --parallel intervals: here all parts learn from one loss",
+            "[polish]: --parallel intervals: this stage trains all parts on one loss",
         ),
         (f"[detect]\ndevice = '{'x' * 5000}'\n", "[detect]: device = 'xxxx"),
         ("[detekt]\n", "unknown stage [detekt]; did you mean 'detect'? known:"),

@@ -81,7 +81,7 @@ def test_gradients_add_up_and_all_processes_keep_the_same_bits(tmp_path, count):
 @pytest.mark.parametrize("kind", [PolishConfig, FinetuneConfig])
 def test_what_learns_from_one_loss_cannot_be_split_by_intervals(kind, tmp_path):
     with pytest.raises(
-        ValueError, match="--parallel intervals: here all parts learn from one loss"
+        ValueError, match="--parallel intervals: this stage trains all parts on one loss"
     ):
         kind(model=tmp_path, run=tmp_path, parallel="intervals")
 

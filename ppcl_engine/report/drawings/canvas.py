@@ -1,7 +1,6 @@
-"""What all drawings share: colours, an empty figure, axes without clutter, text, the bytes of a
-PNG.
+"""What all drawings share: colours, an empty figure, plain axes, text, the bytes of a PNG.
 
-matplotlib is imported when something is drawn, and never through pyplot, so nothing global changes.
+matplotlib is imported when something is drawn, and never pyplot, so no global state changes.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def _characters() -> frozenset[int]:
 
 
 def drawable(text: str) -> str:
-    """Characters that the font of the pictures lacks become boxes; the page itself shows them."""
+    """The text with boxes for the characters that the pictures' font lacks; the page shows them."""
     return "".join(c if ord(c) in _characters() or c.isspace() else "▯" for c in text)
 
 
@@ -73,7 +72,7 @@ def tidy(axes, grid: bool = True) -> None:
 
 
 def logarithmic(axes) -> None:
-    """A logarithmic y axis with plain numbers; more of them where it spans little."""
+    """Makes the y axis logarithmic, with plain numbers; the smaller its range, the more of them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_yscale("log")
@@ -123,15 +122,15 @@ def range_text(interval: Interval) -> str:
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
-    """Ascending heights moved as little as possible (least squares) until they are `gap` apart.
+    """Ascending heights, moved as little as possible (least squares) so that they are `gap` apart.
 
     Pool adjacent violators on height - i * gap (Ayer et al. 1955).
     """
     pools: list[list[float]] = []  # [mean, count]
-    for place, height in enumerate(heights):
-        pools.append([height - place * gap, 1])
+    for index, height in enumerate(heights):
+        pools.append([height - index * gap, 1])
         while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
             (m1, n1), (m2, n2) = pools[-2:]
             pools[-2:] = [[(m1 * n1 + m2 * n2) / (n1 + n2), n1 + n2]]
     even = [mean for mean, count in pools for _ in range(int(count))]
-    return [mean + place * gap for place, mean in enumerate(even)]
+    return [mean + index * gap for index, mean in enumerate(even)]

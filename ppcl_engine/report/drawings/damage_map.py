@@ -20,8 +20,8 @@ from .canvas import (
 
 
 def damage_map(plan: PruningPlan, damage: torch.Tensor) -> bytes:
-    """damage [blocks, longest]: of replacing [u, u + j]; column u, row by length. Chosen intervals
-    are outlined."""
+    """A PNG: a column for each first block, a row for each length; chosen intervals are outlined.
+    damage [blocks, longest]: at [u, j], of replacing blocks u to u + j."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import FuncFormatter
@@ -46,7 +46,7 @@ def damage_map(plan: PruningPlan, damage: torch.Tensor) -> bytes:
         edgecolor="white",
         lw=0.8,
     )
-    reach = 1 + 0.06 * blocks  # cells that an outlined interval and its label cover
+    reach = 1 + 0.06 * blocks  # cells that the outline of an interval and its label cover
     for interval in plan.intervals:
         box = (interval.first - 0.5, interval.removed + 0.5)
         axes.add_patch(

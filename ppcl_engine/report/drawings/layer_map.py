@@ -1,14 +1,13 @@
 """The layer map: which blocks, students and projections each variant of a plan has.
 
-Colours are Okabe and Ito's (2008), which colour-blind readers tell apart. matplotlib is imported
-when something is drawn, and never through pyplot, so nothing global changes.
+The colours are Okabe and Ito's (2008), which colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
 
 from ...models.layout import Layout, Place, layout_of
 from ...plan import Interval, PruningPlan, Variant
-from ..numbers import count_text
+from ...system.numbers import count_text
 from .canvas import (
     BLUE,
     INK,
@@ -34,11 +33,10 @@ MAP_LEFT, MAP_RIGHT = 1.3, 1.45  # inches for names and for parameters
 def layer_map(
     plan: PruningPlan, variants: list[Variant], parameters: dict[str, int], teacher: int
 ) -> bytes:
-    """One row a variant, one cell a teacher block, parameters at the right. `teacher`: its
-    parameters.
+    """A PNG: a row for each variant, a cell for each teacher block, parameters at the right.
+    `teacher`: its parameters.
 
-    A row shows what is really on (layout.layout_of): a site that went off with an interval is not
-    drawn.
+    A row shows what is really on (layout.layout_of): a site that an interval switched off is not drawn.
     """
     blocks, rows = plan.num_blocks, len(variants)
     layouts = [layout_of(plan, variant) for variant in variants]
@@ -97,7 +95,7 @@ def _map_heading(axes, interval: Interval, level: int) -> None:
 
 
 def _label_levels(intervals: list[Interval], blocks: int) -> dict[str, int]:
-    """How high each interval's label stands, so that neighbours do not touch."""
+    """Interval -> level of its label, so that the labels of neighbours do not touch."""
     inches, ends, levels = (WIDTH - MAP_LEFT - MAP_RIGHT) / blocks, [], {}
     for interval in intervals:
         half = 0.06 + 0.042 * len(interval.name)
@@ -129,7 +127,7 @@ def _map_row(axes, plan: PruningPlan, layout: Layout, row: int) -> None:
 
 
 def _gap(plan: PruningPlan) -> float:
-    """0.03 inches, in blocks"""
+    """0.03 inches, in blocks."""
     return 0.03 * plan.num_blocks / (WIDTH - MAP_LEFT - MAP_RIGHT)
 
 
@@ -148,14 +146,14 @@ def _map_cell(
 
 
 def _map_gap(axes, plan: PruningPlan, block: int, row: int) -> None:
-    """A block that the student before it replaces."""
+    """Draws a block that the student before it replaces."""
     ends, size = [block - _gap(plan), block + 1 - _gap(plan)], min(4, 130 / plan.num_blocks)
     axes.plot(ends, [row + 0.5] * 2, color=BLUE, lw=1.2, clip_on=False, solid_capstyle="butt")
     axes.plot([block + 0.5], [row + 0.5], "o", color="white", mec=BLUE, ms=size, clip_on=False)
 
 
 def _map_sites(axes, plan: PruningPlan, places: tuple[Place, ...], row: int) -> None:
-    """Text above, image below: a band over each text group, a mark for each FFN."""
+    """Draws a band over each text group and a mark for each FFN; text above, image below."""
     from matplotlib.patches import Rectangle
 
     groups: dict[int, list[Place]] = {}
@@ -191,7 +189,7 @@ def _map_sites(axes, plan: PruningPlan, places: tuple[Place, ...], row: int) -> 
 
 
 def _map_legend(figure, kinds: list[str], height: float) -> None:
-    """Blocks in one line; the width sites that are on somewhere in another."""
+    """Blocks in one line, the kinds of width sites that are on in any variant in another."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

@@ -1,5 +1,5 @@
-"""Line charts of a pruning run: alignment, losses, velocity errors, errors of probes. Each a
-function to a PNG."""
+"""Line charts of a pruning run: alignment, losses, velocity errors, errors of probes. Each function
+returns a PNG."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from .canvas import (
 
 
 def cka_curves(plan: PruningPlan, cka: torch.Tensor) -> bytes:
-    """cka(u, k) from each interval's first block u, and its first difference D below. cka: see
-    detect.Curves."""
+    """For each interval's first block u the curve cka(u, k), and below it its first difference D.
+    cka: [blocks, longest, 1 + resamples], as `Curves.cka`."""
     columns = min(3, len(plan.intervals))
     rows = math.ceil(len(plan.intervals) / columns)
     height = 2.75 * rows + 0.45
@@ -126,7 +126,7 @@ def _curve_legend(figure, band: bool, height: float) -> None:
 
 
 def loss_curves(losses: dict[str, torch.Tensor]) -> bytes:
-    """losses: interval name -> [updates]. Faint: each update; bold: running median."""
+    """losses: interval name -> [updates]. Faint: each update; bold: running mean."""
     from matplotlib import colormaps
 
     names = list(losses)
@@ -173,9 +173,9 @@ def _running_mean(values: torch.Tensor) -> torch.Tensor:
 
 
 def _end_labels(axes, ends: dict[str, float], labels: dict[str, str], colours: dict) -> None:
-    """Names at the right of curves that end at `ends`, on a logarithmic axis."""
+    """Writes names at the right of curves that end at the heights `ends`, on a logarithmic axis."""
     low, high = (math.log10(y) for y in axes.get_ylim())
-    names = sorted(ends, key=lambda name: ends[name])
+    names = sorted(ends, key=ends.__getitem__)
     gap = 0.2 / (axes.figure.get_figheight() * axes.get_position().height)
     heights = [
         max(0.0, (math.log10(max(ends[name], 1e-12)) - low) / (high - low)) for name in names
@@ -232,7 +232,8 @@ def velocity_errors(rows: dict[str, list[dict]]) -> bytes:
 
 
 def probe_chart(errors: dict[str, dict[int, float]]) -> bytes:
-    """A line a stream, logarithmic: blocks near the bottom are nearly linear."""
+    """errors: stream -> block -> error of its linear map. A line for each stream, logarithmic: blocks
+    near the bottom are nearly linear."""
     figure = new_figure(3.4)
     axes = figure.add_axes((0.075, 0.15, 0.905, 0.72))
     tidy(axes)

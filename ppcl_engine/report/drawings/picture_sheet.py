@@ -1,4 +1,4 @@
-"""A sheet of pictures: a row a variant, a column a caption."""
+"""A sheet of pictures: a row for each variant, a column for each caption."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ NAMES_WIDTH = 1.3  # inches, left of the pictures
 def picture_sheet(
     names: list[str], captions: list[str], pictures: dict[str, torch.Tensor]
 ) -> bytes:
-    """pictures: variant -> uint8 [captions, 3, height, width]. A row a variant, a column a
-    caption."""
+    """A PNG. pictures: variant -> uint8 [captions, 3, height, width]."""
     high, wide = pictures[names[0]].shape[2:]
     cell = min((WIDTH - NAMES_WIDTH) / len(captions), 2.2)
     tall, letters = cell * high / wide, max(6, int(cell * 13))

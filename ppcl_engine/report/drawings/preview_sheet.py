@@ -1,5 +1,5 @@
-"""The drawing of preview.png: losses above, rows of pictures below. Made to be read at 640 pixels
-of width."""
+"""The drawing of preview.png: losses above, rows of pictures below. It can be read when it is shown 640
+pixels wide."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ WIDTH, DPI = 6.4, 150  # inches: 960 pixels, sharp on dense screens
 CURVE_HEIGHT, TEXT_WIDTH = 2.7, 0.95
 MANY = len(LINES)
 LEAST_LOSS = 1e-12
-# what curves are of: across, up
+# names of the axes: across, up
 LOSSES, LAYER_ERRORS = ("update", "loss"), ("block", "error of a layer")
 
 
 @dataclass(frozen=True)
 class Row:
-    """pictures [n, 3, height, width] in [0, 1]"""
+    """A row of pictures of one model."""
 
     name: str
     pictures: torch.Tensor
+    """[n, 3, height, width] in [0, 1]"""
 
 
 def sheet(
@@ -31,7 +32,7 @@ def sheet(
     across: str = LOSSES[0],
     up: str = LOSSES[1],
 ) -> bytes:
-    """A PNG. curves: name -> {update: loss}, or what `across` and `up` say."""
+    """A PNG. curves: name -> {update: loss}, or whatever `across` and `up` name."""
     heights = [CURVE_HEIGHT if curves else 0.0, *(_row_height(row) for row in rows)]
     figure = _figure(sum(heights) + (0.1 if rows else 0.0))
     top = figure.get_figheight()
@@ -108,7 +109,8 @@ def _draw_curves(figure, curves: dict[str, dict[int, float]], across: str, up: s
 
 
 def _line(points: dict[int, float]) -> tuple[list[int], list[float]] | None:
-    """Steps and losses; None for what nothing reads, whose loss is 0 and has no logarithm."""
+    """Steps and losses without those that have no logarithm: the loss of a part whose output nothing
+    reads is 0. None if none is left."""
     steps = [step for step in sorted(points) if points[step] > LEAST_LOSS]
     return (steps, [points[step] for step in steps]) if steps else None
 

@@ -1,4 +1,4 @@
-"""One picture of several variants' pictures: a column a variant, its size and seconds under it."""
+"""Pictures of several variants side by side: a column for each, with its size and speed below."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ from dataclasses import dataclass
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..numbers import counted, size_text
+from ...system.numbers import bytes_text, count_text, seconds_text
 from .canvas import INK, QUIET, RULE
 
-NARROWEST = 300  # pixels of a column: what its text takes
-WIDEST = 1024  # of a column; larger pictures are made smaller
+NARROWEST = 300  # pixels of a column: its text needs so many
+WIDEST = 1024  # pixels of a column; larger pictures are scaled down
 GAP = 4  # pixels between the pictures of a column
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """pictures: float [n, height, width, 3] in [0, 1]. parameters, bytes: of what ran; seconds: a
-    step, where known."""
+    """A variant's pictures, and what it took to draw them."""
 
     name: str
     pictures: torch.Tensor
+    """float [n, height, width, 3] in [0, 1]"""
     parameters: int
+    """of the model that drew them"""
     bytes: int
+    """of its weights"""
     seconds: float | None = None
+    """of a step; None: not known"""
 
     def lines(self, first: Column) -> list[str]:
-        """What stands under it; shares are of the first column's."""
+        """The text below the column; shares are relative to the first column."""
         share = f" ({100 * self.parameters / first.parameters:.0f} %)" if self is not first else ""
-        size = f"{size_text(self.bytes)}, {counted(self.parameters)} parameters{share}"
+        size = f"{bytes_text(self.bytes)}, {count_text(self.parameters)} parameters{share}"
         if self.seconds is None:
             return [size, "seconds a step: not known"]
         faster = (
@@ -38,12 +41,12 @@ class Column:
             if self is not first and first.seconds
             else ""
         )
-        return [size, f"{self.seconds:.3g} s a step{faster}"]
+        return [size, f"{seconds_text(self.seconds)} a step{faster}"]
 
 
 def side_by_side(columns: list[Column]) -> torch.Tensor:
-    """float [1, height, width, 3]. Pictures of a column are tiled; small ones are enlarged, without
-    smoothing."""
+    """float [1, height, width, 3]. Several pictures of a column are tiled; small ones are enlarged
+    without smoothing."""
     tiles = [_tiled(column.pictures) for column in columns]
     wide = (
         min(max(*(t.width for t in tiles), NARROWEST), WIDEST)
@@ -99,7 +102,7 @@ def _fitting(draw, text: str, font, wide: int) -> str:
 
 
 def _tiled(pictures: torch.Tensor) -> Image.Image:
-    """As square as it gets, pictures in reading order."""
+    """The pictures in reading order, in a grid that is as square as possible."""
     count, height, width, _ = pictures.shape
     across = math.ceil(math.sqrt(count))
     rows = math.ceil(count / across)

@@ -1,5 +1,5 @@
-"""Charts of width detection: how alike neighbouring layers are, and what each candidate site costs
-and saves."""
+"""Charts of width detection: how similar the layers are, and what each candidate site costs and
+saves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter
 import torch
 
 from ...plan import TextGroup, WidthSite
-from ..numbers import count_text
+from ...system.numbers import count_text
 from .canvas import (
     DAMAGE_COLOURS,
     INK,
@@ -35,8 +35,8 @@ LEFT, SIDE = 0.75, 5.1  # of the heat map, inches
 def alignment_map(
     places: list[str], alignment: dict[str, torch.Tensor], chosen: list[WidthSite | TextGroup]
 ) -> bytes:
-    """`text` [places, places] as a heat map, every kind of FFN [places] beside its rows, on one
-    scale of 1 - CKA. NaN where a place has no such part."""
+    """A PNG: `text` [places, places] as a heat map, each kind of FFN [places] beside its rows, all on
+    one scale of 1 - CKA. NaN: that place has no such part."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -89,7 +89,7 @@ def alignment_map(
 
 
 def _decades(values: torch.Tensor) -> tuple[float, float]:
-    """Range of the scale; at least a decade."""
+    """(lowest, highest) value of the scale, at least a decade apart."""
     values = values[values.isfinite()]
     low, high = float(values.min()), float(values.max())
     return min(low, high / 10), high
@@ -104,7 +104,7 @@ def _cka_text(value: float, _=None) -> str:
 
 
 def _place_axes(axes, places: list[str], side: float) -> None:
-    """Names of the places on both sides, as many as are legible."""
+    """Writes the names of the places on both sides, as many as are legible."""
     tidy(axes, grid=False)
     step = math.ceil(0.16 * len(places) / side)
     marks, names = range(0, len(places), step), [name.replace("-", "–") for name in places[::step]]
@@ -116,7 +116,7 @@ def _place_axes(axes, places: list[str], side: float) -> None:
 
 
 def _outlines(axes, places: list[str], groups: list[TextGroup]) -> None:
-    """A square over each group and the full block that it reads from."""
+    """Draws a square around each group and the full block that it reads from."""
     from matplotlib.patches import Rectangle
 
     starts = [int(name.split("-")[0]) for name in places]
@@ -144,7 +144,7 @@ def _outlines(axes, places: list[str], groups: list[TextGroup]) -> None:
 def _strip(
     axes, places: list[str], unlike: torch.Tensor, kind: str, chosen: list[int], side: float
 ) -> None:
-    """One dot a place; the chosen sites stand out."""
+    """Draws a dot for each place; those of the chosen sites stand out."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     starts = [int(name.split("-")[0]) for name in places]
@@ -163,10 +163,9 @@ def _strip(
 
 
 def candidate_chart(candidates: list[dict], score: str) -> bytes:
-    """Candidates as width.json has them: score against parameters saved, both logarithmic; the
-    chosen ones are named.
+    """A PNG: score against parameters saved, both logarithmic; the chosen candidates are named.
 
-    `score`: what it measures.
+    candidates: as width.json has them; score: what it measures, in words.
     """
     least = min((c["score"] for c in candidates if c["score"] > 0), default=1e-6)
     rows = [
@@ -213,7 +212,7 @@ def _scales(axes, rows: list[dict]) -> None:
 
 
 def _cut(axes, chosen: list[dict]) -> None:
-    """The highest score a saved parameter that was taken."""
+    """Draws the highest score per saved parameter among the chosen."""
     if chosen:
         worst, ends = max(r["score"] / r["saving"] for r in chosen), axes.get_xlim()
         axes.plot(
@@ -228,7 +227,7 @@ def _cut(axes, chosen: list[dict]) -> None:
 
 
 def _name_chosen(axes, chosen: list[dict]) -> None:
-    """Names beside the points; those of points that save about as much are spread."""
+    """Writes names beside the points, spread where points save about the same."""
     gap = NAME_HEIGHT / (axes.figure.get_figheight() * axes.get_position().height)
     pixels = axes.transAxes.inverted()
     at = {
@@ -281,7 +280,7 @@ def _candidate_legend(figure, kinds: set[str], chosen: bool) -> None:
         color=QUIET,
         lw=1,
         ls=(0, (4, 3)),
-        label="same score a parameter as the dearest chosen",
+        label="same score per parameter as the costliest chosen",
     )
     legend = figure.legend(
         handles=[*marks, *([taken, cut] if chosen else [])],

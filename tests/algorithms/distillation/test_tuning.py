@@ -4,6 +4,7 @@ recomputation."""
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -233,11 +234,12 @@ def test_subsets_are_drawn_from_seed_and_step(world):
 
 
 @pytest.mark.parametrize("stage", ["polish", "finetune"])
-def test_the_dry_run_says_that_the_optimiser_comes_on_top(stage, capsys, tmp_path):
+def test_the_dry_run_counts_the_optimiser_too(stage, capsys, tmp_path):
+    """Of 20 B: 20 bytes a trained parameter, of half of them where no plan says how many."""
     assert main([stage, "--model", "qwen_image", "--run", str(tmp_path), "--dry-run"]) == 0
-    assert (
-        "20 bytes a trained parameter, 409 GB if that is the whole model" in capsys.readouterr().out
-    )
+    resident = re.search(r"resident +([0-9.]+)", capsys.readouterr().out)
+    weights = 81.7
+    assert float(resident[1]) > weights + (5 if stage == "polish" else 200)
 
 
 @pytest.mark.parametrize("wrong", [{"ema": 1.0}, {"ema": -0.1}, {"steps": 0}, {"save_every": 0}])
