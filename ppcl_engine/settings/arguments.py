@@ -64,8 +64,13 @@ def _check_names(
         for name, hint in get_type_hints(kind).items()
         if Path in (hint, *get_args(hint))
     }
-    for word, value in zip(arguments, [*arguments[1:], None], strict=True):
-        if word in paths and value == "" or word.endswith("=") and word[:-1] in paths:
+    for number, word in enumerate(arguments):
+        if (
+            word in paths
+            and arguments[number + 1 : number + 2] == [""]
+            or word.endswith("=")
+            and word[:-1] in paths
+        ):
             raise ValueError(f"{word.rstrip('=')} is empty; give a path")
     missing = [
         f"--{name}"
