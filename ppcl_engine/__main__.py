@@ -18,6 +18,7 @@ from .settings import assess_settings, base_settings
 from .settings.arguments import parse
 from .stages import STAGES, run_stage
 from .system.early import INTERRUPTED
+from .system.memory_errors import is_lack_of_memory
 from .system.texts import read_text
 from .system.wording import cut, known_names, one_line, shown
 
@@ -28,6 +29,7 @@ _ADVICE = {
     errno.EDQUOT: "free space; nothing half-written was left",
     errno.ENAMETOOLONG: "give a shorter path",
 }
+MEMORY_ADVICE = "use --streamed, a smaller batch or smaller pictures, or see --dry-run"
 _OTHER_ADVICE = (
     "give a path that can be read, or a folder that can be written; nothing half-written was left"
 )
@@ -36,11 +38,28 @@ _OTHER_ADVICE = (
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
-        return 0
+        return _help()
     from .system.distributed import leave
 
     return leave(_code(arguments))
+
+
+def _help() -> int:
+    """Without torch, which takes seconds."""
+    try:
+        print(_usage(), flush=True)
+    except BrokenPipeError:
+        _drop_output()
+    except OSError as error:
+        print(f"ppcl: the help cannot be written: {_line(error)}", file=sys.stderr)
+        _drop_output()
+        return USER_ERROR
+    return 0
+
+
+def _drop_output() -> None:
+    """What was not written yet would fail again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _code(arguments: list[str]) -> int:
@@ -51,6 +70,16 @@ def _code(arguments: list[str]) -> int:
 
     try:
         _dispatch(arguments[0], arguments[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has read enough
+        _drop_output()
+        return 0
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        Progress.close_all()
+        tell(f"ppcl: {arguments[0]} ran out of memory; {MEMORY_ADVICE}")
+        return USER_ERROR
     except (Stopped, KeyboardInterrupt, ValueError, OSError) as error:
         Progress.close_all()
         tell(f"ppcl: {one_line(_line(error), arguments)}")
@@ -94,6 +123,8 @@ def run_file(path: Path, tiny: bool = False) -> None:
         from .demo.tiny import tiny_run
 
         stages = tiny_run(path.stem, _tables(path).get(TINY, {}), stages)
+    if not stages:
+        raise ValueError(f"{path} names no stage; add a table such as [calibrate]")
     for stage, config in stages:
         run_stage(stage, config)
 

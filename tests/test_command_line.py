@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
 from ppcl_engine.__main__ import main, read_run_file
 from ppcl_engine.plan import PruningPlan
 from ppcl_engine.stages import STAGES
+from ppcl_engine.stages.assess import bench as bench_stage
 from ppcl_engine.system import atomic
 
 from .tiny.trained_run import poison
@@ -142,3 +145,35 @@ def test_dry_run_of_the_twenty_billion_model_needs_no_weights(capsys, tmp_path):
     assert "60 blocks, 20.43 B" in text and "resident" in text and "streamed" in text
     assert "distill-depth with these settings" in text and "GB of files" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_output_that_cannot_be_written_is_one_line(error_of, capsys, monkeypatch):
+    """A full disk behind standard output; and whoever reads the help may have read enough."""
+    for arguments in (["--help"], ["inspect", "--architectures"]):
+        done = subprocess.run(
+            f"{sys.executable} -m ppcl_engine {' '.join(arguments)} > /dev/full",
+            shell=True,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        closed = subprocess.run(
+            f"{sys.executable} -m ppcl_engine {' '.join(arguments)} | true",
+            shell=True,
+            capture_output=True,
+            text=True,
+        )
+        assert closed.stderr == ""
+
+
+def test_a_lack_of_memory_is_one_line(error_of, teacher_file, monkeypatch):
+    def greedy(config):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+
+    monkeypatch.setattr(bench_stage, "bench", greedy)
+    assert "bench ran out of memory; use --streamed" in error_of("bench", "--path", teacher_file)
+
+
+def test_a_run_file_without_a_stage_says_so(error_of, tmp_path):
+    (tmp_path / "run.toml").write_text("[common]\nseed = 1\n")
+    assert "names no stage" in error_of("run", tmp_path / "run.toml")

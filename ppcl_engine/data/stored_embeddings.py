@@ -41,12 +41,17 @@ def stored_prompts(
         raise ValueError(
             "stored embeddings do not say how large pictures are; give --height and --width"
         )
+    _check_shapes(file, wanted, model_config["joint_attention_dim"])
     rows = torch.arange(len(empty_rows)) % file.shape("text")[0]
     positive = {name: file.read(stored)[rows] for stored, name in wanted.items() if name}
     negative = {text_name: file.read("empty")}
     if MASK in positive:
-        negative[MASK] = torch.ones(negative[text_name].shape[:2], dtype=torch.bool)
         positive[MASK] = positive[MASK].bool()
+        if not bool(positive[MASK].any(dim=1).all()):
+            raise ValueError(f"{path}: mask leaves a caption without a token; encode it again")
+        tokens = max(t[text_name].shape[1] for t in (positive, negative))
+        positive = {n: t if n == POOLED else _as_long(t, tokens) for n, t in positive.items()}
+        negative[MASK] = torch.ones(negative[text_name].shape[:2], dtype=torch.bool)
     elif negative[text_name].shape[1:] != positive[text_name].shape[1:]:
         raise ValueError(
             f"{path}: this model masks no text, so text and empty must have the same number of tokens"
@@ -59,7 +64,9 @@ def stored_prompts(
     for text in (positive, negative):
         check_finite(text, path, "encode the captions again")
     for name, tensor in negative.items():
-        positive[name][empty_rows] = _as_long(tensor, positive[name])
+        positive[name][empty_rows] = (
+            tensor if name == POOLED else _as_long(tensor, positive[name].shape[1])
+        )
     return Prompts(
         positive=positive,
         negative=negative,
@@ -69,8 +76,29 @@ def stored_prompts(
     )
 
 
-def _as_long(empty: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[1, tokens, ...] padded with zeros to the tokens of `like`; its mask hides the padding."""
-    filled = torch.zeros_like(like[:1])
-    filled[:, : empty.shape[1]] = empty
+def _check_shapes(file: TensorFile, wanted: dict[str, str | None], width: int) -> None:
+    """Raises ValueError naming the tensor, its shape and the one that the model reads."""
+    shape = file.shape("text")
+    count, tokens = (shape[0], shape[1]) if len(shape) == 3 else (0, 0)
+    pooled = file.shape("pooled")[-1] if "pooled" in wanted and file.shape("pooled") else 0
+    expected = {
+        "text": (count, tokens, width),
+        "empty": (1, file.shape("empty")[1] if len(file.shape("empty")) == 3 else 0, width),
+        "mask": (count, tokens),
+        "pooled": (count, pooled),
+        "empty_pooled": (1, pooled),
+    }
+    for name in wanted:
+        if file.shape(name) != expected[name] or 0 in expected[name]:
+            said = {"text": "[captions, tokens, {}]", "empty": "[1, tokens, {}]"}.get(name, "{}")
+            shown = said.format(width if "[" in said else list(expected[name]))
+            raise ValueError(
+                f"{file.path}: {name} is {list(file.shape(name))}, this model reads {shown}; encode the captions for it"
+            )
+
+
+def _as_long(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
+    """[n, tokens, ...], padded with zeros; the mask hides the padding."""
+    filled = tensor.new_zeros(len(tensor), tokens, *tensor.shape[2:])
+    filled[:, : tensor.shape[1]] = tensor
     return filled

@@ -8,16 +8,9 @@ import sys
 
 from ..estimate.advice import memory_advice
 from ..settings.convert_settings import JobConfig
+from ..system.memory_errors import is_lack_of_memory
 
 DONE, UNEXPECTED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
-NO_MEMORY = (
-    "out of memory",
-    "DefaultCPUAllocator",
-    "std::bad_alloc",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "can't start new thread",
-)
-"""what the RuntimeErrors of several libraries say when memory runs out"""
 
 
 def failure(error: BaseException, stage: str, config: JobConfig) -> tuple[str, int]:
@@ -37,9 +30,7 @@ def failure(error: BaseException, stage: str, config: JobConfig) -> tuple[str, i
 
 def memory_line(error: BaseException, stage: str, config: JobConfig) -> str | None:
     """None unless the error is a lack of memory."""
-    from_library = isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
-    from_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    if not (from_library or from_system or isinstance(error, MemoryError)):
+    if not is_lack_of_memory(error):
         return None
     return f"{stage} ran out of memory on {config.device}: {memory_advice(config)}; then start it again, it goes on"
 

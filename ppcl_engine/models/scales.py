@@ -17,6 +17,7 @@ import torch
 
 from ..architectures import Part
 from ..system.json_text import NotJSON, parse_json, shown
+from .stored_layout import PREFIXES
 
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 FORMAT_SUFFIX = ".comfy_quant"
@@ -49,6 +50,8 @@ TAKE = "take the model in bf16, fp16, fp8 or plain int8"
 class Stored(Protocol):
     """A TensorFile or a PickledFile."""
 
+    path: Path
+
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def stored_as(self, name: str) -> str: ...
@@ -73,13 +76,26 @@ class Scale:
     def apply(self, weight: torch.Tensor, part: Part) -> torch.Tensor:
         """The real values, in float32. `part`: which rows of the stored weight these are."""
         scale = self.file.read(self.name).to(weight.device).float()
+        if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+            raise ValueError(
+                f"{self.file.path}: {shown(self.name)} has scales that are not numbers from 0; download the file again"
+            )
+        values = self._scaled(weight.float(), scale, part)
+        if bool((scale == 0).any()) and bool(((values == 0) & (weight.float() != 0)).any()):
+            raise ValueError(
+                f"{self.file.path}: {shown(self.name)} is 0 where its weights are not; download the file again"
+            )
+        return values
+
+    @staticmethod
+    def _scaled(weight: torch.Tensor, scale: torch.Tensor, part: Part) -> torch.Tensor:
         if scale.numel() == 1:
-            return weight.float() * scale.reshape(())
+            return weight * scale.reshape(())
         rows = scale.reshape(len(scale), -1)
         if part.of > 1:
             pieces = rows.chunk(part.of)
             rows = torch.cat([pieces[piece] for piece in part.pieces])
-        blocks = weight.float().reshape(len(weight), rows.shape[1], -1)
+        blocks = weight.reshape(len(weight), rows.shape[1], -1)
         return (blocks * rows[..., None]).reshape(weight.shape)
 
 
@@ -139,7 +155,7 @@ def _check_weight(name: str, place: tuple[Stored, str], scale: Scale | None, whe
     shape, rows = file.shape(key), scale.file.shape(scale.name)
     if not scale.file.dtype(scale.name).is_floating_point or not _fits(rows, shape):
         raise ValueError(
-            f"{where}: {shown(scale.name)} {rows} is not a scale of {name} {shape}: one number, one a row [{shape[:1] or ''}], or "
+            f"{where}: {shown(scale.name)} {rows} is not a scale of {name} {shape}: one number, one a row ({shape[0] if shape else 1}), or "
             "[rows, blocks of columns, 1] are read"
         )
 
@@ -166,7 +182,7 @@ def _check_formats(
             raise ValueError(
                 f"{where}: {shown(weight)} is INT8 ConvRot: its columns are rotated, which is not undone here; {TAKE}"
             )
-        if kind not in FORMATS:
+        if not isinstance(kind, str) or kind not in FORMATS:
             raise ValueError(
                 f"{where}: {shown(weight)} is in the format {str(kind)[:40]!r}, which is not read; {TAKE}"
             )
@@ -178,9 +194,9 @@ def _check_formats(
             raise ValueError(
                 f"{where}: {shown(weight)} is said to be {kind}, but is stored otherwise; download the file again"
             )
-        if kind == "int8_tensorwise" and weight not in scales:
+        if weight not in scales:
             raise ValueError(
-                f"{where}: {shown(weight)} is int8 and has no scale (.weight_scale); download the file again"
+                f"{where}: {shown(weight)} is {kind} and has no scale (.weight_scale); download the file again"
             )
 
 
@@ -207,7 +223,15 @@ def _formats(stored: Places, metadata: Mapping[str, str], where: Path) -> dict[s
         key.removesuffix(".weight"): name.removesuffix(".weight")
         for name, (_, key) in stored.items()
     }
-    return {ours[layer]: about for layer, about in layers.items() if layer in ours} | declared
+    by_layer = {ours.get(name, _bare(name)): about for name, about in layers.items()}
+    return {layer: a for layer, a in by_layer.items() if f"{layer}.weight" in stored} | declared
+
+
+def _bare(layer: str) -> str:
+    """Without the prefixes that checkpoints and trainers put before a transformer's names."""
+    while prefix := next((p for p in PREFIXES if layer.startswith(p)), None):
+        layer = layer.removeprefix(prefix)
+    return layer
 
 
 def _object(text: str | bytes, where: str) -> dict:

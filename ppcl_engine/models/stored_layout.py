@@ -147,7 +147,21 @@ def _open_folder(path: Path) -> tuple[Places, dict]:
                     f"{path}: {shown(name)} is in {stored[name][0].path.name} and in {shard.name}; which one is meant?"
                 )
             stored[name] = file, name
+    _check_index(path, stored)
     return {ours: stored[name] for ours, name in stripped_names(stored, path).items()}, config
+
+
+def _check_index(path: Path, stored: Mapping[str, object]) -> None:
+    """Raises ValueError for an index that names a tensor which its files do not hold."""
+    for ending in (".safetensors", ".bin"):
+        for index in sorted(path.glob(f"*{ending}.index.json"))[:1]:
+            names = read_object(index).get("weight_map") or {}
+            if missing := sorted(set(names) - set(stored)):
+                raise ValueError(
+                    f"{index} names {len(missing)} tensors that its files do not hold, first {shown(missing[0])}; "
+                    "download the folder again"
+                )
+            return
 
 
 def files_of(path: Path) -> list[Path]:

@@ -99,7 +99,7 @@ class BenchConfig(Settings):
     """Rows of image tokens (a token covers 16 pixels of a full-size model)."""
     columns: Annotated[int, Range(1, 1024)] = 6
     """Columns of image tokens."""
-    text_tokens: Annotated[int, Range(1, 100_000)] = 9
+    text_tokens: Annotated[int, Range(1, 2048)] = 9
     """Text tokens."""
     batch: Count = 1
     """Samples at once."""

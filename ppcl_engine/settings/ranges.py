@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, get_type_hints
 
@@ -84,6 +85,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not rule.holds(value):
                 raise OutOfRange(name, value, rule)
+        for name, value in vars(self).items():
+            if isinstance(value, Path) and not _is_text(str(value)):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {str(value)!r} is not UTF-8, as reports are written; rename the folder"
+                )
 
 
 @lru_cache(maxsize=64)
@@ -95,6 +101,11 @@ def rules_of(kind: type) -> Mapping[str, Range | Pattern]:
             if isinstance(part, Range | Pattern):
                 rules.setdefault(name, part)
     return MappingProxyType(rules)
+
+
+def _is_text(path: str) -> bool:
+    """Whether the path's bytes were UTF-8: Python keeps others as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in path)
 
 
 def _figure(number: float) -> str:

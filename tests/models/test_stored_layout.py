@@ -271,3 +271,13 @@ def test_flux_models_that_read_more_than_the_picture(
         ValueError, match=f"a.safetensors {kind}.*: {16 * times} channels in, 16 out"
     ):
         open_model(tmp_path / "a.safetensors")
+
+
+def test_an_index_that_names_what_its_files_do_not_hold(tmp_path, model):
+    model.save_pretrained(tmp_path / "sharded", **SMALL)
+    path = tmp_path / "sharded" / "diffusion_pytorch_model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["bogus"] = next(iter(index["weight_map"].values()))
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names 1 tensors that its files do not hold, first bogus"):
+        Weights(tmp_path / "sharded")

@@ -176,7 +176,8 @@ def test_a_gpu_that_is_not_there(monkeypatch):
         (["probe", "--model", "z" * 5000, "--run", "r"], f"{'z' * 70}"),
     ],
 )
-def test_a_misspelt_word_names_the_nearest(line_of, arguments, line):
+def test_a_misspelt_word_names_the_nearest(line_of, arguments, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     found = line_of(*arguments)
     assert line in found
     assert not any(len(word) > MOST_SHOWN + 1 for word in found.replace("'", " ").split())
@@ -260,3 +261,8 @@ def test_settings_of_nodes_and_files_are_the_same_class():
         rules_of(prune_settings.ProbeConfig)["device"]
         is rules_of(convert_settings.FoldConfig)["device"]
     )
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_before_the_work(tmp_path):
+    with pytest.raises(ValueError, match="--run .* is not UTF-8"):
+        prune_settings.ProbeConfig(model=tmp_path, run=tmp_path / "f\udcff")
