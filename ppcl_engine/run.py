@@ -10,7 +10,7 @@ from .system.tensor_files import TensorFile, file_mark
 
 
 class Run:
-    """Names of the files in a run folder. Stages exchange these and nothing else."""
+    """The names of the files in a run folder. Stages exchange these files and nothing else."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -32,6 +32,7 @@ class Run:
         self.states = self.folder / "states"
 
     def load_plan(self) -> PruningPlan:
+        """Raises ValueError if there is no plan, or if it cannot be applied."""
         if not self.plan.exists():
             raise ValueError(f"{self.plan} does not exist; run detect first")
         return plan_from_value(read_object(self.plan), self.plan)
@@ -46,12 +47,12 @@ class Run:
         return self.projections / f"{place}.{kind}.safetensors"
 
     def polished(self, trained: Path) -> Path:
-        """Where the polished form of a student or projection is, if there is one."""
+        """Path of the polished form of a student or projection, whether it exists or not."""
         return self.polished_parts / trained.relative_to(self.folder)
 
     def best(self, trained: Path) -> Path:
-        """The polished form of a student or projection; itself where there is none, or only one of
-        an earlier training."""
+        """The polished form of a student or projection; itself if there is none, or if it was polished
+        from an earlier training."""
         polished = self.polished(trained)
         if not (polished.exists() and trained.exists()):
             return trained

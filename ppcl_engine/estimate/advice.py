@@ -1,8 +1,9 @@
-"""Which setting to change when memory does not suffice, stage by stage."""
+"""Which setting to change if a stage needs more memory than there is."""
 
 from __future__ import annotations
 
-from ..settings import assess_settings, base_settings, convert_settings, prune_settings
+from ..settings import assess_settings, convert_settings, prune_settings
+from ..settings.convert_settings import JobConfig
 
 STREAMED = ("streamed", False, "turn on streamed (blocks are read from disk one after the other)")
 CHECKPOINTING = (
@@ -38,24 +39,24 @@ ADVICE = {
         "make the pictures smaller (height, width)",
     ),
 }
-"""Settings to change in this order: (name, the value with which it still helps; None: any, advice),
-then what is left."""
+"""stage's settings -> (what to change, in this order, and what is left if none of it helps). Each change
+is (setting, the value with which it still helps (None: any), advice)."""
 
 
-def memory_advice(settings: base_settings.Common) -> str:
-    """The first settings that still help, two at most."""
-    first, rest = ADVICE[type(settings)]
+def memory_advice(settings: JobConfig) -> str:
+    """What to change: the first two changes that still help."""
+    changes, rest = ADVICE[type(settings)]
     helping = [
-        text for name, value, text in first if value is None or getattr(settings, name) == value
+        text for name, value, text in changes if value is None or getattr(settings, name) == value
     ]
     return " or ".join([*helping, rest][:2])
 
 
-def setting_advice(settings: base_settings.Common, setting: str) -> str:
-    """How to change this one; "" where the stage has no advice of its own."""
+def setting_advice(settings: JobConfig, setting: str) -> str:
+    """How to change this setting; "" if the stage has no advice on it."""
     return next((text for name, _, text in ADVICE[type(settings)][0] if name == setting), "")
 
 
-def last_advice(settings: base_settings.Common) -> str:
-    """What is left when no single setting helps."""
+def last_advice(settings: JobConfig) -> str:
+    """What to do if no single setting helps."""
     return ADVICE[type(settings)][1]

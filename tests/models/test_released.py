@@ -139,7 +139,7 @@ def test_legacy_means_something_for_width_pruned_folders_only(
     )
     ffn = write_folder(tmp_path / "b", released_state(teacher, KEPT, FFN), config, FFN)
     for path in (plain, teacher_file, ffn):
-        with pytest.raises(ValueError, match="--legacy-txt-proj says nothing"):
+        with pytest.raises(ValueError, match="--legacy-txt-proj does not apply"):
             open_model(path, legacy_txt_proj=True)
     text = write_folder(tmp_path / "c", released_state(teacher, KEPT, TEXT), config, TEXT)
     with pytest.raises(ValueError, match="is not a bundle, so it has no variant 'small'"):

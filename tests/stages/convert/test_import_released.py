@@ -347,7 +347,7 @@ def test_what_does_not_fit_ends_in_one_line(
 
 def test_refit_wants_a_text_step(tmp_path, folder, imported, base, calibration_of):
     save_calibration(tmp_path / "c.safetensors", calibration_of(base))
-    with pytest.raises(ValueError, match="has no text step that anything reads"):
+    with pytest.raises(ValueError, match="has no text step that a block reads"):
         imported(folder(lists=None), refit=True, calibration=tmp_path / "c.safetensors")
 
 
