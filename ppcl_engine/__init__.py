@@ -1,4 +1,4 @@
-"""ppcl_engine: prune MMDiT diffusion transformers and put the pieces back at will (PPCL)."""
+"""ppcl_engine: prune MMDiT diffusion transformers, and switch pruned parts back on at will (PPCL)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
-    """Lazy, so that importing the package does not import torch."""
+    """Imports the two names on first use, so that importing the package does not import torch."""
     if name == "open_model":
         from .models.opening import open_model
 

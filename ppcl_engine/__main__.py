@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # before all other imports, which take seconds
+if __name__ == "__main__":  # before the other imports, which take seconds: Ctrl-C works at once
     from .system.early import watch
 
     watch()
@@ -22,7 +22,7 @@ from .system.memory_errors import is_lack_of_memory
 from .system.texts import read_text
 from .system.wording import cut, known_names, one_line, shown
 
-TINY = "tiny"  # a table of a run file: what --tiny puts in the place of the real model
+TINY = "tiny"  # table of a run file: the small teacher that --tiny uses instead of the model
 USER_ERROR = 2
 _ADVICE = {
     errno.ENOSPC: "free space; nothing half-written was left",
@@ -36,6 +36,7 @@ _OTHER_ADVICE = (
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         return _help()
@@ -63,7 +64,7 @@ def _drop_output() -> None:
 
 
 def _code(arguments: list[str]) -> int:
-    """The exit code. What went wrong is said in one line."""
+    """The exit code. Prints a mistake, or an interrupt, in one line."""
     from .system.distributed import tell
     from .system.interruption import Stopped
     from .system.progress import Progress
@@ -117,7 +118,7 @@ def _dispatch(stage: str, arguments: list[str]) -> None:
 
 
 def run_file(path: Path, tiny: bool = False) -> None:
-    """Every table is read and checked before the first stage starts."""
+    """Runs the stages of a TOML file, after all of its tables were read and checked."""
     stages = read_run_file(path)
     if tiny:
         from .demo.tiny import tiny_run
@@ -130,7 +131,7 @@ def run_file(path: Path, tiny: bool = False) -> None:
 
 
 def read_run_file(path: Path) -> list[tuple[str, object]]:
-    """Raises ValueError naming file, table and setting."""
+    """(stage, settings) in the file's order. Raises ValueError naming file, table and setting."""
     tables = _tables(path)
     for name, table in tables.items():
         if not isinstance(table, dict):
@@ -159,14 +160,15 @@ def _tables(path: Path) -> dict[str, dict]:
     text = read_text(path)
     try:
         return toml.loads(text)
-    except (ValueError, RecursionError) as error:  # not TOML, a number or a nesting without end
+    except (ValueError, RecursionError) as error:  # RecursionError: nested without end
         raise ValueError(f"{path}: {error}{_hint(text, str(error))}") from None
 
 
 def _hint(text: str, error: str) -> str:
-    """At a path of Windows in double quotes, where a backslash begins an escape."""
-    place = re.search(r"at line (\d+)", error)
-    line = text.split("\n")[int(place[1]) - 1] if place else ""
+    """Advice if the mistake is in a line with a backslash in double quotes, where it begins an escape:
+    probably a Windows path."""
+    number = re.search(r"at line (\d+)", error)
+    line = text.split("\n")[int(number[1]) - 1] if number else ""
     return f"; {base_settings.PATHS_OF_WINDOWS}" if re.search(r'"[^"]*\\', line) else ""
 
 
@@ -176,6 +178,11 @@ def _usage() -> str:
     ]
     lines.append(f"  {'run':14} {assess_settings.RunConfig.__doc__}")
     return "usage: ppcl STAGE [settings]; ppcl STAGE --help lists them\n\n" + "\n".join(lines)
+
+
+def _first_line(kind: type) -> str:
+    """Of the help text of a stage, which stands in the docstring of its settings."""
+    return (kind.__doc__ or "").splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command `ppcl`, where Ctrl-C is one line from the first instruction on."""
+"""The command `ppcl`. Ctrl-C ends it in one line from its first instruction on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .system.early import watch
 
 
 def main() -> int:
-    """The command `ppcl`."""
+    """The exit code."""
     watch()
     from .__main__ import main as work
 

@@ -32,6 +32,7 @@ class Run:
         self.states = self.folder / "states"
 
     def load_plan(self) -> PruningPlan:
+        """Raises ValueError if there is no plan, or if it cannot be applied."""
         if not self.plan.exists():
             raise ValueError(f"{self.plan} does not exist; run detect first")
         return plan_from_value(read_object(self.plan), self.plan)

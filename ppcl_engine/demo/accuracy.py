@@ -1,4 +1,4 @@
-"""Let a teacher draw captions and count what the reader recognises.
+"""Let a teacher draw captions, and count what the reader recognises in its pictures.
 
 `python -m ppcl_engine.demo.accuracy --teacher teacher.safetensors --output DIR` writes
 DIR/teacher_accuracy.json and DIR/teacher_grid.png.
@@ -38,7 +38,7 @@ RED, INK, PAPER = (205, 30, 30), (30, 30, 30), (255, 255, 255)
 
 
 def confusions(readings: torch.Tensor, captions: list[Caption]) -> list[dict]:
-    """What was read in place of what, most frequent first: {"field", "caption", "read",
+    """What the reader took for something else, most frequent first: {"field", "caption", "read",
     "count"}."""
     names = (CHARACTERS, COLOUR_NAMES, SHAPES, COLOUR_NAMES, COLOUR_NAMES)
     table = caption_table(captions)
@@ -55,8 +55,8 @@ def confusions(readings: torch.Tensor, captions: list[Caption]) -> list[dict]:
 def write_grid(
     path: Path, pictures: torch.Tensor, captions: list[Caption], right: torch.Tensor
 ) -> None:
-    """A PNG of up to 48 pictures, each over its caption's character; framed red where bool `right`
-    [n] is False."""
+    """Writes a PNG of up to 48 pictures, each above its caption's character. right: bool [n]; pictures
+    for which it is False get a red frame."""
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 

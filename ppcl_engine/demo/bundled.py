@@ -1,4 +1,4 @@
-"""Where the bundled teachers are, and pictures of their world as an artist would bring them."""
+"""Where the bundled teachers are, and pictures with captions like those that they were trained on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEACHERS = {"qwen": TEACHER, "flux": TEACHER.with_name("teacher_flux.safetensors
 
 
 def bundled(name: str) -> Path:
-    """A small teacher's file. Raises ValueError where it is not there."""
+    """The file of a small teacher. Raises ValueError if it does not exist."""
     if not TEACHERS[name].exists():
         raise ValueError(
             f"{TEACHERS[name]} does not exist; make it with `python -m ppcl_engine.demo.train --teacher {name}`"
@@ -22,7 +22,7 @@ def bundled(name: str) -> Path:
 
 
 def render_pictures(folder: Path, count: int, seed: int) -> Path:
-    """`count` pictures with captions beside them, as an artist would bring them."""
+    """Writes `count` rendered pictures, each with its caption in a .txt beside it. Returns the folder."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -56,15 +56,15 @@ QUICK = {
     "drawn": 4,
 }
 LEARNING_RATE = 3e-3
-TOGETHER = 1e-3  # learning rate of projections, and of all parts together
-# of 24 blocks: the paper's share, 10, costs Qwen's teacher a character in twelve
+TUNING_RATE = 1e-3  # learning rate of projections, and of all parts trained together
+# of 24 blocks; with the paper's share, 10, Qwen's teacher draws one character in twelve wrong
 REMOVE = {"qwen": 6, "flux": 8}
-SHARE = {"qwen": 0.5, "flux": 0.6}  # parameters of the smallest variant
+SHARE = {"qwen": 0.5, "flux": 0.6}  # parameters of the smallest variant, relative to the teacher's
 
 
 def demo(config: DemoConfig) -> Path:
-    """Every stage in the method's order; run again, it goes on from what is there. Returns the
-    report."""
+    """Runs every stage in the method's order; run again, it goes on from the files in the folder.
+    Returns the report."""
     start = time.monotonic()
     size = QUICK if config.quick else FULL_SIZE
     run = config.run or FOLDERS[config.teacher]
@@ -96,9 +96,9 @@ def demo(config: DemoConfig) -> Path:
     }
     detect_width(DetectWidthConfig(**common, **sites))
     distill_width(
-        DistillWidthConfig(**common, rounds=1, updates=size["updates"], learning_rate=TOGETHER)
+        DistillWidthConfig(**common, rounds=1, updates=size["updates"], learning_rate=TUNING_RATE)
     )
-    polish(PolishConfig(**common, steps=size["steps"], learning_rate=TOGETHER))
+    polish(PolishConfig(**common, steps=size["steps"], learning_rate=TUNING_RATE))
     variants(VariantsConfig(**common))
     export(ExportConfig(**common))
     export(ExportConfig(**common, layout="ppcl", variant="small", name="small"))
@@ -108,7 +108,7 @@ def demo(config: DemoConfig) -> Path:
 
 
 def _stock(common: dict, rounds: int) -> None:
-    """Students without corrections, for hosts that know nothing of us."""
+    """Makes students without corrections, and files of them for hosts without this project's nodes."""
     run = common["run"] / "stock"
     run.mkdir(parents=True, exist_ok=True)
     for name in ("calibration.safetensors", "plan.json"):

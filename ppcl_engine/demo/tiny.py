@@ -1,8 +1,8 @@
-"""A run file at a size that any machine runs: the bundled teacher for the real model, few samples
-and steps.
+"""A run file at a size that any machine can run: a bundled teacher instead of the real model, and few
+samples and steps.
 
-Everything that shapes the run stays as the file says: which stages, methods, losses, forms,
-variants. What counts blocks, pixels or bytes of the real model is left out or shrunk.
+Stages, methods, losses, forms and variants stay as the file says. Settings that count blocks, pixels or
+bytes of the real model are reset or reduced.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from ..models.weights import Weights
 from .bundled import TEACHERS, bundled, render_pictures
 
+# largest values of settings that count work
 MOST = {
     "samples": 16,
     "batch": 8,
@@ -27,7 +28,8 @@ MOST = {
     "captions": 4,
     "cache_gb": 1.0,
 }
-PLAIN = {
+# settings that are replaced
+REPLACED = {
     "dtype": "float32",
     "streamed": False,
     "device": "auto",
@@ -45,16 +47,19 @@ PICTURES = 16
 
 
 def tiny_run(name: str, table: dict, stages: list[tuple[str, object]]) -> list[tuple[str, object]]:
-    """The stages of a run file on a small teacher, in runs/<name>_tiny. table: its [tiny]:
-    `teacher`, and `blocks`, how many the real model has. Raises ValueError where it names no
-    teacher."""
+    """The stages of a run file on a small teacher, in runs/<name>_tiny.
+
+    table: the file's [tiny], with the name of a `teacher`, and in `blocks` how many blocks the real
+    model has. Raises ValueError if one of them is missing or wrong.
+    """
     teacher, blocks = table.get("teacher"), table.get("blocks")
     if not (
         isinstance(teacher, str) and teacher in TEACHERS and type(blocks) is int and blocks > 0
     ):
         names = ", ".join(f"'{name}'" for name in TEACHERS)
         raise ValueError(
-            f"--tiny needs [tiny] in the run file with teacher = one of {names}, and blocks = how many"
+            f"--tiny needs [tiny] in the run file, with teacher = one of {names} and blocks = how many the "
+            "real model has"
         )
     run, model = Path("runs") / f"{name}_tiny", bundled(teacher)
     share = Weights(model).num_blocks / blocks
@@ -62,9 +67,9 @@ def tiny_run(name: str, table: dict, stages: list[tuple[str, object]]) -> list[t
 
 
 def _tiny(config, run: Path, model: Path, share: float):
-    """`share`: the small model's blocks for one of the real model's."""
+    """share: blocks of the small model for each block of the real one."""
     known = {field.name for field in fields(config)}
-    changes = {"run": run, "model": model, **PLAIN}
+    changes = {"run": run, "model": model, **REPLACED}
     changes |= {
         name: min(getattr(config, name), most) for name, most in MOST.items() if name in known
     }

@@ -1,8 +1,8 @@
 """Train a small teacher from a seed: `python -m ppcl_engine.demo.train --teacher flux --output
 teacher_flux.safetensors`.
 
-Rectified flow (velocity = noise - picture) on endless rendered pictures. Batches depend on
-(seed, step) alone, so a run that was killed goes on from its last save to the same weights.
+Rectified flow (velocity = noise - picture) on rendered pictures, new ones at every step. Batches depend
+on (seed, step) alone, so an interrupted run goes on from its last save and ends in the same weights.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from ..system.tensor_files import write_tensors
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A small model of one architecture. `numbered`: its text tokens need positions of the codec's;
-    `zeroed`: a pattern of the names whose weights start at zero, so that every block starts as the
-    identity and the model predicts 0."""
+    """A small model of one architecture."""
 
     architecture: Architecture
     config: dict
+    """as in a diffusers config.json"""
     numbered: bool
+    """whether the codec has to give its text tokens positions"""
     zeroed: str
+    """pattern of the names of weights that start at zero, so that every block starts as the identity
+    and the model predicts 0"""
 
 
 KINDS = {
@@ -79,19 +81,32 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
+    """How a teacher is trained."""
+
     teacher: str = "qwen"
+    """a key of KINDS"""
     seed: int = 0
     steps: int = 8000
     batch: int = 48
+    """pictures in a step"""
     learning_rate: float = 1.5e-3
+    """the peak"""
     final_learning_rate_share: float = 0.03
+    """learning rate at the end, relative to the peak"""
     constant_share: float = 0.35
+    """share of the steps that end with the peak learning rate"""
     warm_up: int = 150
+    """steps until the peak learning rate"""
     weight_decay: float = 0.01
+    """of matrices"""
     clip: float = 1.0
+    """largest norm of the gradient"""
     average_decay: float = 0.998
+    """of the averaged weights, which are the result"""
     empty_captions: float = 0.1
+    """share of the captions that are empty"""
     save_every: int = 250
+    """steps"""
 
 
 RECIPES = {"qwen": Recipe(), "flux": Recipe(teacher="flux", steps=5000, constant_share=0.45)}
@@ -120,7 +135,7 @@ def training_batch(
     uniform = torch.rand(recipe.batch, generator=generator)
     t = torch.where(torch.rand(recipe.batch, generator=generator) < 0.7, logit_normal, uniform)
     keep = torch.rand(recipe.batch, generator=generator) >= recipe.empty_captions
-    keep[0] = True  # one full caption keeps the batch's text length, hence the compiled shape
+    keep[0] = True  # one caption in every batch keeps the text's length, and so the compiled shape
     texts = [c.text() if k else "" for c, k in zip(captions, keep.tolist(), strict=True)]
     noisy = torch.lerp(clean, noise, t[:, None, None])
     return inputs_of(noisy, t, codec.text(texts), kind.architecture.grid(latents)), noise - clean
@@ -179,7 +194,10 @@ def train(recipe: Recipe, output: Path, compiled: bool, device: str) -> None:
         step += 1
         decay = min(recipe.average_decay, (1 + step) / (10 + step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.values()), list(model.parameters()), 1 - decay)
+            weights = list(model.parameters())
+            torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+                list(average.values()), weights, 1 - decay
+            )
         losses.append(loss.item())
         if step % 50 == 0:
             rate = (step - first) / (time.monotonic() - start)
@@ -201,7 +219,7 @@ def save_progress(path: Path, recipe: Recipe, step: int, model, optimizer, avera
     tensors = {}
     for name, parameter in model.named_parameters():
         tensors |= {f"weight.{name}": parameter.data, f"average.{name}": average[name]}
-        # nothing reads the last text, so plain blocks give it no gradient
+        # nothing reads the last block's text, so its weights get no gradient and have no state
         if state := optimizer.state.get(parameter):
             tensors |= {f"first.{name}": state["exp_avg"], f"second.{name}": state["exp_avg_sq"]}
     write_tensors(path, tensors, {"step": str(step), "recipe": json.dumps(asdict(recipe))})
@@ -214,7 +232,7 @@ def load_progress(path: Path, recipe: Recipe, model, optimizer, average) -> int:
         metadata = file.metadata()
         if json.loads(metadata["recipe"]) != asdict(recipe):
             raise SystemExit(
-                f"{path} belongs to another recipe; move it away or use the same options"
+                f"{path} was made with other options; use the same options, or move it away"
             )
         step, names = int(metadata["step"]), set(file.keys())
         for name, parameter in model.named_parameters():
@@ -237,8 +255,7 @@ def save_teacher(
     state: dict[str, torch.Tensor],
     codec: TableCodec,
 ) -> None:
-    """As a ComfyUI checkpoint, so that stock hosts read it too. state: with the tables that no
-    training moves."""
+    """Writes a ComfyUI checkpoint, which stock hosts can read too. state: weights and buffers."""
     sources = {name: Source(tuple(t.shape), lambda t=t: t) for name, t in state.items()}
     named = {
         name: source.read() for name, source in comfyui_sources(kind.architecture, sources).items()
@@ -260,7 +277,11 @@ def main() -> None:
         "--teacher", choices=tuple(RECIPES), default=Recipe.teacher, help="its architecture"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/teacher/teacher.safetensors"))
-    parser.add_argument("--steps", type=int, help="other than the recipe's own")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="steps of training; by default as many as the teacher was made with",
+    )
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(

@@ -1,1 +1,1 @@
-"""What a stage will take, before it starts: `--dry-run`, and refusing a job that cannot fit."""
+"""How much memory, disk and time a stage will take: for `--dry-run`, and to refuse jobs that cannot fit."""

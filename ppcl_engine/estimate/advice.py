@@ -1,4 +1,4 @@
-"""Which setting to change when memory does not suffice, stage by stage."""
+"""Which setting to change if a stage needs more memory than there is."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ ADVICE = {
         "make the pictures smaller (height, width)",
     ),
 }
-"""Settings to change in this order: (name, the value with which it still helps; None: any, advice),
-then what is left."""
+"""stage's settings -> (what to change, in this order, and what is left if none of it helps). Each change
+is (setting, the value with which it still helps (None: any), advice)."""
 
 
 def memory_advice(settings: Settings) -> str:
     """The first settings that still help, two at most."""
     first, rest = ADVICE[type(settings)]
     helping = [
-        text for name, value, text in first if value is None or getattr(settings, name) == value
+        text for name, value, text in changes if value is None or getattr(settings, name) == value
     ]
     return " or ".join([*helping, rest][:2])
 

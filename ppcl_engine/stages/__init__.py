@@ -1,4 +1,4 @@
-"""The stages in the order of the method: name -> (settings, module), and how one is run."""
+"""The stages in the order of the method, and how one is run."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ STAGES: dict[str, tuple[type, str]] = {
     "bench": (assess_settings.BenchConfig, "assess.bench"),
     "demo": (assess_settings.DemoConfig, ".demo.run"),
 }
-FUNCTIONS = {"import": "import_released"}  # of stages whose own name is a word of Python
+"""name -> (settings, module in this package)"""
+FUNCTIONS = {"import": "import_released"}  # where the stage's name is a keyword of Python
 
 
 def run_stage(stage: str, config) -> None:
-    """By one process, or by those of a launch together."""
+    """Runs a stage in this process, or in all processes of a launch together."""
     from ..system.distributed import together
 
     if getattr(config, "run", None) is not None:
@@ -55,7 +56,7 @@ def run_stage(stage: str, config) -> None:
 
 
 def _working_in(folder: Path | None, stage: str) -> AbstractContextManager:
-    """The lock of the stage's run folder; of several processes the main one has it for all."""
+    """Holds the lock of the stage's run folder; of several processes, the main one holds it for all."""
     from ..system.distributed import is_main
     from ..system.run_lock import holding
 

@@ -1,4 +1,4 @@
-"""What every stage opens first: teacher, calibration set, plan, trained parts of a run."""
+"""What stages open first: the teacher, the calibration set, the plan, a run's trained parts."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def _target_only(config: Common) -> bool:
 
 
 def open_calibration(config: Common, weights: Weights) -> CalibrationSet:
-    """Of this process's rows, if several share the batches. Raises ValueError when a batch has too
-    few for them."""
+    """The run's calibration set; if several processes share the batches, this process's rows of it.
+    Raises ValueError if a batch has fewer samples than there are processes."""
     path = Run(config.run).calibration
     calibration, sharing = load_calibration(path), processes()
     calibration.check_model(weights.architecture.name, weights.fingerprint, path)
@@ -46,7 +46,7 @@ def open_calibration(config: Common, weights: Weights) -> CalibrationSet:
             f"{path} has a batch of {fewest} samples for {sharing.count} processes; calibrate with a larger --batch, "
             "launch fewer processes, or use --parallel intervals"
         )
-    if _target_only(config):  # into its hash: no stage goes on from what was made the other way
+    if _target_only(config):  # it changes the hash: no stage resumes from files made the other way
         calibration = replace(
             calibration, origin={**calibration.origin, "target_tokens_only": True}
         )
@@ -60,7 +60,8 @@ def open_plan(config: Common, weights: Weights) -> PruningPlan:
 
 
 class RunStudents:
-    """Trained parts of a run in the place of a bundle's; `polished` ones where there are such."""
+    """The trained parts of a run, read as those of a bundle are; the polished ones, if `polished`, where
+    there are any."""
 
     def __init__(self, run: Run, config: dict, architecture: Architecture, polished: bool = True):
         self.run, self.config, self.architecture = run, config, architecture

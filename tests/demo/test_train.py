@@ -100,7 +100,7 @@ def test_a_killed_training_goes_on_to_the_same_file(name, tmp_path, monkeypatch)
     monkeypatch.undo()
     train(recipe(name), stopped, compiled=False, device="cpu")
     assert stopped.read_bytes() == whole.read_bytes()
-    with pytest.raises(SystemExit, match="belongs to another recipe"):
+    with pytest.raises(SystemExit, match="was made with other options"):
         train(recipe(name, seed=1), stopped, compiled=False, device="cpu")
     _check_file(whole, name)
 

@@ -1,9 +1,10 @@
-"""Bench: seconds of a forward of each variant, interleaved so that a busy machine is unfair to
-none."""
+"""Bench: time a forward of each variant, interleaved so that a busy machine slows all of them alike."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 
@@ -18,8 +19,8 @@ from ...system.machine import DTYPES, resolve_device
 
 
 def bench(config: BenchConfig) -> None:
-    """Prints a table (2:4 weights run on the GPU's kernels for them where it has such): parameters,
-    median milliseconds, ratio to the first."""
+    """Prints a table: parameters, median milliseconds, ratio to the first variant. 2:4 weights run on
+    the GPU's kernels for them, if it has any."""
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
     names = (
         ["full", *(v.name for v in Bundle(config.path).plan.variants if v.name != "full")]

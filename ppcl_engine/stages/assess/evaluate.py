@@ -1,7 +1,8 @@
 """Evaluate: every variant against the teacher at the same seeds, with bootstrap intervals.
 
-Velocity error on the calibration set by timestep; pictures drawn from the same noise (latent and
-picture PSNR, SSIM, what a reader reads in them, how much the caption matters); time, memory, size.
+Measured are the velocity error on the calibration set by timestep; on pictures drawn from the same noise
+PSNR of latents and pictures, SSIM, what a reader recognises in them, and how much the caption matters;
+and time, memory and size.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def evaluate(config: EvaluateConfig) -> Path:
 
 
 def evaluate_with(config: EvaluateConfig, seconds: Callable[[], float] | None) -> Path:
-    """`seconds()`: how long the whole run took, for the report."""
+    """As `evaluate`. seconds(): how long the whole run took, for the report."""
     start = time.monotonic()
     run, weights = Run(config.run), Weights(config.model)
     plan, calibration = open_plan(config, weights), open_calibration(config, weights)
@@ -90,7 +91,7 @@ def evaluate_with(config: EvaluateConfig, seconds: Callable[[], float] | None) -
 def _prompts(
     config: EvaluateConfig, weights: Weights, reading: Reading
 ) -> tuple[list[str], Prompts]:
-    """What is drawn, in words and encoded."""
+    """The captions to draw, as text and encoded."""
     numbers, size = range(config.captions), (config.height, config.width)
     if config.references:
         rows = picture_files(config.references)
@@ -139,8 +140,9 @@ class _Comparison:
         self.teacher: dict = {}
 
     def row(self, variant: Variant) -> dict:
+        """The variant's figures, as evaluate.json has them. The first variant is the teacher."""
         ours = self._drawn(variant)
-        gc.collect()  # the transformer has left memory before the VAE comes
+        gc.collect()  # frees the transformer before the VAE is loaded
         pictures = ours["pictures"] = self.reading.codec.pictures(ours["latents"])
         check_finite({"picture": pictures}, f"variant {variant.name!r}", BAD_PICTURE)
         self.reading.codec.release()
@@ -161,8 +163,8 @@ class _Comparison:
         }
 
     def time_again(self, variants: list[Variant], rows: list[dict]) -> None:
-        """Last first, and the better of both times counts: a process gets faster as its allocator
-        settles."""
+        """Times the variants once more, the last one first; the better of both times counts, because a
+        process gets faster as its allocator settles."""
         for variant, row in reversed(list(zip(variants, rows, strict=True))):
             row["seconds_per_step"] = min(
                 row["seconds_per_step"], self._seconds(self._model(variant))
@@ -177,8 +179,8 @@ class _Comparison:
         )
 
     def _drawn(self, variant: Variant) -> dict:
-        """All that needs the transformer, which nothing returned here holds; `peak` is its own
-        memory's."""
+        """Everything that needs the transformer. Nothing returned here refers to it, so that it can be
+        freed; `peak` is the memory that it took."""
         memory = PeakMemory(self.device)
         model = self._model(variant)
         velocities = self._velocities(model, variant.name)
@@ -219,8 +221,7 @@ class _Comparison:
         )
 
     def _seconds(self, model) -> float:
-        """Median of a forward of one calibration batch; called when the model has drawn, so caches
-        are warm."""
+        """Median time of a forward of one calibration batch. Called after drawing, so caches are warm."""
         seconds = []
         with torch.no_grad():
             for _ in range(REPEATS):
@@ -268,8 +269,8 @@ class _Comparison:
         }
 
     def _text_sensitivity(self, model) -> dict:
-        """|| v(caption) - v(empty) ||^2 / || v(caption) ||^2 at t = 0.7: how much the words
-        matter."""
+        """|| v(caption) - v(empty) ||^2 / || v(caption) ||^2 at t = 0.7: how much the caption
+        matters."""
         count = min(self.config.batch, self.prompts.count)
         generator = torch.Generator().manual_seed(self.config.seed)
         noise = self.weights.architecture.pack(

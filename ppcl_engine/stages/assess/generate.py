@@ -1,4 +1,4 @@
-"""Generate: draw captions with any model file, and put the pictures side by side in one PNG."""
+"""Generate: draw captions with any model file, and put the pictures side by side in one file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ BATCH = 16
 
 
 def generate(config: GenerateConfig) -> Path:
-    """The text encoder, the transformer and the VAE are in memory one after the other."""
+    """Returns the picture. The text encoder, the transformer and the VAE are in memory one after the
+    other."""
     form = check_picture(config.output)
     device = resolve_device(config.device)
     codec = open_codec(config.base or config.path, device)
@@ -67,7 +68,7 @@ def _encoded(
 
 
 def _check_fits(path: Path, form: str, prompts: Prompts, codec: Codec) -> None:
-    """Before anything is drawn."""
+    """Raises ValueError, before anything is drawn, if the row is too wide for its format."""
     width = prompts.count * prompts.latent_shape[2] * codec.pixels_per_latent
     if form == "JPEG" and width > LONGEST_JPEG:
         raise ValueError(
@@ -76,7 +77,7 @@ def _check_fits(path: Path, form: str, prompts: Prompts, codec: Codec) -> None:
 
 
 def save_row(path: Path, pictures: torch.Tensor, form: str = "PNG") -> None:
-    """Pictures [n, 3, H, W] in [0, 1] beside each other; small ones enlarged without smoothing."""
+    """Writes pictures [n, 3, H, W] in [0, 1] side by side; small ones are enlarged without smoothing."""
     from PIL import Image
 
     row = (pictures * 255).round().byte().permute(2, 0, 3, 1).flatten(1, 2).numpy()

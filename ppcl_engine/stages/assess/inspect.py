@@ -1,4 +1,5 @@
-"""Inspect: what a file holds, and which architectures are known, counted on the meta device."""
+"""Inspect: print what a file holds, or which full-size models are known. Parameters are counted on the
+meta device."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ def inspect(config: InspectConfig) -> None:
 
 
 def known_models() -> dict[str, dict]:
-    """Every full-size model: architecture, blocks, width, parameters, what its modulations read
-    (the timestep alone: they can be folded)."""
+    """Name -> architecture, blocks, width, parameters and what the modulations read, for every known
+    full-size model. Modulations that read only the timestep can be folded."""
     models = {}
     for architecture in ARCHITECTURES:
         for name, model_config in architecture.model_configs.items():
@@ -61,11 +62,12 @@ def known_models() -> dict[str, dict]:
 
 
 def describe(path: Path, legacy_txt_proj: bool = False) -> dict:
+    """What the file or folder is, and which of its weights are zero if it was made sparse."""
     return {**_describe(path, legacy_txt_proj), **_sparsity(path)}
 
 
 def verified(path: Path, base: Path | None) -> dict:
-    """Every tensor of the file, or of a folder's, is read and compared. Raises ValueError naming
+    """Reads every tensor of the file or folder and compares it with its hash. Raises ValueError naming
     the first that differs."""
     files = [TensorFile(file) for file in files_of(path) if file.suffix != ".bin"]
     count = 0
@@ -73,16 +75,15 @@ def verified(path: Path, base: Path | None) -> dict:
         for name in Progress(file.keys(), desc=f"verify {file.path.name}", unit="tensor"):
             file.verify(name)
             count += file.has_hashes
-    said = f"{count:,} tensors are as they were written"
-    found = {
-        "verified": said
-        if count
-        else "the file carries no hashes, so there is nothing to compare it with"
-    }
-    return found | (_compared(path, base) if base is not None else {})
+    if count:
+        result = f"{count:,} tensors are as they were written"
+    else:
+        result = "the file carries no hashes, so there is nothing to compare it with"
+    return {"verified": result} | (_compared(path, base) if base is not None else {})
 
 
 def _compared(path: Path, base: Path) -> dict:
+    """The result of comparing the base with the hashes of its tensors that the bundle holds."""
     bundle, weights = Bundle(path), Weights(base)
     bundle.plan.check_teacher(weights.architecture.name, weights.fingerprint, base)
     if bundle.expected_base is None:
@@ -106,7 +107,7 @@ def _describe(path: Path, legacy_txt_proj: bool) -> dict:
         return _describe_released(Released(path, legacy_txt_proj))
     if legacy_txt_proj:
         raise ValueError(
-            f"{path} has no text projections of the authors', so --legacy-txt-proj says nothing"
+            f"{path} has no text projections of the authors', so --legacy-txt-proj does not apply; leave it out"
         )
     if kind is Kind.BUNDLE:
         bundle = Bundle(path)
@@ -166,8 +167,8 @@ def _describe_released(released: Released) -> dict:
 
 
 def _teacher_blocks(architecture: Architecture, model_config: dict) -> dict[str, list[int] | str]:
-    """The teacher's index of every block, where a full-size model is shorter than the one it came
-    from."""
+    """The teacher's index of every block, for a model with fewer blocks than the full-size model of its
+    width; empty for others."""
     full = {
         architecture.width(c): architecture.num_blocks(c)
         for c in architecture.model_configs.values()
@@ -182,7 +183,7 @@ def _teacher_blocks(architecture: Architecture, model_config: dict) -> dict[str,
 
 
 def _folding(config: dict) -> dict[str, str]:
-    """What stands for the modulations, where they are folded away."""
+    """What replaces the modulations, if they are folded."""
     folding = folding_of(config)
     if folding is None:
         return {}
@@ -191,25 +192,25 @@ def _folding(config: dict) -> dict[str, str]:
 
 
 def _sparsity(path: Path) -> dict[str, str]:
-    """What weights are zero, where a file was made sparse."""
-    found = sparsity_of(TensorFile(path).metadata) if path.is_file() else None
-    if found is None:
+    """Which weights are zero, if the file was made sparse."""
+    sparsity = sparsity_of(TensorFile(path).metadata) if path.is_file() else None
+    if sparsity is None:
         return {}
-    how = f"{found.pattern} by {found.score}" + (
-        f" in {found.granularity}" if found.pattern == UNSTRUCTURED else ""
-    )
-    said = [
-        f"{how}, {100 * found.dropped / found.weights:.1f} % of {found.weights:,} weights are zero"
-    ]
-    said += ["compressed on disk"] if found.pattern == "2:4" else []
-    said += ["weights changed places by the exact error"] if found.exchange else []
-    said += ["the others make up for them"] if found.compensate else []
-    said += ["channels in another order than the teacher's"] if found.permuted else []
-    return {"sparse": "; ".join([*said, *filter(None, [found.note])])}
+    how = f"{sparsity.pattern} by {sparsity.score}"
+    if sparsity.pattern == UNSTRUCTURED:
+        how += f" in {sparsity.granularity}"
+    share = 100 * sparsity.dropped / sparsity.weights
+    facts = [f"{how}, {share:.1f} % of {sparsity.weights:,} weights are zero"]
+    facts += ["compressed on disk"] if sparsity.pattern == "2:4" else []
+    facts += ["weights changed places by the exact error"] if sparsity.exchange else []
+    facts += ["the others make up for them"] if sparsity.compensate else []
+    facts += ["channels in another order than the teacher's"] if sparsity.permuted else []
+    facts += [sparsity.note] if sparsity.note else []
+    return {"sparse": "; ".join(facts)}
 
 
-def _as_text(found: dict) -> str:
+def _as_text(content: dict) -> str:
     return "\n".join(
         f"{name:14} {value if not isinstance(value, list) else ' '.join(map(str, value))}"
-        for name, value in found.items()
+        for name, value in content.items()
     )

@@ -1,5 +1,5 @@
-"""Export: the bundle (every variant, with the user's own base), or one variant as a file of its
-own."""
+"""Export: write the bundle (all variants, to be used with the user's base model), or one variant as a file
+of its own."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ SOURCE_PLAN_KEY = "ppcl_source_plan"
 
 
 def export(config: ExportConfig) -> Path:
-    """Returns the file (or diffusers folder). Raises ValueError for a name that is a path, for a
-    variant with corrections where the layout is a stock host's, and for students that were not
-    trained yet."""
+    """Returns the file (or diffusers folder). Raises ValueError for a variant that the layout cannot
+    hold, and for students that are not trained yet."""
     scaled = config.store == "float8"
     if scaled and config.layout != "comfyui":
         raise ValueError(
@@ -67,8 +66,9 @@ def export(config: ExportConfig) -> Path:
             **marks_of(weights.architecture, stock_config),
             HINTS_TENSOR: hints_of(plan, block_map, stock_config),
         }
-        # of two: weights alone, products in more bits
-        extra |= {FP8_MARK: torch.zeros(2, dtype=FP8)} if scaled else {}
+        if scaled:
+            # ComfyUI reads the marker's size: two elements say fp8 storage alone, products in 16 bits
+            extra[FP8_MARK] = torch.zeros(2, dtype=FP8)
         write_sources(
             path, comfyui_sources(weights.architecture, tensors), dtype, metadata, extra, scaled
         )
@@ -82,8 +82,8 @@ def export(config: ExportConfig) -> Path:
 
 
 def _tensors(run: Run, weights: Weights, plan: PruningPlan, variant: Variant) -> dict[str, Source]:
-    """Every tensor of the variant by diffusers' names, teacher indices kept; a changed place is
-    read when it is due."""
+    """Every tensor of the variant by its name in diffusers, with the teacher's indices. Each is read
+    when it is written."""
     architecture, layout = weights.architecture, layout_of(plan, variant)
     students = RunStudents(run, weights.config, architecture)
     if variant.tuned:
@@ -92,29 +92,32 @@ def _tensors(run: Run, weights: Weights, plan: PruningPlan, variant: Variant) ->
         return {
             n: Source(s, lambda n=n: students.tuned(variant.name, n)) for n, s in shapes.items()
         }
-    untouched = {place.index for place in layout.places if place.is_teacher}
-    prefixes = {
-        architecture.block_prefix(weights.config, index): index for index in range(plan.num_blocks)
+    unchanged = {place.index for place in layout.places if place.is_teacher}
+    replaced = tuple(
+        architecture.block_prefix(weights.config, index)
+        for index in range(plan.num_blocks)
+        if index not in unchanged
+    )
+    sources = {
+        key: Source(weights.shape(key), lambda key=key: weights.read(key))
+        for key in weights.keys()
+        if not key.startswith(replaced)
     }
-    sources = {}
-    for key in weights.keys():
-        if next((index for p, index in prefixes.items() if key.startswith(p)), None) in {
-            None,
-            *untouched,
-        }:
-            sources[key] = Source(weights.shape(key), lambda key=key: weights.read(key))
 
-    @lru_cache(maxsize=1)  # tensors are written place by place
+    @lru_cache(maxsize=1)  # a block's tensors are written one after the other
     def state(place: Place) -> dict[str, torch.Tensor]:
         return placed_block(weights, students, place, torch.float32, "cpu", {}).state_dict()
 
     for place in layout.places:
-        if place.index not in untouched:
+        if place.index not in unchanged:
             sources |= _place_tensors(weights, place, state)
     return sources
 
 
-def _place_tensors(weights: Weights, place: Place, state) -> dict[str, Source]:
+def _place_tensors(
+    weights: Weights, place: Place, state: Callable[[Place], dict[str, torch.Tensor]]
+) -> dict[str, Source]:
+    """The tensors of a block that is not the teacher's own; `state` reads all of them."""
     with torch.device("meta"):
         shapes = empty_block(weights.architecture, weights.config, place, {}).state_dict()
     prefix = weights.architecture.block_prefix(weights.config, place.index)
@@ -137,7 +140,7 @@ def _renumbered(
     stock_config: dict,
     block_map: list[int],
 ) -> dict[str, Source]:
-    """Blocks counted from 0 without gaps, as `stock_config` counts them."""
+    """The same tensors with the blocks counted from 0 without gaps, as `stock_config` counts them."""
     prefixes = {
         architecture.block_prefix(config, old): architecture.block_prefix(stock_config, new)
         for new, old in enumerate(block_map)
@@ -150,19 +153,20 @@ def _renumbered(
 
 
 def _refuse_what_stock_lacks(plan: PruningPlan, variant: Variant, layout: str) -> None:
+    """Raises ValueError if the variant needs something that a stock host does not have."""
     if FOLDING in plan.config:
         raise ValueError(
-            f"the model is folded, for which stock {layout} has no place; export with --layout ppcl, or unfold it first "
+            f"the model is folded, which stock {layout} cannot run; export with --layout ppcl, or unfold it first "
             "(ppcl fold --form off)"
         )
     if variant.sites:
         raise ValueError(
-            f"variant {variant.name!r} has width site {variant.sites[0]}, for which stock {layout} has no place; "
+            f"variant {variant.name!r} has width site {variant.sites[0]}, which stock {layout} cannot run; "
             "export with --layout ppcl, or a variant without width sites"
         )
     corrected = [n for n in variant.intervals if plan.interval(n).correction != "none"]
     if corrected:
         raise ValueError(
-            f"interval {corrected[0]} has a correction, for which stock {layout} has no place; "
+            f"interval {corrected[0]} has a correction, which stock {layout} cannot run; "
             "distil with --correction none, or export with --layout ppcl"
         )

@@ -1,9 +1,8 @@
-"""Import: a pruned model that the method's authors released becomes a bundle or a standalone of
-ours.
+"""Import: make a bundle or a standalone from a pruned model that the method's authors released.
 
-Its blocks get their teacher's indices back, from the published intervals or from the user's. A
-bundle takes intervals and projections as students where the rest is the base's own; where the rest
-was fine-tuned too, it holds the whole model as a tuned variant.
+Its blocks get the teacher's indices back, from the published intervals or from those that the user
+gives. If everything outside of intervals and projections is the base's own, a bundle holds only these;
+if the rest was fine-tuned too, it holds the whole model as a tuned variant.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ VARIANT = "released"
 
 
 def import_released(config: ImportConfig) -> Path:
-    """Returns the file. Raises ValueError for a folder, intervals or a base that do not fit each
-    other."""
+    """Returns the file. Raises ValueError if folder, intervals and base do not fit together."""
     if config.base is None and (config.refit or config.layout == "bundle"):
         what = "--refit" if config.refit else "--layout bundle"
         raise ValueError(f"{what} needs --base, the teacher that {config.path} was pruned from")
@@ -79,7 +77,7 @@ def import_released(config: ImportConfig) -> Path:
 def plan_of(
     released: Released, base: Weights | None, intervals: tuple[Interval, ...], dtype: torch.dtype
 ) -> PruningPlan:
-    """Of the teacher's indices, with one variant that has everything on."""
+    """A plan with the teacher's indices, and one variant that has everything on."""
     architecture, places = released.architecture, released.layout.places
     teacher = teacher_indices(released.num_blocks, intervals)
     num_blocks = released.num_blocks + sum(interval.removed for interval in intervals)
@@ -114,7 +112,7 @@ def plan_of(
 
 
 class Imported:
-    """The released tensors by the names of the same model with the teacher's indices."""
+    """The released tensors under the names that they have with the teacher's indices."""
 
     def __init__(self, released: Released, plan: PruningPlan):
         self.released, self.plan, self.architecture = released, plan, released.architecture
@@ -126,20 +124,21 @@ class Imported:
         for old, new in self.places:
             if old.steps_text and not new.steps_text and new.last < plan.num_blocks - 1:
                 raise ValueError(
-                    f"{released.path} steps the text inside a text group, at block {new.index}, for which a plan has "
-                    "no place; open_model and inspect read the folder as it is"
+                    f"{released.path} steps the text inside a text group, at block {new.index}, which a plan cannot "
+                    "describe; open_model and inspect read the folder as it is"
                 )
 
     def prefix(self, place: Place) -> str:
         return self.architecture.block_prefix(self.plan.config, place.index)
 
     def released_name(self, name: str) -> str:
+        """The name of a tensor in the released folder."""
         prefix = next((prefix for prefix in self._prefixes if name.startswith(prefix)), None)
         return self._prefixes[prefix] + name.removeprefix(prefix) if prefix else name
 
     def read(self, name: str) -> torch.Tensor:
-        """A text step that the release leaves out is zero: its text then passes the group
-        unchanged."""
+        """A tensor, in which a text step that the release leaves out is zero: the text then passes the
+        group unchanged."""
         if name in self._fitted:
             return self._fitted[name]
         stored = self.released_name(name)
@@ -163,8 +162,8 @@ class Imported:
                 )
 
     def first_change(self, base: Weights) -> str | None:
-        """The first tensor outside intervals and projections that is not the base's, in the coarser
-        of both precisions."""
+        """The first tensor outside of intervals and projections that differs from the base's in the
+        coarser of both precisions; None if all are equal."""
         skipped = tuple(self.prefix(place) for place in self.layout.places if place.interval)
         skipped += tuple(
             name for place in self.layout.places for _, _, name in self.projections(place)
@@ -179,7 +178,8 @@ class Imported:
         return None
 
     def refit(self, config: ImportConfig, base: Weights) -> PruningPlan:
-        """Text steps by ridge regression on the teacher's own states; the plan that says so."""
+        """Fits the text steps by ridge regression on the teacher's own states. Returns the plan with a
+        note of it."""
         path = config.calibration or Run(config.run).calibration
         calibration = load_calibration(path)
         calibration.check_model(base.architecture.name, base.fingerprint, path)
@@ -187,7 +187,7 @@ class Imported:
         groups = [(source, members[-1]) for source, members in groups if members[-1].steps_text]
         if not groups:
             raise ValueError(
-                f"{self.released.path} has no text step that anything reads; leave --refit out"
+                f"{self.released.path} has no text step that a block reads; leave --refit out"
             )
         teacher = Teacher(
             base, DTYPES[config.dtype], resolve_device(config.device), config.streamed
@@ -208,9 +208,9 @@ class Imported:
 def fit_steps(
     teacher: Teacher, calibration: CalibrationSet, spans: dict[int, int], store: StateStore
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """spans: last block of a group -> the block before it. Last block -> weight [d, d], bias [d] of
-    P in text_b = P(text_a) + text_a (method: width, text stream), over all real tokens; at most one
-    pass of the teacher."""
+    """Last block of each group -> weight [d, d] and bias [d] of P in text_b = P(text_a) + text_a (the
+    text stream's width pruning), fitted on all real tokens in at most one pass of the teacher.
+    spans: last block of each group -> the block before the group."""
     embedded = [teacher.embed(inputs) for inputs in calibration.all_inputs()]
     width, solved = embedded[0].text.shape[-1], {}
     walk = sweep(teacher, embedded, store, max(spans))
@@ -236,7 +236,7 @@ def fit_steps(
 def _intervals(
     config: ImportConfig, released: Released, base: Weights | None
 ) -> tuple[Interval, ...]:
-    """Raises ValueError when the teacher index of each block is neither published nor given."""
+    """The replaced intervals. Raises ValueError if they are neither published nor given."""
     blocks = base.num_blocks if base else None
     if config.intervals:
         return parse_intervals(config.intervals)
@@ -245,13 +245,14 @@ def _intervals(
     published = published_intervals(released.architecture, released.config, blocks)
     if published is None:
         raise ValueError(
-            f"{config.path} has {released.num_blocks} blocks, and which of the teacher's they are is not published; "
+            f"{config.path} has {released.num_blocks} blocks; which of the teacher's blocks they are was not published: "
             "give the intervals that were replaced as --intervals '3-4 8-10'"
         )
     return published
 
 
 def _check_base(released: Released, base: Weights, plan: PruningPlan, config: ImportConfig) -> None:
+    """Raises ValueError if the released model cannot have been pruned from the base."""
     if base.num_blocks != plan.num_blocks:
         raise ValueError(
             f"{config.path} has {released.num_blocks} blocks, which with these intervals makes a teacher of "
@@ -259,7 +260,8 @@ def _check_base(released: Released, base: Weights, plan: PruningPlan, config: Im
         )
     if base.architecture is not released.architecture:
         raise ValueError(
-            f"{config.base} is {base.architecture.name}, {config.path} is {released.architecture.name}"
+            f"{config.base} is {base.architecture.name}, {config.path} is {released.architecture.name}; "
+            "choose the base model that it was pruned from"
         )
     for name in sorted(base.config.keys() & plan.config.keys()):
         if base.config[name] != plan.config[name]:
@@ -293,8 +295,8 @@ def _write_bundle(
         ]
         write_bundle(path, plan.with_parts(variants=(variant,)), entries, teacher_hashes(base))
         return path
-    students = [(old, new) for old, new in imported.places if new.interval]
-    if cut := [new.name for _, new in students if new.projections]:
+    students = [(old, new, new.interval) for old, new in imported.places if new.interval]
+    if cut := [new.name for _, new, _ in students if new.projections]:
         print(
             f"import: with its width sites off, a student takes what the release lacks from the base: {' '.join(cut)}"
         )
@@ -317,7 +319,8 @@ def _write_bundle(
 def _student_entries(
     imported: Imported, base: Weights, old: Place, new: Place, interval: Interval, dtype
 ) -> Iterator[TensorEntry]:
-    """A whole block: what the release cut off for a width site is the base's."""
+    """The student at a place, as a whole block: what the release cut off for a width site is taken from
+    the base."""
     with torch.device("meta"):
         student = build_student(imported.architecture, imported.plan.config, interval)
 

@@ -1,8 +1,8 @@
-"""Sparsify: weights of the blocks become zero, a block at a time, on what its layers read behind
-the pruned ones before it.
+"""Sparsify: set weights of the blocks to zero, one block after the other, by what its layers read after
+the pruned blocks before it.
 
-The resume unit is a block: a pruned one is a file, and the states in front of the next are computed
-again from it, so a run that was killed ends in the same bits. Memory holds one block, its Gram
+A pruned block is a file. An interrupted run goes on after the last one and computes the states before
+the next block again from the files, so it ends in the same bits. Memory holds one block, its Gram
 matrices and the states between two blocks.
 """
 
@@ -39,12 +39,12 @@ from ...system.progress import Progress, measured, saved
 from ...system.tensor_files import TensorFile, write_tensors
 
 MACHINE_SETTINGS = ("run", "device", "streamed", "calibration", "dry_run")
-"""That change no bit, or are told by what they hold"""
+"""settings that change no bit; of the calibration set, its hash is compared instead of its path"""
 
 
 def sparsify(config: SparsifyConfig) -> Path:
-    """Returns the file. Raises ValueError for a share or pattern that cannot be, a calibration set
-    of another model, and a layer that no sample reaches."""
+    """Returns the file. Raises ValueError for a share that the pattern does not allow, for a calibration
+    set of another model, and for a layer that no sample reaches."""
     pattern = pattern_named(config.pattern)
     method = Method(
         pattern=pattern,
@@ -71,9 +71,12 @@ def sparsify(config: SparsifyConfig) -> Path:
 
 @dataclass(eq=False)
 class _Sparsifying:
+    """One run of the stage."""
+
     config: SparsifyConfig
     method: Method
     skip: tuple[str, ...]
+    """parts of the names of linear maps that stay dense"""
     source: SparsitySource
     calibration: CalibrationSet
 
@@ -111,7 +114,7 @@ class _Sparsifying:
         return path
 
     def _prune(self) -> None:
-        """Leaves a file for every block."""
+        """Prunes the blocks that have no file yet; then every block has one."""
         embedded = self._embedded()
         weights = [
             timestep_weights(batch["timestep"], self.config.timesteps)
@@ -180,7 +183,7 @@ class _Sparsifying:
         )
 
     def _fill(self, block: nn.Module, place: Place) -> None:
-        """With the pruned weights as the file will hold them."""
+        """Loads the pruned weights of the block's file, in its precision."""
         file = TensorFile(self._path(place))
         state = {name: file.read(name).to(self.device, self.dtype) for name in block.state_dict()}
         block.load_state_dict(state, assign=True)
@@ -208,19 +211,20 @@ class _Sparsifying:
         return json_text([values, self.calibration.hash, self.source.fingerprint, marks])
 
     def _tensors(self) -> dict[str, Source]:
-        """By diffusers' names: the outer ones as they were, the blocks' from their files."""
+        """Every tensor by its name in diffusers: those outside of blocks unchanged, those of blocks from
+        their files."""
         source = self.source
-        found = {
+        tensors = {
             n: Source(shape, lambda n=n: source.read(n))
             for n, shape in source.outer_shapes().items()
         }
         for place in source.layout.places:
             file, prefix = TensorFile(self._path(place)), source.prefix(place)
-            found |= {
+            tensors |= {
                 prefix + n: Source(file.shape(n), lambda f=file, n=n: f.read(n))
                 for n in file.keys()
             }
-        return found
+        return tensors
 
     def _described(self, reports: list[dict]) -> Sparsity:
         config, method = self.config, self.method
@@ -247,11 +251,13 @@ def _files(path: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _States:
-    """The inputs of block `number`, batch by batch, in the store that takes its outputs too."""
+    """The inputs of one block, batch by batch. Its outputs go into the same store."""
 
     store: StateStore
     number: int
+    """of the block, counted from 0 without gaps"""
     embedded: list[BlockState]
+    """each batch before the first block, for the parts of a state that no block changes"""
 
     def __iter__(self) -> Iterator[tuple[int, BlockState]]:
         for batch, like in enumerate(self.embedded):

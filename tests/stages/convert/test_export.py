@@ -119,9 +119,7 @@ def test_a_bundle_holds_students_only(exported, teacher_file):
 
 
 def test_corrections_and_paths_are_refused(exported):
-    with pytest.raises(
-        ValueError, match="has a correction, for which stock diffusers has no place"
-    ):
+    with pytest.raises(ValueError, match="has a correction, which stock diffusers cannot run"):
         exported("affine", "diffusers")
     with pytest.raises(ValueError, match="letters, digits"):
         exported("none", "bundle", name="../up")

@@ -167,9 +167,7 @@ def test_stock_layouts_are_refused(folded, teacher_file, tmp_path):
     path = folded(teacher_file, "basis")
     folder = Run(tmp_path / "of_folded")
     write_parts(folder, path)
-    with pytest.raises(
-        ValueError, match="the model is folded, for which stock comfyui has no place"
-    ):
+    with pytest.raises(ValueError, match="the model is folded, which stock comfyui cannot run"):
         export(ExportConfig(model=path, run=folder.folder, layout="comfyui", variant="3-4"))
     original = export(
         ExportConfig(model=path, run=folder.folder, layout="bundle", name="of_folded")

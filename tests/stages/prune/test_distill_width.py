@@ -184,7 +184,7 @@ def test_a_standalone_with_everything_on_is_the_variant(
         architecture.call(ours, inputs),
         architecture.call(open_model(bundle, name, teacher_file), inputs),
     )
-    with pytest.raises(ValueError, match="has width site .*stock comfyui has no place"):
+    with pytest.raises(ValueError, match="has width site .*stock comfyui cannot run"):
         export(
             ExportConfig(model=teacher_file, run=run.folder, layout="comfyui", variant="ffn_text:1")
         )
