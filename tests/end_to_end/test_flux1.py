@@ -13,8 +13,7 @@ from ppcl_engine.models.opening import open_model
 from ppcl_engine.models.standalone import GUARD_SHAPE
 from ppcl_engine.models.weights import expected_shapes
 from ppcl_engine.run import Run
-from ppcl_engine.settings.prune_settings import DetectConfig, DetectWidthConfig
-from ppcl_engine.stages.prune.detect import detect
+from ppcl_engine.settings.prune_settings import DetectWidthConfig
 from ppcl_engine.stages.prune.detect_width import detect_width
 from ppcl_engine.system.atomic import read_json
 from ppcl_engine.system.tensor_files import TensorFile
@@ -25,7 +24,9 @@ from ..tiny.pruned_run import (
     check_same_bits,
     check_width_pruned_file,
     copied,
+    detected_at_any_price,
     finished,
+    measured_pairs,
     own_weights,
     weighed,
     with_students,
@@ -52,22 +53,13 @@ def run(depth, teacher_file, tmp_path_factory) -> Run:
 
 @pytest.mark.parametrize("method", ["ppcl", "budget"])
 def test_no_interval_goes_from_double_to_single_blocks(depth, teacher_file, tmp_path, method):
-    run = copied(depth, tmp_path / "run")
-    options = {
-        "remove": 5,
-        "max_drop": 10.0,
-        "eps": 10.0,
-        "longest": 8,
-        "bootstrap": 3,
-        "tokens": 3,
-    }
-    detect(DetectConfig(model=teacher_file, run=run.folder, device="cpu", method=method, **options))
+    settings = {"method": method, "remove": 5, "longest": 8}
+    run = detected_at_any_price(depth, teacher_file, tmp_path / "run", **settings)
     found = run.load_plan().intervals
     assert found and all((i.first < DOUBLES) == (i.last < DOUBLES) for i in found)
     assert method == "budget" or [i.name for i in found] == ["0-3", "4-7"]
-    cka = TensorFile(run.curves).read("cka")[:, :, 0]
-    measured = {(u, u + j) for u, j in cka.isfinite().nonzero().tolist()}
-    assert measured == {(u, k) for u in range(8) for k in range(u + 1, 8) if (u < 4) == (k < 4)}
+    pairs = {(u, k) for u in range(8) for k in range(u + 1, 8) if (u < 4) == (k < 4)}
+    assert measured_pairs(run) == pairs
     assert "block 4 is of another kind" in "\n".join(read_json(run.detection)["explain"])
 
 

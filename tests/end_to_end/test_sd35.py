@@ -21,9 +21,8 @@ from ppcl_engine.models.tensor_sources import Source, comfyui_sources
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.run import Run
 from ppcl_engine.settings.convert_settings import ExportConfig
-from ppcl_engine.settings.prune_settings import DetectConfig, DetectWidthConfig, DistillDepthConfig
+from ppcl_engine.settings.prune_settings import DetectWidthConfig, DistillDepthConfig
 from ppcl_engine.stages.convert.export import export
-from ppcl_engine.stages.prune.detect import detect
 from ppcl_engine.stages.prune.detect_width import detect_width
 from ppcl_engine.stages.prune.distill_depth import distill_depth
 from ppcl_engine.system.atomic import read_json
@@ -35,7 +34,9 @@ from ..tiny.pruned_run import (
     check_same_bits,
     check_width_pruned_file,
     copied,
+    detected_at_any_price,
     finished,
+    measured_pairs,
     own_weights,
     weighed,
     with_students,
@@ -64,20 +65,10 @@ def run(depth, teacher_file, tmp_path_factory) -> Run:
 
 @pytest.mark.parametrize("method", ["ppcl", "budget"])
 def test_the_last_block_stays(depth, teacher_file, tmp_path, method):
-    run = copied(depth, tmp_path / "run")
-    options = {
-        "remove": 4,
-        "max_drop": 10.0,
-        "eps": 10.0,
-        "longest": 6,
-        "bootstrap": 3,
-        "tokens": 3,
-    }
-    detect(DetectConfig(model=teacher_file, run=run.folder, device="cpu", method=method, **options))
+    settings = {"method": method, "remove": 4, "longest": 6}
+    run = detected_at_any_price(depth, teacher_file, tmp_path / "run", **settings)
     assert [i.name for i in run.load_plan().intervals] == ["0-4"]
-    cka = TensorFile(run.curves).read("cka")[:, :, 0]
-    measured = {(u, u + j) for u, j in cka.isfinite().nonzero().tolist()}
-    assert measured == {(u, k) for u in range(LAST) for k in range(u + 1, LAST)}
+    assert measured_pairs(run) == {(u, k) for u in range(LAST) for k in range(u + 1, LAST)}
     assert "block 5 is of another kind" in "\n".join(read_json(run.detection)["explain"])
 
 

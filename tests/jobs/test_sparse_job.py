@@ -19,7 +19,8 @@ from ppcl_engine.settings.convert_settings import SparsifyConfig
 from ppcl_engine.stages.convert import sparsify as stage
 from ppcl_engine.stages.convert.sparsify import sparsify
 
-from .conftest import exit_code, fork, recording
+from ..tiny.processes import exit_code
+from .conftest import fork, recording
 
 SETTINGS = {
     "device": "cpu",

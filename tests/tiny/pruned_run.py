@@ -14,12 +14,14 @@ from ppcl_engine.plan import SITE_KINDS, parse_intervals
 from ppcl_engine.run import Run
 from ppcl_engine.settings.convert_settings import ExportConfig
 from ppcl_engine.settings.prune_settings import (
+    DetectConfig,
     DistillWidthConfig,
     FinetuneConfig,
     PolishConfig,
     VariantsConfig,
 )
 from ppcl_engine.stages.convert.export import export
+from ppcl_engine.stages.prune.detect import detect
 from ppcl_engine.stages.prune.distill_width import distill_width
 from ppcl_engine.stages.prune.finetune import finetune
 from ppcl_engine.stages.prune.polish import polish
@@ -43,6 +45,20 @@ def copied(depth: Run, folder: Path) -> Run:
         (run.folder / path.name).symlink_to(path)
     run.plan.write_text(depth.plan.read_text())
     return run
+
+
+def detected_at_any_price(depth: Run, teacher: Path, folder: Path, **settings) -> Run:
+    """A copy of the run, with intervals that thresholds do not end: kinds of blocks alone do."""
+    run = copied(depth, folder)
+    loose = {"max_drop": 10.0, "eps": 10.0, "bootstrap": 3, "tokens": 3}
+    detect(DetectConfig(model=teacher, run=run.folder, device="cpu", **loose, **settings))
+    return run
+
+
+def measured_pairs(run: Run) -> set[tuple[int, int]]:
+    """(first, last) of every interval whose alignment was measured."""
+    cka = TensorFile(run.curves).read("cka")[:, :, 0]
+    return {(u, u + j) for u, j in cka.isfinite().nonzero().tolist()}
 
 
 def finished(teacher: Path, run: Run, sites: str, streamed: bool = False) -> Run:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from ppcl_engine.data.calibration import CalibrationSet
+from ppcl_engine.data.calibration import CLEAN, CalibrationSet
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.run import Run
 from ppcl_engine.system.atomic import write_text
 
 from ...tiny.distilled_depth import ALL
+from ...tiny.trained_run import write_parts
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +67,21 @@ def depth_run(tmp_path, architecture, teacher_file, make_run):
 @pytest.fixture
 def distill(teacher_file, run_stages):
     return lambda run, **settings: run_stages(teacher_file, run.folder, "distill_depth", **settings)
+
+
+@pytest.fixture
+def parts_run(tmp_path, teacher_file, make_run, calibration_of):
+    """Run folders with parts of every kind that nobody trained. clean: whether the calibration set
+    has the clean pictures, which noise is drawn onto anew."""
+
+    def make(name: str = "run", samples: int = 6, width: bool = True, clean: bool = True) -> Run:
+        calibration = calibration_of(teacher_file, samples=samples)
+        if not clean:
+            calibration.batches = [
+                {n: t for n, t in row.items() if n != CLEAN} for row in calibration.batches
+            ]
+        run = Run(make_run(tmp_path / name, teacher_file, calibration))
+        write_parts(run, teacher_file, width)
+        return run
+
+    return make

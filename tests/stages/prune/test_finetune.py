@@ -30,26 +30,10 @@ from ...tiny.trained_run import (
     poison,
     stop_after,
     velocities,
-    write_parts,
 )
 
 OTHERS = ("full", "small", "smallest", "1-2", "3-4", "1-2,3-4,ffn_image:1,text:3-4")
 TINY = {"variant": "smallest", "steps": 6, "learning_rate": 2e-3, "warm_up": 2, "save_every": 4}
-
-
-@pytest.fixture
-def new_run(tmp_path, teacher_file, make_run, calibration_of):
-    def make(name: str = "run", samples: int = 6, clean: bool = True) -> Run:
-        calibration = calibration_of(teacher_file, samples=samples)
-        if not clean:
-            calibration.batches = [
-                {n: t for n, t in row.items() if n != CLEAN} for row in calibration.batches
-            ]
-        run = Run(make_run(tmp_path / name, teacher_file, calibration))
-        write_parts(run, teacher_file)
-        return run
-
-    return make
 
 
 @pytest.fixture
@@ -73,8 +57,8 @@ def results(run: Run) -> dict[str, bytes]:
     return files_of(run, "tuned/*.safetensors", "plan.json")
 
 
-def test_it_gets_nearer_the_teacher_and_the_others_keep_every_bit(new_run, tuned, teacher_file):
-    run = new_run(samples=16)
+def test_it_gets_nearer_the_teacher_and_the_others_keep_every_bit(parts_run, tuned, teacher_file):
+    run = parts_run(samples=16)
     rows, parts = (
         load_calibration(run.calibration).all_inputs(),
         files_of(run, "depth/*", "width/*"),
@@ -94,8 +78,8 @@ def test_it_gets_nearer_the_teacher_and_the_others_keep_every_bit(new_run, tuned
     assert sum(history[-16:]) < 0.85 * sum(history[:16])
 
 
-def test_all_parameters_are_trained_outer_layers_too(new_run, tuned, teacher_file):
-    run = new_run()
+def test_all_parameters_are_trained_outer_layers_too(parts_run, tuned, teacher_file):
+    run = parts_run()
     weights, plan = Weights(teacher_file), run.load_plan()
     students = RunStudents(run, weights.config, weights.architecture)
     model = open_variant(weights, students, plan, plan.variant("smallest"), torch.float32, "cpu")
@@ -114,9 +98,9 @@ def test_all_parameters_are_trained_outer_layers_too(new_run, tuned, teacher_fil
 
 
 def test_a_bundle_holds_it_beside_the_others(
-    new_run, tuned, teacher_file, architecture, padded_inputs
+    parts_run, tuned, teacher_file, architecture, padded_inputs
 ):
-    run, inputs = tuned(tuned(new_run()), variant="small", name="mine"), padded_inputs(3)
+    run, inputs = tuned(tuned(parts_run()), variant="small", name="mine"), padded_inputs(3)
     path = export(ExportConfig(model=teacher_file, run=run.folder, store="float32"))
     names = ("small", "smallest", "mine", "smallest_tuned", "3-4")
     ours = velocities(run, teacher_file, [inputs], *names)
@@ -139,17 +123,17 @@ def test_a_bundle_holds_it_beside_the_others(
     assert torch.equal(architecture.call(open_model(alone), inputs), ours["mine"])
 
 
-def test_the_sizes_stage_keeps_it(new_run, tuned, teacher_file):
-    run = tuned(new_run())
+def test_the_sizes_stage_keeps_it(parts_run, tuned, teacher_file):
+    run = tuned(parts_run())
     before = run.load_plan().variant("smallest_tuned")
     variants(VariantsConfig(model=teacher_file, run=run.folder, device="cpu"))
     assert run.load_plan().variant("smallest_tuned") == before and run.load_plan().variant("large")
 
 
 @pytest.mark.parametrize("data", [0.0, 0.5])
-def test_the_first_loss_in_closed_form(new_run, tuned, teacher_file, architecture, model, data):
+def test_the_first_loss_in_closed_form(parts_run, tuned, teacher_file, architecture, model, data):
     """noise - clean is (x_t - clean) / t, of the noise and timesteps that seed and step give."""
-    run, weights = new_run(), Weights(teacher_file)
+    run, weights = parts_run(), Weights(teacher_file)
     plan, calibration = run.load_plan(), load_calibration(run.calibration)
     students = RunStudents(run, weights.config, architecture)
     inputs, clean = calibration.fresh(0, draw_seed(3, 0)), calibration.batches[0][CLEAN]
@@ -166,8 +150,8 @@ def test_the_first_loss_in_closed_form(new_run, tuned, teacher_file, architectur
     )
 
 
-def test_no_clean_pictures_no_loss_on_them(new_run, tuned):
-    run = new_run(clean=False)
+def test_no_clean_pictures_no_loss_on_them(parts_run, tuned):
+    run = parts_run(clean=False)
     with pytest.raises(
         ValueError, match="has no clean pictures; calibrate with --images, or use --data 0"
     ):
@@ -178,8 +162,8 @@ def test_no_clean_pictures_no_loss_on_them(new_run, tuned):
 
 @pytest.mark.parametrize("step", [1, 3, 4, 5])
 @pytest.mark.parametrize("ema", [0.999, 0.0])
-def test_stopped_and_gone_on_is_the_same_bits(new_run, tuned, monkeypatch, step, ema):
-    whole, halted = tuned(new_run("whole"), ema=ema), new_run("halted")
+def test_stopped_and_gone_on_is_the_same_bits(parts_run, tuned, monkeypatch, step, ema):
+    whole, halted = tuned(parts_run("whole"), ema=ema), parts_run("halted")
     stop_after(monkeypatch, step, control_c)
     with pytest.raises(
         Stopped, match=f"stopped at step {step} of finetune smallest_tuned; saved. Run the same"
@@ -189,8 +173,8 @@ def test_stopped_and_gone_on_is_the_same_bits(new_run, tuned, monkeypatch, step,
     assert results(tuned(halted, ema=ema)) == results(whole)
 
 
-def test_killed_between_saves_is_the_same_bits(new_run, tuned, monkeypatch):
-    whole, halted = tuned(new_run("whole")), new_run("halted")
+def test_killed_between_saves_is_the_same_bits(parts_run, tuned, monkeypatch):
+    whole, halted = tuned(parts_run("whole")), parts_run("halted")
     stop_after(monkeypatch, 5, killed)
     with pytest.raises(SystemError):
         tuned(halted)
@@ -198,25 +182,25 @@ def test_killed_between_saves_is_the_same_bits(new_run, tuned, monkeypatch):
     assert results(tuned(halted)) == results(whole)
 
 
-def test_checkpointing_streaming_and_saving_change_no_bit(new_run, tuned):
-    plain = tuned(new_run("plain"))
-    other = tuned(new_run("other"), checkpointing=True, streamed=True, save_every=1)
+def test_checkpointing_streaming_and_saving_change_no_bit(parts_run, tuned):
+    plain = tuned(parts_run("plain"))
+    other = tuned(parts_run("other"), checkpointing=True, streamed=True, save_every=1)
     assert results(other) == results(plain)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_bfloat16_is_near_float32_and_keeps_float32_weights(new_run, tuned, checkpointing):
+def test_bfloat16_is_near_float32_and_keeps_float32_weights(parts_run, tuned, checkpointing):
     single, half = (
-        tuned(new_run("single")),
-        tuned(new_run("half"), dtype="bfloat16", checkpointing=checkpointing),
+        tuned(parts_run("single")),
+        tuned(parts_run("half"), dtype="bfloat16", checkpointing=checkpointing),
     )
     assert losses(half) == pytest.approx(losses(single), rel=0.1)
     file = TensorFile(half.tuned_variant("smallest_tuned"))
     assert {file.dtype(name) for name in file.keys()} == {torch.float32}
 
 
-def test_a_second_run_changes_nothing_and_new_students_start_anew(new_run, tuned):
-    run = tuned(new_run())
+def test_a_second_run_changes_nothing_and_new_students_start_anew(parts_run, tuned):
+    run = tuned(parts_run())
     before, first = results(run), losses(run)
     assert results(tuned(run)) == before
     with pytest.raises(
@@ -228,8 +212,8 @@ def test_a_second_run_changes_nothing_and_new_students_start_anew(new_run, tuned
     assert losses(tuned(run))[0] != first[0] and len(losses(run)) == 6
 
 
-def test_a_tuned_variant_can_be_tuned_again(new_run, tuned, teacher_file, padded_inputs):
-    run = tuned(tuned(new_run()), variant="smallest_tuned", name="again")
+def test_a_tuned_variant_can_be_tuned_again(parts_run, tuned, teacher_file, padded_inputs):
+    run = tuned(tuned(parts_run()), variant="smallest_tuned", name="again")
     found = velocities(run, teacher_file, [padded_inputs(3)], "smallest_tuned", "again")
     assert not torch.equal(found["smallest_tuned"], found["again"])
     assert [v.name for v in run.load_plan().variants] == [
@@ -240,8 +224,8 @@ def test_a_tuned_variant_can_be_tuned_again(new_run, tuned, teacher_file, padded
     ]
 
 
-def test_names_that_are_taken_or_are_none(new_run, tuned):
-    run = new_run()
+def test_names_that_are_taken_or_are_none(parts_run, tuned):
+    run = parts_run()
     for name in ("small", "smallest", "full"):
         with pytest.raises(ValueError, match=f"--name '{name}' is a variant that stays as it is"):
             tuned(run, name=name)
@@ -253,8 +237,8 @@ def test_names_that_are_taken_or_are_none(new_run, tuned):
     assert not run.tuned.exists()
 
 
-def test_a_loss_that_is_not_a_number_keeps_the_last_save(new_run, tuned, monkeypatch):
-    run = new_run()
+def test_a_loss_that_is_not_a_number_keeps_the_last_save(parts_run, tuned, monkeypatch):
+    run = parts_run()
     poison(monkeypatch, step=2)
     with pytest.raises(
         Diverged,

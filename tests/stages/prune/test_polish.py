@@ -30,7 +30,6 @@ from ...tiny.trained_run import (
     poison,
     stop_after,
     velocities,
-    write_parts,
 )
 
 NAMES = (
@@ -42,18 +41,6 @@ NAMES = (
     "1-2,3-4,ffn_text:0,ffn_image:1,ffn_image:3,text:3-4",
 )
 TINY = {"steps": 6, "learning_rate": 2e-3, "warm_up": 2, "save_every": 4, "all_on": 0.25}
-
-
-@pytest.fixture
-def new_run(tmp_path, teacher_file, make_run, calibration_of):
-    def make(name: str = "run", width: bool = True, samples: int = 6) -> Run:
-        run = Run(
-            make_run(tmp_path / name, teacher_file, calibration_of(teacher_file, samples=samples))
-        )
-        write_parts(run, teacher_file, width)
-        return run
-
-    return make
 
 
 @pytest.fixture
@@ -77,8 +64,8 @@ def results(run: Run) -> dict[str, bytes]:
     return files_of(run, "polished/**/*.safetensors", "plan.json")
 
 
-def test_every_variant_gets_nearer_the_teacher(new_run, polished, teacher_file):
-    run = new_run(samples=16)
+def test_every_variant_gets_nearer_the_teacher(parts_run, polished, teacher_file):
+    run = parts_run(samples=16)
     rows = load_calibration(run.calibration).all_inputs()
     before = velocities(run, teacher_file, rows, "full", *NAMES)
     polished(run, steps=60)
@@ -93,8 +80,8 @@ def test_every_variant_gets_nearer_the_teacher(new_run, polished, teacher_file):
     assert sum(history[-12:]) < 0.8 * sum(history[:12])
 
 
-def test_the_parts_it_came_from_stay_and_come_back_without_it(new_run, polished, teacher_file):
-    run, rows = new_run(), None
+def test_the_parts_it_came_from_stay_and_come_back_without_it(parts_run, polished, teacher_file):
+    run, rows = parts_run(), None
     rows = load_calibration(run.calibration).all_inputs()
     parts, before = files_of(run, "depth/*", "width/*"), velocities(run, teacher_file, rows, *NAMES)
     polished(run)
@@ -114,8 +101,8 @@ def test_the_parts_it_came_from_stay_and_come_back_without_it(new_run, polished,
     )
 
 
-def test_a_polished_part_of_an_earlier_training_does_not_count(new_run, polished):
-    run = polished(new_run())
+def test_a_polished_part_of_an_earlier_training_does_not_count(parts_run, polished):
+    run = polished(parts_run())
     student, other = run.student("1-2"), run.student("3-4")
     assert run.best(student) == run.polished(student) and run.best(other) == run.polished(other)
     first = losses(run)
@@ -132,8 +119,8 @@ def test_a_polished_part_of_an_earlier_training_does_not_count(new_run, polished
 
 @pytest.mark.parametrize("step", [1, 3, 4, 5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_stopped_and_gone_on_is_the_same_bits(new_run, polished, monkeypatch, step, dtype):
-    whole, halted = polished(new_run("whole"), dtype=dtype), new_run("halted")
+def test_stopped_and_gone_on_is_the_same_bits(parts_run, polished, monkeypatch, step, dtype):
+    whole, halted = polished(parts_run("whole"), dtype=dtype), parts_run("halted")
     stop_after(monkeypatch, step, control_c)
     with pytest.raises(
         Stopped, match=f"stopped at step {step} of polish; saved. Run the same command to go on"
@@ -144,8 +131,8 @@ def test_stopped_and_gone_on_is_the_same_bits(new_run, polished, monkeypatch, st
     assert results(polished(halted, dtype=dtype)) == results(whole)
 
 
-def test_killed_between_saves_is_the_same_bits(new_run, polished, monkeypatch):
-    whole, halted = polished(new_run("whole")), new_run("halted")
+def test_killed_between_saves_is_the_same_bits(parts_run, polished, monkeypatch):
+    whole, halted = polished(parts_run("whole")), parts_run("halted")
     stop_after(monkeypatch, 5, killed)
     with pytest.raises(SystemError):
         polished(halted)
@@ -153,21 +140,21 @@ def test_killed_between_saves_is_the_same_bits(new_run, polished, monkeypatch):
     assert results(polished(halted)) == results(whole)
 
 
-def test_checkpointing_streaming_and_saving_change_no_bit(new_run, polished):
-    plain = polished(new_run("plain"))
-    other = polished(new_run("other"), checkpointing=True, streamed=True, save_every=1)
+def test_checkpointing_streaming_and_saving_change_no_bit(parts_run, polished):
+    plain = polished(parts_run("plain"))
+    other = polished(parts_run("other"), checkpointing=True, streamed=True, save_every=1)
     assert results(other) == results(plain)
 
 
-def test_bfloat16_is_near_float32_and_keeps_float32_weights(new_run, polished):
-    single, half = polished(new_run("single")), polished(new_run("half"), dtype="bfloat16")
+def test_bfloat16_is_near_float32_and_keeps_float32_weights(parts_run, polished):
+    single, half = polished(parts_run("single")), polished(parts_run("half"), dtype="bfloat16")
     assert losses(half) == pytest.approx(losses(single), rel=0.1)
     file = TensorFile(half.polish_state)
     assert {file.dtype(name) for name in file.keys()} == {torch.float32}
 
 
-def test_a_second_run_changes_nothing_and_the_sizes_stay(new_run, polished, teacher_file):
-    run = new_run()
+def test_a_second_run_changes_nothing_and_the_sizes_stay(parts_run, polished, teacher_file):
+    run = parts_run()
     tuned = Variant(name="mine", intervals=SMALL, tuned=True)
     plan = run.load_plan()
     run.plan.write_text(plan.with_parts(variants=(*plan.variants, tuned)).to_json())
@@ -179,8 +166,8 @@ def test_a_second_run_changes_nothing_and_the_sizes_stay(new_run, polished, teac
     assert results(polished(run)) == before and b"large" in before["plan.json"]
 
 
-def test_a_subset_of_the_parts(new_run, polished):
-    run = polished(new_run(), variant="3-4,ffn_image:3")
+def test_a_subset_of_the_parts(parts_run, polished):
+    run = polished(parts_run(), variant="3-4,ffn_image:3")
     trained = {path.name for path in run.polished_parts.rglob("*.safetensors")}
     assert trained == {
         "state.safetensors",
@@ -193,9 +180,9 @@ def test_a_subset_of_the_parts(new_run, polished):
 
 
 def test_depth_alone_and_a_bundle_of_what_is_polished(
-    new_run, polished, teacher_file, architecture, padded_inputs
+    parts_run, polished, teacher_file, architecture, padded_inputs
 ):
-    run = polished(new_run(width=False))
+    run = polished(parts_run(width=False))
     path = export(ExportConfig(model=teacher_file, run=run.folder, store="float32"))
     ours = velocities(run, teacher_file, [padded_inputs(3)], "1-2,3-4")["1-2,3-4"]
     assert torch.equal(
@@ -203,8 +190,8 @@ def test_depth_alone_and_a_bundle_of_what_is_polished(
     )
 
 
-def test_a_loss_that_is_not_a_number_keeps_the_last_save(new_run, polished, monkeypatch):
-    run = new_run()
+def test_a_loss_that_is_not_a_number_keeps_the_last_save(parts_run, polished, monkeypatch):
+    run = parts_run()
     poison(monkeypatch, step=2)
     with pytest.raises(
         Diverged, match=r"loss is nan at step 2 of polish; the last good state \(step 2\) is kept"
@@ -216,8 +203,8 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_save(new_run, polished, monk
     )
 
 
-def test_what_cannot_be_polished(new_run, polished):
-    run = new_run()
+def test_what_cannot_be_polished(parts_run, polished):
+    run = parts_run()
     with pytest.raises(ValueError, match="variant 'full' replaces nothing"):
         polished(run, variant="full")
     with pytest.raises(ValueError, match="width site 'text:5-5' is not in the plan"):
