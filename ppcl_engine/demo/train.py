@@ -194,10 +194,8 @@ def train(recipe: Recipe, output: Path, compiled: bool, device: str) -> None:
         step += 1
         decay = min(recipe.average_decay, (1 + step) / (10 + step))
         with torch.no_grad():
-            weights = list(model.parameters())
-            torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-                list(average.values()), weights, 1 - decay
-            )
+            weights: list[torch.Tensor] = [*model.parameters()]
+            torch._foreach_lerp_(list(average.values()), weights, 1 - decay)
         losses.append(loss.item())
         if step % 50 == 0:
             rate = (step - first) / (time.monotonic() - start)

@@ -45,7 +45,7 @@ is (setting, the value with which it still helps (None: any), advice)."""
 
 def memory_advice(settings: Settings) -> str:
     """The first settings that still help, two at most."""
-    first, rest = ADVICE[type(settings)]
+    changes, rest = ADVICE[type(settings)]
     helping = [
         text for name, value, text in changes if value is None or getattr(settings, name) == value
     ]

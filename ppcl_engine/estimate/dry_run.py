@@ -1,5 +1,5 @@
-"""What a stage would take on this machine, computed from the configuration alone, without weights and
-without a trial run."""
+"""What a stage would take on this machine, from the configuration alone: no weights, no trial
+run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .advice import STREAMED, last_advice, setting_advice
 from .counts import GRID, TEXT_TOKENS
 from .needs import needs
 
-# advice for stages without their own
+# where a stage has no advice of its own
 FITTING = {"streamed": STREAMED[-1], "dtype": "choose dtype bfloat16"}
 
 
@@ -24,10 +24,10 @@ def print_estimate(config: JobConfig) -> None:
     blocks = architecture.num_blocks(settings)
     cost = CostModel(architecture, settings, GRID, TEXT_TOKENS)
     parameters = cost.outer_parameters + sum(block.parameters for block in cost.blocks())
-    print(f"{name}: {architecture.name}, {blocks} blocks, {count_text(parameters)} parameters")
+    print(f"{name}: {architecture.name}, {blocks} blocks, {parameters / 1e9:.2f} B parameters")
+    free = free_disk(config.run) / 1e9
     print(
-        f"on disk: {bytes_text(2 * parameters)} in bf16, {bytes_text(4 * parameters)} in fp32; "
-        f"{bytes_text(free_disk(config.run))} are free"
+        f"on disk: {parameters * 2 / 1e9:.1f} GB in bf16, {parameters * 4 / 1e9:.1f} GB in fp32; {free:.0f} GB are free"
     )
     _print_needs(config, device)
     if line := refusal(config):
@@ -54,18 +54,18 @@ def refusal(config: JobConfig, calibrate: CalibrateConfig | None = None) -> str 
     """Why the stage cannot run on this machine, in a line that names what to change; None when it
     may fit.
 
-    calibrate: settings of the same job's calibration, if that is still to be made.
+    `calibrate`: of the same job, where its calibration is not there yet.
     """
     device, wanted = resolve_device(config.device), needs(config, calibrate)
     there, free = device_memory(device), free_disk(config.run)
     if wanted.at_least > there:
         return (
-            f"{wanted.stage} needs {bytes_text(wanted.at_least)} of memory or more on {device}, {bytes_text(there)} are "
+            f"{wanted.stage} needs {wanted.at_least / 1e9:.1f} GB of memory or more on {device}, {there / 1e9:.1f} GB are "
             f"there: {_what_fits(config, calibrate, there)}"
         )
     if wanted.disk > free:
         return (
-            f"{wanted.stage} writes {bytes_text(wanted.disk)} or more, {bytes_text(free)} are free at {config.run}: "
+            f"{wanted.stage} writes {wanted.disk / 1e9:.1f} GB or more, {free / 1e9:.1f} GB are free at {config.run}: "
             "free space, or use a folder on another disk"
         )
     return None

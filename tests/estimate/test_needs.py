@@ -89,7 +89,7 @@ def test_what_cannot_fit_is_refused_with_what_would(tmp_path):
     assert 80 * GB < resident < 85 * GB and streamed < 5 * GB
     if device_memory("cpu") < resident:
         assert re.fullmatch(
-            r"probe needs 8\d\.\d\d GB of memory or more on cpu, \d+\.\d\d GB are there: turn on streamed \(.*\)",
+            r"probe needs 8\d\.\d GB of memory or more on cpu, \d+\.\d GB are there: turn on streamed \(.*\)",
             refusal(config),
         )
         assert refusal(replace(config, streamed=True)) is None

@@ -302,9 +302,8 @@ def _write_bundle(
         )
     entries = [
         entry
-        for old, new in students
-        if new.interval
-        for entry in _student_entries(imported, base, old, new, new.interval, dtype)
+        for old, new, interval in students
+        for entry in _student_entries(imported, base, old, new, interval, dtype)
     ]
     for place in imported.layout.places:
         for kind, name, model_name in imported.projections(place):
