@@ -30,17 +30,12 @@ def stored_prompts(
     captions in turn. Raises ValueError naming the tensor that is missing, or a size that is not
     given.
     """
-    file, (text_name, *others) = TensorFile(path), architecture.caption_inputs
-    wanted = {"text": text_name, "empty": None}
-    wanted |= {"mask": MASK} if MASK in others else {}
-    wanted |= {"pooled": POOLED, "empty_pooled": None} if POOLED in others else {}
-    absent = [name for name in wanted if name not in file.entries]
-    if absent:
-        raise ValueError(f"{path} has no tensor {absent[0]!r}; it needs {', '.join(wanted)}")
     if not height or not width:
         raise ValueError(
             "stored embeddings do not say how large pictures are; give --height and --width"
         )
+    file, text_name = TensorFile(path), architecture.caption_inputs[0]
+    wanted = _wanted(file, architecture)
     _check_shapes(file, wanted, model_config["joint_attention_dim"])
     rows = torch.arange(len(empty_rows)) % file.shape("text")[0]
     positive = {name: file.read(stored)[rows] for stored, name in wanted.items() if name}
@@ -56,17 +51,15 @@ def stored_prompts(
         raise ValueError(
             f"{path}: this model masks no text, so text and empty must have the same number of tokens"
         )
-    if POOLED in positive:
-        negative[POOLED] = file.read("empty_pooled")
+    negative |= {POOLED: file.read("empty_pooled")} if POOLED in positive else {}
     positive, negative = (
         {n: t if n == MASK else t.float() for n, t in text.items()} for text in (positive, negative)
     )
     for text in (positive, negative):
         check_finite(text, path, "encode the captions again")
     for name, tensor in negative.items():
-        positive[name][empty_rows] = (
-            tensor if name == POOLED else _as_long(tensor, positive[name].shape[1])
-        )
+        tokens = positive[name].shape[1]
+        positive[name][empty_rows] = tensor if name == POOLED else _as_long(tensor, tokens)
     return Prompts(
         positive=positive,
         negative=negative,
@@ -74,6 +67,18 @@ def stored_prompts(
         timesteps=lambda steps, image_tokens: flow.euler_timesteps(steps),
         rescales_guidance=False,
     )
+
+
+def _wanted(file: TensorFile, architecture: Architecture) -> dict[str, str | None]:
+    """Name in the file -> the model's name for it, where it reads it as it is. Raises ValueError
+    naming the tensor that is missing."""
+    text_name, *others = architecture.caption_inputs
+    wanted: dict[str, str | None] = {"text": text_name, "empty": None}
+    wanted |= {"mask": MASK} if MASK in others else {}
+    wanted |= {"pooled": POOLED, "empty_pooled": None} if POOLED in others else {}
+    if absent := [name for name in wanted if name not in file.entries]:
+        raise ValueError(f"{file.path} has no tensor {absent[0]!r}; it needs {', '.join(wanted)}")
+    return wanted
 
 
 def _check_shapes(file: TensorFile, wanted: dict[str, str | None], width: int) -> None:

@@ -29,17 +29,6 @@ THUMBNAIL = 192  # pixels, the longer side of a picture in the page
 
 
 def page(results: Results, drawings: dict[str, bytes], seconds: float | None) -> str:
-    def figure(name: str, alt: str) -> Html:
-        return (
-            tag("div", image(drawings[name], alt, class_="wide"), class_="scroll")
-            if name in drawings
-            else Html()
-        )
-
-    def section(title: str, text: str | Html, *content: Html) -> Html:
-        body = joined(content)
-        return tag("section", tag("h2", title), tag("p", text), body) if body else Html()
-
     source = results.plan.provenance.get("source_model") or results.plan.architecture
     body = [
         tag(
@@ -48,42 +37,7 @@ def page(results: Results, drawings: dict[str, bytes], seconds: float | None) ->
             tag("h1", source),
             tag("p", _lead(results), class_="lead"),
         ),
-        section(
-            "Layer map",
-            MAP_TEXT + (MAP_SITES_TEXT if results.plan.sites else ""),
-            figure("layer_map", "layer map: a row a variant, a cell a teacher block"),
-            notes_list(results.layouts),
-        ),
-        section(
-            "Where intervals end",
-            CKA_TEXT,
-            figure("cka_curves", "CKA curves of the chosen intervals"),
-        ),
-        section("Intervals", INTERVAL_TEXT, _interval_table(results), _explanation(results)),
-        section(
-            "Damage of every possible interval",
-            DAMAGE_TEXT,
-            figure("damage_map", "damage of every pair of blocks"),
-        ),
-        section(
-            "Training of the students",
-            LOSS_TEXT,
-            figure("loss_curves", "training loss of each interval's student"),
-        ),
-        *(
-            [section("Width", width_text(results.width), *_width(results.width, figure))]
-            if results.width
-            else []
-        ),
-        section("Pictures", PICTURE_TEXT, _picture_grid(results)),
-        section("Size and speed", SIZE_TEXT, size_table(results)),
-        section("Fidelity", fidelity_text(results), fidelity_table(results)),
-        section(
-            "Velocity error by timestep",
-            TIMESTEP_TEXT,
-            figure("velocity_error", "velocity error by timestep"),
-        ),
-        section("What was run", "", _facts(results, seconds)),
+        *_sections(results, drawings, seconds),
     ]
     head = [
         Html(
@@ -93,6 +47,59 @@ def page(results: Results, drawings: dict[str, bytes], seconds: float | None) ->
         tag("style", Html(STYLE)),
     ]
     return f"<!doctype html>\n{tag('html', tag('head', *head), tag('body', tag('main', *body)), lang='en')}\n"
+
+
+def _section(title: str, text: str | Html, *content: Html) -> Html:
+    body = joined(content)
+    return tag("section", tag("h2", title), tag("p", text), body) if body else Html()
+
+
+def _sections(results: Results, drawings: dict[str, bytes], seconds: float | None) -> list[Html]:
+    def figure(name: str, alt: str) -> Html:
+        return (
+            tag("div", image(drawings[name], alt, class_="wide"), class_="scroll")
+            if name in drawings
+            else Html()
+        )
+
+    return [
+        _section(
+            "Layer map",
+            MAP_TEXT + (MAP_SITES_TEXT if results.plan.sites else ""),
+            figure("layer_map", "layer map: a row a variant, a cell a teacher block"),
+            notes_list(results.layouts),
+        ),
+        _section(
+            "Where intervals end",
+            CKA_TEXT,
+            figure("cka_curves", "CKA curves of the chosen intervals"),
+        ),
+        _section("Intervals", INTERVAL_TEXT, _interval_table(results), _explanation(results)),
+        _section(
+            "Damage of every possible interval",
+            DAMAGE_TEXT,
+            figure("damage_map", "damage of every pair of blocks"),
+        ),
+        _section(
+            "Training of the students",
+            LOSS_TEXT,
+            figure("loss_curves", "training loss of each interval's student"),
+        ),
+        *(
+            [_section("Width", width_text(results.width), *_width(results.width, figure))]
+            if results.width
+            else []
+        ),
+        _section("Pictures", PICTURE_TEXT, _picture_grid(results)),
+        _section("Size and speed", SIZE_TEXT, size_table(results)),
+        _section("Fidelity", fidelity_text(results), fidelity_table(results)),
+        _section(
+            "Velocity error by timestep",
+            TIMESTEP_TEXT,
+            figure("velocity_error", "velocity error by timestep"),
+        ),
+        _section("What was run", "", _facts(results, seconds)),
+    ]
 
 
 def _width(width: WidthResults, figure: Callable[[str, str], Html]) -> list[Html]:

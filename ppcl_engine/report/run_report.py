@@ -15,6 +15,16 @@ from .page import page
 from .results import FIDELITY, Results, read_results
 from .width_section import site_rows, width_drawings
 
+PLAIN = (
+    "name",
+    "parameters",
+    "bytes",
+    "flops",
+    "seconds_per_step",
+    "latency_ratio",
+    "peak_memory_bytes",
+)
+
 
 def write_report(run: Path, seconds: float | None = None) -> Path:
     """Writes the report into the run folder `run` and returns its path. `seconds`: of the whole run.
@@ -32,32 +42,24 @@ def write_report(run: Path, seconds: float | None = None) -> Path:
     return files.report
 
 
+def _flat(row: dict) -> dict:
+    """A row of the evaluation in plain numbers, a measure in three: value, low, high."""
+    values = {name: row.get(name) for name in PLAIN}
+    for name in FIDELITY:
+        stat = row.get(name) or {}
+        values |= {
+            name: stat.get("value"),
+            f"{name}_low": stat.get("low"),
+            f"{name}_high": stat.get("high"),
+        }
+    return values
+
+
 def summary(results: Results, seconds: float | None) -> dict:
     """report.json: plain numbers. `variants` are all but the teacher, each with the sites that are
     really on in it."""
     teacher, evaluation = results.teacher, results.evaluation
-    plain = (
-        "name",
-        "parameters",
-        "bytes",
-        "flops",
-        "seconds_per_step",
-        "latency_ratio",
-        "peak_memory_bytes",
-    )
-
     layouts = results.layouts
-
-    def flat(row: dict) -> dict:
-        values = {name: row.get(name) for name in plain}
-        for name in FIDELITY:
-            stat = row.get(name) or {}
-            values |= {
-                name: stat.get("value"),
-                f"{name}_low": stat.get("low"),
-                f"{name}_high": stat.get("high"),
-            }
-        return values
 
     def student(row: dict) -> dict:
         variant, layout = results.plan.variant(row["name"]), layouts[row["name"]]
@@ -66,11 +68,11 @@ def summary(results: Results, seconds: float | None) -> dict:
             "sites": list(layout.sites),
             "notes": list(layout.notes),
         }
-        return {**flat(row), **parts, "tuned": variant.tuned}
+        return {**_flat(row), **parts, "tuned": variant.tuned}
 
     return {
         "seconds": seconds,
-        "teacher": flat(teacher),
+        "teacher": _flat(teacher),
         "intervals": [
             {
                 "first": i.first,

@@ -23,7 +23,6 @@ def damage_map(plan: PruningPlan, damage: torch.Tensor) -> bytes:
     """A PNG: a column for each first block, a row for each length; chosen intervals are outlined.
     damage [blocks, longest]: at [u, j], of replacing blocks u to u + j."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
-    from matplotlib.patches import Rectangle
     from matplotlib.ticker import FuncFormatter
 
     damage = damage[:-1]  # no interval starts at the last block
@@ -46,6 +45,25 @@ def damage_map(plan: PruningPlan, damage: torch.Tensor) -> bytes:
         edgecolor="white",
         lw=0.8,
     )
+    _outlines(axes, plan, blocks)
+    axes.set_xticks(range(0, blocks, 1 if blocks <= 40 else 5))
+    axes.set_yticks(range(2, longest + 1))
+    axes.set_xlabel("first block of the interval, u", fontsize=9, color=QUIET)
+    axes.set_ylabel("blocks in it", fontsize=9, color=QUIET)
+    bar = figure.colorbar(
+        image, cax=figure.add_axes((1 - 0.95 / WIDTH, 0.62 / height, 0.14 / WIDTH, share))
+    )
+    bar.outline.set_visible(False)
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    bar.ax.tick_params(labelsize=8, colors=QUIET, length=0, which="both")
+    bar.ax.set_title("damage", fontsize=8.5, color=QUIET, loc="left", pad=6)
+    return png_bytes(figure)
+
+
+def _outlines(axes, plan: PruningPlan, blocks: int) -> None:
+    """A frame around the cell of each chosen interval, its name beside it."""
+    from matplotlib.patches import Rectangle
+
     reach = 1 + 0.06 * blocks  # cells that the outline of an interval and its label cover
     for interval in plan.intervals:
         box = (interval.first - 0.5, interval.removed + 0.5)
@@ -68,15 +86,3 @@ def damage_map(plan: PruningPlan, damage: torch.Tensor) -> bytes:
             ha="left" if beside else "right",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2, "alpha": 0.9},
         )
-    axes.set_xticks(range(0, blocks, 1 if blocks <= 40 else 5))
-    axes.set_yticks(range(2, longest + 1))
-    axes.set_xlabel("first block of the interval, u", fontsize=9, color=QUIET)
-    axes.set_ylabel("blocks in it", fontsize=9, color=QUIET)
-    bar = figure.colorbar(
-        image, cax=figure.add_axes((1 - 0.95 / WIDTH, 0.62 / height, 0.14 / WIDTH, share))
-    )
-    bar.outline.set_visible(False)
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    bar.ax.tick_params(labelsize=8, colors=QUIET, length=0, which="both")
-    bar.ax.set_title("damage", fontsize=8.5, color=QUIET, loc="left", pad=6)
-    return png_bytes(figure)

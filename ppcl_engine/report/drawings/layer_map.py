@@ -188,8 +188,7 @@ def _map_sites(axes, plan: PruningPlan, places: tuple[Place, ...], row: int) -> 
         axes.add_patch(Rectangle((left, row + 0.12), right - left, 0.24, **style))
 
 
-def _map_legend(figure, kinds: list[str], height: float) -> None:
-    """Blocks in one line, the kinds of width sites that are on in any variant in another."""
+def _legend_handles(kinds: list[str]) -> tuple[list, list]:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -228,6 +227,12 @@ def _map_legend(figure, kinds: list[str], height: float) -> None:
         )
         for kind in kinds
     ]
+    return blocks, projected
+
+
+def _map_legend(figure, kinds: list[str], height: float) -> None:
+    """Blocks in one line, the kinds of width sites that are on in any variant in another."""
+    blocks, projected = _legend_handles(kinds)
     for handles, bottom in ((blocks, 0.36 if kinds else 0.12), (projected, 0.12)):
         legend = figure.legend(
             handles=handles,

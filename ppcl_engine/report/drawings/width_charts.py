@@ -38,7 +38,6 @@ def alignment_map(
     """A PNG: `text` [places, places] as a heat map, each kind of FFN [places] beside its rows, all on
     one scale of 1 - CKA. NaN: that place has no such part."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     unlike = {name: (1 - values.double()).clamp_min(1e-5) for name, values in alignment.items()}
     off_diagonal = unlike["text"][~torch.eye(len(places), dtype=torch.bool)]
@@ -69,12 +68,7 @@ def alignment_map(
         color=INK,
     )
     box = (LEFT + side + 0.14) / WIDTH
-    bar = figure.colorbar(image, cax=figure.add_axes((box, share[0], 0.13 / WIDTH, share[1])))
-    bar.outline.set_visible(False)
-    bar.ax.yaxis.set_major_locator(FixedLocator([x for x in _ticks() if low <= x <= high]))
-    bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(_cka_text))
-    bar.ax.tick_params(labelsize=8, colors=QUIET, length=0, which="both")
+    _colour_bar(figure, image, (box, share[0], 0.13 / WIDTH, share[1]), low, high)
     start, apart = LEFT + side + 1.35, 0.22
     wide = (WIDTH - start - 0.25 - apart * (len(kinds) - 1)) / len(kinds)
     for number, kind in enumerate(kinds):
@@ -86,6 +80,17 @@ def alignment_map(
         strip.set_xlim(1.5 * high, low / 1.5)
         strip.tick_params(labelleft=number == 0)
     return png_bytes(figure)
+
+
+def _colour_bar(figure, image, box: tuple[float, ...], low: float, high: float) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    bar = figure.colorbar(image, cax=figure.add_axes(box))
+    bar.outline.set_visible(False)
+    bar.ax.yaxis.set_major_locator(FixedLocator([x for x in _ticks() if low <= x <= high]))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(_cka_text))
+    bar.ax.tick_params(labelsize=8, colors=QUIET, length=0, which="both")
 
 
 def _decades(values: torch.Tensor) -> tuple[float, float]:

@@ -29,6 +29,8 @@ from ...algorithms.detection.intervals import (
     stability,
 )
 from ...algorithms.least_squares import RIDGE_OF
+from ...data.calibration import CalibrationSet
+from ...models.streaming import Teacher
 from ...plan import Interval, PruningPlan
 from ...run import Run
 from ...settings.prune_settings import DetectConfig
@@ -45,6 +47,30 @@ def detect(config: DetectConfig) -> Path:
     run, teacher = Run(config.run), open_teacher(config)
     calibration = open_calibration(config, teacher.weights)
     protect = _protected(config, teacher.num_blocks)
+    settings = _settings(config, run, calibration)
+    curves, measured_blocks = load_curves(run.curves, settings)
+    if curves is None or measured_blocks < teacher.num_blocks - 1:
+        batches = max(2, round(config.samples / calibration.samples * len(calibration)))
+        curves = measure(
+            config,
+            run,
+            teacher,
+            calibration.all_inputs()[:batches],
+            settings,
+            curves,
+            measured_blocks,
+        )
+    result = choose(config, curves, protect, section_starts(teacher))
+    write_json(run.detection, result)
+    plan = _plan(config, teacher, calibration, result["intervals"])
+    write_text(run.plan, plan.to_json() + "\n")
+    if config.explain:
+        print("\n".join(result["explain"]))
+    return run.plan
+
+
+def _settings(config: DetectConfig, run: Run, calibration: CalibrationSet) -> str:
+    """The settings that decide the curves, saved with them and compared when they are used again."""
     probes = [
         TensorFile(path).metadata.get("settings")
         for path in sorted(run.probes.glob("block_*.safetensors"))
@@ -61,29 +87,20 @@ def detect(config: DetectConfig) -> Path:
         "dtype",
     )
     measured = {name: getattr(config, name) for name in names}
-    settings = json_text(
+    return json_text(
         {"calibration": calibration.hash, "probes": probes, "ridge": RIDGE_OF, **measured}
     )
-    curves, measured_blocks = load_curves(run.curves, settings)
-    if curves is None or measured_blocks < teacher.num_blocks - 1:
-        batches = max(2, round(config.samples / calibration.samples * len(calibration)))
-        curves = measure(
-            config,
-            run,
-            teacher,
-            calibration.all_inputs()[:batches],
-            settings,
-            curves,
-            measured_blocks,
-        )
-    result = choose(config, curves, protect, section_starts(teacher))
-    write_json(run.detection, result)
-    plan = PruningPlan(
+
+
+def _plan(
+    config: DetectConfig, teacher: Teacher, calibration: CalibrationSet, intervals: list[dict]
+) -> PruningPlan:
+    return PruningPlan(
         architecture=teacher.architecture.name,
         config=teacher.config,
         num_blocks=teacher.num_blocks,
         fingerprint=teacher.weights.fingerprint,
-        intervals=tuple(Interval(**row) for row in result["intervals"]),
+        intervals=tuple(Interval(**row) for row in intervals),
         provenance={
             "tool": f"ppcl {__version__}",
             "source_model": Path(config.model).name,
@@ -92,10 +109,6 @@ def detect(config: DetectConfig) -> Path:
             "seed": config.seed,
         },
     )
-    write_text(run.plan, plan.to_json() + "\n")
-    if config.explain:
-        print("\n".join(result["explain"]))
-    return run.plan
 
 
 def choose(
