@@ -179,8 +179,8 @@ def test_parameters_are_the_engines(whole, pack, demo, models):
     parts, variant = pack("host.switching"), pack("use.choose_variant")
     for name in BRANCHES:
         plan = variant.switchable_plan(whole)
-        layout = sys.modules[f"{type(plan).__module__.rpartition('.')[0]}.models.layout"].layout_of(
-            plan, plan.variant(name)
-        )
+        layout = sys.modules[
+            f"{type(plan).__module__.rpartition('.plan.')[0]}.models.layout"
+        ].layout_of(plan, plan.variant(name))
         expected = parameter_count(open_model(models.ppcl / demo[0], name, TEACHER))
         assert parts.size_of(whole.model.diffusion_model, layout)[0] == expected

@@ -143,9 +143,9 @@ def test_sizes_of_a_base_in_gguf(load, bundle, teacher, gguf_file, pack):
     model = load(bundle.name, base=gguf_file, variant="full", weight_dtype="default")
     plan = pack("use.choose_variant").switchable_plan(model)
     parts = pack("host.switching")
-    layout = sys.modules[f"{type(plan).__module__.rpartition('.')[0]}.models.layout"].full_layout(
-        plan.num_blocks
-    )
+    layout = sys.modules[
+        f"{type(plan).__module__.rpartition('.plan.')[0]}.models.layout"
+    ].full_layout(plan.num_blocks)
     parameters, size = parts.size_of(model.model.diffusion_model, layout)
     assert parameters == sum(tensor.numel() for tensor in TensorFile(teacher).read_all().values())
     assert size < 0.6 * 4 * parameters

@@ -28,7 +28,9 @@ PLAN = PruningPlan(
 @pytest.fixture
 def plan(pack):
     """Of the classes that the pack uses, which are its own copy."""
-    return sys.modules[pack("make.edit_plan").PruningPlan.__module__].plan_from_json(PLAN.to_json())
+    return sys.modules[
+        pack("make.edit_plan").PruningPlan.__module__.rpartition(".")[0]
+    ].plan_from_json(PLAN.to_json())
 
 
 @pytest.fixture
