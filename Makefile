@@ -5,7 +5,7 @@ BIN = .venv/bin
 HOSTS = 0.3.75 0.30.0
 SUITES = inside server
 
-.PHONY: demo test test-host ablation setup clean $(HOSTS:%=host-%)
+.PHONY: demo test types test-host ablation setup clean $(HOSTS:%=host-%)
 
 demo: .venv/ready
 	$(BIN)/ppcl demo
@@ -15,9 +15,12 @@ test:
 	$(MAKE) --no-print-directory -j 3 .venv/ready $(HOSTS:%=host-%)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --hypothesis-profile=ci --durations=20
-	$(MAKE) --no-print-directory -j 2 --output-sync=target $(foreach suite,$(SUITES),$(HOSTS:%=test-$(suite)-%))
+	$(MAKE) --no-print-directory -j 2 --output-sync=target $(foreach suite,$(SUITES),$(HOSTS:%=test-$(suite)-%)) types
+
+# beside the last host, which leaves processors free
+types: .venv/ready
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # in ComfyUI's own process, and over HTTP against a server of ours: apart, so that they run side by side
 IN_HOST = OMP_NUM_THREADS=1 COMFYUI=$(1) $(2) tests/comfyui/launch.py -m pytest tests/comfyui/$(3)

@@ -10,6 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
+import comfyui_version
 import pytest
 
 from .conftest import ROOT
@@ -39,6 +40,7 @@ MISTAKE = "() => { app.graph._nodes.find(n => n.type == 'PPCL_DemoCaption').widg
 SET = """(settings) => { for (const node of app.graph._nodes)
     for (const widget of node.widgets ?? []) if (widget.name in (settings[node.type] ?? {})) {
         widget.value = settings[node.type][widget.name] } }"""
+OLDEST = "0.3.75"
 ADVANCED = "() => app.graph._nodes.find(n => n.type == 'PPCL_DistillWidth').progress > 0"
 MADE = f"""() => app.graph._nodes.filter(n => n.type.startsWith('PPCL_') && ({PICTURES})(n))
     .map(n => n.type).sort().join(' ')"""
@@ -113,8 +115,10 @@ def test_a_mistake_is_shown_in_the_error_box(server, page, tmp_path):
 
 
 def test_a_model_is_made_in_the_page(server, made, page, design, tmp_path):
-    """Calibration to depth are there already (`made`); width is trained while the page looks, in
-    each design anew."""
+    """Calibration to depth are there already (`made`); width is trained while the page looks: in
+    the newer design everywhere, in the older one in the oldest ComfyUI, since it takes minutes."""
+    if design == "canvas" and comfyui_version.__version__ != OLDEST:
+        pytest.skip(f"in this design a model is made in ComfyUI {OLDEST} alone")
     name, steps = "ppcl-demo-make-your-own", 30 + DESIGNS[design]
     load_template(page, name, WORKFLOWS[name])
     width = {
