@@ -7,7 +7,7 @@ import torch
 
 from ppcl_engine.algorithms.least_squares import InputMoments, NormalEquations
 
-from .detection.test_alignment import normal
+from ..tiny.tensors import normal
 
 
 def equations_of(x: torch.Tensor, y: torch.Tensor, parts: int = 1) -> NormalEquations:

@@ -10,7 +10,7 @@ from ppcl_engine.algorithms.resampling import (
     wilson_interval,
 )
 
-from .detection.test_alignment import normal
+from ..tiny.tensors import normal
 
 
 def test_bootstrap_intervals_cover_about_as_often_as_they_say():

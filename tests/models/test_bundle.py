@@ -10,7 +10,7 @@ from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import Interval, PruningPlan, Variant
 from ppcl_engine.system.tensor_files import TensorEntry, write_tensors
 
-from .test_weights import same
+from ..tiny.tensors import same
 
 
 def kept_blocks(model: torch.nn.Module) -> list[int]:

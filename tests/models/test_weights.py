@@ -10,14 +10,10 @@ from ppcl_engine.models.stored_layout import as_tensor, object_in, open_layout
 from ppcl_engine.models.weights import Weights, parameter_count
 from ppcl_engine.system.tensor_files import write_tensors
 
+from ..tiny.tensors import same
+
 # the released model's proportions
 HEAD_32 = {"attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}
-
-
-def same(left: dict, right: dict) -> bool:
-    return left.keys() == right.keys() and all(
-        torch.equal(left[name], right[name]) for name in left
-    )
 
 
 def contents(weights: Weights) -> dict[str, torch.Tensor]:

@@ -8,9 +8,7 @@ import torch
 
 from ppcl_engine.algorithms.detection.alignment import biased_hsic, cka, hsic, linear_gram, rbf_gram
 
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from ...tiny.tensors import normal
 
 
 def naive_hsic(k: torch.Tensor, l: torch.Tensor) -> float:  # noqa: E741

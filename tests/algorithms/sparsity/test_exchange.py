@@ -11,7 +11,7 @@ from ppcl_engine.algorithms.sparsity.layer import layer_error
 from ppcl_engine.algorithms.sparsity.patterns import kept_of_groups, pattern_named
 from ppcl_engine.algorithms.sparsity.scores import wanda
 
-from .test_scores import layer
+from ...tiny.layers import layer
 
 
 def lowest_by_row(weight, gram):

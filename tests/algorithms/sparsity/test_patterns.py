@@ -16,7 +16,7 @@ from ppcl_engine.algorithms.sparsity.layer import layer_error
 from ppcl_engine.algorithms.sparsity.patterns import checked_sparsity, kept_of_groups, pattern_named
 from ppcl_engine.algorithms.sparsity.scores import wanda
 
-from .test_scores import layer
+from ...tiny.layers import layer
 
 
 @pytest.mark.parametrize("name", ["2:4", "4:8"])

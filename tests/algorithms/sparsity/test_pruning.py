@@ -16,7 +16,7 @@ from ppcl_engine.algorithms.sparsity.pruning import (
     prune_layer,
 )
 
-from .test_scores import layer
+from ...tiny.layers import layer
 
 DENSE = pattern_named("unstructured")
 KNOWN = Structure(rows=(8, 8), columns=(16, 16))

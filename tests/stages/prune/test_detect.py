@@ -9,26 +9,12 @@ from ppcl_engine.data.calibration import CalibrationSet
 from ppcl_engine.run import Run
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
+from ...tiny.linear_blocks import make_linear, set_gates
+
 # N strongly nonlinear, L a near-linear step; the probes replace what follows block u
 PATTERN = "NNLLLNNLLN"
 PLANTED = [(1, 4), (6, 8)]
 REMOVE = sum(last - first for first, last in PLANTED)
-
-
-def set_gates(mod: torch.nn.Module, attention: float, mlp: float) -> None:
-    """Constant modulation: no shift, no scale, these gates."""
-    width = mod[1].out_features // 6
-    mod[1].weight.zero_(), mod[1].bias.zero_()
-    mod[1].bias[2 * width : 3 * width] = attention
-    mod[1].bias[5 * width :] = mlp
-
-
-def make_linear(block: torch.nn.Module) -> None:
-    """No attention; the MLP's inputs lie so far right that GELU is the identity there."""
-    for mod, mlp in ((block.img_mod, block.img_mlp), (block.txt_mod, block.txt_mlp)):
-        set_gates(mod, 0.0, 0.7)
-        mlp.net[0].proj.bias.fill_(8.0)
-        mlp.net[2].bias.copy_(-mlp.net[2].weight @ mlp.net[0].proj.bias)
 
 
 def make_nonlinear(block: torch.nn.Module) -> None:

@@ -20,8 +20,8 @@ from ppcl_engine.settings.prune_settings import DistillWidthConfig
 from ppcl_engine.stages.prune.distill_width import distill_width
 from ppcl_engine.system.tensor_files import TensorFile
 
+from ...tiny.linear_blocks import make_linear
 from ...tiny.models import tiny_model
-from .test_detect import make_linear
 
 CHANNEL, OFFSET, SPREAD = 3, 5.0, 0.05
 ENOUGH = 0.01
