@@ -96,7 +96,7 @@ def test_sixteen_bits_of_grey_keep_their_greys(tmp_path, ending):
 def test_values_whose_white_nobody_knows_are_refused(tmp_path):
     Image.fromarray(np.ones((2, 2), dtype=np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(
-        ValueError, match=r"a.tif cannot be read as a picture \(its values are 32 bits"
+        ValueError, match=r"a.tif cannot be read as a picture \(its values have 32 bits"
     ):
         read_picture(tmp_path / "a.tif")
 

@@ -109,6 +109,6 @@ def test_tiny_needs_to_know_the_teacher(architecture, tmp_path, capsys):
     )
     assert main(["run", str(tmp_path / "run.toml"), "--tiny"]) == 2
     assert (
-        "[tiny] in the run file with teacher = one of 'qwen', 'flux', and blocks"
+        "[tiny] in the run file, with teacher = one of 'qwen', 'flux' and blocks"
         in capsys.readouterr().err
     )

@@ -155,7 +155,7 @@ def test_what_does_not_fit_ends_in_one_line(
     for settings, message in {
         "no intervals": (
             {"intervals": ""},
-            "has 6 blocks, and which of the teacher's .* --intervals '3-4 8-10'",
+            "has 6 blocks; which of the teacher's .* --intervals '3-4 8-10'",
         ),
         "too many": ({"intervals": "1-3 5-6"}, "makes a teacher of 9; .* has 8"),
         "overlap": ({"intervals": "1-2 2-3"}, "intervals 1-2 and 2-3 overlap"),

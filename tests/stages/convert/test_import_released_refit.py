@@ -116,5 +116,5 @@ def test_refit_wants_a_text_step(
     tmp_path, released_folder, imported, released_base, calibration_of
 ):
     save_calibration(tmp_path / "c.safetensors", calibration_of(released_base))
-    with pytest.raises(ValueError, match="has no text step that anything reads"):
+    with pytest.raises(ValueError, match="has no text step that a block reads"):
         imported(released_folder(lists=None), refit=True, calibration=tmp_path / "c.safetensors")
