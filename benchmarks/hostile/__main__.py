@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
 import signal
 import tempfile
@@ -68,6 +69,18 @@ VALUES = (
 
 class Late(BaseException):
     """Nothing catches it on the way."""
+
+
+@contextlib.contextmanager
+def elsewhere() -> Iterator[None]:
+    """In a folder of its own, where odd values of --run make their folders."""
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(here)
 
 
 @contextlib.contextmanager
@@ -159,6 +172,7 @@ def run_command(words: list[str], longest: float = LONGEST) -> Outcome:
     what = " ".join(words[:1] + words[-2:])[:200]
     try:
         with (
+            elsewhere(),
             within(longest),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
