@@ -219,9 +219,9 @@ def trials(
             subject.name,
             lambda draw, s=subject: outcome(s, right[s.name], draw),
         )
-    teacher = folder / "subjects" / "single" / "teacher.safetensors"
+    teacher = folder.resolve() / "subjects" / "single" / "teacher.safetensors"
     for number in range(numbers["command lines"]):
-        run = folder / "commands"
+        run = folder.resolve() / "commands"
         yield (
             f"command {number}",
             "command line",
