@@ -22,10 +22,13 @@ import torch
 from torch import nn
 
 from ..architectures import Architecture, BlockState, Inputs, placed
+from ..system.distributed import processes
 from ..system.finite import BAD_MODEL, check_finite, checked_velocity
-from ..system.machine import return_freed_memory
+from ..system.machine import free_memory, return_freed_memory
 from .surgery import Edit
 from .weights import Weights
+
+ROOM_SHARE = 0.2  # of the host's free memory, for states that would else go to disk
 
 
 class Teacher:
@@ -132,6 +135,11 @@ def check_states(boundary: int, state: BlockState) -> None:
     )
 
 
+def room_for_states() -> float:
+    """Bytes of the host's memory in which states may wait instead of on disk."""
+    return ROOM_SHARE * free_memory() / processes().count
+
+
 class StateStore:
     """Both streams of a batch at a block boundary, and the modulated text that a text group still
     reads, by (key, batch): in memory, or one file each.
@@ -142,9 +150,12 @@ class StateStore:
     wrote them reads them, and a new process writes its own.
     """
 
-    def __init__(self, folder: Path | None, rest: str | None = None):
-        """rest: the device on which states in memory wait; None: the one that they were made on."""
-        self.folder, self.rest = folder, rest
+    def __init__(self, folder: Path | None, rest: str | None = None, room: float = 0):
+        """folder: None keeps everything in memory. rest: the device on which states in memory wait;
+        None: the one that they were made on. room: bytes of the host's memory that are used before
+        the folder is."""
+        self.folder, self.room = folder, room
+        self.rest = rest if folder is None else "cpu"
         self._memory: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
         self._on_disk: dict[tuple[str, int], dict[str, tuple[torch.dtype, torch.Size]]] = {}
         if folder is not None:
@@ -155,18 +166,18 @@ class StateStore:
         chain's may be."""
         if isinstance(key, int):
             check_states(key, state)
-        streams = streams_of(state, self.rest)
-        if self.folder is None:
-            self._memory[str(key), batch] = streams
+        streams, name = streams_of(state, self.rest), (str(key), batch)
+        self.drop(key, batch)
+        if self.folder is None or _bytes(streams) <= self.room:
+            self.room -= _bytes(streams)
+            self._memory[name] = streams
         else:
             write_bare(self._path(key, batch), streams.values())
-            self._on_disk[str(key), batch] = {
-                name: (t.dtype, t.shape) for name, t in streams.items()
-            }
+            self._on_disk[name] = {part: (t.dtype, t.shape) for part, t in streams.items()}
 
     def get(self, key: int | str, batch: int, like: BlockState) -> BlockState:
         """The stored streams in a state that otherwise equals `like`."""
-        if self.folder is None:
+        if (str(key), batch) in self._memory:
             return state_of(self._memory[str(key), batch], like)
         known = self._on_disk[str(key), batch]
         return state_of(
@@ -174,14 +185,20 @@ class StateStore:
         )
 
     def has(self, key: int | str, batch: int) -> bool:
-        return (str(key), batch) in (self._memory if self.folder is None else self._on_disk)
+        name = (str(key), batch)
+        return name in self._memory or name in self._on_disk
+
+    def fits(self, state: BlockState) -> bool:
+        """Whether there is room for it in memory."""
+        return _bytes(streams_of(state)) <= self.room
 
     def drop(self, key: int | str, batch: int) -> None:
-        self._memory.pop((str(key), batch), None)
+        self.room += _bytes(self._memory.pop((str(key), batch), {}))
         if self._on_disk.pop((str(key), batch), None) is not None:
             self._path(key, batch).unlink(missing_ok=True)
 
     def clear(self) -> None:
+        self.room += sum(map(_bytes, self._memory.values()))
         self._memory.clear()
         self._on_disk.clear()
         if self.folder is not None:
@@ -190,6 +207,10 @@ class StateStore:
     def _path(self, key: int | str, batch: int) -> Path:
         """Only used with a folder."""
         return Path(self.folder or "") / f"state_{key}_batch_{batch}"
+
+
+def _bytes(streams: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in streams.values())
 
 
 def streams_of(state: BlockState, rest: str | None = None) -> dict[str, torch.Tensor]:

@@ -79,6 +79,25 @@ def test_states_come_back_by_key_and_batch(store, architecture, model, padded_in
     assert not store.has(3, 1) and not (store.folder and store.folder.exists())
 
 
+def test_states_wait_in_memory_as_long_as_there_is_room(
+    tmp_path, architecture, model, padded_inputs
+):
+    state = architecture.embed(model, padded_inputs())
+    size = state.image.nbytes + state.text.nbytes
+    store = StateStore(tmp_path / "states", room=2.5 * size)
+    for batch in range(3):
+        store.put(1, batch, state.with_streams(state.image + batch, state.text))
+    assert [path.name for path in store.folder.iterdir()] == ["state_1_batch_2"]
+    for batch in range(3):
+        assert torch.equal(store.get(1, batch, state).image, state.image + batch)
+    store.put(1, 0, state)  # in the place of what it was
+    store.drop(1, 1)
+    store.put(2, 0, state)
+    assert len(list(store.folder.iterdir())) == 1 and not store.fits(state)
+    store.clear()
+    assert store.room == 2.5 * size and store.fits(state)
+
+
 def test_states_on_disk_do_not_wait_for_it(
     tmp_path, architecture, model, padded_inputs, monkeypatch
 ):

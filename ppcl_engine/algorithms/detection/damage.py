@@ -9,6 +9,7 @@ has become different.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -16,9 +17,9 @@ from torch import nn
 from ...architectures.modules import AnyModule
 from ...models.assembly import Students
 from ...models.layout import Layout, Place, layout_of
-from ...models.streaming import Teacher, state_of, streams_of
+from ...models.streaming import StateStore, Teacher, state_of, streams_of
 from ...models.surgery import project
-from ...plan import FULL, PruningPlan, Variant
+from ...plan import FULL, Interval, PruningPlan, Variant
 from ...system.finite import check_finite, checked_velocity
 from ...system.progress import Progress
 from ..distillation.trainable import twin
@@ -37,11 +38,22 @@ Way = tuple[list[Places], list[dict[str, torch.Tensor]]]
 """layouts that are alike so far, and their streams, one entry a batch"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """Layouts that go through the blocks together."""
+
+    layouts: list[Places]
+    batches: Sequence[int]
+    first: int
+    """the block that they begin at; before it they are as the reference"""
+
+
 class Damage:
     """Measures the damage of variants.
 
     projections: where a place's projections are, if not among the students'. cache_gb: memory for
-    states.
+    states. store: where the reference's states wait, so that layouts go on from where they differ
+    from it; without it they begin at the first block.
     """
 
     def __init__(
@@ -53,9 +65,11 @@ class Damage:
         reference: Variant | None = None,
         projections: ProjectionOf | None = None,
         cache_gb: float = CACHE_GB,
+        store: StateStore | None = None,
     ):
         self.teacher, self.students, self.plan, self.cache_gb = teacher, students, plan, cache_gb
         self.projections = projections or self._trained
+        self.store = store
         self.embedded = [teacher.embed(row) for row in inputs]
         self.rest = "cpu" if teacher.streamed else None
         reference = reference or Variant(name=FULL)
@@ -113,33 +127,60 @@ class Damage:
 
     def _walk_all(self, layouts: list[Places], seen: Seen, what: str | None) -> None:
         walks = list(self._grouped(sorted(layouts, key=self._parts_ways))) if layouts else []
-        total = len(walks) * self.teacher.num_blocks
+        if self.store is not None and len(walks) > 1:
+            self._remember({walk.first for walk in walks}, self.store)
+        else:
+            walks = [replace(walk, first=0) for walk in walks]
+        total = sum(self.teacher.num_blocks - walk.first for walk in walks)
         hidden = {"disable": True} if what is None else {}
         with Progress(total=total, desc=what, unit="block", **hidden) as progress:
-            for group, batches in walks:
-                for some, streams in self._walk(group, batches, progress):
-                    for batch, stream in zip(batches, streams, strict=True):
+            for walk in walks:
+                for some, streams in self._walk(walk, progress.update):
+                    for batch, stream in zip(walk.batches, streams, strict=True):
                         state = state_of(stream, self.embedded[batch])
                         velocity = self.teacher.architecture.finish(
                             self.teacher.outer, state
                         ).float()
                         for places in some:
                             seen(places, batch, velocity)
+        if self.store is not None:
+            self.store.clear()
 
-    def _grouped(self, layouts: list[Places]) -> Iterator[tuple[list[Places], list[int]]]:
-        """All layouts, and as many batches as memory holds; where it does not hold one batch of
-        all, single batches and fewer layouts."""
+    def _grouped(self, layouts: list[Places]) -> Iterator[Walk]:
+        """As many layouts as memory holds of all batches, so that what they have of their own is
+        read once; where it does not even hold one of all batches, single layouts and fewer
+        batches."""
         largest = max(state.image.nbytes + state.text.nbytes for state in self.embedded)
-        fitting, batches = max(1, int(self.cache_gb * 1e9 // largest)), range(len(self.embedded))
-        if fitting < len(layouts):
-            parts = [layouts[first : first + fitting] for first in range(0, len(layouts), fitting)]
-            yield from ((part, [batch]) for batch in batches for part in parts)
-            return
-        count = fitting // len(layouts)
-        yield from (
-            (layouts, list(batches[first : first + count]))
-            for first in range(0, len(batches), count)
-        )
+        batches = range(len(self.embedded))
+        fitting = max(1, int(self.cache_gb * 1e9 // largest))
+        some, together = max(1, fitting // len(batches)), min(fitting, len(batches))
+        for first in range(0, len(layouts), some):
+            group = layouts[first : first + some]
+            for batch in range(0, len(batches), together):
+                yield Walk(
+                    layouts=group,
+                    batches=batches[batch : batch + together],
+                    first=min(self._parts_ways(group[0]), self.teacher.num_blocks - 1),
+                )
+
+    def _remember(self, firsts: set[int], store: StateStore) -> None:
+        """The reference's states before these blocks."""
+        for walk in self._grouped([self.reference]):
+
+            def passed(index: int, ways: list[Way], batches=walk.batches) -> None:
+                for batch, streams in zip(
+                    batches, ways[0][1] if index in firsts else (), strict=False
+                ):
+                    store.put(f"before_{index}", batch, state_of(streams, self.embedded[batch]))
+
+            self._walk(replace(walk, first=0), before=passed)
+
+    def _before(self, index: int, batch: int) -> dict[str, torch.Tensor]:
+        """The streams before a block, as the reference has them."""
+        state = self.embedded[batch]
+        if index and self.store is not None:
+            state = self.store.get(f"before_{index}", batch, state)
+        return streams_of(state, self.rest)
 
     def _parts_ways(self, places: Places) -> int:
         """The first place that differs from the reference's; neighbours in this order share the
@@ -149,20 +190,30 @@ class Damage:
             (ours.index for ours, theirs in pairs if ours != theirs), self.teacher.num_blocks
         )
 
-    def _walk(self, layouts: list[Places], batches: list[int], progress: Progress) -> list[Way]:
-        """The streams of all layouts behind the last block."""
-        standing = {places: {place.index: place for place in places} for places in layouts}
+    def _walk(
+        self,
+        walk: Walk,
+        done: Callable[[], object] = lambda: None,
+        before: Callable[[int, list[Way]], None] = lambda index, ways: None,
+    ) -> list[Way]:
+        """The streams of all layouts behind the last block. Calls before(block, ways) and done() at
+        every block."""
+        standing = {places: {place.index: place for place in places} for places in walk.layouts}
         needed = sorted(
-            {place.index for places in layouts for place in places if not place.interval}
+            {
+                place.index
+                for places in walk.layouts
+                for place in places
+                if not place.interval and place.index >= walk.first
+            }
         )
-        ways: list[Way] = [
-            (layouts, [streams_of(self.embedded[batch], self.rest) for batch in batches])
-        ]
+        ways: list[Way] = [(walk.layouts, [self._before(walk.first, b) for b in walk.batches])]
         blocks = self.teacher.blocks(needed)
-        for index in range(self.teacher.num_blocks):
+        for index in range(walk.first, self.teacher.num_blocks):
+            before(index, ways)
             block = next(blocks)[1] if index in needed else None
-            ways = self._through(index, block, ways, standing, batches)
-            progress.update()
+            ways = self._through(index, block, ways, standing, walk.batches)
+            done()
         return ways
 
     def _through(
@@ -171,6 +222,7 @@ class Damage:
         """Takes every way through what stands at the place; it splits where its layouts differ."""
         onward: list[Way] = []
         built: dict[Place, nn.Module] = {}
+        students: dict[Interval, nn.Module] = {}
         while ways:
             layouts, streams = ways.pop(0)
             parted: dict[Place | None, list[Places]] = {}
@@ -181,7 +233,7 @@ class Damage:
                     onward.append((some, streams))
                     continue
                 if place not in built:
-                    built[place] = self._built(place, block)
+                    built[place] = self._built(place, block, students)
                 onward.append(
                     (
                         some,
@@ -199,18 +251,22 @@ class Damage:
         state = self.teacher.architecture.run_block(block, state_of(streams, self.embedded[batch]))
         return streams_of(state, self.rest)
 
-    def _built(self, place: Place, block: AnyModule) -> nn.Module:
-        """What stands at a place, with its projections: a student, or the teacher's block, which
-        was read once for all."""
+    def _built(
+        self, place: Place, block: AnyModule, students: dict[Interval, nn.Module]
+    ) -> nn.Module:
+        """What stands at a place, with its projections: a student or the teacher's block, each read
+        once for all that is tried in it."""
         if place.interval:
-            block = self.students.student(place.interval, self.teacher.dtype, self.teacher.device)
-        elif not place.projections and not place.publishes:
+            if place.interval not in students:
+                students[place.interval] = self.students.student(
+                    place.interval, self.teacher.dtype, self.teacher.device
+                )
+            block = students[place.interval]
+        if not place.projections and not place.publishes:
             return block
-        else:
-            block = twin(block)
         return project(
             self.teacher.architecture,
-            block,
+            twin(block),
             place,
             {},
             lambda _, kind: self.projections(place, kind),

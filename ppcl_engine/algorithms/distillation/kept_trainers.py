@@ -71,7 +71,9 @@ class KeptTrainers(Generic[Part]):
 
     def end_round(self, number: int) -> None:
         """Saves everything in memory when its time has come."""
-        if (number + 1) % self.rounds_between_saves == 0 or number + 1 == self.rounds:
+        if (number + 1) % rounds_between_saves(
+            self.rounds, sum(self.sizes.values())
+        ) == 0 or number + 1 == self.rounds:
             self.save_all()
             saved()
 
@@ -90,9 +92,8 @@ class KeptTrainers(Generic[Part]):
             if trainer.step != trainer.saved:
                 self.save(part, trainer)
 
-    @property
-    def rounds_between_saves(self) -> int:
-        """As many as keep all saves within MOST_WRITTEN, but no more than MOST_UNSAVED of all
-        rounds."""
-        written = self.rounds * sum(self.sizes.values())
-        return max(1, min(math.ceil(written / MOST_WRITTEN), int(MOST_UNSAVED * self.rounds)))
+
+def rounds_between_saves(rounds: int, held: float) -> int:
+    """As many as keep all saves of `held` bytes within MOST_WRITTEN, but no more than MOST_UNSAVED
+    of all rounds."""
+    return max(1, min(math.ceil(rounds * held / MOST_WRITTEN), int(MOST_UNSAVED * rounds)))

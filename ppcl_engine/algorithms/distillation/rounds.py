@@ -17,7 +17,7 @@ import torch
 
 from ...architectures import BlockState
 from ...data.calibration import CalibrationSet
-from ...models.streaming import StateStore, Teacher
+from ...models.streaming import StateStore, Teacher, room_for_states
 from ...settings.prune_settings import DistillDepthConfig, DistillWidthConfig
 from ...system.distributed import processes, tell
 from ...system.interruption import stop_on_interrupt
@@ -143,6 +143,7 @@ class Rounds(Generic[Part]):
             save = partial(kept.save, part, trainer)
             train_until(end, trainer, loss_at, self.course.name(part), session, save)
             kept.put(part, trainer)
+            states.next_part()
         states.clear()
         kept.end_round(number)
 
@@ -162,6 +163,10 @@ class FreshStates:
         self.teacher, self.calibration = teacher, calibration
         self.settings, self.number = settings, number
         self.store = StateStore(folder)
+        room = room_for_states()
+        # of boundaries that only the sweep itself passes
+        self.passing = StateStore(folder and folder / "passing", room=room)
+        self.near = StateStore(None, rest="cpu", room=room)
         first = teacher.embed(self._inputs(0))
         self.batches = range(self._batches_that_fit(first))
         self.embedded = [first] + [teacher.embed(self._inputs(batch)) for batch in self.batches[1:]]
@@ -169,20 +174,36 @@ class FreshStates:
             self._sweep(wanted)
 
     def state(self, boundary: int, batch: int) -> BlockState:
-        return self.store.get(boundary, batch, self.embedded[batch])
+        """A part reads each of its states in many updates; what there is room for stays in
+        memory."""
+        if self.near.has(boundary, batch):
+            return self.near.get(boundary, batch, self.embedded[batch])
+        state = self.store.get(boundary, batch, self.embedded[batch])
+        if self.store.folder is not None and self.near.fits(state):
+            self.near.put(boundary, batch, state)
+        return state
+
+    def next_part(self) -> None:
+        """Another part reads other states."""
+        self.near.clear()
 
     def clear(self) -> None:
+        self.near.clear()
         self.store.clear()
 
     def _sweep(self, wanted: set[int]) -> None:
+        def store(boundary: int) -> StateStore:
+            return self.store if boundary in wanted else self.passing
+
         for batch, state in enumerate(self.embedded):
-            self.store.put(0, batch, state)
+            store(0).put(0, batch, state)
         for index, block in self.teacher.walk(0, max(wanted) - 1):
             for batch in self.batches:
-                state = self.state(index, batch)
-                self.store.put(index + 1, batch, self.teacher.architecture.run_block(block, state))
-                if index not in wanted:
-                    self.store.drop(index, batch)
+                state = store(index).get(index, batch, self.embedded[batch])
+                after = self.teacher.architecture.run_block(block, state)
+                store(index + 1).put(index + 1, batch, after)
+                self.passing.drop(index, batch)
+        self.passing.clear()
 
     def _inputs(self, batch: int):
         """Batch `batch` of this round: the calibration set's batches in turn, with fresh noise and

@@ -30,7 +30,7 @@ from ...models.released import (
     teacher_indices,
 )
 from ...models.standalone import write_standalone
-from ...models.streaming import StateStore, Teacher, sweep
+from ...models.streaming import StateStore, Teacher, room_for_states, sweep
 from ...models.surgery import build_student, empty_block, projection_state
 from ...models.teacher_hashes import teacher_hashes
 from ...models.tensor_sources import Source
@@ -192,7 +192,9 @@ class Imported:
         teacher = Teacher(
             base, DTYPES[config.dtype], resolve_device(config.device), config.streamed
         )
-        store = StateStore(Run(config.run).states / "import" if config.streamed else None)
+        store = StateStore(
+            Run(config.run).states / "import" if config.streamed else None, room=room_for_states()
+        )
         spans = {last.last: source.last for source, last in groups}
         solved = fit_steps(teacher, calibration, spans, store)
         part = self.architecture.projection_names["text"]["step"]

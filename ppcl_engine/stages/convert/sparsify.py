@@ -27,7 +27,7 @@ from ...algorithms.sparsity.source import SparsitySource, open_source
 from ...architectures import BlockState, SharedText, placed
 from ...data.calibration import CalibrationSet, load_calibration
 from ...models.layout import Place
-from ...models.streaming import StateStore
+from ...models.streaming import StateStore, room_for_states
 from ...models.tensor_sources import Source
 from ...run import Run
 from ...settings.convert_settings import SparsifyConfig
@@ -120,7 +120,7 @@ class _Sparsifying:
             timestep_weights(batch["timestep"], self.config.timesteps)
             for batch in self.calibration.batches
         ]
-        store = StateStore(self.states if self.config.streamed else None)
+        store = StateStore(self.states if self.config.streamed else None, room=room_for_states())
         for batch, state in enumerate(embedded):
             store.put(0, batch, state)
         places = self.source.layout.places

@@ -29,7 +29,7 @@ from ...algorithms.detection.width_solutions import (
 from ...models.assembly import Students
 from ...models.cost import CostModel
 from ...models.layout import Layout, Place, layout_of
-from ...models.streaming import StateStore, Teacher, sweep
+from ...models.streaming import StateStore, Teacher, room_for_states, sweep
 from ...plan import FORMS_OF, SITE_KINDS, PruningPlan, TextGroup, WidthSite
 from ...run import Run
 from ...settings.prune_settings import DetectWidthConfig
@@ -70,7 +70,7 @@ def detect_width(config: DetectWidthConfig) -> Path:
     cost = CostModel.at(teacher.architecture, teacher.config, inputs[0])
     kinds, saving = _kinds(config, teacher), _saving(config, plan, cost)
     candidates = [c for c in _candidates(config, plan, kinds, cost) if c.saving > 0]
-    store = StateStore(run.states / "width" if config.streamed else None)
+    store = StateStore(run.states / "width" if config.streamed else None, room=room_for_states())
     with torch.no_grad():
         alignment = _alignment(config, teacher, students, plan, inputs, store)
         if config.method == "damage":
@@ -232,7 +232,14 @@ def _measured(
         return {name: tensor.to(teacher.device, teacher.dtype) for name, tensor in state.items()}
 
     everything = plan.everything()
-    damage = Damage(teacher, students, plan, inputs, everything, projections, config.cache_gb)
+    store = (
+        StateStore(Run(config.run).states / "damage", room=room_for_states())
+        if config.streamed
+        else None
+    )
+    damage = Damage(
+        teacher, students, plan, inputs, everything, projections, config.cache_gb, store
+    )
     damage.measure(layouts, "detect-width")
     known = solutions.without_maps()
     for candidate, layout, some in zip(candidates, layouts, fits, strict=True):

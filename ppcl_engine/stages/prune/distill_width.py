@@ -26,7 +26,7 @@ from ...algorithms.distillation.rounds import FreshStates, Rounds
 from ...algorithms.distillation.trainer import Trainer, resume_settings, rounding, saved_step
 from ...data.calibration import CalibrationSet
 from ...models.layout import layout_of
-from ...models.streaming import StateStore, Teacher
+from ...models.streaming import StateStore, Teacher, room_for_states
 from ...plan import WidthSite, parse_sites
 from ...run import Run
 from ...settings.prune_settings import DistillWidthConfig
@@ -128,7 +128,8 @@ class _Projections:
         """Saves the ridge solutions of the projections that are not there yet, as step 0."""
         missing = [fit for fit in fits if saved_step(self.path(fit), self.settings(fit)) is None]
         store = StateStore(
-            processes().folder(self.run.states / "width") if self.config.streamed else None
+            processes().folder(self.run.states / "width") if self.config.streamed else None,
+            room=room_for_states(),
         )
         if not missing:
             # what a process left that was killed when all were saved

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ...algorithms.least_squares import RIDGE_OF, NormalEquations, Solution
-from ...models.streaming import StateStore, Teacher, sweep
+from ...models.streaming import StateStore, Teacher, room_for_states, sweep
 from ...run import Run
 from ...settings.prune_settings import ProbeConfig
 from ...system.distributed import processes
@@ -32,7 +32,10 @@ def probe(config: ProbeConfig) -> Path:
     calibration.split(config.held_out)
     numbers = [config.ridge, RIDGE_OF, config.train_steps, config.learning_rate, config.held_out]
     settings = json_text([calibration.hash, *numbers])
-    store = StateStore(processes().folder(run.states / "probe") if config.streamed else None)
+    store = StateStore(
+        processes().folder(run.states / "probe") if config.streamed else None,
+        room=room_for_states(),
+    )
     own = set(processes().own(range(teacher.num_blocks)))
     with torch.no_grad():
         embedded = [teacher.embed(inputs) for inputs in calibration.all_inputs()]

@@ -18,6 +18,7 @@ from ...algorithms.detection.damage import Damage
 from ...algorithms.detection.intervals import least_damage
 from ...models.cost import STORED_BYTES, CostModel
 from ...models.layout import layout_of
+from ...models.streaming import StateStore, room_for_states
 from ...plan import FULL, Interval, PruningPlan, Variant
 from ...run import Run
 from ...settings.prune_settings import VariantsConfig
@@ -36,7 +37,10 @@ def variants(config: VariantsConfig) -> Path:
     inputs = calibration.all_inputs()[-batches:]
     with torch.no_grad():
         students = RunStudents(run, teacher.config, teacher.architecture)
-        measured = Damage(teacher, students, plan, inputs, cache_gb=config.cache_gb)
+        store = (
+            StateStore(run.states / "variants", room=room_for_states()) if config.streamed else None
+        )
+        measured = Damage(teacher, students, plan, inputs, cache_gb=config.cache_gb, store=store)
         cost = CostModel.at(teacher.architecture, teacher.config, inputs[0])
         measured.measure(
             [layout_of(plan, _alone(interval)) for interval in plan.intervals], "intervals"

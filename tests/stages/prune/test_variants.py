@@ -72,7 +72,8 @@ def damages(run) -> list:
 
 def test_models_go_through_the_blocks_together(run, teacher_file, monkeypatch):
     """Streamed: one reading of the blocks for the teacher, one for all intervals, one for all named
-    sizes; with less memory more of them, and the same figures to the bit."""
+    sizes; with less memory more of them, which begin where their models differ from the teacher,
+    and the same figures to the bit."""
     variants(settings(run, teacher_file))
     expected, read, loaded = damages(run), {}, []
     load = Teacher._load
