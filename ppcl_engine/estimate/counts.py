@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import torch
+
 from ..algorithms.detection.intervals import PUBLISHED_SHARE
 from ..algorithms.distillation.kept_trainers import SHARE
 from ..algorithms.distillation.quantization import NONE
@@ -15,7 +17,10 @@ from ..architectures import Architecture
 from ..data.codecs import open_codec
 from ..data.codecs.table import TABLES
 from ..models.cost import CostModel, Grid, largest_pair
+from ..models.layout import full_layout
 from ..models.opening import model_config
+from ..models.stored_layout import transformer_folder
+from ..models.streaming import room_for_states
 from ..plan import Interval, PruningPlan
 from ..run import Run
 from ..settings.base_settings import TrainingConfig
@@ -31,7 +36,11 @@ ACTIVATIONS_PER_TOKEN = 40
 TUNING_COPIES = 5  # weights, gradients, two moments, average
 OPTIMISER_COPIES = 4  # weights, gradients, two moments
 SAVED_COPIES = 3  # weights, two moments
-FP32 = 4
+SOLVING_COPIES = 12  # of a map in float64
+FP32, EXACT = torch.float32.itemsize, torch.float64.itemsize
+STORED = torch.bfloat16.itemsize  # of a value in a file that is not there
+NAMED_VARIANTS = 5
+WEIGHTS = (".safetensors", ".bin")
 PUBLISHED_LENGTH = 3  # blocks of an interval
 
 
@@ -103,6 +112,39 @@ class Count:
         self.parameters, self.forward = self.sizes.parameters, self.sizes.forward
 
     @cached_property
+    def stored(self) -> float:
+        """Bytes of a value in the model's files."""
+        return stored_bytes(Path(self.config.model)) / self.parameters or STORED
+
+    @property
+    def stored_outer(self) -> float:
+        """Bytes that the file has of the outer part."""
+        return self.sizes.cost.outer_parameters * self.stored
+
+    @property
+    def stored_blocks(self) -> float:
+        """The same of all blocks."""
+        return sum(self.sizes.blocks) * self.stored
+
+    @property
+    def batches(self) -> int:
+        return math.ceil(self.samples.count / self.samples.batch)
+
+    @property
+    def latents(self) -> float:
+        """Bytes of a picture's latents."""
+        return FP32 * math.prod(self.samples.grid) * self.sizes.config["in_channels"]
+
+    @property
+    def text(self) -> float:
+        """Bytes of a caption's embedding."""
+        return FP32 * self.samples.text_tokens * self.sizes.config["joint_attention_dim"]
+
+    def store(self, name: str) -> int:
+        """Bytes of a value that is stored in this precision."""
+        return 1 if name == "float8" else DTYPES[name].itemsize
+
+    @cached_property
     def teacher(self) -> int:
         return (self.sizes.streamed if self.config.streamed else self.parameters) * self.size
 
@@ -114,6 +156,39 @@ class Count:
             + self.samples.text_tokens
         )
         return tokens * self.width * self.size
+
+    @property
+    def reading_student(self) -> float:
+        """Of the largest student: as its file has it, and as it computes."""
+        return max(self.students) * (FP32 + self.size)
+
+    @property
+    def largest_tensor(self) -> int:
+        """Its values."""
+        largest = max(full_layout(self.blocks).places, key=lambda p: self.sizes.blocks[p.index])
+        return max(rows * columns for rows, columns in self.sizes.cost.linear_maps(largest, ())[0])
+
+    @property
+    def solving(self) -> float:
+        """What solving a map takes: its sums, their factor, the solution, and what the rank takes."""
+        return SOLVING_COPIES * EXACT * self.width**2
+
+    def passing(self, states: float) -> tuple[float, float]:
+        """Of the two boundaries' states that a streamed sweep keeps: bytes in the host's memory,
+        and bytes on disk."""
+        room = room_for_states() if self.config.streamed else 0
+        return min(room, 2 * states), max(0, 2 * states - room)
+
+    def far_reads(self, boundaries: int, batches: int, reads: int) -> float:
+        """How often a part reads its states from disk in a round: once each, and at every use what
+        there is no room for in memory."""
+        wanted = boundaries * batches * self.samples.batch * self.state
+        near = min(1, room_for_states() / wanted)
+        return near * min(batches, reads) + (1 - near) * reads
+
+    def share_on_disk(self, states: float) -> float:
+        """How much of what passes through a streamed sweep is written and read again."""
+        return self.passing(states)[1] / (2 * states)
 
     @property
     def backward(self) -> int:
@@ -164,14 +239,13 @@ class Count:
         """Of what goes through the blocks together, if that much is there."""
         return int(min(config.cache_gb * 1e9, states))
 
-    def waiting(self, trainers: int) -> int:
-        """Host memory of parts whose round is not there yet; on a GPU's memory they do not
-        count."""
-        return (
-            int(min(SHARE * free_memory(), trainers))
-            if resolve_device(self.config.device) == "cpu"
-            else 0
-        )
+    def waiting(self, trainers: int) -> float:
+        """Of parts whose round is not there yet."""
+        return self.on_host(min(SHARE * free_memory(), trainers))
+
+    def on_host(self, size: float) -> float:
+        """Of the device's memory, what lies in the host's: none of a GPU's."""
+        return size if resolve_device(self.config.device) == "cpu" else 0
 
     def rounds(self, config: DistillDepthConfig | DistillWidthConfig, trained: int) -> float:
         """FLOPs of sweeps and updates; an update is three forwards."""
@@ -196,7 +270,7 @@ def _samples(config: JobConfig, calibrate: CalibrateConfig | None) -> Samples:
     if calibrate is not None:
         grid = _grid(calibrate)
         references = (grid,) if calibrate.references else ()  # one or more
-        text, batch = TEXT_TOKENS, calibrate.batch
+        text, batch = _text_tokens(calibrate), calibrate.batch
         return Samples(
             count=calibrate.samples, batch=batch, grid=grid, text_tokens=text, references=references
         )
@@ -209,6 +283,23 @@ def _samples(config: JobConfig, calibrate: CalibrateConfig | None) -> Samples:
     return Samples(
         count=count, batch=batch, grid=grid, text_tokens=text_tokens, references=tuple(references)
     )
+
+
+def _text_tokens(config: CalibrateConfig) -> int:
+    """Of a caption: as stored, or as many as is usual."""
+    if config.embeddings is None or not config.embeddings.is_file():
+        return TEXT_TOKENS
+    return TensorFile(config.embeddings).shape("text")[1]
+
+
+def stored_bytes(model: Path) -> int:
+    """Of the model's weights; 0 for one that is known by its name alone."""
+    if model.is_file():
+        return model.stat().st_size
+    if not model.is_dir():
+        return 0
+    weights = [path for path in transformer_folder(model).iterdir() if path.suffix in WEIGHTS]
+    return sum(path.stat().st_size for path in weights)
 
 
 def _grid(config: CalibrateConfig) -> tuple[int, int, int]:

@@ -41,13 +41,15 @@ def _print_needs(config: JobConfig, device: str) -> None:
     }
     stage, there = rows["resident"].stage, device_memory(device)
     print(f"{stage} with these settings and this run's samples, on {device} in {config.dtype}:")
-    print(f"{'':10} {'GB memory':>10} {'for certain':>12} {'GB of files':>12} {'hours':>8}  fits")
+    header = ("GB memory", "for certain", "GB of files", "GB read", "GB written", "hours")
+    print(f"{'':10} " + " ".join(f"{name:>11}" for name in header) + "  fits")
     for name, row in rows.items():
         fits = "yes" if row.at_least <= there else f"no: {there / 1e9:.0f} GB are there"
-        print(
-            f"{name:10} {row.memory / 1e9:>10.1f} {row.at_least / 1e9:>12.1f} {row.disk / 1e9:>12.1f} "
-            f"{row.seconds / 3600:>8.2f}  {fits}"
-        )
+        bytes_in_gb = [
+            f"{value / 1e9:>11.1f}"
+            for value in (row.memory, row.at_least, row.disk, row.read, row.written)
+        ]
+        print(f"{name:10} {' '.join(bytes_in_gb)} {row.seconds / 3600:>11.2f}  {fits}")
 
 
 def refusal(config: JobConfig, calibrate: CalibrateConfig | None = None) -> str | None:

@@ -26,11 +26,19 @@ from ..settings.prune_settings import (
     VariantsConfig,
 )
 from ..system.machine import DTYPES, flops_a_second, resolve_device
-from .counts import FP32, OPTIMISER_COPIES, SAVED_COPIES, TUNING_COPIES, Count
+from .counts import (
+    EXACT,
+    FP32,
+    NAMED_VARIANTS,
+    OPTIMISER_COPIES,
+    SAVED_COPIES,
+    TUNING_COPIES,
+    Count,
+)
+from .traffic import traffic
+from .width_counts import WidthCounts
 
 BYTES_A_SECOND = 5e8  # of a disk
-NAMED_VARIANTS = 5
-EXACT = torch.float64.itemsize
 WORKING_COPIES = 8  # of a map in float64: masks' prices, what went, the refit's directions
 COMPRESSED = {"2:4": 9 / 16}
 SCORING, MOVING, EXCHANGING, REFITTING = 5, 32, 8, 33
@@ -49,6 +57,10 @@ class Needs:
     """those of them that are certain"""
     disk: int
     """bytes of new files that are certain"""
+    read: int
+    """bytes, from files of weights, of states and of trainings"""
+    written: int
+    """bytes; more than `disk` where files are written again or do not stay"""
     seconds: float
     """of an idle machine; more where blocks are small"""
 
@@ -70,14 +82,17 @@ def needs(config: JobConfig, calibrate: CalibrateConfig | None = None) -> Needs:
     """`calibrate`: of the same job, where its calibration is not there yet; with neither, the
     smallest one counts."""
     stage, demand_of = DEMANDS[type(config)]
-    demand = demand_of(Count(config, calibrate), config)
+    count = Count(config, calibrate)
+    demand, (read, written) = demand_of(count, config), traffic(count, config)
     speed = flops_a_second(resolve_device(config.device), DTYPES[config.dtype])
     return Needs(
         stage=stage,
         memory=int(demand.certain + demand.likely),
         at_least=int(demand.certain),
         disk=int(demand.disk),
-        seconds=demand.flops / speed + demand.disk / BYTES_A_SECOND,
+        read=int(read),
+        written=int(written),
+        seconds=demand.flops / speed + (read + written) / BYTES_A_SECOND,
     )
 
 
@@ -104,13 +119,13 @@ def _calibrate(count: Count, config: CalibrateConfig) -> Demand:
 
 def _probe(count: Count, config: ProbeConfig) -> Demand:
     states = count.kept(count.samples.count)
-    in_memory, on_disk = (0, 2 * states) if config.streamed else (2 * states, 0)
+    waiting, on_disk = count.passing(states)
     probes = 2 * FP32 * count.blocks * count.width**2
     tokens = states / count.size / count.width
     fits = count.blocks * tokens * 4 * count.width**2
     return Demand(
-        certain=count.teacher + in_memory,
-        likely=states,
+        certain=count.teacher + (0 if config.streamed else 2 * states),
+        likely=states + count.solving + count.on_host(waiting),
         disk=on_disk + probes,
         flops=count.samples.count * count.forward + fits,
     )
@@ -126,12 +141,11 @@ def _detect(count: Count, config: DetectConfig) -> Demand:
     ]
     passes = count.blocks + (1 if config.local else 2) * sum(pairs)
     chains = len(pairs) * (states if config.local else 2 * states) if config.streamed else 0
-    sums = 6 * 8 * count.width**2  # of both streams: X^T X, its factor and X^T Y
     fits = len(pairs) * states / count.size / count.width * 3 * count.width**2
     measured = passes * min(config.samples, count.samples.count) * count.forward / count.blocks
     return Demand(
         certain=count.teacher + in_memory,
-        likely=2 * states + count.together(config, chains) + sums,
+        likely=2 * states + count.together(config, chains) + count.solving,
         disk=on_disk,
         flops=measured + fits,
     )
@@ -142,8 +156,13 @@ def _distill_depth(count: Count, config: DistillDepthConfig) -> Demand:
     cache = 0 if config.streamed else count.cache(config.updates, config.cache_gb, boundaries)
     largest = max(count.students)
     waiting = count.waiting(SAVED_COPIES * FP32 * (sum(count.students) - largest))
+    training = OPTIMISER_COPIES * largest * FP32
+    if config.streamed:  # no block of the teacher is there while a student is trained
+        certain = max(count.teacher, count.sizes.cost.outer_parameters * count.size + training)
+    else:
+        certain = count.teacher + training
     return Demand(
-        certain=count.teacher + OPTIMISER_COPIES * largest * FP32,
+        certain=certain,
         likely=cache + count.backward + count.read_in_training(config, largest) + waiting,
         disk=SAVED_COPIES * sum(count.students) * FP32,
         flops=count.rounds(config, len(count.intervals)),
@@ -151,15 +170,18 @@ def _distill_depth(count: Count, config: DistillDepthConfig) -> Demand:
 
 
 def _detect_width(count: Count, config: DetectWidthConfig) -> Demand:
-    states, equations = count.kept(count.samples.count), 4 * 8 * count.width**2
-    fits = 2 * count.blocks
-    solutions = fits * 2 * FP32 * count.width**2
-    likely = states + count.together(config, max(fits * equations, fits * states))
+    states, width = count.kept(count.samples.count), WidthCounts.of(count, config)
+    measured = width.layouts * min(config.samples, count.samples.count) * count.state
+    waiting, on_disk = count.passing(states)
+    fitting = width.equations + max(count.solving, count.reading_student) + count.on_host(waiting)
+    measuring = count.on_host(count.together(config, measured)) + count.reading_student
+    in_files = (0, on_disk + width.solutions) if config.streamed else (width.solutions, 0)
     return Demand(
-        certain=count.teacher + equations + (0 if config.streamed else 2 * states),
-        likely=likely + (0 if config.streamed else solutions),
-        disk=2 * states + solutions if config.streamed else 0,
-        flops=(fits * config.samples + 2 * count.samples.count) * count.forward,
+        certain=count.teacher + (0 if config.streamed else 2 * states),
+        likely=states + max(fitting, measuring) + count.on_host(in_files[0]),
+        disk=in_files[1],
+        flops=(width.layouts * config.samples + (1 + len(width.sweeps)) * count.samples.count)
+        * count.forward,
     )
 
 
@@ -170,9 +192,13 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Demand:
     certain, projection = 1 if planned is None else sites, count.width**2 * FP32
     training = OPTIMISER_COPIES * projection + 2 * min(count.students) * count.size
     waiting = count.waiting(SAVED_COPIES * projection * (certain - 1))
+    training += count.backward + count.read_in_training(config, count.width**2) + waiting
+    fitting = WidthCounts.of_plan(count, config).equations + max(
+        count.solving, count.reading_student
+    )
     return Demand(
-        certain=count.teacher + training,
-        likely=cache + count.backward + count.read_in_training(config, count.width**2) + waiting,
+        certain=count.teacher,
+        likely=max(cache + training, fitting),
         disk=certain * SAVED_COPIES * projection,
         flops=count.rounds(config, sites),
     )
@@ -202,15 +228,18 @@ def _variants(count: Count, config: VariantsConfig) -> Demand:
     samples = min(config.samples, count.samples.count)
     return Demand(
         certain=count.teacher + states,
-        likely=states + count.together(config, models * states),
+        likely=states + count.together(config, models * states) + count.reading_student,
         flops=models * samples * count.forward,
     )
 
 
 def _export(count: Count, config: ExportConfig) -> Demand:
-    stored = sum(count.students) if config.layout == "bundle" else count.variant(config.variant)
-    itemsize = 1 if config.store == "float8" else DTYPES[config.store].itemsize
-    return Demand(certain=0, likely=max(count.sizes.blocks) * FP32, disk=stored * itemsize)
+    """A bundle is written tensor by tensor, other layouts block by block."""
+    bundle = config.layout == "bundle"
+    stored = sum(count.students) if bundle else count.variant(config.variant)
+    block = 0 if bundle else max(count.sizes.blocks) * FP32
+    tensor = count.largest_tensor * (FP32 + count.store(config.store))
+    return Demand(certain=0, likely=block + tensor, disk=stored * count.store(config.store))
 
 
 def _evaluate(count: Count, config: EvaluateConfig) -> Demand:

@@ -7,11 +7,14 @@ from benchmarks import hashing, memory, removal
 from benchmarks.distill_speed import __main__ as distill_speed
 from benchmarks.distill_speed.recipes import plain_loss
 from benchmarks.folding import __main__ as folding
+from benchmarks.full_size import __main__ as full_size
 from benchmarks.hostile import __main__ as hostile
 from benchmarks.shared import teachers
 from benchmarks.shared.teachers import random_teacher
 
 from .quick import CONFIG, quick_teacher, run
+
+LARGE_ENOUGH = 4e6  # bytes; headers, plans and reports are not counted
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +255,18 @@ def test_hashing(tmp_path):
     assert values["bytes"] > 1e5
     for row in (values["disk"], values["page_cache"]):
         assert row["seconds_with"] > 0 and row.keys() >= {"share", "processor_share"}
+
+
+def test_full_size_goes_on_where_it_was_stopped(tmp_path):
+    """On a small model in this process: what every stage reads and writes is what the dry run says."""
+    values = run(full_size, tmp_path, "--folder", tmp_path / "work")
+    rows = values["small"]
+    assert [row["stage"] for row in rows][:3] == ["calibrate", "probe", "detect"]
+    assert len(rows) == 14 and all(row["written"] > 0 for row in rows)
+    for row in rows:
+        for name in ("read", "written"):
+            if row[name] > LARGE_ENOUGH and "ratio" in row:
+                assert 0.8 <= row["ratio"][name] <= 1.25, (row["stage"], name, row)
+    before = (tmp_path / "work" / "rows_6.json").stat().st_mtime_ns
+    run(full_size, tmp_path, "--folder", tmp_path / "work")
+    assert (tmp_path / "work" / "rows_6.json").stat().st_mtime_ns == before

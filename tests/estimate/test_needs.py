@@ -21,10 +21,10 @@ from ppcl_engine.settings.convert_settings import ExportConfig, SparsifyConfig
 from ppcl_engine.settings.prune_settings import (
     CalibrateConfig,
     DetectConfig,
-    DistillDepthConfig,
     FinetuneConfig,
     PolishConfig,
     ProbeConfig,
+    VariantsConfig,
 )
 from ppcl_engine.stages import STAGES
 from ppcl_engine.stages.convert.export import export
@@ -62,7 +62,8 @@ def test_a_resident_teacher_counts_its_weights(teacher_file, make_run, tmp_path)
         needs(ProbeConfig(**common, streamed=streamed)) for streamed in (False, True)
     )
     assert size < resident.at_least < 2 * size and streamed.at_least < resident.at_least
-    assert streamed.disk > resident.disk
+    on_disk = needs(DetectConfig(**common, streamed=True)), needs(DetectConfig(**common))
+    assert on_disk[0].disk > on_disk[1].disk
 
 
 def test_more_work_takes_more(teacher_file, make_run, tmp_path):
@@ -119,7 +120,7 @@ def test_blocks_of_several_kinds_are_summed_one_by_one(tmp_path, name, parameter
     assert count.teacher == 4 * parameters < 0.95 * 4 * len(sizes) * sizes[0]
     assert again.teacher == 4 * (parameters - sum(sizes) + sizes[0] + sizes[1])
     resident, streamed = (
-        needs(DistillDepthConfig(model=Path(name), run=tmp_path, device="cpu", streamed=s))
+        needs(VariantsConfig(model=Path(name), run=tmp_path, device="cpu", streamed=s))
         for s in (False, True)
     )
     assert resident.at_least - streamed.at_least == count.teacher - again.teacher

@@ -1,0 +1,276 @@
+"""Bytes that a stage reads and writes: how often it walks the model's file, and what it keeps on
+disk on the way.
+
+At full size this is what decides how long a streamed stage takes, and how much of a disk's life.
+Each function follows the loops of its stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..algorithms.detection.chains import ChainBatch, chains_of, grouped
+from ..algorithms.detection.curves import FIT, STREAMS
+from ..algorithms.detection.intervals import reach
+from ..algorithms.distillation.kept_trainers import SHARE, rounds_between_saves
+from ..algorithms.distillation.rounds import REUSE
+from ..settings.assess_settings import EvaluateConfig
+from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
+from ..settings.prune_settings import (
+    CalibrateConfig,
+    DetectConfig,
+    DetectWidthConfig,
+    DistillDepthConfig,
+    DistillWidthConfig,
+    FinetuneConfig,
+    PolishConfig,
+    ProbeConfig,
+    VariantsConfig,
+)
+from ..system.machine import free_memory
+from .counts import EXACT, FP32, NAMED_VARIANTS, SAVED_COPIES, Count
+from .width_counts import WidthCounts, measuring_walks
+
+WRITTEN_WHILE_TUNING = 4  # used and raw weights, two moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """What a stage reads and writes."""
+
+    walks: float = 1
+    """how often all blocks are read where they are streamed"""
+    resident_walks: float = 1
+    """how often, where they stay in memory"""
+    read: float = 0
+    """bytes of other files"""
+    written: float = 0
+    """bytes of files, and of those that do not stay"""
+    states_read: float = 0
+    """bytes of states between blocks, which are on disk where blocks are streamed"""
+    states_written: float = 0
+    """bytes of the same"""
+
+    def total(self, count: Count, streamed: bool) -> tuple[float, float]:
+        """Bytes that are read, bytes that are written."""
+        walks = self.walks if streamed else self.resident_walks
+        read = min(walks, 1) * count.stored_outer + walks * count.stored_blocks + self.read
+        if not streamed:
+            return read, self.written
+        return read + self.states_read, self.written + self.states_written
+
+
+def traffic(count: Count, config: JobConfig) -> tuple[float, float]:
+    """Bytes that the stage reads, bytes that it writes."""
+    return TRAFFIC[type(config)](count, config).total(count, config.streamed)
+
+
+def _calibrate(count: Count, config: CalibrateConfig) -> Traffic:
+    latents, text = count.latents, count.text
+    finished = 2 * config.samples * (2 * latents + text)  # batch by batch, then in one file
+    if config.images:
+        return Traffic(written=finished)
+    groups = max(1, math.ceil(2 * count.state * config.samples / (config.cache_gb * 1e9)))
+    saved = config.steps * config.samples * 2 * latents if config.streamed else 0
+    return Traffic(
+        walks=config.steps * groups,
+        resident_walks=2,  # one sample first, to see that the model is sound
+        written=finished + saved,
+    )
+
+
+def _probe(count: Count, config: ProbeConfig) -> Traffic:
+    states, batch = count.kept(count.samples.count), count.samples.batch * count.state
+    held = min(config.held_out * batch, states)
+    for_streams = 2 * (states - held) + 2 * held
+    if config.train_steps:
+        for_streams += 2 * config.train_steps * batch + 2 * held
+    probes = count.blocks * len(STREAMS) * FP32 * count.width**2
+    share = count.share_on_disk(states)
+    return Traffic(
+        written=probes,
+        states_written=share * (count.blocks + 1) * states,
+        states_read=share * count.blocks * (states + len(STREAMS) * for_streams),
+    )
+
+
+def _detect(count: Count, config: DetectConfig) -> Traffic:
+    share = min(config.samples, count.samples.count) / count.samples.count
+    batches = max(2, round(share * count.batches))
+    batch = count.samples.batch * count.state
+    held, states, last = batches - batches // 2, batches * batch, count.blocks - 1
+    starts = frozenset(s.start for s in count.sizes.architecture.sections(count.sizes.config))
+    ends = {u: reach(u, count.blocks, config.longest, starts) for u in range(last)}
+    parts = _chain_batches(ends, batches, batch, config, count.width)
+    groups = list(grouped(parts, config.cache_gb * 1e9 if config.streamed else 0))
+    pairs = sum(end - u for u, end in ends.items())
+    probes = sum(len({k for p in g for k in range(p.u + 1, p.end + 1)}) for g in groups)
+    numbers = config.bootstrap + 1 + held * count.samples.batch + len(STREAMS) * len(FIT)
+    curves = EXACT * count.blocks * config.longest * numbers
+    walked = states * sum(end > u for u, end in ends.items()) + pairs * held * batch
+    fitted = 2 * pairs * (states - held * batch)
+    return Traffic(
+        walks=1 + sum(last - group[0].u for group in groups) / count.blocks,
+        read=probes * len(STREAMS) * FP32 * count.width**2,
+        written=min(len(groups), last) * curves,
+        states_written=(count.blocks + 1) * states,
+        states_read=(count.blocks + 2) * states + walked + fitted + config.local * pairs * states,
+    )
+
+
+def _chain_batches(
+    ends: dict[int, int], batches: int, size: int, config: DetectConfig, width: int
+) -> Iterable[ChainBatch]:
+    for u, end in ends.items():
+        for batch in range(batches) if end > u else ():
+            maps = (end - u) * len(STREAMS) * FP32 * width**2 if batch == 0 else 0
+            chains = 1 + chains_of(u, end, batch >= batches // 2, config.local)
+            yield ChainBatch(u=u, end=end, batch=batch, bytes=chains * size + maps)
+
+
+def _distill_depth(count: Count, config: DistillDepthConfig) -> Traffic:
+    intervals = count.intervals
+    students = [count.sizes.student(interval) for interval in intervals]
+    kept, batch = _round(count, config, 2 * len(intervals) + 2), count.samples.batch * count.state
+    last = max(interval.last for interval in intervals) + 1 if count.plan else count.blocks
+    read, written = _trainings(students, config.rounds)
+    cached = 2 * len(intervals)  # the other boundaries only pass
+    passed = count.share_on_disk(kept * batch) * (last + 1 - cached)
+    fitted = 2 * kept * len(intervals) if config.correction != "none" else 0
+    updates = config.rounds * 2 * len(intervals) * count.far_reads(2, kept, config.updates)
+    begun = len(intervals) * count.stored_blocks / count.blocks
+    return Traffic(
+        walks=config.rounds * last / count.blocks,
+        read=read + begun,
+        written=written,
+        states_written=config.rounds * (cached + passed) * kept * batch,
+        states_read=(config.rounds * (cached + passed) * kept + updates + fitted) * batch,
+    )
+
+
+def _round(count: Count, config: DistillDepthConfig | DistillWidthConfig, boundaries: int) -> int:
+    """Batches of a round."""
+    size = boundaries * count.samples.batch * count.state
+    return max(1, min(math.ceil(config.updates / REUSE), int(config.cache_gb * 1e9 // size)))
+
+
+def _trainings(parameters: list[int], rounds: int) -> tuple[float, float]:
+    """Bytes read and written of trainings that take turns: kept in memory as far as it goes, else
+    in files."""
+    limit, kept, filed = SHARE * free_memory(), 0, 0
+    for number in parameters:
+        size = SAVED_COPIES * FP32 * number
+        kept, filed = (kept + size, filed) if kept + size <= limit else (kept, filed + size)
+    between = rounds_between_saves(rounds, kept + filed)
+    saves = math.ceil(rounds / between)
+    return (rounds - 1) * filed, saves * kept + rounds * filed
+
+
+def _detect_width(count: Count, config: DetectWidthConfig) -> Traffic:
+    width = WidthCounts.of(count, config)
+    states = count.kept(count.samples.count)
+    read, written = width.swept(states)
+    share = count.share_on_disk(states)
+    walks = width.walks(config, min(config.samples, count.samples.count))
+    return Traffic(
+        walks=1 + sum(last + 1 for last in width.sweeps) / count.blocks + walks,
+        read=width.students_read() + (1 + walks) * width.students,
+        states_written=share * ((count.blocks + 1) * states + written) + width.solutions,
+        # the alignment looks at every place once more
+        states_read=share * ((count.blocks + width.places) * states + read) + width.solutions,
+    )
+
+
+def _distill_width(count: Count, config: DistillWidthConfig) -> Traffic:
+    width = WidthCounts.of_plan(count, config)
+    states, batch = count.kept(count.samples.count), count.samples.batch * count.state
+    kept = _round(count, config, 4 * width.fits)
+    read, written = width.swept(states)
+    filed, saved = _trainings([parts * count.width**2 for parts in width.parts], config.rounds)
+    share, cached = count.share_on_disk(states), min(2 * width.fits, count.blocks + 1)
+    boundaries = cached + count.share_on_disk(kept * batch) * (count.blocks + 1 - cached)
+    updates = config.rounds * width.fits * 2 * count.far_reads(2, kept, config.updates + kept)
+    solutions = FP32 * sum(width.parts) * count.width**2  # saved as step 0, and read again
+    return Traffic(
+        walks=sum(last + 1 for last in width.sweeps) / count.blocks + config.rounds,
+        read=config.rounds * width.frozen + filed + solutions + width.students_read(),
+        written=saved + solutions,
+        states_written=share * written + solutions + config.rounds * boundaries * kept * batch,
+        states_read=share * read + (config.rounds * boundaries * kept + updates) * batch,
+    )
+
+
+def _polish(count: Count, config: PolishConfig) -> Traffic:
+    return _tuned(count, config, sum(count.students))
+
+
+def _finetune(count: Count, config: FinetuneConfig) -> Traffic:
+    return _tuned(count, config, count.variant(config.variant) or count.parameters // 2)
+
+
+def _tuned(count: Count, config: PolishConfig | FinetuneConfig, trained: int) -> Traffic:
+    """A step reads the frozen blocks for the teacher, for the model in training, and for its
+    gradients."""
+    saves = math.ceil(config.steps / config.save_every)
+    return Traffic(walks=3 * config.steps, written=saves * WRITTEN_WHILE_TUNING * FP32 * trained)
+
+
+def _variants(count: Count, config: VariantsConfig) -> Traffic:
+    """Of the teacher, of each interval alone, and of the named sizes, if those are others."""
+    states = min(config.samples, count.samples.count) * count.state
+    intervals, single = count.intervals, len(count.intervals) == 1
+    named = 0 if single else min(NAMED_VARIANTS - 2, len(intervals))
+    named += 1 if count.plan is None or count.plan.sites else 0
+    models = [number for number in (len(intervals), named) if number]
+    walks = sum(measuring_walks(number, states, config.cache_gb) - 1 for number in models)
+    # a block is not read where all models have a student in its place
+    gone = len(models) * (intervals[0].removed + 1) / count.blocks if single else 0
+    students = FP32 * sum(count.sizes.student(interval) for interval in intervals)
+    return Traffic(walks=1 + walks - gone + 1 / count.blocks, read=len(models) * students)
+
+
+def _export(count: Count, config: ExportConfig) -> Traffic:
+    """A bundle holds a hash of every tensor of the teacher."""
+    itemsize = count.store(config.store)
+    students = sum(count.students)
+    stored = students if config.layout == "bundle" else count.variant(config.variant)
+    gone = 0 if config.layout == "bundle" else sum(i.removed + 1 for i in count.intervals)
+    walks = 1 - gone / count.blocks
+    return Traffic(
+        walks=walks, resident_walks=walks, read=students * FP32, written=stored * itemsize
+    )
+
+
+def _evaluate(count: Count, config: EvaluateConfig) -> Traffic:
+    forwards = math.ceil(config.captions / config.batch) * config.steps * 2 + count.batches
+    return Traffic(walks=NAMED_VARIANTS * forwards)
+
+
+def _sparsify(count: Count, config: SparsifyConfig) -> Traffic:
+    """Every pruned block is a file of its own first, which the next block's inputs are made with."""
+    states = count.kept(count.samples.count)
+    stored, share = count.store(config.store) * count.parameters, count.share_on_disk(states)
+    return Traffic(
+        read=(2 if config.feed == "pruned" else 1) * stored,
+        written=2 * stored,
+        states_written=share * (count.blocks + 1) * states,
+        states_read=share * 2 * count.blocks * states,
+    )
+
+
+TRAFFIC = {
+    CalibrateConfig: _calibrate,
+    ProbeConfig: _probe,
+    DetectConfig: _detect,
+    DistillDepthConfig: _distill_depth,
+    DetectWidthConfig: _detect_width,
+    DistillWidthConfig: _distill_width,
+    PolishConfig: _polish,
+    VariantsConfig: _variants,
+    FinetuneConfig: _finetune,
+    ExportConfig: _export,
+    SparsifyConfig: _sparsify,
+    EvaluateConfig: _evaluate,
+}
