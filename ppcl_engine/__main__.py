@@ -110,15 +110,16 @@ def _dispatch(stage: str, arguments: list[str]) -> None:
             is_main(),
             config=(tyro.conf.PositionalRequiredArgs,),
         )
-        run_file(config.file, config.tiny)
+        run_file(config.file, config.tiny, config.dry_run)
         return
     if stage not in STAGES:
         raise ValueError(f"unknown stage {shown(stage)}; {known_names(stage, [*STAGES, 'run'])}")
     run_stage(stage, parse(STAGES[stage][0], stage, arguments, is_main()))
 
 
-def run_file(path: Path, tiny: bool = False) -> None:
-    """Runs the stages of a TOML file, after all of its tables were read and checked."""
+def run_file(path: Path, tiny: bool = False, dry_run: bool = False) -> None:
+    """Runs the stages of a TOML file, or prints what they would take, after all of its tables were
+    read and checked."""
     stages = read_run_file(path)
     if tiny:
         from .demo.tiny import tiny_run
@@ -126,6 +127,11 @@ def run_file(path: Path, tiny: bool = False) -> None:
         stages = tiny_run(path.stem, _tables(path).get(TINY, {}), stages)
     if not stages:
         raise ValueError(f"{path} names no stage; add a table such as [calibrate]")
+    if dry_run:
+        from .estimate.dry_run import print_estimates
+
+        print_estimates(stages)
+        return
     for stage, config in stages:
         run_stage(stage, config)
 

@@ -3,6 +3,7 @@ run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..models.cost import CostModel
@@ -12,8 +13,9 @@ from ..settings.prune_settings import CalibrateConfig
 from ..system.machine import device_memory, free_disk, resolve_device
 from .advice import STREAMED, last_advice, setting_advice
 from .counts import GRID, TEXT_TOKENS
-from .needs import needs
+from .needs import DEMANDS, Needs, needs
 
+COLUMNS = ("GB memory", "for certain", "GB of files", "GB read", "GB written", "hours")
 # where a stage has no advice of its own
 FITTING = {"streamed": STREAMED[-1], "dtype": "choose dtype bfloat16"}
 
@@ -41,15 +43,42 @@ def _print_needs(config: JobConfig, device: str) -> None:
     }
     stage, there = rows["resident"].stage, device_memory(device)
     print(f"{stage} with these settings and this run's samples, on {device} in {config.dtype}:")
-    header = ("GB memory", "for certain", "GB of files", "GB read", "GB written", "hours")
-    print(f"{'':10} " + " ".join(f"{name:>11}" for name in header) + "  fits")
+    _print_header()
     for name, row in rows.items():
         fits = "yes" if row.at_least <= there else f"no: {there / 1e9:.0f} GB are there"
-        bytes_in_gb = [
-            f"{value / 1e9:>11.1f}"
-            for value in (row.memory, row.at_least, row.disk, row.read, row.written)
-        ]
-        print(f"{name:10} {' '.join(bytes_in_gb)} {row.seconds / 3600:>11.2f}  {fits}")
+        _print_row(name, row, f"  {fits}")
+
+
+def print_estimates(stages: Sequence[tuple[str, object]]) -> None:
+    """Of the stages of a run file, a row each, and of all together: what is read and written, and
+    the hours."""
+    configs = [config for _, config in stages if type(config) in DEMANDS]
+    if not configs:
+        raise ValueError("none of these stages has an estimate; name one of the method's stages")
+    calibrate = next((c for c in configs if isinstance(c, CalibrateConfig)), None)
+    rows = [needs(config, calibrate) for config in configs]
+    there = device_memory(resolve_device(configs[0].device))
+    print(f"{configs[0].model} on this machine, with {there / 1e9:.0f} GB of memory on the device:")
+    _print_header()
+    for row in rows:
+        _print_row(row.stage, row, "" if row.at_least <= there else "  does not fit")
+    read, written, hours = (
+        sum(values)
+        for values in zip(*((r.read, r.written, r.seconds / 3600) for r in rows), strict=True)
+    )
+    print(
+        f"together   {read / 1e12:.2f} TB read, {written / 1e12:.2f} TB written, {hours:.1f} hours"
+    )
+
+
+def _print_header() -> None:
+    print(f"{'':13} " + " ".join(f"{name:>11}" for name in COLUMNS))
+
+
+def _print_row(name: str, row: Needs, end: str) -> None:
+    sizes = (row.memory, row.at_least, row.disk, row.read, row.written)
+    cells = [f"{size / 1e9:>11.1f}" for size in sizes]
+    print(f"{name:13} {' '.join(cells)} {row.seconds / 3600:>11.2f}{end}")
 
 
 def refusal(config: JobConfig, calibrate: CalibrateConfig | None = None) -> str | None:

@@ -139,3 +139,6 @@ class RunConfig(Settings):
     tiny: bool = False
     """Run it in minutes on the bundled teacher that the file's [tiny] names, with few samples and
     steps, to see that the file is right; the figures mean nothing."""
+    dry_run: bool = False
+    """Only print what each stage would take on this machine, and all of them together. Needs no
+    weights."""
