@@ -62,12 +62,12 @@ def print_estimates(stages: Sequence[tuple[str, object]]) -> None:
     _print_header()
     for row in rows:
         _print_row(row.stage, row, "" if row.at_least <= there else "  does not fit")
-    read, written, hours = (
-        sum(values)
-        for values in zip(*((r.read, r.written, r.seconds / 3600) for r in rows), strict=True)
+    read, written, flops, seconds = (
+        sum(getattr(row, name) for row in rows) for name in ("read", "written", "flops", "seconds")
     )
     print(
-        f"together   {read / 1e12:.2f} TB read, {written / 1e12:.2f} TB written, {hours:.1f} hours"
+        f"together: {read / 1e12:.2f} TB read, {written / 1e12:.2f} TB written, {flops:.2g} FLOPs, "
+        f"{seconds / 3600:.1f} hours here"
     )
 
 

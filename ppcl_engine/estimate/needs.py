@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
+from ..algorithms.detection.curves import STREAMS
 from ..algorithms.sparsity.patterns import UNSTRUCTURED
 from ..algorithms.sparsity.source import open_source
 from ..models.layout import Place, full_layout
 from ..settings.assess_settings import EvaluateConfig
+from ..settings.base_settings import StatesConfig
 from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
     CalibrateConfig,
@@ -40,6 +42,7 @@ from .width_counts import WidthCounts
 
 BYTES_A_SECOND = 5e8  # of a disk
 WORKING_COPIES = 8  # of a map in float64: masks' prices, what went, the refit's directions
+SOLVING = 5  # products of two maps
 COMPRESSED = {"2:4": 9 / 16}
 SCORING, MOVING, EXCHANGING, REFITTING = 5, 32, 8, 33
 """Products of a map with its Gram matrix that shares, budgets of clusters, exchanges and refit
@@ -61,6 +64,8 @@ class Needs:
     """bytes, from files of weights, of states and of trainings"""
     written: int
     """bytes; more than `disk` where files are written again or do not stay"""
+    flops: float
+    """of products in float64 as many as would take the same time"""
     seconds: float
     """of an idle machine; more where blocks are small"""
 
@@ -92,6 +97,7 @@ def needs(config: JobConfig, calibrate: CalibrateConfig | None = None) -> Needs:
         disk=int(demand.disk),
         read=int(read),
         written=int(written),
+        flops=demand.flops,
         seconds=demand.flops / speed + (read + written) / BYTES_A_SECOND,
     )
 
@@ -127,7 +133,9 @@ def _probe(count: Count, config: ProbeConfig) -> Demand:
         certain=count.teacher + (0 if config.streamed else 2 * states),
         likely=states + count.solving + count.on_host(waiting),
         disk=on_disk + probes,
-        flops=count.samples.count * count.forward + fits,
+        flops=count.samples.count * count.forward
+        + fits
+        + _solves(count, config, len(STREAMS) * count.blocks),
     )
 
 
@@ -147,7 +155,7 @@ def _detect(count: Count, config: DetectConfig) -> Demand:
         certain=count.teacher + in_memory,
         likely=2 * states + count.together(config, chains) + count.solving,
         disk=on_disk,
-        flops=measured + fits,
+        flops=measured + fits + _solves(count, config, len(STREAMS) * len(pairs)),
     )
 
 
@@ -175,13 +183,15 @@ def _detect_width(count: Count, config: DetectWidthConfig) -> Demand:
     waiting, on_disk = count.passing(states)
     fitting = width.equations + max(count.solving, count.reading_student) + count.on_host(waiting)
     measuring = count.on_host(count.together(config, measured)) + count.reading_student
+    # candidates begin where they differ from the depth-pruned model, half way in the mean
+    forwards = width.layouts / 2 * min(config.samples, count.samples.count)
+    forwards += (1 + len(width.sweeps)) * count.samples.count
     in_files = (0, on_disk + width.solutions) if config.streamed else (width.solutions, 0)
     return Demand(
         certain=count.teacher + (0 if config.streamed else 2 * states),
         likely=states + max(fitting, measuring) + count.on_host(in_files[0]),
         disk=in_files[1],
-        flops=(width.layouts * config.samples + (1 + len(width.sweeps)) * count.samples.count)
-        * count.forward,
+        flops=forwards * count.forward + _solves(count, config, sum(width.parts)),
     )
 
 
@@ -286,7 +296,12 @@ def _products(config: SparsifyConfig) -> int:
     return SCORING + MOVING * moving + EXCHANGING * config.exchange + REFITTING * refitting
 
 
-def _slower(config: SparsifyConfig) -> float:
+def _solves(count: Count, config: StatesConfig | ProbeConfig, maps: int) -> float:
+    """Of ridge solutions in float64: factors, the solution, the rank."""
+    return SOLVING * maps * count.width**3 * _slower(config)
+
+
+def _slower(config: JobConfig) -> float:
     """float64 against the precision in which blocks run."""
     device = resolve_device(config.device)
     return flops_a_second(device, DTYPES[config.dtype]) / flops_a_second(device, torch.float64)

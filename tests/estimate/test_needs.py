@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ppcl_engine.__main__ import read_run_file, run_file
 from ppcl_engine.estimate.advice import ADVICE
 from ppcl_engine.estimate.counts import Count
 from ppcl_engine.estimate.dry_run import print_estimate, refusal
@@ -21,6 +22,7 @@ from ppcl_engine.settings.convert_settings import ExportConfig, SparsifyConfig
 from ppcl_engine.settings.prune_settings import (
     CalibrateConfig,
     DetectConfig,
+    DistillDepthConfig,
     FinetuneConfig,
     PolishConfig,
     ProbeConfig,
@@ -33,6 +35,7 @@ from ppcl_engine.system.machine import device_memory, free_disk
 from ..tiny.trained_run import tuned_run
 
 GB = 1e9
+PACK = Path(__file__).parents[2]
 
 
 def test_every_stage_of_a_job_is_counted_and_has_advice():
@@ -191,3 +194,44 @@ def test_a_variant_counts_what_is_left_of_it(teacher_file, make_run, tmp_path):
 def test_the_disk_is_looked_at_where_the_run_will_be(tmp_path):
     assert free_disk(tmp_path / "not" / "yet") == pytest.approx(free_disk(tmp_path), rel=0.01)
     assert device_memory("cpu") > 0
+
+
+def test_the_recipe_for_full_size_reads_the_model_a_few_times(tmp_path, monkeypatch, capsys):
+    """A row for each stage of the run file, and what all of them read: less than 10 TB from bf16."""
+    for module in ("traffic", "counts"):
+        monkeypatch.setattr(f"ppcl_engine.estimate.{module}.free_memory", lambda: 20 * GB)
+    monkeypatch.setattr("ppcl_engine.models.streaming.free_memory", lambda: 20 * GB)
+    text = (PACK / "configs" / "qwen_image_10b.toml").read_text()
+    kept, tuned = text.split("[polish]")[0], text.split("[variants]")[1].split("[evaluate]")[0]
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        kept.replace('"models/Qwen-Image"', '"qwen_image"').replace("runs/", f"{tmp_path}/")
+        + f"[variants]{tuned}"
+    )
+    run_file(recipe, dry_run=True)
+    _, *rows, total = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows[1:]] == [stage for stage, _ in read_run_file(recipe)]
+    read, written = re.fullmatch(
+        r"together: (\S+) TB read, (\S+) TB written, \S+ FLOPs, \S+ hours here", total
+    ).groups()
+    assert float(read) < 10 and float(written) < 2.5
+
+
+def test_a_run_file_without_an_estimate_is_refused(tmp_path):
+    recipe = tmp_path / "inspect.toml"
+    recipe.write_text(f"[inspect]\npath = '{tmp_path}'\n")
+    with pytest.raises(ValueError, match="none of these stages has an estimate; name one"):
+        run_file(recipe, dry_run=True)
+
+
+def test_few_rounds_read_less(tmp_path):
+    """The same number of updates: the model is swept less often, trainings change places less
+    often."""
+    common = {"model": Path("qwen_image"), "run": tmp_path, "device": "cpu", "streamed": True}
+    many, few = (
+        needs(DistillDepthConfig(**common, rounds=rounds, updates=6000 // rounds, cache_gb=80.0))
+        for rounds in (150, 15)
+    )
+    assert few.read < many.read / 5 and few.written < many.written / 5
+    resident = needs(DistillDepthConfig(**{**common, "streamed": False}, rounds=15, updates=400))
+    assert resident.read < few.read
