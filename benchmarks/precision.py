@@ -109,7 +109,7 @@ def last_quarter(losses: list[list[float]]) -> float:
 
 @torch.no_grad()
 def error_of(folder: Path, teacher: Path) -> float:
-    """Of the final velocity, everything that was trained switched on, judged in float32."""
+    """The error of the final velocity in float32, with everything that was trained switched on."""
     run, weights = Run(folder), Weights(teacher)
     plan, architecture = run.load_plan(), weights.architecture
     tuned = [variant for variant in plan.variants if variant.tuned]

@@ -54,8 +54,8 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    """Of every training: as it is, and in the bits that it was for; of the plain one in all of
-    them."""
+    """Each training unrounded, and rounded to the bits that it was trained for; the plain training
+    rounded to each kind."""
     for trained in (NONE, *KINDS):
         yield Row(trained, NONE, "")
         for bits in KINDS if trained == NONE else (trained,):
@@ -126,7 +126,7 @@ def together(row: Row, found: list[dict], captions: int) -> dict:
 
 
 def mean_rows(found: list[dict]) -> list[float]:
-    """Of every sample, over seeds."""
+    """Each sample's error, averaged over the seeds."""
     return torch.tensor([values["velocity_rows"] for values in found]).mean(0).tolist()
 
 

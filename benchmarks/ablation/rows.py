@@ -252,8 +252,8 @@ def selected(context: Context, name: str, remove: int) -> tuple[tuple[int, ...],
 
 
 def intervals(context: Context, method: str, remove: int) -> str:
-    """Of the paper's greedy rule ("ppcl"), or the dynamic programme ("budget"); found once and kept
-    in `intervals.json`."""
+    """The intervals that the paper's greedy rule ("ppcl") or the dynamic programme ("budget") chooses;
+    found once, then read from `intervals.json`."""
     path, key = context.base / "intervals.json", f"{method} {remove}"
     known = read_json(path) if path.exists() else {}
     if key not in known:

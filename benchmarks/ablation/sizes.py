@@ -55,7 +55,8 @@ def drawn_subsets(parts: list, seed: int) -> list[tuple]:
 
 
 def _of_intervals(context: Context, judge: Judge, model: nn.Module) -> dict[str, list[float]]:
-    """Of a model whose kept blocks are the teacher's, or students before a gap."""
+    """The velocity errors of one interval each, and of random subsets of them, in a model whose kept
+    blocks are the teacher's, or students before a gap."""
     teacher = context.teacher
     prefixes = (
         teacher.architecture.block_prefix(teacher.config, index)

@@ -94,7 +94,7 @@ def pictures(folder: Path, output: Path, captions: int, steps: int) -> dict:
 
 
 def _psnr(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Of the worst picture, decibels."""
+    """The PSNR of the worst picture, in decibels."""
     error = (ours - theirs).double().square().flatten(1).mean(1).clamp_min(1e-12)
     return float((-10 * error.log10()).min())
 

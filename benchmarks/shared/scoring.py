@@ -126,7 +126,7 @@ def mean_with_interval(values: list[float]) -> dict:
 
 
 def share_with_interval(share: float, count: int) -> dict:
-    """Of `count` that are right or wrong."""
+    """The interval of a share of `count` answers, each either right or wrong."""
     return share_estimate(torch.arange(count) < round(count * share))
 
 

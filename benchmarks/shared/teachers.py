@@ -116,8 +116,8 @@ def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator
 
 
 def peak_bytes() -> int:
-    """Of this process since it began. ru_maxrss would carry over the parent's peak where the child
-    was forked."""
+    """The peak memory of this process since it began. ru_maxrss would carry over the parent's peak
+    after a fork."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(

@@ -21,7 +21,7 @@ from .texts import BY_HAND_TEXT, SCORE_NAMES, SCORE_TEXTS, WIDTH_TEXT
 
 @dataclass(frozen=True)
 class WidthResults:
-    """What detect-width and distill-width left."""
+    """The results of detect-width and distill-width in a run."""
 
     plan: PruningPlan
     method: str
@@ -62,7 +62,7 @@ def read_width(run: Run, plan: PruningPlan) -> WidthResults | None:
 
 
 def _losses(run: Run, plan: PruningPlan, switch: WidthSite | TextGroup) -> Iterator[torch.Tensor]:
-    """Of each projection that the site has with all intervals on."""
+    """The losses of each projection that the site has when all intervals are on."""
     blocks = {site.block for site in switch.sites}
     for place in layout_of(plan, plan.everything()).places:
         path = run.projection(place.name, switch.kind)

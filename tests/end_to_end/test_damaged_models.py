@@ -138,7 +138,7 @@ def test_no_file_is_made_of_a_model_with_one_nan(
 
 @pytest.fixture(scope="module")
 def bad_demo(tmp_path_factory) -> Path:
-    """Of the demo's teacher, which brings what draws and reads."""
+    """A damaged copy of the demo's teacher, which comes with its codec."""
     path = tmp_path_factory.mktemp("demo") / "teacher.safetensors"
     return damaged(
         TEACHER, path, f"{COMFYUI_PREFIX}transformer_blocks.{BLOCK}.img_mlp.net.0.proj.weight"

@@ -53,7 +53,7 @@ def config(architecture):
 
 @pytest.fixture
 def expected(make_model, padded_inputs):
-    """Of a released state, by the formulas."""
+    """Computes a released state's output by the formulas."""
 
     def compute(state: dict, lists: dict, legacy: bool = False) -> torch.Tensor:
         return reference(make_model(num_layers=len(KEPT)), state, lists, padded_inputs(2), legacy)

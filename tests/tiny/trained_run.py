@@ -157,7 +157,7 @@ def files_of(run: Run, *patterns: str) -> dict[str, bytes]:
 
 
 def velocities(run: Run, teacher_file: Path, rows: list, *names: str) -> dict[str, torch.Tensor]:
-    """Of variants of the run's plan, each a model by itself."""
+    """The velocities of some variants of the run's plan, each opened as a model of its own."""
     weights, plan = Weights(teacher_file), run.load_plan()
     students, found = RunStudents(run, weights.config, weights.architecture), {}
     for name in names:

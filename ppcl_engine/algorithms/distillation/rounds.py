@@ -47,7 +47,7 @@ class RoundSettings:
 
     @property
     def wanted_batches(self) -> int:
-        """Of a round, so that a cached batch serves REUSE updates."""
+        """How many batches a round is meant to have, so that each cached batch serves REUSE updates."""
         return math.ceil(self.updates / REUSE)
 
 
@@ -63,19 +63,19 @@ class Course(Protocol[Taught]):
         ...
 
     def settings(self, part: Taught, /) -> str:
-        """As `resume_settings`, in JSON."""
+        """Its `resume_settings`, as JSON."""
         ...
 
     def name(self, part: Taught, /) -> str:
-        """As losses and messages call it."""
+        """Its name in losses and messages."""
         ...
 
     def boundaries(self, part: Taught, /) -> set[int]:
-        """Of the teacher's states that it learns from (i: the input of block i)."""
+        """Which of the teacher's states it learns from (i: the input of block i)."""
         ...
 
     def begin(self, part: Taught, /, states: FreshStates) -> Trainer:
-        """From its file, or new."""
+        """Its trainer, from its file if there is one, otherwise new."""
         ...
 
     def loss_at(
@@ -203,7 +203,7 @@ class FreshStates:
 
 
 def batch_bytes(settings: RoundSettings, state: BlockState) -> int:
-    """That a batch takes of the cache, all processes' rows together."""
+    """Bytes that one batch takes in the cache, with the rows of all processes."""
     of_these_rows = torch.tensor(state.image.nbytes + state.text.nbytes)
     return settings.boundaries * int(processes().sum(of_these_rows))
 

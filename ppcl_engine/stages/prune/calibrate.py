@@ -157,7 +157,7 @@ def _noised(
 
 
 def _references(config: CalibrateConfig, pictures: list[Path]) -> list[list[Path]]:
-    """Of each picture; none at all where the model draws from text alone."""
+    """The references of each picture; an empty list if the model draws from text alone."""
     return reference_files(config.references, pictures) if config.references else []
 
 

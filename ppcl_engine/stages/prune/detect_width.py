@@ -155,7 +155,7 @@ def _saving(config: DetectWidthConfig, plan: PruningPlan, cost: CostModel) -> fl
 
 
 def _kinds(config: DetectWidthConfig, teacher: Teacher) -> tuple[str, ...]:
-    """Of the kinds asked for, those that the model has. Raises ValueError if it has none of them."""
+    """The requested kinds that the model has. Raises ValueError if it has none of them."""
     kinds = tuple(config.kinds.replace(",", " ").split())
     unknown = [kind for kind in kinds if kind not in SITE_KINDS]
     if unknown or not kinds:

@@ -111,7 +111,7 @@ def round_in_place(module: nn.Module, kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("kind", BITS)
 def test_the_gradient_is_that_of_the_rounded_weight_in_closed_form(kind):
-    """Of |Q(W) x + b - y|^2 / 2: (Q(W) x + b - y) x^T, at W."""
+    """The gradient of |Q(W) x + b - y|^2 / 2 at W is (Q(W) x + b - y) x^T."""
     torch.manual_seed(0)
     linear, x, y = nn.Linear(128, 5), torch.randn(7, 128), torch.randn(7, 5)
     weight, names = linear.weight, [name for name, _ in linear.named_parameters()]

@@ -235,7 +235,8 @@ def test_subsets_are_drawn_from_seed_and_step(world):
 
 @pytest.mark.parametrize("stage", ["polish", "finetune"])
 def test_the_dry_run_counts_the_optimiser_too(stage, capsys, tmp_path):
-    """Of 20 B: 20 bytes a trained parameter, of half of them where no plan says how many."""
+    """For 20 B parameters: 20 bytes each that is trained, which is half of them where no plan says how
+    many."""
     assert main([stage, "--model", "qwen_image", "--run", str(tmp_path), "--dry-run"]) == 0
     resident = re.search(r"resident +([0-9.]+)", capsys.readouterr().out)
     weights = 81.7

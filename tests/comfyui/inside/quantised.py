@@ -40,7 +40,7 @@ def in_int8(weight: torch.Tensor, by_row: bool = False) -> tuple[Parts, torch.Te
 
 
 def in_half_bytes(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
-    """Of the right shapes alone, for hosts that do not read them."""
+    """Tensors with nothing right but their shapes, for hosts that do not read them."""
     rows, columns = weight.shape
     scales = {"weight_scale": torch.ones(rows, columns // 16), "weight_scale_2": torch.ones(())}
     return {"weight": torch.zeros(rows, columns // 2, dtype=torch.uint8), **scales}, weight

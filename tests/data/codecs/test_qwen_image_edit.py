@@ -84,8 +84,8 @@ def pipeline(folder, kind):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, kind):
-    """Of each caption one reference, of the pipeline that reads several two; larger than they are
-    drawn."""
+    """The references of each caption, larger than they are drawn: two for the pipeline that reads
+    several, else one."""
     folder, generator = tmp_path_factory.mktemp("references"), torch.Generator().manual_seed(0)
     rows = []
     for i in range(len(CAPTIONS)):
