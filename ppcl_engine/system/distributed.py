@@ -29,7 +29,7 @@ SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 PATIENCE = timedelta(days=30)
 GLANCE = 0.005  # seconds between two looks of a waiting process, so that it reacts to Ctrl-C
 BUCKET = 1 << 24  # numbers summed at once, since they are copied for it
-GRID = "grid"  # the one input that has no row for each sample
+GRID_INPUT = "grid"  # the one input that has no row for each sample
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
@@ -75,7 +75,8 @@ class Processes:
         if not self.by_rows:
             return inputs
         return {
-            n: t if n == GRID else t.tensor_split(self.count)[self.rank] for n, t in inputs.items()
+            n: t if n == GRID_INPUT else t.tensor_split(self.count)[self.rank]
+            for n, t in inputs.items()
         }
 
     def folder(self, path: Path) -> Path:

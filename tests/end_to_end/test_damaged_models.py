@@ -20,7 +20,7 @@ from ppcl_engine.system.hashes import HASHES_KEY
 from ppcl_engine.system.run_lock import LOCK
 from ppcl_engine.system.tensor_files import TensorFile
 
-from ..tiny.trained_run import Parts, write_parts
+from ..tiny.trained_run import PlanParts, write_parts
 
 BLOCK = 3
 STAGES = {
@@ -166,7 +166,7 @@ def test_evaluate_reports_no_figures_of_noise(error_of, tmp_path, bad_demo, capt
     small = ["--samples", 2, "--batch", 2, "--steps", 1]
     assert main([str(a) for a in ["calibrate", *common, "--prompts", captions, *small]]) == 0
     write_parts(
-        Run(tmp_path), TEACHER, parts=Parts(depth=(), width=(), projections={}, variants=())
+        Run(tmp_path), TEACHER, parts=PlanParts(depth=(), width=(), projections={}, variants=())
     )
     line = error_of("evaluate", "--model", bad_demo, *common[2:], "--captions", 1, "--steps", 1)
     assert "variant 'full': velocity is not finite" in line

@@ -50,7 +50,7 @@ SMALL, SMALLEST = ("1-2", "3-4"), ("ffn_text:0", "ffn_image:1", "ffn_image:3", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class PlanParts:
     """What a plan has: its intervals, sites, the projections of each place, and its variants."""
 
     depth: tuple[Interval, ...] = DEPTH
@@ -63,10 +63,10 @@ class Parts:
 
 
 def write_parts(
-    run: Run, teacher_file: Path, width: bool = True, parts: Parts | None = None
+    run: Run, teacher_file: Path, width: bool = True, parts: PlanParts | None = None
 ) -> PruningPlan:
     """Students: copies of their first block, corrections and projections at random and small."""
-    parts = parts or Parts()
+    parts = parts or PlanParts()
     weights, generator = Weights(teacher_file), torch.Generator().manual_seed(0)
     for interval in parts.depth:
         student = build_student(weights.architecture, weights.config, interval)

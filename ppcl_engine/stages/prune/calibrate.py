@@ -36,7 +36,7 @@ from ...models.streaming import Teacher, block_loader, check_states
 from ...models.weights import Weights
 from ...run import Run
 from ...settings.prune_settings import CalibrateConfig
-from ...system.distributed import GRID
+from ...system.distributed import GRID_INPUT
 from ...system.finite import checked_velocity
 from ...system.json_text import json_text
 from ...system.machine import DTYPES, resolve_device
@@ -138,7 +138,7 @@ def _check_model(config: CalibrateConfig, weights: Weights, batch: Inputs) -> No
     """Its first sample through the model, a block at a time. Raises ValueError naming the block
     from which on states are not finite."""
     teacher = Teacher(weights, DTYPES[config.dtype], resolve_device(config.device), streamed=True)
-    sample = {name: tensor if name == GRID else tensor[:1] for name, tensor in batch.items()}
+    sample = {name: tensor if name == GRID_INPUT else tensor[:1] for name, tensor in batch.items()}
     with torch.no_grad():
         state = teacher.embed(sample)
         for index, block in teacher.walk(0, teacher.num_blocks - 1):

@@ -17,7 +17,7 @@ import torch
 
 from ...algorithms.distillation.losses import tuning_loss
 from ...algorithms.distillation.quantization import NONE
-from ...algorithms.distillation.trainable import Parts, run_made
+from ...algorithms.distillation.trainable import TrainableParts, run_made
 from ...algorithms.distillation.trainer import rounding
 from ...algorithms.distillation.tuning import (
     AveragedTrainer,
@@ -54,7 +54,7 @@ def polish(config: PolishConfig) -> Path:
     variant = plan.variant(config.variant) if config.variant else plan.everything()
     _check_trains(plan, variant)
     students = RunStudents(run, teacher.config, teacher.architecture, polished=False)
-    parts = Parts(plan, variant, teacher.architecture, students, teacher.device)
+    parts = TrainableParts(plan, variant, teacher.architecture, students, teacher.device)
     sources = _sources(run, plan, variant)
     names = [*variant.intervals, *variant.sites]
     settings = tuning_settings(config, calibration, sources, parts=names, all_on=config.all_on)
@@ -98,7 +98,7 @@ def subset(plan: PruningPlan, variant: Variant, config: PolishConfig, step: int)
 
 def subset_loss(
     teacher: Teacher,
-    parts: Parts,
+    parts: TrainableParts,
     layout: Layout,
     inputs: dict,
     checkpointing: bool,
@@ -142,7 +142,7 @@ def _check_trains(plan: PruningPlan, variant: Variant) -> None:
 
 
 def _sources(run: Run, plan: PruningPlan, variant: Variant) -> dict[Path, str]:
-    """The file of each part, and the prefix of its tensors in `Parts`."""
+    """The file of each part, and the prefix of its tensors in `TrainableParts`."""
     files = {run.student(name): f"students.{name}." for name in variant.intervals}
     return files | {
         run.projection(p, kind): f"projections.{p}:{kind}."

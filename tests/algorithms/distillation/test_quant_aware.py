@@ -22,7 +22,7 @@ from ppcl_engine.algorithms.distillation.quantization import (
     quantised_in_training,
     simulated,
 )
-from ppcl_engine.algorithms.distillation.trainable import Parts
+from ppcl_engine.algorithms.distillation.trainable import TrainableParts
 from ppcl_engine.algorithms.distillation.trainer import Trainer, rounding, saved_weights
 from ppcl_engine.data.calibration import load_calibration
 from ppcl_engine.estimate.needs import needs
@@ -196,7 +196,8 @@ def test_all_parts_together_run_as_if_they_were_stored_rounded(
     )
     students = RunStudents(run, teacher.config, teacher.architecture)
     parts, rounded = (
-        Parts(plan, plan.everything(), teacher.architecture, students, "cpu") for _ in range(2)
+        TrainableParts(plan, plan.everything(), teacher.architecture, students, "cpu")
+        for _ in range(2)
     )
     settings = (layout_of(plan, plan.everything()), inputs, checkpointing)
     loss = subset_loss(teacher, parts.requires_grad_(True), *settings, "int4")

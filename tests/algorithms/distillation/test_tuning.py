@@ -12,7 +12,7 @@ from torch import nn
 
 from ppcl_engine.__main__ import main
 from ppcl_engine.algorithms.distillation.losses import velocity_loss
-from ppcl_engine.algorithms.distillation.trainable import Parts, projections_of, twin
+from ppcl_engine.algorithms.distillation.trainable import TrainableParts, projections_of, twin
 from ppcl_engine.algorithms.distillation.tuning import AveragedTrainer
 from ppcl_engine.models.assembly import open_variant
 from ppcl_engine.models.layout import layout_of
@@ -48,9 +48,9 @@ def world(tmp_path_factory, teacher_file, make_run):
 def parts(world):
     run, plan, teacher = world
     students = RunStudents(run, teacher.config, teacher.architecture)
-    return Parts(plan, plan.everything(), teacher.architecture, students, "cpu").requires_grad_(
-        True
-    )
+    return TrainableParts(
+        plan, plan.everything(), teacher.architecture, students, "cpu"
+    ).requires_grad_(True)
 
 
 def gradients(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 
 from ppcl_engine.algorithms.sparsity import granularity
 from ppcl_engine.algorithms.sparsity.clusters import (
-    Structure,
+    KnownGroups,
     cluster_rows_and_columns,
     features,
     k_means,
@@ -50,7 +50,7 @@ def test_patterns_bring_their_own_share_and_refuse_what_does_not_divide():
 
 
 def tiles_of(weight, gram):
-    labels = cluster_rows_and_columns(weight, gram.diagonal(), Structure(rows=(4, 3)))
+    labels = cluster_rows_and_columns(weight, gram.diagonal(), KnownGroups(rows=(4, 3)))
     return {
         "row": granularity.row_tiles(weight),
         "layer": granularity.one_tile(weight),
