@@ -25,8 +25,8 @@ from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import DistillDepthConfig
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.distill_depth import distill_depth
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.atomic import read_json, write_json, write_text
 
 from .shared import output

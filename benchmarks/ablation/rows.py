@@ -26,13 +26,13 @@ from ppcl_engine.settings.prune_settings import (
     FinetuneConfig,
     PolishConfig,
 )
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.detect import detect
 from ppcl_engine.stages.prune.detect_width import detect_width
 from ppcl_engine.stages.prune.distill_depth import distill_depth
 from ppcl_engine.stages.prune.distill_width import distill_width
 from ppcl_engine.stages.prune.finetune import finetune
 from ppcl_engine.stages.prune.polish import polish
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.atomic import read_json, write_json, write_text
 
 from ..baselines import BASELINES, Task, model_of

@@ -17,7 +17,7 @@ from ppcl_engine.models.streaming import run_chain
 from ppcl_engine.models.surgery import PassThrough
 from ppcl_engine.plan import PruningPlan, Variant
 from ppcl_engine.run import Run
-from ppcl_engine.stages.inputs import RunStudents
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.atomic import read_json, write_json
 
 from ..shared.scoring import Judge

@@ -10,7 +10,7 @@ import torch
 from ppcl_engine import demo, open_model
 from ppcl_engine.architectures.qwen_image import QwenImage
 from ppcl_engine.data.codecs import open_codec
-from ppcl_engine.data.draw import draw_prompts, encode_prompts
+from ppcl_engine.data.sampling import draw_prompts, encode_prompts
 from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.models.weights import parameter_count
 from ppcl_engine.report.drawings.side_by_side import Column, side_by_side

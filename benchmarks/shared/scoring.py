@@ -16,9 +16,9 @@ from ppcl_engine.algorithms.resampling import (
 )
 from ppcl_engine.data.calibration import CalibrationSet
 from ppcl_engine.data.codecs import open_codec
-from ppcl_engine.data.draw import draw_prompts, encode_prompts
 from ppcl_engine.data.rendered.captions import random_captions
 from ppcl_engine.data.rendered.reader import Reading
+from ppcl_engine.data.sampling import draw_prompts, encode_prompts
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 

@@ -9,7 +9,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...ppcl_engine.architectures import REFERENCES, Inputs
-from ...ppcl_engine.data.draw import GUIDANCE
+from ...ppcl_engine.data.sampling import GUIDANCE
 from ...ppcl_engine.models.weights import Weights
 from ..host import host_named
 from .recording import MASK, Limits, Sampling, append, recorded

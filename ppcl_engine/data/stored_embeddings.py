@@ -11,7 +11,7 @@ from ..architectures import Architecture
 from ..system.finite import check_finite
 from ..system.tensor_files import TensorFile
 from . import flow
-from .draw import Prompts
+from .sampling import Prompts
 
 MASK, POOLED = "encoder_hidden_states_mask", "pooled_projections"
 

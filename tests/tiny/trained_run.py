@@ -21,8 +21,8 @@ from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import Interval, PruningPlan, Variant, WidthSite
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import FinetuneConfig
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.finetune import finetune
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.tensor_files import write_tensors
 
 DEPTH = (

@@ -20,8 +20,8 @@ from ...architectures import architecture_named
 from ...architectures.folded import FOLDING, PRECISIONS, Folding
 from ...data.codecs import open_codec
 from ...data.codecs.table import TABLES
-from ...data.draw import picture_size
 from ...data.flow import euler_timesteps
+from ...data.sampling import picture_size
 from ...models.bundle import BUNDLE_SUFFIX, Bundle
 from ...models.cost import CostModel
 from ...models.folding.basis import Curve, TimeBasis, useful_ranks

@@ -37,7 +37,8 @@ from ...system.atomic import write_json, write_text
 from ...system.json_text import json_text
 from ...system.progress import Progress
 from ...system.tensor_files import write_tensors
-from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
+from ..inputs import open_calibration, open_plan, open_teacher
+from ..run_students import RunStudents
 
 FORMS = {"best": ("paper", "gated"), "paper": ("paper",), "gated": ("gated",)}
 

@@ -38,7 +38,8 @@ from ...run import Run
 from ...settings.prune_settings import FinetuneConfig
 from ...system.atomic import write_text
 from ...system.distributed import processes
-from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
+from ..inputs import open_calibration, open_plan, open_teacher
+from ..run_students import RunStudents
 
 SAMPLES = 64  # behind the damage of the result, as many as `variants` takes by default
 

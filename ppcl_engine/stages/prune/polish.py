@@ -35,7 +35,8 @@ from ...system.atomic import write_text
 from ...system.distributed import processes
 from ...system.finite import checked_velocity
 from ...system.tensor_files import file_mark, write_tensors
-from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
+from ..inputs import open_calibration, open_plan, open_teacher
+from ..run_students import RunStudents
 
 
 def polish(config: PolishConfig) -> Path:

@@ -37,11 +37,11 @@ from ppcl_engine.settings.prune_settings import (
     FinetuneConfig,
     PolishConfig,
 )
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.distill_depth import distill_depth
 from ppcl_engine.stages.prune.distill_width import distill_width
 from ppcl_engine.stages.prune.finetune import finetune, model_velocity
 from ppcl_engine.stages.prune.polish import polish, subset_loss
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.tensor_files import TensorFile
 
 from ...tiny.processes import exit_code

@@ -21,9 +21,9 @@ from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import Variant
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import FinetuneConfig, PolishConfig
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.finetune import model_velocity
 from ppcl_engine.stages.prune.polish import subset, subset_loss
+from ppcl_engine.stages.run_students import RunStudents
 
 from ...tiny.trained_run import PROJECTIONS, SMALL, SMALLEST, write_parts
 

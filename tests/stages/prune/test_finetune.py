@@ -16,9 +16,9 @@ from ppcl_engine.run import Run
 from ppcl_engine.settings.convert_settings import ExportConfig
 from ppcl_engine.settings.prune_settings import FinetuneConfig, VariantsConfig
 from ppcl_engine.stages.convert.export import export
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.finetune import finetune
 from ppcl_engine.stages.prune.variants import variants
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.interruption import Stopped
 from ppcl_engine.system.seeds import draw_seed
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
