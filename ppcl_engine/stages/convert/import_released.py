@@ -170,10 +170,10 @@ class Imported:
         )
         for name in Progress(self.shapes, desc="compare", unit="tensor"):
             if not name.startswith(skipped):
-                ours = self.read(name)
-                theirs = base.read(name)[: len(ours)]  # a cut modulation keeps its first half
-                coarser = max(ours.dtype, theirs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-                if not torch.equal(ours.to(coarser).float(), theirs.to(coarser).float()):
+                released = self.read(name)
+                full = base.read(name)[: len(released)]  # a cut modulation keeps its first half
+                coarser = max(released.dtype, full.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+                if not torch.equal(released.to(coarser).float(), full.to(coarser).float()):
                     return name
         return None
 
@@ -324,12 +324,14 @@ def _student_entries(
         student = build_student(imported.architecture, imported.plan.config, interval)
 
     def read(name: str) -> torch.Tensor:
-        theirs, stored = imported.prefix(new) + name, imported.prefix(old) + name
-        if not imported.released.has(stored):
-            return base.read(theirs)
-        ours = imported.released.read(stored)
-        rest = base.read(theirs)[len(ours) :] if len(ours) < base.shape(theirs)[0] else ours[:0]
-        return torch.cat([ours.float(), rest.float()])
+        base_name, released_name = imported.prefix(new) + name, imported.prefix(old) + name
+        if not imported.released.has(released_name):
+            return base.read(base_name)
+        kept = imported.released.read(released_name)
+        if len(kept) == base.shape(base_name)[0]:
+            return kept.float()
+        cut_off = base.read(base_name)[len(kept) :]
+        return torch.cat([kept.float(), cut_off.float()])
 
     for name, tensor in student.state_dict().items():
         yield TensorEntry(
