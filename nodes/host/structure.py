@@ -153,7 +153,7 @@ def checked_plan(host: Host, plan: PruningPlan) -> PruningPlan:
     ValueError for one that does not fit the architecture or names absurd sizes."""
     if plan.architecture != host.engine.name:
         raise ValueError(
-            f"the file's plan is for {plan.architecture}, its tensors are of {host.engine.name}"
+            f"the file's plan is for {plan.architecture}, but its tensors are of {host.engine.name}; export it again"
         )
     counts = [plan.config.get(blocks.depth) for blocks in host.lists]
     whole = (

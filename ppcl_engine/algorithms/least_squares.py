@@ -74,7 +74,7 @@ class InputMoments:
             factor, failed = torch.linalg.cholesky_ex(gram)
             if failed:
                 raise ValueError(
-                    f"{self.rows} rows do not settle a map of {self.width} channels without a ridge; use a ridge above 0, "
+                    f"{self.rows} rows do not determine a map of {self.width} channels without a ridge; use a ridge above 0, "
                     "or calibrate with more samples"
                 )
             self._factors = {ridge: factor}

@@ -241,7 +241,7 @@ def _startable(folder: Path, rank: int) -> JobState:
     if state.is_final:
         why = f" ({state.error})" if state.error else ""
         again = "" if state.status == "done" else "; --again starts another attempt"
-        raise ValueError(f"{folder.name} is {state.status}{why}, and that is final{again}")
+        raise ValueError(f"{folder.name} {state.in_words}{why}, and that is final{again}")
     if rank == 0 and is_abandoned(state):
         (folder / CANCEL).unlink(missing_ok=True)
     elif rank == 0 and state.status != "queued":

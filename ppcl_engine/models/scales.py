@@ -173,7 +173,7 @@ def _check_formats(
             )
         if stored[weight][0].dtype(stored[weight][1]) not in FORMATS[kind]:
             raise ValueError(
-                f"{where}: {shown(weight)} is said to be {kind}, but is stored otherwise; download the file again"
+                f"{where}: {shown(weight)} is declared as {kind}, but stored as another type; download the file again"
             )
         if weight not in scales:
             raise ValueError(
@@ -198,7 +198,7 @@ def _formats(stored: StoredTensors, metadata: Mapping[str, str], where: Path) ->
         isinstance(about, dict) for about in layers.values()
     ):
         raise ValueError(
-            f"{where}: {FORMATS_KEY}: layers are not objects by name; download the file again"
+            f"{where}: {FORMATS_KEY}: its layers are not JSON objects; download the file again"
         )
     ours = {
         key.removesuffix(".weight"): name.removesuffix(".weight")

@@ -160,7 +160,7 @@ def launched() -> bool:
         return True
     if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
         raise ValueError(
-            "accelerate launch --cpu starts one process, whatever --num_processes says; write --multi_gpu in the place "
+            "accelerate launch --cpu starts one process, whatever --num_processes says; write --multi_gpu in place "
             "of --cpu (without a GPU it means processes on the CPU)"
         )
     return False
@@ -212,7 +212,7 @@ def _everyone(cpu: bool) -> Processes:
     state = PartialState(cpu=not gpus, backend=backend, timeout=PATIENCE)
     if state.num_processes == 1:
         raise ValueError(
-            "several processes were started, but they did not meet; use accelerate launch or torchrun"
+            "several processes were started, but they could not connect to each other; use accelerate launch or torchrun"
         )
     gpu = f"cuda:{state.local_process_index % gpus}" if gpus else "cuda"
     return Processes(state.process_index, state.num_processes, gpu=gpu)

@@ -90,7 +90,7 @@ def test_channels_that_never_vary_are_left_to_the_bias():
 def test_what_no_ridge_can_settle_is_refused():
     with pytest.raises(
         ValueError,
-        match="4 rows do not settle a map of 8 channels without a ridge; use a ridge above 0",
+        match="4 rows do not determine a map of 8 channels without a ridge; use a ridge above 0",
     ):
         equations_of(normal(4, 8), normal(4, 2)).solve(0.0)
 

@@ -285,7 +285,7 @@ def _write_bundle(
     changed = imported.first_change(base)
     if changed:
         print(
-            f"import: {changed} is not the base's: the whole model was tuned and is kept as variant {VARIANT!r}"
+            f"import: {changed} differs from the base's, so the whole model was fine-tuned and is kept as variant {VARIANT!r}"
         )
         prefix, variant = tuned_prefix(VARIANT), replace(plan.variant(VARIANT), tuned=True)
         names = imported.shapes.items()
@@ -298,7 +298,7 @@ def _write_bundle(
     students = [(old, new, new.interval) for old, new in imported.places if new.interval]
     if cut := [new.name for _, new, _ in students if new.projections]:
         print(
-            f"import: with its width sites off, a student takes what the release lacks from the base: {' '.join(cut)}"
+            f"import: the release has cut these students; with width sites off, they run with the base's weights there: {' '.join(cut)}"
         )
     entries = [
         entry

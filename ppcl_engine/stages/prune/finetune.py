@@ -128,7 +128,9 @@ def _new_name(config: FinetuneConfig, plan: PruningPlan, source: Variant) -> str
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"--name {name!r}: letters, digits, '-' and '_' only")
     if name == FULL or name in {source.name, *(v.name for v in plan.variants if not v.tuned)}:
-        raise ValueError(f"--name {name!r} is a variant that stays as it is; choose another")
+        raise ValueError(
+            f"--name {name!r} is the name of a variant that must stay as it is; choose another"
+        )
     return name
 
 

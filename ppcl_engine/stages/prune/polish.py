@@ -134,7 +134,7 @@ def _trained(layout: Layout) -> bool:
 def _check_trains(plan: PruningPlan, variant: Variant) -> None:
     if variant.tuned:
         raise ValueError(
-            f"variant {variant.name!r} has weights of its own; polish one of plain parts"
+            f"variant {variant.name!r} was fine-tuned and has weights of its own; polish another"
         )
     if not _trained(layout_of(plan, variant)):
         raise ValueError(
