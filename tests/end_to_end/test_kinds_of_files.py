@@ -109,7 +109,7 @@ def test_a_saved_training_is_of_the_same_module(tmp_path):
             "weight.weight": torch.ones(2, 3, dtype=torch.int64),
             "weight.bias": torch.ones(2),
         },
-        "has first.bias alone": {
+        "has only first.bias of": {
             "weight.weight": torch.ones(2, 3),
             "weight.bias": torch.ones(2),
             "first.bias": torch.ones(2),
