@@ -20,10 +20,11 @@ from ppcl_engine.models.layout import layout_of
 from ppcl_engine.plan import Variant
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import DetectConfig, DistillDepthConfig, ProbeConfig
-from ppcl_engine.stages.inputs import RunStudents, open_plan, open_teacher
+from ppcl_engine.stages.inputs import open_plan, open_teacher
 from ppcl_engine.stages.prune.detect import detect
 from ppcl_engine.stages.prune.distill_depth import distill_depth
 from ppcl_engine.stages.prune.probe import probe
+from ppcl_engine.stages.run_students import RunStudents
 
 from .shared import output, teachers
 

@@ -130,7 +130,7 @@ def measure(stage: str, model: Path, run: Path, streamed: bool, scale: Scale) ->
 
 
 def digest(folder: Path) -> str:
-    """Of all files that a stage left: names and bytes."""
+    """A hash of the names and bytes of all files that a stage left."""
     total = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         total.update(str(path.relative_to(folder)).encode())

@@ -38,11 +38,11 @@ from ppcl_engine.settings.prune_settings import (
     FinetuneConfig,
     PolishConfig,
 )
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.distill_depth import distill_depth
 from ppcl_engine.stages.prune.distill_width import distill_width
 from ppcl_engine.stages.prune.finetune import finetune
 from ppcl_engine.stages.prune.polish import polish
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.atomic import write_text
 
 from .shared import output
@@ -109,7 +109,7 @@ def last_quarter(losses: list[list[float]]) -> float:
 
 @torch.no_grad()
 def error_of(folder: Path, teacher: Path) -> float:
-    """Of the final velocity, everything that was trained switched on, judged in float32."""
+    """The error of the final velocity in float32, with everything that was trained switched on."""
     run, weights = Run(folder), Weights(teacher)
     plan, architecture = run.load_plan(), weights.architecture
     tuned = [variant for variant in plan.variants if variant.tuned]

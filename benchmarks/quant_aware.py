@@ -25,8 +25,8 @@ from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import DistillDepthConfig
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.distill_depth import distill_depth
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.atomic import read_json, write_json, write_text
 
 from .shared import output
@@ -54,8 +54,8 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    """Of every training: as it is, and in the bits that it was for; of the plain one in all of
-    them."""
+    """Each training unrounded, and rounded to the bits that it was trained for; the plain training
+    rounded to each kind."""
     for trained in (NONE, *KINDS):
         yield Row(trained, NONE, "")
         for bits in KINDS if trained == NONE else (trained,):
@@ -126,7 +126,7 @@ def together(row: Row, found: list[dict], captions: int) -> dict:
 
 
 def mean_rows(found: list[dict]) -> list[float]:
-    """Of every sample, over seeds."""
+    """Each sample's error, averaged over the seeds."""
     return torch.tensor([values["velocity_rows"] for values in found]).mean(0).tolist()
 
 

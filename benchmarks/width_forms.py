@@ -21,9 +21,10 @@ from ppcl_engine.models.streaming import Teacher
 from ppcl_engine.plan import PruningPlan
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import DetectConfig, DetectWidthConfig, DistillWidthConfig
-from ppcl_engine.stages.inputs import RunStudents, open_plan, open_teacher
+from ppcl_engine.stages.inputs import open_plan, open_teacher
 from ppcl_engine.stages.prune.detect_width import detect_width
 from ppcl_engine.stages.prune.distill_width import distill_width
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.atomic import read_json, write_text
 
 from .shared import output, teachers

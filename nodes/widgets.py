@@ -72,8 +72,9 @@ def defaults(kind: type) -> dict:
 
 
 def values(kind: type, given: dict) -> dict:
-    """Those of a node's values that are settings of this class. Raises ValueError for a value that
-    no widget allows: some servers check neither choices nor whether a number is finite."""
+    """Picks the values that are settings of this class from all of a node's values. Raises
+    ValueError for a value that no widget allows: some servers check neither choices nor whether a
+    number is finite."""
     hints = hints_of(kind)
     return {
         name: _checked(hints[name], name, value) for name, value in given.items() if name in hints

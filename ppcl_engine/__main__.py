@@ -187,7 +187,7 @@ def _usage() -> str:
 
 
 def _first_line(kind: type) -> str:
-    """Of the help text of a stage, which stands in the docstring of its settings."""
+    """The first line of a stage's help text, which is the docstring of its settings."""
     return (kind.__doc__ or "").splitlines()[0]
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ppcl_engine.models.assembly import open_variant
-from ppcl_engine.stages.inputs import RunStudents
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.atomic import read_json, write_json
 
 from ..shared.scoring import Judge

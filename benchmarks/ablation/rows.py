@@ -26,13 +26,13 @@ from ppcl_engine.settings.prune_settings import (
     FinetuneConfig,
     PolishConfig,
 )
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.detect import detect
 from ppcl_engine.stages.prune.detect_width import detect_width
 from ppcl_engine.stages.prune.distill_depth import distill_depth
 from ppcl_engine.stages.prune.distill_width import distill_width
 from ppcl_engine.stages.prune.finetune import finetune
 from ppcl_engine.stages.prune.polish import polish
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.atomic import read_json, write_json, write_text
 
 from ..baselines import BASELINES, Task, model_of
@@ -252,8 +252,8 @@ def selected(context: Context, name: str, remove: int) -> tuple[tuple[int, ...],
 
 
 def intervals(context: Context, method: str, remove: int) -> str:
-    """Of the paper's greedy rule ("ppcl"), or the dynamic programme ("budget"); found once and kept
-    in `intervals.json`."""
+    """The intervals that the paper's greedy rule ("ppcl") or the dynamic programme ("budget") chooses;
+    found once, then read from `intervals.json`."""
     path, key = context.base / "intervals.json", f"{method} {remove}"
     known = read_json(path) if path.exists() else {}
     if key not in known:

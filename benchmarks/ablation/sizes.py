@@ -17,7 +17,7 @@ from ppcl_engine.models.streaming import run_chain
 from ppcl_engine.models.surgery import PassThrough
 from ppcl_engine.plan import PruningPlan, Variant
 from ppcl_engine.run import Run
-from ppcl_engine.stages.inputs import RunStudents
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.atomic import read_json, write_json
 
 from ..shared.scoring import Judge
@@ -55,7 +55,8 @@ def drawn_subsets(parts: list, seed: int) -> list[tuple]:
 
 
 def _of_intervals(context: Context, judge: Judge, model: nn.Module) -> dict[str, list[float]]:
-    """Of a model whose kept blocks are the teacher's, or students before a gap."""
+    """The velocity errors of one interval each, and of random subsets of them, in a model whose kept
+    blocks are the teacher's, or students before a gap."""
     teacher = context.teacher
     prefixes = (
         teacher.architecture.block_prefix(teacher.config, index)

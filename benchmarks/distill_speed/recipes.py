@@ -28,8 +28,8 @@ from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import Interval, PruningPlan
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import DistillDepthConfig
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune import distill_depth
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.atomic import write_text
 from ppcl_engine.system.seeds import draw_seed
 

@@ -10,7 +10,7 @@ import torch
 from ppcl_engine import demo, open_model
 from ppcl_engine.architectures.qwen_image import QwenImage
 from ppcl_engine.data.codecs import open_codec
-from ppcl_engine.data.draw import draw_prompts, encode_prompts
+from ppcl_engine.data.sampling import draw_prompts, encode_prompts
 from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.models.weights import parameter_count
 from ppcl_engine.report.drawings.side_by_side import Column, side_by_side
@@ -94,7 +94,7 @@ def pictures(folder: Path, output: Path, captions: int, steps: int) -> dict:
 
 
 def _psnr(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Of the worst picture, decibels."""
+    """The PSNR of the worst picture, in decibels."""
     error = (ours - theirs).double().square().flatten(1).mean(1).clamp_min(1e-12)
     return float((-10 * error.log10()).min())
 

@@ -105,8 +105,8 @@ def within(seconds: float) -> Iterator[None]:
 def outcome(
     subject: Subject, right: str | None, draw: random.Random, longest: float = 4 * LONGEST
 ) -> Outcome:
-    """Of one damage, which is repaired again. right: the result of the whole file; None where it is
-    refused whole."""
+    """Damages one file, judges what its reader does, and restores the file. right: the result of the
+    undamaged file; None if that is refused already."""
     path = draw.choice(subject.files)
     content = path.read_bytes()
     kind, damaged = damage_of(path.name, content, draw)

@@ -151,8 +151,7 @@ def change_line(content: bytes, draw: random.Random) -> bytes:
 
 
 def change_header(content: bytes, draw: random.Random) -> bytes:
-    """Of a safetensors file: what it says of its tensors and in its metadata; the tensors' bytes
-    stay."""
+    """Changes the header of a safetensors file, the metadata included; the tensors' bytes stay."""
     length = struct.unpack("<Q", content[:8])[0]
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
     names = [name for name in header if name != "__metadata__"]

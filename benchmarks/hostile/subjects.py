@@ -69,7 +69,7 @@ class Subject:
 
 
 def digest(tensors: Iterable[tuple[str, torch.Tensor]], *more: object) -> str:
-    """Of names, types, shapes and bits."""
+    """A hash of the tensors' names, types, shapes and bits."""
     state = xxhash.xxh3_64(repr(more).encode("utf-8", "surrogatepass"))
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         state.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode("utf-8", "surrogatepass"))
@@ -285,7 +285,7 @@ def _of_runs(folder: Path) -> list[Subject]:
 
 
 def _refused(folder: Path) -> list[Subject]:
-    """What is refused whole stays refused when it is damaged; its right result is that line."""
+    """Files that are refused undamaged and must be refused damaged too, in the same line."""
     gguf, lora = folder / "model.gguf", folder / "lora.safetensors"
     gguf.write_bytes(b"GGUF" + bytes(range(256)) * 8)
     write_tensors(

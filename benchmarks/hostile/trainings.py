@@ -111,7 +111,8 @@ class Trainings:
         return self._of(run, codes, "two at once", "\n".join(said), begun)
 
     def _of(self, run: Path, codes: list[int], what: str, said: str, begun: float) -> Outcome:
-        """Those that ended with 0 are right; one does. Who is refused is told by whom."""
+        """Judges one trial: at least one process ends with 0, the run holds the expected weights, and a
+        process that is refused says which one is at work."""
         seconds = time.perf_counter() - begun
         if "Traceback" in said or not set(codes) <= {0, 2} or 0 not in codes:
             return Outcome(TRACEBACK, what, said[-800:], seconds)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -38,9 +40,6 @@ def options(name: str, description: str) -> argparse.ArgumentParser:
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
     """The options, with `command` as it can be typed again and `output` filled in."""
-    import shlex
-    import sys
-
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen = parser.parse_args(arguments)
     chosen.command = shlex.join([*parser.prog.split(), *arguments])

@@ -47,7 +47,7 @@ class Context:
 
 
 def judged(context: Context, model: nn.Module, name: str) -> dict:
-    """Of the whole model: what is read in its pictures, and its velocity's error."""
+    """How the whole model does: what is read in its pictures, and the error of its velocity."""
     error, power = context.judge.velocity_rows(model)
     scored = context.judge.score(model, name)
     return {

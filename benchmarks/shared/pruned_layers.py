@@ -20,7 +20,7 @@ from ppcl_engine.models.streaming import Teacher
 
 @torch.no_grad()
 def collect(teacher: Teacher, calibration: CalibrationSet, scheme: str) -> list[Grams]:
-    """Of every block, behind the teacher's own blocks."""
+    """The Grams of every block, measured on what the teacher's own blocks before it give."""
     rows, found = calibration.all_inputs(), []
     states = [teacher.embed(inputs) for inputs in rows]
     weights = [timestep_weights(inputs["timestep"], scheme) for inputs in rows]

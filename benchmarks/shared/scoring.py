@@ -16,9 +16,9 @@ from ppcl_engine.algorithms.resampling import (
 )
 from ppcl_engine.data.calibration import CalibrationSet
 from ppcl_engine.data.codecs import open_codec
-from ppcl_engine.data.draw import draw_prompts, encode_prompts
 from ppcl_engine.data.rendered.captions import random_captions
 from ppcl_engine.data.rendered.reader import Reading
+from ppcl_engine.data.sampling import draw_prompts, encode_prompts
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
@@ -126,7 +126,7 @@ def mean_with_interval(values: list[float]) -> dict:
 
 
 def share_with_interval(share: float, count: int) -> dict:
-    """Of `count` that are right or wrong."""
+    """The interval of a share of `count` answers, each either right or wrong."""
     return share_estimate(torch.arange(count) < round(count * share))
 
 

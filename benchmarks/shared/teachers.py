@@ -12,7 +12,7 @@ import torch
 
 from ppcl_engine import demo
 from ppcl_engine.architectures.qwen_image import QwenImage
-from ppcl_engine.data import draw, flow
+from ppcl_engine.data import flow, sampling
 from ppcl_engine.data.calibration import CalibrationSet
 from ppcl_engine.data.codecs import open_codec
 from ppcl_engine.data.codecs.table import TableCodec
@@ -64,7 +64,7 @@ def rendered(path: Path, weights: Weights, samples: int, batch: int, seed: int) 
     chunks = torch.arange(samples).split(batch)
     rows = [{name: tensor[c] for name, tensor in text.items()} for c in chunks]
     batches = [
-        draw.inputs_of(noisy[c], t[c], row, grid, clean[c])
+        sampling.inputs_of(noisy[c], t[c], row, grid, clean[c])
         for c, row in zip(chunks, rows, strict=True)
     ]
     return CalibrationSet(batches, origin(weights))
@@ -116,8 +116,8 @@ def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator
 
 
 def peak_bytes() -> int:
-    """Of this process since it began. ru_maxrss would carry over the parent's peak where the child
-    was forked."""
+    """The peak memory of this process since it began. ru_maxrss would carry over the parent's peak
+    after a fork."""
     status = Path("/proc/self/status")
     if status.exists():
         return next(

@@ -25,7 +25,7 @@ from .base import BlockList
 from .blocks import Correction, Linear, Skip, Texts, add_correction, project
 from .quantised import refuse_unused_scales
 from .structure import FileTensors, Structure, is_surrounding
-from .switching import Parts
+from .switching import PrunedState
 
 _building = threading.Lock()
 """the host's module is changed while a model is built: one model at a time"""
@@ -51,7 +51,7 @@ def finish(transformer: nn.Module, structure: Structure, texts: Texts, inputs) -
     transformer.register_forward_pre_hook(forget_texts)
     transformer.register_load_state_dict_post_hook(refuse_unused_scales)
     structure.host.watch(transformer, texts)
-    transformer.ppcl = Parts(structure, texts, inputs)
+    transformer.ppcl = PrunedState(structure, texts, inputs)
 
 
 def forget_texts(model: nn.Module, arguments) -> None:

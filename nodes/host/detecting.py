@@ -22,7 +22,7 @@ from ...ppcl_engine.system.two_of_four import is_compressed
 from .base import Host
 from .structure import (
     AXES,
-    MAX_BLOCKS,
+    MOST_HOST_BLOCKS,
     FileTensors,
     Structure,
     blocks_in,
@@ -46,7 +46,7 @@ def is_pruned(host: Host, tensors: FileTensors) -> bool:
     return not host.is_stock(tensors)
 
 
-def structure_of(host: Host, tensors: FileTensors) -> Structure:
+def detected_structure(host: Host, tensors: FileTensors) -> Structure:
     """The structure of the model in a file. Raises ValueError, in one line, where the plan or the
     numbers of blocks do not describe a model."""
     # from our loader: switchable, legacy; from our loader or the file: indices, blocks, config
@@ -77,7 +77,7 @@ def _released_structure(host: Host, tensors: FileTensors, hints: dict) -> Struct
     count = sum(map(len, there.values()))
     if (
         any(numbers != list(range(len(numbers))) for numbers in there.values())
-        or count > MAX_BLOCKS
+        or count > MOST_HOST_BLOCKS
     ):
         raise ValueError(
             "the file's blocks are not numbered from 0 without gaps, and it carries no plan; is it complete?"
@@ -95,7 +95,7 @@ def _released_structure(host: Host, tensors: FileTensors, hints: dict) -> Struct
     if (
         len(indices) != count
         or sorted(set(indices)) != indices
-        or indices[-1] >= MAX_BLOCKS
+        or indices[-1] >= MOST_HOST_BLOCKS
         or indices[0] < 0
     ):
         raise ValueError(
@@ -120,7 +120,7 @@ def _told_blocks(hints: Mapping) -> tuple[list[int], int]:
     list and 0 where the hints do not say so."""
     indices, blocks = hints.get("indices") or [], hints.get("blocks", 0)
     whole = isinstance(indices, list) and all(type(number) is int for number in [*indices, blocks])
-    if not whole or blocks > MAX_BLOCKS:
+    if not whole or blocks > MOST_HOST_BLOCKS:
         raise ValueError(
             "the file's list of its blocks is not readable; export it again, or choose a preset"
         )

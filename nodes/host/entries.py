@@ -21,7 +21,7 @@ from ...ppcl_engine.system.two_of_four import decompressed
 from .base import Host
 from .blocks import Texts
 from .building import check_tensors, exchanged_blocks, finish, inputs_of
-from .detecting import is_pruned, structure_of
+from .detecting import detected_structure, is_pruned
 from .formats import grouped, passed_on
 from .quantised import FORMAT, IN_FILE, Held, Quantised, expanded
 from .saving import file_of
@@ -62,7 +62,7 @@ class PrunedConfig:
             n: torch.empty(t.shape, device="meta") if isinstance(t, Quantised) else t
             for n, t in grouped.items()
         }
-        structure = self.structure = structure_of(self.host, tensors)
+        structure = self.structure = detected_structure(self.host, tensors)
         self.unet_config |= self.host.arguments(structure.config)
         self._name_formats(self.host_names(structure.renamed(grouped)))
         given, texts = self.host_names(structure.renamed(tensors)), Texts()
@@ -70,7 +70,7 @@ class PrunedConfig:
         with exchanged_blocks(structure, sorted(given), texts, inputs):
             model = super().get_model(state_dict, *arguments, **named)
         finish(model.diffusion_model, structure, texts, inputs)
-        self.parts = model.diffusion_model.ppcl
+        self.pruned = model.diffusion_model.ppcl
         self.marks = marks_in(self.host, model.diffusion_model)
         # with another pack's operations the model has no tensors yet to compare with
         if self.custom_operations is None:
@@ -115,7 +115,7 @@ class PrunedConfig:
                 "this MODEL keeps its weights in the form of another pack (GGUF), which cannot be saved; load it from .safetensors"
             )
         return super().process_unet_state_dict_for_saving(
-            file_of(self.parts, state_dict), *arguments, **named
+            file_of(self.pruned, state_dict), *arguments, **named
         )
 
     def host_names(self, tensors: FileTensors, *arguments, **named) -> dict[str, torch.Tensor]:

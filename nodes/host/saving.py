@@ -25,7 +25,7 @@ from ...ppcl_engine.system.float8 import FP8_MARK
 from .base import Host
 from .blocks import OWN_PARTS
 from .structure import FileTensors, Structure, plan_of_layout
-from .switching import Parts
+from .switching import PrunedState
 
 # an entry that is not a tensor: the host puts it there for mixed precision, and cannot write it
 MIXED = "_quantization_metadata"
@@ -36,11 +36,11 @@ STUDENT, PROJECTIONS = (f"{name}." for name in OWN_PARTS)
 Tensors = dict[str, torch.Tensor]
 
 
-def file_of(parts: Parts, state: FileTensors) -> Tensors:
+def file_of(pruned: PrunedState, state: FileTensors) -> Tensors:
     """The tensors of a file, marks included, from `state`: the tensors of the host's model while it
     is loaded, with any LoRA in them. Raises ValueError, in one line, for what no file can hold."""
-    check(parts, state)
-    structure, plan = parts.structure, plan_of(parts)
+    check(pruned, state)
+    structure, plan = pruned.structure, plan_of(pruned)
     host, layout = structure.host, layout_of(plan, plan.everything())
     tensors = _running(structure, layout, state) if structure.switchable else dict(state)
     if structure.plan is None:
@@ -58,16 +58,16 @@ def file_of(parts: Parts, state: FileTensors) -> Tensors:
     )
 
 
-def check(parts: Parts, state: FileTensors) -> None:
+def check(pruned: PrunedState, state: FileTensors) -> None:
     """Raises ValueError where this model cannot be saved as it is."""
-    if parts.refused:
-        raise ValueError(parts.refused)
+    if pruned.refused:
+        raise ValueError(pruned.refused)
     if MIXED in state:
         raise ValueError(
             "this version of ComfyUI cannot save a model of mixed precision; load it from a file in bf16, fp16 or scaled fp8, "
             "or update ComfyUI"
         )
-    folding = parts.structure.folding
+    folding = pruned.structure.folding
     if folding is not None and folding.form == "table" and not folding.inputs:
         raise ValueError(
             "the modulations of this model are folded into a table of the schedules that it was sampled with, so a saved "
@@ -75,25 +75,25 @@ def check(parts: Parts, state: FileTensors) -> None:
         )
 
 
-def plan_of(parts: Parts) -> PruningPlan:
+def plan_of(pruned: PrunedState) -> PruningPlan:
     """The plan of what runs: a file of it has all its parts switched on."""
-    structure = parts.structure
+    structure = pruned.structure
     if structure.plan is None:
         plan = plan_of_layout(structure.host, structure.config, structure.layout)
     else:
         plan = (
-            structure_of(structure.plan, parts.variant) if structure.switchable else structure.plan
+            structure_of(structure.plan, pruned.variant) if structure.switchable else structure.plan
         )
-    folding = _folding_now(parts)
+    folding = _folding_now(pruned)
     return (
         plan.with_parts(config={**plan.config, FOLDING: folding.to_config()}) if folding else plan
     )
 
 
-def _folding_now(parts: Parts) -> Folding | None:
+def _folding_now(pruned: PrunedState) -> Folding | None:
     """The folding as it is now: a table may have grown. It loses its mark, since a LoRA may be in its
     values, and values of the original file must not be added to those."""
-    folding, inputs = parts.structure.folding, parts.folded
+    folding, inputs = pruned.structure.folding, pruned.folded
     if folding is None or folding.form != "table":
         return folding
     return replace(folding, inputs=len(inputs.timesteps), batches=inputs.batches, mark="")

@@ -85,7 +85,7 @@ class SD35Host(Host):
         heads, blocks = self._counted(tensors)
         if blocks != heads:
             raise ValueError(
-                f"the file has {blocks} blocks, a full model of its width {heads}; load it with Load Pruned Model (PPCL)"
+                f"the file has {blocks} blocks, but a full model of its width has {heads}; load it with Load Pruned Model (PPCL)"
             )
 
     def _counted(self, tensors) -> tuple[int, int]:
@@ -128,7 +128,7 @@ class SD35Host(Host):
     def arguments(self, config) -> dict:
         if config["attention_head_dim"] != HEAD:
             raise ValueError(
-                f"ComfyUI runs {self.engine.name} with heads of {HEAD} only, this model has heads of {config['attention_head_dim']}"
+                f"ComfyUI runs {self.engine.name} with heads of {HEAD} only, but this model has heads of {config['attention_head_dim']}"
             )
         width, positions = self.engine.width(config), config["pos_embed_max_size"]
         context = {"in_features": config["joint_attention_dim"], "out_features": width}

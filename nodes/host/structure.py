@@ -20,8 +20,9 @@ from ...ppcl_engine.models.weights import parts_in, usual_name
 from ...ppcl_engine.plan import Interval, PruningPlan, WidthSite
 from .base import Host
 
-# several times as many as any known model: a hostile file must not make the host build a million
-MAX_BLOCKS = 256
+# of a model that the host builds, several times as many as any known model has: a hostile file must
+# not make it build a million
+MOST_HOST_BLOCKS = 256
 AXES = "axes_dims_rope"
 STUDENT = "student."
 
@@ -152,17 +153,17 @@ def checked_plan(host: Host, plan: PruningPlan) -> PruningPlan:
     ValueError for one that does not fit the architecture or names absurd sizes."""
     if plan.architecture != host.engine.name:
         raise ValueError(
-            f"the file's plan is for {plan.architecture}, its tensors are of {host.engine.name}"
+            f"the file's plan is for {plan.architecture}, but its tensors are of {host.engine.name}; export it again"
         )
     counts = [plan.config.get(blocks.depth) for blocks in host.lists]
     whole = (
         all(type(count) is int and count >= 0 for count in counts)
         and sum(counts) == plan.num_blocks
     )
-    if not whole or not 0 < plan.num_blocks <= MAX_BLOCKS:
+    if not whole or not 0 < plan.num_blocks <= MOST_HOST_BLOCKS:
         raise ValueError(
             f"the file's plan names {plan.num_blocks} blocks, its configuration {' + '.join(map(str, counts))}; "
-            f"they must agree, from 1 to {MAX_BLOCKS}: export the file again"
+            f"they must agree, from 1 to {MOST_HOST_BLOCKS}: export the file again"
         )
     for interval in plan.intervals:
         rank = interval.correction

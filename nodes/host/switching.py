@@ -28,9 +28,9 @@ LOADED = "diffusion_model.ppcl.variant"
 
 
 @dataclass
-class Parts:
-    """What a pruned transformer of the host has as its attribute `ppcl`. The modules themselves are
-    the transformer's."""
+class PrunedState:
+    """How a transformer of the host is pruned, kept in its attribute `ppcl`. The modules themselves
+    are the transformer's."""
 
     structure: Structure
     texts: Texts

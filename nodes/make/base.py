@@ -73,7 +73,7 @@ def outputs(*names: str) -> list[io.Output]:
     ]
 
 
-class Job(Node):
+class JobNode(Node):
     """A node that does stages in a process of its own: it prepares a run, starts it, and waits."""
 
     PICTURES = ("preview",)

@@ -10,11 +10,11 @@ from ...ppcl_engine.settings.prune_settings import CalibrateConfig
 from ..paths import NO_FOLDER, model_path, picture_folders, references_folder, teacher_files
 from ..widgets import help_of, inputs
 from . import results
-from .base import Job
+from .base import JobNode
 from .prompts import EncodedPrompts, Prompts, References
 
 
-class CalibrateFromPrompts(Job):
+class CalibrateFromPrompts(JobNode):
     PICTURES = ()
     FILES = {"model_file": model_path, "references": references_folder}
 

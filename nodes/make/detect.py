@@ -12,11 +12,11 @@ from ...ppcl_engine.settings.prune_settings import DetectConfig, ProbeConfig
 from ..pictures import picture_of
 from ..widgets import inputs
 from . import results
-from .base import Job
+from .base import JobNode
 from .runs import run_input
 
 
-class Probe(Job):
+class Probe(JobNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -51,7 +51,7 @@ def _probed(folder: Path) -> list:
     return [picture_of(line_charts.probe_chart(errors)), results.probe_text(errors)]
 
 
-class Detect(Job):
+class Detect(JobNode):
     PICTURES = ("layer map", "curves")
 
     @classmethod

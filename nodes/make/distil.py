@@ -17,7 +17,7 @@ from ...ppcl_engine.settings.prune_settings import (
 )
 from ..widgets import check_file_name, inputs
 from . import results
-from .base import Job
+from .base import JobNode
 from .runs import folder_of, measured, run_input
 
 SHARE, NAMED, PLANNED = "by share", "by name", "as planned"
@@ -25,7 +25,7 @@ POLISH = {"polish_steps": "steps", "polish_learning_rate": "learning_rate"}
 """name of a widget -> of the setting of PolishConfig"""
 
 
-class DistillDepth(Job):
+class DistillDepth(JobNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -62,7 +62,7 @@ def _trained(folder: Path, kind: str) -> list:
     return [results.training_picture(folder, losses), results.losses_text(losses)]
 
 
-class DistillWidth(Job):
+class DistillWidth(JobNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -146,7 +146,7 @@ def _widened(folder: Path) -> list:
     return [picture, results.plan_text(Run(folder).load_plan(), None)]
 
 
-class FineTune(Job):
+class FineTune(JobNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(

@@ -13,11 +13,11 @@ from ...ppcl_engine.system.numbers import bytes_text
 from ..paths import EXPORTS, exported_name
 from ..widgets import check_file_name, help_of, inputs
 from . import results
-from .base import FileType, Job
+from .base import FileType, JobNode
 from .runs import measured, run_input
 
 
-class Export(Job):
+class Export(JobNode):
     PICTURES = ("layer map",)
 
     @classmethod

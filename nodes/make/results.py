@@ -26,7 +26,7 @@ from ...ppcl_engine.system.tensor_files import TensorFile
 from ..pictures import CARD, picture_of, stacked, tensor_of, text_card
 from .runs import progress_text
 
-GRID, TEXT_TOKENS = (1, 2, 2), 2  # any will do: numbers of parameters do not depend on them
+ANY_GRID, ANY_TEXT_TOKENS = (1, 2, 2), 2  # any will do: numbers of parameters do not depend on them
 
 
 def calibration_text(folder: Path) -> str:
@@ -98,7 +98,7 @@ def map_picture(plan: PruningPlan) -> torch.Tensor:
         for name, sites in (("depth", ()), ("depth + width", everything.sites))
         if sites or (name == "depth" and everything.intervals)
     ]
-    cost = CostModel(architecture_named(plan.architecture), plan.config, GRID, TEXT_TOKENS)
+    cost = CostModel(architecture_named(plan.architecture), plan.config, ANY_GRID, ANY_TEXT_TOKENS)
     parameters = {v.name: v.parameters or cost.variant(plan, v).parameters for v in variants}
     teacher = cost.variant(plan, Variant(name=FULL)).parameters
     return picture_of(layer_map.layer_map(plan, variants, parameters, teacher))

@@ -50,7 +50,7 @@ def model_of(name: str) -> Path:
         if named:
             return known_model(Path(str(named[-1])), name)
         name = spec.upstream or name
-    raise ValueError(f"run {first} does not name the model it is about; make it again")
+    raise ValueError(f"run {first} does not say which model it was made from; make it again")
 
 
 def measured(run: str) -> list[tuple[type, str, dict]]:

@@ -17,7 +17,7 @@ from ...ppcl_engine.system.numbers import bytes_text
 from ..paths import EXPORTS, exported_name, files_of_the_engine, model_path
 from ..widgets import check_file_name, help_of, inputs
 from . import results
-from .base import FileType, Job
+from .base import FileType, JobNode
 from .runs import folder_of, run_input
 from .waiting import in_words_of_widgets
 
@@ -31,9 +31,9 @@ def named_file(name: str) -> Path | None:
     return None if name == OWN else model_path(name)
 
 
-class Sparsify(Job):
+class Sparsify(JobNode):
     PICTURES = ("layer errors",)
-    FILES = {**Job.FILES, "file": named_file}
+    FILES = {**JobNode.FILES, "file": named_file}
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -103,23 +103,25 @@ def run_job(
 
 
 def finish_upstream(name: str, wait: bool, screen: Screen) -> None:
-    """Makes sure that the run before this one is finished: waits for it if it is at work and `wait` is
-    on, else raises ValueError."""
+    """Makes sure that the run which a node needs is finished: waits for it if it is running and `wait`
+    is on, else raises ValueError."""
     check_recorded(name)
     folder = folder_of(name)
     if not (folder / "state.json").exists():  # a recording
         return
     state = current_state(folder)
     if state.status in ("failed", "cancelled"):
-        raise ValueError(f"the run before, {name}, is {state.status}: {one_line(state.error)}")
+        raise ValueError(
+            f"run {name}, which this node needs, {state.in_words}: {one_line(state.error)}"
+        )
     if state.status == "queued" and state.pid is None:
         raise ValueError(
-            f"the run before, {name}, was prepared and not started; start it, then press Run again"
+            f"run {name}, which this node needs, was prepared but not started; start it, then press Run again"
         )
     if not state.is_final:
         if not wait:
             raise ValueError(
-                f"the run before, {name}, is still at work; turn wait on, or come back when it is done"
+                f"run {name}, which this node needs, is still running; turn wait on, or come back when it is done"
             )
         leave_memory()
         follow(folder, screen)

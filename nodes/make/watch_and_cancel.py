@@ -175,7 +175,7 @@ def how_to_start(run: str, processes: int, parallel: str) -> str:
     state = current_state(folder)
     if state.status != "queued" or state.pid is not None:
         raise ValueError(
-            f"{run} is {state.status}, not waiting to be started; turn start off in the node that makes it"
+            f"{run} {state.in_words}, so it cannot be started by hand; turn start off in the node that makes it"
         )
     spec = read_spec(folder)
     write_spec(folder, replace(spec, parallel=parallel))

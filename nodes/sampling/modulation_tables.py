@@ -53,7 +53,7 @@ def follow(model) -> None:
 
 
 def _after_load(patcher, *_, **__) -> None:
-    """Notes in `Parts.refused` why a node could not save what is loaded. Loading must not fail, only
+    """Notes in `PrunedState.refused` why a node could not save what is loaded. Loading must not fail, only
     sampling and saving."""
     transformer = patcher.model.diffusion_model
     try:

@@ -9,7 +9,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...ppcl_engine.architectures import REFERENCES, Inputs
-from ...ppcl_engine.data.draw import GUIDANCE
+from ...ppcl_engine.data.sampling import GUIDANCE
 from ...ppcl_engine.models.weights import Weights
 from ..host import host_named
 from .recording import MASK, Limits, Sampling, append, recorded
@@ -98,7 +98,7 @@ class Recorder:
         """Records one forward, whose rows are all rows of one prompt, then all of the next."""
         if latents.shape[-1] % 2 or latents.shape[-2] % 2:
             raise ValueError(
-                f"latents of {latents.shape[-2]} x {latents.shape[-1]} do not divide into tokens of 2 x 2; "
+                f"latents of {latents.shape[-2]} x {latents.shape[-1]} cannot be packed into tokens of 2 x 2; "
                 "draw pictures whose sides are multiples of 16"
             )
         schedule, sigma = options["sample_sigmas"], float(options["sigmas"].flatten()[0])

@@ -14,7 +14,7 @@ import torch
 
 from ...ppcl_engine.architectures import Architecture, Inputs
 from ...ppcl_engine.data.calibration import CalibrationSet, load_calibration, save_calibration
-from ...ppcl_engine.data.draw import inputs_of
+from ...ppcl_engine.data.sampling import inputs_of
 from ...ppcl_engine.system.seeds import draw_generator
 
 

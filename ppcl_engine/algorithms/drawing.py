@@ -2,7 +2,7 @@
 for all of them.
 
 Drawn one after the other, each forward would read the whole file. The arithmetic is that of
-`data.draw.draw`, so the bits are the same.
+`data.sampling.draw`, so the bits are the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from ..architectures import BlockState
 from ..data import flow
-from ..data.draw import Prompts, guided_velocity, inputs_of, texts_of
+from ..data.sampling import Prompts, guided_velocity, inputs_of, texts_of
 from ..models.streaming import Teacher, check_states, state_of, streams_of
 from ..system.finite import checked_velocity
 from ..system.progress import Progress

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from ..architectures.modules import AnyModule
 from ..system.finite import check_finite
 from ..system.json_text import finite_or_none
 
@@ -72,7 +74,7 @@ class InputMoments:
             factor, failed = torch.linalg.cholesky_ex(gram)
             if failed:
                 raise ValueError(
-                    f"{self.rows} rows do not settle a map of {self.width} channels without a ridge; use a ridge above 0, "
+                    f"{self.rows} rows do not determine a map of {self.width} channels without a ridge; use a ridge above 0, "
                     "or calibrate with more samples"
                 )
             self._factors = {ridge: factor}
@@ -193,3 +195,27 @@ class Solution:
         worst = float(self.channels.max()) if len(self.channels) else 0.0
         median = float(self.channels.median()) if len(self.channels) else 0.0
         return {"residual": finite_or_none(self.residual), "median": median, "worst": worst}
+
+
+def fit_map(target: AnyModule, equations: NormalEquations) -> Solution:
+    """Writes the ridge solution into a Linear, or into a pair of Linears its best approximation of
+    their rank.
+
+    Reduced-rank regression: project on the leading directions of the fitted values, centred
+    (Izenman 1975).
+    """
+    solution = equations.solve(RIDGE)
+    if isinstance(target, nn.Linear):
+        target.weight.copy_(solution.weight)
+        target.bias.copy_(solution.bias)
+        return solution
+    down, up = target
+    inputs, mean = equations.inputs, equations.inputs.mean
+    centred = inputs.xx[:-1, :-1] - inputs.rows * torch.outer(mean, mean)
+    leading = torch.linalg.eigh(solution.weight @ centred @ solution.weight.T).eigenvectors[
+        :, -down.out_features :
+    ]
+    down.weight.copy_(leading.T @ solution.weight)
+    up.weight.copy_(leading)
+    up.bias.copy_(solution.bias + (solution.weight - leading @ leading.T @ solution.weight) @ mean)
+    return solution

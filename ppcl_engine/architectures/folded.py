@@ -57,13 +57,13 @@ class Folding:
             type(rows) is not int or not 1 <= rows <= MOST_INPUTS for rows in self.batches
         ):
             raise ValueError(
-                f"folding for batches of {self.batches!r} samples; they are whole numbers from 1"
+                f"the folding's batches {self.batches!r} are not whole numbers from 1 to {MOST_INPUTS}; fold the model again"
             )
         if not isinstance(self.mark, str):
-            raise ValueError(f"folding of the mark {self.mark!r}, which is not text")
+            raise ValueError(f"the folding's mark {self.mark!r} is not text; fold the model again")
         if not isinstance(self.precision, str) or self.precision not in PRECISIONS:
             raise ValueError(
-                f"folding for timesteps in {self.precision!r}; known: {', '.join(PRECISIONS)}"
+                f"the folding's precision {self.precision!r} is unknown; known: {', '.join(PRECISIONS)}"
             )
 
     @property

@@ -17,7 +17,7 @@ class PackedLatents:
         n, c, h, w = latents.shape
         if h % 2 or w % 2:
             raise ValueError(
-                f"latents of {h} x {w} do not divide into 2 x 2 tokens; resize the picture"
+                f"latents of {h} x {w} cannot be packed into tokens of 2 x 2; resize the picture"
             )
         return (
             latents.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, -1, 4 * c)

@@ -11,7 +11,7 @@ from ..architectures import Architecture
 from ..system.finite import check_finite
 from ..system.tensor_files import TensorFile
 from . import flow
-from .draw import Prompts
+from .sampling import Prompts
 
 MASK, POOLED = "encoder_hidden_states_mask", "pooled_projections"
 
@@ -49,7 +49,7 @@ def stored_prompts(
         negative[MASK] = torch.ones(negative[text_name].shape[:2], dtype=torch.bool)
     elif negative[text_name].shape[1:] != positive[text_name].shape[1:]:
         raise ValueError(
-            f"{path}: this model masks no text, so text and empty must have the same number of tokens"
+            f"{path}: this model does not mask text, so text and empty must have the same number of tokens"
         )
     negative |= {POOLED: file.read("empty_pooled")} if POOLED in positive else {}
     positive, negative = (

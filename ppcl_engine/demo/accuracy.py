@@ -15,7 +15,6 @@ import torch
 
 from ..algorithms.resampling import share_estimate
 from ..data.codecs import open_codec
-from ..data.draw import draw_prompts, encode_prompts
 from ..data.rendered.captions import (
     CHARACTERS,
     COLOUR_NAMES,
@@ -27,6 +26,7 @@ from ..data.rendered.captions import (
     random_captions,
 )
 from ..data.rendered.reader import load_reader, read, score
+from ..data.sampling import draw_prompts, encode_prompts
 from ..models.opening import open_model
 from ..models.weights import Weights
 from ..system.atomic import replacing, write_json

@@ -19,9 +19,9 @@ import torch
 
 from ..architectures import Architecture, Inputs, architecture_named, placed
 from ..data.codecs.table import TableCodec
-from ..data.draw import inputs_of
 from ..data.rendered.captions import random_captions, render
 from ..data.rendered.tables import TEXT_WIDTH, fit_codec
+from ..data.sampling import inputs_of
 from ..models.stored_layout import COMFYUI_PREFIX
 from ..models.tensor_sources import Source, comfyui_sources
 from ..system.atomic import write_json

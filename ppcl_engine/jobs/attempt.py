@@ -48,8 +48,8 @@ LAUNCHING = (
 
 
 @dataclass
-class Job:
-    """A claimed run folder and the stages to run in it."""
+class Attempt:
+    """One try at a job: its claimed run folder and the stages to run in it."""
 
     folder: Path
     spec: JobSpec
@@ -134,8 +134,8 @@ class Ending:
     An unexpected error is raised again, so that Python prints its traceback into the log.
     """
 
-    def __init__(self, job: Job, watcher: Watcher):
-        self.job, self.watcher = job, watcher
+    def __init__(self, attempt: Attempt, watcher: Watcher):
+        self.attempt, self.watcher = attempt, watcher
         self.reporter: Reporter | None = None
         """None in a process that does not report, and before the job has begun"""
         self.code = DONE
@@ -148,12 +148,12 @@ class Ending:
         self.watcher.stop()
         status, line = self._outcome(error)
         if self.reporter is None and status == "failed":
-            append_event(self.job.folder, "process_failed", rank=self.job.rank, error=line)
+            append_event(self.attempt.folder, "process_failed", rank=self.attempt.rank, error=line)
         if self.reporter is not None:
             # before the state is written: the disk may be full
-            clear_scratch(self.job.folder, keep=RESUMED)
+            clear_scratch(self.attempt.folder, keep=RESUMED)
             self.reporter.write(always=True)
-            end(self.job.folder, replace(self.reporter.state, status=status, error=line))
+            end(self.attempt.folder, replace(self.reporter.state, status=status, error=line))
         if line and self.code != UNEXPECTED:
             print(f"worker: {line}", file=sys.stderr)
         return self.code != UNEXPECTED
@@ -163,7 +163,7 @@ class Ending:
         if error is None:
             return "done", ""
         # an interrupt while a C extension is imported surfaces as some other exception
-        in_imports = self.watcher.asked() and not self.job.number
+        in_imports = self.watcher.asked() and not self.attempt.number
         if (
             isinstance(error, KeyboardInterrupt)
             or in_imports
@@ -172,13 +172,13 @@ class Ending:
             self.code = INTERRUPTED
             saved = f"; {error}" if _is(error, "system.interruption", "Stopped") else ""
             return "cancelled", f"{self.watcher.reason or 'cancelled by Ctrl-C'}{saved}"
-        line, self.code = failure(error, *self.job.stages[max(self.job.number, 1) - 1])
+        line, self.code = failure(error, *self.attempt.stages[max(self.attempt.number, 1) - 1])
         cause = self._failure_of_others() if _is(error, "system.distributed", "Lost") else ""
         return "failed", cause or line
 
     def _failure_of_others(self) -> str:
         """The error of another process of this job, whose end made this one fail; "" if it wrote none."""
-        events = read_events(self.job.folder)
+        events = read_events(self.attempt.folder)
         started = max(index for index, event in enumerate(events) if event["kind"] == "started")
         return next((e["error"] for e in events[started:] if e["kind"] == "process_failed"), "")
 
@@ -190,11 +190,11 @@ def main(arguments: list[str]) -> int:
         os.environ.setdefault("TQDM_MININTERVAL", LOG_EVERY)
     with ExitStack() as held:
         try:
-            job = _claimed_job(options, held)
+            attempt = _claimed_attempt(options, held)
         except ValueError as error:
             print(f"worker: {error}", file=sys.stderr)
             return USER_ERROR
-        return job.work()
+        return attempt.work()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -213,8 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _claimed_job(options: argparse.Namespace, held: ExitStack) -> Job:
-    """The job in the folder; `held` keeps its lock until the worker ends.
+def _claimed_attempt(options: argparse.Namespace, held: ExitStack) -> Attempt:
+    """An attempt at the job in the folder; `held` keeps its lock until the worker ends.
 
     Raises ValueError, in one line, if the folder is not a job's, or if the job has ended or is running.
     """
@@ -229,7 +229,7 @@ def _claimed_job(options: argparse.Namespace, held: ExitStack) -> Job:
         held.enter_context(
             claimed(folder, LAUNCHING if _is_queued(folder) else 0.0, "a job's worker")
         )
-    return Job(folder, spec, stages, _startable(folder, rank), rank)
+    return Attempt(folder, spec, stages, _startable(folder, rank), rank)
 
 
 def _startable(folder: Path, rank: int) -> JobState:
@@ -241,7 +241,7 @@ def _startable(folder: Path, rank: int) -> JobState:
     if state.is_final:
         why = f" ({state.error})" if state.error else ""
         again = "" if state.status == "done" else "; --again starts another attempt"
-        raise ValueError(f"{folder.name} is {state.status}{why}, and that is final{again}")
+        raise ValueError(f"{folder.name} {state.in_words}{why}, and that is final{again}")
     if rank == 0 and is_abandoned(state):
         (folder / CANCEL).unlink(missing_ok=True)
     elif rank == 0 and state.status != "queued":

@@ -60,7 +60,7 @@ def launch(folder: Path, outlive: bool) -> Process:
             (folder / CANCEL).unlink(missing_ok=True)
         elif state.status != "queued" or state.pid is not None:
             raise ValueError(
-                f"{folder.name} is {state.status} already; watch it, or make another attempt"
+                f"{folder.name} {state.in_words} already; watch it, or make another attempt"
             )
         process = _start(folder)
         write_state(folder, _queued(state, process.pid, outlive))

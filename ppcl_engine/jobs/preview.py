@@ -21,7 +21,7 @@ from ..data.calibration import load_calibration
 from ..data.codecs import open_codec
 from ..data.codecs.base import Codec
 from ..data.codecs.table import TABLES
-from ..data.draw import Prompts, draw
+from ..data.sampling import Prompts, draw
 from ..models.assembly import Students, assemble, open_variant
 from ..models.layout import full_layout
 from ..models.surgery import filled_student
@@ -36,7 +36,7 @@ from ..settings.prune_settings import (
     FinetuneConfig,
     PolishConfig,
 )
-from ..stages.inputs import RunStudents
+from ..stages.run_students import RunStudents
 from ..system.atomic import replacing
 from ..system.machine import DTYPES, resolve_device
 from ..system.progress import listening

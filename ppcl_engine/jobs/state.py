@@ -111,6 +111,16 @@ class JobState:
     def is_final(self) -> bool:
         return self.status in FINAL
 
+    @property
+    def in_words(self) -> str:
+        """The status as a sentence about the job goes on, such as "has failed"."""
+        match self.status:
+            case "failed":
+                return "has failed"
+            case "cancelled":
+                return "was cancelled"
+        return f"is {self.status}"
+
 
 def read_state(folder: Path) -> JobState:
     """The state on disk. Raises ValueError, in one line, if the file is missing or malformed, or has an
@@ -143,7 +153,7 @@ def write_state(folder: Path, state: JobState) -> JobState:
     folder = Path(folder)
     if (folder / STATE).exists() and (before := read_state(folder)).is_final:
         raise ValueError(
-            f"{folder.name} is {before.status}, and that is final; make another attempt (--again)"
+            f"{folder.name} {before.in_words}, and that is final; make another attempt (--again)"
         )
     state = replace(state, updated=time.time())
     write_json(folder / STATE, asdict(state))

@@ -212,7 +212,9 @@ class RunStore:
     def _finished(self, name: str) -> Path:
         path = self.path(name)
         if (path / STATE).exists() and (state := current_state(path)).status != "done":
-            raise ValueError(f"run {name} is {state.status}, not done; let it finish first")
+            raise ValueError(
+                f"run {name} {state.in_words}; a new run can only start from one that is done"
+            )
         return path
 
     def _identity(self, stages: tuple[tuple[str, dict], ...], upstream: str) -> str:

@@ -45,7 +45,9 @@ def assemble(
 
     def student(interval: Interval) -> nn.Module:
         if students is None:
-            raise ValueError(f"{weights.path} has no students, and the layout has {interval.name}")
+            raise ValueError(
+                f"{weights.path} is a full model, so it has no student for interval {interval.name}"
+            )
         return students.student(interval, dtype, device)
 
     blocks = pruned_blocks(

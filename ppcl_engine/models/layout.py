@@ -79,15 +79,15 @@ def checked(plan: PruningPlan) -> PruningPlan:
         sections, count = architecture.sections(plan.config), architecture.num_blocks(plan.config)
     except KeyError as missing:
         raise ValueError(
-            f"the plan's configuration of its model lacks {missing}; it is incomplete"
+            f"the model configuration in the plan lacks {missing}; restore the plan"
         ) from None
     except (TypeError, AttributeError):  # text, lists or null where numbers belong
         raise ValueError(
-            "the plan's configuration of its model has no number of layers; it is damaged"
+            "the model configuration in the plan gives no number of layers; restore the plan"
         ) from None
     if count != plan.num_blocks:
         raise ValueError(
-            f"the plan is for {plan.num_blocks} blocks, the configuration in it for {count}; it is damaged"
+            f"the plan has {plan.num_blocks} blocks, but the model configuration in it {count}; restore the plan"
         )
     for interval in plan.intervals:
         if (

@@ -170,10 +170,12 @@ def released_layout(architecture: Architecture, config: dict, where: object) -> 
     )
     if steps - text:
         raise ValueError(
-            f"{where}: {lists['step']} has {min(steps - text)}, which {lists['text']} does not have"
+            f"{where}: block {min(steps - text)} is in {lists['step']} but not in {lists['text']}; restore its config.json"
         )
     if 0 in text:
-        raise ValueError(f"{where}: {lists['text']} has 0, but no full block comes before it")
+        raise ValueError(
+            f"{where}: block 0 is in {lists['text']}, but there is no full block before it; restore its config.json"
+        )
     sources = {index: max(i for i in range(index) if i not in text) for index in text}
     places = [
         Place(

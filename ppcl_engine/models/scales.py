@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from ..architectures import Part
 from ..system.json_text import NotJSON, parse_json, shown
-from .stored_layout import PREFIXES
+from .stored_layout import PREFIXES, OpenFile, StoredTensors
 
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
 FORMAT_SUFFIX = ".comfy_quant"
@@ -47,30 +46,12 @@ FOREIGN = {
 TAKE = "take the model in bf16, fp16, fp8 or plain int8"
 
 
-class Stored(Protocol):
-    """A TensorFile or a PickledFile."""
-
-    path: Path
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def stored_as(self, name: str) -> str: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def read(self, name: str) -> torch.Tensor: ...
-
-
-Places = Mapping[str, tuple[Stored, str]]
-"""a tensor's name -> file, name in it"""
-
-
 @dataclass(frozen=True)
 class Scale:
     """The scale of a stored weight: one number, one for each row, or [rows, blocks of columns,
     1]."""
 
-    file: Stored
+    file: OpenFile
     name: str
 
     def apply(self, weight: torch.Tensor, part: Part) -> torch.Tensor:
@@ -99,7 +80,7 @@ class Scale:
         return (blocks * rows[..., None]).reshape(weight.shape)
 
 
-def scales_of(stored: Places, metadata: Mapping[str, str], where: Path) -> dict[str, Scale]:
+def scales_of(stored: StoredTensors, metadata: Mapping[str, str], where: Path) -> dict[str, Scale]:
     """Weight's name -> its scale.
 
     Raises ValueError naming the tensor and the format for anything that is not read: other formats,
@@ -135,7 +116,7 @@ def scales_of(stored: Places, metadata: Mapping[str, str], where: Path) -> dict[
     return scales
 
 
-def _check_weight(name: str, place: tuple[Stored, str], scale: Scale | None, where: Path) -> None:
+def _check_weight(name: str, place: tuple[OpenFile, str], scale: Scale | None, where: Path) -> None:
     file, key = place
     if file.stored_as(key) in ("F4", "F8_E8M0"):
         raise ValueError(
@@ -171,7 +152,7 @@ def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
 
 
 def _check_formats(
-    stored: Places, metadata: Mapping[str, str], scales: Mapping[str, Scale], where: Path
+    stored: StoredTensors, metadata: Mapping[str, str], scales: Mapping[str, Scale], where: Path
 ) -> None:
     """Raises ValueError for a layer whose declared format is not read, or is not how it is
     stored."""
@@ -192,7 +173,7 @@ def _check_formats(
             )
         if stored[weight][0].dtype(stored[weight][1]) not in FORMATS[kind]:
             raise ValueError(
-                f"{where}: {shown(weight)} is said to be {kind}, but is stored otherwise; download the file again"
+                f"{where}: {shown(weight)} is declared as {kind}, but stored as another type; download the file again"
             )
         if weight not in scales:
             raise ValueError(
@@ -200,7 +181,7 @@ def _check_formats(
             )
 
 
-def _formats(stored: Places, metadata: Mapping[str, str], where: Path) -> dict[str, dict]:
+def _formats(stored: StoredTensors, metadata: Mapping[str, str], where: Path) -> dict[str, dict]:
     """Layer -> its declared format; only layers that exist, whatever prefix the metadata gives
     them."""
     declared = {}
@@ -217,7 +198,7 @@ def _formats(stored: Places, metadata: Mapping[str, str], where: Path) -> dict[s
         isinstance(about, dict) for about in layers.values()
     ):
         raise ValueError(
-            f"{where}: {FORMATS_KEY}: layers are not objects by name; download the file again"
+            f"{where}: {FORMATS_KEY}: its layers are not JSON objects; download the file again"
         )
     ours = {
         key.removesuffix(".weight"): name.removesuffix(".weight")

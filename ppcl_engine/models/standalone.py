@@ -132,7 +132,7 @@ def _empty_standalone(
     held = len(TensorFile(path).entries)
     if LEAST_TENSORS * len(layout.places) > held:
         raise ValueError(
-            f"{path}: {held} tensors are not the {len(layout.places)} blocks of its structure"
+            f"{path} has {held} tensors, too few for the {len(layout.places)} blocks of its plan; copy or export it again"
         )
     model = empty_model(architecture, plan.config, layout)
     return model, standalone_reader(path, plan, model.state_dict())

@@ -25,10 +25,12 @@ STRUCTURE_TENSOR = "ppcl_structure"
 # JSON: the teacher's blocks that a file has, for readers that drop metadata
 HINTS_TENSOR = "ppcl_hints"
 LONGEST_TEXT = 10_000_000  # bytes of a plan in a tensor; one for 60 blocks has about ten thousand
-Places = dict[str, tuple[TensorFile | PickledFile, str]]
+OpenFile = TensorFile | PickledFile
+StoredTensors = Mapping[str, tuple[OpenFile, str]]
+"""a tensor's name -> file, name in it"""
 
 
-def open_layout(path: Path) -> tuple[Places, dict | None]:
+def open_layout(path: Path) -> tuple[StoredTensors, dict | None]:
     """(key -> (file, name in it), configuration or None), without the prefixes that checkpoints and
     training tools add."""
     check_exists(path)
@@ -36,7 +38,7 @@ def open_layout(path: Path) -> tuple[Places, dict | None]:
         return _open_folder(transformer_folder(path))
     file = TensorFile(path)
     names = stripped_names(file.keys(), path)
-    stored: Places = {ours: (file, name) for ours, name in names.items()}
+    stored = {ours: (file, name) for ours, name in names.items()}
     return stored, config_of(file) or hints_in(stored).get("config")
 
 
@@ -57,7 +59,7 @@ def config_of(file: TensorFile) -> dict | None:
     return config
 
 
-def hints_in(stored: Places) -> dict:
+def hints_in(stored: StoredTensors) -> dict:
     """What a file's hints tensor says: config, indices (teacher indices of its blocks), blocks (the
     teacher's number). Empty without one."""
     if HINTS_TENSOR not in stored:
@@ -132,13 +134,13 @@ def transformer_folder(path: Path) -> Path:
     return path / "transformer" if (path / "model_index.json").exists() else path
 
 
-def _open_folder(path: Path) -> tuple[Places, dict]:
+def _open_folder(path: Path) -> tuple[StoredTensors, dict]:
     if not (path / "config.json").exists():
         raise ValueError(
             f"{path} has no config.json; give a diffusers transformer or pipeline folder"
         )
     config = {k: v for k, v in read_object(path / "config.json").items() if not k.startswith("_")}
-    stored: Places = {}
+    stored: dict[str, tuple[OpenFile, str]] = {}
     for shard in shards_of(path):
         file = PickledFile(shard) if shard.suffix == ".bin" else TensorFile(shard)
         for name in file.keys():

@@ -16,8 +16,6 @@ from torch import nn
 
 from ..architectures import ARCHITECTURES, Architecture, Part
 from ..system.json_text import shown
-from ..system.pickled_files import PickledFile
-from ..system.tensor_files import TensorFile
 from .filling import fill
 from .model_configs import check_model_config, sizes_that_differ
 from .other_models import refuse_inputs, refuse_kinds, refuse_shard, unknown_model
@@ -26,7 +24,8 @@ from .stored_layout import (
     COMFYUI_PREFIX,
     HINTS_TENSOR,
     STRUCTURE_TENSOR,
-    Places,
+    OpenFile,
+    StoredTensors,
     as_tensor,
     hints_in,
     object_in,
@@ -161,7 +160,7 @@ class Weights:
         shapes = {key: self.shape(key) for key in self._tensors}
         return fingerprint_of(self.architecture, shapes, lambda key: self.read(key, torch.float32))
 
-    def _inferred(self, stored: Places) -> dict:
+    def _inferred(self, stored: StoredTensors) -> dict:
         """The configuration that the shapes imply. Raises ValueError for a missing tensor, or one
         of another kind."""
         marks = [name for name in self.architecture.marks if name in stored]
@@ -242,7 +241,7 @@ class Weights:
                 )
 
 
-def _architecture_of(stored: Places, path: Path) -> Architecture:
+def _architecture_of(stored: StoredTensors, path: Path) -> Architecture:
     """Raises ValueError, naming what the file looks like, for no known architecture."""
     for architecture in ARCHITECTURES:
         if architecture.detect(stored):
@@ -251,8 +250,8 @@ def _architecture_of(stored: Places, path: Path) -> Architecture:
 
 
 def _parts_of(
-    architecture: Architecture, stored: Places
-) -> dict[str, tuple[TensorFile | PickledFile, str, Part]]:
+    architecture: Architecture, stored: StoredTensors
+) -> dict[str, tuple[OpenFile, str, Part]]:
     """diffusers' name -> file, name in it, which of its rows."""
     marks = ("scaled_fp8", STRUCTURE_TENSOR, HINTS_TENSOR, *architecture.marks)
     names = [name for name in stored if not name.endswith(IGNORED_SUFFIXES) and name not in marks]
@@ -277,7 +276,7 @@ def usual_name(architecture: Architecture, name: str) -> str:
     return name if key == name else architecture.to_comfyui(key, (key,)).name
 
 
-def _read_part(file: TensorFile | PickledFile, name: str, part: Part) -> torch.Tensor:
+def _read_part(file: OpenFile, name: str, part: Part) -> torch.Tensor:
     if part.of == 1:
         return file.read(name)
     rows = file.shape(name)[0] // part.of

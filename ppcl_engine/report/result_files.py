@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..system.atomic import read_object
-from ..system.schemas import BlockIndex, Count, Finite, read_value
+from ..system.schemas import BlockIndex, Count, Finite
 
 
 class _Open(BaseModel):
@@ -55,10 +53,3 @@ class WidthCandidate(_Open):
 class Width(_Open):
     method: str
     candidates: list[WidthCandidate]
-
-
-def read_result(path: Path, kind: type[_Open]) -> dict:
-    """The file's object, checked against `kind`. Raises ValueError naming file and field."""
-    values = read_object(path)
-    read_value(kind, values, path)
-    return values

@@ -10,9 +10,9 @@ from ..algorithms.distillation.saved_training import read_losses
 from ..models.layout import Layout, layout_of
 from ..plan import PruningPlan, Variant
 from ..run import Run
-from ..system.schemas import read_json_text
+from ..system.schemas import read_checked_object, read_json_text
 from ..system.tensor_files import TensorFile
-from .result_files import Detection, Evaluation, read_result
+from .result_files import Detection, Evaluation
 from .width_section import WidthResults, read_width
 
 ACCURACIES = {
@@ -90,7 +90,7 @@ def read_results(files: Run) -> Results:
     for path in (files.evaluation, files.curves, files.detection, shown):
         if not path.exists():
             raise ValueError(f"{path} does not exist; run evaluate first")
-    curves, evaluation = TensorFile(files.curves), read_result(files.evaluation, Evaluation)
+    curves, evaluation = TensorFile(files.curves), read_checked_object(files.evaluation, Evaluation)
     for row in evaluation["variants"]:
         try:
             plan.variant(row["name"])
@@ -106,7 +106,7 @@ def read_results(files: Run) -> Results:
     return Results(
         plan=plan,
         evaluation=evaluation,
-        detection=read_result(files.detection, Detection),
+        detection=read_checked_object(files.detection, Detection),
         settings=read_json_text(curves.metadata.get("settings", "{}"), files.curves),
         calibration=read_json_text(origin.get("ppcl_calibration", "{}"), files.calibration),
         cka=curves.read("cka"),

@@ -12,16 +12,17 @@ from ..models.layout import Layout, layout_of
 from ..plan import PruningPlan, TextGroup, WidthSite
 from ..run import Run
 from ..system.numbers import count_text
+from ..system.schemas import read_checked_object
 from ..system.tensor_files import TensorFile
 from .drawings.width_charts import alignment_map, candidate_chart
 from .html import NONE, Html, joined, table, tag
-from .result_files import Width, read_result
+from .result_files import Width
 from .texts import BY_HAND_TEXT, SCORE_NAMES, SCORE_TEXTS, WIDTH_TEXT
 
 
 @dataclass(frozen=True)
 class WidthResults:
-    """What detect-width and distill-width left."""
+    """The results of detect-width and distill-width in a run."""
 
     plan: PruningPlan
     method: str
@@ -50,7 +51,7 @@ def read_width(run: Run, plan: PruningPlan) -> WidthResults | None:
     """None if no width was detected."""
     if not run.width.exists():
         return None
-    detected, alignment = read_result(run.width, Width), TensorFile(run.alignment)
+    detected, alignment = read_checked_object(run.width, Width), TensorFile(run.alignment)
     return WidthResults(
         plan=plan,
         method=detected["method"],
@@ -62,7 +63,7 @@ def read_width(run: Run, plan: PruningPlan) -> WidthResults | None:
 
 
 def _losses(run: Run, plan: PruningPlan, switch: WidthSite | TextGroup) -> Iterator[torch.Tensor]:
-    """Of each projection that the site has with all intervals on."""
+    """The losses of each projection that the site has when all intervals are on."""
     blocks = {site.block for site in switch.sites}
     for place in layout_of(plan, plan.everything()).places:
         path = run.projection(place.name, switch.kind)

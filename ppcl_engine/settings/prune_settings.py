@@ -15,13 +15,13 @@ from .ranges import (
     Gigabytes,
     Guidance,
     Limit,
-    Pattern,
     Pixels,
     Range,
     Rate,
     Samples,
     Share,
     Steps,
+    TextForm,
 )
 
 
@@ -127,7 +127,7 @@ class DistillDepthConfig(TrainingConfig, StatesConfig):
     """The block a student starts as: the interval's first (paper) or its middle (the authors'
     code)."""
     correction: Annotated[
-        str, Pattern("affine|none|[1-9][0-9]{0,3}", "affine, none or a rank such as 16")
+        str, TextForm("affine|none|[1-9][0-9]{0,3}", "affine, none or a rank such as 16")
     ] = "affine"
     """What follows a student: affine, a rank such as 16, or none (files for stock hosts)."""
     loss: Literal["direction", "direction_log_norm", "mse"] = "mse"

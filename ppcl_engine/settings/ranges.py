@@ -33,7 +33,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Pattern:
+class TextForm:
     """Text of a certain form."""
 
     form: str
@@ -51,15 +51,15 @@ class Pattern:
 class OutOfRange(ValueError):
     """A setting does not allow this value."""
 
-    def __init__(self, name: str, value: object, wanted: Range | Pattern):
+    def __init__(self, name: str, value: object, wanted: Range | TextForm):
         super().__init__(f"--{name.replace('_', '-')} {shown(value)}: choose {wanted}")
         self.name, self.value, self.wanted = name, value, wanted
 
 
 _FILE_NAME = "letters, digits, '-' and '_' only, at most 80 of them"
-Device = Annotated[str, Pattern(DEVICE_FORM, DEVICES)]
-FileName = Annotated[str, Pattern(r"[A-Za-z0-9_-]{1,80}", _FILE_NAME)]
-FileNameOrEmpty = Annotated[str, Pattern(r"[A-Za-z0-9_-]{0,80}", _FILE_NAME)]
+Device = Annotated[str, TextForm(DEVICE_FORM, DEVICES)]
+FileName = Annotated[str, TextForm(r"[A-Za-z0-9_-]{1,80}", _FILE_NAME)]
+FileNameOrEmpty = Annotated[str, TextForm(r"[A-Za-z0-9_-]{0,80}", _FILE_NAME)]
 Seed = Annotated[int, Range(0, 2**31 - 1)]
 """multiplied by a million, it is still a valid seed of torch"""
 Count = Annotated[int, Range(1, MOST)]
@@ -93,12 +93,12 @@ class Settings:
 
 
 @lru_cache(maxsize=64)
-def rules_of(kind: type) -> Mapping[str, Range | Pattern]:
+def rules_of(kind: type) -> Mapping[str, Range | TextForm]:
     """Field -> rule, for the fields that have one."""
     rules = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         for part in getattr(hint, "__metadata__", ()):
-            if isinstance(part, Range | Pattern):
+            if isinstance(part, Range | TextForm):
                 rules.setdefault(name, part)
     return MappingProxyType(rules)
 

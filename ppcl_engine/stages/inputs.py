@@ -1,25 +1,20 @@
-"""What stages open first: the teacher, the calibration set, the plan, a run's trained parts."""
+"""Opens what stages start from: the teacher, the calibration set, the plan."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
-from torch import nn
 
-from ..algorithms.distillation.trainer import saved_weights
-from ..architectures import Architecture
 from ..data.calibration import CalibrationSet, load_calibration
 from ..models.layout import checked
 from ..models.streaming import Teacher
-from ..models.surgery import filled_student
 from ..models.weights import Weights
-from ..plan import Interval, PruningPlan
+from ..plan import PruningPlan
 from ..run import Run
 from ..settings.base_settings import Common, StatesConfig
 from ..system.distributed import processes
 from ..system.machine import DTYPES, resolve_device
-from ..system.tensor_files import TensorFile
 
 
 def open_teacher(config: Common) -> Teacher:
@@ -57,30 +52,3 @@ def open_plan(config: Common, weights: Weights) -> PruningPlan:
     plan = Run(config.run).load_plan()
     plan.check_teacher(weights.architecture.name, weights.fingerprint, config.model)
     return checked(plan)
-
-
-class RunStudents:
-    """The trained parts of a run, read as those of a bundle are; the polished ones, if `polished`, where
-    there are any."""
-
-    def __init__(self, run: Run, config: dict, architecture: Architecture, polished: bool = True):
-        self.run, self.config, self.architecture = run, config, architecture
-        self._file = run.best if polished else (lambda trained: trained)
-
-    def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module:
-        path = self._file(self.run.student(interval.name))
-        saved = saved_weights(path, "distill-depth")
-        state = {name: tensor.to(device, dtype) for name, tensor in saved.items()}
-        return filled_student(self.architecture, self.config, interval, state, path)
-
-    def projection(
-        self, place: str, kind: str, dtype: torch.dtype, device: str
-    ) -> dict[str, torch.Tensor]:
-        saved = saved_weights(self._file(self.run.projection(place, kind)), "distill-width")
-        return {name: tensor.to(device, dtype) for name, tensor in saved.items()}
-
-    def tuned(self, variant: str, key: str) -> torch.Tensor:
-        path = self.run.tuned_variant(variant)
-        if not path.exists():
-            raise ValueError(f"{path} does not exist; run finetune first")
-        return TensorFile(path).read(f"weight.{key}")

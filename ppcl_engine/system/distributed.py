@@ -29,7 +29,7 @@ SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 PATIENCE = timedelta(days=30)
 GLANCE = 0.005  # seconds between two looks of a waiting process, so that it reacts to Ctrl-C
 BUCKET = 1 << 24  # numbers summed at once, since they are copied for it
-GRID = "grid"  # the one input that has no row for each sample
+GRID_INPUT = "grid"  # the one input that has no row for each sample
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
@@ -75,7 +75,8 @@ class Processes:
         if not self.by_rows:
             return inputs
         return {
-            n: t if n == GRID else t.tensor_split(self.count)[self.rank] for n, t in inputs.items()
+            n: t if n == GRID_INPUT else t.tensor_split(self.count)[self.rank]
+            for n, t in inputs.items()
         }
 
     def folder(self, path: Path) -> Path:
@@ -159,7 +160,7 @@ def launched() -> bool:
         return True
     if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
         raise ValueError(
-            "accelerate launch --cpu starts one process, whatever --num_processes says; write --multi_gpu in the place "
+            "accelerate launch --cpu starts one process, whatever --num_processes says; write --multi_gpu in place "
             "of --cpu (without a GPU it means processes on the CPU)"
         )
     return False
@@ -211,7 +212,7 @@ def _everyone(cpu: bool) -> Processes:
     state = PartialState(cpu=not gpus, backend=backend, timeout=PATIENCE)
     if state.num_processes == 1:
         raise ValueError(
-            "several processes were started, but they did not meet; use accelerate launch or torchrun"
+            "several processes were started, but they could not connect to each other; use accelerate launch or torchrun"
         )
     gpu = f"cuda:{state.local_process_index % gpus}" if gpus else "cuda"
     return Processes(state.process_index, state.num_processes, gpu=gpu)

@@ -84,7 +84,7 @@ def read_header(path: Path) -> Header:
         isinstance(value, str) for value in metadata.values()
     ):
         raise ValueError(
-            f"{path} is not a safetensors file (bad header: {METADATA} is not texts by name); {PASS}"
+            f"{path} is not a safetensors file (bad header: {METADATA} is not an object of texts); {PASS}"
         )
     for name, entry in header.items():
         if reason := _fault(entry):

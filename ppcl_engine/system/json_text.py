@@ -27,7 +27,7 @@ def json_text(value: Any, **options: Any) -> str:
         if number is None:  # another error, such as a loop
             raise
     raise ValueError(
-        f"{place or 'the value'} is {number}, which JSON does not hold; check the model and the calibration"
+        f"{place or 'the value'} is {number}, which JSON cannot hold; check the model and the calibration"
     )
 
 

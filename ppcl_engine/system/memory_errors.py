@@ -15,7 +15,7 @@ NO_MEMORY = (
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
-    """Of Python, of the operating system or of a library."""
+    """Whether Python, the operating system or a library reports that memory has run out."""
     from_library = isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
     from_system = isinstance(error, OSError) and error.errno == errno.ENOMEM
     return from_library or from_system or isinstance(error, MemoryError)

@@ -39,7 +39,7 @@ class PickledFile:
             raise ValueError(f"{path} cannot be read ({reason}); download it again") from None
         if not isinstance(content, dict) or not all(map(_is_named_tensor, content.items())):
             raise ValueError(
-                f"{path} holds more than tensors by name; save the model's state_dict alone"
+                f"{path} is not a plain dict of tensors; save the model's state_dict alone"
             )
         self._tensors: dict[str, torch.Tensor] = dict(content)
 

@@ -13,10 +13,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from .atomic import read_object
 from .json_text import NotJSON, parse_json
 
 MOST_BLOCKS = 512
@@ -52,6 +54,14 @@ def read_value(kind: type[Kind], value: object, where: object) -> Kind:
         return _adapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         raise ValueError(_line(kind, error, where)) from None
+
+
+def read_checked_object(path: Path, kind: type) -> dict:
+    """A file's JSON object as it is, once it is known to fit `kind`. Raises ValueError naming file and
+    field."""
+    values = read_object(path)
+    read_value(kind, values, path)
+    return values
 
 
 @cache

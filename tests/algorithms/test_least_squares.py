@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ppcl_engine.algorithms.least_squares import InputMoments, NormalEquations
+from ppcl_engine.algorithms.least_squares import InputMoments, NormalEquations, fit_map
 
 from ..tiny.tensors import normal
 
@@ -90,7 +90,7 @@ def test_channels_that_never_vary_are_left_to_the_bias():
 def test_what_no_ridge_can_settle_is_refused():
     with pytest.raises(
         ValueError,
-        match="4 rows do not settle a map of 8 channels without a ridge; use a ridge above 0",
+        match="4 rows do not determine a map of 8 channels without a ridge; use a ridge above 0",
     ):
         equations_of(normal(4, 8), normal(4, 2)).solve(0.0)
 
@@ -140,3 +140,47 @@ def test_missing_rank_is_reported_and_harmless():
     assert solution.rank == 3
     torch.testing.assert_close(x @ solution.weight.T + solution.bias, y, rtol=1e-4, atol=1e-4)
     assert equations_of(normal(4, 8), normal(4, 2)).solve(1e-4, rank=True).rank == 4
+
+
+def regression(seed: int = 0):
+    """Correlated rows far from zero, and targets that no map of low rank reaches."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, 8, generator=generator) @ torch.randn(
+        8, 8, generator=generator
+    ) + 20 * torch.randn(8, generator=generator)
+    y = x @ torch.randn(8, 8, generator=generator) + torch.randn(200, 8, generator=generator) - 5
+    equations = NormalEquations(8, 8)
+    equations.add(x, y)
+    return x.double(), y.double(), equations
+
+
+def squared_error(linear: torch.nn.Module, x, y) -> float:
+    return float((linear.double()(x) - y).square().sum())
+
+
+@torch.no_grad()
+def test_a_full_map_is_the_ridge_solution():
+    x, y, equations = regression()
+    linear = torch.nn.Linear(8, 8)
+    fit_map(linear, equations)
+    torch.testing.assert_close(
+        linear.weight.double(), equations.solve(1e-4).weight, rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        linear.bias.double(), equations.solve(1e-4).bias, rtol=1e-5, atol=1e-5
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_a_low_rank_map_is_the_best_of_its_rank(rank, monkeypatch):
+    """Whitened and centred, the best map keeps the largest singular values (Eckart and Young)."""
+    x, y, equations = regression()
+    whitening = torch.linalg.svd(x - x.mean(0), full_matrices=False).U
+    target = y - y.mean(0)
+    values = torch.linalg.svdvals(whitening.T @ target)
+    best = float(target.square().sum() - values[:rank].square().sum())
+    maps = torch.nn.Sequential(torch.nn.Linear(8, rank, bias=False), torch.nn.Linear(rank, 8))
+    monkeypatch.setattr("ppcl_engine.algorithms.least_squares.RIDGE", 1e-12)
+    fit_map(maps, equations)
+    assert squared_error(maps, x, y) == pytest.approx(best, rel=1e-3)

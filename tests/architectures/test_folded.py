@@ -217,10 +217,13 @@ def test_costs_are_counted_without_weights(architecture, form):
             "folding 'cosine' with 3 inputs is unknown; known forms: table, basis",
         ),
         ({"form": "table", "inputs": 10**9}, "folding 'table' with 1000000000 inputs"),
-        ({"form": "table", "inputs": 3, "batches": []}, "folding for batches of"),
+        (
+            {"form": "table", "inputs": 3, "batches": []},
+            "the folding's batches .* are not whole numbers from 1",
+        ),
         (
             {"form": "table", "inputs": 3, "precision": "int4"},
-            "folding for timesteps in 'int4'; known: float32",
+            "the folding's precision 'int4' is unknown; known: float32",
         ),
         ({"form": "table", "inputs": 3, "more": 1}, "is not readable; fold the model again"),
         (7, "is not readable; fold the model again"),

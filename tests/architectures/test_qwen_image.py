@@ -178,7 +178,7 @@ def test_pack_is_diffusers_and_unpack_its_inverse(architecture):
 def test_odd_sides_are_no_whole_number_of_tokens(architecture):
     with pytest.raises(
         ValueError,
-        match="^latents of 6 x 7 do not divide into 2 x 2 tokens; resize the picture$",
+        match="^latents of 6 x 7 cannot be packed into tokens of 2 x 2; resize the picture$",
     ):
         architecture.pack(torch.randn(1, 4, 6, 7))
 

@@ -20,7 +20,7 @@ from ppcl_engine.system.hashes import HASHES_KEY
 from ppcl_engine.system.run_lock import LOCK
 from ppcl_engine.system.tensor_files import TensorFile
 
-from ..tiny.trained_run import Parts, write_parts
+from ..tiny.trained_run import PlanParts, write_parts
 
 BLOCK = 3
 STAGES = {
@@ -138,7 +138,7 @@ def test_no_file_is_made_of_a_model_with_one_nan(
 
 @pytest.fixture(scope="module")
 def bad_demo(tmp_path_factory) -> Path:
-    """Of the demo's teacher, which brings what draws and reads."""
+    """A damaged copy of the demo's teacher, which comes with its codec."""
     path = tmp_path_factory.mktemp("demo") / "teacher.safetensors"
     return damaged(
         TEACHER, path, f"{COMFYUI_PREFIX}transformer_blocks.{BLOCK}.img_mlp.net.0.proj.weight"
@@ -166,7 +166,7 @@ def test_evaluate_reports_no_figures_of_noise(error_of, tmp_path, bad_demo, capt
     small = ["--samples", 2, "--batch", 2, "--steps", 1]
     assert main([str(a) for a in ["calibrate", *common, "--prompts", captions, *small]]) == 0
     write_parts(
-        Run(tmp_path), TEACHER, parts=Parts(depth=(), width=(), projections={}, variants=())
+        Run(tmp_path), TEACHER, parts=PlanParts(depth=(), width=(), projections={}, variants=())
     )
     line = error_of("evaluate", "--model", bad_demo, *common[2:], "--captions", 1, "--steps", 1)
     assert "variant 'full': velocity is not finite" in line

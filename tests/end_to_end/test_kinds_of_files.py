@@ -13,11 +13,12 @@ from ppcl_engine.algorithms.distillation.trainer import Trainer, saved_step
 from ppcl_engine.algorithms.sparsity.files import sparsity_of
 from ppcl_engine.architectures.folded import folding_of
 from ppcl_engine.data.calibration import KIND, load_calibration
-from ppcl_engine.data.codecs.pipeline_files import PooledVAE, Scheduler, read_part_config
+from ppcl_engine.data.codecs.pipeline_files import PooledVAE, Scheduler
 from ppcl_engine.jobs.state import STATE, read_events, read_state
 from ppcl_engine.models.folding.tables import TABLE_KEY, read_table
-from ppcl_engine.report.result_files import Detection, Evaluation, read_result
+from ppcl_engine.report.result_files import Detection, Evaluation
 from ppcl_engine.system.pickled_files import PickledFile
+from ppcl_engine.system.schemas import read_checked_object
 from ppcl_engine.system.tensor_files import write_tensors
 
 BATCH = {
@@ -108,7 +109,7 @@ def test_a_saved_training_is_of_the_same_module(tmp_path):
             "weight.weight": torch.ones(2, 3, dtype=torch.int64),
             "weight.bias": torch.ones(2),
         },
-        "has first.bias alone": {
+        "has only first.bias of": {
             "weight.weight": torch.ones(2, 3),
             "weight.bias": torch.ones(2),
             "first.bias": torch.ones(2),
@@ -162,7 +163,7 @@ def test_a_bin_of_odd_things(tmp_path):
         {"a": meta},
     ):
         torch.save(content, tmp_path / "m.bin")
-        with pytest.raises(ValueError, match="m.bin holds more than tensors by name"):
+        with pytest.raises(ValueError, match="m.bin is not a plain dict of tensors"):
             PickledFile(tmp_path / "m.bin")
 
 
@@ -237,6 +238,5 @@ RESULTS = {
 @pytest.mark.parametrize("kind, text, reason", RESULTS.values(), ids=RESULTS)
 def test_results_and_parts_of_pipelines(tmp_path, kind, text, reason):
     (tmp_path / "r.json").write_text(text)
-    read = read_part_config if kind in (PooledVAE, Scheduler) else read_result
     with pytest.raises(ValueError, match=f"r.json.*{reason}"):
-        read(tmp_path / "r.json", kind)
+        read_checked_object(tmp_path / "r.json", kind)

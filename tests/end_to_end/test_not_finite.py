@@ -202,7 +202,7 @@ def test_json_never_holds_what_is_no_number(tmp_path):
     write_json(path, {"variants": []})
     for value in (math.nan, math.inf, -math.inf):
         with pytest.raises(
-            ValueError, match=rf"variants\[1\].damage is {value}, which JSON does not hold"
+            ValueError, match=rf"variants\[1\].damage is {value}, which JSON cannot hold"
         ):
             write_json(path, {"variants": [{"damage": 0.5}, {"damage": value}]})
     assert json.loads(path.read_text()) == {"variants": []}
@@ -211,7 +211,7 @@ def test_json_never_holds_what_is_no_number(tmp_path):
 def test_a_plan_never_holds_what_is_no_number(tmp_path, teacher_file, make_run):
     plan = write_parts(Run(make_run(tmp_path, teacher_file)), teacher_file)
     wrong = plan.with_parts(variants=(Variant(name="small", damage=math.nan),))
-    with pytest.raises(ValueError, match=r"variants\[0\].damage is nan, which JSON does not hold"):
+    with pytest.raises(ValueError, match=r"variants\[0\].damage is nan, which JSON cannot hold"):
         wrong.to_json()
 
 

@@ -30,11 +30,12 @@ from ppcl_engine.settings.prune_settings import (
     PolishConfig,
     ProbeConfig,
 )
-from ppcl_engine.stages.inputs import RunStudents, open_teacher
+from ppcl_engine.stages.inputs import open_teacher
 from ppcl_engine.stages.prune.detect_width import detect_width
 from ppcl_engine.stages.prune.distill_width import distill_width
 from ppcl_engine.stages.prune.finetune import finetune
 from ppcl_engine.stages.prune.polish import polish
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from ..tiny.qwen_image_edit_folder import build_tiny_edit_pipeline

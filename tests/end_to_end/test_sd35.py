@@ -152,7 +152,7 @@ def test_depth_alone_is_diffusers_model_with_blocks_removed(
 
 
 def test_a_variants_bytes_are_its_files(run, teacher_file, model):
-    """Of bf16 tensors, with the table of positions, which is no parameter."""
+    """Counted in bf16, and with the table of positions, which is not a parameter."""
     options = {"model": teacher_file, "run": run.folder, "store": "bfloat16"}
     table = model.pos_embed.pos_embed.numel()
     for name in ("small", "smallest", "tuned"):

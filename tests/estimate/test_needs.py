@@ -146,7 +146,7 @@ def test_a_block_is_built_once_however_many_costs_are_counted(monkeypatch):
 
 
 def test_making_a_model_sparse_counts_its_matrices(teacher_file, make_run, tmp_path):
-    """Of one block; the exact layers, not the model, are what takes memory."""
+    """It counts the matrices of one block: its exact layers take the memory, not the model."""
     config = SparsifyConfig(path=teacher_file, run=make_run(tmp_path, teacher_file), device="cpu")
     assert (
         0

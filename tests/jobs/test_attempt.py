@@ -42,7 +42,7 @@ DONE, UNEXPECTED, REFUSED, CANCELLED = 0, 1, 2, 130
 
 
 def bits(path: Path) -> dict[str, str]:
-    """Of all that does not measure time."""
+    """Hashes of everything that does not measure time."""
     files = [
         path / "curves.safetensors",
         *(f for d in ("probes", "depth", "polished") for f in (path / d).rglob("*.safetensors")),

@@ -208,7 +208,9 @@ def test_the_worker_s_again_finds_the_spec_by_itself(store, prepare):
 
 def test_an_upstream_must_be_done(store, prepare, stages_of):
     path = prepare("probe", "probe")
-    with pytest.raises(ValueError, match="is queued, not done"):
+    with pytest.raises(
+        ValueError, match="is queued; a new run can only start from one that is done"
+    ):
         store.prepare("detect", stages_of("detect"), path.name)
     assert not [name for name, _ in store.names() if name.startswith("detect")]
 
@@ -297,7 +299,7 @@ def test_a_run_is_launched_once(store, prepare):
         launch(path, False)
     other = prepare("detect", "detect")
     ask_to_cancel(other)
-    with pytest.raises(ValueError, match="is cancelled already"):
+    with pytest.raises(ValueError, match="was cancelled already"):
         store.start(other)
 
 

@@ -53,7 +53,7 @@ def config(architecture):
 
 @pytest.fixture
 def expected(make_model, padded_inputs):
-    """Of a released state, by the formulas."""
+    """Computes a released state's output by the formulas."""
 
     def compute(state: dict, lists: dict, legacy: bool = False) -> torch.Tensor:
         return reference(make_model(num_layers=len(KEPT)), state, lists, padded_inputs(2), legacy)
@@ -214,11 +214,11 @@ BROKEN = {
     "no list": (partial(broken_lists, {"ffn_proj_index": "2"}), "'2' is not a list of blocks 0-5"),
     "step without text": (
         partial(broken_lists, {"ehs_proj_index": [3]}),
-        "ehs_proj_index has 3, which single_stream",
+        "block 3 is in ehs_proj_index but not in single_stream",
     ),
     "first block": (
         partial(broken_lists, {"single_stream_index": [0, 1, 4, 5]}),
-        "no full block comes before it",
+        "block 0 is in single_stream_index, but there is no full block before it",
     ),
     "code in a pickle": (broken_pickle, "holds code or objects, not tensors alone"),
     "truncated pickle": (broken_end, "is truncated or not a PyTorch file"),

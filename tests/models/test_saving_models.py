@@ -21,8 +21,8 @@ REFUSED = "is pruned or folded, .* `ppcl export --layout diffusers`"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, teacher_file, make_run) -> dict:
-    """Of a run: its bundle, a variant with the teacher's indices, and one that is renumbered for
-    stock hosts."""
+    """Three files of one run: its bundle, a variant with the teacher's indices, and one that is
+    renumbered for stock hosts."""
     run = Run(make_run(tmp_path_factory.mktemp("run"), teacher_file))
     write_parts(run, teacher_file)
     options = {"model": teacher_file, "run": run.folder, "store": "float32"}

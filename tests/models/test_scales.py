@@ -111,7 +111,7 @@ REFUSED = {
     "rubbish": ({FORMAT_SUFFIX: torch.ones(9, dtype=torch.uint8)}, "comfy_quant: not JSON"),
     "said to be fp8": (
         {FORMAT_SUFFIX: about(format="float8_e4m3fn")},
-        "is said to be float8_e4m3fn, but is stored otherwise",
+        "is declared as float8_e4m3fn, but stored as another type",
     ),
     "two levels of scales": ({".weight_scale_2": torch.ones(())}, "belongs to NVFP4"),
     "smoothed": ({".pre_quant_scale": torch.ones(96)}, "belongs to NVFP4 with smoothed inputs"),
@@ -166,7 +166,7 @@ def test_formats_in_the_metadata_count_too(tmp_path, int8):
         Weights(tmp_path / f"{NAME}.safetensors")
     assert Weights(tmp_path / "elsewhere.safetensors").is_scaled(f"{NAME}.weight")
     write_tensors(tmp_path / "a.safetensors", int8, {"_quantization_metadata": '{"layers": [1]}'})
-    with pytest.raises(ValueError, match="layers are not objects by name"):
+    with pytest.raises(ValueError, match="its layers are not JSON objects"):
         Weights(tmp_path / "a.safetensors")
 
 

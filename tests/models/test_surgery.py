@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 
-from ppcl_engine.algorithms.least_squares import NormalEquations
 from ppcl_engine.models.layout import layout_of
 from ppcl_engine.models.surgery import (
     Correction,
@@ -15,7 +14,6 @@ from ppcl_engine.models.surgery import (
     pruned_blocks,
 )
 from ppcl_engine.plan import Interval, PruningPlan
-from ppcl_engine.stages.prune.distill_depth import set_map
 
 INTERVALS = (
     Interval(first=1, last=3, correction="affine"),
@@ -112,47 +110,3 @@ def test_a_zero_correction_is_the_block_itself(architecture, model, padded_input
     torch.nn.init.constant_(correction.maps["text"].bias, 2.0)
     moved = architecture.run_block(corrected, state)
     assert torch.equal(moved.image, plain.image) and torch.equal(moved.text, plain.text + 2)
-
-
-def regression(seed: int = 0):
-    """Correlated rows far from zero, and targets that no map of low rank reaches."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(200, 8, generator=generator) @ torch.randn(
-        8, 8, generator=generator
-    ) + 20 * torch.randn(8, generator=generator)
-    y = x @ torch.randn(8, 8, generator=generator) + torch.randn(200, 8, generator=generator) - 5
-    equations = NormalEquations(8, 8)
-    equations.add(x, y)
-    return x.double(), y.double(), equations
-
-
-def squared_error(linear: torch.nn.Module, x, y) -> float:
-    return float((linear.double()(x) - y).square().sum())
-
-
-@torch.no_grad()
-def test_a_full_map_is_the_ridge_solution():
-    x, y, equations = regression()
-    linear = torch.nn.Linear(8, 8)
-    set_map(linear, equations)
-    torch.testing.assert_close(
-        linear.weight.double(), equations.solve(1e-4).weight, rtol=1e-5, atol=1e-5
-    )
-    torch.testing.assert_close(
-        linear.bias.double(), equations.solve(1e-4).bias, rtol=1e-5, atol=1e-5
-    )
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("rank", [1, 3, 8])
-def test_a_low_rank_map_is_the_best_of_its_rank(rank, monkeypatch):
-    """Whitened and centred, the best map keeps the largest singular values (Eckart and Young)."""
-    x, y, equations = regression()
-    whitening = torch.linalg.svd(x - x.mean(0), full_matrices=False).U
-    target = y - y.mean(0)
-    values = torch.linalg.svdvals(whitening.T @ target)
-    best = float(target.square().sum() - values[:rank].square().sum())
-    maps = torch.nn.Sequential(torch.nn.Linear(8, rank, bias=False), torch.nn.Linear(rank, 8))
-    monkeypatch.setattr("ppcl_engine.stages.prune.distill_depth.RIDGE", 1e-12)
-    set_map(maps, equations)
-    assert squared_error(maps, x, y) == pytest.approx(best, rel=1e-3)

@@ -55,7 +55,7 @@ WRONG = [
 
 
 def needed(stage: str) -> dict:
-    """Of a stage's settings those without a default."""
+    """Values for the settings of a stage that have no default."""
     missing = [f.name for f in dataclasses.fields(KINDS[stage]) if f.default is dataclasses.MISSING]
     return {name: () if name == "stages" else "m" for name in missing}
 

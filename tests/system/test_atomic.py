@@ -42,7 +42,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
 
 def test_what_another_process_is_writing_stays(tmp_path):
-    """Of two writers of one file each has its own; what a dead one left goes."""
+    """Two writers of one file have a partial file each; one that a dead process left is removed."""
     path = tmp_path / "model.json"
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         with replacing(path) as mine:

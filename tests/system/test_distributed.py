@@ -336,4 +336,4 @@ def test_accelerates_cpu_option_is_refused_since_it_starts_one_process(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert main([str(a) for a in arguments]) == USER_ERROR
-    assert "write --multi_gpu in the place of --cpu" in capsys.readouterr().err
+    assert "write --multi_gpu in place of --cpu" in capsys.readouterr().err

@@ -48,11 +48,11 @@ BAD = {
     "a name twice": (container(b'{"a": 1, "a": 2}'), "the name 'a' occurs twice"),
     "metadata that is a list": (
         container({"__metadata__": [1]}),
-        "__metadata__ is not texts by name",
+        "__metadata__ is not an object of texts",
     ),
     "metadata of numbers": (
         container({"__metadata__": {"a": 1}}),
-        "__metadata__ is not texts by name",
+        "__metadata__ is not an object of texts",
     ),
     "nested 20,000 deep": (
         container(b'{"a": ' + b"[" * 20000 + b"]" * 20000 + b"}"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ppcl_engine.plan import Interval, Variant, WidthSite
 
-from .trained_run import Parts
+from .trained_run import PlanParts
 
 FLUX_DEPTH = {"num_layers": 5, "num_single_layers": 6}
 ALL = ("1-2", "6-7", "9-10")
-FLUX_PARTS = Parts(
+FLUX_PARTS = PlanParts(
     depth=(
         Interval(first=1, last=2, correction="affine"),
         Interval(first=6, last=7, correction="3"),

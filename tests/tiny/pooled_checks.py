@@ -15,7 +15,7 @@ from ppcl_engine.architectures import Architecture
 from ppcl_engine.data.calibration import load_calibration
 from ppcl_engine.data.codecs import open_codec
 from ppcl_engine.data.codecs.base import Codec
-from ppcl_engine.data.draw import draw_prompts, encode_prompts, seeded_noise
+from ppcl_engine.data.sampling import draw_prompts, encode_prompts, seeded_noise
 from ppcl_engine.models.opening import open_model
 from ppcl_engine.system.tensor_files import write_tensors
 

@@ -70,7 +70,7 @@ class Launched:
         return [ended[child] for child in self.children]
 
     def lines(self, beginning: str = "ppcl:") -> list[str]:
-        """What all of them have to say."""
+        """The output of all of them."""
         texts = [line for output in self.outputs for line in output.read_text().splitlines()]
         return [line for line in texts if line.startswith(beginning)]
 

@@ -31,7 +31,8 @@ from ppcl_engine.system.tensor_files import TensorFile
 
 
 def with_students(teacher: Path, folder: Path, intervals: str, run_stages) -> Run:
-    """Of these intervals, without corrections; `folder` holds a calibration set."""
+    """A run with students for these intervals, without corrections; `folder` holds a calibration
+    set."""
     run = run_stages(teacher, folder, "probe", "detect")
     write_text(run.plan, run.load_plan().with_parts(intervals=parse_intervals(intervals)).to_json())
     return run_stages(teacher, folder, "distill_depth", correction="none")

@@ -32,8 +32,8 @@ def build_tiny_edit_pipeline(folder: Path, kind: str = "QwenImageEditPipeline", 
 
 
 def template_words() -> list[str]:
-    """Those behind a space first: a merge inside of a word then never comes before the word's
-    own."""
+    """The words of the prompt template, those after a space first: a merge inside a word then never
+    comes before the word's own."""
     from diffusers import QwenImageEditPipeline
     from tokenizers import pre_tokenizers
 

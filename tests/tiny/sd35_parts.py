@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from ppcl_engine.plan import Interval, Variant, WidthSite
 
-from .trained_run import Parts
+from .trained_run import PlanParts
 
 SD35_SIZES = {
     "in_channels": 16,
@@ -16,7 +16,7 @@ SD35_SIZES = {
 }
 """Heads as wide as the host takes for granted, and not as many of them as blocks"""
 ALL = ("1-3", "4-5")
-SD35_PARTS = Parts(
+SD35_PARTS = PlanParts(
     depth=(
         Interval(first=1, last=3, correction="affine"),
         Interval(first=4, last=5, correction="none"),

@@ -21,8 +21,8 @@ from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import Interval, PruningPlan, Variant, WidthSite
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import FinetuneConfig
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.finetune import finetune
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.tensor_files import write_tensors
 
 DEPTH = (
@@ -50,7 +50,7 @@ SMALL, SMALLEST = ("1-2", "3-4"), ("ffn_text:0", "ffn_image:1", "ffn_image:3", "
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class PlanParts:
     """What a plan has: its intervals, sites, the projections of each place, and its variants."""
 
     depth: tuple[Interval, ...] = DEPTH
@@ -63,10 +63,10 @@ class Parts:
 
 
 def write_parts(
-    run: Run, teacher_file: Path, width: bool = True, parts: Parts | None = None
+    run: Run, teacher_file: Path, width: bool = True, parts: PlanParts | None = None
 ) -> PruningPlan:
     """Students: copies of their first block, corrections and projections at random and small."""
-    parts = parts or Parts()
+    parts = parts or PlanParts()
     weights, generator = Weights(teacher_file), torch.Generator().manual_seed(0)
     for interval in parts.depth:
         student = build_student(weights.architecture, weights.config, interval)
@@ -157,7 +157,7 @@ def files_of(run: Run, *patterns: str) -> dict[str, bytes]:
 
 
 def velocities(run: Run, teacher_file: Path, rows: list, *names: str) -> dict[str, torch.Tensor]:
-    """Of variants of the run's plan, each a model by itself."""
+    """The velocities of some variants of the run's plan, each opened as a model of its own."""
     weights, plan = Weights(teacher_file), run.load_plan()
     students, found = RunStudents(run, weights.config, weights.architecture), {}
     for name in names:

@@ -7,7 +7,7 @@ sum over pairs (u, k) of (last - k) block passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from ...run import Run
 from ...settings.prune_settings import DetectConfig
 from ...system.progress import Progress
 from ...system.tensor_files import write_tensors
+from ..grouping import groups_within
 from ..least_squares import RIDGE, InputMoments, NormalEquations
 from ..resampling import bootstrap_subsets, squares
 from .alignment import biased_hsic, cka, hsic, linear_gram, rbf_gram
@@ -44,17 +45,9 @@ class ChainBatch:
     """that its states and maps take in memory"""
 
 
-def grouped(parts: Iterable[ChainBatch], limit: float) -> Iterator[list[ChainBatch]]:
-    """Groups of parts that walk through the blocks together: as many as fit into `limit` bytes, at
-    least one."""
-    group: list[ChainBatch] = []
-    for part in parts:
-        if group and sum(p.bytes for p in group) + part.bytes > limit:
-            yield group
-            group = []
-        group.append(part)
-    if group:
-        yield group
+def bytes_of(group: Sequence[ChainBatch]) -> float:
+    """What a group needs in memory to walk through the blocks together."""
+    return sum(part.bytes for part in group)
 
 
 def chains_of(u: int, end: int, held_out: bool, local: bool) -> int:
@@ -126,7 +119,7 @@ class _Measurement:
         total, before = (sum(self.last - p.u for p in parts if p.u < n) for n in (self.last, done))
         with Progress(total=total, initial=before, desc="detect", unit="block") as progress:
             covered = done
-            for group in grouped((p for p in parts if p.u >= done), limit):
+            for group in groups_within(limit, (p for p in parts if p.u >= done), bytes_of):
                 self._walk(group, progress)
                 ends = group[-1].u + (group[-1].batch == self.batches[-1])
                 for u in range(covered, ends):

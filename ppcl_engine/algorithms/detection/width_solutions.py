@@ -19,6 +19,7 @@ from ...models.layout import Place
 from ...models.streaming import StateStore, Teacher, read_bare, sweep, write_bare
 from ...system.distributed import processes
 from ...system.progress import Progress
+from ..grouping import groups_within
 from ..least_squares import RIDGE, InputMoments, NormalEquations, Solution
 from .width_fits import Fit, counted, own_pair, standing_block
 
@@ -47,7 +48,7 @@ def ridge_solutions(
 def _chunks(fits: Sequence[Fit], width: int, limit: float) -> Iterator[list[Fit]]:
     """Consecutive fits whose normal equations fit into `limit` bytes, at least one. Fits with the
     same source share X^T X."""
-    matrix, chunk = 8 * (width + 1) ** 2, []
+    matrix = 8 * (width + 1) ** 2
 
     def size(some: Sequence[Fit]) -> int:
         """X^T Y of every part; X^T X of every part, or of every source, whose factor is kept
@@ -56,13 +57,7 @@ def _chunks(fits: Sequence[Fit], width: int, limit: float) -> Iterator[list[Fit]
         shared = len({(fit.source, part) for fit in some if fit.source for part in fit.parts})
         return matrix * (sum(len(fit.parts) for fit in some) + own + 2 * shared)
 
-    for fit in fits:
-        if chunk and size([*chunk, fit]) > limit:
-            yield chunk
-            chunk = []
-        chunk.append(fit)
-    if chunk:
-        yield chunk
+    return groups_within(limit, fits, size)
 
 
 class Solutions(Mapping[Fit, dict[str, Solution]]):

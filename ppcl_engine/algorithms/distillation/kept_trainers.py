@@ -23,38 +23,38 @@ SHARE = 0.5  # of the memory that is free when training begins
 MOST_WRITTEN = 5e11  # bytes of all saves of a stage
 MOST_UNSAVED = 0.1  # of its rounds
 
-Part = TypeVar("Part", bound=Hashable)
+TrainedPart = TypeVar("TrainedPart", bound=Hashable)
 
 
-class KeptTrainers(Generic[Part]):
+class KeptTrainers(Generic[TrainedPart]):
     """By part, such as an interval. A training that was stopped goes on from its file to the same
     bits, so it makes no difference when it is saved."""
 
     def __init__(
         self,
-        path_of: Callable[[Part], Path],
-        settings_of: Callable[[Part], str],
+        path_of: Callable[[TrainedPart], Path],
+        settings_of: Callable[[TrainedPart], str],
         rounds: int,
         limit: float | None = None,
     ):
         self.path_of, self.settings_of, self.rounds = path_of, settings_of, rounds
         self.limit = SHARE * free_memory() if limit is None else limit
-        self.trainers: dict[Part, Trainer] = {}
-        self.sizes: dict[Part, int] = {}
+        self.trainers: dict[TrainedPart, Trainer] = {}
+        self.sizes: dict[TrainedPart, int] = {}
 
-    def step(self, part: Part) -> int | None:
+    def step(self, part: TrainedPart) -> int | None:
         """Updates done; None of what was not begun. Raises ValueError for a file of other
         settings."""
         if part in self.trainers:
             return self.trainers[part].step
         return saved_step(self.path_of(part), self.settings_of(part))
 
-    def take(self, part: Part, device: str) -> Trainer | None:
+    def take(self, part: TrainedPart, device: str) -> Trainer | None:
         """What is kept in memory of it, back on its device; from then on it is the caller's."""
         trainer = self.trainers.pop(part, None)
         return trainer and trainer.to(device)
 
-    def put(self, part: Part, trainer: Trainer) -> None:
+    def put(self, part: TrainedPart, trainer: Trainer) -> None:
         """At the end of a part's round: keeps it, or saves it where there is no room. Raises
         Diverged for what is not finite."""
         trainer.finite_tensors(self.path_of(part))
@@ -66,7 +66,7 @@ class KeptTrainers(Generic[Part]):
         else:
             self.trainers[part] = trainer.to("cpu")
 
-    def save(self, part: Part, trainer: Trainer) -> None:
+    def save(self, part: TrainedPart, trainer: Trainer) -> None:
         trainer.save(self.path_of(part), self.settings_of(part))
 
     def end_round(self, number: int) -> None:

@@ -69,8 +69,8 @@ class ProjectionLoss:
         return reduce(torch.add, aligned) + reduce(torch.add, own)
 
     def _streams(self) -> tuple[str, ...]:
-        """Of the block's output that the projection changes; a text that nothing reads is left
-        out."""
+        """The streams of the block's output that the projection changes, without a text that nothing
+        reads."""
         if self.fit.kind == "text":
             return ("image", "text") if self.fit.steps else ("image",)
         return (self.fit.stream,)

@@ -7,7 +7,7 @@ A sweep costs as much as many students' updates, so every cached batch serves se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from ...system.interruption import stop_on_interrupt
 from ...system.machine import free_disk, free_memory
 from ...system.progress import Progress
 from ...system.seeds import draw_seed
-from .kept_trainers import KeptTrainers
+from .kept_trainers import KeptTrainers, TrainedPart
 from .loop import Session, train_until
 from .trainer import Trainer
 
@@ -47,11 +47,10 @@ class RoundSettings:
 
     @property
     def wanted_batches(self) -> int:
-        """Of a round, so that a cached batch serves REUSE updates."""
+        """How many batches a round is meant to have, so that each cached batch serves REUSE updates."""
         return math.ceil(self.updates / REUSE)
 
 
-Part = TypeVar("Part", bound=Hashable)
 Taught = TypeVar("Taught", contravariant=True)
 
 
@@ -63,19 +62,19 @@ class Course(Protocol[Taught]):
         ...
 
     def settings(self, part: Taught, /) -> str:
-        """As `resume_settings`, in JSON."""
+        """Its `resume_settings`, as JSON."""
         ...
 
     def name(self, part: Taught, /) -> str:
-        """As losses and messages call it."""
+        """Its name in losses and messages."""
         ...
 
     def boundaries(self, part: Taught, /) -> set[int]:
-        """Of the teacher's states that it learns from (i: the input of block i)."""
+        """Which of the teacher's states it learns from (i: the input of block i)."""
         ...
 
     def begin(self, part: Taught, /, states: FreshStates) -> Trainer:
-        """From its file, or new."""
+        """Its trainer, from its file if there is one, otherwise new."""
         ...
 
     def loss_at(
@@ -86,13 +85,13 @@ class Course(Protocol[Taught]):
 
 
 @dataclass(kw_only=True)
-class Rounds(Generic[Part]):
+class Rounds(Generic[TrainedPart]):
     """The training of a stage's parts, round by round."""
 
     name: str
     """of the stage, beside its bar"""
-    course: Course[Part]
-    parts: Sequence[Part]
+    course: Course[TrainedPart]
+    parts: Sequence[TrainedPart]
     """those that this process trains"""
     teacher: Teacher
     calibration: CalibrationSet
@@ -130,7 +129,11 @@ class Rounds(Generic[Part]):
         )
 
     def train_round(
-        self, number: int, parts: list[Part], kept: KeptTrainers[Part], session: Session
+        self,
+        number: int,
+        parts: list[TrainedPart],
+        kept: KeptTrainers[TrainedPart],
+        session: Session,
     ) -> None:
         """Sweeps the teacher once, then trains each part on the states of that sweep."""
         folder = self.folder and processes().folder(self.folder / f"{self.name}_{number}")
@@ -224,7 +227,7 @@ class FreshStates:
 
 
 def batch_bytes(settings: RoundSettings, state: BlockState) -> int:
-    """That a batch takes of the cache, all processes' rows together."""
+    """Bytes that one batch takes in the cache, with the rows of all processes."""
     of_these_rows = torch.tensor(state.image.nbytes + state.text.nbytes)
     return settings.boundaries * int(processes().sum(of_these_rows))
 

@@ -50,7 +50,7 @@ def check_training(file: TensorFile, parameters: Mapping[str, tuple[int, ...]]) 
         there = [moment for moment in moments if moment in file.entries]
         if len(there) == 1:
             raise ValueError(
-                f"{file.path} has {there[0]} alone of a parameter's two moments; train it again"
+                f"{file.path} has only {there[0]} of a parameter's two moments; train it again"
             )
         for key in (f"{WEIGHT}{name}", *there):
             check_shape(key, file.shape(key), shape, file.path)

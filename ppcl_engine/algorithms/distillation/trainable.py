@@ -28,7 +28,7 @@ from .quantization import NONE, quantised_in_training
 MakeBlock = Callable[[], nn.Module]
 
 
-class Parts(nn.Module):
+class TrainableParts(nn.Module):
     """The students and projections of a variant in float32: `students.<interval>`,
     `projections.<place>:<kind>`.
 

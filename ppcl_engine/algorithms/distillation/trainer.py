@@ -100,8 +100,8 @@ class Trainer:
         return f"the last good state (step {self.saved}) is kept, lower --learning-rate"
 
     def save(self, path: Path, settings: str) -> None:
-        """Of processes that share batches, and so have equal weights, the main one writes; the
-        others wait for it. Raises Diverged as `finite_tensors` does."""
+        """Writes the training. Processes that share batches have equal weights, so only the main one
+        writes and the others wait for it. Raises Diverged as `finite_tensors` does."""
         tensors = self.finite_tensors(path)
         if processes().writes:
             write_tensors(
@@ -141,7 +141,7 @@ class Trainer:
 
     @property
     def bytes(self) -> int:
-        """Of weights and moments."""
+        """The size of the weights and their moments."""
         return sum(p.nbytes for p in self.module.parameters()) * 3
 
     def to(self, device: str) -> Trainer:

@@ -19,7 +19,7 @@ from ...architectures.linear_maps import (
     sections,
 )
 from ...architectures.modules import AnyModule
-from .clusters import Structure
+from .clusters import KnownGroups
 from .grams import Grams
 from .permutation import column_order
 from .pruning import Method, plain_score, prune_layer
@@ -82,10 +82,10 @@ def prune_block(
     )
     reports = []
     for name, module in grams.layers.items():
-        structure = Structure(
+        groups = KnownGroups(
             known_rows(architecture, block, name), known_columns(architecture, block, name)
         )
-        pruned = prune_layer(module.weight.double(), matrices.pop(name), method, structure)
+        pruned = prune_layer(module.weight.double(), matrices.pop(name), method, groups)
         module.weight.data.copy_(pruned.weight)
         dropped = int((~pruned.stays).sum())
         rows, columns = module.weight.shape

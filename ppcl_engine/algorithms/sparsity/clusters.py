@@ -16,8 +16,9 @@ LEAST = 1e-30
 
 
 @dataclass(frozen=True)
-class Structure:
-    """The known groups of a layer, by their sizes in order; empty: not known."""
+class KnownGroups:
+    """Groups of rows and of columns that an architecture is known to have in a layer, by their sizes in
+    order; empty: none is known."""
 
     rows: tuple[int, ...] = ()
     """heads, chunks of a modulation, q | k | v | mlp"""
@@ -67,11 +68,11 @@ def k_means(points: torch.Tensor, labels: torch.Tensor, rounds: int = ROUNDS) ->
 
 
 def cluster_rows_and_columns(
-    weight: torch.Tensor, energy: torch.Tensor, structure: Structure
+    weight: torch.Tensor, energy: torch.Tensor, groups: KnownGroups
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(labels of the rows, labels of the columns), by what each weight carries: W_ij sqrt(E_j)."""
     carried = weight * energy.sqrt()
     rows, columns = features(carried), features(carried.T)
-    return k_means(rows, start_labels(rows, structure.rows)), k_means(
-        columns, start_labels(columns, structure.columns)
+    return k_means(rows, start_labels(rows, groups.rows)), k_means(
+        columns, start_labels(columns, groups.columns)
     )

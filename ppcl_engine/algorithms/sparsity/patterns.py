@@ -29,7 +29,7 @@ class Pattern:
         """Raises ValueError for a layer whose number of inputs does not divide into groups."""
         if self.is_structured and columns % self.of:
             raise ValueError(
-                f"{where} reads {columns} numbers, which groups of {self.of} do not divide; leave it dense with --skip, or "
+                f"{where} has {columns} inputs, which is not a multiple of {self.of}; leave it dense with --skip, or "
                 "choose --pattern unstructured"
             )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import compensation, granularity, scores
-from .clusters import Structure, cluster_rows_and_columns
+from .clusters import KnownGroups, cluster_rows_and_columns
 from .compensation import refitted
 from .exchange import exchanged
 from .granularity import Tiles
@@ -60,28 +60,28 @@ class PrunedLayer:
 
 
 def prune_layer(
-    weight: torch.Tensor, gram: torch.Tensor, method: Method, structure: Structure
+    weight: torch.Tensor, gram: torch.Tensor, method: Method, groups: KnownGroups
 ) -> PrunedLayer:
     """weight [rows, columns] and gram [columns, columns] in float64. The returned weight has exact
     zeros."""
     if method.settles_as_it_goes:
         share, (new, stays) = None, _surgeon_as_it_goes(weight, gram, method)
     else:
-        share, stays = _best_mask(weight, gram, method, structure)
+        share, stays = _best_mask(weight, gram, method, groups)
         compensate = method.compensate or method.score == "obs"
         new = refitted(weight, gram, stays) if compensate else weight.masked_fill(~stays, 0)
     return PrunedLayer(new, stays, relative_error(weight - new, weight, gram), share)
 
 
 def _best_mask(
-    weight, gram, method: Method, structure: Structure
+    weight, gram, method: Method, groups: KnownGroups
 ) -> tuple[float | None, torch.Tensor]:
     """(g, which weights stay); for the energy score, the g with the lowest exact error.
 
     Where budgets move between tiles, that is tried for the best of those with even budgets and for
     g = 1/2, so that ours is never worse than Wanda's ranking.
     """
-    tiles = _tiles(weight, gram, method, structure)
+    tiles = _tiles(weight, gram, method, groups)
     if method.score != "energy":
         share, stays = (
             None,
@@ -128,13 +128,11 @@ def plain_score(weight: torch.Tensor, gram: torch.Tensor, name: str) -> torch.Te
     raise ValueError(f"score {name!r} is unknown; known: {', '.join(SCORES)}")
 
 
-def _tiles(weight, gram, method: Method, structure: Structure) -> Tiles | None:
+def _tiles(weight, gram, method: Method, groups: KnownGroups) -> Tiles | None:
     if method.pattern.is_structured:
         return None
     if method.granularity == "cluster":
-        return granularity.cluster_tiles(
-            *cluster_rows_and_columns(weight, gram.diagonal(), structure)
-        )
+        return granularity.cluster_tiles(*cluster_rows_and_columns(weight, gram.diagonal(), groups))
     return (
         granularity.row_tiles(weight)
         if method.granularity == "row"

@@ -16,10 +16,11 @@ from torch import nn
 
 from ...architectures import Inputs
 from ...architectures.modules import AnyModule
+from ...system.schemas import read_checked_object
 from ...system.tensor_files import TensorFile
 from ..flow import euler_timesteps
 from .base import check_references
-from .pipeline_files import PooledVAE, Scheduler, read_part_config
+from .pipeline_files import PooledVAE, Scheduler
 
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -60,7 +61,7 @@ class PipelineCodec:
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
         scheduler: AnyModule = FlowMatchEulerDiscreteScheduler.from_config(
-            read_part_config(self.folder / SCHEDULER_FILE, Scheduler)
+            read_checked_object(self.folder / SCHEDULER_FILE, Scheduler)
         )
         config = scheduler.config
         # the shift stretches the range from the first timestep to the last
@@ -113,7 +114,7 @@ class PipelineCodec:
         return {"sigmas": euler_timesteps(steps)[:-1]}
 
     def _vae_config(self) -> dict:
-        return read_part_config(self.folder / "vae" / "config.json", self.vae_schema)
+        return read_checked_object(self.folder / "vae" / "config.json", self.vae_schema)
 
     def _sizes(self, config: dict) -> tuple[int, int]:
         """Channels of a latent, pixels a side that one covers."""
@@ -152,7 +153,7 @@ def _check_layout(folder: Path, text_parts: tuple[str, ...]) -> None:
     for part in ("vae/config.json", *text_parts, SCHEDULER_FILE):
         if not (folder / part).exists():
             raise ValueError(f"{folder} has no {part}; download the whole pipeline folder again")
-    name = read_part_config(folder / SCHEDULER_FILE, Scheduler).get("_class_name")
+    name = read_checked_object(folder / SCHEDULER_FILE, Scheduler).get("_class_name")
     if name not in SCHEDULERS:
         raise ValueError(
             f"{folder / SCHEDULER_FILE} names {name}; known schedulers: {', '.join(SCHEDULERS)}"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...system.atomic import read_object
-from ...system.schemas import Finite, read_value
+from ...system.schemas import Finite
 
 Channels = Annotated[int, Field(ge=1, le=4096)]
 Levels = Annotated[list, Field(min_length=1, max_length=12)]
@@ -40,10 +38,3 @@ class PooledVAE(_Open):
 class QwenVAE(_Open):
     z_dim: Channels
     temperal_downsample: Levels
-
-
-def read_part_config(path: Path, kind: type[BaseModel]) -> dict:
-    """The file's JSON object, unchanged. Raises ValueError naming file and field."""
-    values = read_object(path)
-    read_value(kind, values, path)
-    return values

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import cos, pi, sin
 from pathlib import Path
 
 import torch
@@ -129,8 +130,6 @@ def _glyph_masks() -> torch.Tensor:
 
 
 def _shape_mask(name: str, radius: int) -> torch.Tensor:
-    from math import cos, pi, sin
-
     centre, r = SIZE * SUPERSAMPLING / 2, radius * SUPERSAMPLING
     if name == "circle":
         return _drawn(

@@ -61,7 +61,7 @@ class ReaderRecipe:
     test_pictures: int = 4000
 
 
-class Reader(nn.Module):
+class CaptionReader(nn.Module):
     """Four convolutions and one linear layer a field; 0.3 M parameters."""
 
     def __init__(self) -> None:
@@ -88,18 +88,18 @@ def _convolution(inputs: int, outputs: int, stride: int) -> tuple[nn.Module, ...
     return convolution, nn.BatchNorm2d(outputs), nn.ReLU()
 
 
-def load_reader(path: Path = BUNDLED) -> Reader:
+def load_reader(path: Path = BUNDLED) -> CaptionReader:
     """The reader in `path`, fp32, in evaluation mode. Raises RuntimeError when a tensor is missing
     or unknown."""
     from safetensors.torch import load_file
 
-    reader = Reader()
+    reader = CaptionReader()
     reader.load_state_dict(load_file(path))
     return reader.eval()
 
 
 @torch.no_grad()
-def read(reader: Reader, pictures: torch.Tensor) -> torch.Tensor:
+def read(reader: CaptionReader, pictures: torch.Tensor) -> torch.Tensor:
     """Pictures [n, 3, 48, 48] in [0, 1] -> int64 [n, 5], the likeliest class of each of FIELDS, in
     their order."""
     chunks = [reader(chunk) for chunk in pictures.split(READ_CHUNK)]
@@ -194,9 +194,9 @@ def learning_rate(recipe: ReaderRecipe, step: int) -> float:
     return recipe.learning_rate * warm * (1 + math.cos(math.pi * step / recipe.steps)) / 2
 
 
-def train(recipe: ReaderRecipe, codec: TableCodec) -> Reader:
+def train(recipe: ReaderRecipe, codec: TableCodec) -> CaptionReader:
     torch.manual_seed(recipe.seed)
-    reader = Reader().train()
+    reader = CaptionReader().train()
     optimizer = torch.optim.AdamW(
         reader.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
     )
@@ -226,7 +226,7 @@ def train(recipe: ReaderRecipe, codec: TableCodec) -> Reader:
     return reader.eval()
 
 
-def accuracy(reader: Reader, codec: TableCodec, seed: int, count: int) -> dict[str, float]:
+def accuracy(reader: CaptionReader, codec: TableCodec, seed: int, count: int) -> dict[str, float]:
     """The share that is read correctly in each of FIELDS, on `count` rendered pictures that went
     through the codec."""
     generator = draw_generator(seed)
@@ -236,7 +236,9 @@ def accuracy(reader: Reader, codec: TableCodec, seed: int, count: int) -> dict[s
     return dict(zip(FIELDS, shares.tolist(), strict=True))
 
 
-def save_reader(path: Path, reader: Reader, recipe: ReaderRecipe, shares: dict[str, float]) -> None:
+def save_reader(
+    path: Path, reader: CaptionReader, recipe: ReaderRecipe, shares: dict[str, float]
+) -> None:
     metadata = {
         "accuracy": json.dumps(shares),
         "recipe": json.dumps(asdict(recipe)),
@@ -245,7 +247,7 @@ def save_reader(path: Path, reader: Reader, recipe: ReaderRecipe, shares: dict[s
     write_tensors(path, _half(reader), metadata)
 
 
-def _half(reader: Reader) -> dict[str, torch.Tensor]:
+def _half(reader: CaptionReader) -> dict[str, torch.Tensor]:
     return {
         name: t.half() if t.is_floating_point() else t for name, t in reader.state_dict().items()
     }

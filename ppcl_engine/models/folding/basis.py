@@ -17,8 +17,9 @@ import torch
 from ...system.finite import BAD_MODEL, check_finite
 
 RANKS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-# of t in [0, 1]: the embedding's fastest period is 0.0063; the error is measured between
-GRID, OTHER_GRID = 1025, 401
+# how many t in [0, 1] a basis is made from (the embedding's fastest period is 0.0063), and how many
+# others its error is measured at
+TIMES, TIMES_BETWEEN = 1025, 401
 ROWS_AT_ONCE = 1024
 MARK_ROWS, MARKED = 4, (".weight", ".bias")
 
@@ -81,9 +82,9 @@ class TimeBasis:
 
     def __init__(self, inputs_at: InputsAt, ranks: tuple[int, ...], device: str | torch.device):
         self.ranks, self.device = ranks, device
-        made_of = inputs_at(torch.linspace(0, 1, GRID), torch.float32)
+        made_of = inputs_at(torch.linspace(0, 1, TIMES), torch.float32)
         self.directions = directions(made_of, ranks[-1]).to(device, torch.float32)
-        between = torch.linspace(0, 1, OTHER_GRID)
+        between = torch.linspace(0, 1, TIMES_BETWEEN)
         self.measured_on = torch.cat(
             [inputs_at(between, dtype) for dtype in (torch.float32, torch.bfloat16)]
         )

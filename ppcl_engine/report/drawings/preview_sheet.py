@@ -116,8 +116,8 @@ def _line(points: dict[int, float]) -> tuple[list[int], list[float]] | None:
 
 
 def _draw_mean(axes, lines: dict[str, tuple[list[int], list[float]]]) -> None:
-    """Of many: their geometric mean as far as all of them have a value, and the one that is worst at
-    the end."""
+    """Draws the geometric mean of many lines, over the steps that all of them have, and the line that
+    ends highest."""
     common = sorted(set.intersection(*(set(steps) for steps, _ in lines.values())))
     if common:
         chosen = [

@@ -22,7 +22,9 @@ from ...architectures import placed
 from ...data.calibration import CalibrationSet
 from ...data.codecs import open_codec
 from ...data.codecs.table import TableCodec
-from ...data.draw import (
+from ...data.picture_files import caption_file, picture_files
+from ...data.rendered.reader import Reading
+from ...data.sampling import (
     Prompts,
     draw_prompts,
     encode_edits,
@@ -31,8 +33,6 @@ from ...data.draw import (
     inputs_of,
     with_guidance,
 )
-from ...data.picture_files import caption_file, picture_files
-from ...data.rendered.reader import Reading
 from ...models.assembly import open_variant
 from ...models.cost import CostModel
 from ...models.streaming import block_loader
@@ -46,7 +46,8 @@ from ...system.finite import BAD_PICTURE, check_finite, checked_velocity
 from ...system.machine import DTYPES, PeakMemory, resolve_device
 from ...system.progress import Progress
 from ...system.tensor_files import write_tensors
-from ..inputs import RunStudents, open_calibration, open_plan
+from ..inputs import open_calibration, open_plan
+from ..run_students import RunStudents
 
 SHOWN = 12
 TIMESTEP_PARTS = 8

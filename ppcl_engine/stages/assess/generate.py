@@ -11,7 +11,7 @@ from ...algorithms.sparsity.kernels import on_kernels
 from ...architectures import Architecture
 from ...data.codecs import open_codec
 from ...data.codecs.base import Codec
-from ...data.draw import Prompts, draw_prompts, encode_edits, encode_prompts
+from ...data.sampling import Prompts, draw_prompts, encode_edits, encode_prompts
 from ...models.opening import architecture_of, open_model
 from ...settings.assess_settings import GenerateConfig
 from ...system.atomic import replacing

@@ -29,7 +29,8 @@ from ...system.atomic import write_json
 from ...system.float8 import FP8, FP8_MARK
 from ...system.json_text import json_text
 from ...system.machine import DTYPES
-from ..inputs import RunStudents, open_plan
+from ..inputs import open_plan
+from ..run_students import RunStudents
 
 SOURCE_PLAN_KEY = "ppcl_source_plan"
 

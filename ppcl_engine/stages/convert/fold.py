@@ -20,8 +20,8 @@ from ...architectures import architecture_named
 from ...architectures.folded import FOLDING, PRECISIONS, Folding
 from ...data.codecs import open_codec
 from ...data.codecs.table import TABLES
-from ...data.draw import picture_size
 from ...data.flow import euler_timesteps
+from ...data.sampling import picture_size
 from ...models.bundle import BUNDLE_SUFFIX, Bundle
 from ...models.cost import CostModel
 from ...models.folding.basis import Curve, TimeBasis, useful_ranks
@@ -265,8 +265,8 @@ class _Folding:
 
 
 def _timesteps(config: FoldConfig, base: Original, precision: torch.dtype) -> tuple[float, ...]:
-    """Of all schedules, as the model will be given them; the last, 0, is no step, but an edit
-    model's reference has it."""
+    """The timesteps of all schedules, rounded as the model will be given them. An edit model's
+    references add the timestep 0, which no schedule steps from."""
     rows = (
         [_numbers(config.timesteps)]
         if config.timesteps

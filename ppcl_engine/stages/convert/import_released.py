@@ -170,10 +170,10 @@ class Imported:
         )
         for name in Progress(self.shapes, desc="compare", unit="tensor"):
             if not name.startswith(skipped):
-                ours = self.read(name)
-                theirs = base.read(name)[: len(ours)]  # a cut modulation keeps its first half
-                coarser = max(ours.dtype, theirs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-                if not torch.equal(ours.to(coarser).float(), theirs.to(coarser).float()):
+                released = self.read(name)
+                full = base.read(name)[: len(released)]  # a cut modulation keeps its first half
+                coarser = max(released.dtype, full.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+                if not torch.equal(released.to(coarser).float(), full.to(coarser).float()):
                     return name
         return None
 
@@ -287,7 +287,7 @@ def _write_bundle(
     changed = imported.first_change(base)
     if changed:
         print(
-            f"import: {changed} is not the base's: the whole model was tuned and is kept as variant {VARIANT!r}"
+            f"import: {changed} differs from the base's, so the whole model was fine-tuned and is kept as variant {VARIANT!r}"
         )
         prefix, variant = tuned_prefix(VARIANT), replace(plan.variant(VARIANT), tuned=True)
         names = imported.shapes.items()
@@ -300,7 +300,7 @@ def _write_bundle(
     students = [(old, new, new.interval) for old, new in imported.places if new.interval]
     if cut := [new.name for _, new, _ in students if new.projections]:
         print(
-            f"import: with its width sites off, a student takes what the release lacks from the base: {' '.join(cut)}"
+            f"import: the release has cut these students; with width sites off, they run with the base's weights there: {' '.join(cut)}"
         )
     entries = [
         entry
@@ -326,12 +326,14 @@ def _student_entries(
         student = build_student(imported.architecture, imported.plan.config, interval)
 
     def read(name: str) -> torch.Tensor:
-        theirs, stored = imported.prefix(new) + name, imported.prefix(old) + name
-        if not imported.released.has(stored):
-            return base.read(theirs)
-        ours = imported.released.read(stored)
-        rest = base.read(theirs)[len(ours) :] if len(ours) < base.shape(theirs)[0] else ours[:0]
-        return torch.cat([ours.float(), rest.float()])
+        base_name, released_name = imported.prefix(new) + name, imported.prefix(old) + name
+        if not imported.released.has(released_name):
+            return base.read(base_name)
+        kept = imported.released.read(released_name)
+        if len(kept) == base.shape(base_name)[0]:
+            return kept.float()
+        cut_off = base.read(base_name)[len(kept) :]
+        return torch.cat([kept.float(), cut_off.float()])
 
     for name, tensor in student.state_dict().items():
         yield TensorEntry(

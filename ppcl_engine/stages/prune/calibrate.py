@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from ...algorithms.drawing import Drawing, draw_together, states_of
+from ...algorithms.grouping import groups_within
 from ...algorithms.saved_batches import SavedBatches
 from ...architectures import Architecture, Inputs
 from ...architectures.folded import folding_of
-from ...data import draw, flow
+from ...data import flow, sampling
 from ...data.calibration import CLEAN, CalibrationSet, save_calibration
 from ...data.codecs import open_codec
 from ...data.codecs.base import Codec, check_references
@@ -36,7 +37,7 @@ from ...models.streaming import Teacher, block_loader, check_states
 from ...models.weights import Weights
 from ...run import Run
 from ...settings.prune_settings import CalibrateConfig
-from ...system.distributed import GRID
+from ...system.distributed import GRID_INPUT
 from ...system.finite import checked_velocity
 from ...system.json_text import json_text
 from ...system.machine import DTYPES, resolve_device
@@ -91,7 +92,7 @@ def _from_images(
     together."""
     codec = open_codec(config.model, resolve_device(config.device))
     check_references(codec.edits, config.references is not None, config.model)
-    size = draw.picture_size(codec, config.height, config.width)
+    size = sampling.picture_size(codec, config.height, config.width)
     rows = picture_files(images)
     behind = _references(config, [path for path, _ in rows])
     generator = torch.Generator().manual_seed(config.seed)
@@ -118,7 +119,9 @@ def _from_images(
         paths = [rows[i % len(rows)][0] for i in chunk.tolist()]
 
         def make(paths=paths, chunk=chunk, text=text, noise_seed=noise_seed) -> Inputs:
-            text = draw.with_guidance(weights.architecture, weights.config, text, config.guidance)
+            text = sampling.with_guidance(
+                weights.architecture, weights.config, text, config.guidance
+            )
             latents = codec.latents(load_pictures(paths, size))
             batch = _noised(weights.architecture, latents, timesteps[chunk], text, noise_seed)
             references = pictures(chunk)
@@ -138,7 +141,7 @@ def _check_model(config: CalibrateConfig, weights: Weights, batch: Inputs) -> No
     """Its first sample through the model, a block at a time. Raises ValueError naming the block
     from which on states are not finite."""
     teacher = Teacher(weights, DTYPES[config.dtype], resolve_device(config.device), streamed=True)
-    sample = {name: tensor if name == GRID else tensor[:1] for name, tensor in batch.items()}
+    sample = {name: tensor if name == GRID_INPUT else tensor[:1] for name, tensor in batch.items()}
     with torch.no_grad():
         state = teacher.embed(sample)
         for index, block in teacher.walk(0, teacher.num_blocks - 1):
@@ -153,11 +156,13 @@ def _noised(
 ) -> Inputs:
     clean = architecture.pack(latents)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(noise_seed))
-    return draw.inputs_of(flow.noised(clean, noise, t), t, text, architecture.grid(latents), clean)
+    return sampling.inputs_of(
+        flow.noised(clean, noise, t), t, text, architecture.grid(latents), clean
+    )
 
 
 def _references(config: CalibrateConfig, pictures: list[Path]) -> list[list[Path]]:
-    """Of each picture; none at all where the model draws from text alone."""
+    """The references of each picture; an empty list if the model draws from text alone."""
     return reference_files(config.references, pictures) if config.references else []
 
 
@@ -177,7 +182,7 @@ def _alike(config: CalibrateConfig, behind: list[list[Path]]) -> tuple[torch.Ten
 def _with_references(
     architecture: Architecture, codec: Codec, batch: Inputs, pictures: torch.Tensor
 ) -> Inputs:
-    tokens, grid = draw.reference_tokens(architecture, codec, pictures)
+    tokens, grid = sampling.reference_tokens(architecture, codec, pictures)
     return {**batch, **tokens, "grid": torch.cat([batch["grid"], grid])}
 
 
@@ -215,14 +220,14 @@ def _from_drawing(config: CalibrateConfig, weights: Weights, saved: SavedBatches
     ]
 
 
-def _first_sample(config: CalibrateConfig, weights: Weights, prompts: draw.Prompts) -> Inputs:
+def _first_sample(config: CalibrateConfig, weights: Weights, prompts: sampling.Prompts) -> Inputs:
     """What a drawing of the first caption starts from."""
     architecture, first = weights.architecture, prompts.rows(torch.arange(1))
     noise = torch.randn(
         1, *prompts.latent_shape, generator=torch.Generator().manual_seed(config.seed)
     )
-    text = draw.with_guidance(architecture, weights.config, first.positive, config.guidance)
-    return draw.inputs_of(
+    text = sampling.with_guidance(architecture, weights.config, first.positive, config.guidance)
+    return sampling.inputs_of(
         architecture.pack(noise), torch.ones(1), text, first.grid(architecture.grid(noise))
     )
 
@@ -237,15 +242,17 @@ def _drawn(config: CalibrateConfig, architecture: Architecture, model, drawing: 
         config.guidance,
         drawing.seen,
     )
-    drawing.tokens = draw.draw(architecture, model, *given)
+    drawing.tokens = sampling.draw(architecture, model, *given)
     return _as_inputs(config, architecture, model.config, drawing)
 
 
 def _as_inputs(
     config: CalibrateConfig, architecture: Architecture, model_config, drawing: Drawing
 ) -> Inputs:
-    text = draw.with_guidance(architecture, model_config, drawing.prompts.positive, config.guidance)
-    return draw.inputs_of(drawing.kept, drawing.times, text, drawing.grid, drawing.tokens)
+    text = sampling.with_guidance(
+        architecture, model_config, drawing.prompts.positive, config.guidance
+    )
+    return sampling.inputs_of(drawing.kept, drawing.times, text, drawing.grid, drawing.tokens)
 
 
 def _drawn_together(
@@ -277,19 +284,21 @@ def _fitting(
     config: CalibrateConfig, teacher: Teacher, drawings: list[Drawing]
 ) -> Iterator[list[int]]:
     """Numbers of batches whose states lie in memory together, one at least."""
-    group, used = [], 0
-    for number, drawing in enumerate(drawings):
-        states = states_of(teacher, drawing, 1.0, config.guidance)
-        size = sum(state.image.nbytes + state.text.nbytes for state in states)
-        if group and used + size > config.cache_gb * 1e9:
-            yield group
-            group, used = [], 0
-        group.append(number)
-        used += size
-    yield group
+    sizes = [
+        sum(
+            state.image.nbytes + state.text.nbytes
+            for state in states_of(teacher, drawing, 1.0, config.guidance)
+        )
+        for drawing in drawings
+    ]
+    return groups_within(
+        config.cache_gb * 1e9,
+        range(len(drawings)),
+        lambda numbers: sum(sizes[number] for number in numbers),
+    )
 
 
-def _prompts(config: CalibrateConfig, weights: Weights, empty: torch.Tensor) -> draw.Prompts:
+def _prompts(config: CalibrateConfig, weights: Weights, empty: torch.Tensor) -> sampling.Prompts:
     size = config.height, config.width
     if config.embeddings:
         path, architecture = config.embeddings, weights.architecture
@@ -298,11 +307,11 @@ def _prompts(config: CalibrateConfig, weights: Weights, empty: torch.Tensor) -> 
     samples = torch.arange(config.samples)
     if config.prompts:
         texts = _texts(caption_file(config.prompts), empty, samples)
-        return draw.encode_prompts(codec, texts, *size)
+        return sampling.encode_prompts(codec, texts, *size)
     rows = picture_files(config.references) if config.references else []
     texts = _texts([caption for _, caption in rows], empty, samples)
     references = [[rows[i % len(rows)][0]] for i in samples.tolist()]
-    return draw.encode_edits(weights.architecture, codec, texts, references, *size)
+    return sampling.encode_edits(weights.architecture, codec, texts, references, *size)
 
 
 def _texts(captions: list[str], empty: torch.Tensor, samples: torch.Tensor) -> list[str]:

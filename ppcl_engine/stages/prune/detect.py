@@ -156,7 +156,7 @@ def check_damage(damage: Callable[[int, int], float], candidates: list[tuple[int
     """Raises ValueError where no interval costs anything, as in a model whose blocks do nothing."""
     if not max((damage(u, k) for u, k in candidates), default=1.0) > NO_DAMAGE:
         raise ValueError(
-            "no block can be told from a linear map: the model looks untrained, so any interval would be arbitrary; check "
+            "every block behaves like a linear map: the model looks untrained, so any interval would be arbitrary; check "
             "the model file"
         )
 

@@ -37,7 +37,8 @@ from ...system.atomic import write_json, write_text
 from ...system.json_text import json_text
 from ...system.progress import Progress
 from ...system.tensor_files import write_tensors
-from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
+from ..inputs import open_calibration, open_plan, open_teacher
+from ..run_students import RunStudents
 
 FORMS = {"best": ("paper", "gated"), "paper": ("paper",), "gated": ("gated",)}
 
@@ -155,7 +156,7 @@ def _saving(config: DetectWidthConfig, plan: PruningPlan, cost: CostModel) -> fl
 
 
 def _kinds(config: DetectWidthConfig, teacher: Teacher) -> tuple[str, ...]:
-    """Of the kinds asked for, those that the model has. Raises ValueError if it has none of them."""
+    """The requested kinds that the model has. Raises ValueError if it has none of them."""
     kinds = tuple(config.kinds.replace(",", " ").split())
     unknown = [kind for kind in kinds if kind not in SITE_KINDS]
     if unknown or not kinds:

@@ -19,9 +19,8 @@ from ...algorithms.distillation.losses import interval_loss
 from ...algorithms.distillation.quantization import quantised_in_training
 from ...algorithms.distillation.rounds import FreshStates, Rounds
 from ...algorithms.distillation.trainer import Trainer, resume_settings, rounding, saved_step
-from ...algorithms.least_squares import RIDGE, NormalEquations, Solution
+from ...algorithms.least_squares import NormalEquations, fit_map
 from ...architectures import BlockState
-from ...architectures.modules import AnyModule
 from ...data.calibration import CalibrationSet
 from ...models.streaming import Teacher, mixed_precision
 from ...models.surgery import build_student, interval_streams
@@ -184,7 +183,7 @@ class _Students:
                 x = output.real_tokens(stream).float()
                 sums.add(x, target.real_tokens(stream).float() - x)
         fits = {
-            stream: set_map(maps[stream], sums.shared(processes().sum))
+            stream: fit_map(maps[stream], sums.shared(processes().sum))
             for stream, sums in equations.items()
         }
         trainer.about["fit"] = json_text(
@@ -199,26 +198,3 @@ def _pair(states: FreshStates, interval: Interval, batch: int) -> tuple[BlockSta
 
 def _shapes(state: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in state.items()}
-
-
-def set_map(target: AnyModule, equations: NormalEquations) -> Solution:
-    """The ridge solution into a Linear, or its best approximation of the rank of a pair of Linears.
-
-    Reduced-rank regression: project on the leading directions of the fitted values, centred
-    (Izenman 1975).
-    """
-    solution = equations.solve(RIDGE)
-    if isinstance(target, nn.Linear):
-        target.weight.copy_(solution.weight)
-        target.bias.copy_(solution.bias)
-        return solution
-    down, up = target
-    inputs, mean = equations.inputs, equations.inputs.mean
-    centred = inputs.xx[:-1, :-1] - inputs.rows * torch.outer(mean, mean)
-    leading = torch.linalg.eigh(solution.weight @ centred @ solution.weight.T).eigenvectors[
-        :, -down.out_features :
-    ]
-    down.weight.copy_(leading.T @ solution.weight)
-    up.weight.copy_(leading)
-    up.bias.copy_(solution.bias + (solution.weight - leading @ leading.T @ solution.weight) @ mean)
-    return solution

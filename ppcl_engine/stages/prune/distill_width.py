@@ -34,7 +34,8 @@ from ...system.atomic import write_text
 from ...system.distributed import processes
 from ...system.json_text import json_text
 from ...system.tensor_files import TensorFile
-from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
+from ..inputs import open_calibration, open_plan, open_teacher
+from ..run_students import RunStudents
 
 
 def distill_width(config: DistillWidthConfig) -> Path:

@@ -38,7 +38,8 @@ from ...run import Run
 from ...settings.prune_settings import FinetuneConfig
 from ...system.atomic import write_text
 from ...system.distributed import processes
-from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
+from ..inputs import open_calibration, open_plan, open_teacher
+from ..run_students import RunStudents
 
 SAMPLES = 64  # behind the damage of the result, as many as `variants` takes by default
 
@@ -127,7 +128,9 @@ def _new_name(config: FinetuneConfig, plan: PruningPlan, source: Variant) -> str
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"--name {name!r}: letters, digits, '-' and '_' only")
     if name == FULL or name in {source.name, *(v.name for v in plan.variants if not v.tuned)}:
-        raise ValueError(f"--name {name!r} is a variant that stays as it is; choose another")
+        raise ValueError(
+            f"--name {name!r} is the name of a variant that must stay as it is; choose another"
+        )
     return name
 
 

@@ -17,7 +17,7 @@ import torch
 
 from ...algorithms.distillation.losses import tuning_loss
 from ...algorithms.distillation.quantization import NONE
-from ...algorithms.distillation.trainable import Parts, run_made
+from ...algorithms.distillation.trainable import TrainableParts, run_made
 from ...algorithms.distillation.trainer import rounding
 from ...algorithms.distillation.tuning import (
     AveragedTrainer,
@@ -35,7 +35,8 @@ from ...system.atomic import write_text
 from ...system.distributed import processes
 from ...system.finite import checked_velocity
 from ...system.tensor_files import file_mark, write_tensors
-from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
+from ..inputs import open_calibration, open_plan, open_teacher
+from ..run_students import RunStudents
 
 
 def polish(config: PolishConfig) -> Path:
@@ -54,7 +55,7 @@ def polish(config: PolishConfig) -> Path:
     variant = plan.variant(config.variant) if config.variant else plan.everything()
     _check_trains(plan, variant)
     students = RunStudents(run, teacher.config, teacher.architecture, polished=False)
-    parts = Parts(plan, variant, teacher.architecture, students, teacher.device)
+    parts = TrainableParts(plan, variant, teacher.architecture, students, teacher.device)
     sources = _sources(run, plan, variant)
     names = [*variant.intervals, *variant.sites]
     settings = tuning_settings(config, calibration, sources, parts=names, all_on=config.all_on)
@@ -98,7 +99,7 @@ def subset(plan: PruningPlan, variant: Variant, config: PolishConfig, step: int)
 
 def subset_loss(
     teacher: Teacher,
-    parts: Parts,
+    parts: TrainableParts,
     layout: Layout,
     inputs: dict,
     checkpointing: bool,
@@ -133,7 +134,7 @@ def _trained(layout: Layout) -> bool:
 def _check_trains(plan: PruningPlan, variant: Variant) -> None:
     if variant.tuned:
         raise ValueError(
-            f"variant {variant.name!r} has weights of its own; polish one of plain parts"
+            f"variant {variant.name!r} was fine-tuned and has weights of its own; polish another"
         )
     if not _trained(layout_of(plan, variant)):
         raise ValueError(
@@ -142,7 +143,7 @@ def _check_trains(plan: PruningPlan, variant: Variant) -> None:
 
 
 def _sources(run: Run, plan: PruningPlan, variant: Variant) -> dict[Path, str]:
-    """The file of each part, and the prefix of its tensors in `Parts`."""
+    """The file of each part, and the prefix of its tensors in `TrainableParts`."""
     files = {run.student(name): f"students.{name}." for name in variant.intervals}
     return files | {
         run.projection(p, kind): f"projections.{p}:{kind}."

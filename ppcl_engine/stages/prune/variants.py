@@ -23,7 +23,8 @@ from ...plan import FULL, Interval, PruningPlan, Variant
 from ...run import Run
 from ...settings.prune_settings import VariantsConfig
 from ...system.atomic import write_text
-from ..inputs import RunStudents, open_calibration, open_plan, open_teacher
+from ..inputs import open_calibration, open_plan, open_teacher
+from ..run_students import RunStudents
 
 SHARES = {"large": 1 / 3, "medium": 2 / 3, "small": 1.0}
 

@@ -32,7 +32,7 @@ def copied(probed: Run, folder) -> Run:
 
 @pytest.fixture(scope="module")
 def boundaries(architecture, model, teacher_file, calibration_of) -> list[list]:
-    """Of every batch the teacher's states before and behind each block."""
+    """The teacher's states before and after each block, batch by batch."""
     rows = []
     for inputs in calibration_of(teacher_file).all_inputs():
         states = [architecture.embed(model, inputs)]

@@ -22,7 +22,7 @@ from ppcl_engine.algorithms.distillation.quantization import (
     quantised_in_training,
     simulated,
 )
-from ppcl_engine.algorithms.distillation.trainable import Parts
+from ppcl_engine.algorithms.distillation.trainable import TrainableParts
 from ppcl_engine.algorithms.distillation.trainer import Trainer, rounding, saved_weights
 from ppcl_engine.data.calibration import load_calibration
 from ppcl_engine.estimate.needs import needs
@@ -37,11 +37,11 @@ from ppcl_engine.settings.prune_settings import (
     FinetuneConfig,
     PolishConfig,
 )
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.distill_depth import distill_depth
 from ppcl_engine.stages.prune.distill_width import distill_width
 from ppcl_engine.stages.prune.finetune import finetune, model_velocity
 from ppcl_engine.stages.prune.polish import polish, subset_loss
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.tensor_files import TensorFile
 
 from ...tiny.processes import exit_code
@@ -111,7 +111,7 @@ def round_in_place(module: nn.Module, kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("kind", BITS)
 def test_the_gradient_is_that_of_the_rounded_weight_in_closed_form(kind):
-    """Of |Q(W) x + b - y|^2 / 2: (Q(W) x + b - y) x^T, at W."""
+    """The gradient of |Q(W) x + b - y|^2 / 2 at W is (Q(W) x + b - y) x^T."""
     torch.manual_seed(0)
     linear, x, y = nn.Linear(128, 5), torch.randn(7, 128), torch.randn(7, 5)
     weight, names = linear.weight, [name for name, _ in linear.named_parameters()]
@@ -196,7 +196,8 @@ def test_all_parts_together_run_as_if_they_were_stored_rounded(
     )
     students = RunStudents(run, teacher.config, teacher.architecture)
     parts, rounded = (
-        Parts(plan, plan.everything(), teacher.architecture, students, "cpu") for _ in range(2)
+        TrainableParts(plan, plan.everything(), teacher.architecture, students, "cpu")
+        for _ in range(2)
     )
     settings = (layout_of(plan, plan.everything()), inputs, checkpointing)
     loss = subset_loss(teacher, parts.requires_grad_(True), *settings, "int4")

@@ -12,7 +12,7 @@ from torch import nn
 
 from ppcl_engine.__main__ import main
 from ppcl_engine.algorithms.distillation.losses import velocity_loss
-from ppcl_engine.algorithms.distillation.trainable import Parts, projections_of, twin
+from ppcl_engine.algorithms.distillation.trainable import TrainableParts, projections_of, twin
 from ppcl_engine.algorithms.distillation.tuning import AveragedTrainer
 from ppcl_engine.models.assembly import open_variant
 from ppcl_engine.models.layout import layout_of
@@ -21,9 +21,9 @@ from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import Variant
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import FinetuneConfig, PolishConfig
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.finetune import model_velocity
 from ppcl_engine.stages.prune.polish import subset, subset_loss
+from ppcl_engine.stages.run_students import RunStudents
 
 from ...tiny.trained_run import PROJECTIONS, SMALL, SMALLEST, write_parts
 
@@ -48,9 +48,9 @@ def world(tmp_path_factory, teacher_file, make_run):
 def parts(world):
     run, plan, teacher = world
     students = RunStudents(run, teacher.config, teacher.architecture)
-    return Parts(plan, plan.everything(), teacher.architecture, students, "cpu").requires_grad_(
-        True
-    )
+    return TrainableParts(
+        plan, plan.everything(), teacher.architecture, students, "cpu"
+    ).requires_grad_(True)
 
 
 def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -235,7 +235,8 @@ def test_subsets_are_drawn_from_seed_and_step(world):
 
 @pytest.mark.parametrize("stage", ["polish", "finetune"])
 def test_the_dry_run_counts_the_optimiser_too(stage, capsys, tmp_path):
-    """Of 20 B: 20 bytes a trained parameter, of half of them where no plan says how many."""
+    """For 20 B parameters: 20 bytes each that is trained, which is half of them where no plan says how
+    many."""
     assert main([stage, "--model", "qwen_image", "--run", str(tmp_path), "--dry-run"]) == 0
     resident = re.search(r"resident +([0-9.]+)", capsys.readouterr().out)
     weights = 81.7

@@ -6,7 +6,7 @@ import torch
 
 from ppcl_engine.algorithms.sparsity import granularity
 from ppcl_engine.algorithms.sparsity.clusters import (
-    Structure,
+    KnownGroups,
     cluster_rows_and_columns,
     features,
     k_means,
@@ -43,14 +43,14 @@ def test_patterns_bring_their_own_share_and_refuse_what_does_not_divide():
     assert checked_sparsity(None, pattern_named("4:8")) == 0.5
     with pytest.raises(ValueError, match="2:4 drops 0.5"):
         checked_sparsity(0.6, pattern_named("2:4"))
-    with pytest.raises(ValueError, match="to_q reads 30 numbers, which groups of 4 do not divide"):
+    with pytest.raises(ValueError, match="to_q has 30 inputs, which is not a multiple of 4"):
         pattern_named("2:4").check_columns(30, "block 0, to_q")
     with pytest.raises(ValueError, match="'3:7' is unknown; known: unstructured, 2:4, 4:8"):
         pattern_named("3:7")
 
 
 def tiles_of(weight, gram):
-    labels = cluster_rows_and_columns(weight, gram.diagonal(), Structure(rows=(4, 3)))
+    labels = cluster_rows_and_columns(weight, gram.diagonal(), KnownGroups(rows=(4, 3)))
     return {
         "row": granularity.row_tiles(weight),
         "layer": granularity.one_tile(weight),

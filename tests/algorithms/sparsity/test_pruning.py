@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from ppcl_engine.algorithms.sparsity.clusters import Structure
+from ppcl_engine.algorithms.sparsity.clusters import KnownGroups
 from ppcl_engine.algorithms.sparsity.layer import layer_error
 from ppcl_engine.algorithms.sparsity.patterns import pattern_named
 from ppcl_engine.algorithms.sparsity.pruning import (
@@ -19,7 +19,7 @@ from ppcl_engine.algorithms.sparsity.pruning import (
 from ...tiny.layers import layer
 
 DENSE = pattern_named("unstructured")
-KNOWN = Structure(rows=(8, 8), columns=(16, 16))
+KNOWN = KnownGroups(rows=(8, 8), columns=(16, 16))
 
 
 def pruned(score="energy", granularity="cluster", sparsity=0.5, pattern=DENSE, seed=0, **more):

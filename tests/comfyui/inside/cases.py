@@ -8,7 +8,7 @@ import pytest
 
 from ...tiny.flux1_parts import FLUX_DEPTH, FLUX_PARTS
 from ...tiny.sd35_parts import SD35_PARTS, SD35_SIZES
-from ...tiny.trained_run import Parts
+from ...tiny.trained_run import PlanParts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Case:
     """settings of its tiny model, which give it the host's latents"""
     frames: bool = False
     """whether a latent has a dimension of frames"""
-    parts: Parts = field(default_factory=Parts)
+    parts: PlanParts = field(default_factory=PlanParts)
     """of its plan"""
     pooled: int | None = None
     """width of the pooled text in its conditioning"""

@@ -119,8 +119,8 @@ def run_node(pack):
 
 @pytest.fixture(scope="session")
 def empty_host_model(pack):
-    """Of a file's tensors, on the meta device too: the host's model without weights, where each of
-    them has a home."""
+    """Makes the host's model for a file's tensors, without weights (tensors on the meta device will
+    do): it has a parameter for each of them."""
     entries = pack("host.entries")
 
     def make(host, tensors: dict):
@@ -139,7 +139,8 @@ def empty_host_model(pack):
 
 @pytest.fixture(scope="session")
 def host_case(request, architecture) -> Case:
-    """Of the architecture, or the one that a test module names by parametrizing this fixture."""
+    """The case of the architecture, or the one that a test module names by parametrizing this
+    fixture."""
     return CASES[getattr(request, "param", architecture.name)]
 
 

@@ -24,29 +24,33 @@ EVERY = 64  # what both sizes of a matrix are multiples of, in all these formats
 SAID = {"full_precision_matrix_mult": True}
 # the host reads a matrix's format out of the file
 NEWER = hasattr(comfy.utils, "convert_old_quants")
-Parts = dict[str, torch.Tensor]
+QuantisedTensors = dict[str, torch.Tensor]
 
 
-def in_float8(weight: torch.Tensor, dtype=torch.float8_e4m3fn) -> tuple[Parts, torch.Tensor]:
+def in_float8(
+    weight: torch.Tensor, dtype=torch.float8_e4m3fn
+) -> tuple[QuantisedTensors, torch.Tensor]:
     scale = weight.abs().max() / LARGEST[dtype]
     values = (weight / scale).to(dtype)
     return {"weight": values, "weight_scale": scale}, values.float() * scale
 
 
-def in_int8(weight: torch.Tensor, by_row: bool = False) -> tuple[Parts, torch.Tensor]:
+def in_int8(weight: torch.Tensor, by_row: bool = False) -> tuple[QuantisedTensors, torch.Tensor]:
     scale = (weight.abs().amax(1, keepdim=True) if by_row else weight.abs().max()) / 127
     values = (weight / scale).round().to(torch.int8)
     return {"weight": values, "weight_scale": scale}, values.float() * scale
 
 
-def in_half_bytes(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
-    """Of the right shapes alone, for hosts that do not read them."""
+def in_half_bytes(weight: torch.Tensor) -> tuple[QuantisedTensors, torch.Tensor]:
+    """Tensors with nothing right but their shapes, for hosts that do not read them."""
     rows, columns = weight.shape
     scales = {"weight_scale": torch.ones(rows, columns // 16), "weight_scale_2": torch.ones(())}
     return {"weight": torch.zeros(rows, columns // 2, dtype=torch.uint8), **scales}, weight
 
 
-def by_the_host(weight: torch.Tensor, name: str, **options) -> tuple[Parts, torch.Tensor]:
+def by_the_host(
+    weight: torch.Tensor, name: str, **options
+) -> tuple[QuantisedTensors, torch.Tensor]:
     if name not in KNOWN:
         return in_half_bytes(weight)
     layout = KNOWN[name]["comfy_tensor_layout"]
@@ -54,7 +58,7 @@ def by_the_host(weight: torch.Tensor, name: str, **options) -> tuple[Parts, torc
     return found.state_dict("weight"), found.dequantize()
 
 
-def for_other_inputs(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
+def for_other_inputs(weight: torch.Tensor) -> tuple[QuantisedTensors, torch.Tensor]:
     """nvfp4 as ModelOpt writes it after smoothing: inputs are multiplied first."""
     first = torch.linspace(0.5, 2, weight.shape[1])
     parts, found = by_the_host(weight / first, "nvfp4")
@@ -67,7 +71,7 @@ class Kind:
 
     name: str
     """the host's"""
-    make: Callable[[torch.Tensor], tuple[Parts, torch.Tensor]]
+    make: Callable[[torch.Tensor], tuple[QuantisedTensors, torch.Tensor]]
     """weight -> (its tensors in a file, the numbers that they stand for)"""
     said: dict | None = None
     """further settings that the file has for it"""
@@ -126,7 +130,9 @@ def as_json(value: dict) -> torch.Tensor:
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def stored(tensors: Parts, kind: Kind) -> tuple[Parts, Parts, dict[str, str]]:
+def stored(
+    tensors: QuantisedTensors, kind: Kind
+) -> tuple[QuantisedTensors, QuantisedTensors, dict[str, str]]:
     """(a file's tensors, the same with the numbers that they stand for, the file's metadata)"""
     found = {"scaled_fp8": torch.zeros(2, dtype=kind.old)} if kind.old else {}
     exact, layers = {}, {}

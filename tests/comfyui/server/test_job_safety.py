@@ -126,7 +126,7 @@ def test_forged_runs(server, known, kind, run, nothing_else_changes):
         ),
         ("Sparsify", {"variant": "small"}, "has no variant 'small'; leave the variant out"),
         ("Sparsify", {"name": "../../evil"}, "name '../../evil': letters, digits"),
-        ("PrepareRun", {}, "is done, not waiting to be started"),
+        ("PrepareRun", {}, "is done, so it cannot be started by hand"),
         ("WatchJob", {"run_name": "../../x"}, "is not the name of a run"),
         ("CancelJob", {"run_name": "/etc"}, "is not the name of a run"),
     ],

@@ -86,8 +86,8 @@ def test_unchanged_inputs_do_not_run_again(server, drawn, runs):
 def test_a_variant_whose_job_is_stopped_ends_in_the_same_bits(
     server, known, runs, calibrated, tmp_path
 ):
-    """Of a bundle, on its run's full model; interrupted by the page's own Cancel, then run
-    again."""
+    """A bundle's variant is made sparse on its run's full model, stopped by the page's own Cancel and
+    then run again."""
     name = f"demo/{BUNDLE.name}"
     settings = {**FAST, "exchange": True, "variant": "small", "pattern": "2:4", "name": "small_2_4"}
     graph = Graph(known, 1100)

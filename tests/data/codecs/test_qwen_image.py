@@ -14,7 +14,7 @@ import torch
 from ppcl_engine.architectures import architecture_named
 from ppcl_engine.data.codecs import open_codec
 from ppcl_engine.data.codecs.pipeline import LATENT_SIDE, TEXT_TOKENS, TEXTS_AT_ONCE, PipelineCodec
-from ppcl_engine.data.draw import draw_prompts, encode_prompts, seeded_noise
+from ppcl_engine.data.sampling import draw_prompts, encode_prompts, seeded_noise
 from ppcl_engine.models.opening import open_model
 from ppcl_engine.models.weights import Weights
 

@@ -14,14 +14,14 @@ from transformers import ProcessorMixin, Qwen2VLProcessor
 from ppcl_engine.architectures import REFERENCES, architecture_named
 from ppcl_engine.data.codecs import open_codec
 from ppcl_engine.data.codecs.pipeline import read_part
-from ppcl_engine.data.draw import (
+from ppcl_engine.data.picture_files import load_references
+from ppcl_engine.data.sampling import (
     draw_prompts,
     encode_edits,
     encode_prompts,
     reference_tokens,
     seeded_noise,
 )
-from ppcl_engine.data.picture_files import load_references
 from ppcl_engine.models.opening import open_model
 
 from ...tiny.qwen_image_edit_folder import build_tiny_edit_pipeline
@@ -84,8 +84,8 @@ def pipeline(folder, kind):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, kind):
-    """Of each caption one reference, of the pipeline that reads several two; larger than they are
-    drawn."""
+    """The references of each caption, larger than they are drawn: two for the pipeline that reads
+    several, else one."""
     folder, generator = tmp_path_factory.mktemp("references"), torch.Generator().manual_seed(0)
     rows = []
     for i in range(len(CAPTIONS)):

@@ -39,5 +39,5 @@ def pipeline_run(pipeline, prompts, tmp_path_factory, run_stages) -> Run:
 
 @pytest.fixture
 def transformers(monkeypatch) -> list:
-    """Those that came and went, one at a time."""
+    """The transformers that were in memory, checked to be there one at a time."""
     return check_one_model_at_a_time(monkeypatch)

@@ -13,7 +13,7 @@ import ppcl_engine.demo
 from ppcl_engine import open_model
 from ppcl_engine.__main__ import main
 from ppcl_engine.data.codecs import open_codec
-from ppcl_engine.data.draw import draw_prompts, encode_prompts
+from ppcl_engine.data.sampling import draw_prompts, encode_prompts
 from ppcl_engine.settings.convert_settings import FoldConfig
 from ppcl_engine.stages.convert.fold import fold
 

@@ -68,7 +68,7 @@ def test_the_velocity_is_closer_after_a_refit(
     calibration_of,
     padded_inputs,
 ):
-    """Of a model in which nothing but the text of two blocks is replaced."""
+    """The only fault of this model is the text of two blocks."""
 
     def fault(state):
         return {

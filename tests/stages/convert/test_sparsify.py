@@ -23,7 +23,7 @@ from ...tiny.sparsity import PLAIN
 
 
 def zeros(model: torch.nn.Module) -> dict[str, int]:
-    """Of each linear map in a block."""
+    """How many zeros each linear map in a block has."""
     return {
         name: int((module.weight == 0).sum())
         for name, module in model.named_modules()

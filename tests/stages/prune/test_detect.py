@@ -95,7 +95,7 @@ def test_an_untrained_model_is_refused(tmp_path, make_model, save_model, make_ru
     with pytest.raises(ValueError, match="curves are flat .* looks untrained"):
         run_stages(teacher, folder, "detect", method="ppcl")
     with pytest.raises(
-        ValueError, match="no block can be told from a linear map: the model looks untrained"
+        ValueError, match="every block behaves like a linear map: the model looks untrained"
     ):
         run_stages(teacher, folder, "detect", method="budget")
     assert not Run(folder).plan.exists()

@@ -14,8 +14,8 @@ from ppcl_engine.models.assembly import open_variant
 from ppcl_engine.models.opening import open_model
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.settings.prune_settings import DetectWidthConfig
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.detect_width import detect_width
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.tensor_files import TensorFile
 
 from ...tiny.distilled_width import distil

@@ -18,7 +18,7 @@ from ppcl_engine.models.weights import Weights
 from ppcl_engine.run import Run
 from ppcl_engine.settings.convert_settings import ExportConfig
 from ppcl_engine.stages.convert.export import export
-from ppcl_engine.stages.inputs import RunStudents
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.interruption import Stopped
 from ppcl_engine.system.tensor_files import TensorFile
 

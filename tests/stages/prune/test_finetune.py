@@ -16,9 +16,9 @@ from ppcl_engine.run import Run
 from ppcl_engine.settings.convert_settings import ExportConfig
 from ppcl_engine.settings.prune_settings import FinetuneConfig, VariantsConfig
 from ppcl_engine.stages.convert.export import export
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.finetune import finetune
 from ppcl_engine.stages.prune.variants import variants
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.interruption import Stopped
 from ppcl_engine.system.seeds import draw_seed
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
@@ -227,7 +227,9 @@ def test_a_tuned_variant_can_be_tuned_again(parts_run, tuned, teacher_file, padd
 def test_names_that_are_taken_or_are_none(parts_run, tuned):
     run = parts_run()
     for name in ("small", "smallest", "full"):
-        with pytest.raises(ValueError, match=f"--name '{name}' is a variant that stays as it is"):
+        with pytest.raises(
+            ValueError, match=f"--name '{name}' is the name of a variant that must stay as it is"
+        ):
             tuned(run, name=name)
     for name in ("../up", "a b", "1-2,3-4"):
         with pytest.raises(ValueError, match="letters, digits, '-' and '_' only"):

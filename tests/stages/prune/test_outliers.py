@@ -56,8 +56,8 @@ def planted(request, tmp_path_factory, save_model, make_run, calibration_of, run
 
 
 def left(fits: dict[str, dict]) -> float:
-    """Of the channel in the middle: rounding alone rules the large one, whose step is a millionth
-    of its size."""
+    """The error left in the median channel. The large channel shows rounding alone: its float step is
+    a millionth of its size."""
     assert all(fit["median"] <= fit["worst"] for fit in fits.values())
     return max(fit["median"] for fit in fits.values())
 

@@ -12,8 +12,8 @@ from ppcl_engine.models.assembly import open_variant
 from ppcl_engine.models.streaming import Teacher
 from ppcl_engine.models.weights import Weights, parameter_count
 from ppcl_engine.settings.prune_settings import VariantsConfig
-from ppcl_engine.stages.inputs import RunStudents
 from ppcl_engine.stages.prune.variants import variants
+from ppcl_engine.stages.run_students import RunStudents
 
 
 @pytest.fixture(scope="module")

@@ -188,8 +188,8 @@ def engine_with(lora, model, architecture, inputs) -> torch.Tensor:
 
 
 def _left(change: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Of a modulation that was cut to its first half, or loses the middle one of its thirds
-    (attention is twice in it); of a joint map what attention reads."""
+    """The part of a change that still applies: a modulation keeps its first half, or loses its middle
+    third (attention is in it twice); a joint map keeps what attention reads."""
     if 3 * shape[0] == 2 * change.shape[0]:
         first, _, last = change.chunk(3)
         return torch.cat([first, last])

@@ -107,8 +107,8 @@ def test_quantised(load, velocity, building, bundle, host_tensors, teacher, mode
 @everywhere
 @pytest.mark.usefixtures("loose_bound")
 def test_a_change_on_the_way_to_the_device(load, bundle, teacher, pack, host_case):
-    """Of every map in another form than patches know: cut ones, folded ones. The host hangs its
-    patch on the map, and calls it with the stored weight."""
+    """Covers every map that is stored in a form that patches do not know: cut or folded. The host
+    hangs its patch on the map, and calls it with the stored weight."""
     form = "basis" if host_case.architecture == "qwen_image" else "off"
     model = load(bundle.name, base=teacher.name, variant="smallest", switchable=False, fold=form)
     kind, count = pack("host.adapters").PatchedWhole, 0

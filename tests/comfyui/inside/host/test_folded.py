@@ -75,7 +75,7 @@ def test_every_number_of_samples(whole, of_form, drawn, samples, equal):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler(whole, of_form, drawn, sampler):
-    """Those too that evaluate between the sigmas of their schedule."""
+    """Samplers that evaluate between the sigmas of their schedule included."""
     assert torch.equal(
         drawn(of_form("table"), sampler=sampler, steps=4), drawn(whole, sampler=sampler, steps=4)
     )

@@ -73,7 +73,7 @@ def check(model, expected, velocity, kind: Kind, numbers_near: float, near: floa
 @pytest.mark.parametrize("name", READ)
 @on("flux1")
 def test_a_base(load, velocity, bundle, base_of, name, caplog):
-    """Of a switchable model, and of one that holds a variant alone, whose maps are cut."""
+    """The base of a switchable model, and of one that holds a single variant, whose maps are cut."""
     (base, exact), kind = base_of(name), KINDS[name]
     for variant, switchable in (
         ("full", True),
@@ -292,8 +292,8 @@ def test_what_nodes_say_of_it(load, bundle, base_of, pack, name):
 @kinds("float8_e4m3fn", "nvfp4")
 @on("qwen_image")
 def test_a_model_of_the_hosts_own(load, base_of, pack, name, monkeypatch):
-    """Of which nothing is known but what is loaded. Such a model is 3,072 wide; this one stands for
-    it."""
+    """The engine knows nothing of such a model but what is loaded. A real one is 3,072 wide; this one
+    stands for it."""
     configs = []
     for file in base_of(name):
         model = load(file, weight_dtype="default")

@@ -150,7 +150,7 @@ def test_scales_without_a_word(write, load, run_node, bundle):
 
 
 def test_operations_that_do_not_use_scales(write, models):
-    """Of another pack: what it would make of the weights is noise."""
+    """Another pack's operations would turn the weights into noise."""
     _, pruned = write("scaled fp8")
     tensors = TensorFile(models.diffusion_models / pruned).read_all()
     with pytest.raises(

@@ -51,7 +51,7 @@ def lora(models, host_tensors, host_case) -> str:
 
 
 def content_of(path) -> dict[str, torch.Tensor]:
-    """Of the transformer alone; what it says of itself as an object."""
+    """The transformer's tensors; those that describe it are parsed from JSON."""
     found = {
         name.removeprefix(COMFYUI_PREFIX): tensor
         for name, tensor in TensorFile(path).read_all().items()

@@ -52,7 +52,7 @@ def whole(load, demo):
 
 @pytest.fixture
 def text(inputs, monkeypatch):
-    """Of the width that the bundled teacher reads."""
+    """Makes the text as wide as the bundled teacher reads it."""
     monkeypatch.setattr(
         inputs, "text", torch.randn(1, 7, 64, generator=torch.Generator().manual_seed(6))
     )

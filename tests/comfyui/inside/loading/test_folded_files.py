@@ -162,8 +162,8 @@ def test_tables_are_no_models(models, pack, tables):
 
 
 def test_released_models(load, drawn, models, make_model, model_config):
-    """Of the method's authors, width-pruned, with old and new text projections; no plan, no
-    base."""
+    """Width-pruned models as the method's authors release them, with old and new text projections;
+    they come without a plan and a base."""
     sizes = {
         "in_channels": 64,
         "out_channels": 16,

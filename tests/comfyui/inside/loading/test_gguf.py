@@ -95,8 +95,8 @@ def quantised(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def content_of(path: str, host_tensors: dict) -> dict[str, torch.Tensor]:
-    """Of a file that holds a name, the tensors of the .safetensors of that name; of one that is cut
-    off, what that pack's reader says; else the teacher."""
+    """Stands in for that pack's reader. A file that holds a name gives the tensors of the .safetensors
+    of that name, one that is cut off raises that reader's error, any other gives the teacher."""
     data = Path(path).read_bytes()
     if data == CUT_OFF:
         return {"a": torch.zeros(1), "b": data[len(data)]}

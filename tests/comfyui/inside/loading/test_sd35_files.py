@@ -65,7 +65,7 @@ def test_fewer_blocks_that_nothing_is_said_of(
         run_node("UNETLoader", unet_name=name, weight_dtype="default")
     with pytest.raises(
         ValueError,
-        match="has 3 blocks, a full model of its width 4; load it with Load Pruned Model",
+        match="has 3 blocks, but a full model of its width has 4; load it with Load Pruned Model",
     ):
         run_node("UNETLoader", unet_name=name, weight_dtype="default")
     assert (
@@ -121,7 +121,7 @@ def test_heads_of_another_width_are_one_line(make_model, save_model, load, model
         make_model(in_channels=16, out_channels=16),
     )
     with pytest.raises(
-        ValueError, match="ComfyUI runs sd35 with heads of 64 only, this model has heads of 16"
+        ValueError, match="ComfyUI runs sd35 with heads of 64 only, but this model has heads of 16"
     ):
         load("sd35_narrow.safetensors")
 

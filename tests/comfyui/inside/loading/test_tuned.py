@@ -11,7 +11,7 @@ from ppcl_engine.models.weights import Weights
 from ppcl_engine.run import Run
 from ppcl_engine.settings.convert_settings import ExportConfig
 from ppcl_engine.stages.convert.export import export
-from ppcl_engine.stages.inputs import RunStudents
+from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.tensor_files import write_tensors
 
 from ....tiny.trained_run import write_parts

@@ -27,7 +27,7 @@ PLAN = PruningPlan(
 
 @pytest.fixture
 def plan(pack):
-    """Of the classes that the pack uses, which are its own copy."""
+    """A plan made of the pack's own copy of the classes."""
     return sys.modules[
         pack("make.edit_plan").PruningPlan.__module__.rpartition(".")[0]
     ].plan_from_json(PLAN.to_json())

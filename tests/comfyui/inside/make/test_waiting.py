@@ -168,22 +168,22 @@ def test_the_hosts_models_leave(pack, load, teacher, velocity):
         (
             {"status": "failed", "error": "no space"},
             True,
-            "the run before, probe-00000000, is failed: no space",
+            "run probe-00000000, which this node needs, has failed: no space",
         ),
         (
             {"status": "cancelled", "error": "cancelled"},
             True,
-            "the run before, probe-00000000, is cancelled: cancelled",
+            "run probe-00000000, which this node needs, was cancelled: cancelled",
         ),
         (
             {"status": "queued"},
             True,
-            "was prepared and not started; start it, then press Run again",
+            "was prepared but not started; start it, then press Run again",
         ),
         (
             {"status": "running"},
             False,
-            "is still at work; turn wait on, or come back when it is done",
+            "is still running; turn wait on, or come back when it is done",
         ),
     ],
 )

@@ -63,7 +63,7 @@ SCALARS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 @pytest.fixture(scope="module")
 def widgets(pack):
-    """Of a node: name -> its input."""
+    """A function from a node to its widgets: name -> input."""
 
     def of(node: str) -> dict:
         schema = host_nodes.NODE_CLASS_MAPPINGS[f"PPCL_{node}"].GET_SCHEMA()

@@ -208,5 +208,5 @@ def test_another_model_is_refused(
 
 def test_sides_that_are_no_whole_tokens(run_node, record, given):
     recorded, _ = record()
-    with pytest.raises(ValueError, match="latents of 7 x 12 do not divide into tokens"):
+    with pytest.raises(ValueError, match="latents of 7 x 12 cannot be packed into tokens"):
         draw(run_node, recorded, given, latent_image={"samples": torch.zeros(ROWS, 16, 1, 7, 12)})

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from ppcl_engine.data.codecs import open_codec
-from ppcl_engine.data.draw import draw, encode_prompts
 from ppcl_engine.data.rendered.captions import parse_caption, random_captions
 from ppcl_engine.data.rendered.reader import load_reader, read, score
+from ppcl_engine.data.sampling import draw, encode_prompts
 from ppcl_engine.demo.bundled import TEACHER
 from ppcl_engine.models.opening import open_model
 from ppcl_engine.models.weights import Weights

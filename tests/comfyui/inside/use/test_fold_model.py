@@ -88,7 +88,7 @@ def test_a_standalone(fold_model, load, drawn, exported, models, sigmas):
 
 
 def test_a_renumbered_file_keeps_its_map(fold_model, load, exported, models, sigmas, drawn):
-    """Of a depth-pruned file for stock hosts: LoRA still finds the original's blocks."""
+    """In a depth-pruned file for stock hosts, LoRA still finds the original's blocks."""
     path = exported(models.diffusion_models, "comfyui", "stock", "3-4")
     fold_model(path.name, sigmas=sigmas(3))
     ours, theirs = load("written.safetensors"), load(path.name)
@@ -127,8 +127,7 @@ def test_bad_input_is_one_line(fold_model, bundle, teacher, models, widgets, mes
 
 
 def test_an_edit_model(fold_model, load, drawn, teacher, sigmas, models):
-    """That modulates references as at t = 0: the table gets that column too, whatever the
-    schedule."""
+    """It modulates references as at t = 0, so the table gets that column whatever the schedule."""
     file, path = TensorFile(teacher), models.diffusion_models / "edit_to_fold.safetensors"
     config = {**json.loads(file.metadata["config"]), "zero_cond_t": True}
     mark = {next(iter(architecture_named("qwen_image").marks)): torch.empty(0)}

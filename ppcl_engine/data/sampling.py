@@ -1,4 +1,5 @@
-"""Draw with a model: guided Euler sampling of packed latents."""
+"""Sampling: captions are encoded, and a model draws their pictures with guided Euler steps on packed
+latents."""
 
 from __future__ import annotations
 
