@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # typing is not imported: Ctrl-C while it is read would end in its traceback
 
 __version__ = "0.1.0"
 __all__ = ["PruningPlan", "__version__", "open_model"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from .settings import assess_settings, base_settings
 from .settings.arguments import parse
 from .stages import STAGES, run_stage
-from .system.early import INTERRUPTED
+from .system.early import INTERRUPTED, finish
 from .system.memory_errors import is_lack_of_memory
 from .system.texts import read_text
 from .system.wording import cut, known_names, one_line, shown
@@ -192,4 +192,4 @@ def _first_line(kind: type) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(finish(main()))

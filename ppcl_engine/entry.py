@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .system.early import watch
+from .system.early import finish, watch
 
 
 def main() -> int:
@@ -10,4 +10,4 @@ def main() -> int:
     watch()
     from .__main__ import main as work
 
-    return work()
+    return finish(work())

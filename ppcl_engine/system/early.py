@@ -6,6 +6,7 @@ Imports only the smallest parts of the standard library, so that almost nothing 
 
 import os
 import signal
+import sys
 
 INTERRUPTED = 130
 LINE = b"\nppcl: stopped before it began; nothing was written\n"
@@ -28,6 +29,19 @@ def begin() -> None:
     program."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def finish(code: int) -> int:
+    """The exit code, when everything is done and said. Ctrl-C while Python ends no longer changes it.
+
+    After an interrupt the process ends here: Python would repeat the signal when it ends, so that
+    the exit code were -2, if the interrupt came inside of code that a library makes from text.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if code == INTERRUPTED:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _end(number, frame) -> None:

@@ -16,7 +16,8 @@ class Stopped(Exception):
 @contextmanager
 def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     """Yields `asked()`. The first Ctrl-C only sets it, so that the caller can save; the second
-    interrupts.
+    interrupts. The caller need not stop in its last step: then the interrupt comes when it leaves, so
+    that no further stage begins.
 
     Processes that share batches all get the same answer at the same step. A launcher passes on the
     Ctrl-C that its processes have already received, so there the second one does nothing (the
@@ -32,6 +33,8 @@ def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     previous = signal.signal(signal.SIGINT, handle)
     try:
         yield lambda: processes().any(bool(asked))
+        if processes().any(bool(asked)):
+            raise KeyboardInterrupt
     finally:
         if not (several and asked):
             signal.signal(signal.SIGINT, previous)

@@ -79,6 +79,39 @@ def test_work_hears_it_as_any_program_does():
         signal.signal(signal.SIGINT, before)
 
 
+FROM_TEXT = """
+import os, signal, sys
+from ppcl_engine.system.early import INTERRUPTED, finish
+try:
+    exec("os.kill(os.getpid(), signal.SIGINT); import time; time.sleep(9)")
+except KeyboardInterrupt:
+    code = INTERRUPTED
+sys.exit(finish(code))
+"""
+ENDING = """
+import atexit, os, signal, sys
+from ppcl_engine.system.early import finish, watch
+watch()
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+sys.exit(finish(2))
+"""
+
+
+@pytest.mark.parametrize("code, expected", [(FROM_TEXT, early.INTERRUPTED), (ENDING, 2)])
+def test_the_exit_code_is_ours_whenever_it_comes(code, expected):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (expected, "")
+
+
+def test_the_package_itself_imports_nothing_first():
+    package = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    first = [node for node in package.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [node.module for node in first] == ["__future__"]
+
+
 def test_nothing_comes_before_it():
     """In the module that is run, and in what the script imports."""
     start = [
@@ -95,7 +128,7 @@ def test_nothing_comes_before_it():
         for n in ast.walk(ast.parse((ROOT / "system" / "early.py").read_text(encoding="utf-8")))
         if isinstance(n, ast.Import)
     ]
-    assert {alias.name for node in imports for alias in node.names} == {"os", "signal"}
+    assert {alias.name for node in imports for alias in node.names} == {"os", "signal", "sys"}
     project = (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^ppcl = "ppcl_engine\.(\w+\.)*entry:main"$', project, re.MULTILINE)
 
