@@ -41,7 +41,7 @@ FIGURES = ("memory", "read", "written")
 
 
 def measured(step: Step, folder: Path, fresh: bool) -> dict:
-    """Of a process of its own (quick runs: of this one)."""
+    """The figures of a process of its own (quick runs: of this one)."""
     if not fresh:
         with Watched() as watched, contextlib.redirect_stdout(io.StringIO()):
             code = run(step.arguments)

@@ -46,7 +46,7 @@ PUBLISHED_LENGTH = 3  # blocks of an interval
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Of a calibration set; `batch` go through a block at once."""
+    """The samples of a calibration set; `batch` go through a block at once."""
 
     count: int
     batch: int
@@ -159,7 +159,7 @@ class Count:
 
     @property
     def reading_student(self) -> float:
-        """Of the largest student: as its file has it, and as it computes."""
+        """What the largest student takes: as its file has it, and as it computes."""
         return max(self.students) * (FP32 + self.size)
 
     @property
@@ -174,8 +174,8 @@ class Count:
         return SOLVING_COPIES * EXACT * self.width**2
 
     def passing(self, states: float) -> tuple[float, float]:
-        """Of the two boundaries' states that a streamed sweep keeps: bytes in the host's memory,
-        and bytes on disk."""
+        """Where the states of the two boundaries are that a streamed sweep keeps: bytes in the
+        host's memory, and bytes on disk."""
         room = room_for_states() if self.config.streamed else 0
         return min(room, 2 * states), max(0, 2 * states - room)
 
@@ -236,15 +236,15 @@ class Count:
         )
 
     def together(self, config, states: int) -> int:
-        """Of what goes through the blocks together, if that much is there."""
+        """Bytes of what goes through the blocks together, if that much is there."""
         return int(min(config.cache_gb * 1e9, states))
 
     def waiting(self, trainers: int) -> float:
-        """Of parts whose round is not there yet."""
+        """Memory of parts whose round is not there yet."""
         return self.on_host(min(SHARE * free_memory(), trainers))
 
     def on_host(self, size: float) -> float:
-        """Of the device's memory, what lies in the host's: none of a GPU's."""
+        """What this size in the host's memory takes of the device's: nothing of a GPU's."""
         return size if resolve_device(self.config.device) == "cpu" else 0
 
     def rounds(self, config: DistillDepthConfig | DistillWidthConfig, trained: int) -> float:
@@ -286,14 +286,14 @@ def _samples(config: JobConfig, calibrate: CalibrateConfig | None) -> Samples:
 
 
 def _text_tokens(config: CalibrateConfig) -> int:
-    """Of a caption: as stored, or as many as is usual."""
+    """Tokens of a caption: as stored, or as many as is usual."""
     if config.embeddings is None or not config.embeddings.is_file():
         return TEXT_TOKENS
     return TensorFile(config.embeddings).shape("text")[1]
 
 
 def stored_bytes(model: Path) -> int:
-    """Of the model's weights; 0 for one that is known by its name alone."""
+    """Size of the model's weights; 0 for one that is known by its name alone."""
     if model.is_file():
         return model.stat().st_size
     if not model.is_dir():
@@ -303,7 +303,7 @@ def stored_bytes(model: Path) -> int:
 
 
 def _grid(config: CalibrateConfig) -> tuple[int, int, int]:
-    """Of the pictures that calibrate will draw or read: as asked for, or the model's own size where
+    """The grid of the pictures that calibrate will draw or read: as asked for, or the model's own size where
     it is cheap to know."""
     (rows, columns), pixels = GRID[1:], PIXELS_A_TOKEN
     if Path(config.model).is_file() and set(TABLES) <= set(TensorFile(config.model).entries):

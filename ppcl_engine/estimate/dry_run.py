@@ -50,9 +50,9 @@ def _print_needs(config: JobConfig, device: str) -> None:
 
 
 def print_estimates(stages: Sequence[tuple[str, object]]) -> None:
-    """Of the stages of a run file, a row each, and of all together: what is read and written, and
-    the hours."""
-    configs = [config for _, config in stages if type(config) in DEMANDS]
+    """Prints a row for each stage of a run file, and what all of them read, write and compute."""
+    configs = [config for _, config in stages if isinstance(config, JobConfig)]
+    configs = [config for config in configs if type(config) in DEMANDS]
     if not configs:
         raise ValueError("none of these stages has an estimate; name one of the method's stages")
     calibrate = next((c for c in configs if isinstance(c, CalibrateConfig)), None)

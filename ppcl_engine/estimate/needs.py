@@ -284,7 +284,7 @@ def _sparsify(count: Count, config: SparsifyConfig) -> Demand:
 
 
 def _places(count: Count, config: SparsifyConfig) -> tuple[Place, ...]:
-    """Of the variant; a model that is known by its name alone is whole."""
+    """The places of the variant; a model that is known by its name alone is whole."""
     if config.path.is_file():
         return open_source(config.path, config.base, config.variant).layout.places
     return full_layout(count.blocks).places
@@ -297,7 +297,7 @@ def _products(config: SparsifyConfig) -> int:
 
 
 def _solves(count: Count, config: StatesConfig | ProbeConfig, maps: int) -> float:
-    """Of ridge solutions in float64: factors, the solution, the rank."""
+    """FLOPs of ridge solutions in float64: factors, the solution, the rank."""
     return SOLVING * maps * count.width**3 * _slower(config)
 
 

@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..algorithms.detection.chains import ChainBatch, chains_of, grouped
+from ..algorithms.detection.chains import ChainBatch, chains_of
 from ..algorithms.detection.curves import FIT, STREAMS
 from ..algorithms.detection.intervals import reach
 from ..algorithms.distillation.kept_trainers import SHARE, rounds_between_saves
 from ..algorithms.distillation.rounds import REUSE
+from ..algorithms.grouping import groups_within
 from ..settings.assess_settings import EvaluateConfig
 from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
@@ -104,7 +105,8 @@ def _detect(count: Count, config: DetectConfig) -> Traffic:
     starts = frozenset(s.start for s in count.sizes.architecture.sections(count.sizes.config))
     ends = {u: reach(u, count.blocks, config.longest, starts) for u in range(last)}
     parts = _chain_batches(ends, batches, batch, config, count.width)
-    groups = list(grouped(parts, config.cache_gb * 1e9 if config.streamed else 0))
+    limit = config.cache_gb * 1e9 if config.streamed else 0
+    groups = list(groups_within(limit, parts, lambda group: sum(part.bytes for part in group)))
     pairs = sum(end - u for u, end in ends.items())
     probes = sum(len({k for p in g for k in range(p.u + 1, p.end + 1)}) for g in groups)
     numbers = config.bootstrap + 1 + held * count.samples.batch + len(STREAMS) * len(FIT)
@@ -218,7 +220,7 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig, trained: int) ->
 
 
 def _variants(count: Count, config: VariantsConfig) -> Traffic:
-    """Of the teacher, of each interval alone, and of the named sizes, if those are others."""
+    """Walks of the teacher, of each interval alone, and of the named sizes, if those are others."""
     states = min(config.samples, count.samples.count) * count.state
     intervals, single = count.intervals, len(count.intervals) == 1
     named = 0 if single else min(NAMED_VARIANTS - 2, len(intervals))

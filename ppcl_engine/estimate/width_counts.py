@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..algorithms.detection.width_fits import fits_of, fits_of_blocks_given_back
+from ..algorithms.grouping import groups_within
 from ..models.layout import layout_of
 from ..plan import FORMS_OF, Interval
 from ..settings.prune_settings import DetectWidthConfig, DistillWidthConfig
@@ -45,7 +46,7 @@ class WidthCounts:
 
     @classmethod
     def of(cls, count: Count, config: DetectWidthConfig) -> WidthCounts:
-        """Of all candidates, text groups of every length among them."""
+        """Counts all candidates, text groups of every length among them."""
         removed = sum(interval.removed for interval in count.intervals)
         there = count.sizes.architecture.site_kinds(count.sizes.config, count.blocks // 2)
         kinds = [k for k in config.kinds.replace(",", " ").split() if k in there]
@@ -71,7 +72,7 @@ class WidthCounts:
 
     @classmethod
     def of_plan(cls, count: Count, config: DistillWidthConfig) -> WidthCounts:
-        """Of the plan's sites; without a plan, of as many FFNs as a quarter of the blocks."""
+        """Counts the sites of the plan; without a plan, as many FFNs as a quarter of the blocks."""
         block = count.stored_blocks / count.blocks
         if count.plan is None or config.sites:
             number = max(1, len(config.sites.split()) or count.blocks // 4)
@@ -141,14 +142,7 @@ class WidthCounts:
         return EXACT * (self.count.width + 1) ** 2 * matrices
 
     def _chunks(self) -> Iterator[list[CountedFit]]:
-        chunk: list[CountedFit] = []
-        for fit in self.all_fits:
-            if chunk and self._bytes([*chunk, fit]) > self.cache_gb * 1e9:
-                yield chunk
-                chunk = []
-            chunk.append(fit)
-        if chunk:
-            yield chunk
+        return groups_within(self.cache_gb * 1e9, self.all_fits, self._bytes)
 
     def swept(self, states: float) -> tuple[float, float]:
         """Bytes of states that these sweeps read and write: a block's input for the sweep and for
@@ -161,7 +155,7 @@ class WidthCounts:
         return reads * states, writes * states
 
     def walks(self, config: DetectWidthConfig, samples: int) -> float:
-        """Of the reference and of all candidates; those begin where they differ from it."""
+        """Walks of the reference and of all candidates, which begin where they differ from it."""
         return measuring_walks(self.layouts, samples * self.count.state, config.cache_gb)
 
     def students_read(self) -> float:
