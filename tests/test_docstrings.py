@@ -9,7 +9,7 @@ import pytest
 
 PACK = Path(__file__).resolve().parents[1]
 FRAGMENT = re.compile(r"(Of|Those) ")
-NOT_YET = (PACK / "ppcl_engine" / "estimate",)  # some of its docstrings still begin this way
+NOT_YET = (PACK / "ppcl_engine" / "estimate",)  # four of its docstrings still begin this way
 
 
 def described(text: str) -> Iterator[tuple[str, str]]:
