@@ -12,7 +12,7 @@ from ..host.switching import size_of, variant_of, with_variant
 from ..loading.bundles import variant_names
 from ..loading.request import variant_in
 from ..node import Node
-from .load_model import described
+from .patcher import described
 
 KEEP, BY_SIZE = "as it is", "by size"
 

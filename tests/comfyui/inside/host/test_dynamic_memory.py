@@ -139,7 +139,7 @@ def test_a_model_without_it(pack, bundle, teacher, monkeypatch):
     monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Dynamic)
     path = pack("paths").model_path
     request = pack("loading.request").Request(path=path(bundle.name), base=path(teacher.name))
-    make, arguments = pack("use.load_model").load_patcher(request, "fp32")[0].cached_patcher_init
+    make, arguments = pack("use.patcher").load_patcher(request, "fp32")[0].cached_patcher_init
     assert type(make(*arguments)) is Dynamic
     assert type(make(*arguments, disable_dynamic=True)) is comfy.model_patcher.ModelPatcher
 
