@@ -8,18 +8,16 @@ if __name__ == "__main__":  # before the other imports, which take seconds: Ctrl
     watch()
 
 import errno
-import importlib
 import os
-import re
 import sys
 from pathlib import Path
 
 from .settings import assess_settings, base_settings
 from .settings.arguments import parse
+from .settings.toml_files import read_tables
 from .stages import STAGES, run_stage
 from .system.early import INTERRUPTED, finish
 from .system.memory_errors import is_lack_of_memory
-from .system.texts import read_text
 from .system.wording import cut, known_names, one_line, shown
 
 TINY = "tiny"  # table of a run file: the small teacher that --tiny uses instead of the model
@@ -124,7 +122,7 @@ def run_file(path: Path, tiny: bool = False, dry_run: bool = False) -> None:
     if tiny:
         from .demo.tiny import tiny_run
 
-        stages = tiny_run(path.stem, _tables(path).get(TINY, {}), stages)
+        stages = tiny_run(path.stem, read_tables(path).get(TINY, {}), stages)
     if not stages:
         raise ValueError(f"{path} names no stage; add a table such as [calibrate]")
     if dry_run:
@@ -138,7 +136,7 @@ def run_file(path: Path, tiny: bool = False, dry_run: bool = False) -> None:
 
 def read_run_file(path: Path) -> list[tuple[str, object]]:
     """(stage, settings) in the file's order. Raises ValueError naming file, table and setting."""
-    tables = _tables(path)
+    tables = read_tables(path)
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ValueError(
@@ -157,25 +155,6 @@ def read_run_file(path: Path) -> list[tuple[str, object]]:
         )
         for stage, table in tables.items()
     ]
-
-
-def _tables(path: Path) -> dict[str, dict]:
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; give a TOML file")
-    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    text = read_text(path)
-    try:
-        return toml.loads(text)
-    except (ValueError, RecursionError) as error:  # RecursionError: nested without end
-        raise ValueError(f"{path}: {error}{_hint(text, str(error))}") from None
-
-
-def _hint(text: str, error: str) -> str:
-    """Advice if the mistake is in a line with a backslash in double quotes, where it begins an escape:
-    probably a Windows path."""
-    number = re.search(r"at line (\d+)", error)
-    line = text.split("\n")[int(number[1]) - 1] if number else ""
-    return f"; {base_settings.PATHS_OF_WINDOWS}" if re.search(r'"[^"]*\\', line) else ""
 
 
 def _usage() -> str:

@@ -71,6 +71,7 @@ def write(
     timesteps = (
         "" if sigmas is None else " ".join(f"{float(sigma):.9g}" for sigma in sigmas if sigma > 0)
     )
+    read = {"timesteps": timesteps, "samples": samples} if form == "table" else {"bound": bound}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fold") as run, listening(HostProgress()):
         path = fold(
             FoldConfig(
@@ -79,9 +80,7 @@ def write(
                 form=form,
                 name=name,
                 run=Path(run),
-                bound=bound,
-                timesteps=timesteps,
-                samples=samples,
+                **read,
                 dtype=precision,
                 host="comfyui",
                 device=str(comfy.model_management.get_torch_device()),

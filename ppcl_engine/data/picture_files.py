@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from ..system.texts import lines_of, read_text
+from ..system.texts import check_line_ends, lines_of, read_text
 from .photos import READ, picture_names, read_picture
 
 
@@ -17,7 +17,9 @@ def caption_file(path: Path) -> list[str]:
     file."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a text file with one caption a line")
-    lines = lines_of(read_text(path))
+    text = read_text(path)
+    check_line_ends(text, path)
+    lines = lines_of(text)
     if not lines:
         raise ValueError(f"{path} is empty; write one caption a line")
     return [line.strip() for line in lines]
@@ -77,6 +79,13 @@ def _references_of(picture: Path, by_name: dict[str, Path], folder: Path) -> lis
             f"{folder} has no reference of {picture.name}; put {picture.stem}.png there, or {picture.stem}_1.png and so on"
         )
     return references
+
+
+def check_pictures(paths: Iterable[Path]) -> None:
+    """Reads each, before the hours that others may take. Raises ValueError naming the first that
+    cannot be read."""
+    for path in paths:
+        read_picture(path)
 
 
 def load_references(rows: Sequence[Sequence[Path]], size: tuple[int, int]) -> torch.Tensor:

@@ -30,6 +30,8 @@ from ..stages.prune.polish import polish
 from ..stages.prune.probe import probe
 from ..stages.prune.variants import variants
 from ..system.atomic import write_text
+from ..system.outputs import check_folder
+from ..system.run_lock import holding
 from .bundled import bundled, render_pictures
 
 FOLDERS = {"qwen": Path("runs/demo"), "flux": Path("runs/demo_flux")}
@@ -64,10 +66,16 @@ SHARE = {"qwen": 0.5, "flux": 0.6}  # parameters of the smallest variant, relati
 
 def demo(config: DemoConfig) -> Path:
     """Runs every stage in the method's order; run again, it goes on from the files in the folder.
-    Returns the report."""
+    Returns the report. Raises ValueError while another process works in the folder."""
+    run = config.run or FOLDERS[config.teacher]
+    check_folder(run)
+    with holding(run, "demo"):
+        return _whole_method(config, run)
+
+
+def _whole_method(config: DemoConfig, run: Path) -> Path:
     start = time.monotonic()
     size = QUICK if config.quick else FULL_SIZE
-    run = config.run or FOLDERS[config.teacher]
     common = {
         "model": bundled(config.teacher),
         "run": run,

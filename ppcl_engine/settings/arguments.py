@@ -15,6 +15,7 @@ from ..system.wording import known_names, shown
 from .ranges import Settings
 
 HELP = {"-h", "--help"}
+OUTPUT = "--output"  # the one setting that names a file to write
 RULE = re.compile(r"\W*")  # a line of tyro's box that has no word in it
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 EDGES = " \t│|"
@@ -65,6 +66,10 @@ def _check_names(
         if Path in (hint, *get_args(hint))
     }
     for number, word in enumerate(arguments):
+        name, _, value = word.partition("=")
+        value = value or "".join(arguments[number + 1 : number + 2])
+        if name == OUTPUT and value.endswith(("/", os.sep)):  # Path would drop it
+            raise ValueError(f"{OUTPUT} {shown(value)} is a folder; give the name of a file in it")
         if (
             word in paths
             and arguments[number + 1 : number + 2] == [""]
@@ -72,6 +77,8 @@ def _check_names(
             and word[:-1] in paths
         ):
             raise ValueError(f"{word.rstrip('=')} is empty; give a path")
+    if positional and all(word.startswith("-") for word in arguments):
+        raise ValueError(f"{stage} needs a file; write ppcl {stage} FILE")
     missing = [
         f"--{name}"
         for name, field in names.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,9 +44,10 @@ def locked(folder: Path, doing: str = "", seconds: float = 0.0) -> Iterator[None
     """Holds the lock itself. `doing`: what others are told; empty: nothing.
 
     Raises ValueError, naming the holder, when another process (or another part of this one) keeps
-    it for `seconds`.
+    it for `seconds`; and where something else than a file has the lock's name.
     """
     folder = Path(folder)
+    _check_file(folder / LOCK)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=seconds)
@@ -66,6 +68,12 @@ def locked(folder: Path, doing: str = "", seconds: float = 0.0) -> Iterator[None
         if not _HELD[key]:
             del _HELD[key]
         lock.release()
+
+
+def _check_file(path: Path) -> None:
+    """A link would lock, and empty, a file that somebody keeps elsewhere."""
+    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        raise ValueError(f"{path} is not a file but a folder, link or pipe; remove it")
 
 
 def _key(folder: Path) -> str:

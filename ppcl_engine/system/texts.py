@@ -4,6 +4,7 @@ only."""
 from __future__ import annotations
 
 import codecs
+import re
 from pathlib import Path
 
 MOST_BYTES = 100_000_000
@@ -11,12 +12,12 @@ MARKS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 SAVE = "save it as UTF-8"
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most: int = MOST_BYTES) -> str:
     """The text, with its line ends. Raises ValueError naming the file and the first byte that is
     not UTF-8."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a text file")
-    if path.stat().st_size > MOST_BYTES:
+    if path.stat().st_size > most:
         raise ValueError(
             f"{path} has {path.stat().st_size:,} bytes, too many for a text; give another file"
         )
@@ -35,6 +36,15 @@ def read_text(path: Path) -> str:
             f"{path} is UTF-16 or not text: {_place(content, content.index(0))}; {SAVE}"
         )
     return text
+
+
+def check_line_ends(text: str, path: Path) -> None:
+    """Raises ValueError for line ends of old Macs, which would make one line of several."""
+    if found := re.search(r"\r(?!\n|$)", text):
+        line = text.count("\n", 0, found.start()) + 1
+        raise ValueError(
+            f"{path}: line {line:,} has a carriage return in it; save it with line feeds (LF or CRLF)"
+        )
 
 
 def lines_of(text: str) -> list[str]:

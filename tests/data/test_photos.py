@@ -212,3 +212,13 @@ def test_random_damage_is_a_picture_or_one_line(tmp_path, form, capfd):
             assert read_picture(path).mode == "RGB"
         except ValueError as error:
             assert str(error).startswith(str(path)) and "\n" not in str(error)
+
+
+def test_a_broken_picture_is_named_before_anything_is_encoded(tmp_path, line_of):
+    scene(64, 64).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:-30])
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("a red K on a blue circle, yellow background")
+    given = ["--images", tmp_path, "--samples", 2, "--device", "cpu", "--run", tmp_path / "run"]
+    line = line_of("calibrate", "--model", TEACHER, *given)
+    assert line.startswith(f"ppcl: {tmp_path / 'b.png'} cannot be read as a picture")

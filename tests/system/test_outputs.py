@@ -46,6 +46,8 @@ def test_a_device_is_not_replaced(line_of, no_file):
         ("", "--output is empty; give a path"),
         ("sub", "is a folder"),
         ("sub/", "is a folder"),
+        ("new/", "--output 'new/' is a folder; give the name of a file in it"),
+        ("new.png/", "--output 'new.png/' is a folder"),
         ("/", "is a folder"),
         ("a.gif", "is not the name of a picture; let it end in .png, .jpg, .jpeg"),
         ("picture", "is not the name of a picture"),

@@ -93,3 +93,25 @@ def test_what_a_dead_holder_left_is_not_believed(tmp_path):
     (tmp_path / HOLDER).unlink()
     with holding(tmp_path / "new", "probe"), holding(tmp_path / "new", "detect"):
         assert json.loads((tmp_path / "new" / HOLDER).read_text())["doing"] == "probe"
+
+
+def test_the_demo_s_own_folder_is_held_too(tmp_path, holder, line_of, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert line_of("demo", "--quick").startswith(f"ppcl: polish (process {holder.pid} on ")
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link", "link to nothing"])
+def test_what_has_the_lock_s_name_and_is_no_file(tmp_path, stage, kind):
+    lock, kept = tmp_path / "worker.lock", tmp_path / "kept.txt"
+    kept.write_text("kept")
+    make = {
+        "folder": lock.mkdir,
+        "pipe": lambda: os.mkfifo(lock),
+        "link": lambda: lock.symlink_to(kept),
+        "link to nothing": lambda: lock.symlink_to(tmp_path / "none"),
+    }
+    make[kind]()
+    assert stage() == f"ppcl: {lock} is not a file but a folder, link or pipe; remove it"
+    assert kept.read_text() == "kept" and not (tmp_path / "none").exists()

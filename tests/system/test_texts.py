@@ -42,6 +42,18 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
     )
 
 
+def test_line_ends_of_old_macs_are_refused(tmp_path, line_of):
+    path = tmp_path / "a.txt"
+    for text, line in (("a cat\ra dog\r", 1), ("[probe]\r\nmodel = 1\rrun = 2\n", 2)):
+        path.write_bytes(text.encode())
+        said = (
+            f"{path}: line {line} has a carriage return in it; save it with line feeds (LF or CRLF)"
+        )
+        with pytest.raises(ValueError) as caught:
+            caption_file(path)
+        assert str(caught.value) == said and line_of("run", path) == f"ppcl: {said}"
+
+
 WRONG = {
     "UTF-16 with a mark": (" a cat".encode("utf-16"), "is UTF-16 (its first bytes are ff fe)"),
     "UTF-16, the other way": (b"\xfe\xff\x00a", "is UTF-16 (its first bytes are fe ff)"),

@@ -49,6 +49,6 @@ def open_codec(path: Path, device: str = "cpu") -> Codec:
             vocabulary = file.about(VOCABULARY_KEY, tuple[str, ...])
             return TableCodec(vocabulary, *tables, position_embedding=positions)
     raise ValueError(
-        f"{path} has no text encoder and VAE; give a diffusers pipeline folder, "
-        "or stored embeddings with --embeddings"
+        f"{path} has no text encoder and VAE; give a diffusers pipeline folder "
+        "(calibrate also takes stored embeddings, with --embeddings)"
     )

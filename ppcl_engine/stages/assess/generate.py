@@ -12,12 +12,14 @@ from ...architectures import Architecture
 from ...data.codecs import open_codec
 from ...data.codecs.base import Codec
 from ...data.sampling import Prompts, draw_prompts, encode_edits, encode_prompts
+from ...models.kinds import Kind, kind_of
 from ...models.opening import architecture_of, open_model
 from ...settings.assess_settings import GenerateConfig
 from ...system.atomic import replacing
 from ...system.finite import BAD_PICTURE, check_finite
 from ...system.machine import resolve_device
 from ...system.outputs import LONGEST_JPEG, check_picture
+from ...system.tensor_files import check_exists
 
 BATCH = 16
 
@@ -27,6 +29,7 @@ def generate(config: GenerateConfig) -> Path:
     other."""
     form = check_picture(config.output)
     device = resolve_device(config.device)
+    _check_kinds(config)
     codec = open_codec(config.base or config.path, device)
     texts = [text.strip() for text in config.prompt.split("|")]
     architecture = architecture_of(config.path)
@@ -44,6 +47,23 @@ def generate(config: GenerateConfig) -> Path:
     check_finite({"picture": pictures}, config.base or config.path, BAD_PICTURE)
     save_row(config.output, pictures, form)
     return config.output
+
+
+def _check_kinds(config: GenerateConfig) -> None:
+    """Raises ValueError for a bundle without its base, and for a base that has no text encoder
+    because it is a pruned model."""
+    for path in (config.path, config.base):
+        if path is not None:
+            check_exists(path)
+    if config.base is None and kind_of(config.path) is Kind.BUNDLE:
+        raise ValueError(
+            f"{config.path} is a bundle: students only; give the full model it was made from as --base"
+        )
+    if config.base is not None and kind_of(config.base) in (Kind.BUNDLE, Kind.RELEASED):
+        raise ValueError(
+            f"--base {config.base} is a {kind_of(config.base).value}, not a full model; give the one that "
+            f"{config.path} was made from"
+        )
 
 
 def _encoded(

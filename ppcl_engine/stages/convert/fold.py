@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -39,15 +39,25 @@ from ...models.weights import Weights
 from ...plan import PruningPlan
 from ...report.folding_report import printed, size_of, write_report
 from ...settings.convert_settings import FoldConfig
+from ...system.distributed import tell
 from ...system.machine import DTYPES, resolve_device, return_freed_memory
 from ...system.progress import Progress
 from ...system.tensor_files import TensorFile
+
+OF_FORM = {
+    "table": ("steps", "timesteps", "height", "width", "samples"),
+    "basis": ("bound", "rank"),
+    "off": (),
+}
+"""form -> the settings that belong to it alone"""
+MOST_SAMPLES = 1024  # at once: as many rows go through the time embedder
 
 
 def fold(config: FoldConfig) -> Path:
     """Returns the file; of a bundle its base's folded file is written beside it, as `<name>_base`.
     Raises ValueError for models that cannot be folded, a bound that no useful rank keeps, files
     that do not belong together."""
+    _tell_unused(config)
     original = open_original(config.path)
     folder = config.run / "exports"
     if config.form == "off":
@@ -59,6 +69,23 @@ def fold(config: FoldConfig) -> Path:
     check_foldable(original.architecture, original.config, config.path)
     base = _base_of(original, config)
     return _Folding(config, original, base).write(folder)
+
+
+def _tell_unused(config: FoldConfig) -> None:
+    """A line for each setting that is given, but that this form does not read."""
+    reasons = {
+        name: f"--form {config.form} does not read it"
+        for form, names in OF_FORM.items()
+        if form != config.form
+        for name in names
+    }
+    if config.timesteps:
+        reasons |= dict.fromkeys(("steps", "height", "width"), "--timesteps is given")
+    if config.rank is not None:
+        reasons["bound"] = "--rank is given"
+    for field in fields(config):
+        if field.name in reasons and getattr(config, field.name) != field.default:
+            tell(f"--{field.name} has no effect, since {reasons[field.name]}")
 
 
 def _path(folder: Path, name: str, original: Original) -> Path:
@@ -261,6 +288,10 @@ class _Folding:
         numbers = self.config.samples.replace(",", " ").split()
         if not numbers or not all(re.fullmatch("[1-9][0-9]{0,4}", number) for number in numbers):
             raise ValueError(f"--samples {self.config.samples!r}: whole numbers from 1, as '1 2'")
+        if max(map(int, numbers)) > MOST_SAMPLES:
+            raise ValueError(
+                f"--samples {self.config.samples!r}: numbers from 1 to {MOST_SAMPLES:,}, as '1 2'"
+            )
         return [int(number) for number in numbers]
 
 

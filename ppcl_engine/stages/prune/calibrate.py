@@ -25,6 +25,7 @@ from ...data.codecs import open_codec
 from ...data.codecs.base import Codec, check_references
 from ...data.picture_files import (
     caption_file,
+    check_pictures,
     load_pictures,
     load_references,
     picture_files,
@@ -95,6 +96,8 @@ def _from_images(
     size = sampling.picture_size(codec, config.height, config.width)
     rows = picture_files(images)
     behind = _references(config, [path for path, _ in rows])
+    check_pictures(path for path, _ in rows[: config.samples])
+    check_pictures(path for row in behind[: config.samples] for path in row)
     generator = torch.Generator().manual_seed(config.seed)
     empty = torch.rand(config.samples, generator=generator) < config.empty_captions
     timesteps = spread_timesteps(config.samples, generator)

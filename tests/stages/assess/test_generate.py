@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ppcl_engine.__main__ import main
+from ppcl_engine.demo.bundled import TEACHER
 from ppcl_engine.settings.convert_settings import ExportConfig
 from ppcl_engine.stages.assess.generate import save_row
 from ppcl_engine.stages.convert.export import export
@@ -60,6 +61,18 @@ def test_a_row_too_long_for_a_jpeg_is_said_before_it_is_drawn(line_of, tmp_path)
     line = line_of(*drawing(tmp_path / "a.jpg", "|".join([CAPTION] * 1400)))
     assert "67,200 pixels beside each other are too many for a JPEG; write a .png" in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_and_its_base_are_told_apart(line_of, tmp_path):
+    bundle, output = TEACHER.with_name("demo.ppcl.safetensors"), tmp_path / "a.png"
+    given = ["generate", "--path", bundle, "--prompt", CAPTION, "--output", output]
+    assert line_of(*given) == (
+        f"ppcl: {bundle} is a bundle: students only; give the full model it was made from as --base"
+    )
+    assert line_of(*given, "--base", bundle) == (
+        f"ppcl: --base {bundle} is a bundle, not a full model; give the one that {bundle} was made from"
+    )
+    assert "does not exist" in line_of(*given, "--base", tmp_path / "none")
 
 
 def test_small_pictures_are_not_enlarged_past_what_a_jpeg_holds(tmp_path):

@@ -143,6 +143,7 @@ def test_a_table_of_another_model(folded, teacher_file, make_model, save_model, 
         ),
         ({"form": "table", "timesteps": "7"}, "--timesteps '7': numbers from 0 to 1"),
         ({"form": "table", "samples": "0"}, "--samples '0': whole numbers from 1"),
+        ({"form": "table", "samples": "1 99999"}, "--samples '1 99999': numbers from 1 to 1,024"),
         ({"form": "table", "name": "../up"}, "letters, digits"),
         ({"form": "off"}, "--form off needs --base, the file that was folded"),
     ],
@@ -151,6 +152,17 @@ def test_bad_settings_are_one_line(folded, teacher_file, settings, message):
     with pytest.raises(ValueError, match=message) as error:
         folded(teacher_file, **settings)
     assert "\n" not in str(error.value)
+
+
+def test_a_setting_that_the_form_does_not_read_is_told(folded, teacher_file, capsys):
+    for form, said in (
+        ("table", "--bound has no effect, since --form table does not read it\n"),
+        ("basis", "--steps has no effect, since --form basis does not read it\n"),
+    ):
+        folded(teacher_file, form)
+        assert said in capsys.readouterr().err
+    folded(teacher_file, "table", timesteps="1 0.5", bound=0.01)
+    assert "--steps has no effect, since --timesteps is given\n" in capsys.readouterr().err
 
 
 def test_files_that_cannot_be_folded(folded, teacher_file, tmp_path):
