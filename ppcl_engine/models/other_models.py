@@ -58,11 +58,18 @@ def unknown_model(names: Collection[str], path: Path) -> str:
         return f"{path} is one shard of {int(match[2])} ({int(match[1])}); give the folder that they lie in"
     if kind := _kind_of(names, KINDS):
         return f"{path} is {kind}, which is of no known architecture ({KNOWN})"
-    for architecture in ARCHITECTURES:
-        for outer in _outer_names(architecture):
-            missing = sorted(outer - set(names))
-            if 2 * len(missing) < len(outer) and architecture.detect({*names, *outer}):
-                return f"{path} looks like {architecture.name}, but lacks {len(missing)} tensors, first {missing[0]}; it is incomplete"
+    incomplete = [
+        (len(missing), architecture.name, missing[0])
+        for architecture in ARCHITECTURES
+        for outer in _outer_names(architecture)
+        if 2 * len(missing := sorted(outer - set(names))) < len(outer)
+        and architecture.detect({*names, *outer})
+    ]
+    if incomplete:  # architectures share names: it is the one that lacks least
+        count, name, first = min(incomplete)
+        return (
+            f"{path} looks like {name}, but lacks {count} tensors, first {first}; it is incomplete"
+        )
     first = ", ".join(shown(name) for name in sorted(names)[:4]) or "none"
     return f"{path} is of no known architecture ({KNOWN}); its first keys: {first}"
 
