@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -108,6 +108,30 @@ class FoldConfig(Settings):
     device: Device = "auto"
     """Where to compute; best where the model will run, since other devices' kernels round
     differently."""
+
+
+SETTINGS_OF_FORM = {
+    "table": ("steps", "timesteps", "height", "width", "samples"),
+    "basis": ("bound", "rank"),
+    "off": (),
+}
+"""form of a folding -> the settings that only it reads"""
+
+
+def unused_settings(config: FoldConfig) -> dict[str, str]:
+    """The settings that are given, but that this form does not read, and why."""
+    reasons = {
+        name: f"--form {config.form} does not read it"
+        for form, names in SETTINGS_OF_FORM.items()
+        if form != config.form
+        for name in names
+    }
+    if config.timesteps:
+        reasons |= dict.fromkeys(("steps", "height", "width"), "--timesteps is given")
+    if config.rank is not None:
+        reasons["bound"] = "--rank is given"
+    given = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
+    return {name: reason for name, reason in reasons.items() if name in given}
 
 
 @dataclass(frozen=True, kw_only=True)

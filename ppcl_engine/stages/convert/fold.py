@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -38,18 +38,12 @@ from ...models.folding.writing import Folded, write_folded, write_unfolded
 from ...models.weights import Weights
 from ...plan import PruningPlan
 from ...report.folding_report import printed, size_of, write_report
-from ...settings.convert_settings import FoldConfig
+from ...settings.convert_settings import FoldConfig, unused_settings
 from ...system.distributed import tell
 from ...system.machine import DTYPES, resolve_device, return_freed_memory
 from ...system.progress import Progress
 from ...system.tensor_files import TensorFile
 
-OF_FORM = {
-    "table": ("steps", "timesteps", "height", "width", "samples"),
-    "basis": ("bound", "rank"),
-    "off": (),
-}
-"""form -> the settings that belong to it alone"""
 MOST_SAMPLES = 1024  # at once: as many rows go through the time embedder
 
 
@@ -57,7 +51,8 @@ def fold(config: FoldConfig) -> Path:
     """Returns the file; of a bundle its base's folded file is written beside it, as `<name>_base`.
     Raises ValueError for models that cannot be folded, a bound that no useful rank keeps, files
     that do not belong together."""
-    _tell_unused(config)
+    for name, reason in unused_settings(config).items():
+        tell(f"--{name} has no effect, since {reason}")
     original = open_original(config.path)
     folder = config.run / "exports"
     if config.form == "off":
@@ -69,23 +64,6 @@ def fold(config: FoldConfig) -> Path:
     check_foldable(original.architecture, original.config, config.path)
     base = _base_of(original, config)
     return _Folding(config, original, base).write(folder)
-
-
-def _tell_unused(config: FoldConfig) -> None:
-    """A line for each setting that is given, but that this form does not read."""
-    reasons = {
-        name: f"--form {config.form} does not read it"
-        for form, names in OF_FORM.items()
-        if form != config.form
-        for name in names
-    }
-    if config.timesteps:
-        reasons |= dict.fromkeys(("steps", "height", "width"), "--timesteps is given")
-    if config.rank is not None:
-        reasons["bound"] = "--rank is given"
-    for field in fields(config):
-        if field.name in reasons and getattr(config, field.name) != field.default:
-            tell(f"--{field.name} has no effect, since {reasons[field.name]}")
 
 
 def _path(folder: Path, name: str, original: Original) -> Path:
