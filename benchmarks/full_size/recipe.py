@@ -60,7 +60,7 @@ def recipe(model: Path, run: Path, embeddings: Path, blocks: int) -> list[Step]:
     return [
         stage("calibrate", "--embeddings", str(embeddings), *drawing),
         stage("probe", "--train-steps", "2"),
-        stage("detect", "--longest", "3", "--remove", str(removed), *samples),
+        stage("detect", "--longest", "2", "--remove", str(removed), *samples),
         stage("distill-depth", "--correction", "none", *training),
         stage("detect-width", *candidates, "--share", f"{share:.3f}", *samples),
         stage("distill-width", *training),
