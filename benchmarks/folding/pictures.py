@@ -49,7 +49,7 @@ def pictures(folder: Path, output: Path, captions: int, steps: int) -> dict:
     texts = reading.captions(captions, seed=0)
     prompts = encode_prompts(open_codec(TEACHER), texts)
     rows, columns = [], []
-    for variant in ["full", *(v.name for v in Bundle(BUNDLE).plan.variants if v.name != "full")]:
+    for variant in Bundle(BUNDLE).variant_names:
         drawn, parameters = {}, {}
         for form, (path, base) in files.items():
             model = open_model(path, variant, base)

@@ -31,12 +31,21 @@ BUNDLE_SUFFIX = ".ppcl.safetensors"
 class Bundle:
     """`*.ppcl.safetensors`, opened. Raises ValueError for a file without a plan."""
 
+    kind = "bundle"
+
     def __init__(self, path: Path):
+        self.path = Path(path)
         self.file = TensorFile(path)
         if PLAN_KEY not in self.file.metadata:
             raise ValueError(f"{path} holds no pruning plan, so it is not a PPCL bundle")
         self.plan: PruningPlan = checked(plan_from_json(self.file.metadata[PLAN_KEY], path))
         self.architecture = architecture_named(self.plan.architecture)
+        self.config, self.num_blocks = self.plan.config, self.plan.num_blocks
+
+    @property
+    def variant_names(self) -> list[str]:
+        """All that can be opened, the full model first."""
+        return ["full", *(v.name for v in self.plan.variants if v.name != "full")]
 
     @cached_property
     def expected_base(self) -> ExpectedBase | None:

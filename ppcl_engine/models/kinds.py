@@ -1,32 +1,34 @@
-"""What kind of model a file or folder holds, told from its metadata and configuration."""
+"""The four kinds of files and folders that hold a model, and the one that opens any of them.
+
+Whatever is opened has its `kind` (as `ppcl inspect` names it), path, architecture, config and
+num_blocks; all but a bundle have a `layout` and read tensors by diffusers' names.
+"""
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 
-from .bundle import is_bundle
-from .released import is_width_pruned
-from .standalone import standalone_structure
+from .bundle import Bundle, is_bundle
+from .released import Released, is_width_pruned
+from .standalone import Standalone, is_standalone
+from .weights import Weights
 
 
-class Kind(Enum):
-    """The kinds, as `ppcl inspect` names them."""
+def open_file(
+    path: Path, legacy_txt_proj: bool = False
+) -> Bundle | Standalone | Released | Weights:
+    """Raises ValueError, naming the file, for one that cannot be read or lacks tensors.
 
-    BUNDLE = "bundle"
-    """students and projections of a model, with the plan"""
-    STANDALONE = "standalone with teacher indices"
-    """one whole variant, in our own layout"""
-    RELEASED = "released width-pruned"
-    """a folder of the paper's authors"""
-    FULL = "full model"
-    """anything else: a model of a known architecture, in any layout"""
-
-
-def kind_of(path: Path) -> Kind:
-    """Raises ValueError, naming the file, for one that cannot be read."""
+    legacy_txt_proj: see `Released`; other kinds have no use for it.
+    """
     if is_width_pruned(path):
-        return Kind.RELEASED
+        return Released(path, legacy_txt_proj)
+    return open_convertible(path)
+
+
+def open_convertible(path: Path) -> Bundle | Standalone | Weights:
+    """The same for those that can be folded and made sparse. Raises ValueError for a folder of the
+    paper's authors, which has to be imported first."""
     if is_bundle(path):
-        return Kind.BUNDLE
-    return Kind.STANDALONE if standalone_structure(path) else Kind.FULL
+        return Bundle(path)
+    return Standalone(path) if is_standalone(path) else Weights(path)

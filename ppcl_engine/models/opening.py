@@ -10,21 +10,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..architectures import ARCHITECTURES, Architecture, architecture_named
+from ..architectures import ARCHITECTURES, Architecture
 from ..architectures.folded import FOLDING
 from ..architectures.modules import AnyModule
 from ..system.atomic import read_object
-from ..system.tensor_files import check_exists
-from .assembly import assemble, empty_model, open_variant
+from .assembly import assemble, open_variant
 from .bundle import Bundle
 from .bundle_contents import check_bundle
-from .filling import fill
 from .folding.reading import give_base
-from .kinds import Kind, kind_of
-from .layout import full_layout
+from .kinds import open_file
 from .model_configs import check_model_config
 from .released import Released, repeated_steps_warning
-from .standalone import open_standalone, standalone_structure
+from .standalone import Standalone
 from .streaming import block_loader
 from .weights import Weights
 
@@ -47,14 +44,12 @@ def model_config(model: Path) -> tuple[str, Architecture, dict]:
 
 
 def _of_file(model: Path) -> tuple[Architecture, dict]:
-    if structure := standalone_structure(model):
-        return architecture_named(structure["architecture"]), structure["config"]
-    if kind_of(model) is Kind.BUNDLE:
+    found = open_file(model)
+    if isinstance(found, Bundle):
         raise ValueError(
             f"{model} is a bundle: students only; give the base model it was made from as --base"
         )
-    weights = Weights(model)
-    return weights.architecture, weights.config
+    return found.architecture, found.config
 
 
 def _from_config_file(model: Path, values: dict) -> tuple[str, Architecture, dict]:
@@ -92,11 +87,79 @@ def open_model(
     memory. Raises ValueError in one line; so does the model's save_pretrained, where diffusers
     could not load what it writes.
     """
-    model = _opened(
-        Path(path), variant, Path(base) if base else None, dtype, device, legacy_txt_proj, streamed
-    )
+    path, base = Path(path), Path(base) if base else None
+    found = open_file(path, legacy_txt_proj)
+    if legacy_txt_proj and not isinstance(found, Released):
+        raise ValueError(
+            f"{path} is not one of the authors' width-pruned folders, so --legacy-txt-proj has no effect; leave it out"
+        )
+    if isinstance(found, Bundle):
+        model = _variant_model(found, variant, base, dtype, device, streamed)
+    else:
+        _check_whole(found, variant, base, streamed)
+        model = _whole_model(found, base, dtype, device, streamed)
     if streamed or not _is_stock(model):
-        model.save_pretrained = partial(_refuse_to_save, Path(path), streamed)
+        model.save_pretrained = partial(_refuse_to_save, path, streamed)
+    return model
+
+
+def _variant_model(
+    bundle: Bundle,
+    name: str | None,
+    base: Path | None,
+    dtype: torch.dtype,
+    device: str,
+    streamed: bool,
+) -> AnyModule:
+    if base is None:
+        raise ValueError(
+            f"{bundle.path} is a bundle: students only; give the base model it was made from as well"
+        )
+    weights = Weights(base)
+    _check_folded_alike(bundle, weights)
+    bundle.check_base(weights, base)
+    check_bundle(bundle.file, bundle.plan)
+    variant = bundle.plan.variant(name)
+    if streamed and variant.tuned:
+        raise ValueError(
+            f"variant {variant.name!r} was fine-tuned as a whole, so no block of {base} could be streamed; leave streamed out"
+        )
+    load = block_loader(weights, dtype, device, streamed)
+    return open_variant(weights, bundle, bundle.plan, variant, dtype, device, load)
+
+
+def _check_whole(
+    found: Standalone | Released | Weights, variant: str | None, base: Path | None, streamed: bool
+) -> None:
+    """Raises ValueError for what only a bundle has, or a full model."""
+    if variant is not None:
+        raise ValueError(
+            f"{found.path} is not a bundle, so it has no variant {variant!r}; leave the variant out"
+        )
+    if streamed and (not isinstance(found, Weights) or base is not None):
+        raise ValueError(
+            f"{found.path} has no streamed form, which full models and bundles have; leave streamed out"
+        )
+
+
+def _whole_model(
+    found: Standalone | Released | Weights,
+    base: Path | None,
+    dtype: torch.dtype,
+    device: str,
+    streamed: bool,
+) -> AnyModule:
+    if isinstance(found, Released):
+        if warning := repeated_steps_warning(found):
+            warnings.warn(f"{found.path}: {warning}", stacklevel=3)
+        return found.model(dtype, device)
+    if isinstance(found, Standalone):
+        model = found.model(dtype, device)
+    else:
+        load = block_loader(found, dtype, device, streamed)
+        model = assemble(found, None, found.layout, dtype, device, load)
+    if base is not None:
+        give_base(model, base, found.path)
     return model
 
 
@@ -123,58 +186,6 @@ def _refuse_to_save(path: Path, streamed: bool, *arguments, **named) -> None:
     )
 
 
-def _opened(
-    path: Path,
-    variant: str | None,
-    base: Path | None,
-    dtype: torch.dtype,
-    device: str,
-    legacy_txt_proj: bool,
-    streamed: bool,
-) -> AnyModule:
-    check_exists(path)
-    kind = kind_of(path)
-    if legacy_txt_proj and kind is not Kind.RELEASED:
-        raise ValueError(
-            f"{path} is not one of the authors' width-pruned folders, so --legacy-txt-proj has no effect; leave it out"
-        )
-    if kind is not Kind.BUNDLE:
-        if variant is not None:
-            raise ValueError(
-                f"{path} is not a bundle, so it has no variant {variant!r}; leave the variant out"
-            )
-        if streamed and (kind is not Kind.FULL or base is not None):
-            raise ValueError(
-                f"{path} has no streamed form, which full models and bundles have; leave streamed out"
-            )
-        if kind is Kind.RELEASED:
-            return _open_released(Released(path, legacy_txt_proj), dtype, device)
-        if structure := standalone_structure(path):
-            return _with_base(open_standalone(path, structure, dtype, device), base, path)
-        weights = Weights(path)
-        load = block_loader(weights, dtype, device, streamed)
-        return _with_base(
-            assemble(weights, None, full_layout(weights.num_blocks), dtype, device, load),
-            base,
-            path,
-        )
-    if base is None:
-        raise ValueError(
-            f"{path} is a bundle: students only; give the base model it was made from as well"
-        )
-    bundle, weights = Bundle(path), Weights(base)
-    _check_folded_alike(bundle, weights)
-    bundle.check_base(weights, base)
-    check_bundle(bundle.file, bundle.plan)
-    chosen = bundle.plan.variant(variant)
-    if streamed and chosen.tuned:
-        raise ValueError(
-            f"variant {chosen.name!r} was fine-tuned as a whole, so no block of {base} could be streamed; leave streamed out"
-        )
-    load = block_loader(weights, dtype, device, streamed)
-    return open_variant(weights, bundle, bundle.plan, chosen, dtype, device, load)
-
-
 def _check_folded_alike(bundle: Bundle, weights: Weights) -> None:
     ours, theirs = (config.get(FOLDING) for config in (bundle.plan.config, weights.config))
     if ours != theirs:
@@ -185,30 +196,3 @@ def _check_folded_alike(bundle: Bundle, weights: Weights) -> None:
             f"{bundle.file.path} is {said[0]}, {weights.path} is {said[1]}: they were not folded together; take the base that "
             "`ppcl fold` wrote beside the bundle, or the bundle and base as they were before"
         )
-
-
-def _with_base(model: nn.Module, base: str | Path | None, path: Path) -> nn.Module:
-    """A folded table gets the timesteps that it lacks from the file that it was folded from."""
-    if base is not None:
-        give_base(model, Path(base), path)
-    return model
-
-
-def architecture_of(path: Path) -> Architecture:
-    """The architecture of any file that `open_model` reads."""
-    kind = kind_of(path)
-    if kind is Kind.BUNDLE:
-        return Bundle(path).architecture
-    if kind is Kind.RELEASED:
-        return Released(path).architecture
-    structure = standalone_structure(path)
-    return (
-        architecture_named(structure["architecture"]) if structure else Weights(path).architecture
-    )
-
-
-def _open_released(released: Released, dtype: torch.dtype, device: str) -> nn.Module:
-    if warning := repeated_steps_warning(released):
-        warnings.warn(f"{released.path}: {warning}", stacklevel=3)
-    model = empty_model(released.architecture, released.config, released.layout)
-    return fill(model, released.read, dtype, device, released.path)

@@ -13,11 +13,13 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..architectures import ARCHITECTURES, Architecture, detect_architecture
 from ..plan import Interval, WidthSite, parse_intervals
 from ..system.atomic import read_object
-from .filling import check_shape
+from .assembly import empty_model
+from .filling import check_shape, fill
 from .layout import Layout, Place
 from .model_configs import check_model_config
 from .stored_layout import open_layout, transformer_folder
@@ -34,6 +36,8 @@ class Released:
     compute P(x) + x, under the same names; it is read as P - 1. Raises ValueError, in one line, for
     a missing tensor or one without a place.
     """
+
+    kind = "released width-pruned"
 
     def __init__(self, path: str | Path, legacy_txt_proj: bool = False):
         self.path = Path(path)
@@ -96,6 +100,10 @@ class Released:
         file, name = self._place(key)
         tensor = file.read(name)
         return tensor.float() - torch.eye(len(tensor)) if key in self._maps else tensor
+
+    def model(self, dtype: torch.dtype, device: str) -> nn.Module:
+        empty = empty_model(self.architecture, self.config, self.layout)
+        return fill(empty, self.read, dtype, device, self.path)
 
     @cached_property
     def repeated_steps(self) -> list[int]:

@@ -3,7 +3,7 @@ structure inside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -87,74 +87,61 @@ def hints_of(plan: PruningPlan, indices: list[int], config: dict) -> torch.Tenso
     return as_tensor({"indices": indices, "blocks": plan.num_blocks, "config": config})
 
 
-def standalone_structure(path: Path) -> dict | None:
-    """The structure tensor's content when `path` is a standalone in our own (non-stock) layout,
-    also as part of a checkpoint that ComfyUI saved."""
+def is_standalone(path: Path) -> bool:
+    """Whether it is a standalone in our own layout, also as part of a checkpoint that ComfyUI
+    saved."""
     if not path.is_file():
-        return None
+        return False
     file = TensorFile(path)
-    name = common_prefix(file.keys()) + STRUCTURE_TENSOR
     # a folded full model has both
-    if name not in file.entries or "config" in file.metadata:
-        return None
-    return structure_in(file, name)
+    return _structure_name(file) in file.entries and "config" not in file.metadata
 
 
-def structure_in(file: TensorFile, name: str) -> dict:
-    """Raises ValueError, naming the file, for a structure that is not a plan."""
-    values = object_in(file.read(name), file.path)
-    plan = checked(plan_from_value(values, f"{file.path}: {STRUCTURE_TENSOR}"))
-    check_model_config(plan.architecture, plan.config, file.path)
-    return values
+def _structure_name(file: TensorFile) -> str:
+    return common_prefix(file.keys()) + STRUCTURE_TENSOR
 
 
-def check_standalone(path: Path, structure: dict) -> None:
-    """Raises ValueError, naming the tensor, for one that is missing, of the wrong shape, or not of
-    numbers."""
-    _empty_standalone(path, structure)
+class Standalone:
+    """A standalone, opened; `read` gives its tensors by diffusers' names with teacher indices.
 
-
-def open_standalone(path: Path, structure: dict, dtype: torch.dtype, device: str) -> nn.Module:
-    model, read = _empty_standalone(path, structure)
-    return fill(model, read, dtype, device, path)
-
-
-def _empty_standalone(
-    path: Path, structure: dict
-) -> tuple[nn.Module, Callable[[str], torch.Tensor]]:
-    """The model to be filled, and the function that reads each of its tensors; all of them are
-    there.
-
-    Nothing is built from a plan with more blocks than the file has tensors for.
+    Raises ValueError, naming the file, for a structure that is not a plan, and for a tensor that is
+    missing, of the wrong shape, or not of numbers.
     """
-    plan = plan_from_value(structure, path)
-    architecture, layout = architecture_named(plan.architecture), layout_of(plan, plan.everything())
-    held = len(TensorFile(path).entries)
-    if LEAST_TENSORS * len(layout.places) > held:
-        raise ValueError(
-            f"{path} has {held} tensors, too few for the {len(layout.places)} blocks of its plan; copy or export it again"
-        )
-    model = empty_model(architecture, plan.config, layout)
-    return model, standalone_reader(path, plan, model.state_dict())
 
+    kind = "standalone with teacher indices"
 
-def standalone_reader(
-    path: Path, plan: PruningPlan, state: Mapping[str, torch.Tensor]
-) -> Callable[[str], torch.Tensor]:
-    """Reads a standalone's tensors by diffusers' names with teacher indices.
+    def __init__(self, path: Path):
+        self.path, self.file = path, TensorFile(path)
+        values = object_in(self.file.read(_structure_name(self.file)), path)
+        self.plan: PruningPlan = checked(plan_from_value(values, f"{path}: {STRUCTURE_TENSOR}"))
+        self.config = check_model_config(self.plan.architecture, self.plan.config, path)
+        self.architecture = architecture_named(self.plan.architecture)
+        self.num_blocks, self.fingerprint = self.plan.num_blocks, self.plan.fingerprint
+        self.layout = layout_of(self.plan, self.plan.everything())
+        self.read = self._reader()
 
-    `state`: all of them, only their shapes are used. Raises ValueError for one that is missing, of
-    the wrong shape, or not of numbers.
-    """
-    architecture, layout = architecture_named(plan.architecture), layout_of(plan, plan.everything())
-    parts = variant_parts(architecture, plan.config, layout, state)
-    stored = {usual_name(architecture, name): place for name, place in open_layout(path)[0].items()}
-    if missing := sorted({part.name for part in parts.values()} - stored.keys()):
-        raise ValueError(
-            f"{path} lacks {len(missing)} tensors, first {missing[0]}; copy, export or save it again"
-        )
-    scales = scales_of(stored, TensorFile(path).metadata, path)
-    check_parts(
-        stored, scales, parts, {name: tuple(tensor.shape) for name, tensor in state.items()}, path
-    )
-    return partial(read_part, stored, scales, parts)
+    def model(self, dtype: torch.dtype, device: str) -> nn.Module:
+        empty = empty_model(self.architecture, self.config, self.layout)
+        return fill(empty, self.read, dtype, device, self.path)
+
+    def _reader(self) -> Callable[[str], torch.Tensor]:
+        held, blocks = len(self.file.entries), len(self.layout.places)
+        if LEAST_TENSORS * blocks > held:  # nothing is built from such a plan
+            raise ValueError(
+                f"{self.path} has {held} tensors, too few for the {blocks} blocks of its plan; copy or export it again"
+            )
+        with torch.device("meta"):
+            state = empty_model(self.architecture, self.config, self.layout).state_dict()
+        parts = variant_parts(self.architecture, self.config, self.layout, state)
+        stored = {
+            usual_name(self.architecture, name): place
+            for name, place in open_layout(self.path)[0].items()
+        }
+        if missing := sorted({part.name for part in parts.values()} - stored.keys()):
+            raise ValueError(
+                f"{self.path} lacks {len(missing)} tensors, first {missing[0]}; copy, export or save it again"
+            )
+        scales = scales_of(stored, self.file.metadata, self.path)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        check_parts(stored, scales, parts, shapes, self.path)
+        return partial(read_part, stored, scales, parts)

@@ -17,6 +17,7 @@ from torch import nn
 from ..architectures import ARCHITECTURES, Architecture, Part
 from ..system.json_text import shown
 from .filling import fill
+from .layout import Layout, full_layout
 from .model_configs import check_model_config, sizes_that_differ
 from .other_models import refuse_inputs, refuse_kinds, refuse_shard, unknown_model
 from .scales import IGNORED_SUFFIXES, SCALE_SUFFIXES, scales_of
@@ -66,6 +67,9 @@ class Weights:
     unexpected tensors, and for quantised weights in a format that is not read.
     """
 
+    kind = "full model"
+    plan = None
+
     def __init__(self, path: Path):
         self.path = Path(path)
         stored, config = open_layout(self.path)
@@ -88,6 +92,10 @@ class Weights:
     @property
     def num_blocks(self) -> int:
         return self.architecture.num_blocks(self.config)
+
+    @property
+    def layout(self) -> Layout:
+        return full_layout(self.num_blocks)
 
     def keys(self) -> list[str]:
         return list(self._tensors)

@@ -11,17 +11,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...architectures import Architecture, SharedText, architecture_named
+from ...architectures import Architecture, SharedText
 from ...architectures.folded import FOLDING
-from ...models.assembly import empty_model, placed_block
+from ...models.assembly import placed_block
 from ...models.bundle import Bundle
-from ...models.kinds import Kind, kind_of
-from ...models.layout import Layout, Place, full_layout, layout_of
-from ...models.standalone import standalone_reader, standalone_structure
+from ...models.kinds import open_convertible
+from ...models.layout import Layout, Place, layout_of
 from ...models.surgery import empty_block
 from ...models.weights import Weights
-from ...plan import PruningPlan, Variant, plan_from_value
-from ...system.tensor_files import check_exists
+from ...plan import PruningPlan, Variant
 
 PlacedBlock = Callable[[Place, torch.dtype, str, dict[int, SharedText]], nn.Module]
 
@@ -81,20 +79,23 @@ class SparsitySource:
 def open_source(path: Path, base: Path | None, variant: str | None) -> SparsitySource:
     """Raises ValueError for a folded model, and for a base or variant that is missing or not
     wanted."""
-    check_exists(path)
-    if kind_of(path) is Kind.BUNDLE:
-        source = _of_bundle(path, base, variant)
+    model = open_convertible(path)
+    if isinstance(model, Bundle):
+        source = _of_bundle(model, base, variant)
     elif variant is not None:
         raise ValueError(
             f"{path} is not a bundle, so it has no variant {variant!r}; leave the variant out"
         )
-    elif structure := standalone_structure(path):
-        source = _of_standalone(path, plan_from_value(structure, path))
     else:
-        weights = Weights(path)
-        layout = full_layout(weights.num_blocks)
         source = SparsitySource(
-            path, weights.architecture, weights.config, layout, weights.fingerprint, weights.read
+            path,
+            model.architecture,
+            model.config,
+            model.layout,
+            model.fingerprint,
+            model.read,
+            model.plan,
+            model.plan.everything() if model.plan else None,
         )
     if FOLDING in source.config:
         raise ValueError(
@@ -103,24 +104,12 @@ def open_source(path: Path, base: Path | None, variant: str | None) -> SparsityS
     return source
 
 
-def _of_standalone(path: Path, plan: PruningPlan) -> SparsitySource:
-    everything, architecture = plan.everything(), architecture_named(plan.architecture)
-    layout = layout_of(plan, everything)
-    with torch.device("meta"):
-        names = empty_model(architecture, plan.config, layout).state_dict()
-    read = standalone_reader(path, plan, names)
-    return SparsitySource(
-        path, architecture, plan.config, layout, plan.fingerprint, read, plan, everything
-    )
-
-
-def _of_bundle(path: Path, base: Path | None, name: str | None) -> SparsitySource:
+def _of_bundle(bundle: Bundle, base: Path | None, name: str | None) -> SparsitySource:
     if base is None:
         raise ValueError(
-            f"{path} is a bundle: students only; give the base model it was made from as --base"
+            f"{bundle.path} is a bundle: students only; give the base model it was made from as --base"
         )
-    bundle, weights = Bundle(path), Weights(base)
-    plan = bundle.plan
+    weights, plan = Weights(base), bundle.plan
     bundle.check_base(weights, base)
     variant = plan.variant(name)
     read, placed = weights.read, lambda place, *where: placed_block(weights, bundle, place, *where)
@@ -128,8 +117,8 @@ def _of_bundle(path: Path, base: Path | None, name: str | None) -> SparsitySourc
         read, placed = partial(bundle.tuned, variant.name), None
     layout = layout_of(plan, variant)
     return SparsitySource(
-        path,
-        weights.architecture,
+        bundle.path,
+        bundle.architecture,
         plan.config,
         layout,
         plan.fingerprint,

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...architectures import Architecture, architecture_named
+from ...architectures import Architecture
 from ...architectures.base import modulation_names
 from ...architectures.folded import (
     FOLDING,
@@ -26,12 +26,12 @@ from ...architectures.folded import (
     table_maps,
     unfolded_config,
 )
-from ...plan import PruningPlan, plan_from_value
+from ...architectures.modules import AnyModule
+from ...plan import PruningPlan
 from ...system.progress import Progress
 from ...system.tensor_files import TensorFile
-from ..bundle import PLAN_KEY, Bundle
-from ..kinds import Kind, kind_of
-from ..standalone import standalone_structure
+from ..bundle import PLAN_KEY
+from ..kinds import open_convertible
 from ..stored_layout import STRUCTURE_TENSOR, common_prefix, open_layout
 from ..teacher_hashes import TEACHER_KEY
 from ..weights import Weights
@@ -122,17 +122,7 @@ class Original:
 def open_original(path: Path) -> Original:
     """Raises ValueError for any other kind of file."""
     path = Path(path)
-    if kind_of(path) is Kind.BUNDLE:
-        bundle = Bundle(path)
-        stored = {name: (bundle.file, name) for name in bundle.file.keys()}
-        return Original(
-            path,
-            bundle.architecture,
-            bundle.plan.config,
-            stored,
-            bundle.file.metadata,
-            plan=bundle.plan,
-        )
+    model = open_convertible(path)
     file = TensorFile(path) if path.is_file() else None
     prefix = common_prefix(file.keys()) if file is not None else ""
     stored = {
@@ -142,14 +132,15 @@ def open_original(path: Path) -> Original:
     }
     if file is not None:  # what a checkpoint holds beside the transformer stays
         stored |= {name: (file, name) for name in file.keys() if not name.startswith(prefix)}
-    metadata = {} if file is None else file.metadata
-    if structure := standalone_structure(path):
-        plan = plan_from_value(structure, path)
-        architecture = architecture_named(plan.architecture)
-        return Original(path, architecture, plan.config, stored, metadata, prefix, plan=plan)
-    weights = Weights(path)
     return Original(
-        path, weights.architecture, weights.config, stored, metadata, prefix, weights=weights
+        path,
+        model.architecture,
+        model.config,
+        stored,
+        {} if file is None else file.metadata,
+        prefix,
+        model.plan,
+        weights=model if isinstance(model, Weights) else None,
     )
 
 
@@ -213,7 +204,7 @@ def open_modulation(read: Read, name: str, dtype: torch.dtype, device: str) -> n
     return nn.Sequential(nn.SiLU(), linear).requires_grad_(False)
 
 
-def give_base(model: nn.Module, base: Path, path: Path) -> None:
+def give_base(model: AnyModule, base: Path, path: Path) -> None:
     """Lets a table model read missing timesteps, when it needs them, from the file that it was
     folded from.
 
@@ -222,7 +213,7 @@ def give_base(model: nn.Module, base: Path, path: Path) -> None:
     inputs = table_inputs(model)
     if inputs is None:
         return
-    folding = open_original(path).folding
+    folding = folding_of(model.config)
     mark = folding.mark if folding else ""
     maps = table_maps(model)
 

@@ -9,8 +9,8 @@ import torch
 from ...algorithms.sparsity.kernels import on_kernels
 from ...architectures.modules import AnyModule
 from ...models.bundle import Bundle
-from ...models.kinds import Kind, kind_of
-from ...models.opening import architecture_of, open_model
+from ...models.kinds import open_file
+from ...models.opening import open_model
 from ...models.weights import parameter_count
 from ...settings.assess_settings import BenchConfig
 from ...system.machine import DTYPES, resolve_device
@@ -20,11 +20,8 @@ def bench(config: BenchConfig) -> None:
     """Prints a table: parameters, median milliseconds, ratio to the first variant. 2:4 weights run on
     the GPU's kernels for them, if it has any."""
     device, dtype = resolve_device(config.device), DTYPES[config.dtype]
-    names = (
-        ["full", *(v.name for v in Bundle(config.path).plan.variants if v.name != "full")]
-        if kind_of(config.path) is Kind.BUNDLE
-        else [None]
-    )
+    found = open_file(config.path)
+    names = found.variant_names if isinstance(found, Bundle) else [None]
     models = {
         name: open_model(config.path, name, config.base if name else None, dtype, device)
         for name in names
@@ -32,7 +29,7 @@ def bench(config: BenchConfig) -> None:
     sparse = sum(map(on_kernels, models.values()))
     if sparse:
         print(f"{sparse} linear maps run on the GPU's 2:4 kernels")
-    architecture = architecture_of(config.path)
+    architecture = found.architecture
     first: AnyModule = next(iter(models.values()))
     model_config = dict(first.config)
     grid = (1, config.rows, config.columns)

@@ -12,8 +12,10 @@ from ...architectures import Architecture
 from ...data.codecs import open_codec
 from ...data.codecs.base import Codec
 from ...data.sampling import Prompts, draw_prompts, encode_edits, encode_prompts
-from ...models.kinds import Kind, kind_of
-from ...models.opening import architecture_of, open_model
+from ...models.bundle import Bundle
+from ...models.kinds import open_file
+from ...models.opening import open_model
+from ...models.released import Released
 from ...settings.assess_settings import GenerateConfig
 from ...system.atomic import replacing
 from ...system.finite import BAD_PICTURE, check_finite
@@ -32,7 +34,7 @@ def generate(config: GenerateConfig) -> Path:
     _check_kinds(config)
     codec = open_codec(config.base or config.path, device)
     texts = [text.strip() for text in config.prompt.split("|")]
-    architecture = architecture_of(config.path)
+    architecture = open_file(config.path).architecture
     prompts = _encoded(config, architecture, codec, texts)
     _check_fits(config.output, form, prompts, codec)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
@@ -55,14 +57,14 @@ def _check_kinds(config: GenerateConfig) -> None:
     for path in (config.path, config.base):
         if path is not None:
             check_exists(path)
-    if config.base is None and kind_of(config.path) is Kind.BUNDLE:
+    if config.base is None:
+        if isinstance(open_file(config.path), Bundle):
+            raise ValueError(
+                f"{config.path} is a bundle: students only; give the full model it was made from as --base"
+            )
+    elif isinstance(base := open_file(config.base), Bundle | Released):
         raise ValueError(
-            f"{config.path} is a bundle: students only; give the full model it was made from as --base"
-        )
-    if config.base is not None and kind_of(config.base) in (Kind.BUNDLE, Kind.RELEASED):
-        raise ValueError(
-            f"--base {config.base} is a {kind_of(config.base).value}, not a full model; give the one that "
-            f"{config.path} was made from"
+            f"--base {config.base} is a {base.kind}, not a full model; give the one that {config.path} was made from"
         )
 
 

@@ -11,18 +11,17 @@ from ...architectures import ARCHITECTURES, Architecture
 from ...architectures.folded import folding_of
 from ...models.bundle import Bundle
 from ...models.bundle_contents import check_bundle
-from ...models.kinds import Kind, kind_of
+from ...models.kinds import open_file
 from ...models.released import (
     Released,
     published_intervals,
     repeated_steps_warning,
     teacher_indices,
 )
-from ...models.standalone import check_standalone, standalone_structure
+from ...models.standalone import Standalone
 from ...models.stored_layout import files_of
 from ...models.teacher_hashes import check_all
 from ...models.weights import Weights, full_parameters
-from ...plan import PruningPlan
 from ...settings.assess_settings import InspectConfig
 from ...system.json_text import json_text
 from ...system.progress import Progress
@@ -102,61 +101,53 @@ def _compared(path: Path, base: Path) -> dict:
 
 
 def _describe(path: Path, legacy_txt_proj: bool) -> dict:
-    kind = kind_of(path)
-    if kind is Kind.RELEASED:
-        return _describe_released(Released(path, legacy_txt_proj))
-    if legacy_txt_proj:
+    found = open_file(path, legacy_txt_proj)
+    if legacy_txt_proj and not isinstance(found, Released):
         raise ValueError(
             f"{path} has no text projections of the authors', so --legacy-txt-proj does not apply; leave it out"
         )
-    if kind is Kind.BUNDLE:
-        bundle = Bundle(path)
-        check_bundle(bundle.file, bundle.plan, whole=True)
-        return _describe_plan(bundle.plan)
-    if structure := standalone_structure(path):
-        check_standalone(path, structure)
-        return {
-            "kind": kind.value,
-            "architecture": structure["architecture"],
-            "blocks": structure["num_blocks"],
-            "intervals": [f"{i['first']}-{i['last']}" for i in structure["intervals"]],
-            **_folding(structure["config"]),
-        }
-    weights = Weights(path)
     return {
-        "kind": kind.value,
-        "architecture": weights.architecture.name,
-        "blocks": weights.num_blocks,
-        "parameters": full_parameters(weights.architecture, weights.config),
-        "fingerprint": weights.fingerprint,
-        **_teacher_blocks(weights.architecture, weights.config),
-        **_folding(weights.config),
+        "kind": found.kind,
+        "architecture": found.architecture.name,
+        "blocks": found.num_blocks,
+        **_facts(found),
+        **_folding(found.config),
     }
 
 
-def _describe_plan(plan: PruningPlan) -> dict:
+def _facts(found: Bundle | Standalone | Released | Weights) -> dict:
+    match found:
+        case Bundle():
+            return _of_bundle(found)
+        case Standalone():
+            return {"intervals": [i.name for i in found.plan.intervals]}
+        case Released():
+            return _of_released(found)
     return {
-        "kind": Kind.BUNDLE.value,
-        "architecture": plan.architecture,
-        "blocks": plan.num_blocks,
+        "parameters": full_parameters(found.architecture, found.config),
+        "fingerprint": found.fingerprint,
+        **_teacher_blocks(found.architecture, found.config),
+    }
+
+
+def _of_bundle(bundle: Bundle) -> dict:
+    plan = bundle.plan
+    check_bundle(bundle.file, plan, whole=True)
+    return {
         "teacher": plan.fingerprint,
         "intervals": [i.name for i in plan.intervals],
         "variants": [
             {"name": v.name, "parameters": v.parameters, "damage": v.damage} for v in plan.variants
         ],
-        **_folding(plan.config),
     }
 
 
-def _describe_released(released: Released) -> dict:
+def _of_released(released: Released) -> dict:
     """Blocks are counted as in the folder, from 0 without gaps; parameters as stored."""
     places, known = released.layout.places, _teacher_blocks(released.architecture, released.config)
     indices = known.get("teacher_blocks")
     warning = repeated_steps_warning(released, indices if isinstance(indices, list) else None)
     return {
-        "kind": Kind.RELEASED.value,
-        "architecture": released.architecture.name,
-        "blocks": released.num_blocks,
         "parameters": released.parameters,
         "text_projections": [place.index for place in places if place.text_source is not None],
         "text_steps": [place.index for place in places if place.steps_text],

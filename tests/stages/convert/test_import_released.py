@@ -12,7 +12,7 @@ from ppcl_engine.__main__ import USER_ERROR, main
 from ppcl_engine.data.calibration import save_calibration
 from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.models.released import Released
-from ppcl_engine.models.standalone import GUARD_SHAPE, standalone_structure
+from ppcl_engine.models.standalone import GUARD_SHAPE, Standalone
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.system.tensor_files import TensorFile
 
@@ -42,9 +42,9 @@ def test_a_standalone_is_the_released_model(
     path = released_folder(lists=lists)
     file = imported(path, layout="ppcl", base=released_base if with_base else None)
     assert torch.equal(velocity(file), velocity(path))
-    structure = standalone_structure(file)
-    assert structure["num_blocks"] == TEACHER_BLOCKS
-    assert structure["fingerprint"] == (Weights(released_base).fingerprint if with_base else "")
+    standalone = Standalone(file)
+    assert standalone.num_blocks == TEACHER_BLOCKS
+    assert standalone.fingerprint == (Weights(released_base).fingerprint if with_base else "")
     stored = TensorFile(file)
     blocks = [
         k
