@@ -170,7 +170,7 @@ def test_a_gpu_that_is_not_there(monkeypatch):
             ["detect", "--model", "m", "--run", "r", "--device"],
             "Missing value for argument '--device'",
         ),
-        (["run"], "ppcl run --help lists the settings"),
+        (["run"], "run needs a file; write ppcl run FILE"),
         (["run", "a", "b"], "Unrecognized options: b;"),
         (["run", "--tinny"], "run has no setting '--tinny'; did you mean '--tiny'?"),
         (["probe", "--model", "z" * 5000, "--run", "r"], f"{'z' * 70}"),
