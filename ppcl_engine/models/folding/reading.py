@@ -26,7 +26,6 @@ from ...architectures.folded import (
     table_maps,
     unfolded_config,
 )
-from ...architectures.modules import AnyModule
 from ...plan import PruningPlan
 from ...system.progress import Progress
 from ...system.tensor_files import TensorFile
@@ -204,7 +203,7 @@ def open_modulation(read: Read, name: str, dtype: torch.dtype, device: str) -> n
     return nn.Sequential(nn.SiLU(), linear).requires_grad_(False)
 
 
-def give_base(model: AnyModule, base: Path, path: Path) -> None:
+def give_base(model: nn.Module, base: Path, path: Path) -> None:
     """Lets a table model read missing timesteps, when it needs them, from the file that it was
     folded from.
 
@@ -213,7 +212,7 @@ def give_base(model: AnyModule, base: Path, path: Path) -> None:
     inputs = table_inputs(model)
     if inputs is None:
         return
-    folding = folding_of(model.config)
+    folding = open_original(path).folding
     mark = folding.mark if folding else ""
     maps = table_maps(model)
 
