@@ -164,16 +164,20 @@ class Damage:
                 )
 
     def _remember(self, firsts: set[int], store: StateStore) -> None:
-        """The reference's states before these blocks."""
-        for walk in self._grouped([self.reference]):
+        """Stores the reference's states before these blocks."""
+        walks = [replace(walk, first=0) for walk in self._grouped([self.reference])]
+        total = len(walks) * self.teacher.num_blocks
+        with Progress(total=total, desc="reference", unit="block") as progress:
+            for walk in walks:
 
-            def passed(index: int, ways: list[Way], batches=walk.batches) -> None:
-                for batch, streams in zip(
-                    batches, ways[0][1] if index in firsts else (), strict=False
-                ):
-                    store.put(f"before_{index}", batch, state_of(streams, self.embedded[batch]))
+                def passed(index: int, ways: list[Way], walk: Walk = walk) -> None:
+                    if index in firsts:
+                        (_, streams), *_ = ways  # the reference is alone
+                        for batch, stream in zip(walk.batches, streams, strict=True):
+                            state = state_of(stream, self.embedded[batch])
+                            store.put(f"before_{index}", batch, state)
 
-            self._walk(replace(walk, first=0), before=passed)
+                self._walk(walk, progress.update, passed)
 
     def _before(self, index: int, batch: int) -> dict[str, torch.Tensor]:
         """The streams before a block, as the reference has them."""
