@@ -29,8 +29,9 @@ from ...architectures.folded import (
 from ...plan import PruningPlan
 from ...system.progress import Progress
 from ...system.tensor_files import TensorFile
-from ..bundle import PLAN_KEY
+from ..bundle import PLAN_KEY, Bundle
 from ..kinds import open_convertible
+from ..standalone import Standalone
 from ..stored_layout import STRUCTURE_TENSOR, common_prefix, open_layout
 from ..teacher_hashes import TEACHER_KEY
 from ..weights import Weights
@@ -56,8 +57,8 @@ class Original:
     """before the transformer's names, in a checkpoint"""
     plan: PruningPlan | None = None
     """of a bundle or standalone"""
-    weights: Weights | None = None
-    """of a full model"""
+    model: Weights | Standalone | None = None
+    """the file as a model, unless it is a bundle"""
 
     @property
     def is_bundle(self) -> bool:
@@ -95,9 +96,9 @@ class Original:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A transformer's tensor; a scaled one as its real values."""
-        if self.weights is not None:
-            return self.weights.read(name, dtype)
-        tensor = self.raw(self.prefix + name)
+        if isinstance(self.model, Weights):
+            return self.model.read(name, dtype)
+        tensor = self.model.read(name) if self.model else self.raw(self.prefix + name)
         return tensor if dtype is None else tensor.to(dtype)
 
     def raw(self, name: str) -> torch.Tensor:
@@ -139,7 +140,7 @@ def open_original(path: Path) -> Original:
         {} if file is None else file.metadata,
         prefix,
         model.plan,
-        weights=model if isinstance(model, Weights) else None,
+        model=None if isinstance(model, Bundle) else model,
     )
 
 

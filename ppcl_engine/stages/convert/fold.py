@@ -86,11 +86,11 @@ def _base_of(original: Original, config: FoldConfig) -> Original:
             f"{config.path} is a bundle: students only; give the full model it was made from as --base"
         )
     base = open_original(config.base)
-    if base.weights is None:
+    if not isinstance(base.model, Weights):
         raise ValueError(
             f"{config.base} is not a full model; give the one that {config.path} was made from as --base"
         )
-    Bundle(config.path).check_base(base.weights, config.base)
+    Bundle(config.path).check_base(base.model, config.base)
     check_foldable(base.architecture, base.config, config.base)
     return base
 

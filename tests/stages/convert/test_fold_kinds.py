@@ -53,10 +53,11 @@ def test_a_diffusers_folder(folded, output, model, tmp_path):
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in tensors_of(back).items())
 
 
-def test_a_scaled_fp8_file_keeps_its_precision(folded, output, teacher_file, tmp_path):
+def in_scaled_fp8(source, path):
+    """The same file with its matrices in scaled fp8, as ComfyUI saves one."""
     stored = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
-    for name, tensor in tensors_of(teacher_file).items():
-        if tensor.ndim == 2:
+    for name, tensor in tensors_of(source).items():
+        if tensor.ndim == 2 and tensor.numel():
             scale = tensor.abs().max() / 448
             stored |= {
                 name: (tensor / scale).to(torch.float8_e4m3fn),
@@ -64,17 +65,27 @@ def test_a_scaled_fp8_file_keeps_its_precision(folded, output, teacher_file, tmp
             }
         else:
             stored[name] = tensor
-    write_tensors(tmp_path / "fp8.safetensors", stored, TensorFile(teacher_file).metadata)
-    path = folded(tmp_path / "fp8.safetensors", "table")
-    assert torch.equal(output(open_model(path)), output(open_model(tmp_path / "fp8.safetensors")))
+    write_tensors(path, stored, TensorFile(source).metadata)
+    return path
+
+
+def test_a_scaled_fp8_file_keeps_its_precision(folded, output, teacher_file, tmp_path):
+    original = in_scaled_fp8(teacher_file, tmp_path / "fp8.safetensors")
+    path = folded(original, "table")
+    assert torch.equal(output(open_model(path)), output(open_model(original)))
     kept = TensorFile(path)
     assert kept.dtype("transformer_blocks.0.attn.to_q.weight") is torch.float8_e4m3fn
     assert kept.dtype("transformer_blocks.0.img_mod.1.weight") is torch.float32
     assert "transformer_blocks.0.img_mod.1.scale_weight" not in kept.keys()
-    assert same_files(
-        folded(path, "off", base=tmp_path / "fp8.safetensors", name="back"),
-        tmp_path / "fp8.safetensors",
-    )
+    assert same_files(folded(path, "off", base=original, name="back"), original)
+
+
+def test_a_standalone_in_scaled_fp8(folded, output, exported, tmp_path):
+    """Its modulations are folded as their real values."""
+    original = in_scaled_fp8(exported("ppcl", "small"), tmp_path / "fp8.safetensors")
+    path = folded(original, "table")
+    assert relative(output(open_model(path)), output(open_model(original))) < 1e-5
+    assert same_files(folded(path, "off", base=original, name="back"), original)
 
 
 @pytest.mark.parametrize("form", ["table", "basis"])
