@@ -99,7 +99,8 @@ def _released_structure(host: Host, tensors: FileTensors, hints: dict) -> Struct
         or indices[0] < 0
     ):
         raise ValueError(
-            f"the file has {count} blocks, the preset names {len(indices)}; choose this model's preset"
+            f"the file has {count} blocks, but the list of their numbers in the full model has {len(indices)} entries, or "
+            f"does not rise from 0 to {MOST_HOST_BLOCKS - 1} at most; choose this model's preset, or export the file again"
         )
     blocks = max(blocks, indices[-1] + 1)
     whole = host.spread(config, indices, blocks)

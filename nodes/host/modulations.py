@@ -1,5 +1,4 @@
-"""The modulations that a loader folds away: where files store them, read one at a time. Knows
-nothing of ComfyUI."""
+"""The modulations that a loader folds away: where files store them, read one at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""From files to tensors by the host's names. Knows files and plans, but does not call ComfyUI."""
+"""From files to tensors by the host's names. Only fold_on_load.py (devices, progress bar) and gguf.py
+(another pack's reader) call ComfyUI."""
 
 from __future__ import annotations
 

@@ -118,8 +118,8 @@ def check_folded_alike(host: Host, plan: PruningPlan, base: Locations, request: 
             else (request.base.name, request.path.name)
         )
         raise ValueError(
-            f"{which[0]} is not folded, {which[1]} is: they do not belong together; choose the two that were folded "
-            "together, or the two from before"
+            f"{which[0]} is not folded, but {which[1]} is; choose a bundle and a base that were folded together, or both "
+            "not folded"
         )
 
 

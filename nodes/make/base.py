@@ -13,6 +13,7 @@ from comfy_api.v0_0_2 import io, ui
 
 from ...ppcl_engine.jobs.state import current_state
 from ...ppcl_engine.settings.base_settings import Common, StatesConfig
+from ...ppcl_engine.system.wording import DEVICE_FORM, DEVICES
 from ..node import Node
 from ..widgets import WHOLE_SEED, help_of, inputs, values
 from . import results
@@ -23,7 +24,7 @@ from .waiting import Start, finish_upstream, run_job, screen_of
 FileType = io.Custom("COMBO")
 CATEGORY = "PPCL/make"
 COMMON = ("device", "dtype", "streamed", "seed")
-DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
+DEVICE = re.compile(DEVICE_FORM)
 HOW = ("wait", "start", "keep_running", "preview_seconds")
 
 
@@ -167,7 +168,7 @@ class JobNode(Node):
 def check_device(name: str) -> None:
     """Raises ValueError for a text that does not name a device."""
     if not DEVICE.fullmatch(name):
-        raise ValueError(f"{name[:50]!r} is not a device; choose auto, cpu, cuda or cuda:1")
+        raise ValueError(f"{name[:50]!r} is not a device; choose {DEVICES}")
 
 
 def how_of(given: dict) -> Start:

@@ -57,18 +57,21 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """blocks: parameters of each; streamed: of what a streamed teacher holds, its outer part and
-    two blocks that follow each other; correction: of a student's; forward: FLOPs of a sample
-    through all blocks."""
+    """What a model is made of."""
 
     architecture: Architecture
     config: dict
     cost: CostModel
     parameters: int
+    """of the whole model"""
     blocks: tuple[int, ...]
+    """parameters of each block"""
     streamed: int
+    """parameters that a streamed teacher holds: its outer part and two blocks that follow each other"""
     correction: int
+    """parameters of a student's correction"""
     forward: float
+    """FLOPs of a sample through all blocks"""
 
     def student(self, interval: Interval) -> int:
         return self.blocks[interval.first] + self.correction

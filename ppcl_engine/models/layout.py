@@ -87,7 +87,7 @@ def checked(plan: PruningPlan) -> PruningPlan:
         ) from None
     if count != plan.num_blocks:
         raise ValueError(
-            f"the plan has {plan.num_blocks} blocks, but the model configuration in it {count}; restore the plan"
+            f"the plan has {plan.num_blocks} blocks, but its model configuration has {count}; restore the plan"
         )
     for interval in plan.intervals:
         if (

@@ -106,7 +106,7 @@ def scales_of(stored: StoredTensors, metadata: Mapping[str, str], where: Path) -
             )
         if weight in scales:
             raise ValueError(
-                f"{where}: {shown(weight)} has two scales, {scales[weight].name} and {key}; which one is meant?"
+                f"{where}: {shown(weight)} has two scales, {scales[weight].name} and {key}; remove one of the two"
             )
         scales[weight] = Scale(file, key)
     _check_formats(stored, metadata, scales, where)

@@ -123,7 +123,7 @@ def stripped_names(names: Iterable[str], where: object) -> dict[str, str]:
             ours = name.removeprefix(prefix).replace(COMPILED, "")
             if ours in stored_names:
                 raise ValueError(
-                    f"{where}: {shown(stored_names[ours])} and {shown(name)} are the same tensor; which one is meant?"
+                    f"{where}: {shown(stored_names[ours])} and {shown(name)} are the same tensor; remove one of the two"
                 )
             stored_names[ours] = name
     return stored_names
@@ -146,7 +146,7 @@ def _open_folder(path: Path) -> tuple[StoredTensors, dict]:
         for name in file.keys():
             if name in stored:
                 raise ValueError(
-                    f"{path}: {shown(name)} is in {stored[name][0].path.name} and in {shard.name}; which one is meant?"
+                    f"{path}: {shown(name)} is in {stored[name][0].path.name} and in {shard.name}; remove one of the two files"
                 )
             stored[name] = file, name
     _check_index(path, stored)
@@ -225,5 +225,5 @@ def _check_inside(folder: Path, name: str, index: Path) -> None:
         inside = _is_below(Path(os.path.realpath(folder / name)), Path(os.path.realpath(folder)))
     if not inside or not name.endswith((".safetensors", ".bin")):
         raise ValueError(
-            f"{index}: {name[:80]!r} is not a file of weights in its folder, so it is not opened"
+            f"{index}: {name[:80]!r} is not a file of weights in its folder, so it is not opened; download the folder again"
         )

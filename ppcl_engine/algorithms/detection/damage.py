@@ -34,7 +34,7 @@ Standing = dict[Places, dict[int, Place]]
 """layout -> index -> what stands there"""
 Seen = Callable[[Places, int, torch.Tensor], None]
 """is called with (layout, batch, velocity)"""
-Way = tuple[list[Places], list[dict[str, torch.Tensor]]]
+Branch = tuple[list[Places], list[dict[str, torch.Tensor]]]
 """layouts that are alike so far, and their streams, one entry a batch"""
 
 
@@ -126,7 +126,9 @@ class Damage:
         return torch.cat([squares(velocities[batch]).cpu() for batch in range(len(self.embedded))])
 
     def _walk_all(self, layouts: list[Places], seen: Seen, what: str | None) -> None:
-        walks = list(self._grouped(sorted(layouts, key=self._parts_ways))) if layouts else []
+        walks = (
+            list(self._grouped(sorted(layouts, key=self._first_changed_block))) if layouts else []
+        )
         if self.store is not None and len(walks) > 1:
             self._remember({walk.first for walk in walks}, self.store)
         else:
@@ -160,7 +162,7 @@ class Damage:
                 yield Walk(
                     layouts=group,
                     batches=batches[batch : batch + together],
-                    first=min(self._parts_ways(group[0]), self.teacher.num_blocks - 1),
+                    first=min(self._first_changed_block(group[0]), self.teacher.num_blocks - 1),
                 )
 
     def _remember(self, firsts: set[int], store: StateStore) -> None:
@@ -170,9 +172,9 @@ class Damage:
         with Progress(total=total, desc="reference", unit="block") as progress:
             for walk in walks:
 
-                def passed(index: int, ways: list[Way], walk: Walk = walk) -> None:
+                def passed(index: int, branches: list[Branch], walk: Walk = walk) -> None:
                     if index in firsts:
-                        (_, streams), *_ = ways  # the reference is alone
+                        (_, streams), *_ = branches  # the reference is alone
                         for batch, stream in zip(walk.batches, streams, strict=True):
                             state = state_of(stream, self.embedded[batch])
                             store.put(f"before_{index}", batch, state)
@@ -186,9 +188,9 @@ class Damage:
             state = self.store.get(f"before_{index}", batch, state)
         return streams_of(state, self.rest)
 
-    def _parts_ways(self, places: Places) -> int:
-        """The first place that differs from the reference's; neighbours in this order share the
-        most blocks."""
+    def _first_changed_block(self, places: Places) -> int:
+        """The first block at which the layout differs from the reference. Sorted by it, neighbours
+        share the most blocks."""
         pairs = zip(places, self.reference, strict=False)
         return next(
             (ours.index for ours, theirs in pairs if ours != theirs), self.teacher.num_blocks
@@ -198,9 +200,9 @@ class Damage:
         self,
         walk: Walk,
         done: Callable[[], object] = lambda: None,
-        before: Callable[[int, list[Way]], None] = lambda index, ways: None,
-    ) -> list[Way]:
-        """The streams of all layouts behind the last block. Calls before(block, ways) and done() at
+        before: Callable[[int, list[Branch]], None] = lambda index, branches: None,
+    ) -> list[Branch]:
+        """The streams of all layouts behind the last block. Calls before(block, branches) and done() at
         every block."""
         standing = {places: {place.index: place for place in places} for places in walk.layouts}
         needed = sorted(
@@ -211,28 +213,35 @@ class Damage:
                 if not place.interval and place.index >= walk.first
             }
         )
-        ways: list[Way] = [(walk.layouts, [self._before(walk.first, b) for b in walk.batches])]
+        branches: list[Branch] = [
+            (walk.layouts, [self._before(walk.first, b) for b in walk.batches])
+        ]
         blocks = self.teacher.blocks(needed)
         for index in range(walk.first, self.teacher.num_blocks):
-            before(index, ways)
+            before(index, branches)
             block = next(blocks)[1] if index in needed else None
-            ways = self._through(index, block, ways, standing, walk.batches)
+            branches = self._through(index, block, branches, standing, walk.batches)
             done()
-        return ways
+        return branches
 
     def _through(
-        self, index: int, block: nn.Module | None, ways: list[Way], standing: Standing, batches
-    ) -> list[Way]:
-        """Takes every way through what stands at the place; it splits where its layouts differ."""
-        onward: list[Way] = []
+        self,
+        index: int,
+        block: nn.Module | None,
+        branches: list[Branch],
+        standing: Standing,
+        batches,
+    ) -> list[Branch]:
+        """Takes every branch through what stands at the place; it splits where its layouts differ."""
+        onward: list[Branch] = []
         built: dict[Place, nn.Module] = {}
         students: dict[Interval, nn.Module] = {}
-        while ways:
-            layouts, streams = ways.pop(0)
-            parted: dict[Place | None, list[Places]] = {}
+        while branches:
+            layouts, streams = branches.pop(0)
+            split: dict[Place | None, list[Places]] = {}
             for places in layouts:
-                parted.setdefault(standing[places].get(index), []).append(places)
-            for place, some in parted.items():
+                split.setdefault(standing[places].get(index), []).append(places)
+            for place, some in split.items():
                 if place is None:
                     onward.append((some, streams))
                     continue

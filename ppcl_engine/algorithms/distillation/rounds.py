@@ -221,7 +221,8 @@ class FreshStates:
         fitting = int(self.settings.cache_gb * 1e9 // size)
         if not fitting:
             raise ValueError(
-                f"--cache-gb {self.settings.cache_gb} is too small for one batch, which needs {size / 1e9:.2f}"
+                f"--cache-gb {self.settings.cache_gb:g} is too small for one batch, which needs {size / 1e9:.2f} GB; raise it, or "
+                "calibrate with a smaller --batch"
             )
         return min(self.settings.wanted_batches, fitting)
 

@@ -57,7 +57,7 @@ def export(config: ExportConfig) -> Path:
             folder / f"{config.name}.safetensors", tensors, plan, variant, dtype
         )
     _refuse_what_stock_lacks(plan, variant, config.layout)
-    block_map = _block_map(plan, variant)
+    block_map = [place.index for place in layout_of(plan, variant).places]
     stock_config = weights.architecture.with_blocks(weights.config, block_map)
     tensors = _renumbered(tensors, weights.architecture, weights.config, stock_config, block_map)
     metadata = {MAP_KEY: json_text(block_map), SOURCE_PLAN_KEY: plan.to_json(), "format": "pt"}
@@ -127,12 +127,6 @@ def _place_tensors(
         prefix + name: Source(tuple(t.shape), lambda n=name: state(place)[n])
         for name, t in shapes.items()
     }
-
-
-def _block_map(plan: PruningPlan, variant: Variant) -> list[int]:
-    """Teacher indices of the blocks that are left."""
-    gaps = {index for name in variant.intervals for index in plan.interval(name).blocks[1:]}
-    return [index for index in range(plan.num_blocks) if index not in gaps]
 
 
 def _renumbered(

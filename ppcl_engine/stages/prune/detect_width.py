@@ -45,14 +45,17 @@ FORMS = {"best": ("paper", "gated"), "paper": ("paper",), "gated": ("gated",)}
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Sites that switch as one. score: damage or 1 - CKA; saving: parameters; by block, explained:
-    share of variance; worst: what is left of the variance of the channel that is fitted worst."""
+    """Sites that are switched together."""
 
     sites: tuple[WidthSite, ...]
     saving: int
+    """parameters"""
     score: float = 0.0
+    """damage, or 1 - CKA"""
     explained: tuple[float, ...] = ()
+    """of each block: the share of variance that its projection explains"""
     worst: tuple[float, ...] = ()
+    """of each block: the share of variance that is left in its worst channel"""
 
     @property
     def name(self) -> str:

@@ -134,7 +134,8 @@ class _Projections:
         )
         if not missing:
             # what a process left that was killed when all were saved
-            store.clear(), Solutions.beside(store).clear()
+            store.clear()
+            Solutions.beside(store).clear()
             return
         inputs = self.calibration.all_inputs()
         with torch.no_grad():

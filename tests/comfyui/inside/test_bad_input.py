@@ -114,7 +114,7 @@ WRONG = {
     "an unknown field": ({"file": "unknown_field.ppcl.safetensors"}, "unknown field 'surprise'"),
     "no configuration": (
         {"file": "config.ppcl.safetensors"},
-        "configuration of its model lacks 'num_layers'",
+        "the model configuration in the plan lacks 'num_layers'; restore the plan",
     ),
     "a student lacks tensors": ({"file": "lacking.ppcl.safetensors"}, "lacks 2 tensors"),
 }

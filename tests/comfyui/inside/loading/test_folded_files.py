@@ -84,7 +84,7 @@ def test_the_engines_own_table_has_the_hosts_bits(folded_file, load, drawn, teac
         ),
         (
             {"base": "folded_basis.safetensors"},
-            "is not folded, folded_basis.safetensors is: they do not belong together",
+            "is not folded, but folded_basis.safetensors is; choose a bundle and a base",
         ),
     ],
 )
