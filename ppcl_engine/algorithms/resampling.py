@@ -38,6 +38,13 @@ def bootstrap_ratio(
     return float(low), float(high)
 
 
+def drawn_tokens(real: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Numbers of `count` real tokens of each sample, drawn at random: [n, count]; fewer where a
+    sample has fewer. real: bool [n, tokens]."""
+    order = torch.rand(real.shape, generator=generator).masked_fill(~real.cpu(), 2.0).argsort(1)
+    return order[:, : min(count, int(real.sum(1).min()))]
+
+
 def squares(x: torch.Tensor) -> torch.Tensor:
     """Sum of squares of each sample [n], float64, of x [n, ...]."""
     return x.double().square().flatten(1).sum(1)

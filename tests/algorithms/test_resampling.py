@@ -7,6 +7,7 @@ from ppcl_engine.algorithms.resampling import (
     bootstrap_interval,
     bootstrap_ratio,
     bootstrap_subsets,
+    drawn_tokens,
     wilson_interval,
 )
 
@@ -50,3 +51,12 @@ def test_wilson_interval_against_published_values(right, count, expected):
     """81 of 263: Newcombe 1998, table I, method 3."""
     values = torch.arange(count) < right
     assert wilson_interval(values) == pytest.approx(expected, abs=1e-4)
+
+
+def test_tokens_are_drawn_from_the_real_ones_alone():
+    real = torch.tensor([[True, True, False, True, False], [False, True, True, True, True]])
+    for count, found in ((2, 2), (9, 3)):
+        drawn = drawn_tokens(real, count, torch.Generator().manual_seed(0))
+        assert drawn.shape == (2, found) and bool(real.gather(1, drawn).all())
+        assert all(len(set(row)) == found for row in drawn.tolist())
+    assert torch.equal(drawn, drawn_tokens(real, 9, torch.Generator().manual_seed(0)))

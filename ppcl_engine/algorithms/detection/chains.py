@@ -21,7 +21,7 @@ from ...system.progress import Progress
 from ...system.tensor_files import write_tensors
 from ..grouping import groups_within
 from ..least_squares import RIDGE, InputMoments, NormalEquations
-from ..resampling import bootstrap_subsets, squares
+from ..resampling import bootstrap_subsets, drawn_tokens, squares
 from .alignment import biased_hsic, cka, hsic, linear_gram, rbf_gram
 from .curves import FIT, STREAMS, Curves, section_starts
 from .intervals import reach
@@ -99,8 +99,12 @@ class _Measurement:
         self.last = teacher.num_blocks - 1
         self.starts = section_starts(teacher)
         samples = sum(len(state.image) for state in self.embedded)
-        self.subsets = bootstrap_subsets(samples, config.tokens, config.bootstrap, config.seed)
-        self.places = list(self._drawn_places())
+        real = [state.real("image") for state in self.embedded]
+        tokens = min(config.tokens, *(int(mask.sum(1).min()) for mask in real))
+        generator = torch.Generator().manual_seed(config.seed)
+        self.drawn = [drawn_tokens(mask, tokens, generator) for mask in real]
+        """of each batch: the image tokens that are compared, [n, tokens], without references"""
+        self.subsets = bootstrap_subsets(samples, tokens, config.bootstrap, config.seed)
         self.maps: dict[int, dict[int, Maps]] = {}
         self.seen: dict[tuple[int, int], dict[int, torch.Tensor]] = {}
         self._sweep()
@@ -276,22 +280,11 @@ class _Measurement:
     def _cka(self, ours: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return cka(ours, teacher, self.subsets, biased_hsic if self.config.biased else hsic)
 
-    def _drawn_places(self) -> Iterator[torch.Tensor]:
-        """For every batch, the image tokens of each sample that are compared: [n, tokens], without
-        references."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        for state in self.embedded:
-            shape = self.teacher.architecture.final_image(self.teacher.outer, state).shape[:2]
-            order = torch.rand(shape, generator=generator).masked_fill(
-                ~state.real("image").cpu(), 2.0
-            )
-            yield order.argsort(1)[:, : self.config.tokens]
-
     def _features(self, state: BlockState, batch: int) -> torch.Tensor:
         """[n * tokens, d]: the drawn image tokens of a batch."""
         image = self.teacher.architecture.final_image(self.teacher.outer, state)
-        places = self.places[batch][..., None].expand(-1, -1, image.shape[-1])
-        return torch.gather(image, 1, places.to(image.device)).flatten(0, 1).cpu()
+        chosen = self.drawn[batch][..., None].expand(-1, -1, image.shape[-1])
+        return torch.gather(image, 1, chosen.to(image.device)).flatten(0, 1).cpu()
 
     def _gram(self, features: list[torch.Tensor]) -> torch.Tensor:
         rows = torch.cat(features)

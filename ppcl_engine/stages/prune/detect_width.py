@@ -26,6 +26,7 @@ from ...algorithms.detection.width_solutions import (
     print_warnings,
     ridge_solutions,
 )
+from ...algorithms.resampling import drawn_tokens
 from ...models.assembly import Students
 from ...models.cost import CostModel
 from ...models.layout import Layout, Place, layout_of
@@ -300,14 +301,8 @@ def _alignment(
 def _some_tokens(x: torch.Tensor, real: torch.Tensor, config: DetectWidthConfig) -> torch.Tensor:
     """`tokens` of every sample's real tokens, drawn with the seed: [n * tokens, d]."""
     generator = torch.Generator().manual_seed(config.seed)
-    order = (
-        torch.rand(real.shape, generator=generator)
-        .to(real.device)
-        .masked_fill(~real, 2.0)
-        .argsort(1)
-    )
-    places = order[:, : min(config.tokens, int(real.sum(1).min()))]
-    return torch.gather(x, 1, places[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1)
+    chosen = drawn_tokens(real, config.tokens, generator).to(x.device)
+    return torch.gather(x, 1, chosen[..., None].expand(-1, -1, x.shape[-1])).flatten(0, 1)
 
 
 def _misaligned(

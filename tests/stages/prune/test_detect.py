@@ -120,6 +120,13 @@ def test_the_budget_needs_no_cka(planted, run_stages):
     run.curves.unlink()  # the fixture is shared
 
 
+def test_more_tokens_than_a_picture_has_are_all_of_them(planted, run_stages):
+    run_stages(*planted, "detect", remove=REMOVE, longest=5, tokens=10**6)
+    run = Run(planted[1])
+    assert run.load_plan().intervals
+    run.curves.unlink()  # the fixture is shared
+
+
 def test_what_is_missing_is_named(tmp_path, teacher_file, make_run, run_stages, calibration_of):
     folder = make_run(tmp_path / "run", teacher_file)
     with pytest.raises(ValueError, match="block_001.safetensors does not exist; run probe first"):
