@@ -81,6 +81,24 @@ def test_plans_that_cannot_be_applied(error_of, run_folder, teacher_file, change
     assert expected in error_of("distill-depth", "--model", teacher_file, "--run", run_folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_attention_heads": ["x"]}, "num_attention_heads should be a valid integer"),
+        ({"in_channels": None}, "in_channels should be a valid integer"),
+        ({"patch_size": 10**30}, "patch_size should be less than or equal to 64"),
+        ({"num_attention_heads": 1}, "num_attention_heads is 1, but"),
+    ],
+)
+def test_a_plan_that_describes_another_model(error_of, run_folder, teacher_file, changes, expected):
+    from ppcl_engine.models.weights import Weights
+
+    plan_file(run_folder, teacher_file, config={**Weights(teacher_file).config, **changes})
+    line = error_of("export", "--model", teacher_file, "--run", run_folder)
+    assert f"plan.json: configuration: {expected}" in line
+    assert not (run_folder / "exports").exists()
+
+
 def test_stages_out_of_order_say_what_to_run_first(error_of, tmp_path, run_folder, teacher_file):
     assert "run calibrate first" in error_of(
         "probe", "--model", teacher_file, "--run", tmp_path / "empty"

@@ -19,6 +19,7 @@ from ..plan import Interval, PruningPlan, plan_from_json
 from ..system.tensor_files import TensorEntry, TensorFile, write_tensor_stream
 from .bundle_contents import projection_prefix, student_prefix, tuned_prefix
 from .layout import checked
+from .model_configs import check_model_config, check_same_sizes
 from .surgery import filled_student
 from .teacher_hashes import TEACHER_KEY, ExpectedBase, Recorded
 from .weights import Weights
@@ -39,6 +40,7 @@ class Bundle:
         if PLAN_KEY not in self.file.metadata:
             raise ValueError(f"{path} holds no pruning plan, so it is not a PPCL bundle")
         self.plan: PruningPlan = checked(plan_from_json(self.file.metadata[PLAN_KEY], path))
+        check_model_config(self.plan.architecture, self.plan.config, path)
         self.architecture = architecture_named(self.plan.architecture)
         self.config, self.num_blocks = self.plan.config, self.plan.num_blocks
 
@@ -61,6 +63,7 @@ class Bundle:
         """Raises ValueError for a model that is not the plan's teacher, now or when one of its
         tensors is read and differs; warns of what cannot be compared."""
         self.plan.check_teacher(weights.architecture.name, weights.fingerprint, where)
+        check_same_sizes(self.plan.config, weights.config, self.file.path)
         for note in weights.expect(self.expected_base):
             warnings.warn(note, stacklevel=3)
 

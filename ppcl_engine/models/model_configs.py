@@ -112,3 +112,13 @@ def sizes_that_differ(config: Mapping[str, Any], inferred: Mapping[str, Any]) ->
     return [
         n for n in told if n in inferred and config.get(n) is not None and config[n] != inferred[n]
     ]
+
+
+def check_same_sizes(config: Mapping[str, Any], teacher: Mapping[str, Any], where: object) -> None:
+    """Raises ValueError, naming `where` and the entry, for a plan's configuration of other sizes
+    than its teacher's."""
+    known = {name: value for name, value in teacher.items() if value is not None}
+    for name in sizes_that_differ(config, known):
+        raise ValueError(
+            f"{where}: configuration: {name} is {config[name]}, but {known[name]} in its teacher; restore it"
+        )

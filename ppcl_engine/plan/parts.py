@@ -19,6 +19,9 @@ SITE_KINDS = tuple(FORMS_OF)
 FULL, ALL = "full", "all"
 NUMBER = "[0-9]{1,6}"  # not \d, which takes the digits of all scripts
 NAME = rf"({NUMBER}-{NUMBER}|[a-z_]+:{NUMBER}(-{NUMBER})?)"
+PlaceName = Annotated[str, Field(pattern=rf"^{NUMBER}(-{NUMBER})?\z")]
+VariantName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f\x7f]{1,255}\z")]
+"""part of the name of a file, where the variant is tuned"""
 Correction = Annotated[str, Field(pattern=r"^(none|affine|[1-9][0-9]{0,4})\z")]
 
 
@@ -69,7 +72,7 @@ class WidthSite:
     a block that runs text and image as one, is always gated"""
     score: Finite | None = None
     """its damage, when measured"""
-    fitted: tuple[str, ...] = ()
+    fitted: tuple[PlaceName, ...] = ()
     """names of blocks and students with a projection of their own, besides what stands there with
     all intervals on; "52" is the teacher's block"""
 
@@ -119,7 +122,7 @@ class Variant:
 
     __pydantic_config__ = STRICT
 
-    name: str
+    name: VariantName
     """unique in the plan"""
     intervals: tuple[str, ...] = ()
     """names of those that are on"""

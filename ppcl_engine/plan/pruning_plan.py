@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ..system.json_text import json_text
+from ..system.json_text import json_text, shown
 from ..system.schemas import MOST_BLOCKS, STRICT
 from .parts import ALL, FORMS_OF, FULL, NAME, SITE_KINDS, Interval, TextGroup, Variant, WidthSite
 
@@ -60,8 +60,12 @@ class PruningPlan:
         self._check_sites()
         for group in self.text_groups:
             self._check_group(group)
+        named: set[str] = set()
         for variant in self.variants:
             self._check_variant(variant)
+            if variant.name in named:
+                raise ValueError(f"variant {shown(variant.name)} is there twice; name it once")
+            named.add(variant.name)
 
     @cached_property
     def _intervals(self) -> dict[str, Interval]:
@@ -197,12 +201,12 @@ class PruningPlan:
     def check_teacher(self, architecture: str, fingerprint: str, where: object) -> None:
         if architecture != self.architecture:
             raise ValueError(
-                f"{where} is {architecture}, the plan is for {self.architecture}; choose its base model"
+                f"{where} is {architecture}, the plan is for {shown(self.architecture)}; choose its base model"
             )
         if fingerprint != self.fingerprint:
             raise ValueError(
                 f"{where} (fingerprint {fingerprint[:12]}) is not the teacher of this plan "
-                f"({self.fingerprint[:12]}); choose the base model it was made from"
+                f"({shown(self.fingerprint[:12])}); choose the base model it was made from"
             )
 
     def to_json(self) -> str:

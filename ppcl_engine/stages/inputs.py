@@ -8,6 +8,7 @@ import torch
 
 from ..data.calibration import CalibrationSet, load_calibration
 from ..models.layout import checked
+from ..models.model_configs import check_model_config, check_same_sizes
 from ..models.streaming import Teacher
 from ..models.weights import Weights
 from ..plan import PruningPlan
@@ -49,6 +50,10 @@ def open_calibration(config: Common, weights: Weights) -> CalibrationSet:
 
 
 def open_plan(config: Common, weights: Weights) -> PruningPlan:
-    plan = Run(config.run).load_plan()
+    run = Run(config.run)
+    plan = run.load_plan()
     plan.check_teacher(weights.architecture.name, weights.fingerprint, config.model)
-    return checked(plan)
+    checked(plan)
+    check_model_config(plan.architecture, plan.config, run.plan)
+    check_same_sizes(plan.config, weights.config, run.plan)
+    return plan

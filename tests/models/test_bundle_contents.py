@@ -205,3 +205,20 @@ def test_the_teachers_hashes_are_of_values_not_of_layout(tmp_path, model, teache
         len(json.loads(teacher_hashes(Weights(teacher_file)))) == len(model.state_dict())
         and TEACHER_KEY
     )
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"num_attention_heads": ["x"]}, "num_attention_heads should be a valid integer"),
+        ({"in_channels": None}, "in_channels should be a valid integer"),
+        ({"joint_attention_dim": 4}, "joint_attention_dim is 4, but"),
+    ],
+)
+def test_a_bundle_whose_plan_describes_another_model(
+    tmp_path, bundle, teacher_file, changes, reason
+):
+    plan = bundle[1].with_parts(config={**bundle[1].config, **changes})
+    write_bundle(tmp_path / "b.ppcl.safetensors", plan, [])
+    with pytest.raises(ValueError, match=f"b.ppcl.safetensors: configuration: {reason}"):
+        open_model(tmp_path / "b.ppcl.safetensors", "full", teacher_file)

@@ -90,6 +90,10 @@ REFUSED = {
         {"variants": (Variant(name="x", intervals=("1-2",)),)},
         "'1-2' is not in the plan",
     ),
+    "variants of one name": (
+        {"variants": (Variant(name="x"), Variant(name="y"), Variant(name="x"))},
+        "variant x is there twice; name it once",
+    ),
     "newer version": ({"version": 2}, "format 2 is not 1; update"),
 }
 
@@ -153,6 +157,30 @@ BAD_JSON = {
     "a rank in other digits": (
         edited(intervals=[{"first": 1, "last": 2, "correction": "٣"}]),
         "correction should match",
+    ),
+    "a projection in another folder": (
+        edited(sites=[{"block": 8, "kind": "text", "fitted": ["../../x"]}]),
+        r"sites\[0\].fitted\[0\] should match",
+    ),
+    "a tuned variant in another folder": (
+        edited(variants=[{"name": "../x", "tuned": True}]),
+        r"variants\[0\].name should match",
+    ),
+    "a tuned variant in another folder of Windows": (
+        edited(variants=[{"name": "..\\x", "tuned": True}]),
+        r"variants\[0\].name should match",
+    ),
+    "a variant without a name": (
+        edited(variants=[{"name": ""}]),
+        r"variants\[0\].name should match",
+    ),
+    "a name of several lines": (
+        edited(variants=[{"name": "a\nb"}]),
+        r"variants\[0\].name should match",
+    ),
+    "a name longer than those of files": (
+        edited(variants=[{"name": "a" * 256}]),
+        r"variants\[0\].name should match",
     ),
     "newer version with a new field": (edited(version=2, heads=[]), "format 2 is not 1; update"),
 }

@@ -8,6 +8,11 @@ from ppcl_engine.architectures import architecture_named
 from ppcl_engine.plan import FORMS, Interval, PruningPlan, Variant, WidthSite
 
 KINDS = architecture_named("qwen_image").site_kinds({}, 0)
+NAMES = st.text(
+    st.characters(codec="utf-8", exclude_categories=("Cc",), exclude_characters="/\\"),
+    min_size=1,
+    max_size=255,
+)
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 
@@ -52,7 +57,7 @@ def plans(draw) -> PruningPlan:
     chosen = st.lists(st.sampled_from(names), unique=True).map(tuple) if names else st.just(())
     variant = st.builds(
         Variant,
-        name=st.text(),
+        name=NAMES,
         intervals=chosen,
         flops=st.none() | FINITE,
         damage=st.none() | FINITE,
@@ -70,6 +75,6 @@ def plans(draw) -> PruningPlan:
         num_blocks=blocks,
         intervals=draw(st.permutations(intervals).map(tuple)),
         sites=fitting(blocks, intervals, draw(st.lists(site, max_size=6))),
-        variants=tuple(draw(st.lists(variant, max_size=3))),
+        variants=tuple(draw(st.lists(variant, max_size=3, unique_by=lambda v: v.name))),
         provenance=draw(st.dictionaries(st.text(), st.text())),
     )
