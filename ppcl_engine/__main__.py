@@ -165,10 +165,5 @@ def _usage() -> str:
     return "usage: ppcl STAGE [settings]; ppcl STAGE --help lists them\n\n" + "\n".join(lines)
 
 
-def _first_line(kind: type) -> str:
-    """The first line of a stage's help text, which is the docstring of its settings."""
-    return (kind.__doc__ or "").splitlines()[0]
-
-
 if __name__ == "__main__":
     sys.exit(finish(main()))
