@@ -1,9 +1,8 @@
 """LoRA on a pruned model: what a file changes in the teacher's block u also changes the student that
 stands for it.
 
-A pruned model keeps the teacher's block numbers: `Skip` (blocks.py) stands where a block was dropped, so
-ControlNet residuals and patches of blocks reach the right blocks by themselves. Two things remain to be
-done: in a switchable model a student sits
+ControlNet residuals and patches of blocks need nothing here: skipped_blocks.py keeps every block at the
+teacher's number. Two things remain to be done: in a switchable model a student sits
 beside the teacher's block, and a linear map that was cut takes only its part of a change.
 """
 

@@ -221,6 +221,6 @@ class Host:
             f"calibrations of {self.engine.name} hold no reference pictures; sample without them"
         )
 
-    def watch(self, transformer: nn.Module, texts) -> None:
+    def count_text_tokens(self, transformer: nn.Module, texts) -> None:
         """Where blocks read text and image as one sequence: keeps the number of text tokens in
         `texts.tokens`."""

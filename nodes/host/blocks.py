@@ -19,9 +19,8 @@ from torch import nn
 from ...ppcl_engine.architectures import projections
 from ...ppcl_engine.models.layout import Place
 from ...ppcl_engine.models.surgery import Correction as EngineCorrection
-from ...ppcl_engine.models.surgery import PassThrough
 from .adapters import PatchedWhole
-from .base import BlockList, Host, Maps
+from .base import Host, Maps
 
 # what a block of a switchable model holds besides the host's
 OWN_PARTS = ("student", "projections")
@@ -36,17 +35,6 @@ class Texts(dict):
 
     tokens: int = 0
     """number of text tokens in this forward, where blocks read text and image as one sequence"""
-
-
-class Skip(PassThrough):
-    """Stands where a block was dropped, and passes the streams on."""
-
-    def __init__(self, blocks: BlockList):
-        super().__init__(blocks.reads, blocks.gives)
-
-    def forward(self, *arguments, **named):
-        outputs = super().forward(*arguments, **named)
-        return outputs if len(outputs) > 1 else outputs[0]
 
 
 class Correction(EngineCorrection):

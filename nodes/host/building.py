@@ -22,8 +22,9 @@ from ...ppcl_engine.system.float8 import FP8_MARK
 from . import folded
 from .adapters import part_of
 from .base import BlockList
-from .blocks import Correction, Linear, Skip, Texts, add_correction, project
+from .blocks import Correction, Linear, Texts, add_correction, project
 from .quantised import refuse_unused_scales
+from .skipped_blocks import Skip
 from .structure import FileTensors, Structure, is_surrounding
 from .switching import PrunedState
 
@@ -50,7 +51,7 @@ def finish(transformer: nn.Module, structure: Structure, texts: Texts, inputs) -
         )
     transformer.register_forward_pre_hook(forget_texts)
     transformer.register_load_state_dict_post_hook(refuse_unused_scales)
-    structure.host.watch(transformer, texts)
+    structure.host.count_text_tokens(transformer, texts)
     transformer.ppcl = PrunedState(structure, texts, inputs)
 
 

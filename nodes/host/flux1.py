@@ -122,7 +122,7 @@ class Flux1Host(Host):
             "guidance_embed": config["guidance_embeds"],
         }
 
-    def watch(self, transformer: nn.Module, texts: Texts) -> None:
+    def count_text_tokens(self, transformer: nn.Module, texts: Texts) -> None:
         """Counts the text as it leaves the double blocks, or as it came in, if another node runs in
         place of the last one."""
         transformer.txt_in.register_forward_hook(partial(_come_in, texts))

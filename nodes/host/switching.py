@@ -16,10 +16,11 @@ from torch import nn
 
 from ...ppcl_engine.models.layout import Layout, Place, layout_of
 from ...ppcl_engine.plan import FULL, PruningPlan, Variant
-from .base import BlockList, Cut
-from .blocks import Skip, Texts, project, view_of_block
+from .base import Cut
+from .blocks import Texts, project, view_of_block
 from .folded import Basis, Table
 from .modulations import Modulations
+from .skipped_blocks import NoRoute
 from .structure import Structure
 
 ATTACHMENT = "ppcl_variant"
@@ -61,16 +62,6 @@ class Route:
             return block(*arguments, **named)
         # hooks of the block have run: this is its forward
         return block.forward(*arguments, **named)
-
-
-class NoRoute:
-    """Stands for the forward of a block that a variant leaves out."""
-
-    def __init__(self, blocks: BlockList):
-        self.skip = Skip(blocks)
-
-    def __call__(self, *arguments, **named):
-        return self.skip(*arguments, **named)
 
 
 def block_at(transformer: nn.Module, place: Place, source: Place | None) -> nn.Module:

@@ -45,7 +45,7 @@ LOW_RANK = {"lora": 4, "loha": 7, "lokr": 8}
 with which it does"""
 
 
-def follow(model) -> None:
+def fill_before_sampling(model) -> None:
     """From now on this folded MODEL, and every clone of it, checks its patches and fills its table
     when sampling starts."""
     model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _before_sampling)

@@ -14,7 +14,7 @@ _steps: WeakKeyDictionary = WeakKeyDictionary()
 """the host's patcher -> seconds of each step of its last run"""
 
 
-def watch(model) -> None:
+def time_steps(model) -> None:
     """Times this MODEL and every clone of it from now on."""
     model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _new_run)
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _timed_step)

@@ -19,8 +19,8 @@ from ..loading import content_of, gguf
 from ..loading.fold_on_load import make_fold
 from ..loading.request import Content, Request
 from ..paths import GGUF
-from ..sampling.modulation_tables import follow
-from ..sampling.step_timer import watch
+from ..sampling.modulation_tables import fill_before_sampling
+from ..sampling.step_timer import time_steps
 
 WEIGHT_DTYPES = {
     "default": {},
@@ -61,7 +61,7 @@ def load_patcher(request: Request, weight_dtype: str = "default", disable_dynami
         )
     model = gguf.patched(model) if quantised else model
     model.cached_patcher_init = (_patcher_alone, (request, weight_dtype))
-    watch(model)
+    time_steps(model)
     follow_folded(model, content)
     content.notes += note_sparsity(model, request.path)
     if plan and request.switchable and variant:
@@ -77,7 +77,7 @@ def follow_folded(model, content: Content) -> None:
     pruned = getattr(model.model.diffusion_model, "ppcl", None)
     if pruned is not None and pruned.structure.folding is not None:
         pruned.later = content.later
-        follow(model)
+        fill_before_sampling(model)
 
 
 def note_sparsity(model, path: Path) -> tuple[str, ...]:

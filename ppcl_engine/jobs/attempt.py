@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ..settings.convert_settings import JobConfig
 from ..settings.prune_settings import CalibrateConfig
 from ..stages import run_stage
+from .cancelling import CancelListener
 from .failures import DONE, INTERRUPTED, UNEXPECTED, USER_ERROR, failure
 from .reporter import Reporter
 from .reuse import RESUMED, clear_scratch
@@ -34,7 +35,6 @@ from .state import (
     write_state,
 )
 from .store import RunStore
-from .watcher import Watcher
 
 if TYPE_CHECKING:
     from .preview import Preview
@@ -64,17 +64,17 @@ class Attempt:
 
     def work(self) -> int:
         """The exit code."""
-        watcher = Watcher(self.folder, _parent(self.state))
-        ending = Ending(self, watcher)
+        listener = CancelListener(self.folder, _parent(self.state))
+        ending = Ending(self, listener)
         with ending:
-            watcher.start()
+            listener.start()
             if self.rank:
                 self._run(None, None)
             else:
-                self._run_and_report(watcher, ending)
+                self._run_and_report(listener, ending)
         return ending.code
 
-    def _run_and_report(self, watcher: Watcher, ending: Ending) -> None:
+    def _run_and_report(self, listener: CancelListener, ending: Ending) -> None:
         """Writes the state first: importing torch takes seconds, and the job should show as running,
         and be cancellable, during them."""
         me, started = process_of(os.getpid())
@@ -87,13 +87,13 @@ class Attempt:
             parent_pid=self.state.parent_pid,
             parent_started=self.state.parent_started,
         )
-        reporter = Reporter(self.folder, state, watcher.asked)
-        ending.reporter = watcher.reporter = reporter
+        reporter = Reporter(self.folder, state, listener.asked)
+        ending.reporter = listener.reporter = reporter
         reporter.write(always=True)
         append_event(self.folder, "started", pid=me)
         from .preview import Preview
 
-        preview = Preview(self.folder, self.spec.preview_seconds, watcher.asked)
+        preview = Preview(self.folder, self.spec.preview_seconds, listener.asked)
         reporter.draw = preview.draw
         self._run(reporter, preview)
 
@@ -134,8 +134,8 @@ class Ending:
     An unexpected error is raised again, so that Python prints its traceback into the log.
     """
 
-    def __init__(self, attempt: Attempt, watcher: Watcher):
-        self.attempt, self.watcher = attempt, watcher
+    def __init__(self, attempt: Attempt, listener: CancelListener):
+        self.attempt, self.listener = attempt, listener
         self.reporter: Reporter | None = None
         """None in a process that does not report, and before the job has begun"""
         self.code = DONE
@@ -145,7 +145,7 @@ class Ending:
         return self
 
     def __exit__(self, kind, error: BaseException | None, trace) -> bool:
-        self.watcher.stop()
+        self.listener.stop()
         status, line = self._outcome(error)
         if self.reporter is None and status == "failed":
             append_event(self.attempt.folder, "process_failed", rank=self.attempt.rank, error=line)
@@ -163,7 +163,7 @@ class Ending:
         if error is None:
             return "done", ""
         # an interrupt while a C extension is imported surfaces as some other exception
-        in_imports = self.watcher.asked() and not self.attempt.number
+        in_imports = self.listener.asked() and not self.attempt.number
         if (
             isinstance(error, KeyboardInterrupt)
             or in_imports
@@ -171,7 +171,7 @@ class Ending:
         ):
             self.code = INTERRUPTED
             saved = f"; {error}" if _is(error, "system.interruption", "Stopped") else ""
-            return "cancelled", f"{self.watcher.reason or 'cancelled by Ctrl-C'}{saved}"
+            return "cancelled", f"{self.listener.reason or 'cancelled by Ctrl-C'}{saved}"
         line, self.code = failure(error, *self.attempt.stages[max(self.attempt.number, 1) - 1])
         cause = self._failure_of_others() if _is(error, "system.distributed", "Lost") else ""
         return "failed", cause or line

@@ -19,7 +19,7 @@ SAFE_AT_EVERY_STEP = {"calibrate", "probe", "detect", "sparsify"}
 
 
 class Reporter:
-    """Stages call it from the main thread; the watcher's thread calls `write`, so that no stage waits
+    """Stages call it from the main thread; the cancel listener's thread calls `write`, so that no stage waits
     for the disk."""
 
     def __init__(self, folder: Path, state: JobState, asked: Callable[[], bool]):

@@ -1,4 +1,4 @@
-"""Notices that a job should stop, and stops it as Ctrl-C does, which every stage handles."""
+"""Hears that a job should stop, and stops it as Ctrl-C does, which every stage handles."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ EVERY = 0.1  # seconds between two checks
 PARENT_EVERY = 5  # checks between two of the parent
 
 
-class Watcher:
-    """A thread that interrupts the main one, once, when the job should stop. It also writes the
-    reporter's state to disk."""
+class CancelListener:
+    """A thread that hears Cancel (its file, SIGTERM, the end of the parent) and interrupts the main
+    thread, once. It also writes the reporter's state to disk."""
 
     def __init__(self, folder: Path, parent: tuple[int, float] | None):
         self.folder = folder
@@ -27,17 +27,17 @@ class Watcher:
         """why the job should stop; "" while it should not"""
         self.reporter: Reporter | None = None
         self._terminated, self._ended = False, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="watcher")
+        self._thread = threading.Thread(target=self._listen, daemon=True, name="cancel listener")
 
     def start(self) -> None:
-        """Starts watching. SIGTERM now asks the job to stop too, and Ctrl-C works even if the shell had
+        """Starts listening. SIGTERM now asks the job to stop too, and Ctrl-C works even if the shell had
         turned it off."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, self._terminate)
         self._thread.start()
 
     def stop(self) -> None:
-        """Stops watching. No interrupt arrives afterwards, not even one that was already sent."""
+        """Stops listening. No interrupt arrives afterwards, not even one that was already sent."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._ended.set()
         self._thread.join()
@@ -48,7 +48,7 @@ class Watcher:
     def _terminate(self, number, frame) -> None:
         self._terminated = True
 
-    def _watch(self) -> None:
+    def _listen(self) -> None:
         checks = 0
         while not self._ended.wait(EVERY):
             checks += 1
