@@ -40,8 +40,8 @@ def host_of(names: Iterable[str], where: str) -> Host:
 def host_of_model(model) -> Host:
     """The host of a loaded MODEL, pruned or not."""
     transformer = model.model.diffusion_model
-    parts = getattr(transformer, "ppcl", None)
-    return parts.structure.host if parts else host_of(transformer.state_dict(), "this MODEL")
+    pruned = getattr(transformer, "ppcl", None)
+    return pruned.structure.host if pruned else host_of(transformer.state_dict(), "this MODEL")
 
 
 def names_in_model(model, names: Iterable[str]) -> dict[str, str]:

@@ -42,8 +42,8 @@ def bundle_content(request: Request, open_base: OpenBase, make_fold: MakeFold | 
     plan = checked_plan(host, bundle.plan)
     variant = variant_in(plan, request.variant)
     if variant.tuned and not request.switchable:
-        places = _under(bundle.file, tuned_prefix(variant.name))
-        wanted = in_host_names(host, plan.config, places, layout_of(plan, variant).places)
+        locations = _under(bundle.file, tuned_prefix(variant.name))
+        wanted = in_host_names(host, plan.config, locations, layout_of(plan, variant).places)
         return _content(
             host, reader, wanted, structure_of(plan, variant), {}, variant, (), request, make_fold
         )

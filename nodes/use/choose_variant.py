@@ -29,14 +29,14 @@ def choose(model, variant: str, size: float, on: str, off: str):
 
 def switchable_plan(model) -> PruningPlan:
     """The plan of a switchable model. Raises ValueError for any other model."""
-    parts = getattr(model.model.diffusion_model, "ppcl", None)
-    if parts is None or parts.plan is None:
+    pruned = getattr(model.model.diffusion_model, "ppcl", None)
+    if pruned is None or pruned.plan is None:
         raise ValueError("this MODEL is not a PPCL bundle; load one with Load Pruned Model (PPCL)")
-    if not parts.structure.switchable:
+    if not pruned.structure.switchable:
         raise ValueError(
             "only one variant of this model was loaded; set switchable to on in Load Pruned Model (PPCL)"
         )
-    return parts.plan
+    return pruned.plan
 
 
 def _by_name(model, plan: PruningPlan, name: str, size: float) -> Variant:

@@ -104,10 +104,10 @@ def _velocities(
     del states
     for index, block in teacher.walk(0, teacher.num_blocks - 1):
         for row, like in zip(streams, likes, strict=True):
-            for place, stream in enumerate(row):
-                before = state_of(stream, like[place])
+            for number, stream in enumerate(row):
+                before = state_of(stream, like[number])
                 check_states(index, before)
-                row[place] = streams_of(teacher.architecture.run_block(block, before), rest)
+                row[number] = streams_of(teacher.architecture.run_block(block, before), rest)
         progress.update()
     guided_velocities = []
     for drawing, row, like in zip(drawings, streams, likes, strict=True):

@@ -133,13 +133,13 @@ class TableInputs(nn.Module):
     def forward(self, timestep: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
         if timestep.is_meta:
             return conditioning.new_zeros(len(timestep), len(self.timesteps))
-        one_hot = self.places(timestep)
+        one_hot = self.one_hot_columns(timestep)
         if not bool(one_hot.any(dim=1).all()):
             self.ask(timestep[~one_hot.any(dim=1)].float().tolist())
-            one_hot = self.places(timestep)
+            one_hot = self.one_hot_columns(timestep)
         return one_hot.to(conditioning.dtype)
 
-    def places(self, timestep: torch.Tensor) -> torch.Tensor:
+    def one_hot_columns(self, timestep: torch.Tensor) -> torch.Tensor:
         """Which column each timestep is in: bool [n, inputs]."""
         return torch.eq(
             timestep.float()[:, None], self.timesteps.to(timestep.device, torch.float32)
@@ -229,10 +229,10 @@ def fold_block(
     """The block with small maps in place of its modulations' linear maps ("img_mod.1", behind the
     activation "img_mod.0")."""
     for name in modulations:
-        parent, place = name.rsplit(".", 1)
+        parent, index = name.rsplit(".", 1)
         sequence = block.get_submodule(parent)
-        linear = sequence[int(place)]
-        sequence[0], sequence[int(place)] = Carried(width), folded_map(linear, folding)
+        linear = sequence[int(index)]
+        sequence[0], sequence[int(index)] = Carried(width), folded_map(linear, folding)
     return block
 
 

@@ -47,7 +47,7 @@ class ChainBatch:
 
 def bytes_of(group: Sequence[ChainBatch]) -> float:
     """What a group needs in memory to walk through the blocks together."""
-    return sum(part.bytes for part in group)
+    return sum(chain_batch.bytes for chain_batch in group)
 
 
 def chains_of(u: int, end: int, held_out: bool, local: bool) -> int:
@@ -119,11 +119,13 @@ class _Measurement:
     def work(self, done: int) -> Iterator[int]:
         """Yields how many first blocks are covered, whenever the number grows."""
         limit = self.config.cache_gb * 1e9 if self.config.streamed else 0
-        parts = list(self._parts())
-        total, before = (sum(self.last - p.u for p in parts if p.u < n) for n in (self.last, done))
+        chain_batches = list(self._chain_batches())
+        total, before = (
+            sum(self.last - p.u for p in chain_batches if p.u < n) for n in (self.last, done)
+        )
         with Progress(total=total, initial=before, desc="detect", unit="block") as progress:
             covered = done
-            for group in groups_within(limit, (p for p in parts if p.u >= done), bytes_of):
+            for group in groups_within(limit, (p for p in chain_batches if p.u >= done), bytes_of):
                 self._walk(group, progress)
                 ends = group[-1].u + (group[-1].batch == self.batches[-1])
                 for u in range(covered, ends):
@@ -134,7 +136,7 @@ class _Measurement:
         if covered < self.last:
             yield self.last
 
-    def _parts(self) -> Iterator[ChainBatch]:
+    def _chain_batches(self) -> Iterator[ChainBatch]:
         for u in range(self.last):
             end = reach(u, self.last + 1, self.config.longest, self.starts)
             for batch in self.batches if end > u else ():
@@ -165,20 +167,26 @@ class _Measurement:
     def _walk(self, group: list[ChainBatch], progress: Progress) -> None:
         """From the group's first block to the end: at block i the chains that end at i branch off,
         and earlier ones go on."""
-        wanted = {part.u for part in group}
+        wanted = {chain_batch.u for chain_batch in group}
         self.maps = {u: self.maps.get(u) or self._least_squares(u) for u in wanted}
-        for part in group:
-            self.chains.put(f"{STEPS}_{part.u}", part.batch, self._state(part.u + 1, part.batch))
+        for chain_batch in group:
+            self.chains.put(
+                f"{STEPS}_{chain_batch.u}",
+                chain_batch.batch,
+                self._state(chain_batch.u + 1, chain_batch.batch),
+            )
         going: list[tuple[str, int]] = []
         for index, block in self.teacher.walk(group[0].u + 1, self.last):
             for name, batch in going:
                 state = self.chains.get(name, batch, self.embedded[batch])
                 self.chains.put(name, batch, self._run(block, state))
-            branching = [part for part in group if part.u < index <= part.end]
+            branching = [
+                chain_batch for chain_batch in group if chain_batch.u < index <= chain_batch.end
+            ]
             probe = self._probe(index) if branching else {}
-            for part in branching:
-                going += self._branch(part, index, probe)
-            progress.update(sum(part.u < index for part in group))
+            for chain_batch in branching:
+                going += self._branch(chain_batch, index, probe)
+            progress.update(sum(chain_batch.u < index for chain_batch in group))
         for name, batch in going:
             self._close(name, batch)
 
@@ -189,16 +197,16 @@ class _Measurement:
             for stream, (w, b) in maps
         }
 
-    def _branch(self, part: ChainBatch, k: int, probe: Maps) -> Iterator[tuple[str, int]]:
+    def _branch(self, chain_batch: ChainBatch, k: int, probe: Maps) -> Iterator[tuple[str, int]]:
         """Starts the pair's probe chain and least-squares chain; with local alignment the probe
         chain ends here."""
-        u, batch = part.u, part.batch
+        u, batch = chain_batch.u, chain_batch.batch
         if batch in self.held_out:
             start = apply_maps(self._state(u + 1, batch), self.maps[u][k])
             self.chains.put(f"{MAP}_{u}_{k}", batch, start)
             yield f"{MAP}_{u}_{k}", batch
         steps = apply_maps(self.chains.get(f"{STEPS}_{u}", batch, self.embedded[batch]), probe)
-        if k < part.end:
+        if k < chain_batch.end:
             self.chains.put(f"{STEPS}_{u}", batch, steps)
         else:
             self.chains.drop(f"{STEPS}_{u}", batch)

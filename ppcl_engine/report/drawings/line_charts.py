@@ -45,8 +45,8 @@ def cka_curves(plan: PruningPlan, cka: torch.Tensor) -> bytes:
         hspace=0.42,
         wspace=0.22,
     )
-    for place, interval in enumerate(plan.intervals):
-        inner = grid[place // columns, place % columns].subgridspec(
+    for number, interval in enumerate(plan.intervals):
+        inner = grid[number // columns, number % columns].subgridspec(
             2, 1, height_ratios=(1.7, 1), hspace=0.14
         )
         _cka_panel(
@@ -54,7 +54,7 @@ def cka_curves(plan: PruningPlan, cka: torch.Tensor) -> bytes:
             figure.add_subplot(inner[1]),
             interval,
             cka[interval.first],
-            place % columns == 0,
+            number % columns == 0,
         )
     _curve_legend(figure, cka.shape[2] > 1, height)
     return png_bytes(figure)
@@ -198,8 +198,8 @@ def velocity_errors(rows: dict[str, list[dict]]) -> bytes:
     figure = new_figure(3.7)
     axes = figure.add_axes((0.07, 0.14, 0.8, 0.83))
     tidy(axes)
-    for place, points in enumerate(rows.values()):
-        colour, t = LINES[place % len(LINES)], [p["t"] for p in points]
+    for number, points in enumerate(rows.values()):
+        colour, t = LINES[number % len(LINES)], [p["t"] for p in points]
         axes.fill_between(
             t,
             [p["low"] for p in points],
@@ -213,7 +213,7 @@ def velocity_errors(rows: dict[str, list[dict]]) -> bytes:
             [p["value"] for p in points],
             color=colour,
             lw=2,
-            marker=MARKERS[place % len(MARKERS)],
+            marker=MARKERS[number % len(MARKERS)],
             ms=5,
             clip_on=False,
         )
@@ -221,7 +221,7 @@ def velocity_errors(rows: dict[str, list[dict]]) -> bytes:
     axes.set_xlim(0, max((p[-1]["t"] for p in rows.values()), default=1.0))
     axes.set_xlabel("timestep t  (0: picture, 1: noise)", fontsize=9, color=QUIET)
     axes.set_ylabel("velocity error", fontsize=9, color=QUIET)
-    colours = {name: LINES[place % len(LINES)] for place, name in enumerate(rows)}
+    colours = {name: LINES[number % len(LINES)] for number, name in enumerate(rows)}
     _end_labels(
         axes,
         {n: p[-1]["value"] for n, p in rows.items()},

@@ -177,7 +177,9 @@ def _alike(config: CalibrateConfig, behind: list[list[Path]]) -> tuple[torch.Ten
     )
     groups = [torch.nonzero(counts == count)[:, 0].split(config.batch) for count in counts.unique()]
     placed = [
-        ((place + 0.5) / len(group), chunk) for group in groups for place, chunk in enumerate(group)
+        ((position + 0.5) / len(group), chunk)
+        for group in groups
+        for position, chunk in enumerate(group)
     ]
     return tuple(chunk for _, chunk in sorted(placed, key=lambda pair: pair[0]))
 
