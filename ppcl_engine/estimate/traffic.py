@@ -191,12 +191,13 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Traffic:
     kept = _round(count, config, 4 * width.fits)
     read, written = width.swept(states)
     filed, saved = _trainings([parts * count.width**2 for parts in width.parts], config.rounds)
-    share, cached = count.share_on_disk(states), min(2 * width.fits, count.blocks + 1)
-    boundaries = cached + count.share_on_disk(kept * batch) * (count.blocks + 1 - cached)
+    walked = max(fit.last for fit in width.all_fits) + 1  # no round goes further
+    share, cached = count.share_on_disk(states), min(2 * width.fits, walked + 1)
+    boundaries = cached + count.share_on_disk(kept * batch) * (walked + 1 - cached)
     updates = config.rounds * width.fits * 2 * count.far_reads(2, kept, config.updates + kept)
     solutions = FP32 * sum(width.parts) * count.width**2  # saved as step 0, and read again
     return Traffic(
-        walks=sum(last + 1 for last in width.sweeps) / count.blocks + config.rounds,
+        walks=(sum(last + 1 for last in width.sweeps) + config.rounds * walked) / count.blocks,
         read=config.rounds * width.frozen + filed + solutions + width.students_read(),
         written=saved + solutions,
         states_written=share * written + solutions + config.rounds * boundaries * kept * batch,
