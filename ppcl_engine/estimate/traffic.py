@@ -8,10 +8,9 @@ Each function follows the loops of its stage.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..algorithms.detection.chains import ChainBatch, chains_of
+from ..algorithms.detection.chains import bytes_of, chain_batches
 from ..algorithms.detection.curves import FIT, STREAMS
 from ..algorithms.detection.intervals import reach
 from ..algorithms.distillation.kept_trainers import SHARE, rounds_between_saves
@@ -85,7 +84,7 @@ def _calibrate(count: Count, config: CalibrateConfig) -> Traffic:
 def _probe(count: Count, config: ProbeConfig) -> Traffic:
     states, batch = count.kept(count.samples.count), count.samples.batch * count.state
     held = min(config.held_out * batch, states)
-    for_streams = 2 * (states - held) + 2 * held
+    for_streams = 2 * states
     if config.train_steps:
         for_streams += 2 * config.train_steps * batch + 2 * held
     probes = count.blocks * len(STREAMS) * FP32 * count.width**2
@@ -104,9 +103,9 @@ def _detect(count: Count, config: DetectConfig) -> Traffic:
     held, states, last = batches - batches // 2, batches * batch, count.blocks - 1
     starts = frozenset(s.start for s in count.sizes.architecture.sections(count.sizes.config))
     ends = {u: reach(u, count.blocks, config.longest, starts) for u in range(last)}
-    parts = _chain_batches(ends, batches, batch, config, count.width)
+    parts = chain_batches(ends, [batch] * batches, count.width, config.local)
     limit = config.cache_gb * 1e9 if config.streamed else 0
-    groups = list(groups_within(limit, parts, lambda group: sum(part.bytes for part in group)))
+    groups = list(groups_within(limit, parts, bytes_of))
     pairs = sum(end - u for u, end in ends.items())
     probes = sum(len({k for p in g for k in range(p.u + 1, p.end + 1)}) for g in groups)
     numbers = config.bootstrap + 1 + held * count.samples.batch + len(STREAMS) * len(FIT)
@@ -120,16 +119,6 @@ def _detect(count: Count, config: DetectConfig) -> Traffic:
         states_written=(count.blocks + 1) * states,
         states_read=(count.blocks + 2) * states + walked + fitted + config.local * pairs * states,
     )
-
-
-def _chain_batches(
-    ends: dict[int, int], batches: int, size: int, config: DetectConfig, width: int
-) -> Iterable[ChainBatch]:
-    for u, end in ends.items():
-        for batch in range(batches) if end > u else ():
-            maps = (end - u) * len(STREAMS) * FP32 * width**2 if batch == 0 else 0
-            chains = 1 + chains_of(u, end, batch >= batches // 2, config.local)
-            yield ChainBatch(u=u, end=end, batch=batch, bytes=chains * size + maps)
 
 
 def _distill_depth(count: Count, config: DistillDepthConfig) -> Traffic:

@@ -7,7 +7,7 @@ sum over pairs (u, k) of (last - k) block passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,21 @@ def bytes_of(group: Sequence[ChainBatch]) -> float:
 def chains_of(u: int, end: int, held_out: bool, local: bool) -> int:
     """How many chains from block u a batch goes through."""
     return (end - u) * ((0 if local else 1) + (1 if held_out else 0))
+
+
+def chain_batches(
+    ends: Mapping[int, int], sizes: Sequence[int], width: int, local: bool
+) -> Iterator[ChainBatch]:
+    """Every batch of the chains from every block, in the order in which they are measured.
+
+    ends: block -> the last one that its chains may replace; sizes: bytes of each batch's state, the
+    second half of which is held out.
+    """
+    for u, end in ends.items():
+        for batch, size in enumerate(sizes) if end > u else ():
+            maps = (end - u) * len(STREAMS) * torch.float32.itemsize * width**2 if batch == 0 else 0
+            chains = 1 + chains_of(u, end, batch >= len(sizes) // 2, local)
+            yield ChainBatch(u=u, end=end, batch=batch, bytes=chains * size + maps)
 
 
 def measure(
@@ -137,16 +152,11 @@ class _Measurement:
             yield self.last
 
     def _chain_batches(self) -> Iterator[ChainBatch]:
-        for u in range(self.last):
-            end = reach(u, self.last + 1, self.config.longest, self.starts)
-            for batch in self.batches if end > u else ():
-                state, held_out = self.embedded[batch], batch in self.held_out
-                each = state.image.nbytes + state.text.nbytes
-                maps = (
-                    (end - u) * len(STREAMS) * 4 * state.image.shape[-1] ** 2 if batch == 0 else 0
-                )
-                size = (1 + chains_of(u, end, held_out, self.config.local)) * each + maps
-                yield ChainBatch(u=u, end=end, batch=batch, bytes=size)
+        ends = {
+            u: reach(u, self.last + 1, self.config.longest, self.starts) for u in range(self.last)
+        }
+        sizes = [state.image.nbytes + state.text.nbytes for state in self.embedded]
+        return chain_batches(ends, sizes, self.embedded[0].image.shape[-1], self.config.local)
 
     def _sweep(self) -> None:
         """Stores every boundary of every batch, the teacher's velocity, and the end features that
