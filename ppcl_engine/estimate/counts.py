@@ -24,8 +24,14 @@ from ..models.streaming import room_for_states
 from ..plan import Interval, PruningPlan
 from ..run import Run
 from ..settings.base_settings import TrainingConfig
-from ..settings.convert_settings import JobConfig, SparsifyConfig
-from ..settings.prune_settings import CalibrateConfig, DistillDepthConfig, DistillWidthConfig
+from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
+from ..settings.prune_settings import (
+    CalibrateConfig,
+    DistillDepthConfig,
+    DistillWidthConfig,
+    FinetuneConfig,
+    PolishConfig,
+)
 from ..system.machine import DTYPES, free_memory, resolve_device
 from ..system.tensor_files import TensorFile
 
@@ -36,6 +42,7 @@ ACTIVATIONS_PER_TOKEN = 40
 TUNING_COPIES = 5  # weights, gradients, two moments, average
 OPTIMISER_COPIES = 4  # weights, gradients, two moments
 SAVED_COPIES = 3  # weights, two moments
+TUNING_SAVED = 4  # used and raw weights, two moments
 SOLVING_COPIES = 12  # of a map in float64
 FP32, EXACT = torch.float32.itemsize, torch.float64.itemsize
 STORED = torch.bfloat16.itemsize  # of a value in a file that is not there
@@ -255,6 +262,17 @@ class Count:
         sweeps = math.ceil(config.updates / REUSE) * self.forward
         updates = 3 * trained * config.updates * self.forward / self.blocks
         return config.rounds * self.samples.batch * (sweeps + updates)
+
+    def trained(self, config: PolishConfig | FinetuneConfig) -> int:
+        """Parameters that are trained together: the plan's students, or all of a variant."""
+        if isinstance(config, PolishConfig):
+            return sum(self.students)
+        return self.variant(config.variant) or self.parameters // 2
+
+    def exported(self, config: ExportConfig) -> int:
+        """Values in the exported file."""
+        bundle = config.layout == "bundle"
+        return sum(self.students) if bundle else self.variant(config.variant)
 
     def variant(self, name: str) -> int:
         """Parameters of a variant, 0 where it is not known yet."""

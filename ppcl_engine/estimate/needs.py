@@ -35,6 +35,7 @@ from .counts import (
     OPTIMISER_COPIES,
     SAVED_COPIES,
     TUNING_COPIES,
+    TUNING_SAVED,
     Count,
 )
 from .traffic import traffic
@@ -214,21 +215,13 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Demand:
     )
 
 
-def _polish(count: Count, config: PolishConfig) -> Demand:
-    return _tuned(count, config, sum(count.students))
-
-
-def _finetune(count: Count, config: FinetuneConfig) -> Demand:
-    return _tuned(count, config, count.variant(config.variant) or count.parameters // 2)
-
-
-def _tuned(count: Count, config: PolishConfig | FinetuneConfig, trained: int) -> Demand:
+def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
     """Master weights, gradients, moments and average are float32."""
-    blocks = 1 if config.checkpointing else count.blocks
+    trained, blocks = count.trained(config), 1 if config.checkpointing else count.blocks
     return Demand(
         certain=count.teacher + TUNING_COPIES * FP32 * trained,
         likely=blocks * count.backward + count.read_in_training(config, trained),
-        disk=4 * FP32 * trained,  # used and raw weights, two moments
+        disk=TUNING_SAVED * FP32 * trained,
         flops=4 * config.steps * count.samples.batch * count.forward,
     )
 
@@ -245,9 +238,8 @@ def _variants(count: Count, config: VariantsConfig) -> Demand:
 
 def _export(count: Count, config: ExportConfig) -> Demand:
     """A bundle is written tensor by tensor, other layouts block by block."""
-    bundle = config.layout == "bundle"
-    stored = sum(count.students) if bundle else count.variant(config.variant)
-    block = 0 if bundle else max(count.sizes.blocks) * FP32
+    stored = count.exported(config)
+    block = 0 if config.layout == "bundle" else max(count.sizes.blocks) * FP32
     tensor = count.largest_tensor * (FP32 + count.store(config.store))
     return Demand(certain=0, likely=block + tensor, disk=stored * count.store(config.store))
 
@@ -314,9 +306,9 @@ DEMANDS = {
     DistillDepthConfig: ("distill-depth", _distill_depth),
     DetectWidthConfig: ("detect-width", _detect_width),
     DistillWidthConfig: ("distill-width", _distill_width),
-    PolishConfig: ("polish", _polish),
+    PolishConfig: ("polish", _tuned),
     VariantsConfig: ("variants", _variants),
-    FinetuneConfig: ("finetune", _finetune),
+    FinetuneConfig: ("finetune", _tuned),
     ExportConfig: ("export", _export),
     SparsifyConfig: ("sparsify", _sparsify),
     EvaluateConfig: ("evaluate", _evaluate),

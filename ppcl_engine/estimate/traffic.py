@@ -30,10 +30,8 @@ from ..settings.prune_settings import (
     VariantsConfig,
 )
 from ..system.machine import free_memory
-from .counts import EXACT, FP32, NAMED_VARIANTS, SAVED_COPIES, Count
+from .counts import EXACT, FP32, NAMED_VARIANTS, SAVED_COPIES, TUNING_SAVED, Count
 from .width_counts import WidthCounts, measuring_walks
-
-WRITTEN_WHILE_TUNING = 4  # used and raw weights, two moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,19 +192,13 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Traffic:
     )
 
 
-def _polish(count: Count, config: PolishConfig) -> Traffic:
-    return _tuned(count, config, sum(count.students))
-
-
-def _finetune(count: Count, config: FinetuneConfig) -> Traffic:
-    return _tuned(count, config, count.variant(config.variant) or count.parameters // 2)
-
-
-def _tuned(count: Count, config: PolishConfig | FinetuneConfig, trained: int) -> Traffic:
+def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Traffic:
     """A step reads the frozen blocks for the teacher, for the model in training, and for its
     gradients."""
     saves = math.ceil(config.steps / config.save_every)
-    return Traffic(walks=3 * config.steps, written=saves * WRITTEN_WHILE_TUNING * FP32 * trained)
+    return Traffic(
+        walks=3 * config.steps, written=saves * TUNING_SAVED * FP32 * count.trained(config)
+    )
 
 
 def _variants(count: Count, config: VariantsConfig) -> Traffic:
@@ -225,13 +217,13 @@ def _variants(count: Count, config: VariantsConfig) -> Traffic:
 
 def _export(count: Count, config: ExportConfig) -> Traffic:
     """A bundle holds a hash of every tensor of the teacher."""
-    itemsize = count.store(config.store)
-    students = sum(count.students)
-    stored = students if config.layout == "bundle" else count.variant(config.variant)
     gone = 0 if config.layout == "bundle" else sum(i.removed + 1 for i in count.intervals)
     walks = 1 - gone / count.blocks
     return Traffic(
-        walks=walks, resident_walks=walks, read=students * FP32, written=stored * itemsize
+        walks=walks,
+        resident_walks=walks,
+        read=sum(count.students) * FP32,
+        written=count.exported(config) * count.store(config.store),
     )
 
 
@@ -259,9 +251,9 @@ TRAFFIC = {
     DistillDepthConfig: _distill_depth,
     DetectWidthConfig: _detect_width,
     DistillWidthConfig: _distill_width,
-    PolishConfig: _polish,
+    PolishConfig: _tuned,
     VariantsConfig: _variants,
-    FinetuneConfig: _finetune,
+    FinetuneConfig: _tuned,
     ExportConfig: _export,
     SparsifyConfig: _sparsify,
     EvaluateConfig: _evaluate,
