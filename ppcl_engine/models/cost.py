@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..architectures import REFERENCES, Architecture, Inputs, architecture_named
+from ..architectures import REFERENCES, Architecture, BlockState, Inputs, architecture_named
 from ..plan import Interval, PruningPlan, Variant
 from ..system.json_text import json_text
 from .layout import Place, layout_of
-from .surgery import empty_block
+from .surgery import empty_block, interval_streams
 from .weights import parameter_count, stored_count
 
 Grid = tuple[int, int, int]
@@ -54,12 +54,11 @@ class CostModel:
         references: Sequence[Grid] = (),
     ):
         self.architecture, self.config = architecture, config
-        with torch.device("meta"), torch.no_grad():
-            outer = architecture.build_outer(config)
-            self.outer_parameters, self.outer_stored = parameter_count(outer), stored_count(outer)
-            self._state = _meta_state(architecture, config, [grid, *references], text_tokens)
-        self._counted: dict[tuple, Cost] = {}
         self._config_text = json_text(config, sort_keys=True)
+        grids = tuple(map(tuple, (grid, *references)))
+        size = _size_of(architecture.name, self._config_text, grids, text_tokens)
+        self.outer_parameters, self.outer_stored = size.outer_parameters, size.outer_stored
+        self._state, self._counted = size.state, size.counted
 
     @classmethod
     def at(cls, architecture: Architecture, config: dict, inputs: Inputs) -> CostModel:
@@ -87,11 +86,11 @@ class CostModel:
 
     def place(self, place: Place) -> Cost:
         """The cost of what stands there, projections and correction included; counted once for all
-        places that are built alike."""
+        places that are built alike, in all models of this size."""
         projected = tuple((site.kind, site.form) for site in place.ffn)
         text = (place.text_source is not None, place.steps_text, place.publishes)
         kind = _kind_of(self.architecture.name, self._config_text, place.index)
-        built = (kind, place.interval, projected, text)
+        built = (kind, self._correction(place.interval), projected, text)
         if built not in self._counted:
             with torch.device("meta"):
                 self._counted[built] = self._of(
@@ -120,10 +119,39 @@ class CostModel:
         shapes = [(x.numel() // x.shape[-1], x.shape[-1]) for x in read.values()]
         return [(m.out_features, m.in_features) for m in maps], shapes
 
+    def _correction(self, interval: Interval | None) -> tuple | None:
+        """All that tells a student from its interval's first block."""
+        if interval is None or interval.correction == "none":
+            return None
+        streams = interval_streams(self.architecture, self.config, interval)
+        return interval.correction, streams
+
     def _of(self, block: torch.nn.Module) -> Cost:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.architecture.run_block(block, self._state)
         return Cost(parameter_count(block), stored_count(block), float(counter.get_total_flops()))
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What the costs of a model at one size are counted from."""
+
+    outer_parameters: int
+    outer_stored: int
+    state: BlockState
+    """a block's input, without memory"""
+    counted: dict[tuple, Cost] = field(default_factory=dict)
+    """what has been counted so far, by how it is built"""
+
+
+@lru_cache(maxsize=64)
+def _size_of(architecture: str, config: str, grids: tuple[Grid, ...], text_tokens: int) -> _Size:
+    """Kept, because every stage of a run counts the same blocks at the same size."""
+    named, sizes = architecture_named(architecture), json.loads(config)
+    with torch.device("meta"), torch.no_grad():
+        outer = named.build_outer(sizes)
+        state = _meta_state(named, sizes, outer, grids, text_tokens)
+    return _Size(parameter_count(outer), stored_count(outer), state)
 
 
 @lru_cache(maxsize=1024)
@@ -141,9 +169,14 @@ def largest_pair(blocks: Sequence[int]) -> int:
     return max(map(sum, pairwise(blocks)), default=sum(blocks))
 
 
-def _meta_state(architecture: Architecture, config: dict, grids: list[Grid], text_tokens: int):
-    """A block's input, without memory, from an outer part of the same shapes."""
-    outer = architecture.build_outer(config)
+def _meta_state(
+    architecture: Architecture,
+    config: dict,
+    outer: torch.nn.Module,
+    grids: Sequence[Grid],
+    text_tokens: int,
+) -> BlockState:
+    """A block's input, without memory."""
     inputs = architecture.random_inputs(config, 1, grids[0], text_tokens, "meta")
     inputs["grid"] = torch.tensor(grids, device="cpu")
     if len(grids) > 1:

@@ -7,15 +7,17 @@ pipeline folder, a ComfyUI single file or checkpoint (bf16, fp16, fp8, scaled fp
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..architectures import ARCHITECTURES, Architecture, Part
-from ..system.json_text import shown
+from ..architectures import ARCHITECTURES, Architecture, Part, architecture_named
+from ..system.json_text import json_text, shown
 from .filling import fill
 from .layout import Layout, full_layout
 from .model_configs import check_model_config, sizes_that_differ
@@ -310,16 +312,19 @@ def fingerprint_of(
 
 def expected_shapes(architecture: Architecture, config: dict) -> dict[str, tuple[int, ...]]:
     """Every tensor of the full model by diffusers' names, determined without allocating memory."""
+    return dict(_expected_shapes(architecture.name, json_text(config, sort_keys=True)))
+
+
+@lru_cache(maxsize=64)
+def _expected_shapes(architecture: str, config: str) -> dict[str, tuple[int, ...]]:
+    """Kept, because every stage of a run opens the same model again."""
+    named, sizes = architecture_named(architecture), json.loads(config)
     with torch.device("meta"):
-        shapes = {
-            name: tuple(t.shape)
-            for name, t in architecture.build_outer(config).state_dict().items()
-        }
-        for index in range(architecture.num_blocks(config)):
-            prefix = architecture.block_prefix(config, index)
-            block = architecture.build_block(config, index)
-            shapes |= {prefix + name: tuple(t.shape) for name, t in block.state_dict().items()}
-    return shapes
+        tensors = dict(named.build_outer(sizes).state_dict())
+        for index in range(named.num_blocks(sizes)):
+            prefix, block = named.block_prefix(sizes, index), named.build_block(sizes, index)
+            tensors |= {prefix + name: tensor for name, tensor in block.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def full_parameters(architecture: Architecture, config: dict) -> int:

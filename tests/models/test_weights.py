@@ -29,6 +29,13 @@ def test_opening_a_file_gives_diffusers_own_model(architecture, teacher_file, mo
     assert parameter_count(opened) == parameter_count(model)
 
 
+def test_to_check_a_file_the_model_is_built_once(architecture, teacher_file, monkeypatch):
+    """Every stage of a run opens its teacher again."""
+    Weights(teacher_file)
+    monkeypatch.setattr(type(architecture), "build_block", lambda *_: pytest.fail("built again"))
+    Weights(teacher_file)
+
+
 def test_a_comfyui_checkpoint_needs_no_configuration(tmp_path, make_model, model_config):
     model = make_model(**HEAD_32)
     tensors = {f"model.diffusion_model.{n}": t for n, t in model.state_dict().items()}
