@@ -10,6 +10,7 @@ from ..architectures import Architecture
 from ..models.surgery import filled_student
 from ..plan import Interval
 from ..run import Run
+from ..system.regular_files import identity_of
 from ..system.tensor_files import TensorFile
 
 
@@ -20,6 +21,7 @@ class RunStudents:
     def __init__(self, run: Run, config: dict, architecture: Architecture, polished: bool = True):
         self.run, self.config, self.architecture = run, config, architecture
         self._file = run.best if polished else (lambda trained: trained)
+        self._tuned_files: dict[str, TensorFile] = {}
 
     def student(self, interval: Interval, dtype: torch.dtype, device: str) -> nn.Module:
         path = self._file(self.run.student(interval.name))
@@ -34,7 +36,15 @@ class RunStudents:
         return {name: tensor.to(device, dtype) for name, tensor in saved.items()}
 
     def tuned(self, variant: str, key: str) -> torch.Tensor:
+        return self._tuned_file(variant).read(f"weight.{key}")
+
+    def _tuned_file(self, variant: str) -> TensorFile:
+        """Opened once, not for each of a model's tensors: its header names all of them. Opened again
+        when it has changed."""
         path = self.run.tuned_variant(variant)
         if not path.exists():
             raise ValueError(f"{path} does not exist; run finetune first")
-        return TensorFile(path).read(f"weight.{key}")
+        file = self._tuned_files.get(variant)
+        if file is None or file.identity != identity_of(path.stat()):
+            file = self._tuned_files[variant] = TensorFile(path)
+        return file

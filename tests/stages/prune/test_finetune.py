@@ -3,6 +3,8 @@ stopped training."""
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -76,6 +78,25 @@ def test_it_gets_nearer_the_teacher_and_the_others_keep_every_bit(parts_run, tun
     assert variant.tuned and variant.damage == pytest.approx(new, rel=1e-4)
     history = losses(run)
     assert sum(history[-16:]) < 0.85 * sum(history[:16])
+
+
+def test_a_tuned_model_is_read_from_a_file_that_is_opened_once(
+    parts_run, tuned, teacher_file, architecture, monkeypatch
+):
+    """Not for each of its tensors; but again when another file has come into its place."""
+    run, weights = tuned(parts_run(), steps=1), Weights(teacher_file)
+    path, opened, init = run.tuned_variant("smallest_tuned"), [], TensorFile.__init__
+    monkeypatch.setattr(
+        TensorFile, "__init__", lambda self, given: opened.append(given) or init(self, given)
+    )
+    plan = run.load_plan()
+    students, variant = RunStudents(run, weights.config, architecture), plan.variant(path.stem)
+    open_variant(weights, students, plan, variant, torch.float32, "cpu")
+    assert opened.count(path) == 1
+    shutil.copyfile(path, path.with_name("copy"))
+    path.with_name("copy").replace(path)
+    open_variant(weights, students, plan, variant, torch.float32, "cpu")
+    assert opened.count(path) == 2
 
 
 def test_all_parameters_are_trained_outer_layers_too(parts_run, tuned, teacher_file):
