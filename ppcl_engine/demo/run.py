@@ -41,8 +41,9 @@ FULL_SIZE = {
     "bootstrap": 200,
     "longest": 8,
     "rounds": 10,
+    "depth_updates": 40,
     "weighed": 48,
-    "updates": 20,
+    "width_updates": 20,
     "steps": 120,
     "drawn": 20,
 }
@@ -52,8 +53,9 @@ QUICK = {
     "bootstrap": 5,
     "longest": 2,
     "rounds": 1,
+    "depth_updates": 2,
     "weighed": 4,
-    "updates": 2,
+    "width_updates": 2,
     "steps": 2,
     "drawn": 4,
 }
@@ -96,7 +98,12 @@ def _whole_method(config: DemoConfig, run: Path) -> Path:
             explain=True,
         )
     )
-    distill_depth(DistillDepthConfig(**common, rounds=size["rounds"], learning_rate=LEARNING_RATE))
+    depth = {
+        "rounds": size["rounds"],
+        "updates": size["depth_updates"],
+        "learning_rate": LEARNING_RATE,
+    }
+    distill_depth(DistillDepthConfig(**common, **depth))
     sites = {
         "share": SHARE[config.teacher],
         "longest": min(size["longest"], 6),
@@ -104,19 +111,24 @@ def _whole_method(config: DemoConfig, run: Path) -> Path:
     }
     detect_width(DetectWidthConfig(**common, **sites))
     distill_width(
-        DistillWidthConfig(**common, rounds=1, updates=size["updates"], learning_rate=TUNING_RATE)
+        DistillWidthConfig(
+            **common, rounds=1, updates=size["width_updates"], learning_rate=TUNING_RATE
+        )
     )
     polish(PolishConfig(**common, steps=size["steps"], learning_rate=TUNING_RATE))
     variants(VariantsConfig(**common))
     export(ExportConfig(**common))
     export(ExportConfig(**common, layout="ppcl", variant="small", name="small"))
-    _stock(common, size["rounds"])
+    _stock(common, depth)
     judged = EvaluateConfig(**common, captions=config.captions, steps=size["drawn"])
     return evaluate_with(judged, lambda: time.monotonic() - start)
 
 
-def _stock(common: dict, rounds: int) -> None:
-    """Makes students without corrections, and files of them for hosts without this project's nodes."""
+def _stock(common: dict, depth: dict) -> None:
+    """Makes students without corrections, and files of them for hosts without this project's nodes.
+
+    depth: how students are trained.
+    """
     run = common["run"] / "stock"
     run.mkdir(parents=True, exist_ok=True)
     for name in ("calibration.safetensors", "plan.json"):
@@ -124,9 +136,7 @@ def _stock(common: dict, rounds: int) -> None:
     plan = Run(run).load_plan()
     write_text(Run(run).plan, plan.with_parts(sites=(), variants=()).to_json())
     stock = {**common, "run": run}
-    distill_depth(
-        DistillDepthConfig(**stock, rounds=rounds, learning_rate=LEARNING_RATE, correction="none")
-    )
+    distill_depth(DistillDepthConfig(**stock, **depth, correction="none"))
     variants(VariantsConfig(**stock))
     for layout in ("comfyui", "diffusers"):
         export(ExportConfig(**stock, layout=layout, variant="small", name=f"small-{layout}"))
