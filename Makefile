@@ -3,22 +3,25 @@ PYTHON ?= python3
 BIN = .venv/bin
 # the oldest ComfyUI that is promised, and the newest that pip's index carries
 HOSTS = 0.3.75 0.30.0
-SUITES = inside server
+SUITES = server inside
 
-.PHONY: demo test types test-host ablation setup clean $(HOSTS:%=host-%)
+.PHONY: demo test engine types test-host ablation setup clean $(HOSTS:%=host-%)
 
 demo: .venv/ready
 	$(BIN)/ppcl demo
 
-# environments first, side by side; then the engine on all cores; then the hosts, side by side
+# the engine on all cores, while the hosts are being set up; then the hosts, side by side, and the types: a server often
+# waits for a job or a page, so that two processors have time for three
 test:
-	$(MAKE) --no-print-directory -j 3 .venv/ready $(HOSTS:%=host-%)
+	$(MAKE) --no-print-directory -j 3 engine $(HOSTS:%=host-%)
+	$(MAKE) --no-print-directory -j 3 --output-sync=target $(foreach suite,$(SUITES),$(HOSTS:%=test-$(suite)-%)) types
+
+# in the order of the folders: xdist's own order, files of many tests first, leaves the longest files to the end
+engine: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --hypothesis-profile=ci --durations=20
-	$(MAKE) --no-print-directory -j 2 --output-sync=target $(foreach suite,$(SUITES),$(HOSTS:%=test-$(suite)-%)) types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --hypothesis-profile=ci --durations=20
 
-# beside the last host, which leaves processors free
 types: .venv/ready
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
