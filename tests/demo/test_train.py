@@ -4,6 +4,7 @@ stop."""
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -83,8 +84,14 @@ def test_a_new_teacher_is_the_identity_that_predicts_nothing(name):
     )
 
 
+@pytest.fixture
+def fitted_to_few(monkeypatch):
+    """A training's codec is fitted to 64 pictures, not to thousands."""
+    monkeypatch.setattr(trainer, "fit_codec", partial(fit_codec, samples=64))
+
+
 @pytest.mark.parametrize("name", KINDS)
-def test_a_killed_training_goes_on_to_the_same_file(name, tmp_path, monkeypatch):
+def test_a_killed_training_goes_on_to_the_same_file(name, tmp_path, monkeypatch, fitted_to_few):
     whole, stopped = tmp_path / "whole.safetensors", tmp_path / "stopped.safetensors"
     train(recipe(name), whole, compiled=False, device="cpu")
     batch = training_batch
@@ -94,10 +101,9 @@ def test_a_killed_training_goes_on_to_the_same_file(name, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return batch(kind, codec, recipe, step)
 
-    monkeypatch.setattr(trainer, "training_batch", killed_at_three)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as killing, pytest.raises(KeyboardInterrupt):
+        killing.setattr(trainer, "training_batch", killed_at_three)
         train(recipe(name), stopped, compiled=False, device="cpu")
-    monkeypatch.undo()
     train(recipe(name), stopped, compiled=False, device="cpu")
     assert stopped.read_bytes() == whole.read_bytes()
     with pytest.raises(SystemExit, match="was made with other options"):
