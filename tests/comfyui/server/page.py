@@ -16,6 +16,9 @@ SIZE = {"width": 1920, "height": 1080}
 PATIENCE = 300_000
 """Milliseconds until a page is given up: beside other work on two cores it takes long to load, and
 a job longer."""
+OFTEN = 200
+"""Milliseconds between two looks at a page that waits for the server; at every frame it draws, they
+would take the processor that the server needs."""
 DESIGNS = {"canvas": False, "modern": True}
 """Nodes are drawn on a canvas, or are elements of the page ("Nodes 2.0"), and then taller."""
 # a page that does not open its own list at the first start, and shows nothing over the graph

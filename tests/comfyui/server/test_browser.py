@@ -19,6 +19,7 @@ from .page import (
     ARGUMENTS,
     CHROMIUM,
     DESIGNS,
+    OFTEN,
     choose_template,
     faults_of_the_layout,
     load_template,
@@ -95,7 +96,7 @@ def test_template_run_picture(server, page, design, tmp_path):
     choose_template(page, "ppcl-demo-three-sizes", WORKFLOWS["ppcl-demo-three-sizes"])
     assert page.evaluate(DRAWN) is False
     press_run(page)
-    page.wait_for_function(DRAWN)
+    page.wait_for_function(DRAWN, polling=OFTEN)
     assert faults_of_the_layout(page, design) == []
     page.screenshot(path=tmp_path / "comfyui.png")
 
@@ -129,12 +130,12 @@ def test_a_model_is_made_in_the_page(server, made, page, design, tmp_path):
     }
     page.evaluate(SET, {**QUICK, "PPCL_DistillWidth": width})
     press_run(page)
-    page.wait_for_function(ADVANCED)
+    page.wait_for_function(ADVANCED, polling=OFTEN)
     page.get_by_text(re.compile(r"(distill-width|polish) \d+ of \d+")).first.wait_for()
     page.screenshot(path=tmp_path / "training.png")
     names = "Compare Detect DistillDepth DistillWidth Export Probe"
     shown = " ".join(f"PPCL_{name}" for name in names.split())
-    page.wait_for_function(f"() => ({MADE})() == '{shown}'")
+    page.wait_for_function(f"() => ({MADE})() == '{shown}'", polling=OFTEN)
     page.screenshot(path=tmp_path / "made.png")
     # nodes grow with what they show; frontend 1.32 leaves a preview below the picture, which a node then cuts
     assert [fault for fault in faults_of_the_layout(page, design) if "lies on" in fault] == []
