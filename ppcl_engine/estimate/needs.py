@@ -38,6 +38,7 @@ from .counts import (
     TUNING_SAVED,
     Count,
 )
+from .detect_chains import DetectChains
 from .round_states import RoundStates
 from .traffic import traffic
 from .width_counts import WidthCounts
@@ -142,22 +143,21 @@ def _probe(count: Count, config: ProbeConfig) -> Demand:
 
 
 def _detect(count: Count, config: DetectConfig) -> Demand:
-    states = count.kept(config.samples)
+    chains, states = DetectChains.of(count, config), count.kept(config.samples)
     kept = count.blocks * states
     in_memory, on_disk = (0, kept) if config.streamed else (kept, 0)
-    sections = count.sizes.architecture.sections(count.sizes.config)
-    pairs = [
-        count.blocks - 1 - k for s in sections for u in s for k in s if u < k < u + config.longest
-    ]
-    passes = count.blocks + (1 if config.local else 2) * sum(pairs)
-    chains = len(pairs) * (states if config.local else 2 * states) if config.streamed else 0
-    fits = len(pairs) * states / count.size / count.width * 3 * count.width**2
+    behind = sum(
+        count.blocks - 1 - k for u, end in chains.ends.items() for k in range(u + 1, end + 1)
+    )
+    passes = count.blocks + (1 if config.local else 2) * behind
+    fits = chains.pairs * states / count.size / count.width * 3 * count.width**2
     measured = passes * min(config.samples, count.samples.count) * count.forward / count.blocks
+    walking = count.on_host(chains.in_memory) if config.streamed else chains.in_memory
     return Demand(
         certain=count.teacher + in_memory,
-        likely=2 * states + count.together(config, chains) + count.solving,
+        likely=2 * states + walking + count.solving,
         disk=on_disk,
-        flops=measured + fits + _solves(count, config, len(STREAMS) * len(pairs)),
+        flops=measured + fits + _solves(count, config, len(STREAMS) * chains.pairs),
     )
 
 

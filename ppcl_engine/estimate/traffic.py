@@ -10,11 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..algorithms.detection.chains import bytes_of, chain_batches
 from ..algorithms.detection.curves import FIT, STREAMS
-from ..algorithms.detection.intervals import reach
 from ..algorithms.distillation.kept_trainers import SHARE, rounds_between_saves
-from ..algorithms.grouping import groups_within
 from ..settings.assess_settings import EvaluateConfig
 from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
@@ -30,6 +27,7 @@ from ..settings.prune_settings import (
 )
 from ..system.machine import free_memory
 from .counts import EXACT, FP32, NAMED_VARIANTS, SAVED_COPIES, TUNING_SAVED, Count
+from .detect_chains import DetectChains
 from .round_states import RoundStates
 from .width_counts import WidthCounts, measuring_walks
 
@@ -95,21 +93,14 @@ def _probe(count: Count, config: ProbeConfig) -> Traffic:
 
 
 def _detect(count: Count, config: DetectConfig) -> Traffic:
-    share = min(config.samples, count.samples.count) / count.samples.count
-    batches = max(2, round(share * count.batches))
-    batch = count.samples.batch * count.state
-    held, states, last = batches - batches // 2, batches * batch, count.blocks - 1
-    starts = frozenset(s.start for s in count.sizes.architecture.sections(count.sizes.config))
-    ends = {u: reach(u, count.blocks, config.longest, starts) for u in range(last)}
-    parts = chain_batches(ends, [batch] * batches, count.width, config.local)
-    limit = config.cache_gb * 1e9 if config.streamed else 0
-    groups = list(groups_within(limit, parts, bytes_of))
-    pairs = sum(end - u for u, end in ends.items())
+    chains, last = DetectChains.of(count, config), count.blocks - 1
+    states, held = chains.states, chains.held_out * chains.batch
+    groups, pairs = chains.groups, chains.pairs
     probes = sum(len({k for p in g for k in range(p.u + 1, p.end + 1)}) for g in groups)
-    numbers = config.bootstrap + 1 + held * count.samples.batch + len(STREAMS) * len(FIT)
+    numbers = config.bootstrap + 1 + chains.held_out * count.samples.batch + len(STREAMS) * len(FIT)
     curves = EXACT * count.blocks * config.longest * numbers
-    walked = states * sum(end > u for u, end in ends.items()) + pairs * held * batch
-    fitted = 2 * pairs * (states - held * batch)
+    walked = states * sum(end > u for u, end in chains.ends.items()) + pairs * held
+    fitted = 2 * pairs * (states - held)
     return Traffic(
         walks=1 + sum(last - group[0].u for group in groups) / count.blocks,
         read=probes * len(STREAMS) * FP32 * count.width**2,
