@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,10 +38,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ablate(folder):
-    """Runs it, with a few updates a round: a row of this budget is no longer for 20."""
+    """Runs it, with a few updates a round: a row of this budget is no longer for 20. Its pictures,
+    which show nothing, are drawn in a few steps."""
     options = ("--teacher", quick_teacher(folder), "--work", folder / "work", "--budget", 200)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(recipes, "UPDATES", 4)
+        patched.setattr(ablation, "Judge", partial(ablation.Judge, steps=2))
         yield lambda *more: run(ablation, folder, *options, *more)
 
 
