@@ -18,6 +18,7 @@ from ppcl_engine.run import Run
 from ppcl_engine.settings import prune_settings
 from ppcl_engine.stages import function_of
 from ppcl_engine.system.tensor_files import write_tensors
+from ppcl_engine.system.user_cache import FOLDER
 
 from .tiny.models import tiny_model
 
@@ -35,6 +36,14 @@ CONFIGS = {
     ),
     "variants": (prune_settings.VariantsConfig, {"samples": 12}),
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory):
+    """The user's own keeps no figures of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

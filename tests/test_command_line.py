@@ -76,19 +76,22 @@ def test_the_help_of_a_stage_has_every_setting_once(stage, capsys):
     assert titles == sorted(titles, key=["needed:", "settings:", "how it runs:"].index)
 
 
-HELP_IMPORTS = """
+IMPORTS = """
 import sys
 from ppcl_engine.__main__ import main
 assert main(["--help"]) == main(["probe", "--help"]) == 0
 assert main(["prob"]) == main(["probe", "--modle", "m"]) == main(["probe"]) == 2
 print({"torch", "numpy", "diffusers", "tyro", "psutil"} & set(sys.modules))
+assert main(["distill-depth", "--model", "qwen_image", "--run", sys.argv[1], "--dry-run"]) == 0
+print({"diffusers", "transformers", "accelerate", "torch._dynamo", "PIL"} & set(sys.modules))
 """
 
 
-def test_help_and_a_mistake_need_no_torch():
-    """torch takes seconds to import."""
-    done = subprocess.run([sys.executable, "-c", HELP_IMPORTS], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "set()", done.stderr
+def test_help_and_a_mistake_need_no_torch_and_a_dry_run_no_diffusers(tmp_path):
+    """Their imports take seconds."""
+    command = [sys.executable, "-c", IMPORTS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.splitlines().count("set()") == 2, done.stdout + done.stderr
 
 
 def test_every_stage_says_what_to_run_next(tmp_path):

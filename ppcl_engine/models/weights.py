@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..architectures import ARCHITECTURES, Architecture, Part
+from ..architectures.shapes import Shapes, block_shapes, number_of_values, outer_shapes
 from ..system.json_text import shown
 from .filling import fill
 from .layout import Layout, full_layout
@@ -308,29 +309,20 @@ def fingerprint_of(
     return digest.hexdigest()
 
 
-def expected_shapes(architecture: Architecture, config: dict) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the full model by diffusers' names, determined without allocating memory."""
-    with torch.device("meta"):
-        shapes = {
-            name: tuple(t.shape)
-            for name, t in architecture.build_outer(config).state_dict().items()
-        }
-        for index in range(architecture.num_blocks(config)):
-            prefix = architecture.block_prefix(config, index)
-            block = architecture.build_block(config, index)
-            shapes |= {prefix + name: tuple(t.shape) for name, t in block.state_dict().items()}
+def expected_shapes(architecture: Architecture, config: dict) -> Shapes:
+    """Every tensor of the full model by diffusers' names, without building it."""
+    shapes = outer_shapes(architecture, config)
+    for index in range(architecture.num_blocks(config)):
+        prefix = architecture.block_prefix(config, index)
+        block = block_shapes(architecture, config, index)
+        shapes |= {prefix + name: shape for name, shape in block.items()}
     return shapes
 
 
 def full_parameters(architecture: Architecture, config: dict) -> int:
-    """Parameters of the full model, counted without allocating memory. Tables that training never
-    moves (buffers) do not count."""
-    with torch.device("meta"):
-        blocks = [
-            architecture.build_block(config, index)
-            for index in range(architecture.num_blocks(config))
-        ]
-        return sum(map(parameter_count, (architecture.build_outer(config), *blocks)))
+    """Parameters of the full model, without building it. Tables that training never moves (buffers)
+    do not count."""
+    return number_of_values(expected_shapes(architecture, config), tables=False)
 
 
 def parameter_count(module: nn.Module) -> int:
