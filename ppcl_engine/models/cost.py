@@ -29,9 +29,21 @@ from .surgery import empty_block, interval_streams
 from .weights import parameter_count, stored_count
 
 Grid = tuple[int, int, int]
+Pairs = list[tuple[int, int]]
 
 STORED_BYTES = 2  # bfloat16
+CORRECTION = "correction.maps."
 TEXT_MODULATION = "txt_mod."  # Qwen-Image's, the only one here whose references have a timestep
+READ_AS = {
+    "attn.to_k": "attn.to_q",
+    "attn.to_v": "attn.to_q",
+    "proj_mlp": "attn.to_q",
+    "attn.add_k_proj": "attn.add_q_proj",
+    "attn.add_v_proj": "attn.add_q_proj",
+    "attn2.to_k": "attn2.to_q",
+    "attn2.to_v": "attn2.to_q",
+}
+"""maps that read the very tensor that another one reads"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,8 @@ class CostModel:
         outer = outer_shapes(architecture, config)
         self.outer_parameters = number_of_values(outer, tables=False)
         self.outer_stored = number_of_values(outer, tables=True)
+        self._image_tokens = sum(map(math.prod, self._grids))
+        self._conditioning = LINEAR_MAPS[architecture.name].conditioning
         self._counted: dict[tuple, Cost] = {}
 
     @cached_property
@@ -103,26 +117,41 @@ class CostModel:
         places that are built alike."""
         projected = tuple((site.kind, site.form) for site in place.ffn)
         text = (place.text_source is not None, place.steps_text, place.publishes)
-        shapes = block_shapes(self.architecture, self.config, place.index)
+        shapes = self._shapes(place)
         built = (tuple(shapes.items()), place.interval, projected, text)
         if built not in self._counted:
-            plain = not place.projections
-            self._counted[built] = self._computed(place, shapes) if plain else self._built(place)
+            self._counted[built] = (
+                self._built(place) if place.projections else self._computed(shapes)
+            )
         return self._counted[built]
+
+    def _shapes(self, place: Place) -> Shapes:
+        """The tensors there before anything is projected."""
+        shapes = block_shapes(self.architecture, self.config, place.index)
+        if place.interval is None or place.interval.correction == "none":
+            return shapes
+        width, correction = self.architecture.width(self.config), place.interval.correction
+        maps: Shapes = {"weight": (width, width), "bias": (width,)}
+        if correction != "affine":  # as surgery.Correction has them
+            rank = int(correction)
+            maps = {"0.weight": (rank, width), "1.weight": (width, rank), "1.bias": (width,)}
+        for stream in interval_streams(self.architecture, self.config, place.interval):
+            shapes |= {f"{CORRECTION}{stream}.{name}": shape for name, shape in maps.items()}
+        return shapes
 
     def largest_map(self, place: Place) -> int:
         """Values of the largest linear map of the teacher's block there."""
         shapes = block_shapes(self.architecture, self.config, place.index).values()
         return max(math.prod(shape) for shape in shapes if len(shape) == 2)
 
-    def linear_maps(
-        self, place: Place, skip: Sequence[str] = ()
-    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    def linear_maps(self, place: Place, skip: Sequence[str] = ()) -> tuple[Pairs, Pairs]:
         """(rows, columns) of each linear map there; (rows of a sample, width) of each distinct
         tensor that they read.
 
         skip: maps with one of these in their names are left out.
         """
+        if not place.projections and folding_of(self.config) is None:
+            return self._computed_maps(self._shapes(place), skip)
         with torch.device("meta"), torch.no_grad():
             block = empty_block(self.architecture, self.config, place, {})
             linears = [(n, m) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear)]
@@ -144,50 +173,45 @@ class CostModel:
             self.architecture.run_block(block, state)
         return Cost(parameter_count(block), stored_count(block), float(counter.get_total_flops()))
 
-    def _computed(self, place: Place, shapes: Shapes) -> Cost:
-        correction = self._correction(place.interval) if place.interval else {}
-        values = number_of_values(shapes, tables=True) + sum(
-            number_of_values(maps, tables=True) for maps in correction.values()
-        )
-        return Cost(values, values, float(self._flops(shapes, correction)))
+    def _computed(self, shapes: Shapes) -> Cost:
+        values = number_of_values(shapes, tables=True)
+        return Cost(values, values, float(self._flops(shapes)))
 
-    def _correction(self, interval: Interval) -> dict[str, Shapes]:
-        """stream -> the tensors of its map, as `surgery.Correction` has them."""
-        if interval.correction == "none":
-            return {}
-        width = self.architecture.width(self.config)
-        maps: Shapes = {"weight": (width, width), "bias": (width,)}
-        if interval.correction != "affine":
-            rank = int(interval.correction)
-            maps = {"0.weight": (rank, width), "1.weight": (width, rank), "1.bias": (width,)}
-        streams = interval_streams(self.architecture, self.config, interval)
-        return dict.fromkeys(streams, maps)
-
-    def _flops(self, shapes: Shapes, correction: dict[str, Shapes]) -> int:
+    def _flops(self, shapes: Shapes) -> int:
         """Two for each weight and row that it is multiplied with; attention multiplies all tokens with
         all, twice."""
-        tokens = {"image": sum(map(math.prod, self._grids)), "text": self._text_tokens}
-        everything = tokens["image"] + tokens["text"]
-        own = {"text": everything, "image": everything} if has_one_stream(shapes) else tokens
-        conditioning = LINEAR_MAPS[self.architecture.name].conditioning
-        # references have a timestep of their own, and are pictures
-        times = 1 + len(self.architecture.reference_timesteps(self.config))
         folding, flops = folding_of(self.config), 0
+        looked_up = self._conditioning if folding is not None and folding.form == "table" else ()
         for name, shape in shapes.items():
-            rows = own["text" if name.startswith(TEXT_MAPS) else "image"]
-            if name.startswith(conditioning):
-                rows = 1 if name.startswith(TEXT_MODULATION) else times
-                if folding is not None and folding.form == "table":
-                    rows = 0  # a table is looked up, not multiplied
-            flops += 2 * rows * math.prod(shape) if len(shape) == 2 else 0
-        for stream, maps in correction.items():
-            values = sum(math.prod(shape) for shape in maps.values() if len(shape) == 2)
-            flops += 2 * tokens[stream] * values
-        attended = {"attn": everything, "attn2": tokens["image"]}
+            if len(shape) == 2 and not name.startswith(looked_up):
+                flops += 2 * self._rows(name, shapes) * math.prod(shape)
+        attended = {"attn": self._image_tokens + self._text_tokens, "attn2": self._image_tokens}
         width = self.architecture.width(self.config)
         return flops + sum(
             4 * n * n * width for name, n in attended.items() if f"{name}.to_q.weight" in shapes
         )
+
+    def _rows(self, name: str, shapes: Shapes) -> int:
+        """How many rows of a sample the map of this name reads."""
+        image, text = self._image_tokens, self._text_tokens
+        if name.startswith(CORRECTION):
+            return text if name.startswith(f"{CORRECTION}text.") else image
+        if name.startswith(self._conditioning):
+            # references have a timestep of their own, and are pictures
+            times = 1 + len(self.architecture.reference_timesteps(self.config))
+            return 1 if name.startswith(TEXT_MODULATION) else times
+        if has_one_stream(shapes):
+            return image + text
+        return text if name.startswith(TEXT_MAPS) else image
+
+    def _computed_maps(self, shapes: Shapes, skip: Sequence[str]) -> tuple[Pairs, Pairs]:
+        maps, read = [], {}
+        for name, shape in shapes.items():
+            module = name.removesuffix(".weight")
+            if len(shape) == 2 and not any(part in module for part in skip):
+                maps.append((shape[0], shape[1]))
+                read[READ_AS.get(module, module)] = (self._rows(name, shapes), shape[1])
+        return maps, list(read.values())
 
 
 def largest_pair(blocks: Sequence[int]) -> int:

@@ -133,10 +133,10 @@ def test_no_block_is_built_to_count_it(monkeypatch, tmp_path):
     _, architecture, _ = model_config(Path("flux1_lite"))
     monkeypatch.setattr(type(architecture), "build_block", None)
     monkeypatch.setattr(type(architecture), "build_outer", None)
-    common = {"model": Path("flux1_lite"), "run": tmp_path, "device": "cpu"}
     for kind in DEMANDS:
-        if kind is not SparsifyConfig:  # which asks what the maps of a block read
-            assert needs(kind(**common)).memory > 0
+        model = "path" if kind is SparsifyConfig else "model"
+        config = kind(**{model: Path("flux1_lite"), "run": tmp_path, "device": "cpu"})
+        assert needs(config).memory > 0
 
 
 def test_making_a_model_sparse_counts_its_matrices(teacher_file, make_run, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ppcl_engine.architectures import ARCHITECTURES
+from ppcl_engine.models import cost as cost_module
 from ppcl_engine.models.cost import CostModel
 from ppcl_engine.models.layout import Place
 from ppcl_engine.plan import Interval
@@ -39,8 +40,19 @@ def test_costs_are_those_of_the_blocks(case):
         assert cost.place(place) == cost._built(place), place
 
 
+def sorted_maps(cost: CostModel, place: Place, skip: tuple[str, ...]):
+    return [sorted(map(tuple, pairs)) for pairs in cost.linear_maps(place, skip)]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
-def test_the_largest_map_is_one_of_the_blocks(architecture):
-    cost = CostModel(architecture, architecture.tiny_config, GRID, TEXT_TOKENS)
-    maps, _ = cost.linear_maps(Place(index=0))
-    assert cost.largest_map(Place(index=0)) == max(rows * columns for rows, columns in maps)
+@pytest.mark.parametrize("skip", [(), ("to_q", "norm1.")], ids=["all", "some"])
+def test_linear_maps_and_what_they_read_are_those_of_the_blocks(architecture, skip, monkeypatch):
+    config = architecture.tiny_config
+    cost = CostModel(architecture, config, GRID, TEXT_TOKENS)
+    computed = {place: sorted_maps(cost, place, skip) for place in places(architecture, config)}
+    monkeypatch.setattr(cost_module, "folding_of", lambda config: "the blocks are built")
+    for place, maps in computed.items():
+        assert maps == sorted_maps(cost, place, skip), place
+    assert cost.largest_map(Place(index=0)) == max(
+        rows * columns for rows, columns in cost.linear_maps(Place(index=0))[0]
+    )
