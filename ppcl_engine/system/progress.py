@@ -71,7 +71,7 @@ class Progress(tqdm):
         """Draws the bar; where there is no terminal, in a log say, writes a line if one is due, and the
         last one."""
         if self.fp.isatty():
-            return super().display(msg, pos)
+            return bool(super().display(msg, pos))
         ends = self.disable  # tqdm turns a bar off before it closes it, and then ends the line
         if msg is None and (ends or self._is_due()):
             self._line_at, self._line_n = time.monotonic(), self.n
