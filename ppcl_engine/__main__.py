@@ -7,112 +7,95 @@ if __name__ == "__main__":  # before the other imports, which take seconds: Ctrl
 
     watch()
 
-import errno
-import os
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from .settings import assess_settings, base_settings
 from .settings.arguments import parse
+from .settings.help_pages import HELP, overview, page
+from .settings.ranges import Settings
 from .settings.toml_files import read_tables
-from .stages import STAGES, run_stage
+from .stages import ROOMS, STAGES, room_of, run_stage
+from .stages.next_steps import next_step
 from .system.early import INTERRUPTED, finish
-from .system.memory_errors import is_lack_of_memory
+from .system.launch_environment import is_main
+from .system.user_errors import USER_ERROR, drop_output, line_of
 from .system.wording import cut, known_names, one_line, shown
 
-TINY = "tiny"  # table of a run file: the small teacher that --tiny uses instead of the model
-USER_ERROR = 2
-_ADVICE = {
-    errno.ENOSPC: "free space; nothing half-written was left",
-    errno.EDQUOT: "free space; nothing half-written was left",
-    errno.ENAMETOOLONG: "give a shorter path",
-}
-MEMORY_ADVICE = "use --streamed, a smaller batch or smaller pictures, or see --dry-run"
-_OTHER_ADVICE = (
-    "give a path that can be read, or a folder that can be written; nothing half-written was left"
-)
+RUN, TINY = "run", "tiny"
+"""the command for run files, and the table there of the small teacher that --tiny uses"""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit code."""
+    """The exit code. Help, and a mistake in the command line, come without torch, which takes
+    seconds."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        return _help()
-    from .system.distributed import leave
-
-    return leave(_code(arguments))
-
-
-def _help() -> int:
-    """Without torch, which takes seconds."""
     try:
-        print(_usage(), flush=True)
-    except BrokenPipeError:
-        _drop_output()
-    except OSError as error:
-        print(f"ppcl: the help cannot be written: {_line(error)}", file=sys.stderr)
-        _drop_output()
-        return USER_ERROR
-    return 0
+        if not arguments or HELP & set(arguments):
+            return _print_help(arguments)
+        work = _read(arguments[0], arguments[1:])
+    except (KeyboardInterrupt, ValueError, OSError) as error:
+        if is_main():
+            print(f"ppcl: {one_line(line_of(error), arguments)}", file=sys.stderr, flush=True)
+        return INTERRUPTED if isinstance(error, KeyboardInterrupt) else USER_ERROR
+    from .stages.command import code_of  # imports torch
+
+    return code_of(work, arguments)
 
 
-def _drop_output() -> None:
-    """What was not written yet would fail again when Python ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _code(arguments: list[str]) -> int:
-    """The exit code. Prints a mistake, or an interrupt, in one line."""
-    from .system.distributed import tell
-    from .system.interruption import Stopped
-    from .system.progress import Progress
-
+def _print_help(arguments: list[str]) -> int:
+    """The page of the stage that is named, or the list of all stages. Returns the exit code."""
+    named = [word for word in arguments if word not in HELP][:1]
+    text = page(named[0], _settings_of(named[0])) if named else overview(ROOMS, _by_room())
     try:
-        _dispatch(arguments[0], arguments[1:])
-        sys.stdout.flush()
+        if is_main():
+            print(text, flush=True)
     except BrokenPipeError:  # whoever read the output has read enough
-        _drop_output()
-        return 0
-    except (MemoryError, RuntimeError) as error:
-        if not is_lack_of_memory(error):
-            raise
-        Progress.close_all()
-        tell(f"ppcl: {arguments[0]} ran out of memory; {MEMORY_ADVICE}")
+        drop_output()
+    except OSError as error:
+        print(f"ppcl: the help cannot be written: {line_of(error)}", file=sys.stderr)
+        drop_output()
         return USER_ERROR
-    except (Stopped, KeyboardInterrupt, ValueError, OSError) as error:
-        Progress.close_all()
-        tell(f"ppcl: {one_line(_line(error), arguments)}")
-        return INTERRUPTED if isinstance(error, Stopped | KeyboardInterrupt) else USER_ERROR
     return 0
 
 
-def _line(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped; run the same command to go on"
-    if isinstance(error, OSError) and error.errno is not None:
-        where = "" if error.filename is None else f"{error.filename}: "
-        return f"{where}{os.strerror(error.errno)}; {_ADVICE.get(error.errno, _OTHER_ADVICE)}"
-    return str(error)
+def _all_settings() -> dict[str, type]:
+    return {stage: kind for stage, (kind, _) in STAGES.items()} | {RUN: assess_settings.RunConfig}
 
 
-def _dispatch(stage: str, arguments: list[str]) -> None:
-    from .system.distributed import is_main
+def _by_room() -> dict[str, dict[str, type]]:
+    """Folder -> its stages and their settings."""
+    stages = _all_settings()
+    return {
+        room: {name: kind for name, kind in stages.items() if room_of(name) == room}
+        for room in ROOMS
+    }
 
-    if stage == "run":
-        import tyro
 
-        config = parse(
-            assess_settings.RunConfig,
-            stage,
-            arguments,
-            is_main(),
-            config=(tyro.conf.PositionalRequiredArgs,),
-        )
-        run_file(config.file, config.tiny, config.dry_run)
-        return
-    if stage not in STAGES:
-        raise ValueError(f"unknown stage {shown(stage)}; {known_names(stage, [*STAGES, 'run'])}")
-    run_stage(stage, parse(STAGES[stage][0], stage, arguments, is_main()))
+def _settings_of(stage: str) -> type:
+    known = _all_settings()
+    if stage not in known:
+        raise ValueError(f"unknown stage {shown(stage)}; {known_names(stage, known)}")
+    return known[stage]
+
+
+def _read(stage: str, arguments: list[str]) -> Callable[[], None]:
+    """What the command line asks for, to be done."""
+    config = parse(_settings_of(stage), stage, arguments)
+    if isinstance(config, assess_settings.RunConfig):
+        return partial(run_file, config.file, config.tiny, config.dry_run)
+    return partial(_run_all, [(stage, config)])
+
+
+def _run_all(stages: Sequence[tuple[str, Settings]]) -> None:
+    """Runs them in this order, then says what to run next."""
+    result = None
+    for stage, config in stages:
+        result = run_stage(stage, config)
+    if is_main() and (line := next_step(*stages[-1], result)):
+        print(line, file=sys.stderr)
 
 
 def run_file(path: Path, tiny: bool = False, dry_run: bool = False) -> None:
@@ -130,11 +113,10 @@ def run_file(path: Path, tiny: bool = False, dry_run: bool = False) -> None:
 
         print_estimates(stages)
         return
-    for stage, config in stages:
-        run_stage(stage, config)
+    _run_all(stages)
 
 
-def read_run_file(path: Path) -> list[tuple[str, object]]:
+def read_run_file(path: Path) -> list[tuple[str, Settings]]:
     """(stage, settings) in the file's order. Raises ValueError naming file, table and setting."""
     tables = read_tables(path)
     for name, table in tables.items():
@@ -155,14 +137,6 @@ def read_run_file(path: Path) -> list[tuple[str, object]]:
         )
         for stage, table in tables.items()
     ]
-
-
-def _usage() -> str:
-    lines = [
-        f"  {name:14} {(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in STAGES.items()
-    ]
-    lines.append(f"  {'run':14} {assess_settings.RunConfig.__doc__}")
-    return "usage: ppcl STAGE [settings]; ppcl STAGE --help lists them\n\n" + "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from ppcl_engine.run import Run
 from ppcl_engine.settings import prune_settings
 from ppcl_engine.stages import function_of
 from ppcl_engine.system.tensor_files import write_tensors
+from ppcl_engine.system.user_cache import FOLDER
 
 from .tiny.models import tiny_model
 
@@ -50,6 +51,14 @@ def nothing_waits_for_the_disk():
     """What a test writes does not have to outlast a power cut."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory):
+    """The user's own keeps no figures of tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER, str(tmp_path_factory.mktemp("cache")))
         yield
 
 

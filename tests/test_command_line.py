@@ -5,15 +5,22 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import subprocess
 import sys
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
 from ppcl_engine.__main__ import main, read_run_file
 from ppcl_engine.plan import PruningPlan
+from ppcl_engine.settings.arguments import parse
+from ppcl_engine.settings.assess_settings import InspectConfig, RunConfig
+from ppcl_engine.settings.prune_settings import ProbeConfig
 from ppcl_engine.stages import STAGES
 from ppcl_engine.stages.assess import bench as bench_stage
+from ppcl_engine.stages.next_steps import NEXT, next_step
 from ppcl_engine.system import atomic
 
 from .tiny.trained_run import poison
@@ -39,14 +46,75 @@ def test_unknown_stage_lists_the_known_ones(error_of):
     assert "distill-depth" in error_of("prune")
 
 
-def test_help_names_every_stage_and_every_setting_has_a_text(capsys):
+def test_help_lists_the_stages_by_their_folders(capsys):
     assert main(["--help"]) == 0
+    found, room = {}, ""
+    for line in capsys.readouterr().out.splitlines():
+        if line and line[0] != " ":
+            room = line.partition(":")[0]
+        elif line[2:3].strip():
+            found.setdefault(room, []).append(line.split()[0])
+    assert list(found) == ["prune", "convert", "assess", "run"]
+    assert sorted(name for names in found.values() for name in names) == sorted(
+        [*EVERY_STAGE, "run"]
+    )
+    assert found["prune"] == EVERY_STAGE[:9] and found["run"] == ["demo", "run"]
+
+
+@pytest.mark.parametrize("stage", [*EVERY_STAGE, "run"])
+def test_the_help_of_a_stage_has_every_setting_once(stage, capsys):
+    """What a stage needs comes first, how it runs last."""
+    assert main([stage, "--help"]) == 0
     text = capsys.readouterr().out
-    assert all(stage in text for stage in EVERY_STAGE)
-    for stage in EVERY_STAGE:
-        with pytest.raises(SystemExit) as end:
-            main([stage, "--help"])
-        assert end.value.code == 0
+    kind = RunConfig if stage == "run" else STAGES[stage][0]
+    names = [field.name.replace("_", "-") for field in fields(kind) if field.name != "file"]
+    shown = [line.split()[0].strip(",-") for line in text.splitlines() if line[:4] == "  --"]
+    assert sorted(shown) == sorted(names)
+    titles = [
+        line for line in text.splitlines() if line in ("needed:", "settings:", "how it runs:")
+    ]
+    assert titles == sorted(titles, key=["needed:", "settings:", "how it runs:"].index)
+
+
+IMPORTS = """
+import sys
+from ppcl_engine.__main__ import main
+assert main(["--help"]) == main(["probe", "--help"]) == 0
+assert main(["prob"]) == main(["probe", "--modle", "m"]) == main(["probe"]) == 2
+print({"torch", "numpy", "diffusers", "tyro", "psutil"} & set(sys.modules))
+assert main(["distill-depth", "--model", "qwen_image", "--run", sys.argv[1], "--dry-run"]) == 0
+print({"diffusers", "transformers", "accelerate", "torch._dynamo", "PIL"} & set(sys.modules))
+"""
+
+
+def test_help_and_a_mistake_need_no_torch_and_a_dry_run_no_diffusers(tmp_path):
+    """Their imports take seconds."""
+    command = [sys.executable, "-c", IMPORTS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.splitlines().count("set()") == 2, done.stdout + done.stderr
+
+
+def test_every_stage_says_what_to_run_next(tmp_path):
+    assert NEXT.keys() == STAGES.keys()
+    config = ProbeConfig(model=Path("a b.safetensors"), run=tmp_path, streamed=True)
+    shared = f"--model 'a b.safetensors' --run {tmp_path} --streamed"
+    assert next_step("probe", config, None) == f"next: ppcl detect {shared}"
+    for stage, text in NEXT.items():
+        following = text.split()[1]
+        assert following in STAGES and following != stage
+        if "{shared}" in text:  # the command is accepted as it is printed
+            parse(STAGES[following][0], following, shlex.split(shared))
+    assert next_step("probe", replace(config, dry_run=True), None) == ""
+    assert next_step("inspect", InspectConfig(architectures=True), None) == ""
+    inspected = next_step("export", config, tmp_path / "x.safetensors")
+    assert inspected == f"next: ppcl inspect --path {tmp_path / 'x.safetensors'}"
+
+
+def test_the_next_command_is_the_last_line(capsys, run_folder, teacher_file):
+    settings = ["--model", str(teacher_file), "--run", str(run_folder), "--train-steps", "0"]
+    assert main(["probe", *settings, "--device", "cpu"]) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"next: ppcl detect --model {teacher_file} --run {run_folder} --device cpu"
 
 
 def test_foreign_and_truncated_files(error_of, tmp_path, teacher_file):

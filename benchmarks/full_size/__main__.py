@@ -56,7 +56,7 @@ def predicted(step: Step) -> Needs | None:
     if not step.predicted:
         return None
     stage, *settings = step.arguments
-    return needs(parse(STAGES[stage][0], stage, settings, tells=True))
+    return needs(parse(STAGES[stage][0], stage, settings))
 
 
 def row_of(step: Step, blocks: int, folder: Path, fresh: bool) -> dict:

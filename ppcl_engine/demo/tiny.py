@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from ..models.weights import Weights
+from ..settings.ranges import Settings
 from .bundled import TEACHERS, bundled, render_pictures
 
 # largest values of settings that count work
@@ -46,7 +47,9 @@ REPLACED = {
 PICTURES = 16
 
 
-def tiny_run(name: str, table: dict, stages: list[tuple[str, object]]) -> list[tuple[str, object]]:
+def tiny_run(
+    name: str, table: dict, stages: list[tuple[str, Settings]]
+) -> list[tuple[str, Settings]]:
     """The stages of a run file on a small teacher, in runs/<name>_tiny.
 
     table: the file's [tiny], with the name of a `teacher`, and in `blocks` how many blocks the real
@@ -66,7 +69,7 @@ def tiny_run(name: str, table: dict, stages: list[tuple[str, object]]) -> list[t
     return [(stage, _tiny(config, run, model, share)) for stage, config in stages]
 
 
-def _tiny(config, run: Path, model: Path, share: float):
+def _tiny(config: Settings, run: Path, model: Path, share: float) -> Settings:
     """share: blocks of the small model for each block of the real one."""
     known = {field.name for field in fields(config)}
     changes = {"run": run, "model": model, **REPLACED}

@@ -1,4 +1,4 @@
-"""Bytes and FLOPs that the needs of a stage are made of, counted on the meta device."""
+"""Bytes and FLOPs that the needs of a stage are made of, from shapes alone."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Sizes:
 def _sizes(
     model: Path, changed: int, grid: Grid, text_tokens: int, references: tuple[Grid, ...]
 ) -> Sizes:
-    """Counted on the meta device; `changed`: when the model was, so that a new file counts anew."""
+    """Counted from shapes; `changed`: when the model was, so that a new file counts anew."""
     _, architecture, config = model_config(model)
     cost = CostModel(architecture, config, grid, text_tokens, references)
     counted = cost.blocks()
@@ -181,7 +181,7 @@ class Count:
     def largest_tensor(self) -> int:
         """Its values."""
         largest = max(full_layout(self.blocks).places, key=lambda p: self.sizes.blocks[p.index])
-        return max(rows * columns for rows, columns in self.sizes.cost.linear_maps(largest, ())[0])
+        return self.sizes.cost.largest_map(largest)
 
     @property
     def solving(self) -> float:

@@ -7,17 +7,16 @@ pipeline folder, a ComfyUI single file or checkpoint (bf16, fp16, fp8, scaled fp
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..architectures import ARCHITECTURES, Architecture, Part, architecture_named
-from ..system.json_text import json_text, shown
+from ..architectures import ARCHITECTURES, Architecture, Part
+from ..architectures.shapes import Shapes, block_shapes, number_of_values, outer_shapes
+from ..system.json_text import shown
 from .filling import fill
 from .layout import Layout, full_layout
 from .model_configs import check_model_config, sizes_that_differ
@@ -310,32 +309,20 @@ def fingerprint_of(
     return digest.hexdigest()
 
 
-def expected_shapes(architecture: Architecture, config: dict) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the full model by diffusers' names, determined without allocating memory."""
-    return dict(_expected_shapes(architecture.name, json_text(config, sort_keys=True)))
-
-
-@lru_cache(maxsize=64)
-def _expected_shapes(architecture: str, config: str) -> dict[str, tuple[int, ...]]:
-    """Kept, because every stage of a run opens the same model again."""
-    named, sizes = architecture_named(architecture), json.loads(config)
-    with torch.device("meta"):
-        tensors = dict(named.build_outer(sizes).state_dict())
-        for index in range(named.num_blocks(sizes)):
-            prefix, block = named.block_prefix(sizes, index), named.build_block(sizes, index)
-            tensors |= {prefix + name: tensor for name, tensor in block.state_dict().items()}
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def expected_shapes(architecture: Architecture, config: dict) -> Shapes:
+    """Every tensor of the full model by diffusers' names, without building it."""
+    shapes = outer_shapes(architecture, config)
+    for index in range(architecture.num_blocks(config)):
+        prefix = architecture.block_prefix(config, index)
+        block = block_shapes(architecture, config, index)
+        shapes |= {prefix + name: shape for name, shape in block.items()}
+    return shapes
 
 
 def full_parameters(architecture: Architecture, config: dict) -> int:
-    """Parameters of the full model, counted without allocating memory. Tables that training never
-    moves (buffers) do not count."""
-    with torch.device("meta"):
-        blocks = [
-            architecture.build_block(config, index)
-            for index in range(architecture.num_blocks(config))
-        ]
-        return sum(map(parameter_count, (architecture.build_outer(config), *blocks)))
+    """Parameters of the full model, without building it. Tables that training never moves (buffers)
+    do not count."""
+    return number_of_values(expected_shapes(architecture, config), tables=False)
 
 
 def parameter_count(module: nn.Module) -> int:

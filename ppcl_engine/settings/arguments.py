@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TypeVar, get_args, get_type_hints
 
 from ..system.wording import known_names, shown
+from .assess_settings import RunConfig
 from .ranges import Settings
 
-HELP = {"-h", "--help"}
 OUTPUT = "--output"  # the one setting that names a file to write
 RULE = re.compile(r"\W*")  # a line of tyro's box that has no word in it
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -25,19 +25,17 @@ ORIGIN = re.compile(r"Error parsing (?:[A-Z]\w*: )?")
 Kind = TypeVar("Kind", bound=Settings)
 
 
-def parse(kind: type[Kind], stage: str, arguments: Sequence[str], tells: bool, **options) -> Kind:
-    """The settings of a stage. Raises ValueError naming what is unknown, missing or wrong, and
-    SystemExit after the help, which is printed only if `tells`."""
-    import tyro
+def parse(kind: type[Kind], stage: str, arguments: Sequence[str]) -> Kind:
+    """The settings of a stage. Raises ValueError naming what is unknown, missing or wrong."""
+    command, positional = f"ppcl {stage}", kind is RunConfig
+    _check_names(kind, stage, arguments, positional)
+    import tyro  # not before the mistakes that are found without it
 
-    command = f"ppcl {stage}"
-    if HELP & set(arguments):
-        return tyro.cli(kind, args=arguments, prog=command, console_outputs=tells, **options)
-    _check_names(kind, stage, arguments, positional=bool(options))
     printed = io.StringIO()
+    config = (tyro.conf.PositionalRequiredArgs,) if positional else ()
     try:
         with redirect_stderr(printed), _endless_lines():
-            return tyro.cli(kind, args=arguments, prog=command, **options)
+            return tyro.cli(kind, args=arguments, prog=command, config=config)
     except SystemExit as end:
         if not end.code:
             raise

@@ -32,11 +32,24 @@ STAGES: dict[str, tuple[type, str]] = {
     "demo": (assess_settings.DemoConfig, ".demo.run"),
 }
 """name -> (settings, module in this package)"""
+ROOMS = {
+    "prune": "the method, in its order",
+    "convert": "one model file from another",
+    "assess": "look at models",
+    "run": "several stages with one command",
+}
+"""folder of the stages, or what runs several -> what they are for"""
 FUNCTIONS = {"import": "import_released"}  # where the stage's name is a keyword of Python
 
 
-def run_stage(stage: str, config) -> None:
-    """Runs a stage in this process, or in all processes of a launch together."""
+def room_of(stage: str) -> str:
+    """Where ROOMS has this stage: by its folder; "run" for what stands above the stages."""
+    return STAGES[stage][1].partition(".")[0] or "run" if stage in STAGES else "run"
+
+
+def run_stage(stage: str, config) -> object:
+    """Runs a stage in this process, or in all processes of a launch together. Returns what the stage
+    made; None from a dry run, and from all processes but the main one."""
     from ..system.distributed import together
 
     if getattr(config, "run", None) is not None:
@@ -46,13 +59,14 @@ def run_stage(stage: str, config) -> None:
 
         begin()
         together(print_estimate, config)
-        return
+        return None
     work = function_of(stage)
     begin()
     with _working_in(getattr(config, "run", None), stage):
         result = together(work, config, getattr(config, "parallel", ""))
     if result is not None:
         print(f"{stage}: {result}")
+    return result
 
 
 def _working_in(folder: Path | None, stage: str) -> AbstractContextManager:

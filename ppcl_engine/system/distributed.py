@@ -21,10 +21,8 @@ from typing import TypeVar
 
 import torch
 
-from .early import RANKS
+from .launch_environment import environment_number, is_main, launched, several
 
-# as torchrun and MPI implementations name them
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # a stage may take days; a process that dies is noticed by its closed connection, not by a timeout
 PATIENCE = timedelta(days=30)
 GLANCE = 0.005  # seconds between two looks of a waiting process, so that it reacts to Ctrl-C
@@ -153,25 +151,6 @@ def together(work: Callable[[Config], Result], config: Config, share: str = "") 
     return result if everyone.is_main else None
 
 
-def launched() -> bool:
-    """Whether this is one of several processes. Raises ValueError where several were asked for and
-    one was started."""
-    if _several():
-        return True
-    if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
-        raise ValueError(
-            "accelerate launch --cpu starts one process, whatever --num_processes says; write --multi_gpu in place "
-            "of --cpu (without a GPU it means processes on the CPU)"
-        )
-    return False
-
-
-def is_main() -> bool:
-    """Whether this process is the main one of its launch, or alone; known before the processes have
-    met."""
-    return not any(_number(name, 0) for name in RANKS) or not _several()
-
-
 def tell(line: str) -> None:
     """To stderr; once, where several processes say the same."""
     if _is_first_to_say(line):
@@ -208,7 +187,7 @@ def _everyone(cpu: bool) -> Processes:
     from accelerate import PartialState
 
     gpus = 0 if cpu else torch.cuda.device_count()
-    backend = "cuda:nccl,cpu:gloo" if gpus >= _number("LOCAL_WORLD_SIZE", 1) else "gloo"
+    backend = "cuda:nccl,cpu:gloo" if gpus >= environment_number("LOCAL_WORLD_SIZE", 1) else "gloo"
     state = PartialState(cpu=not gpus, backend=backend, timeout=PATIENCE)
     if state.num_processes == 1:
         raise ValueError(
@@ -218,18 +197,10 @@ def _everyone(cpu: bool) -> Processes:
     return Processes(state.process_index, state.num_processes, gpu=gpu)
 
 
-def _several() -> bool:
-    return any(_number(name, 1) > 1 for name in SIZES)
-
-
-def _number(name: str, default: int) -> int:
-    return int(os.environ.get(name) or default)
-
-
 def _is_first_to_say(line: str) -> bool:
     """The store through which the processes met counts who said it; before they meet, only the main
     one speaks."""
-    if not (_several() and torch.distributed.is_initialized()):
+    if not (several() and torch.distributed.is_initialized()):
         return is_main()
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import platform
 import re
 import shutil
 import time
@@ -14,6 +15,7 @@ import psutil
 import torch
 
 from .distributed import processes
+from .user_cache import remembered
 from .wording import DEVICE_FORM, DEVICES, shown
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container
@@ -50,8 +52,21 @@ def free_disk(folder: Path) -> int:
 
 @cache
 def flops_a_second(device: str, dtype: torch.dtype) -> float:
-    """Measured on large matrix products; real blocks with large inputs reach about this. The fastest
-    one counts: the others waited for something else on this machine."""
+    """Measured on large matrix products, once a week on a machine; real blocks with large inputs reach
+    about this."""
+    name = f"{_device_name(device)}, {dtype}, torch {torch.__version__}"
+    return remembered(f"FLOPs a second: {name}", lambda: _measured_flops(device, dtype))
+
+
+def _device_name(device: str) -> str:
+    """What the speed depends on, besides the precision and torch."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"CPU of {platform.node()} with {torch.get_num_threads()} threads"
+
+
+def _measured_flops(device: str, dtype: torch.dtype) -> float:
+    """The fastest product counts: the others waited for something else on this machine."""
     size = 1024 if device == "cpu" else 8192
     size = size // 2 if dtype is torch.float64 else size  # many GPUs are slow in it
     a = torch.ones(size, size, device=device, dtype=dtype)

@@ -1,4 +1,5 @@
-"""Progress of long work: a bar in the terminal, and a listener (a job's worker).
+"""Progress of long work: a bar in the terminal, a line now and then where there is none, and a
+listener (a job's worker).
 
 Stages know nothing of jobs: they advance a bar, report a loss, and say when trained parts are
 safely on disk.
@@ -6,6 +7,7 @@ safely on disk.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,6 +16,12 @@ from typing import Protocol
 from tqdm import tqdm
 
 from .distributed import alone, processes
+
+EVERY = 30.0  # seconds between two lines of a bar that is not in a terminal
+SOONER, SHARE = 5.0, 0.1  # or this time, when so much more is done
+LINE = (
+    "{desc}: {percentage:3.0f} % {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+)
 
 
 class Listener(Protocol):
@@ -56,7 +64,27 @@ class Progress(tqdm):
     it."""
 
     def __init__(self, *arguments, **named):
+        self._line_at, self._line_n = time.monotonic(), named.get("initial", 0)
         super().__init__(*arguments, **{"disable": not processes().is_main, **named})
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Draws the bar; where there is no terminal, in a log say, writes a line if one is due, and the
+        last one."""
+        if self.fp.isatty():
+            return bool(super().display(msg, pos))
+        ends = self.disable  # tqdm turns a bar off before it closes it, and then ends the line
+        if msg is None and (ends or self._is_due()):
+            self._line_at, self._line_n = time.monotonic(), self.n
+            text = self.format_meter(**{**self.format_dict, "bar_format": LINE})
+            self.fp.write(text if ends else f"{text}\n")
+            self.fp.flush()
+        return False
+
+    def _is_due(self) -> bool:
+        passed = time.monotonic() - self._line_at
+        more = self.total and self.n - self._line_n >= SHARE * self.total
+        # the end is said when the bar is closed
+        return passed >= (SOONER if more else EVERY) and self.n != self.total
 
     def update(self, n: float = 1) -> bool | None:
         drawn = super().update(n)

@@ -22,6 +22,7 @@ from ...models.standalone import Standalone
 from ...models.stored_layout import files_of
 from ...models.teacher_hashes import check_all
 from ...models.weights import Weights, full_parameters
+from ...report.inspected import text_of_known, text_of_model
 from ...settings.assess_settings import InspectConfig
 from ...system.json_text import json_text
 from ...system.progress import Progress
@@ -35,13 +36,14 @@ def inspect(config: InspectConfig) -> None:
             "inspect compares a --base only with --verify; add it, or leave --base out"
         )
     if config.architectures:
-        found = known_models()
+        found, text_of = known_models(), text_of_known
     elif config.path is None:
         raise ValueError("inspect needs --path FILE or --architectures")
     else:
-        found = describe(config.path, config.legacy_txt_proj)
+        found, text_of = describe(config.path, config.legacy_txt_proj), text_of_model
+        found["bytes"] = sum(file.stat().st_size for file in files_of(config.path))
         found |= verified(config.path, config.base) if config.verify else {}
-    print(json_text(found, indent=1) if config.json else _as_text(found))
+    print(json_text(found, indent=1) if config.json else text_of(found))
 
 
 def known_models() -> dict[str, dict]:
@@ -137,7 +139,8 @@ def _of_bundle(bundle: Bundle) -> dict:
         "teacher": plan.fingerprint,
         "intervals": [i.name for i in plan.intervals],
         "variants": [
-            {"name": v.name, "parameters": v.parameters, "damage": v.damage} for v in plan.variants
+            {"name": v.name, "parameters": v.parameters, "bytes": v.bytes, "damage": v.damage}
+            for v in plan.variants
         ],
     }
 
@@ -198,10 +201,3 @@ def _sparsity(path: Path) -> dict[str, str]:
     facts += ["channels in another order than the teacher's"] if sparsity.permuted else []
     facts += [sparsity.note] if sparsity.note else []
     return {"sparse": "; ".join(facts)}
-
-
-def _as_text(content: dict) -> str:
-    return "\n".join(
-        f"{name:14} {value if not isinstance(value, list) else ' '.join(map(str, value))}"
-        for name, value in content.items()
-    )

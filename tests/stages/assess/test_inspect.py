@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ppcl_engine.__main__ import main
+from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.models.opening import open_model
 from ppcl_engine.models.weights import parameter_count
 from ppcl_engine.settings.assess_settings import InspectConfig
@@ -101,3 +102,32 @@ def test_everything_in_a_file_is_verified(tmp_path, complete_bundle, exported, m
     assert "carries no hashes" in capsys.readouterr().out
     with pytest.raises(ValueError, match="only with --verify"):
         inspect(InspectConfig(path=complete_bundle, base=exported("ppcl")))
+
+
+def test_known_models_are_a_table(capsys):
+    inspect(InspectConfig(architectures=True))
+    heads, *rows = capsys.readouterr().out.splitlines()
+    assert heads.split() == [
+        "name",
+        "architecture",
+        "parameters",
+        "blocks",
+        "width",
+        "modulations",
+        "read",
+        "bf16",
+    ]
+    (qwen,) = (row for row in rows if row.startswith("qwen_image "))
+    assert "20.43 B" in qwen and qwen.endswith("40.86 GB") and "{" not in qwen
+
+
+def test_a_bundle_is_facts_and_a_table_of_variants(complete_bundle, capsys):
+    inspect(InspectConfig(path=complete_bundle))
+    facts, variants = capsys.readouterr().out.split("\n\n")
+    named = dict(line.split(maxsplit=1) for line in facts.splitlines())
+    assert named["kind"] == "bundle" and named["bytes"].endswith("B")
+    title, heads, *rows = variants.splitlines()
+    assert title == "variants" and heads.split() == ["name", "parameters", "bytes", "damage"]
+    plan = Bundle(complete_bundle).plan
+    assert [row.split()[0] for row in rows] == [variant.name for variant in plan.variants]
+    assert len({len(line) for line in (heads, *rows)}) == 1
