@@ -44,6 +44,8 @@ class Training:
 class Scale:
     config: dict
     """of the model with all blocks"""
+    forms: tuple[str, ...]
+    """names of the forms whose step is timed, the full model first"""
     sides: tuple[int, ...]
     """pixels of the pictures, the largest first"""
     text_tokens: int
@@ -65,6 +67,7 @@ class Scale:
 
 FULL = Scale(
     config=QwenImage.model_configs["qwen_image"],
+    forms=("full", "41 blocks", "35 blocks", "10 B", "folded", "int8"),
     sides=(1328, 1024),
     text_tokens=256,
     warm_up=3,
@@ -89,6 +92,7 @@ FULL = Scale(
 TINY = {**WIDE, "attention_head_dim": 32, "num_attention_heads": 2, "axes_dims_rope": [4, 14, 14]}
 QUICK = Scale(
     config={**TINY, "num_layers": 60},
+    forms=("full", "10 B", "folded", "int8"),
     sides=(64,),
     text_tokens=4,
     warm_up=0,
@@ -100,7 +104,7 @@ QUICK = Scale(
         side=64,
         text_tokens=4,
         batch=2,
-        batches=4,
+        batches=2,
         distilled=(4, "1-2"),
         tuned=(4, "1-2"),
         steps=1,

@@ -20,7 +20,7 @@ GOAL = 1.02
 
 def rows(card: Card, scale: Scale, folder: Path) -> dict[str, Callable[[], dict]]:
     """The full model once more at the end: what a card that grew warm loses."""
-    forms = {**FORMS, AGAIN: FORMS[FULL]}
+    forms = {name: FORMS[name] for name in scale.forms} | {AGAIN: FORMS[FULL]}
     return {
         row_name(name, side): partial(measure, card, scale, form, side)
         for side in scale.sides

@@ -49,7 +49,7 @@ def benchmark(tmp_path):
 def test_every_part_has_all_of_its_rows(values):
     assert values["parts"].keys() == gpu.PARTS.keys()
     step = values["parts"]["step"]
-    assert [name.rpartition(", ")[0] for name in step] == [*models.FORMS, "full, again"]
+    assert [name.rpartition(", ")[0] for name in step] == [*QUICK.forms, "full, again"]
     for part, rows in values["parts"].items():
         for name, row in rows.items():
             if row not in (sparse.NO_KERNELS, tuning.NOT_STREAMED):
@@ -97,9 +97,7 @@ def test_a_part_ends_when_its_time_is_over(benchmark, monkeypatch):
     found.finish("step")
     first, *others = (row["cut"] for row in found.rows.of("step").values())
     assert first.startswith("not done when the part's")
-    assert len(others) == len(models.FORMS) and set(others) == {
-        "the part's 0.005 minutes were over"
-    }
+    assert len(others) == len(QUICK.forms) and set(others) == {"the part's 0.005 minutes were over"}
 
 
 def test_a_card_with_too_little_memory_skips_the_row(benchmark, monkeypatch):
@@ -128,6 +126,7 @@ def test_the_full_model_is_stored_so_that_it_fits(memory, storage):
 
 
 def test_the_forms_are_the_published_ones():
+    assert FULL.forms == tuple(models.FORMS) and set(QUICK.forms) < set(FULL.forms)
     places = {name: form.layout(FULL.config).places for name, form in models.FORMS.items()}
     counts = {"full": 60, "41 blocks": 41, "35 blocks": 35, "10 B": 35, "folded": 60, "int8": 60}
     assert {name: len(found) for name, found in places.items()} == counts
