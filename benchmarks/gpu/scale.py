@@ -61,7 +61,7 @@ class Scale:
 
     @cached_property
     def parameters(self) -> int:
-        """Of the model with all blocks."""
+        """How many the model with all blocks has."""
         return full_parameters(QwenImage(), self.config)
 
 

@@ -18,7 +18,7 @@ def test_finding_timesteps_leaves_the_devices_random_numbers_alone(pack, device)
     sigmas, before = torch.linspace(1, 0, 5, device=device), random_state(device)
     asked = torch.cat(pack("sampling.timesteps").between(patcher, sampler, sigmas))
     assert torch.equal(random_state(device), before)
-    assert asked.device.type == device and set(sigmas[:-1].tolist()) < set(asked.tolist())
+    assert asked.device.type == device and set(sigmas[:-1].tolist()) <= set(asked.tolist())
 
 
 def random_state(device: str) -> torch.Tensor:
