@@ -62,6 +62,11 @@ def cache_of_its_own(tmp_path_factory):
         yield
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(scope="session")
 def architecture(request):
     """Qwen-Image, or what a test module names by parametrizing this fixture: all others follow."""

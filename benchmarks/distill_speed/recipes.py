@@ -22,7 +22,7 @@ from ppcl_engine.algorithms.distillation.rounds import Rounds
 from ppcl_engine.algorithms.distillation.trainer import Trainer, cosine_schedule
 from ppcl_engine.architectures import BlockState, Inputs
 from ppcl_engine.data.calibration import CalibrationSet, load_calibration
-from ppcl_engine.models.streaming import Teacher
+from ppcl_engine.models.streaming import Teacher, mixed_precision
 from ppcl_engine.models.surgery import interval_streams
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import Interval, PruningPlan
@@ -31,6 +31,7 @@ from ppcl_engine.settings.prune_settings import DistillDepthConfig
 from ppcl_engine.stages.prune import distill_depth
 from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.atomic import write_text
+from ppcl_engine.system.machine import DTYPES
 from ppcl_engine.system.seeds import draw_seed
 
 LOSS = "direction"
@@ -39,26 +40,35 @@ WARM_UP, WEIGHT_DECAY = 16, 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What all recipes are given. `updates`: of one PPCL round, and the grain of all
-    horizons."""
+    """What all recipes are given."""
 
     model: Path
     calibration: Path
     intervals: tuple[Interval, ...]
     steps: int
+    """of the plain recipe"""
     updates: int
+    """of one PPCL round, and the grain of all horizons"""
     folder: Path
+    device: str = "cpu"
+    dtype: str = "float32"
+    """of the teacher's blocks; students are float32"""
+    streamed: bool = False
+    """of PPCL's stage: whether the teacher's blocks are read one after the other"""
 
 
 @dataclass
 class Clock:
     """Wall time without the pauses."""
 
+    device: str
     seconds: float = 0.0
     _since: float = field(default_factory=time.perf_counter)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
         self.seconds += time.perf_counter() - self._since
         yield
         self._since = time.perf_counter()
@@ -121,10 +131,10 @@ def plain(
     task: Task, held_out: HeldOut, authors: bool, horizon: int, learning_rate: float, seed: int
 ) -> Trained:
     """`authors`: with checkpoints and the chained second pass."""
-    clock, curve = Clock(), []
+    clock, curve = Clock(task.device), []
     teacher, calibration = open_both(task)
     students = nn.ModuleDict(
-        {i.name: copy.deepcopy(teacher.block(i.first)) for i in task.intervals}
+        {i.name: copy.deepcopy(teacher.block(i.first)).float() for i in task.intervals}
     ).train()
     trainer = Trainer(students, WEIGHT_DECAY)
     for step in range(horizon):
@@ -158,7 +168,8 @@ def plain_loss(
             interval, student = starts[index], students[starts[index].name]
             sources = [state, chain] if authors else [state]
             run = partial(checkpoint, run_block, use_reentrant=False) if authors else run_block
-            outputs = [run(student, source) for source in sources]
+            with mixed_precision(teacher):
+                outputs = [run(student, source) for source in sources]
             replaced = set(interval.blocks)
         with torch.no_grad():
             before, state = state, run_block(block, state)
@@ -167,7 +178,10 @@ def plain_loss(
         if index in ends:
             streams = interval_streams(teacher.architecture, teacher.config, ends[index])
             losses += [interval_loss(LOSS, output, state, streams) for output in outputs]
-            chain = outputs[-1].with_streams(outputs[-1].image.detach(), outputs[-1].text.detach())
+            image, text = (
+                stream.detach().to(state.image) for stream in (outputs[-1].image, outputs[-1].text)
+            )
+            chain = outputs[-1].with_streams(image, text)
     with torch.no_grad():
         teacher.architecture.finish(teacher.outer, state)
     return sum(losses)
@@ -181,7 +195,9 @@ def ours(task: Task, held_out: HeldOut, horizon: int, learning_rate: float, seed
         config = DistillDepthConfig(
             model=task.model,
             run=run.folder,
-            device="cpu",
+            device=task.device,
+            dtype=task.dtype,
+            streamed=task.streamed,
             seed=seed,
             init="first",
             correction="none",
@@ -193,7 +209,7 @@ def ours(task: Task, held_out: HeldOut, horizon: int, learning_rate: float, seed
             weight_decay=WEIGHT_DECAY,
         )
         students = RunStudents(run, held_out.teacher.config, held_out.teacher.architecture)
-        clock, curve, work = Clock(), [], Rounds.train_round
+        clock, curve, work = Clock(task.device), [], Rounds.train_round
 
         def watched(rounds: Rounds, number: int, *more) -> None:
             work(rounds, number, *more)
@@ -226,6 +242,8 @@ def prepared_run(folder: Path, task: Task, teacher: Teacher) -> Run:
 
 
 def open_both(task: Task) -> tuple[Teacher, CalibrationSet]:
-    return Teacher(Weights(task.model), torch.float32, "cpu", streamed=False), load_calibration(
-        task.calibration
+    dtype = DTYPES[task.dtype]
+    return (
+        Teacher(Weights(task.model), dtype, task.device, streamed=False),
+        load_calibration(task.calibration),
     )

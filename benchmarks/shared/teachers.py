@@ -89,7 +89,7 @@ def random_teacher(
     generator = torch.Generator().manual_seed(seed)
     shapes = expected_shapes(QwenImage(), config)
     entries = [
-        TensorEntry(name, dtype, shape, lambda n=name, s=shape: _random_tensor(n, s, generator))
+        TensorEntry(name, dtype, shape, lambda n=name, s=shape: random_tensor(n, s, generator))
         for name, shape in shapes.items()
     ]
     metadata = {"config": json.dumps(config)}
@@ -107,9 +107,9 @@ def random_teacher(
     write_tensor_stream(path, entries, metadata)
 
 
-def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """Matrices keep the scale of what they multiply; norms are near one, biases near zero."""
-    values = torch.randn(shape, generator=generator)
+    values = torch.randn(shape, generator=generator, device=generator.device)
     if len(shape) > 1:
         return values / shape[-1] ** 0.5
     return 0.02 * values + (1.0 if "norm" in name and name.endswith("weight") else 0.0)

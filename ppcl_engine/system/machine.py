@@ -84,11 +84,11 @@ class PeakMemory:
     tell."""
 
     def __init__(self, device: str):
-        self.cuda = device.startswith("cuda")
+        self.device, self.cuda = device, device.startswith("cuda")
         gc.collect()
         if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats(device)
+            self.start = torch.cuda.memory_allocated(device)
         elif CLEAR.exists():
             return_freed_memory()  # memory that the allocator keeps would hide what is needed next
             CLEAR.write_text(RESET_PEAK)
@@ -96,7 +96,7 @@ class PeakMemory:
 
     def above_start(self) -> int | None:
         if self.cuda:
-            return torch.cuda.max_memory_allocated() - self.start
+            return torch.cuda.max_memory_allocated(self.device) - self.start
         return _status("VmHWM") - self.start if CLEAR.exists() else None
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppcl_engine.models.streaming import StateStore, Teacher, sweep
+from ppcl_engine.models.streaming import StateStore, Teacher, sweep, teacher_velocity
 from ppcl_engine.models.weights import Weights
 
 STAGES = ("probe", "detect", "distill_depth", "variants")
@@ -55,6 +55,34 @@ def test_only_floats_take_the_teachers_precision(teacher_file, padded_inputs):
         and state.text_mask.dtype == torch.bool
     )
     assert next(teacher.block(0).parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_walk_on_a_gpu_is_the_model(
+    teacher_file, architecture, make_model, padded_inputs, streamed
+):
+    teacher = Teacher(Weights(teacher_file), torch.float32, "cuda", streamed)
+    inputs, model = padded_inputs(), make_model().cuda()
+    on_gpu = {name: t if name == "grid" else t.cuda() for name, t in inputs.items()}
+    with torch.no_grad():
+        velocity = teacher_velocity(teacher, inputs)
+        assert torch.equal(velocity, architecture.call(model, on_gpu))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rest", [None, "cpu", "disk"])
+def test_states_of_a_gpu_come_back_to_it(tmp_path, architecture, make_model, padded_inputs, rest):
+    """In memory, where they were made or in the host's, or in files."""
+    model, inputs = make_model().cuda(), padded_inputs()
+    on_gpu = {name: t if name == "grid" else t.cuda() for name, t in inputs.items()}
+    with torch.no_grad():
+        state = architecture.embed(model, on_gpu)
+    store = StateStore(tmp_path / "states") if rest == "disk" else StateStore(None, rest=rest)
+    store.put(1, 0, state)
+    found = store.get(1, 0, state)
+    assert found.image.is_cuda and found.text.is_cuda
+    assert torch.equal(found.image, state.image) and torch.equal(found.text, state.text)
 
 
 @pytest.fixture(params=["memory", "disk"])

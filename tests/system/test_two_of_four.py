@@ -25,6 +25,15 @@ def test_there_and_back(dtype, columns):
     assert torch.equal(decompress(values, indices), dense)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_there_and_back_on_a_gpu(dtype):
+    dense = sparse(columns=32).to(dtype)
+    values, indices = compress(dense.float())
+    found = decompress(values.to(dtype).cuda(), indices.cuda())
+    assert torch.equal(found.cpu().float(), dense.float())
+
+
 def test_two_bits_an_index_the_first_lowest():
     dense = torch.tensor([[0.0, 1, 0, 2, 3, 0, 4, 0]])
     values, indices = compress(dense)

@@ -60,5 +60,5 @@ def _timed(work, device: str) -> float:
     start = time.perf_counter()
     work()
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start

@@ -26,7 +26,7 @@ def test_what_counts_as_two_of_four():
     assert not is_two_of_four(torch.zeros(4, 6))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_parity_on_a_gpu():
     model = nn.Sequential(
         two_of_four(torch.bfloat16, "cuda"), nn.Linear(64, 64, device="cuda", dtype=torch.bfloat16)

@@ -118,6 +118,20 @@ def test_pictures_are_decoded_as_the_pipeline_decodes_them(codec, pipeline):
     torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.gpu
+def test_a_codec_on_a_gpu_gives_what_the_cpus_does(folder, codec):
+    """To the precision of bfloat16, in which it computes there; what it returns is in memory."""
+    ours, latents = open_codec(folder, "cuda"), normal(1, LATENT_CHANNELS, 8, 12)
+    found, expected = (c.text(CAPTIONS[:1])["encoder_hidden_states"].float() for c in (ours, codec))
+    assert (found.cpu() - expected).norm() < 0.1 * expected.norm()
+    before = torch.cuda.memory_allocated()
+    pictures = ours.pictures(latents)
+    assert pictures.device.type == "cpu" and pictures.dtype is torch.float32
+    torch.testing.assert_close(pictures, codec.pictures(latents), rtol=0, atol=0.05)
+    ours.release()
+    assert torch.cuda.memory_allocated() < before
+
+
 def test_latents_are_the_normalised_mode_of_the_posterior(codec, pipeline):
     pictures = normal(2, 3, 32, 48).sigmoid()
     latents = codec.latents(pictures)

@@ -16,8 +16,8 @@ TINY = {"rows": 2, "columns": 3, "text_tokens": 5, "repeats": 2, "device": "cpu"
 def printed(capsys):
     """The rows: name -> (parameters, milliseconds, ratio)."""
 
-    def run(path, base=None) -> dict[str, tuple[int, float, float]]:
-        bench(BenchConfig(path=path, base=base, **TINY))
+    def run(path, base=None, **settings) -> dict[str, tuple[int, float, float]]:
+        bench(BenchConfig(**{"path": path, "base": base, **TINY, **settings}))
         header, *lines = capsys.readouterr().out.splitlines()
         assert header.split() == ["variant", "parameters", "ms", "ratio"]
         rows = (line.split() for line in lines)
@@ -43,3 +43,10 @@ def test_a_file_of_one_model(printed, teacher_file, model):
     rows = printed(teacher_file)
     assert list(rows) == ["model"]
     assert rows["model"][0] == parameter_count(model) and rows["model"][2] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu(printed, teacher_file, model, dtype):
+    parameters, milliseconds, ratio = printed(teacher_file, device="cuda", dtype=dtype)["model"]
+    assert parameters == parameter_count(model) and milliseconds > 0 and ratio == 1

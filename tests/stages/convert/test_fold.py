@@ -31,6 +31,21 @@ def test_a_single_file_as_a_table_gives_the_same_bits(folded, output, teacher_fi
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["table", "basis"])
+def test_folded_on_a_gpu(folded, teacher_file, architecture, padded_inputs, form):
+    """A table gives the bits of the model on that device, a basis keeps its bound."""
+    path = folded(teacher_file, form, device="cuda")
+    inputs = {**padded_inputs(samples=3), "timestep": torch.full((3,), 0.75)}
+    inputs = {name: t if name == "grid" else t.cuda() for name, t in inputs.items()}
+    with torch.no_grad():
+        found, expected = (
+            architecture.call(open_model(model, device="cuda"), inputs)
+            for model in (path, teacher_file)
+        )
+    assert torch.equal(found, expected) if form == "table" else relative(found, expected) < 0.5
+
+
 def test_a_basis_within_its_bound(folded, output, teacher_file, tmp_path):
     report = {}
     for bound in (0.8, 0.5):

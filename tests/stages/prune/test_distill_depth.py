@@ -181,3 +181,26 @@ def test_the_plan_keeps_its_other_intervals_and_loses_its_sizes(depth_run, disti
     assert plan.variants == ()  # measured on students that are no longer there
     with pytest.raises(ValueError, match="interval '1-3' is not in the plan; it has: 0-1, 2-4"):
         distill(run, intervals="1-3")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_gpu_learns_what_the_cpu_does(depth_run, distill, streamed):
+    common = {"rounds": 1, "updates": 4, "learning_rate": 1e-3, "streamed": streamed}
+    found = {}
+    for device in ("cpu", "cuda"):
+        run = depth_run(device)
+        distill(run, device=device, **common)
+        found[device] = [losses(run, interval) for interval in ALL]
+    for ours, expected in zip(found["cuda"], found["cpu"], strict=True):
+        assert ours == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_students_of_a_bfloat16_teacher_are_float32_on_a_gpu(depth_run, distill):
+    run = depth_run()
+    distill(run, device="cuda", dtype="bfloat16", rounds=1, updates=4, learning_rate=1e-3)
+    for interval in ALL:
+        history, weights = losses(run, interval), saved_weights(run.student(interval))
+        assert len(history) == 4 and all(loss == loss for loss in history)
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
