@@ -1,4 +1,4 @@
-"""The protocol is whole: every architecture has all of it, and the README's page on adding one
+"""The protocol is whole: every architecture has all of it, and the page on adding one
 names all of it."""
 
 import re
@@ -13,7 +13,7 @@ MEMBERS = {
     for name in {*vars(Architecture), *Architecture.__annotations__}
     if not name.startswith("_")
 }
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "adding-an-architecture.md"
 
 
 OF_FOLDING = {"reference_timesteps", "time_conditioning"}  # where modulations can be folded
@@ -25,9 +25,6 @@ def test_an_architecture_has_all_of_it(architecture):
     assert not [name for name in sorted(asked) if not hasattr(architecture, name)]
 
 
-def test_the_readme_names_all_of_it():
-    page = (
-        README.read_text(encoding="utf-8").split("### Adding an architecture")[1].split("\n## ")[0]
-    )
-    named = set(re.findall(r"`(\w+)[`(]", page))
+def test_the_page_on_adding_one_names_all_of_it():
+    named = set(re.findall(r"`(\w+)[`(]", PAGE.read_text(encoding="utf-8")))
     assert sorted(MEMBERS - named) == []
