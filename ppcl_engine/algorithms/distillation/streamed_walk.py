@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from ...architectures import BlockState
-from ...models.streaming import StateStore, mixed_precision
+from ...models.streaming import StateStore, mixed_precision, streams_of
+from ...models.streaming import state_of as state_of_streams
 from ...system.machine import return_freed_memory
 from .part_optimizer import PartOptimizer
 from .part_store import PartStore, Tensors
@@ -64,17 +65,18 @@ class StreamedWalk:
         self.states = StateStore(folder and folder / "states", rest="cpu")
 
     def loss(self, chain: Chain) -> torch.Tensor:
-        with torch.no_grad(), mixed_precision(chain.teacher):
-            state = self._first = chain.begin()
+        architecture = chain.teacher.architecture
+        with mixed_precision(chain.teacher):
+            with torch.no_grad():
+                state = self._first = chain.begin()
             for position, block in enumerate(chain.blocks):
                 self.states.put(f"block_{position}", 0, state)
-                with self.filled(block.parts):
-                    state = run_block_made(
-                        chain.teacher.architecture, block.make, state, chain.bits
-                    )
+                with self.filled(block.parts):  # with gradients, since kernels may differ without
+                    after = run_block_made(architecture, block.make, state, chain.bits)
+                state = state_of_streams(streams_of(after), self._first)
         self._chain, (state, self._gradients) = chain, on_leaves(state, self._wanted(chain))
         with mixed_precision(chain.teacher):
-            velocity = chain.teacher.architecture.finish(chain.outer, state)
+            velocity = architecture.finish(chain.outer, state)
         self._loss = chain.error(velocity)
         return self._loss
 
