@@ -74,3 +74,39 @@ def test_one_block_at_a_time_is_the_same_bits(
     assert streamed.keys() == resident.keys() and len(resident) > 1
     assert [name for name in resident if streamed[name] != resident[name]] == []
     assert not list(tmp_path.rglob("part_*")) and not list(tmp_path.rglob("state_*"))
+
+
+def killed_in_third_sweep(train, parts: int) -> int:
+    """The exit code of a process that is killed when it has put back one part of its third step."""
+    child = os.fork()
+    if child:
+        return exit_code(child)
+    put, done = PartStore.put, []
+
+    def putting(self, part, kind, tensors):
+        put(self, part, kind, tensors)
+        done.extend([part] if kind == "state" else [])
+        if len(done) > 2 * parts:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    PartStore.put = putting
+    try:
+        train()
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("goes_on", [{"streamed": True, "offload": "disk"}, {}])
+def test_killed_in_a_backward_sweep_is_the_same_bits(trained, tmp_path, goes_on):
+    """What the killed process left on disk is not used: training goes on from its last save, also
+    with all blocks in memory."""
+    settings, places = {"steps": 4}, 4
+    whole = trained("finetune", "whole", **settings)
+    killed = killed_in_third_sweep(
+        lambda: trained("finetune", "halted", streamed=True, offload="disk", **settings), places
+    )
+    assert killed == -signal.SIGKILL
+    folder = tmp_path / "halted"
+    assert list(folder.rglob("part_*")) and not files_of(Run(folder), "tuned/*.partial")
+    assert trained("finetune", "halted", **settings, **goes_on) == whole
+    assert not list(folder.rglob("part_*"))
