@@ -3,17 +3,21 @@ architecture, wherever parts wait and whenever it is killed."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 
 import pytest
 
 from ppcl_engine.algorithms.distillation import trainer as training
+from ppcl_engine.algorithms.distillation.part_store import PartStore
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import FinetuneConfig, PolishConfig
 from ppcl_engine.stages.prune.finetune import finetune
 from ppcl_engine.stages.prune.polish import polish
 
 from ...tiny.flux1_parts import FLUX_DEPTH, FLUX_PARTS
+from ...tiny.processes import exit_code
 from ...tiny.sd35_parts import SD35_PARTS
 from ...tiny.trained_run import files_of, write_parts
 
