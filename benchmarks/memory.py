@@ -24,7 +24,13 @@ from ppcl_engine.data.calibration import CalibrationSet, save_calibration
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan
 from ppcl_engine.run import Run
-from ppcl_engine.settings.prune_settings import DetectWidthConfig, DistillDepthConfig, ProbeConfig
+from ppcl_engine.settings.prune_settings import (
+    DetectWidthConfig,
+    DistillDepthConfig,
+    FinetuneConfig,
+    PolishConfig,
+    ProbeConfig,
+)
 from ppcl_engine.system.atomic import write_text
 from ppcl_engine.system.tensor_files import write_tensors
 
@@ -42,10 +48,12 @@ from .shared.teachers import (
     random_teacher,
 )
 
-STAGES = ("probe", "distill_depth", "detect_width")
+STAGES = ("probe", "distill_depth", "detect_width", "polish", "finetune")
 IMPORTS = "imports"  # a process that loads the libraries and stops: the floor under every figure
 # of detect-width
 SITES = {"share": 0.5, "longest": 1, "kinds": "text ffn_image", "form": "gated", "cache_gb": 0.1}
+# of polish and finetune; on disk, since the host's memory is the device's here
+TUNING = {"steps": 2, "save_every": 2, "offload": "disk"}
 REPEATS = 3  # of streamed runs; resident ones are ruled by the weights
 FLAT, GROWS = 1.05, 2.0  # the goals
 
@@ -102,6 +110,8 @@ def run_stage(
     """Runs a stage in this process: {"peak": bytes, "seconds"}."""
     from ppcl_engine.stages.prune.detect_width import detect_width
     from ppcl_engine.stages.prune.distill_depth import distill_depth
+    from ppcl_engine.stages.prune.finetune import finetune
+    from ppcl_engine.stages.prune.polish import polish
     from ppcl_engine.stages.prune.probe import probe
 
     common = {"model": model, "run": run, "streamed": streamed, "device": "cpu"}
@@ -113,6 +123,10 @@ def run_stage(
         distill_depth(DistillDepthConfig(**common, rounds=rounds, updates=updates))
     elif stage == "detect_width":
         detect_width(DetectWidthConfig(**common, **SITES, samples=BATCHES * SAMPLES))
+    elif stage == "polish":
+        polish(PolishConfig(**common, **TUNING))
+    elif stage == "finetune":
+        finetune(FinetuneConfig(**common, **TUNING, variant="all", name="tuned"))
     else:
         from diffusers import QwenImageTransformer2DModel  # noqa: F401
     return {"peak": peak_bytes(), "seconds": round(time.perf_counter() - start, 2)}

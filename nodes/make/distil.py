@@ -164,6 +164,7 @@ class FineTune(JobNode):
                 ),
             ],
             previews=True,
+            last=tuple(inputs(FinetuneConfig, "offload", offload={"optional": True})),
         )
 
     @classmethod

@@ -39,10 +39,8 @@ GRID, TEXT_TOKENS = (1, 64, 64), 128  # 1024 x 1024 pixels
 PIXELS_A_TOKEN = 16  # height and width
 # values of one width that a block's backward keeps, counted on diffusers' block
 ACTIVATIONS_PER_TOKEN = 40
-TUNING_COPIES = 5  # weights, gradients, two moments, average
 OPTIMISER_COPIES = 4  # weights, gradients, two moments
 SAVED_COPIES = 3  # weights, two moments
-TUNING_SAVED = 4  # used and raw weights, two moments
 SOLVING_COPIES = 12  # of a map in float64
 FP32, EXACT = torch.float32.itemsize, torch.float64.itemsize
 STORED = torch.bfloat16.itemsize  # of a value in a file that is not there
@@ -266,6 +264,19 @@ class Count:
         if isinstance(config, PolishConfig):
             return sum(self.students)
         return self.variant(config.variant) or self.parameters // 2
+
+    def tuning_copies(self, config: PolishConfig | FinetuneConfig) -> int:
+        """Of what is trained, outside of its turn and in a file: weights, two moments, and an
+        average where there is one."""
+        return 4 if config.ema else 3
+
+    def tuning_states(self) -> int:
+        """States of a batch between all blocks."""
+        return self.blocks * self.samples.batch * self.state
+
+    def on_share(self, config: PolishConfig | FinetuneConfig) -> float:
+        """How much of what is trained takes part in a step, in the mean."""
+        return (1 + config.all_on) / 2 if isinstance(config, PolishConfig) else 1
 
     def exported(self, config: ExportConfig) -> int:
         """Values in the exported file."""

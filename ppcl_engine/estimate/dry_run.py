@@ -15,7 +15,15 @@ from .advice import STREAMED, last_advice, setting_advice
 from .counts import GRID, TEXT_TOKENS
 from .needs import DEMANDS, Needs, needs
 
-COLUMNS = ("GB memory", "for certain", "GB of files", "GB read", "GB written", "hours")
+COLUMNS = (
+    "GB memory",
+    "for certain",
+    "GB of host",
+    "GB of files",
+    "GB read",
+    "GB written",
+    "hours",
+)
 # where a stage has no advice of its own
 FITTING = {"streamed": STREAMED[-1], "dtype": "choose dtype bfloat16"}
 
@@ -76,7 +84,7 @@ def _print_header() -> None:
 
 
 def _print_row(name: str, row: Needs, end: str) -> None:
-    sizes = (row.memory, row.at_least, row.disk, row.read, row.written)
+    sizes = (row.memory, row.at_least, row.host, row.disk, row.read, row.written)
     cells = [f"{size / 1e9:>11.1f}" for size in sizes]
     print(f"{name:13} {' '.join(cells)} {row.seconds / 3600:>11.2f}{end}")
 

@@ -34,8 +34,6 @@ from .counts import (
     NAMED_VARIANTS,
     OPTIMISER_COPIES,
     SAVED_COPIES,
-    TUNING_COPIES,
-    TUNING_SAVED,
     Count,
 )
 from .detect_chains import DetectChains
@@ -61,6 +59,8 @@ class Needs:
     """bytes of its device"""
     at_least: int
     """those of them that are certain"""
+    host: int
+    """bytes in the host's memory that are certain, of what waits for its turn on the device"""
     disk: int
     """bytes of new files that are certain"""
     read: int
@@ -81,6 +81,8 @@ class Demand:
     """bytes of the device: weights, optimiser, states that are kept"""
     likely: float
     """bytes beside those: what a backward keeps, a cache of states in memory"""
+    host: float = 0
+    """bytes in the host's memory that are certain; where it computes itself, `certain` has them too"""
     disk: float = 0
     """bytes of new files that are certain"""
     flops: float = 0
@@ -97,6 +99,7 @@ def needs(config: JobConfig, calibrate: CalibrateConfig | None = None) -> Needs:
         stage=stage,
         memory=int(demand.certain + demand.likely),
         at_least=int(demand.certain),
+        host=int(demand.host),
         disk=int(demand.disk),
         read=int(read),
         written=int(written),
@@ -221,13 +224,27 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Demand:
 
 
 def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
-    """Master weights, gradients, moments and average are float32."""
-    trained, blocks = count.trained(config), 1 if config.checkpointing else count.blocks
+    """Master weights, gradients, moments and average are float32. Streamed, a block's are on the
+    device at a time, and the outer layers' where they are trained."""
+    trained, copies = count.trained(config), count.tuning_copies(config)
+    waits, again = copies * FP32 * trained, config.checkpointing or config.streamed
+    here = trained
+    if config.streamed:
+        outer = count.sizes.cost.outer_parameters if isinstance(config, FinetuneConfig) else 0
+        here = max(count.sizes.blocks) + count.sizes.correction + outer
+    in_memory = (
+        waits + count.tuning_states() if config.streamed and config.offload == "memory" else 0
+    )
+    on_disk = config.streamed and config.offload == "disk"
+    # while a save is written, what it holds goes from the files of the training into it
+    saves = 2 if on_disk and config.steps > config.save_every else 1
     return Demand(
-        certain=count.teacher + TUNING_COPIES * FP32 * trained,
-        likely=blocks * count.backward + count.read_in_training(config, trained),
-        disk=TUNING_SAVED * FP32 * trained,
-        flops=4 * config.steps * count.samples.batch * count.forward,
+        certain=count.teacher + (copies + 1) * FP32 * here + count.on_host(in_memory),
+        likely=(1 if again else count.blocks) * count.backward
+        + count.read_in_training(config, here),
+        host=in_memory,
+        disk=saves * waits + (count.tuning_states() if on_disk else 0),
+        flops=(5 if again else 4) * config.steps * count.samples.batch * count.forward,
     )
 
 

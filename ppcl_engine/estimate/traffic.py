@@ -26,7 +26,7 @@ from ..settings.prune_settings import (
     VariantsConfig,
 )
 from ..system.machine import free_memory
-from .counts import EXACT, FP32, NAMED_VARIANTS, SAVED_COPIES, TUNING_SAVED, Count
+from .counts import EXACT, FP32, NAMED_VARIANTS, SAVED_COPIES, Count
 from .detect_chains import DetectChains
 from .round_states import RoundStates
 from .width_counts import WidthCounts, measuring_walks
@@ -174,11 +174,22 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Traffic:
 
 
 def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Traffic:
-    """A step reads the frozen blocks for the teacher, for the model in training, and for its
-    gradients."""
-    saves = math.ceil(config.steps / config.save_every)
+    """A step reads all blocks for the teacher, and those that stay frozen for the model in training
+    and for its gradients. What waits on disk is read for the forward (weights alone) and for its
+    step, written behind it, and read once more when it is saved."""
+    saves, copies = math.ceil(config.steps / config.save_every), count.tuning_copies(config)
+    weights, frozen = FP32 * count.trained(config), 0.0
+    if isinstance(config, PolishConfig):
+        replaced = sum(len(interval.blocks) for interval in count.intervals) / count.blocks
+        frozen = 1 - count.on_share(config) * replaced
+    on_disk = config.offload == "disk"
+    stepped = config.steps * count.on_share(config) * weights if on_disk else 0
+    states = config.steps * count.tuning_states() if on_disk else 0
     return Traffic(
-        walks=3 * config.steps, written=saves * TUNING_SAVED * FP32 * count.trained(config)
+        walks=config.steps * (1 + 2 * frozen),
+        written=saves * copies * weights,
+        states_written=copies * stepped + states,
+        states_read=(1 + copies) * stepped + (saves * copies * weights if on_disk else 0) + states,
     )
 
 

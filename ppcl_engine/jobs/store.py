@@ -54,7 +54,7 @@ UNFINISHED = (
 )
 FORGOTTEN = 3600.0  # seconds after which the process that filled such a folder was surely killed
 # settings that change no result
-SAME_BITS = {"streamed", "checkpointing", "save_every", "dry_run", "run"}
+SAME_BITS = {"streamed", "checkpointing", "save_every", "offload", "dry_run", "run"}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ..architectures import Architecture, SharedText
 from ..plan import Interval, PruningPlan, Variant
 from .filling import fill
 from .layout import Layout, Place, layout_of
-from .surgery import Edit, build_student, project, pruned_blocks
+from .surgery import Edit, build_student, empty_block, project, pruned_blocks
 from .weights import Weights
 
 
@@ -98,11 +98,55 @@ def open_variant(
 
 def empty_model(architecture: Architecture, config: dict, layout: Layout) -> nn.Module:
     """diffusers' model of this layout with blocks on the meta device, to be filled."""
+    outer = architecture.build_outer(config)
+    return architecture.assemble(outer, config, _empty_blocks(architecture, config, layout))
+
+
+def _empty_blocks(architecture: Architecture, config: dict, layout: Layout) -> list[nn.Module]:
     with torch.device("meta"):
-        blocks = pruned_blocks(
+        return pruned_blocks(
             architecture,
             layout,
             lambda index, edit: edit(architecture.build_block(config, index)),
             lambda interval: build_student(architecture, config, interval),
         )
-    return architecture.assemble(architecture.build_outer(config), config, blocks)
+
+
+def hollow_variant(
+    weights: Weights,
+    students: Students,
+    plan: PruningPlan,
+    variant: Variant,
+    dtype: torch.dtype,
+    device: str,
+) -> nn.Module:
+    """The variant's model with its outer layers alone; its blocks are on the meta device, to be
+    filled one at a time with their `block_tensors`."""
+    architecture, config = weights.architecture, weights.config
+    if variant.tuned:
+        outer = architecture.build_outer(config)
+        fill(outer, partial(students.tuned, variant.name), dtype, device, f"variant {variant.name}")
+    else:
+        outer = weights.outer(dtype, device)
+    blocks = _empty_blocks(architecture, config, layout_of(plan, variant))
+    return architecture.assemble(outer, config, blocks).eval()
+
+
+def block_tensors(
+    weights: Weights,
+    students: Students,
+    variant: Variant,
+    place: Place,
+    dtype: torch.dtype,
+    device: str,
+) -> dict[str, torch.Tensor]:
+    """What a variant's block is filled with."""
+    if not variant.tuned:
+        return placed_block(weights, students, place, dtype, device, {}).state_dict()
+    architecture, config = weights.architecture, weights.config
+    prefix = architecture.block_prefix(config, place.index)
+    with torch.device("meta"):
+        block = empty_block(architecture, config, place, {})
+    read = partial(students.tuned, variant.name)
+    where = f"variant {variant.name}"
+    return fill(block, lambda name: read(prefix + name), dtype, device, where).state_dict()

@@ -83,10 +83,14 @@ class TuningConfig(TrainingConfig):
     """Decay of the averaged weights, which are the result; lower in the first steps. 0 takes the last
     weights instead."""
     checkpointing: bool = False
-    """Compute blocks again for their gradients instead of keeping their activations; with --streamed
-    the weights of frozen blocks are not kept either. The result is the same to the bit."""
+    """Compute blocks again for their gradients instead of keeping their activations, as --streamed
+    always does. The result is the same to the bit."""
     save_every: Count = 100
     """Steps between saves."""
+    offload: Literal["memory", "disk"] = "memory"
+    """With --streamed: where weights in training, their moments and averages, and the states between
+    blocks wait for their turn: in the host's memory, or in files of the run folder. The result is the
+    same to the bit."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -124,7 +124,9 @@ def test_weights_and_moments_are_looked_at_before_a_save(tmp_path, trainer, what
     before = path.read_bytes()
     step(trainer)
     weight = trainer.module.weight
-    (weight.data if what == "weight" else trainer.optimizer.state[weight][what])[1, 1] = math.inf
+    (weight.data if what == "weight" else trainer.optimizer.adamw.state[weight][what])[1, 1] = (
+        math.inf
+    )
     with pytest.raises(
         Diverged,
         match=r"weight is not finite at step 2 of x; the last good state \(step 1\) is kept",

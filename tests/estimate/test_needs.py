@@ -96,14 +96,26 @@ def test_what_cannot_fit_is_refused_with_what_would(tmp_path):
             refusal(config),
         )
         assert refusal(replace(config, streamed=True)) is None
-    tuned = FinetuneConfig(
-        model=Path("qwen_image"), run=tmp_path, device="cpu", streamed=True, checkpointing=True
-    )
+    tuned = FinetuneConfig(model=Path("qwen_image"), run=tmp_path, device="cpu", checkpointing=True)
     assert needs(tuned).at_least > 200 * GB
     if device_memory("cpu") < 200 * GB:
         assert "choose a smaller variant" in refusal(
-            tuned
+            replace(tuned, streamed=True)
         ) and "a device with more memory" in refusal(tuned)
+
+
+@pytest.mark.parametrize("kind", [PolishConfig, FinetuneConfig])
+def test_streamed_training_takes_a_block_and_the_rest_waits(tmp_path, kind):
+    """16 bytes a parameter in training, in the host's memory or in files; a run without a plan
+    trains half of the 20 B in finetune."""
+    config = kind(model=Path("qwen_image"), run=tmp_path, device="cpu", streamed=True)
+    in_memory, on_disk = (needs(replace(config, offload=o)) for o in ("memory", "disk"))
+    waits = 16 * Count(config, None).trained(config)
+    assert on_disk.at_least < 14 * GB and on_disk.host == 0
+    assert waits <= in_memory.host < 1.01 * waits
+    assert in_memory.at_least == on_disk.at_least + in_memory.host
+    assert on_disk.disk > 2 * waits > in_memory.disk == waits
+    assert on_disk.read > in_memory.read + 1000 * waits * 0.9 < on_disk.written * 2
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ppcl_engine.algorithms.distillation.trainer import Trainer
+from ppcl_engine.algorithms.distillation.trainer import Training
 from ppcl_engine.algorithms.distillation.tuning import AveragedTrainer
 from ppcl_engine.models.assembly import open_variant
 from ppcl_engine.models.surgery import build_student
@@ -132,12 +132,12 @@ def stop_after(monkeypatch, step: int, how) -> None:
 
 def poison(monkeypatch, step: int) -> None:
     """The loss of this step of every training is NaN."""
-    update = Trainer.update
+    check = Training.check_finite
 
-    def poisoned(self, loss, *arguments):
-        update(self, loss * math.nan if self.step == step else loss, *arguments)
+    def poisoned(self, what, value, where):
+        check(self, what, math.nan if what == "loss" and self.step == step else value, where)
 
-    monkeypatch.setattr(Trainer, "update", poisoned)
+    monkeypatch.setattr(Training, "check_finite", poisoned)
 
 
 def control_c() -> None:

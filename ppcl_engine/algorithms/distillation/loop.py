@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
+from typing import Protocol, TypeVar
 
 from ...system.interruption import Stopped
 from ...system.progress import Progress
-from .trainer import Trainer, cosine_schedule
+from .trainer import cosine_schedule
+
+Work = TypeVar("Work", contravariant=True)
 
 
 class Rates(Protocol):
@@ -21,6 +21,15 @@ class Rates(Protocol):
 
     @property
     def warm_up(self) -> int: ...
+
+
+class Trains(Protocol[Work]):
+    """What the loop does a step of."""
+
+    step: int
+    losses: list[float]
+
+    def update(self, work: Work, learning_rate: float, where: str, /) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +45,14 @@ class Session:
 
 def train_until(
     end: int,
-    trainer: Trainer,
-    loss_at: Callable[[int], torch.Tensor],
+    trainer: Trains[Work],
+    work_at: Callable[[int], Work],
     name: str,
     session: Session,
     save: Callable[[], None],
 ) -> None:
-    """Updates until `end` of them are done in all. `loss_at(step)`: the loss before that update.
+    """Updates until `end` of them are done in all. `work_at(step)`: the loss before that
+    update, or what gives it.
 
     Raises Stopped, after `save()`, when it is asked to stop before the last step of the training;
     Diverged (a ValueError) for a loss or gradient that is not finite.
@@ -50,7 +60,7 @@ def train_until(
     while trainer.step < end:
         rates = session.rates
         rate = cosine_schedule(trainer.step, session.steps, rates.learning_rate, rates.warm_up)
-        trainer.update(loss_at(trainer.step), rate, name)
+        trainer.update(work_at(trainer.step), rate, name)
         session.progress.update()
         session.progress.set_postfix_str(f"{name} loss {trainer.losses[-1]:.3g}", refresh=False)
         if session.stop_asked() and trainer.step < session.steps:

@@ -80,6 +80,32 @@ class TrainableParts(nn.Module):
         return self.projections[f"{place}:{kind}"].state_dict()
 
 
+def student_part(interval: str) -> str:
+    """The prefix of a student's tensors in `TrainableParts`."""
+    return f"students.{interval}."
+
+
+def projection_part(place: str, kind: str) -> str:
+    """The same of a projection's."""
+    return f"projections.{place}:{kind}."
+
+
+def parts_at(place: Place) -> tuple[str, ...]:
+    """The parts that a place's block is made of."""
+    student = (student_part(place.name),) if place.interval else ()
+    return (*student, *(projection_part(place.name, kind) for kind in place.projections))
+
+
+def part_tensors(
+    plan: PruningPlan, students: Students, part: str, device: str
+) -> dict[str, torch.Tensor]:
+    """A part's tensors, as training begins."""
+    family, name = part.rstrip(".").split(".")
+    if family == "students":
+        return students.student(plan.interval(name), torch.float32, device).state_dict()
+    return students.projection(*name.split(":"), torch.float32, device)
+
+
 def twin(block: nn.Module) -> nn.Module:
     """A block of the same structure on the very same tensors: edits of one leave the other as it
     is."""
@@ -118,13 +144,18 @@ def run_made(
     """The state behind the last block. Checkpointed: a block is made and run again for its
     gradients. bits: what weights in training are rounded to."""
     for make in blocks:
-
-        def run(state: BlockState, make: MakeBlock = make) -> BlockState:
-            with quantised_in_training(make(), bits) as block:
-                return architecture.run_block(block, state)
-
+        run = partial(run_block_made, architecture, make, bits=bits)
         state = checkpoint(run, state, use_reentrant=False) if checkpointing else run(state)
     return state
+
+
+def run_block_made(
+    architecture: Architecture, make: MakeBlock, state: BlockState, bits: str = NONE
+) -> BlockState:
+    with torch.enable_grad():  # else cuts of what is in training would not be known as such
+        made = make()
+    with quantised_in_training(made, bits) as block:
+        return architecture.run_block(block, state)
 
 
 def _linears(state: dict[str, torch.Tensor]) -> nn.ModuleDict:

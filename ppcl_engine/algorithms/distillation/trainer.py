@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ...architectures.modules import AnyModule
 from ...settings.base_settings import TrainingConfig
@@ -20,10 +19,10 @@ from ...system import progress
 from ...system.distributed import processes
 from ...system.finite import check_finite, first_not_finite
 from ...system.tensor_files import TensorFile, write_tensors
+from .part_optimizer import PartOptimizer
 from .quantization import NONE
-from .saved_training import check_training, settings_of, step_of
+from .saved_training import LOSSES, WEIGHT, check_training, moment_names, settings_of, step_of
 
-BETAS = (0.9, 0.95)
 FINAL_SHARE = 1 / 30
 PLAIN_SHARE = 0.9
 """On a student of the demo's in int4: 0.95 left as much error, 0.75 a fifth more, 0 more than plain
@@ -51,62 +50,25 @@ def rounding(config: TrainingConfig, step: int, steps: int) -> str:
     return config.quant_aware if step >= PLAIN_SHARE * steps else NONE
 
 
-class Trainer:
-    """A module, its AdamW and its loss history; saved and restored whole."""
+class Training:
+    """How far a training is: its steps and losses, and when it was saved."""
 
-    def __init__(self, module: AnyModule, weight_decay: float):
-        self.module = module.requires_grad_(True)
-        matrices = [p for p in module.parameters() if p.ndim >= 2]
-        vectors = [p for p in module.parameters() if p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=BETAS)
+    def __init__(self):
         self.step = 0
         self.saved: int | None = None
         """The step whose state is on disk."""
         self.losses: list[float] = []
         self.about: dict[str, str] = {}  # of how it began, for people who read its file
 
-    def update(self, loss: torch.Tensor, learning_rate: float, where: str) -> None:
-        """One step of AdamW. Raises Diverged, before the weights are touched, when loss or gradient
-        is not finite.
-
-        `loss`: of this process's rows, if processes share the batch; each then makes the step of
-        the whole batch.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        value = float(processes().sum_gradients(self.module.parameters(), loss))
-        self._check_finite("loss", value, where)
-        self._check_finite(
-            "gradient", float(nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)), where
-        )
-        self.optimizer.step()
-        self.losses.append(value)
-        progress.measured(where, self.step, value)
-        self.step += 1
-
-    def _check_finite(self, what: str, value: float, where: str) -> None:
-        if not math.isfinite(value):
-            raise Diverged(f"{what} is {value} at step {self.step} of {where}; {self._kept()}")
-
-    def _kept(self) -> str:
-        if self.saved is None:
-            return "nothing was saved; lower --learning-rate"
-        return f"the last good state (step {self.saved}) is kept, lower --learning-rate"
+    def write(self, path: Path, metadata: dict[str, str]) -> None:
+        """Writes all tensors. Raises Diverged, with what was saved before kept, for what is not
+        finite."""
+        raise NotImplementedError
 
     def save(self, path: Path, settings: str) -> None:
         """Writes the training. Processes that share batches have equal weights, so only the main one
-        writes and the others wait for it. Raises Diverged as `finite_tensors` does."""
-        tensors = self.finite_tensors(path)
-        if processes().writes:
-            write_tensors(
-                path, tensors, {**self.about, "step": str(self.step), "settings": settings}
-            )
+        writes and the others wait for it. Raises Diverged as `write` does."""
+        self.write(path, {**self.about, "step": str(self.step), "settings": settings})
         self.saved = self.step
         if processes().by_rows:
             processes().wait()
@@ -115,29 +77,76 @@ class Trainer:
                     f"{path} is not what the main process wrote; all machines must share the --run folder"
                 )
 
-    def finite_tensors(self, path: Path) -> dict[str, torch.Tensor]:
-        """Raises Diverged, with what was saved before kept, for weights or moments that are not
-        finite."""
-        tensors = self.tensors()
+    def restore_progress(self, file: TensorFile) -> None:
+        self.step = self.saved = step_of(file)
+        self.about = {
+            name: text for name, text in file.metadata.items() if name not in ("step", "settings")
+        }
+        self.losses = file.read(LOSSES).tolist()
+
+    def finish_step(self, loss: float, where: str) -> None:
+        self.losses.append(loss)
+        progress.measured(where, self.step, loss)
+        self.step += 1
+
+    def check_finite(self, what: str, value: float, where: str) -> None:
+        """Raises Diverged for a loss or a gradient's norm that is not finite."""
+        if not math.isfinite(value):
+            raise Diverged(f"{what} is {value} at step {self.step} of {where}; {self._kept()}")
+
+    def check_finite_tensors(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+        """The same for weights or moments."""
         if (name := first_not_finite(tensors)) is not None:
             raise Diverged(
                 f"{name} is not finite at step {self.step} of {path.stem}; {self._kept()}"
             )
+
+    def _kept(self) -> str:
+        if self.saved is None:
+            return "nothing was saved; lower --learning-rate"
+        return f"the last good state (step {self.saved}) is kept, lower --learning-rate"
+
+
+class Trainer(Training):
+    """A module of one part, its AdamW and its loss history; saved and restored whole."""
+
+    def __init__(self, module: AnyModule, weight_decay: float):
+        super().__init__()
+        self.module = module.requires_grad_(True)
+        self.optimizer = PartOptimizer(dict(module.named_parameters()), weight_decay)
+
+    def update(self, loss: torch.Tensor, learning_rate: float, where: str) -> None:
+        """One step of AdamW. Raises Diverged, before the weights are touched, when loss or gradient
+        is not finite.
+
+        `loss`: of this process's rows, if processes share the batch; each then makes the step of
+        the whole batch.
+        """
+        self.optimizer.zero_grad()
+        loss.backward()
+        value = float(processes().sum_gradients(self.module.parameters(), loss))
+        self.check_finite("loss", value, where)
+        self.check_finite("gradient", self.optimizer.clip(), where)
+        self.optimizer.step(learning_rate)
+        self.finish_step(value, where)
+
+    def write(self, path: Path, metadata: dict[str, str]) -> None:
+        tensors = self.finite_tensors(path)
+        if processes().writes:
+            write_tensors(path, tensors, metadata)
+
+    def finite_tensors(self, path: Path) -> dict[str, torch.Tensor]:
+        """Raises Diverged, with what was saved before kept, for weights or moments that are not
+        finite."""
+        tensors = self.tensors()
+        self.check_finite_tensors(tensors, path)
         return tensors
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a save holds: weights, moments and losses."""
-        tensors = {}
-        for name, parameter in self.module.named_parameters():
-            tensors[f"weight.{name}"] = parameter.detach()
-            state = self.optimizer.state.get(parameter)
-            if state:
-                tensors |= {
-                    f"first.{name}": state["exp_avg"],
-                    f"second.{name}": state["exp_avg_sq"],
-                }
-        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float32)
-        return tensors
+        weights = {f"{WEIGHT}{name}": tensor for name, tensor in self.optimizer.used().items()}
+        losses = torch.tensor(self.losses, dtype=torch.float32)
+        return {**weights, **self.optimizer.moments(), LOSSES: losses}
 
     @property
     def bytes(self) -> int:
@@ -147,31 +156,21 @@ class Trainer:
     def to(self, device: str) -> Trainer:
         """Itself, moved whole."""
         self.module.to(device)
-        for state in self.optimizer.state.values():
-            state |= {name: state[name].to(device) for name in ("exp_avg", "exp_avg_sq")}
+        self.optimizer.load_moments(self.optimizer.moments(), self.optimizer.counts())
         return self
 
     def restore(self, path: Path) -> None:
         """Raises ValueError for a file whose weights are not finite, as earlier versions wrote
         them."""
-        self.load(TensorFile(path))
-        check_finite(self.tensors(), path, "remove the file, lower --learning-rate and train again")
-
-    def load(self, file: TensorFile) -> None:
+        file = TensorFile(path)
         check_training(file, {name: tuple(p.shape) for name, p in self.module.named_parameters()})
-        self.step = self.saved = step_of(file)
-        self.about = {
-            name: text for name, text in file.metadata.items() if name not in ("step", "settings")
-        }
-        self.losses = file.read("losses").tolist()
-        for name, parameter in self.module.named_parameters():
-            parameter.data.copy_(file.read(f"weight.{name}"))
-            if f"first.{name}" in file.entries:
-                self.optimizer.state[parameter] = {
-                    "step": torch.tensor(float(self.step)),
-                    "exp_avg": file.read(f"first.{name}").to(parameter),
-                    "exp_avg_sq": file.read(f"second.{name}").to(parameter),
-                }
+        self.restore_progress(file)
+        names = self.optimizer.parameters
+        for name, parameter in names.items():
+            parameter.data.copy_(file.read(f"{WEIGHT}{name}"))
+        moments = {key: file.read(key) for key in moment_names(file, names)}
+        self.optimizer.load_moments(moments, dict.fromkeys(names, float(self.step)))
+        check_finite(self.tensors(), path, "remove the file, lower --learning-rate and train again")
 
 
 def resume_settings(config: TrainingConfig, names: Iterable[str]) -> dict:

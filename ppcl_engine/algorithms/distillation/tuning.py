@@ -8,7 +8,10 @@ same bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,82 +22,139 @@ from ...settings.base_settings import TuningConfig
 from ...system.distributed import processes
 from ...system.interruption import stop_on_interrupt
 from ...system.json_text import json_text
+from ...system.machine import resolve_device
 from ...system.progress import Progress, saved
 from ...system.seeds import draw_seed
-from ...system.tensor_files import TensorFile, file_mark
+from ...system.tensor_files import TensorEntry, TensorFile, file_mark, write_tensor_stream
 from .loop import Session, train_until
-from .saved_training import settings_of
-from .trainer import Trainer, resume_settings, saved_step
+from .part_optimizer import MOMENTS
+from .saved_training import LOSSES, RAW, WEIGHT, SavedParts, check_training, settings_of
+from .streamed_walk import StreamedWalk
+from .trainer import Training, resume_settings, saved_step
+from .walks import Chain, ResidentWalk, Rules, Walk
+
+COUNTS = "counts"
 
 SETTINGS = ("steps", "learning_rate", "warm_up", "weight_decay", "ema", "seed", "dtype")
 
 
-class AveragedTrainer(Trainer):
-    """A Trainer that also keeps an exponential moving average of the weights, which is what is
-    used.
+class AveragedTrainer(Training):
+    """A training of many parts on one loss. Each part is clipped and takes its step by itself; its
+    averaged weights are what is used.
 
-    Its decay is min(ema, (1 + step) / (10 + step)), so that early weights are soon forgotten; ema 0
-    averages nothing. A parameter without a gradient in a step stays as it is, so each counts its
-    own updates.
+    In files `weight.` is what is used and `raw.` what is trained on; `counts`: updates of each
+    parameter.
     """
 
-    def __init__(self, module: nn.Module, weight_decay: float, ema: float):
-        super().__init__(module, weight_decay)
-        self.ema = ema
-        self.average = (
-            {name: p.detach().clone() for name, p in module.named_parameters()} if ema else {}
-        )
+    def __init__(self, walk: Walk):
+        super().__init__()
+        self.walk = walk
+        self.averages = bool(walk.rules.ema)
+        self.shapes = {name: tuple(p.shape) for name, p in walk.module.named_parameters()}
 
-    @torch.no_grad()
-    def _average(self, step: int) -> None:
-        decay = min(self.ema, (1 + step) / (10 + step))
-        for name, parameter in self.module.named_parameters():
-            self.average[name].lerp_(parameter, 1 - decay)
+    def update(self, chain: Chain, learning_rate: float, where: str) -> None:
+        """One step of AdamW of each part in the chain, as soon as its gradient is there. Raises
+        Diverged for a loss or gradient that is not finite."""
+        loss = self.walk.loss(chain)
+        value = float(processes().sum(loss.detach()))
+        self.check_finite("loss", value, where)
+        for optimizer in self.walk.gradients():
+            processes().sum_gradients(optimizer.parameters.values(), loss)
+            self.check_finite("gradient", optimizer.clip(), where)
+            optimizer.step(learning_rate)
+            optimizer.average_until(self.step + 1)
+        self.finish_step(value, where)
 
-    def update(self, loss: torch.Tensor, learning_rate: float, where: str) -> None:
-        super().update(loss, learning_rate, where)
-        if self.ema:
-            self._average(self.step - 1)
+    def used(self, part: str) -> dict[str, torch.Tensor]:
+        """A part's weights as they are to be used, of a training that has ended."""
+        with self.walk.at_hand(part, last=True) as optimizer:
+            optimizer.average_until(self.step)
+            return {**self._tables(part), **optimizer.used()}
 
-    def used(self) -> dict[str, torch.Tensor]:
-        """The module's tensors as they are to be used: averaged where there is an average."""
-        return {**self.module.state_dict(), **self.average}
+    def _tables(self, part: str) -> dict[str, torch.Tensor]:
+        """Tensors of a part that training never moves."""
+        state = self.walk.module.state_dict()
+        return {name: state[name] for name in self.walk.names[part] if name not in self.shapes}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """As a Trainer's, `weight.` being what is used and `raw.` what is trained on; `counts`:
-        updates a parameter."""
-        parameters = dict(self.module.named_parameters())
-        counts = [
-            float(self.optimizer.state.get(p, {}).get("step", 0)) for p in parameters.values()
-        ]
-        return {
-            **super().tensors(),
-            **{f"weight.{name}": tensor for name, tensor in self.used().items()},
-            **{f"raw.{name}": parameters[name].detach() for name in self.average},
-            "counts": torch.tensor(counts),
-        }
+    def tensors(self, part: str, path: Path) -> dict[str, torch.Tensor]:
+        """What a file has of a part that a save at `path` needs. Raises Diverged for what is not
+        finite."""
+        with self.walk.at_hand(part, last=True) as optimizer:
+            optimizer.average_until(self.step)
+            raw = optimizer.parameters if self.averages else {}
+            tensors = {
+                f"{WEIGHT}{n}": t for n, t in (self._tables(part) | optimizer.used()).items()
+            }
+            tensors |= {f"{RAW}{name}": tensor.detach() for name, tensor in raw.items()}
+            tensors |= optimizer.moments()
+            self.check_finite_tensors(tensors, path)
+            return tensors
 
-    def load(self, file: TensorFile) -> None:
-        super().load(file)
-        counts = file.read("counts")
-        for (name, parameter), count in zip(self.module.named_parameters(), counts, strict=True):
-            if name in self.average:
-                self.average[name].copy_(file.read(f"weight.{name}"))
-                parameter.data.copy_(file.read(f"raw.{name}"))
-            if parameter in self.optimizer.state:
-                self.optimizer.state[parameter]["step"] = count.clone()
+    def write(self, path: Path, metadata: dict[str, str]) -> None:
+        """A part at a time."""
+        counts, state = self.walk.counts(), self.walk.module.state_dict()
+        entries, read = [], OneAtATime(partial(self.tensors, path=path))
+        for part, names in self.walk.names.items():
+            for key, name in self._keys(names, counts):
+                make, like = partial(read, part, key), state[name]
+                entries.append(TensorEntry(key, like.dtype, tuple(like.shape), make))
+        for key, values in {LOSSES: self.losses, COUNTS: [counts[n] for n in self.shapes]}.items():
+            row = torch.tensor(values, dtype=torch.float32)
+            entries.append(TensorEntry(key, row.dtype, tuple(row.shape), partial(torch.clone, row)))
+        if processes().writes:
+            write_tensor_stream(path, entries, metadata)
+        else:
+            for entry in entries:
+                entry.read()
+
+    def _keys(self, names: Iterable[str], counts: dict[str, float]) -> Iterator[tuple[str, str]]:
+        """(name in the file, whose shape it has)"""
+        for name in names:
+            yield f"{WEIGHT}{name}", name
+            if self.averages and name in self.shapes:
+                yield f"{RAW}{name}", name
+            for kind in MOMENTS if counts.get(name) else ():
+                yield f"{kind}.{name}", name
+
+    def save(self, path: Path, settings: str) -> None:
+        super().save(path, settings)
+        self.walk.was_saved(self._saved_parts(TensorFile(path)), self.step)
+
+    def restore(self, path: Path) -> None:
+        """Raises ValueError for a file that lacks a tensor, or whose tensors are not finite."""
+        file = TensorFile(path)
+        check_training(file, self.shapes)
+        self.restore_progress(file)
+        self.walk.go_on_from(self._saved_parts(file), self.step)
+
+    def _saved_parts(self, file: TensorFile) -> SavedParts:
+        counts = dict(zip(self.shapes, file.read(COUNTS).tolist(), strict=True))
+        return SavedParts(file=file, names=self.walk.names, counts=counts, averaged=self.averages)
+
+
+class OneAtATime:
+    """Reads tensors of parts in their order, each part once."""
+
+    def __init__(self, read: Callable[[str], dict[str, torch.Tensor]]):
+        self.read, self.part, self.tensors = read, None, {}
+
+    def __call__(self, part: str, name: str) -> torch.Tensor:
+        if part != self.part:
+            self.tensors = {}
+            self.part, self.tensors = part, self.read(part)
+        return self.tensors[name]
 
 
 def tune(
     trainer: AveragedTrainer,
-    loss_at: Callable[[int], torch.Tensor],
+    chain_at: Callable[[int], Chain],
     config: TuningConfig,
     path: Path,
     settings: str,
     what: str,
 ) -> int:
     """Trains to `config.steps`, on from what is saved in `path`; returns the steps done before.
-    `loss_at(step)`.
+    `chain_at(step)`.
 
     Raises Stopped on Ctrl-C after saving, and Diverged (a ValueError) with the last saved state
     kept.
@@ -112,9 +172,33 @@ def tune(
         session = Session(rates=config, steps=config.steps, progress=progress, stop_asked=asked)
         while trainer.step < config.steps:
             next_save = (trainer.step // config.save_every + 1) * config.save_every
-            train_until(min(next_save, config.steps), trainer, loss_at, what, session, save)
+            train_until(min(next_save, config.steps), trainer, chain_at, what, session, save)
             save()
     return before
+
+
+@contextmanager
+def walking(
+    module: nn.Module,
+    parts: Sequence[str],
+    begin: Callable[[str], dict[str, torch.Tensor]],
+    config: TuningConfig,
+    folder: Path,
+) -> Iterator[Walk]:
+    """As the settings say. module: streamed, with its blocks on the meta device; begin: as
+    StreamedWalk has it; folder: where what is streamed waits on disk."""
+    rules = Rules(weight_decay=config.weight_decay, ema=config.ema)
+    folder = processes().folder(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    if not config.streamed:
+        yield ResidentWalk(module, parts, rules, config.checkpointing)
+        return
+    waits_in = folder if config.offload == "disk" else None
+    walk = StreamedWalk(module, parts, rules, begin, resolve_device(config.device), waits_in)
+    try:
+        yield walk
+    finally:
+        walk.close()
 
 
 def tuning_settings(

@@ -8,7 +8,7 @@ it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from torch import nn
 
 from ...algorithms.distillation.losses import tuning_loss
 from ...algorithms.distillation.quantization import NONE
-from ...algorithms.distillation.trainable import MakeBlock, run_made
 from ...algorithms.distillation.trainer import rounding
 from ...algorithms.distillation.tuning import (
     AveragedTrainer,
@@ -26,11 +25,21 @@ from ...algorithms.distillation.tuning import (
     step_draw,
     tune,
     tuning_settings,
+    walking,
 )
+from ...algorithms.distillation.walks import (
+    OUTER,
+    Chain,
+    ChainBlock,
+    Walk,
+    velocities,
+    walked_blocks,
+)
+from ...architectures import BlockState
 from ...data.calibration import CalibrationSet
-from ...models.assembly import open_variant
+from ...models.assembly import block_tensors, hollow_variant, open_variant
 from ...models.cost import STORED_BYTES, CostModel
-from ...models.layout import Layout, layout_of
+from ...models.layout import Layout, Place, layout_of
 from ...models.streaming import Teacher, embed_with, mixed_precision, teacher_velocity
 from ...models.weights import parameter_count, stored_count
 from ...plan import FULL, PruningPlan, Variant
@@ -38,6 +47,7 @@ from ...run import Run
 from ...settings.prune_settings import FinetuneConfig
 from ...system.atomic import write_text
 from ...system.distributed import processes
+from ...system.finite import checked_velocity
 from ..inputs import open_calibration, open_plan, open_teacher
 from ..run_students import RunStudents
 
@@ -63,64 +73,79 @@ def finetune(config: FinetuneConfig) -> Path:
     settings = tuning_settings(config, calibration, sources, variant=source.name, data=config.data)
     forget_if_stale(path, settings)
     students = RunStudents(run, teacher.config, teacher.architecture)
-    model = open_variant(teacher.weights, students, plan, source, torch.float32, teacher.device)
-    trainer = AveragedTrainer(model, config.weight_decay, config.ema)
+    opened = hollow_variant if config.streamed else open_variant
+    model = opened(teacher.weights, students, plan, source, torch.float32, teacher.device)
+    parts = {part_of(teacher, place): place for place in layout.places}
 
-    def loss_at(step: int) -> torch.Tensor:
-        return _loss(config, teacher, model, layout, calibration, step)
-
-    before = tune(trainer, loss_at, config, path, settings, f"finetune {name}")
-    if before < config.steps or name not in {v.name for v in plan.variants}:
-        model.load_state_dict(trainer.used())
-        tuned = replace(
-            source, name=name, tuned=True, **_figures(teacher, plan, source, model, calibration)
+    def begin(part: str) -> dict[str, torch.Tensor]:
+        place = parts[part]
+        return block_tensors(
+            teacher.weights, students, source, place, torch.float32, teacher.device
         )
-        kept = tuple(v for v in plan.variants if v.name != name)
-        if processes().writes:
-            write_text(run.plan, plan.with_parts(variants=(*kept, tuned)).to_json() + "\n")
+
+    def chain_at(step: int) -> Chain:
+        return _chain(config, teacher, model, layout, calibration, step)
+
+    with walking(model, [OUTER, *parts], begin, config, run.states / "finetune") as walk:
+        before = tune(AveragedTrainer(walk), chain_at, config, path, settings, f"finetune {name}")
+        if before < config.steps or name not in {v.name for v in plan.variants}:
+            walk.use_averages()
+            figures = _figures(teacher, plan, source, walk, calibration)
+            tuned = replace(source, name=name, tuned=True, **figures)
+            kept = tuple(v for v in plan.variants if v.name != name)
+            if processes().writes:
+                write_text(run.plan, plan.with_parts(variants=(*kept, tuned)).to_json() + "\n")
     return path
 
 
-def model_velocity(
+def variant_chain(
     teacher: Teacher,
     model: nn.Module,
     layout: Layout,
-    inputs: dict,
-    checkpointing: bool = False,
+    begin: Callable[[], BlockState],
+    error: Callable[[torch.Tensor], torch.Tensor],
     bits: str = NONE,
-) -> torch.Tensor:
-    """Velocity [n, image_tokens, channels] of a pruned model, in the teacher's precision."""
-    with mixed_precision(teacher):
-        state = embed_with(teacher, model, inputs)
-        state = run_made(
-            teacher.architecture, _blocks(teacher, model, layout), state, checkpointing, bits
-        )
-        return teacher.architecture.finish(model, state)
+) -> Chain:
+    """A pruned model with all that is in it."""
+    blocks = [
+        ChainBlock(make=partial(model.get_submodule, part.rstrip(".")), parts=(part,))
+        for part in (part_of(teacher, place) for place in layout.places)
+    ]
+    return Chain(
+        teacher=teacher,
+        outer=model,
+        trains_outer=True,
+        begin=begin,
+        blocks=blocks,
+        error=error,
+        bits=bits,
+    )
 
 
-def _loss(
+def part_of(teacher: Teacher, place: Place) -> str:
+    """The prefix of a block's tensors."""
+    return teacher.architecture.block_prefix(teacher.config, place.index)
+
+
+def _chain(
     config: FinetuneConfig,
     teacher: Teacher,
     model: nn.Module,
     layout: Layout,
     calibration: CalibrationSet,
     step: int,
-) -> torch.Tensor:
+) -> Chain:
     draw, bits = step_draw(config, calibration, step), rounding(config, step, config.steps)
     inputs = calibration.fresh(*draw)
     data = calibration.data_velocity(*draw).to(teacher.device) if config.data else None
     with torch.no_grad():
         target = teacher_velocity(teacher, inputs)
-    velocity = model_velocity(teacher, model, layout, inputs, config.checkpointing, bits)
-    return tuning_loss(velocity, target, data, config.data)
 
+    def error(velocity: torch.Tensor) -> torch.Tensor:
+        return tuning_loss(velocity, target, data, config.data)
 
-def _blocks(teacher: Teacher, model: nn.Module, layout: Layout) -> list[MakeBlock]:
-    prefixes = [
-        teacher.architecture.block_prefix(teacher.config, place.index).rstrip(".")
-        for place in layout.places
-    ]
-    return [partial(model.get_submodule, prefix) for prefix in prefixes]
+    begin = partial(embed_with, teacher, model, inputs)
+    return variant_chain(teacher, model, layout, begin, error, bits)
 
 
 def _new_name(config: FinetuneConfig, plan: PruningPlan, source: Variant) -> str:
@@ -147,24 +172,17 @@ def _sources(run: Run, source: Variant, layout: Layout) -> Iterator[Path]:
 
 @torch.no_grad()
 def _figures(
-    teacher: Teacher,
-    plan: PruningPlan,
-    source: Variant,
-    model: nn.Module,
-    calibration: CalibrationSet,
+    teacher: Teacher, plan: PruningPlan, source: Variant, walk: Walk, calibration: CalibrationSet
 ) -> dict:
     """Size and FLOPs of the model, and its damage on the last samples of the calibration."""
     batches = max(1, round(SAMPLES / calibration.samples * len(calibration)))
-    inputs = calibration.all_inputs()[-batches:]
+    inputs, model = calibration.all_inputs()[-batches:], walk.module
     cost = CostModel.at(teacher.architecture, teacher.config, inputs[0])
-    layout, error, power = layout_of(plan, source), 0.0, 0.0
-    for row in inputs:
-        target = teacher_velocity(teacher, row).double()
-        error += float(
-            (model_velocity(teacher, model, layout, row).double() - target).square().sum()
-        )
-        power += float(target.square().sum())
-    error, power = processes().sum(torch.tensor([error, power], dtype=torch.float64)).tolist()
+    layout, sums = layout_of(plan, source), torch.zeros(2, dtype=torch.float64)
+    for ours, target in zip(*_velocities(teacher, layout, walk, inputs), strict=True):
+        error = (ours.double() - target.double()).square().sum()
+        sums += torch.stack([error, target.double().square().sum()]).cpu()
+    error, power = processes().sum(sums).tolist()
     size, flops = stored_count(model) * STORED_BYTES, cost.variant(plan, source).flops
     return {
         "parameters": parameter_count(model),
@@ -172,3 +190,20 @@ def _figures(
         "flops": flops,
         "damage": error / power,
     }
+
+
+def _velocities(
+    teacher: Teacher, layout: Layout, walk: Walk, inputs: list[dict]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Those of the model, and the teacher's."""
+    architecture, outer = teacher.architecture, walk.module
+    states = walk.folder and walk.folder / "rows"
+    with mixed_precision(teacher):
+        embedded = [embed_with(teacher, outer, row) for row in inputs]
+        chain = variant_chain(teacher, outer, layout, lambda: embedded[0], torch.sum)
+        blocks = walked_blocks(walk, chain.blocks)
+        ours = velocities(architecture, outer, blocks, embedded, states)
+    whole = (block for _, block in teacher.walk(0, teacher.num_blocks - 1))
+    embedded = [teacher.embed(row) for row in inputs]
+    targets = velocities(architecture, teacher.outer, whole, embedded, states)
+    return ours, [checked_velocity(target) for target in targets]

@@ -9,7 +9,6 @@ model of its own, so plug and play is kept, and the parts learn to make up for e
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,13 @@ import torch
 
 from ...algorithms.distillation.losses import tuning_loss
 from ...algorithms.distillation.quantization import NONE
-from ...algorithms.distillation.trainable import TrainableParts, run_made
+from ...algorithms.distillation.trainable import (
+    TrainableParts,
+    part_tensors,
+    parts_at,
+    projection_part,
+    student_part,
+)
 from ...algorithms.distillation.trainer import rounding
 from ...algorithms.distillation.tuning import (
     AveragedTrainer,
@@ -25,9 +30,11 @@ from ...algorithms.distillation.tuning import (
     step_draw,
     tune,
     tuning_settings,
+    walking,
 )
+from ...algorithms.distillation.walks import Chain, ChainBlock
 from ...models.layout import Layout, layout_of, projections_of
-from ...models.streaming import Teacher, mixed_precision, run_blocks, run_chain
+from ...models.streaming import Teacher, run_blocks, run_chain
 from ...plan import PruningPlan, Variant
 from ...run import Run
 from ...settings.prune_settings import PolishConfig
@@ -55,29 +62,26 @@ def polish(config: PolishConfig) -> Path:
     variant = plan.variant(config.variant) if config.variant else plan.everything()
     _check_trains(plan, variant)
     students = RunStudents(run, teacher.config, teacher.architecture, polished=False)
-    parts = TrainableParts(plan, variant, teacher.architecture, students, teacher.device)
+    where = "meta" if config.streamed else teacher.device
+    parts = TrainableParts(plan, variant, teacher.architecture, students, where)
     sources = _sources(run, plan, variant)
     names = [*variant.intervals, *variant.sites]
     settings = tuning_settings(config, calibration, sources, parts=names, all_on=config.all_on)
     forget_if_stale(run.polish_state, settings)
-    trainer = AveragedTrainer(parts, config.weight_decay, config.ema)
 
-    def loss_at(step: int) -> torch.Tensor:
+    def begin(part: str) -> dict[str, torch.Tensor]:
+        return part_tensors(plan, students, part, teacher.device)
+
+    def chain_at(step: int) -> Chain:
         inputs = calibration.fresh(*step_draw(config, calibration, step))
         layout = layout_of(plan, subset(plan, variant, config, step))
-        bits = rounding(config, step, config.steps)
-        return subset_loss(teacher, parts, layout, inputs, config.checkpointing, bits)
+        return subset_chain(teacher, parts, layout, inputs, rounding(config, step, config.steps))
 
-    before = tune(trainer, loss_at, config, run.polish_state, settings, "polish")
-    if processes().writes and (
-        before < config.steps or any(run.best(path) == path for path in sources)
-    ):
-        write_text(
-            run.plan,
-            plan.with_parts(variants=tuple(v for v in plan.variants if v.tuned)).to_json() + "\n",
-        )
-        for path, prefix in sources.items():
-            _write(run, path, prefix, trainer.used())
+    with walking(parts, list(sources.values()), begin, config, run.states / "polish") as walk:
+        trainer = AveragedTrainer(walk)
+        before = tune(trainer, chain_at, config, run.polish_state, settings, "polish")
+        if before < config.steps or any(run.best(path) == path for path in sources):
+            _write(run, plan, sources, trainer)
     return run.polished_parts
 
 
@@ -97,16 +101,11 @@ def subset(plan: PruningPlan, variant: Variant, config: PolishConfig, step: int)
             return chosen
 
 
-def subset_loss(
-    teacher: Teacher,
-    parts: TrainableParts,
-    layout: Layout,
-    inputs: dict,
-    checkpointing: bool,
-    bits: str = NONE,
-) -> torch.Tensor:
-    """Relative error of the final velocity. The blocks in front of all that is changed run once, as
-    the teacher's."""
+def subset_chain(
+    teacher: Teacher, parts: TrainableParts, layout: Layout, inputs: dict, bits: str = NONE
+) -> Chain:
+    """Its loss is the relative error of the final velocity. The blocks in front of all that is
+    changed run once, as the teacher's."""
     architecture, last = teacher.architecture, teacher.num_blocks - 1
     changed = next(
         n for n, place in enumerate(layout.places) if not place.is_teacher or place.publishes
@@ -120,11 +119,19 @@ def subset_loss(
             architecture, teacher.outer, (b for _, b in teacher.walk(first, last)), front
         )
         checked_velocity(target)
-    with mixed_precision(teacher):
-        state = run_made(
-            architecture, parts.blocks(layout, teacher)[changed:], front, checkpointing, bits
-        )
-        return tuning_loss(architecture.finish(teacher.outer, state), target)
+    made = parts.blocks(layout, teacher)[changed:]
+    return Chain(
+        teacher=teacher,
+        outer=teacher.outer,
+        trains_outer=False,
+        begin=lambda: front,
+        blocks=[
+            ChainBlock(make=make, parts=parts_at(place))
+            for make, place in zip(made, layout.places[changed:], strict=True)
+        ],
+        error=lambda velocity: tuning_loss(velocity, target),
+        bits=bits,
+    )
 
 
 def _trained(layout: Layout) -> bool:
@@ -144,19 +151,19 @@ def _check_trains(plan: PruningPlan, variant: Variant) -> None:
 
 def _sources(run: Run, plan: PruningPlan, variant: Variant) -> dict[Path, str]:
     """The file of each part, and the prefix of its tensors in `TrainableParts`."""
-    files = {run.student(name): f"students.{name}." for name in variant.intervals}
+    files = {run.student(name): student_part(name) for name in variant.intervals}
     return files | {
-        run.projection(p, kind): f"projections.{p}:{kind}."
-        for p, kind in projections_of(plan, variant)
+        run.projection(*at): projection_part(*at) for at in projections_of(plan, variant)
     }
 
 
-def _write(run: Run, source: Path, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
-    state = dict(_under(tensors, prefix))
-    write_tensors(run.polished(source), state, {"source": file_mark(source), "format": "pt"})
-
-
-def _under(tensors: dict[str, torch.Tensor], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    return (
-        (f"weight.{n.removeprefix(prefix)}", t) for n, t in tensors.items() if n.startswith(prefix)
-    )
+def _write(run: Run, plan: PruningPlan, sources: dict[Path, str], trainer: AveragedTrainer) -> None:
+    """The polished parts, and the plan without what was measured on others."""
+    if not processes().writes:
+        return
+    tuned = tuple(v for v in plan.variants if v.tuned)
+    write_text(run.plan, plan.with_parts(variants=tuned).to_json() + "\n")
+    for path, part in sources.items():
+        tensors = trainer.used(part)
+        state = {f"weight.{name.removeprefix(part)}": t for name, t in tensors.items()}
+        write_tensors(run.polished(path), state, {"source": file_mark(path), "format": "pt"})

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from typing import get_args, get_type_hints
 
 import pytest
@@ -28,7 +29,7 @@ from ppcl_engine.data.calibration import load_calibration
 from ppcl_engine.estimate.needs import needs
 from ppcl_engine.models.assembly import open_variant
 from ppcl_engine.models.layout import layout_of
-from ppcl_engine.models.streaming import Teacher
+from ppcl_engine.models.streaming import Teacher, embed_with
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import (
@@ -39,8 +40,8 @@ from ppcl_engine.settings.prune_settings import (
 )
 from ppcl_engine.stages.prune.distill_depth import distill_depth
 from ppcl_engine.stages.prune.distill_width import distill_width
-from ppcl_engine.stages.prune.finetune import finetune, model_velocity
-from ppcl_engine.stages.prune.polish import polish, subset_loss
+from ppcl_engine.stages.prune.finetune import finetune, variant_chain
+from ppcl_engine.stages.prune.polish import polish, subset_chain
 from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.tensor_files import TensorFile
 
@@ -199,10 +200,14 @@ def test_all_parts_together_run_as_if_they_were_stored_rounded(
         TrainableParts(plan, plan.everything(), teacher.architecture, students, "cpu")
         for _ in range(2)
     )
-    settings = (layout_of(plan, plan.everything()), inputs, checkpointing)
-    loss = subset_loss(teacher, parts.requires_grad_(True), *settings, "int4")
-    assert torch.equal(loss, subset_loss(teacher, round_in_place(rounded, "int4"), *settings))
-    assert not torch.equal(loss, subset_loss(teacher, parts, *settings))
+
+    def loss_of(parts: TrainableParts, *bits: str) -> torch.Tensor:
+        chain = subset_chain(teacher, parts, layout_of(plan, plan.everything()), inputs, *bits)
+        return chain.loss(checkpointing)
+
+    loss = loss_of(parts.requires_grad_(True), "int4")
+    assert torch.equal(loss, loss_of(round_in_place(rounded, "int4")))
+    assert not torch.equal(loss, loss_of(parts))
     loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in parts.parameters())
     assert {id(p) for p in parts.parameters() if p.grad is not None} >= {
@@ -232,7 +237,9 @@ def test_a_whole_model_runs_rounded_and_checkpointing_changes_no_bit(
     found, layout = [], layout_of(plan, variant)
     for checkpointing in (False, True):
         model.requires_grad_(True).zero_grad()
-        velocity = model_velocity(teacher, model, layout, padded_inputs(3), checkpointing, "int8")
+        begin = partial(embed_with, teacher, model, padded_inputs(3))
+        chain = variant_chain(teacher, model, layout, begin, torch.sum, "int8")
+        velocity = chain.velocity(checkpointing)
         velocity.square().sum().backward()
         found.append(
             (velocity, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +16,18 @@ from ppcl_engine.__main__ import main
 from ppcl_engine.algorithms.distillation.losses import velocity_loss
 from ppcl_engine.algorithms.distillation.trainable import TrainableParts, projections_of, twin
 from ppcl_engine.algorithms.distillation.tuning import AveragedTrainer
+from ppcl_engine.algorithms.distillation.walks import OUTER, ResidentWalk, Rules
 from ppcl_engine.models.assembly import open_variant
 from ppcl_engine.models.layout import layout_of
-from ppcl_engine.models.streaming import Teacher
+from ppcl_engine.models.streaming import Teacher, embed_with
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import Variant
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import FinetuneConfig, PolishConfig
-from ppcl_engine.stages.prune.finetune import model_velocity
-from ppcl_engine.stages.prune.polish import subset, subset_loss
+from ppcl_engine.stages.prune.finetune import variant_chain
+from ppcl_engine.stages.prune.polish import subset, subset_chain
 from ppcl_engine.stages.run_students import RunStudents
+from ppcl_engine.system.tensor_files import TensorFile
 
 from ...tiny.trained_run import PROJECTIONS, SMALL, SMALLEST, write_parts
 
@@ -53,6 +57,21 @@ def parts(world):
     ).requires_grad_(True)
 
 
+def training(module: nn.Module, weight_decay: float, ema: float, *parts: str) -> AveragedTrainer:
+    rules = Rules(weight_decay=weight_decay, ema=ema)
+    return AveragedTrainer(ResidentWalk(module, parts or [OUTER], rules))
+
+
+def update(trainer: AveragedTrainer, loss: torch.Tensor, *parts: str) -> None:
+    """A step of these parts on a loss that is there already."""
+    chain = SimpleNamespace(parts=parts or [OUTER], loss=lambda checkpointing: loss)
+    trainer.update(chain, 0.1, "here")
+
+
+def tensors_of(path) -> dict[str, torch.Tensor]:
+    return TensorFile(path).read_all()
+
+
 def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
@@ -60,26 +79,32 @@ def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("ema", [0.9, 0.5])
 def test_the_average_is_a_plain_recomputation(tmp_path, ema):
     torch.manual_seed(0)
-    trainer, batches = AveragedTrainer(nn.Linear(4, 3), 0.1, ema), torch.randn(12, 5, 4)
-    expected = {name: p.detach().clone() for name, p in trainer.module.named_parameters()}
+    linear, batches = nn.Linear(4, 3), torch.randn(12, 5, 4)
+    trainer = training(linear, 0.1, ema)
+    expected = {name: p.detach().clone() for name, p in linear.named_parameters()}
     for step, batch in enumerate(batches):
-        trainer.update(trainer.module(batch).square().mean(), 0.1, "here")
+        update(trainer, linear(batch).square().mean())
         decay = min(ema, (1 + step) / (10 + step))
-        for name, p in trainer.module.named_parameters():
+        for name, p in linear.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * p.detach()
-    assert all(torch.allclose(trainer.used()[name], expected[name], atol=1e-6) for name in expected)
-    assert not torch.allclose(expected["weight"], trainer.module.weight, atol=1e-3)
-    trainer.save(tmp_path / "x.safetensors", "{}")
-    other = AveragedTrainer(nn.Linear(4, 3), 0.1, ema)
-    other.restore(tmp_path / "x.safetensors")
-    assert all(torch.equal(other.tensors()[n], t) for n, t in trainer.tensors().items())
+    used = trainer.used(OUTER)
+    assert all(torch.allclose(used[name], expected[name], atol=1e-6) for name in expected)
+    assert not torch.allclose(expected["weight"], linear.weight, atol=1e-3)
+    first, second = tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+    trainer.save(first, "{}")
+    other = training(nn.Linear(4, 3), 0.1, ema)
+    other.restore(first)
+    other.save(second, "{}")
+    assert first.read_bytes() == second.read_bytes()
 
 
 def test_without_an_average_the_last_weights_are_used(tmp_path):
-    trainer = AveragedTrainer(nn.Linear(4, 3), 0.1, 0.0)
-    trainer.update(trainer.module(torch.ones(4)).sum(), 0.1, "here")
-    assert torch.equal(trainer.used()["weight"], trainer.module.weight)
-    assert not any(name.startswith("raw.") for name in trainer.tensors())
+    linear = nn.Linear(4, 3)
+    trainer = training(linear, 0.1, 0.0)
+    update(trainer, linear(torch.ones(4)).sum())
+    assert torch.equal(trainer.used(OUTER)["weight"], linear.weight)
+    trainer.save(tmp_path / "x.safetensors", "{}")
+    assert not any(name.startswith("raw.") for name in tensors_of(tmp_path / "x.safetensors"))
 
 
 def test_each_parameter_counts_its_own_updates(tmp_path):
@@ -87,19 +112,39 @@ def test_each_parameter_counts_its_own_updates(tmp_path):
     after a restore."""
     torch.manual_seed(0)
     module = nn.ModuleDict({"a": nn.Linear(3, 1), "b": nn.Linear(3, 1)})
-    whole = AveragedTrainer(copy.deepcopy(module), 0.0, 0.9)
-    for step in range(9):
-        if step == 6:
-            whole.save(tmp_path / "x.safetensors", "{}")
-        whole.update(whole.module["ab"[step % 3 == 2]](torch.ones(3)).square().sum(), 0.1, "here")
-    resumed = AveragedTrainer(copy.deepcopy(module), 0.0, 0.9)
-    resumed.restore(tmp_path / "x.safetensors")
-    for step in range(6, 9):
-        resumed.update(
-            resumed.module["ab"[step % 3 == 2]](torch.ones(3)).square().sum(), 0.1, "here"
-        )
-    assert resumed.tensors()["counts"].tolist() == [6, 6, 3, 3]
-    assert all(torch.equal(resumed.tensors()[n], t) for n, t in whole.tensors().items())
+    halfway, ends = tmp_path / "half.safetensors", []
+
+    def train(first: int, module: nn.Module, trainer: AveragedTrainer) -> None:
+        for step in range(first, 9):
+            if step == 6 and not halfway.exists():
+                trainer.save(halfway, "{}")
+            part = "ab"[step % 3 == 2]
+            update(trainer, module[part](torch.ones(3)).square().sum(), f"{part}.")
+        ends.append(tmp_path / f"end_{first}.safetensors")
+        trainer.save(ends[-1], "{}")
+
+    whole, resumed = copy.deepcopy(module), copy.deepcopy(module)
+    train(0, whole, training(whole, 0.0, 0.9, "a.", "b."))
+    trainer = training(resumed, 0.0, 0.9, "a.", "b.")
+    trainer.restore(halfway)
+    train(6, resumed, trainer)
+    assert tensors_of(ends[1])["counts"].tolist() == [6, 6, 3, 3]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+def test_each_part_is_clipped_by_itself():
+    """A part's step is the one that it takes alone, however large the gradients of others are."""
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"a": nn.Linear(3, 1), "b": nn.Linear(3, 1)})
+    alone, x = copy.deepcopy(module), torch.ones(3)
+    update(
+        training(module, 0.0, 0.0, "a.", "b."),
+        9 * module["a"](x) + 1e4 * module["b"](x),
+        "a.",
+        "b.",
+    )
+    update(training(alone, 0.0, 0.0, "a.", "b."), 9 * alone["a"](x), "a.")
+    assert torch.equal(module["a"].weight, alone["a"].weight)
 
 
 @pytest.mark.parametrize("intervals, sites", SUBSETS)
@@ -110,7 +155,7 @@ def test_a_live_subset_is_the_assembled_variant_and_its_gradients_reach_the_part
     run, plan, teacher = world
     variant, inputs = Variant(name="x", intervals=intervals, sites=sites), padded_inputs(3)
     students = RunStudents(run, teacher.config, teacher.architecture)
-    loss = subset_loss(teacher, parts, layout_of(plan, variant), inputs, checkpointing=False)
+    loss = subset_chain(teacher, parts, layout_of(plan, variant), inputs).loss()
     loss.backward()
     model = open_variant(
         teacher.weights, students, plan, variant, torch.float32, "cpu"
@@ -164,12 +209,12 @@ def test_checkpointing_and_streaming_change_no_bit_of_a_gradient(
 ):
     _, plan, teacher = world
     layout = layout_of(plan, Variant(name="x", intervals=intervals, sites=sites))
-    plain = subset_loss(teacher, parts, layout, padded_inputs(3), checkpointing=False)
+    plain = subset_chain(teacher, parts, layout, padded_inputs(3)).loss()
     plain.backward()
     expected = gradients(parts)
     parts.zero_grad()
     teacher = Teacher(Weights(teacher_file), torch.float32, "cpu", streamed)
-    again = subset_loss(teacher, parts, layout, padded_inputs(3), checkpointing=True)
+    again = subset_chain(teacher, parts, layout, padded_inputs(3)).loss(checkpointing=True)
     again.backward()
     assert torch.equal(again, plain) and gradients(parts).keys() == expected.keys()
     assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(parts).items())
@@ -187,9 +232,9 @@ def test_checkpointing_the_whole_model_changes_no_bit_of_a_gradient(world, padde
     found = []
     for checkpointing in (False, True):
         model.zero_grad()
-        velocity = model_velocity(
-            teacher, model, layout_of(plan, variant), padded_inputs(3), checkpointing
-        )
+        begin = partial(embed_with, teacher, model, padded_inputs(3))
+        chain = variant_chain(teacher, model, layout_of(plan, variant), begin, torch.sum)
+        velocity = chain.velocity(checkpointing)
         velocity.square().sum().backward()
         found.append((velocity.detach(), gradients(model)))
     (plain, expected), (again, ours) = found
