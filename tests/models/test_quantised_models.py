@@ -12,7 +12,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ppcl_engine.architectures import architecture_named
 from ppcl_engine.models.opening import open_model
-from ppcl_engine.models.storing import GGUF_STORES, is_block_matrix, stored_entries
+from ppcl_engine.models.storing import BITS, GGUF_STORES, is_block_matrix, stored_entries
 from ppcl_engine.models.streaming import Teacher
 from ppcl_engine.models.tensor_sources import Source, comfyui_sources, write_gguf_sources
 from ppcl_engine.models.weights import Weights
@@ -253,3 +253,26 @@ def test_a_damaged_gguf_file_is_one_line(written, tmp_path, change):
     with pytest.raises(ValueError, match="a.gguf cannot be read as GGUF") as error:
         Weights(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_bytes_of_a_real_matrix(store):
+    """As many as the table says, scales of rows included; nothing is computed before it is written."""
+    shape = (12288, 3072)
+    entries = stored_entries(f"{MATRIX}.weight", shape, lambda: pytest.fail("read"), store)
+    size = sum(entry.size for entry in entries)
+    assert size <= 1.01 * shape[0] * shape[1] * BITS[store] / 8
+
+
+@pytest.mark.parametrize("store", ["int8_convrot", "q8_0"])
+def test_a_file_is_its_parts(written, store):
+    """Beside a header of names, nothing."""
+    path = written(store)
+    if store in GGUF_STORES:
+        parts = [tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors]
+    else:
+        parts = [
+            e["data_offsets"][1] - e["data_offsets"][0] for e in TensorFile(path).entries.values()
+        ]
+    header = 200 * len(parts) + 200
+    assert sum(parts) <= path.stat().st_size <= sum(parts) + header
