@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ppcl_engine.algorithms.distillation.rounds import REUSE
+from ppcl_engine.algorithms.distillation.round_cache import REUSE
 from ppcl_engine.data.calibration import CalibrationSet
 from ppcl_engine.models.assembly import open_variant
 from ppcl_engine.models.streaming import Teacher

@@ -12,7 +12,7 @@ import torch
 from ..algorithms.detection.intervals import PUBLISHED_SHARE
 from ..algorithms.distillation.kept_trainers import SHARE
 from ..algorithms.distillation.quantization import NONE
-from ..algorithms.distillation.rounds import REUSE
+from ..algorithms.distillation.round_cache import REUSE
 from ..architectures import Architecture
 from ..data.codecs import open_codec
 from ..data.codecs.table import has_tables
@@ -159,6 +159,11 @@ class Count:
     def teacher(self) -> int:
         return (self.sizes.streamed if self.config.streamed else self.parameters) * self.size
 
+    @property
+    def outer(self) -> int:
+        """The teacher's layers outside of its blocks."""
+        return self.sizes.cost.outer_parameters * self.size
+
     @cached_property
     def state(self) -> int:
         """Both streams of one sample."""
@@ -190,13 +195,6 @@ class Count:
         room = room_for_states() if self.config.streamed else 0
         return min(room, 2 * states), max(0, 2 * states - room)
 
-    def far_reads(self, boundaries: int, batches: int, reads: int) -> float:
-        """How often a part reads its states from disk in a round: once each, and at every use what
-        there is no room for in memory."""
-        wanted = boundaries * batches * self.samples.batch * self.state
-        near = min(1, room_for_states() / wanted)
-        return near * min(batches, reads) + (1 - near) * reads
-
     def share_on_disk(self, states: float) -> float:
         """How much of what passes through a streamed sweep is written and read again."""
         return self.passing(states)[1] / (2 * states)
@@ -219,6 +217,15 @@ class Count:
         guessed = round(self.blocks * PUBLISHED_SHARE / (PUBLISHED_LENGTH - 1))
         return tuple(Interval(first=0, last=1, correction="affine") for _ in range(max(1, guessed)))
 
+    @property
+    def interval_ends(self) -> list[set[int]]:
+        """The boundaries at both ends of each; of guessed ones, spread over the model."""
+        if self.plan is not None:
+            return [{i.first, i.last + 1} for i in self.intervals]
+        number = len(self.intervals)
+        starts = [n * (self.blocks - 2) // number for n in range(number)]
+        return [{start, start + 2} for start in starts]
+
     @cached_property
     def students(self) -> list[int]:
         """Parameters of those that are certain: the plan's; without one, the smallest."""
@@ -236,15 +243,6 @@ class Count:
     def kept(self, samples: int) -> int:
         """States of so many samples at one boundary."""
         return min(samples, self.samples.count) * self.state
-
-    def cache(self, updates: int, cache_gb: float, boundaries: int) -> int:
-        """States of a round."""
-        return int(
-            min(
-                cache_gb * 1e9,
-                boundaries * self.samples.batch * self.state * math.ceil(updates / REUSE),
-            )
-        )
 
     def together(self, config, states: int) -> int:
         """Bytes of what goes through the blocks together, if that much is there."""

@@ -38,6 +38,8 @@ from .counts import (
     TUNING_SAVED,
     Count,
 )
+from .detect_chains import DetectChains
+from .round_states import RoundStates
 from .traffic import traffic
 from .width_counts import WidthCounts
 
@@ -141,33 +143,32 @@ def _probe(count: Count, config: ProbeConfig) -> Demand:
 
 
 def _detect(count: Count, config: DetectConfig) -> Demand:
-    states = count.kept(config.samples)
+    chains, states = DetectChains.of(count, config), count.kept(config.samples)
     kept = count.blocks * states
     in_memory, on_disk = (0, kept) if config.streamed else (kept, 0)
-    sections = count.sizes.architecture.sections(count.sizes.config)
-    pairs = [
-        count.blocks - 1 - k for s in sections for u in s for k in s if u < k < u + config.longest
-    ]
-    passes = count.blocks + (1 if config.local else 2) * sum(pairs)
-    chains = len(pairs) * (states if config.local else 2 * states) if config.streamed else 0
-    fits = len(pairs) * states / count.size / count.width * 3 * count.width**2
+    behind = sum(
+        count.blocks - 1 - k for u, end in chains.ends.items() for k in range(u + 1, end + 1)
+    )
+    passes = count.blocks + (1 if config.local else 2) * behind
+    fits = chains.pairs * states / count.size / count.width * 3 * count.width**2
     measured = passes * min(config.samples, count.samples.count) * count.forward / count.blocks
+    walking = count.on_host(chains.in_memory) if config.streamed else chains.in_memory
     return Demand(
         certain=count.teacher + in_memory,
-        likely=2 * states + count.together(config, chains) + count.solving,
+        likely=2 * states + walking + count.solving,
         disk=on_disk,
-        flops=measured + fits + _solves(count, config, len(STREAMS) * len(pairs)),
+        flops=measured + fits + _solves(count, config, len(STREAMS) * chains.pairs),
     )
 
 
 def _distill_depth(count: Count, config: DistillDepthConfig) -> Demand:
-    boundaries = 2 * len(count.intervals) + 2
-    cache = 0 if config.streamed else count.cache(config.updates, config.cache_gb, boundaries)
+    states = RoundStates.of(count, config, count.interval_ends)
+    cache = count.on_host(states.in_memory) if config.streamed else states.most
     largest = max(count.students)
     waiting = count.waiting(SAVED_COPIES * FP32 * (sum(count.students) - largest))
     training = OPTIMISER_COPIES * largest * FP32
     if config.streamed:  # no block of the teacher is there while a student is trained
-        certain = max(count.teacher, count.sizes.cost.outer_parameters * count.size + training)
+        certain = max(count.teacher, count.outer + training)
     else:
         certain = count.teacher + training
     return Demand(
@@ -199,17 +200,21 @@ def _detect_width(count: Count, config: DetectWidthConfig) -> Demand:
 def _distill_width(count: Count, config: DistillWidthConfig) -> Demand:
     planned = None if count.plan is None else len(count.plan.sites)
     sites = count.blocks // 4 if planned is None or config.sites else planned
-    cache = 0 if config.streamed else count.cache(config.updates, config.cache_gb, 4 * sites)
     certain, projection = 1 if planned is None else sites, count.width**2 * FP32
-    training = OPTIMISER_COPIES * projection + 2 * min(count.students) * count.size
+    # a streamed teacher's blocks are there while sums are taken, not while maps are solved or trained
+    rest = count.outer if config.streamed else count.teacher
+    frozen = 2 * min(count.students) * count.size if config.streamed else 0
     waiting = count.waiting(SAVED_COPIES * projection * (certain - 1))
-    training += count.backward + count.read_in_training(config, count.width**2) + waiting
-    fitting = WidthCounts.of_plan(count, config).equations + max(
-        count.solving, count.reading_student
-    )
+    width = WidthCounts.of_plan(count, config)
+    states = RoundStates.of(count, config, width.boundaries)
+    cache = count.on_host(states.in_memory) if config.streamed else states.most
+    training = rest + frozen + OPTIMISER_COPIES * projection + waiting + cache
+    training += count.backward + count.read_in_training(config, count.width**2)
+    student = count.reading_student if width.students else 0
+    fitting = width.equations + max(count.teacher + student, rest + count.solving)
     return Demand(
         certain=count.teacher,
-        likely=max(cache + training, fitting),
+        likely=max(training, fitting) - count.teacher,
         disk=certain * SAVED_COPIES * projection,
         flops=count.rounds(config, sites),
     )

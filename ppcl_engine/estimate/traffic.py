@@ -10,12 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..algorithms.detection.chains import bytes_of, chain_batches
 from ..algorithms.detection.curves import FIT, STREAMS
-from ..algorithms.detection.intervals import reach
 from ..algorithms.distillation.kept_trainers import SHARE, rounds_between_saves
-from ..algorithms.distillation.rounds import REUSE
-from ..algorithms.grouping import groups_within
 from ..settings.assess_settings import EvaluateConfig
 from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
@@ -31,6 +27,8 @@ from ..settings.prune_settings import (
 )
 from ..system.machine import free_memory
 from .counts import EXACT, FP32, NAMED_VARIANTS, SAVED_COPIES, TUNING_SAVED, Count
+from .detect_chains import DetectChains
+from .round_states import RoundStates
 from .width_counts import WidthCounts, measuring_walks
 
 
@@ -95,21 +93,14 @@ def _probe(count: Count, config: ProbeConfig) -> Traffic:
 
 
 def _detect(count: Count, config: DetectConfig) -> Traffic:
-    share = min(config.samples, count.samples.count) / count.samples.count
-    batches = max(2, round(share * count.batches))
-    batch = count.samples.batch * count.state
-    held, states, last = batches - batches // 2, batches * batch, count.blocks - 1
-    starts = frozenset(s.start for s in count.sizes.architecture.sections(count.sizes.config))
-    ends = {u: reach(u, count.blocks, config.longest, starts) for u in range(last)}
-    parts = chain_batches(ends, [batch] * batches, count.width, config.local)
-    limit = config.cache_gb * 1e9 if config.streamed else 0
-    groups = list(groups_within(limit, parts, bytes_of))
-    pairs = sum(end - u for u, end in ends.items())
+    chains, last = DetectChains.of(count, config), count.blocks - 1
+    states, held = chains.states, chains.held_out * chains.batch
+    groups, pairs = chains.groups, chains.pairs
     probes = sum(len({k for p in g for k in range(p.u + 1, p.end + 1)}) for g in groups)
-    numbers = config.bootstrap + 1 + held * count.samples.batch + len(STREAMS) * len(FIT)
+    numbers = config.bootstrap + 1 + chains.held_out * count.samples.batch + len(STREAMS) * len(FIT)
     curves = EXACT * count.blocks * config.longest * numbers
-    walked = states * sum(end > u for u, end in ends.items()) + pairs * held * batch
-    fitted = 2 * pairs * (states - held * batch)
+    walked = states * sum(end > u for u, end in chains.ends.items()) + pairs * held
+    fitted = 2 * pairs * (states - held)
     return Traffic(
         walks=1 + sum(last - group[0].u for group in groups) / count.blocks,
         read=probes * len(STREAMS) * FP32 * count.width**2,
@@ -120,29 +111,20 @@ def _detect(count: Count, config: DetectConfig) -> Traffic:
 
 
 def _distill_depth(count: Count, config: DistillDepthConfig) -> Traffic:
-    intervals = count.intervals
+    intervals, states = count.intervals, RoundStates.of(count, config, count.interval_ends)
     students = [count.sizes.student(interval) for interval in intervals]
-    kept, batch = _round(count, config, 2 * len(intervals) + 2), count.samples.batch * count.state
-    last = max(interval.last for interval in intervals) + 1 if count.plan else count.blocks
+    last = max(map(max, states.read))
     read, written = _trainings(students, config.rounds)
-    cached = 2 * len(intervals)  # the other boundaries only pass
-    passed = count.share_on_disk(kept * batch) * (last + 1 - cached)
-    fitted = 2 * kept * len(intervals) if config.correction != "none" else 0
-    updates = config.rounds * 2 * len(intervals) * count.far_reads(2, kept, config.updates)
+    fitted = states.used(states.batches) if config.correction != "none" else 0
     begun = len(intervals) * count.stored_blocks / count.blocks
+    swept = config.rounds * states.swept(last)
     return Traffic(
         walks=config.rounds * last / count.blocks,
         read=read + begun,
         written=written,
-        states_written=config.rounds * (cached + passed) * kept * batch,
-        states_read=(config.rounds * (cached + passed) * kept + updates + fitted) * batch,
+        states_written=swept,
+        states_read=swept + config.rounds * states.used(config.updates) + fitted,
     )
-
-
-def _round(count: Count, config: DistillDepthConfig | DistillWidthConfig, boundaries: int) -> int:
-    """Batches of a round."""
-    size = boundaries * count.samples.batch * count.state
-    return max(1, min(math.ceil(config.updates / REUSE), int(config.cache_gb * 1e9 // size)))
 
 
 def _trainings(parameters: list[int], rounds: int) -> tuple[float, float]:
@@ -173,22 +155,21 @@ def _detect_width(count: Count, config: DetectWidthConfig) -> Traffic:
 
 
 def _distill_width(count: Count, config: DistillWidthConfig) -> Traffic:
-    width = WidthCounts.of_plan(count, config)
-    states, batch = count.kept(count.samples.count), count.samples.batch * count.state
-    kept = _round(count, config, 4 * width.fits)
+    width, states = WidthCounts.of_plan(count, config), count.kept(count.samples.count)
     read, written = width.swept(states)
     filed, saved = _trainings([parts * count.width**2 for parts in width.parts], config.rounds)
-    walked = max(fit.last for fit in width.all_fits) + 1  # no round goes further
-    share, cached = count.share_on_disk(states), min(2 * width.fits, walked + 1)
-    boundaries = cached + count.share_on_disk(kept * batch) * (walked + 1 - cached)
-    updates = config.rounds * width.fits * 2 * count.far_reads(2, kept, config.updates + kept)
+    fresh = RoundStates.of(count, config, width.boundaries)
+    walked = max(map(max, fresh.read))  # no round goes further
+    share, swept = count.share_on_disk(states), config.rounds * fresh.swept(walked)
+    # a batch is read once more for what its maps read and give
+    updates = config.rounds * fresh.used(config.updates + fresh.batches)
     solutions = FP32 * sum(width.parts) * count.width**2  # saved as step 0, and read again
     return Traffic(
         walks=(sum(last + 1 for last in width.sweeps) + config.rounds * walked) / count.blocks,
         read=config.rounds * width.frozen + filed + solutions + width.students_read(),
         written=saved + solutions,
-        states_written=share * written + solutions + config.rounds * boundaries * kept * batch,
-        states_read=share * read + (config.rounds * boundaries * kept + updates) * batch,
+        states_written=share * written + solutions + swept,
+        states_read=share * read + swept + updates,
     )
 
 

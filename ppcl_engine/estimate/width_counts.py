@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..algorithms.detection.width_fits import fits_of, fits_of_blocks_given_back
+from ..algorithms.distillation.round_cache import USUAL
 from ..algorithms.grouping import groups_within
 from ..models.layout import layout_of
 from ..plan import FORMS_OF, Interval
@@ -100,7 +101,7 @@ class WidthCounts:
             all_fits=tuple(fits),
             places=0,
             layouts=0,
-            cache_gb=config.cache_gb,
+            cache_gb=config.cache_gb or USUAL,
             students=students,
             frozen=frozen,
         )
@@ -112,6 +113,14 @@ class WidthCounts:
     @property
     def parts(self) -> list[int]:
         return [fit.parts for fit in self.all_fits]
+
+    @property
+    def boundaries(self) -> list[set[int]]:
+        """The boundaries that each projection learns from."""
+        return [
+            {fit.last, fit.last + 1} | (set() if fit.source is None else {fit.source})
+            for fit in self.all_fits
+        ]
 
     @property
     def solutions(self) -> float:

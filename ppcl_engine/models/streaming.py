@@ -135,9 +135,9 @@ def check_states(boundary: int, state: BlockState) -> None:
     )
 
 
-def room_for_states() -> float:
+def room_for_states(share: float = ROOM_SHARE) -> float:
     """Bytes of the host's memory in which states may wait instead of on disk."""
-    return ROOM_SHARE * free_memory() / processes().count
+    return share * free_memory() / processes().count
 
 
 class StateStore:
@@ -188,10 +188,6 @@ class StateStore:
         name = (str(key), batch)
         return name in self._memory or name in self._on_disk
 
-    def fits(self, state: BlockState) -> bool:
-        """Whether there is room for it in memory."""
-        return _bytes(streams_of(state)) <= self.room
-
     def drop(self, key: int | str, batch: int) -> None:
         self.room += _bytes(self._memory.pop((str(key), batch), {}))
         if self._on_disk.pop((str(key), batch), None) is not None:
@@ -211,6 +207,11 @@ class StateStore:
 
 def _bytes(streams: dict[str, torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in streams.values())
+
+
+def state_bytes(state: BlockState) -> int:
+    """Bytes that it takes in a store."""
+    return _bytes(streams_of(state))
 
 
 def streams_of(state: BlockState, rest: str | None = None) -> dict[str, torch.Tensor]:

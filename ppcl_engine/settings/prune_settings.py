@@ -13,6 +13,7 @@ from .ranges import (
     CountOrZero,
     FileNameOrEmpty,
     Gigabytes,
+    GigabytesOrZero,
     Guidance,
     Limit,
     Pixels,
@@ -145,8 +146,9 @@ class DistillDepthConfig(TrainingConfig, StatesConfig):
     """Updates until the peak learning rate."""
     weight_decay: Rate = 0.02
     """Weight decay of matrices."""
-    cache_gb: Gigabytes = 8.0
-    """Disk for the states between blocks; a round takes as many samples as fit."""
+    cache_gb: GigabytesOrZero = 0.0
+    """GB for the states between blocks (disk if streamed, else memory); a round takes as many
+    samples as fit. 0: as many as it is meant to have, or as there is room for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +201,9 @@ class DistillWidthConfig(TrainingConfig, StatesConfig):
     """Updates until the peak learning rate."""
     weight_decay: Rate = 0.0
     """Weight decay of the maps; 0, since they start at a ridge solution."""
-    cache_gb: Gigabytes = 8.0
-    """Disk for the states between blocks; a round takes as many samples as fit."""
+    cache_gb: GigabytesOrZero = 0.0
+    """GB for the states between blocks (disk if streamed, else memory); a round takes as many
+    samples as fit. 0: as many as it is meant to have, or as there is room for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,6 +72,7 @@ Rate = Annotated[float, Range(0.0, 1.0)]
 """a learning rate or weight decay; at most 1, so that no update changes a weight by more than 1"""
 Guidance = Annotated[float, Range(0.0, 100.0)]
 Gigabytes = Annotated[float, Range(1e-6, 1e6)]
+GigabytesOrZero = Annotated[float, Range(0.0, 1e6)]
 Limit = Annotated[float, Range(0.0, 1e6)]
 
 

@@ -31,8 +31,10 @@ def device_memory(device: str) -> int:
     return min(psutil.virtual_memory().total, int(limit) if limit.isdigit() else 1 << 62)
 
 
-def free_memory() -> int:
-    """Bytes of the host that are free."""
+def free_memory(device: str = "cpu") -> int:
+    """Bytes that are free, by default of the host."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
     used_here, free = CGROUP.with_name("memory.current"), psutil.virtual_memory().available
     limit = CGROUP.read_text().strip() if CGROUP.exists() else ""
     return min(free, int(limit) - int(used_here.read_text())) if limit.isdigit() else free

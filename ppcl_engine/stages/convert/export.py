@@ -4,7 +4,7 @@ of its own."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -127,19 +127,33 @@ def _tensors(run: Run, weights: Weights, plan: PruningPlan, variant: Variant) ->
         if not key.startswith(replaced)
     }
 
-    @lru_cache(maxsize=1)  # a block's tensors are written one after the other
-    def state(place: Place) -> dict[str, torch.Tensor]:
-        return placed_block(weights, students, place, torch.float32, "cpu", {}).state_dict()
-
+    changed = _ChangedBlocks(weights, students)
     for place in layout.places:
         if place.index not in unchanged:
-            sources |= _place_tensors(weights, place, state)
+            sources |= _place_tensors(weights, place, changed.state)
     return sources
 
 
 def _unrounded(weights: Weights, key: str) -> torch.Tensor:
     """A quantised tensor as the numbers that it stands for, to be rounded once, when it is written."""
     return weights.read(key, torch.float32 if weights.is_scaled(key) else None)
+
+
+class _ChangedBlocks:
+    """The tensors of blocks that are not the teacher's own, one block in memory at a time."""
+
+    def __init__(self, weights: Weights, students: RunStudents):
+        self.weights, self.students = weights, students
+        self._place: Place | None = None
+        self._state: dict[str, torch.Tensor] = {}
+
+    def state(self, place: Place) -> dict[str, torch.Tensor]:
+        """A block's tensors are written one after the other, so the last one stays."""
+        if place != self._place:
+            self._state = {}  # before the next one is read
+            block = placed_block(self.weights, self.students, place, torch.float32, "cpu", {})
+            self._place, self._state = place, block.state_dict()
+        return self._state
 
 
 def _place_tensors(

@@ -2,8 +2,8 @@
 section 3.3).
 
 Works in rounds. A round is one sweep of the teacher over fresh samples, no further than the last
-interval, which leaves the states at interval boundaries in a cache; then every interval takes
-its updates from them. Input: the teacher's input of block u; target: its output of block v.
+interval. Where it has come to an interval's end, that interval takes its updates from the states at
+both its ends. Input: the teacher's input of block u; target: its output of block v.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from ...algorithms.distillation.losses import interval_loss
 from ...algorithms.distillation.quantization import quantised_in_training
+from ...algorithms.distillation.round_cache import RoundCache, most_kept
 from ...algorithms.distillation.rounds import FreshStates, Rounds
 from ...algorithms.distillation.trainer import Trainer, resume_settings, rounding, saved_step
 from ...algorithms.least_squares import NormalEquations, fit_map
@@ -47,6 +48,14 @@ def distill_depth(config: DistillDepthConfig) -> Path:
         plan.intervals
     )
     intervals = [replace(interval, correction=config.correction) for interval in wanted]
+    cache = RoundCache(
+        teacher=teacher,
+        calibration=calibration,
+        boundaries=most_kept(map(boundaries_of, plan.intervals)),
+        folder=run.states if config.streamed else None,
+    )
+    trainings = [run.student(interval.name) for interval in plan.intervals]
+    config = replace(config, cache_gb=cache.chosen(config, trainings))
     course = _Students(config, run, teacher, _settings(config, calibration))
     steps_done = [saved_step(course.path(i), course.settings(i)) or 0 for i in intervals]
     processes().wait()  # a process that is ahead would change what this one counts
@@ -57,8 +66,7 @@ def distill_depth(config: DistillDepthConfig) -> Path:
         teacher=teacher,
         calibration=calibration,
         config=config,
-        boundaries=2 * len(plan.intervals) + 2,
-        folder=run.states if config.streamed else None,
+        cache=cache,
     ).train()
     processes().wait()
     students = {interval.name: interval for interval in intervals}
@@ -87,6 +95,11 @@ def _settings(config: DistillDepthConfig, calibration: CalibrationSet) -> str:
     return json_text({**resume_settings(config, names), "calibration": calibration.hash[:16]})
 
 
+def boundaries_of(interval: Interval) -> set[int]:
+    """Which of the teacher's states its student learns from (i: the input of block i)."""
+    return {interval.first, interval.last + 1}
+
+
 @dataclass
 class _Students:
     """How an interval's student is trained: a `Course` of rounds."""
@@ -107,7 +120,7 @@ class _Students:
         return f"interval {interval.name}"
 
     def boundaries(self, interval: Interval) -> set[int]:
-        return {interval.first, interval.last + 1}
+        return boundaries_of(interval)
 
     def begin(self, interval: Interval, states: FreshStates) -> Trainer:
         path = self.path(interval)

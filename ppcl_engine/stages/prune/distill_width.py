@@ -22,6 +22,7 @@ from ...algorithms.detection.width_solutions import (
     ridge_solutions,
 )
 from ...algorithms.distillation.projection_loss import ProjectionLoss
+from ...algorithms.distillation.round_cache import USUAL, RoundCache, most_kept
 from ...algorithms.distillation.rounds import FreshStates, Rounds
 from ...algorithms.distillation.trainer import Trainer, resume_settings, rounding, saved_step
 from ...data.calibration import CalibrationSet
@@ -60,8 +61,17 @@ def distill_width(config: DistillWidthConfig) -> Path:
         sites=tuple(_with_fitted(site, given_back) for site in plan.sites), variants=()
     )
     fits = list(dict.fromkeys(fits + given_back))
+    cache = RoundCache(
+        teacher=teacher,
+        calibration=calibration,
+        boundaries=most_kept(map(boundaries_of, fits)),
+        folder=run.states if config.streamed else None,
+    )
+    trainings = [run.projection(f.place.name, f.kind) for f in fits]
+    sums_gb = config.cache_gb or USUAL
+    config = replace(config, cache_gb=cache.chosen(config, trainings))
     resumed = {f: _settings(config, calibration, f, _trained_on(run, f)) for f in fits}
-    course = _Projections(config, run, teacher, calibration, resumed)
+    course = _Projections(config, run, teacher, calibration, resumed, sums_gb)
     own = processes().own(fits)
     course.start(own)
     Rounds(
@@ -71,8 +81,7 @@ def distill_width(config: DistillWidthConfig) -> Path:
         teacher=teacher,
         calibration=calibration,
         config=config,
-        boundaries=4 * len(fits),
-        folder=run.states if config.streamed else None,
+        cache=cache,
     ).train()
     processes().wait()
     if processes().is_main:
@@ -109,6 +118,12 @@ def _settings(
     )
 
 
+def boundaries_of(fit: Fit) -> set[int]:
+    """Which of the teacher's states the projection learns from (i: the input of block i)."""
+    boundaries = {fit.place.index, fit.place.last + 1}
+    return boundaries | {fit.source.index} if fit.source else boundaries
+
+
 @dataclass
 class _Projections:
     """How the projections are trained: a `Course` of rounds."""
@@ -119,6 +134,8 @@ class _Projections:
     calibration: CalibrationSet
     resumed: dict[Fit, str]
     """the settings that decide each one's result, in JSON"""
+    sums_gb: float
+    """memory for the normal equations of fits that share a sweep"""
 
     def __post_init__(self):
         self.students = RunStudents(
@@ -140,7 +157,7 @@ class _Projections:
         inputs = self.calibration.all_inputs()
         with torch.no_grad():
             solutions = ridge_solutions(
-                self.teacher, self.students, inputs, missing, store, self.config.cache_gb
+                self.teacher, self.students, inputs, missing, store, self.sums_gb
             )
         print_warnings(solutions)
         for fit, parts in solutions.items():
@@ -162,8 +179,7 @@ class _Projections:
         return fit.name
 
     def boundaries(self, fit: Fit) -> set[int]:
-        places = [place for place in (fit.place, fit.source) if place]
-        return {boundary for p in places for boundary in (p.index, p.last + 1)}
+        return boundaries_of(fit)
 
     def begin(self, fit: Fit, states: FreshStates) -> Trainer:
         trainer = self._trainer(fit)

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
-from ppcl_engine.algorithms.distillation import rounds
+from ppcl_engine.algorithms.distillation import round_cache
 from ppcl_engine.algorithms.distillation.losses import interval_loss
+from ppcl_engine.algorithms.distillation.saved_training import settings_of
 from ppcl_engine.algorithms.distillation.trainer import saved_weights
 from ppcl_engine.data.calibration import load_calibration
 from ppcl_engine.system.seeds import draw_seed
+from ppcl_engine.system.tensor_files import TensorFile
 
 from ...tiny.distilled_depth import ALL, losses, students
 
@@ -99,7 +101,7 @@ def test_other_corrections_are_refused(depth_run, distill, wrong):
         distill(depth_run(), correction=wrong)
 
 
-@pytest.mark.parametrize("cache_gb", [8.0, 7e-5], ids=["roomy", "tight"])
+@pytest.mark.parametrize("cache_gb", [8.0, 1.7e-5], ids=["roomy", "tight"])
 def test_any_order_and_any_subset_give_the_same_students(depth_run, distill, cache_gb):
     together, apart = depth_run("together", "0-1 2-3 4-5"), depth_run("apart", "0-1 2-3 4-5")
     distill(together, cache_gb=cache_gb, updates=12)
@@ -115,19 +117,40 @@ def test_a_cache_that_changes_the_training_is_told_of_first(depth_run, distill, 
     roomy, tight = depth_run("roomy"), depth_run("tight")
     distill(roomy, updates=12, rounds=1)
     assert "--cache-gb" not in capfd.readouterr().err
-    distill(tight, updates=12, rounds=1, cache_gb=7e-5, streamed=True)
+    distill(tight, updates=12, rounds=1, cache_gb=1.7e-5, streamed=True)
     said = [line for line in capfd.readouterr().err.splitlines() if "--cache-gb" in line]
     assert len(said) == 1 and said[0].startswith(
-        "--cache-gb 7e-05 holds 1 of the 3 batches that a round is meant to have, so each serves 12 updates in it instead "
+        "--cache-gb 1.7e-05 holds 1 of the 3 batches that a round is meant to have, so each serves 12 updates in it instead "
         "of 4; --cache-gb 0.1 holds all ("
     )
     assert said[0].endswith(f" GB are free at {tight.folder})")
-    distill(tight, updates=12, rounds=1, cache_gb=7e-5, streamed=True)
+    distill(tight, updates=12, rounds=1, cache_gb=1.7e-5, streamed=True)
     assert "--cache-gb" not in capfd.readouterr().err  # nothing is left to do
-    monkeypatch.setattr(rounds, "free_memory", lambda: 60_000)
-    distill(depth_run("small"), updates=12, rounds=1, cache_gb=7e-5)
+    monkeypatch.setattr(round_cache, "free_memory", lambda device: 15_000)
+    distill(depth_run("small"), updates=12, rounds=1, cache_gb=1.7e-5)
     said = capfd.readouterr().err
     assert "instead of 4; free more, or use fewer --updates (0.0 GB are free of memory)" in said
+
+
+def test_a_cache_of_0_takes_what_is_free_and_keeps_to_it(depth_run, distill, capfd, monkeypatch):
+    """A training that goes on has the batches that it began with, however much is free by then."""
+    chosen, given = depth_run("chosen"), depth_run("given")
+    monkeypatch.setattr(round_cache, "free_memory", lambda device: 2.2e4)
+    distill(chosen, updates=12, rounds=1)
+    assert "--cache-gb 1.76e-05 holds 1 of the 3 batches" in capfd.readouterr().err
+    monkeypatch.undo()
+    distill(chosen, updates=12, rounds=1)
+    distill(given, updates=12, rounds=1, cache_gb=1.76e-5)
+    assert students(chosen) == students(given)
+    assert cache_of(chosen) == cache_of(given) == 1.76e-5
+    monkeypatch.setattr(round_cache, "USUAL", 1e-6)  # GB, less than a round takes
+    large = depth_run("large")
+    distill(large, updates=12, rounds=1)
+    assert cache_of(large) == 0.1
+
+
+def cache_of(run) -> float:
+    return settings_of(TensorFile(run.student(ALL[0])))["cache_gb"]
 
 
 def test_a_cache_that_holds_no_batch_is_refused(depth_run, distill):

@@ -93,7 +93,7 @@ def test_students_that_do_not_fit_are_the_same_bits(depth_run, distill, counted,
     distill(tight, rounds=3)
     assert counted["restored"] == 2 * 2
     one = sum(t.nbytes for t in saved_weights(roomy.student("0-1")).values()) * 3
-    monkeypatch.setattr(kept_trainers, "free_memory", lambda: 2 * one + 1)
+    monkeypatch.setattr(kept_trainers, "free_memory", lambda: one / kept_trainers.SHARE + 1)
     distill(narrow, rounds=3, streamed=True)
     assert counted["restored"] == 2 * 2 + 2  # one of the two stays
     assert students(tight) == students(roomy) == students(narrow)
