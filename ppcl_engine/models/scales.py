@@ -21,6 +21,7 @@ from ..system.few_bits import FORMATS, dequantised
 from ..system.finite import BAD_MODEL, check_finite
 from ..system.gguf_files import GGUFFile
 from ..system.json_text import shown
+from ..system.optional_packages import kitchen
 from .declared_formats import FORMAT_SUFFIX, declared_formats
 from .stored_layout import OpenFile, StoredTensors
 
@@ -125,6 +126,7 @@ class Packed:
         stored = weight if part.of == 1 else self.file.read(self.name).to(weight.device)
         scales = {leaf: file.read(key) for leaf, (file, key) in self.scales.items()}
         smoothing = scales.pop("pre_quant_scale", None)  # inputs are multiplied by it
+        kitchen(f"{self.file.path}: a matrix in the format {self.format}")
         try:
             values = dequantised(self.format, stored, scales, self.settings)
         except (

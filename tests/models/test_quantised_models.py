@@ -222,7 +222,9 @@ def test_without_the_package(written, monkeypatch, store, said):
         raise ModuleNotFoundError(name=name)
 
     monkeypatch.setattr(optional_packages, "import_module", missing)
-    with pytest.raises(ValueError, match=f"needs the package {said}: pip install") as error:
+    with pytest.raises(
+        ValueError, match=rf"^{path}.* needs the package {said}: pip install"
+    ) as error:
         Weights(path).read(f"{MATRIX}.weight")
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=f"--(store|layout).*needs the package {said}"):

@@ -59,49 +59,45 @@ def export(config: ExportConfig) -> Path:
         return write_standalone(
             folder / f"{config.name}.safetensors", tensors, plan, variant, config.store
         )
+    return _write_stock(config, folder, weights, plan, variant, tensors)
+
+
+def _write_stock(
+    config: ExportConfig,
+    folder: Path,
+    weights: Weights,
+    plan: PruningPlan,
+    variant: Variant,
+    tensors: dict[str, Source],
+) -> Path:
+    """A file that loads without this project: blocks counted from 0 without gaps."""
     _refuse_what_stock_lacks(plan, variant, config.layout)
+    architecture = weights.architecture
     block_map = [place.index for place in layout_of(plan, variant).places]
-    stock_config = weights.architecture.with_blocks(weights.config, block_map)
-    tensors = _renumbered(tensors, weights.architecture, weights.config, stock_config, block_map)
+    stock = architecture.with_blocks(weights.config, block_map)
+    tensors = _renumbered(tensors, architecture, weights.config, stock, block_map)
     metadata = {MAP_KEY: json_text(block_map), SOURCE_PLAN_KEY: plan.to_json(), "format": "pt"}
     if config.layout == "diffusers":
-        return _write_diffusers(
-            folder / config.name,
-            tensors,
-            config.store,
-            weights.architecture,
-            stock_config,
-            metadata,
-        )
-    metadata["config"] = json_text(stock_config)
+        path = folder / config.name
+        write_sources(path / "diffusion_pytorch_model.safetensors", tensors, config.store, metadata)
+        write_json(path / "config.json", {"_class_name": architecture.diffusers_class, **stock})
+        return path
+    metadata["config"] = json_text(stock)
     extra = {
-        **marks_of(weights.architecture, stock_config),
-        HINTS_TENSOR: hints_of(plan, block_map, stock_config),
+        **marks_of(architecture, stock),
+        HINTS_TENSOR: hints_of(plan, block_map, stock),
     }
-    named = comfyui_sources(weights.architecture, tensors)
+    tensors = comfyui_sources(architecture, tensors)
     if config.layout == "gguf":
         path = folder / f"{config.name}{GGUF_SUFFIX}"
-        write_gguf_sources(path, weights.architecture, named, config.store, metadata, extra)
+        write_gguf_sources(path, architecture, tensors, config.store, metadata, extra)
         return path
     if config.store == FP8_STORE:
         # ComfyUI reads the marker's size: two elements say fp8 storage alone, products in 16 bits
         extra[FP8_MARK] = torch.zeros(2, dtype=FP8)
     path = folder / f"{config.name}.safetensors"
-    write_sources(path, named, config.store, metadata, extra)
+    write_sources(path, tensors, config.store, metadata, extra)
     return path
-
-
-def _write_diffusers(
-    folder: Path,
-    tensors: dict[str, Source],
-    store: str,
-    architecture: Architecture,
-    config: dict,
-    metadata: dict[str, str],
-) -> Path:
-    write_sources(folder / "diffusion_pytorch_model.safetensors", tensors, store, metadata)
-    write_json(folder / "config.json", {"_class_name": architecture.diffusers_class, **config})
-    return folder
 
 
 def _tensors(run: Run, weights: Weights, plan: PruningPlan, variant: Variant) -> dict[str, Source]:
