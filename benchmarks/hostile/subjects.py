@@ -184,7 +184,7 @@ def _ours(folder: Path, single: Path, model: torch.nn.Module) -> list[Subject]:
         {name: Source(tuple(t.shape), lambda t=t: t) for name, t in opened.items()},
         plan,
         plan.variant("small"),
-        torch.bfloat16,
+        "bfloat16",
     )
 
     def read_bundle() -> str:

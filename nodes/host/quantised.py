@@ -152,6 +152,20 @@ class Quantised:
         return self.cut.of(tensor) if by_row else tensor
 
 
+def can_be_joined(pieces: list[Quantised]) -> bool:
+    """Whether pieces of one matrix can stay in their format: all in the same, with a scale for each
+    row and no other."""
+    first = pieces[0]
+    return all(
+        piece.settings is not None
+        and piece.settings == first.settings
+        and piece.keeps
+        and piece.parts.keys() == {"weight", SCALE}
+        and tuple(piece.parts[SCALE].shape) in ((piece.whole[0],), (piece.whole[0], 1))
+        for piece in pieces
+    )
+
+
 def spelled(
     parts: dict[str, torch.Tensor], settings: dict | None, old: torch.dtype | None
 ) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from ...ppcl_engine.system.pickled_files import PickledFile
 from ...ppcl_engine.system.tensor_files import TensorFile
 from ..host.base import ALL, Cut, Host
 from ..host.formats import METADATA, grouped, layers_in
-from ..host.quantised import IN_FILE, Quantised, plain_tensors
+from ..host.quantised import FORMAT, IN_FILE, Quantised, can_be_joined, plain_tensors
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,15 @@ class Joined:
         return [piece for piece in self.pieces if isinstance(piece, Quantised)]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensor in 16 bits, since quantised pieces have scales of their own."""
+        """The tensor in its format where each row has a scale of its own; else in 16 bits, since the
+        pieces' scales are not one's."""
+        if len(self.quantised) == len(self.pieces) and can_be_joined(self.quantised):
+            pieces = [piece.tensors() for piece in self.quantised]
+            rows = {leaf: [piece[leaf] for piece in pieces] for leaf in pieces[0]}
+            return {
+                leaf: parts[0] if leaf == FORMAT else torch.cat(parts)
+                for leaf, parts in rows.items()
+            }
         return plain_tensors(
             torch.cat([piece.read() for piece in self.pieces]), self.quantised[0].old
         )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import io
 
+from ...ppcl_engine.jobs.store import model_files_in
+from ...ppcl_engine.models.storing import check_store
 from ...ppcl_engine.run import Run
 from ...ppcl_engine.settings.assess_settings import EvaluateConfig
 from ...ppcl_engine.settings.convert_settings import ExportConfig
@@ -49,6 +51,7 @@ class Export(JobNode):
     @classmethod
     def perform(cls, run, report_pictures, **given) -> io.NodeOutput:
         check_file_name(given["name"])
+        check_store(given["layout"], given["store"])
         model = cls.ready(run, given)
         stages = [*measured(run), (ExportConfig, "export", given)]
         if report_pictures:
@@ -62,7 +65,7 @@ class Export(JobNode):
 
 def _exported(folder: Path) -> list:
     plan = Run(folder).load_plan()
-    file = sorted((folder / EXPORTS).rglob("*.safetensors"))[0]
+    file = model_files_in(folder / EXPORTS)[0]
     lines = [
         f"{exported_name(file)}: {bytes_text(file.stat().st_size)}",
         results.variants_text(plan),

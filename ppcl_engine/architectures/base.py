@@ -116,6 +116,8 @@ class Architecture(Protocol):
 
     name: str
     diffusers_class: str
+    gguf_name: str
+    """what `general.architecture` is in GGUF files, as ComfyUI-GGUF reads it"""
     block_arguments: dict[str, str]
     """stream -> the name of a block's argument that brings it"""
     block_returns: tuple[str, ...]

@@ -33,6 +33,7 @@ SUFFIXES = {"image": "", "text": "_context"}  # endings of the names of a double
 class Flux1(PackedLatents, Architecture):
     name = "flux1"
     diffusers_class = "FluxTransformer2DModel"
+    gguf_name = "flux"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
     block_returns = ("text", "image")
     caption_inputs = ("encoder_hidden_states", "pooled_projections")

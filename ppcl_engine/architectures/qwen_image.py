@@ -33,6 +33,7 @@ ROTARY_SHARES = (2, 7, 7)  # of 16: frame, row, column; 16, 56, 56 of 128 in the
 class QwenImage(PackedLatents, Architecture):
     name = "qwen_image"
     diffusers_class = "QwenImageTransformer2DModel"
+    gguf_name = "qwen_image"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
     block_returns = ("text", "image")
     caption_inputs = ("encoder_hidden_states", "encoder_hidden_states_mask")

@@ -31,6 +31,7 @@ SUFFIXES = {"image": "", "text": "_context"}  # endings of the names of a block'
 class SD35(PackedLatents, Architecture):
     name = "sd35"
     diffusers_class = "SD3Transformer2DModel"
+    gguf_name = "sd3"
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
     block_returns = ("text", "image")
     caption_inputs = ("encoder_hidden_states", "pooled_projections")

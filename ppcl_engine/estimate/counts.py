@@ -15,11 +15,12 @@ from ..algorithms.distillation.quantization import NONE
 from ..algorithms.distillation.round_cache import REUSE
 from ..architectures import Architecture
 from ..data.codecs import open_codec
-from ..data.codecs.table import TABLES
+from ..data.codecs.table import has_tables
 from ..models.cost import CostModel, Grid, largest_pair
 from ..models.layout import full_layout
 from ..models.opening import model_config
 from ..models.stored_layout import transformer_folder
+from ..models.storing import BITS
 from ..models.streaming import room_for_states
 from ..plan import Interval, PruningPlan
 from ..run import Run
@@ -148,9 +149,9 @@ class Count:
         """Bytes of a caption's embedding."""
         return FP32 * self.samples.text_tokens * self.sizes.config["joint_attention_dim"]
 
-    def store(self, name: str) -> int:
+    def store(self, name: str) -> float:
         """Bytes of a value that is stored in this precision."""
-        return 1 if name == "float8" else DTYPES[name].itemsize
+        return BITS[name] / 8
 
     @cached_property
     def teacher(self) -> int:
@@ -336,7 +337,7 @@ def _grid(config: CalibrateConfig) -> tuple[int, int, int]:
     """The grid of the pictures that calibrate will draw or read: as asked for, or the model's own size where
     it is cheap to know."""
     (rows, columns), pixels = GRID[1:], PIXELS_A_TOKEN
-    if Path(config.model).is_file() and set(TABLES) <= set(TensorFile(config.model).entries):
+    if Path(config.model).is_file() and has_tables(Path(config.model)):
         codec = open_codec(config.model)
         pixels = 2 * codec.pixels_per_latent
         rows, columns = (side // pixels for side in codec.picture_size)

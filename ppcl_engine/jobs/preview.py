@@ -20,7 +20,7 @@ from ..architectures import Architecture, Inputs
 from ..data.calibration import load_calibration
 from ..data.codecs import open_codec
 from ..data.codecs.base import Codec
-from ..data.codecs.table import TABLES
+from ..data.codecs.table import has_tables
 from ..data.sampling import Prompts, draw
 from ..models.assembly import Students, assemble, open_variant
 from ..models.layout import full_layout
@@ -117,7 +117,7 @@ def can_paint(config: JobConfig) -> bool:
     if sum(file.stat().st_size for file in files) > LARGEST:
         return False
     if model.is_file():
-        return set(TABLES) <= set(TensorFile(model).entries)
+        return has_tables(model)
     return (model / "model_index.json").exists()
 
 

@@ -49,6 +49,7 @@ ATTEMPT = re.compile(
     r"(.*-[0-9a-f]{8})(?:-([1-9][0-9]*))?"
 )  # of a request: the first has no number
 EXPORTING = {"export", "sparsify"}  # stages that write model files
+MODEL_ENDINGS = (".safetensors", ".gguf")  # of those files
 UNFINISHED = (
     ".new-"  # prefix of a folder that is being filled; the name of a run never starts with it
 )
@@ -64,6 +65,11 @@ class Prepared:
     path: Path
     is_new: bool
     """whether it has never been started"""
+
+
+def model_files_in(folder: Path) -> list[Path]:
+    """The model files that were written into a run's folder of exports."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in MODEL_ENDINGS)
 
 
 class RunStore:
@@ -97,7 +103,7 @@ class RunStore:
         """The model files that a run wrote; empty until it is done."""
         spec = _spec_of(path) if _state_to_show(path).status == "done" else None
         exporting = spec is not None and EXPORTING & dict(spec.stages).keys()
-        return sorted((path / "exports").rglob("*.safetensors")) if exporting else []
+        return model_files_in(path / "exports") if exporting else []
 
     def prepare(self, kind: str, stages, upstream: str = "", **options) -> Prepared:
         """The run that does these (stage, settings) pairs on the files of `upstream`. options: other

@@ -16,10 +16,12 @@ from torch import nn
 
 from ..architectures import architecture_named
 from ..plan import Interval, PruningPlan, plan_from_json
+from ..system.gguf_files import is_gguf
 from ..system.tensor_files import TensorEntry, TensorFile, write_tensor_stream
 from .bundle_contents import projection_prefix, student_prefix, tuned_prefix
 from .layout import checked
 from .model_configs import check_model_config, check_same_sizes
+from .real_values import RealValues
 from .surgery import filled_student
 from .teacher_hashes import TEACHER_KEY, ExpectedBase, Recorded
 from .weights import Weights
@@ -50,6 +52,11 @@ class Bundle:
         return ["full", *(v.name for v in self.plan.variants if v.name != "full")]
 
     @cached_property
+    def tensors(self) -> RealValues:
+        """All tensors as numbers."""
+        return RealValues(self.file)
+
+    @cached_property
     def expected_base(self) -> ExpectedBase | None:
         """What is known of the base's tensors; None for older bundles, which did not keep it."""
         recorded = (
@@ -77,11 +84,11 @@ class Bundle:
         return self._under(projection_prefix(place, kind), dtype, device)
 
     def tuned(self, variant: str, key: str) -> torch.Tensor:
-        return self.file.read(tuned_prefix(variant) + key)
+        return self.tensors.read(tuned_prefix(variant) + key)
 
     def _under(self, prefix: str, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
-        names = [key.removeprefix(prefix) for key in self.file.keys() if key.startswith(prefix)]
-        return {name: self.file.read(prefix + name).to(device, dtype) for name in names}
+        names = [key for key in self.tensors.keys() if key.startswith(prefix)]
+        return {key.removeprefix(prefix): self.tensors.read(key).to(device, dtype) for key in names}
 
 
 def write_bundle(
@@ -96,4 +103,4 @@ def write_bundle(
 
 
 def is_bundle(path: Path) -> bool:
-    return Path(path).is_file() and PLAN_KEY in TensorFile(path).metadata
+    return Path(path).is_file() and not is_gguf(path) and PLAN_KEY in TensorFile(path).metadata

@@ -17,6 +17,8 @@ from ..system.tensor_files import TensorEntry, TensorFile
 from .assembly import empty_model
 from .filling import check_shape
 from .layout import layout_of, projections_of
+from .real_values import RealValues
+from .storing import stored_entries
 from .surgery import build_student
 
 STUDENTS, PROJECTIONS, TUNED = "students.", "projections.", "tuned."
@@ -37,25 +39,25 @@ def tuned_prefix(variant: str) -> str:
     return f"{TUNED}{variant}."
 
 
-def bundle_entries(run: Run, plan: PruningPlan, dtype: torch.dtype) -> Iterator[TensorEntry]:
+def bundle_entries(run: Run, plan: PruningPlan, store: str) -> Iterator[TensorEntry]:
     """What a bundle holds, read when it is written: every student, every projection (also those of
     the blocks that can stand at its place) and every tuned variant. Raises ValueError naming the
     stage to run first."""
     for interval in plan.intervals:
         yield from _saved(
-            run.best(run.student(interval.name)), student_prefix(interval), dtype, "distill-depth"
+            run.best(run.student(interval.name)), student_prefix(interval), store, "distill-depth"
         )
     for name, kind in projections_of(plan, plan.everything()):
         path = run.best(run.projection(name, kind))
-        yield from _saved(path, projection_prefix(name, kind), dtype, "distill-width")
+        yield from _saved(path, projection_prefix(name, kind), store, "distill-width")
     for variant in plan.variants:
         if variant.tuned:
             yield from _saved(
-                run.tuned_variant(variant.name), tuned_prefix(variant.name), dtype, "finetune"
+                run.tuned_variant(variant.name), tuned_prefix(variant.name), store, "finetune"
             )
 
 
-def _saved(path: Path, prefix: str, dtype: torch.dtype, stage: str) -> Iterator[TensorEntry]:
+def _saved(path: Path, prefix: str, store: str, stage: str) -> Iterator[TensorEntry]:
     """The weights of a saved training, read when they are written."""
     if not path.exists():
         raise ValueError(f"{path} does not exist; run {stage} first")
@@ -63,10 +65,10 @@ def _saved(path: Path, prefix: str, dtype: torch.dtype, stage: str) -> Iterator[
     for key in file.keys():
         if key.startswith("weight."):
             name = prefix + key.removeprefix("weight.")
-            yield TensorEntry(name, dtype, file.shape(key), lambda key=key: file.read(key))
+            yield from stored_entries(name, file.shape(key), lambda key=key: file.read(key), store)
 
 
-def check_bundle(file: TensorFile, plan: PruningPlan, whole: bool = False) -> None:
+def check_bundle(file: RealValues, plan: PruningPlan, whole: bool = False) -> None:
     """Raises ValueError, naming file and tensor, for a tensor that the plan has no place for, of
     the wrong shape, or not of numbers; with `whole` also for a missing one."""
     architecture = architecture_named(plan.architecture)
@@ -89,7 +91,7 @@ def check_bundle(file: TensorFile, plan: PruningPlan, whole: bool = False) -> No
 
 
 def _expected(
-    architecture: Architecture, plan: PruningPlan, file: TensorFile
+    architecture: Architecture, plan: PruningPlan, file: RealValues
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of the tensors of those students and tuned variants that the file has tensors
     of."""
@@ -111,7 +113,7 @@ def _expected(
                 )
 
 
-def _check_projection(file: TensorFile, name: str, width: int) -> None:
+def _check_projection(file: RealValues, name: str, width: int) -> None:
     match = PROJECTION.fullmatch(name)
     if match is None:
         raise ValueError(
@@ -122,7 +124,7 @@ def _check_projection(file: TensorFile, name: str, width: int) -> None:
     )
 
 
-def _check_whole(file: TensorFile, plan: PruningPlan, expected: dict[str, tuple[int, ...]]) -> None:
+def _check_whole(file: RealValues, plan: PruningPlan, expected: dict[str, tuple[int, ...]]) -> None:
     """A bundle that holds only tuned variants needs neither students nor projections."""
     there = set(file.keys())
     if any(name.startswith(STUDENTS) for name in there) or not any(

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 
 from ..architectures import Architecture, Part
-from ..system.pickled_files import PickledFile
-from ..system.tensor_files import TensorFile
 from .filling import check_shape
 from .layout import Layout
-from .scales import Scale
+from .scales import Quantised, shape_in
+from .stored_layout import StoredTensors
 from .weights import expected_shapes
 
 CORRECTION = "correction."
@@ -45,8 +44,8 @@ def variant_parts(
 
 
 def check_parts(
-    stored: Mapping[str, tuple[TensorFile | PickledFile, str]],
-    scales: Mapping[str, Scale],
+    stored: StoredTensors,
+    scales: Mapping[str, Quantised],
     parts: Mapping[str, Part],
     shapes: Mapping[str, tuple[int, ...]],
     where: Path,
@@ -58,12 +57,10 @@ def check_parts(
         pieces[part.name] = pieces.get(part.name, 0) + len(part.pieces)
     for key, part in parts.items():
         file, name = stored[part.name]
-        rows, *others = file.shape(name) or (1,)
-        shape = (
-            (rows * len(part.pieces) // pieces[part.name], *others)
-            if part.of > 1
-            else file.shape(name)
-        )
+        shape = shape_in((file, name), part.name, scales)
+        rows, *others = shape or (1,)
+        if part.of > 1:
+            shape = (rows * len(part.pieces) // pieces[part.name], *others)
         check_shape(part.name, shape, shapes[key], where)
         if not (file.dtype(name).is_floating_point or part.name in scales):
             raise ValueError(
@@ -72,8 +69,8 @@ def check_parts(
 
 
 def read_part(
-    stored: Mapping[str, tuple[TensorFile | PickledFile, str]],
-    scales: Mapping[str, Scale],
+    stored: StoredTensors,
+    scales: Mapping[str, Quantised],
     parts: Mapping[str, Part],
     key: str,
 ) -> torch.Tensor:

@@ -118,7 +118,7 @@ def _variant_model(
     weights = Weights(base)
     _check_folded_alike(bundle, weights)
     bundle.check_base(weights, base)
-    check_bundle(bundle.file, bundle.plan)
+    check_bundle(bundle.tensors, bundle.plan)
     variant = bundle.plan.variant(name)
     if streamed and variant.tuned:
         raise ValueError(

@@ -2,36 +2,46 @@
 are refused by name.
 
 Read: float8 and int8 with one scale a tensor, one a row, or one a block of a row's columns, under
-ComfyUI's old and new names. The declared format of a layer (`comfy_quant`, or the metadata's
+ComfyUI's old and new names; int8 with rotated columns, w4a4, mxfp8 and nvfp4 through comfy-kitchen;
+GGUF through gguf. The declared format of a layer (`comfy_quant`, or the metadata's
 `_quantization_metadata`) has priority over shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from ..architectures import Part
-from ..system.json_text import NotJSON, parse_json, shown
-from .stored_layout import PREFIXES, OpenFile, StoredTensors
+from ..system.few_bits import FORMATS, dequantised
+from ..system.finite import BAD_MODEL, check_finite
+from ..system.gguf_files import GGUFFile
+from ..system.json_text import shown
+from ..system.optional_packages import kitchen
+from .declared_formats import FORMAT_SUFFIX, declared_formats
+from .stored_layout import OpenFile, StoredTensors
 
 SCALE_SUFFIXES = (".scale_weight", ".weight_scale")
-FORMAT_SUFFIX = ".comfy_quant"
-IGNORED_SUFFIXES = (*SCALE_SUFFIXES, ".scale_input", ".input_scale", FORMAT_SUFFIX)
-FORMATS_KEY = "_quantization_metadata"
-FORMATS = {
+MORE_SUFFIXES = (".weight_scale_2", ".pre_quant_scale")  # of blocks' scales, and of inputs
+IGNORED_SUFFIXES = (
+    *SCALE_SUFFIXES,
+    *MORE_SUFFIXES,
+    ".scale_input",
+    ".input_scale",
+    FORMAT_SUFFIX,
+)
+PRODUCTS = {
     "float8_e4m3fn": (torch.float8_e4m3fn,),
     "float8_e5m2": (torch.float8_e5m2,),
     "int8_tensorwise": (torch.int8,),
 }
-"""ComfyUI's name of a format -> the dtypes that such a weight is stored in"""
+"""ComfyUI's name of a format whose weights are stored values times a scale -> their dtypes"""
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 FOREIGN = {
-    ".weight_scale_2": "NVFP4",
-    ".pre_quant_scale": "NVFP4 with smoothed inputs",
     ".weight_s_rel": "W4A8 (asym_w4a8_int8)",
     ".quant_state.bitsandbytes__nf4": "bitsandbytes NF4",
     ".quant_state.bitsandbytes__fp4": "bitsandbytes FP4",
@@ -43,7 +53,20 @@ FOREIGN = {
     ".qweight": "packed in 4 bits (Nunchaku, GPTQ or AWQ)",
 }
 """endings of tensor names -> the format that has them"""
-TAKE = "take the model in bf16, fp16, fp8 or plain int8"
+TAKE = "take the model in bf16, fp16, fp8, int8, mxfp8, nvfp4 or GGUF"
+AGAIN = "download the file again"
+
+
+class Quantised(Protocol):
+    """What makes numbers of a stored weight."""
+
+    def whole(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the matrix, of the shape that is stored."""
+        ...
+
+    def apply(self, weight: torch.Tensor, part: Part) -> torch.Tensor:
+        """The real values, in float32. `part`: which rows of the stored weight these are."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,8 +77,10 @@ class Scale:
     file: OpenFile
     name: str
 
+    def whole(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        return stored
+
     def apply(self, weight: torch.Tensor, part: Part) -> torch.Tensor:
-        """The real values, in float32. `part`: which rows of the stored weight these are."""
         scale = self.file.read(self.name).to(weight.device).float()
         if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
             raise ValueError(
@@ -80,40 +105,175 @@ class Scale:
         return (blocks * rows[..., None]).reshape(weight.shape)
 
 
-def scales_of(stored: StoredTensors, metadata: Mapping[str, str], where: Path) -> dict[str, Scale]:
-    """Weight's name -> its scale.
+@dataclass(frozen=True)
+class Packed:
+    """A stored weight in one of comfy-kitchen's formats."""
+
+    file: OpenFile
+    name: str
+    """the weight's, in the file"""
+    format: str
+    settings: Mapping[str, Any]
+    """what `comfy_quant` says"""
+    scales: Mapping[str, tuple[OpenFile, str]]
+    """last part of the name -> where the scale is"""
+
+    def whole(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        return stored[0], stored[1] * FORMATS[self.format].packed
+
+    def apply(self, weight: torch.Tensor, part: Part) -> torch.Tensor:
+        # scales of blocks lie in tiles of rows, so a part is cut out of the whole matrix
+        stored = weight if part.of == 1 else self.file.read(self.name).to(weight.device)
+        scales = {leaf: file.read(key) for leaf, (file, key) in self.scales.items()}
+        smoothing = scales.pop("pre_quant_scale", None)  # inputs are multiplied by it
+        kitchen(f"{self.file.path}: a matrix in the format {self.format}")
+        try:
+            values = dequantised(self.format, stored, scales, self.settings)
+        except (
+            RuntimeError,
+            AssertionError,
+            ValueError,
+        ) as error:  # sizes that do not fit together
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(
+                f"{self.file.path}: {shown(self.name)} cannot be read as {self.format} ({reason}); {AGAIN}"
+            ) from None
+        if smoothing is not None:
+            values = values * smoothing.to(values)
+        check_finite({shown(self.name): values}, self.file.path, BAD_MODEL)
+        if part.of == 1:
+            return values
+        pieces = values.chunk(part.of)
+        return torch.cat([pieces[piece] for piece in part.pieces])
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A stored weight of a GGUF file, in blocks of a row's columns with a scale each."""
+
+    file: GGUFFile
+    name: str
+
+    def whole(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        return self.file.whole(self.name)
+
+    def apply(self, weight: torch.Tensor, part: Part) -> torch.Tensor:
+        values = self.file.dequantised(self.name, weight)
+        check_finite({shown(self.name): values}, self.file.path, BAD_MODEL)
+        return values
+
+
+def scales_of(
+    stored: StoredTensors, metadata: Mapping[str, str], where: Path
+) -> dict[str, Quantised]:
+    """Weight's name -> what makes numbers of it.
 
     Raises ValueError naming the tensor and the format for anything that is not read: other formats,
-    scales without a weight or of the wrong shape, and weights in eight bits without the scale that
-    they need.
+    scales without a weight or of the wrong shape, and weights in eight bits or fewer without the
+    scale that they need.
     """
     for name in stored:
-        if foreign := next(
-            (said for ending, said in FOREIGN.items() if name.endswith(ending)), None
-        ):
+        if foreign := _ending(name, FOREIGN):
             raise ValueError(
-                f"{where}: {shown(name)} belongs to {foreign}, which is not read; {TAKE}"
+                f"{where}: {shown(name)} belongs to {FOREIGN[foreign]}, which is not read; {TAKE}"
             )
+    declared = declared_formats(stored, metadata, where)
+    found: dict[str, Quantised] = dict(_packed(stored, declared, where))
+    found |= {
+        name: Blocks(file, key)
+        for name, (file, key) in stored.items()
+        if isinstance(file, GGUFFile) and file.is_quantised(key)
+    }
+    scales = _products(stored, found, where)
+    _check_declared(stored, declared, {**found, **scales}, where)
+    for name, place in stored.items():
+        if not name.endswith(IGNORED_SUFFIXES) and name not in found:
+            _check_weight(name, place, scales.get(name), where)
+    return {**found, **scales}
+
+
+def shape_in(
+    place: tuple[OpenFile, str], name: str, scales: Mapping[str, Quantised]
+) -> tuple[int, ...]:
+    """The shape of a tensor, of a quantised matrix that of its numbers."""
+    file, key = place
+    shape = file.shape(key)
+    return scales[name].whole(shape) if name in scales else shape
+
+
+def _ending(name: str, endings) -> str | None:
+    return next((ending for ending in endings if name.endswith(ending)), None)
+
+
+def _products(
+    stored: StoredTensors, others: Mapping[str, Quantised], where: Path
+) -> dict[str, Scale]:
+    """The weights that are stored values times a scale. others: in other formats."""
     scales: dict[str, Scale] = {}
     for name, (file, key) in stored.items():
-        ending = next((ending for ending in SCALE_SUFFIXES if name.endswith(ending)), None)
+        ending = _ending(name, (*SCALE_SUFFIXES, *MORE_SUFFIXES))
         if ending is None:
             continue
         weight = name.removesuffix(ending) + ".weight"
+        if weight in others:
+            continue
         if weight not in stored:
             raise ValueError(
-                f"{where}: {shown(name)} is a scale, but there is no {weight}; download the file again"
+                f"{where}: {shown(name)} is a scale, but there is no {weight}; {AGAIN}"
+            )
+        if ending in MORE_SUFFIXES:
+            raise ValueError(
+                f"{where}: {shown(name)} belongs to NVFP4, which the file does not say of {weight}; {AGAIN}"
             )
         if weight in scales:
             raise ValueError(
                 f"{where}: {shown(weight)} has two scales, {scales[weight].name} and {key}; remove one of the two"
             )
         scales[weight] = Scale(file, key)
-    _check_formats(stored, metadata, scales, where)
-    for name, place in stored.items():
-        if not name.endswith(IGNORED_SUFFIXES):
-            _check_weight(name, place, scales.get(name), where)
     return scales
+
+
+def _packed(
+    stored: StoredTensors, declared: Mapping[str, dict], where: Path
+) -> Iterator[tuple[str, Packed]]:
+    """The weights that are declared to be in a format that comfy-kitchen reads."""
+    for layer, settings in declared.items():
+        kind, weight = settings.get("format"), f"{layer}.weight"
+        if not isinstance(kind, str) or kind not in FORMATS or weight not in stored:
+            continue
+        if kind in PRODUCTS and not settings.get("convrot"):
+            continue
+        file, key = stored[weight]
+        if file.dtype(key) not in FORMATS[kind].dtypes or len(file.shape(key)) != 2:
+            raise _not_as_declared(weight, kind, where)
+        leaves = (*FORMATS[kind].scales, *(["pre_quant_scale"] if kind == "nvfp4" else []))
+        scales = {leaf: stored[f"{layer}.{leaf}"] for leaf in leaves if f"{layer}.{leaf}" in stored}
+        for leaf in FORMATS[kind].scales:
+            if leaf not in scales:
+                raise _without_scale(weight, kind, leaf, where)
+        matrix = Packed(file, key, kind, settings, scales)
+        _check_rotation(settings, matrix.whole(file.shape(key))[1], f"{where}: {shown(weight)}")
+        yield weight, matrix
+
+
+def _check_rotation(settings: Mapping[str, Any], columns: int, where: str) -> None:
+    """Raises ValueError for groups that do not divide the columns: the rotation of a large one would
+    fill the memory."""
+    group = settings.get("convrot_groupsize", 1)
+    if not isinstance(group, int) or not 0 < group <= columns or columns % group:
+        raise ValueError(
+            f"{where} has columns rotated in groups of {str(group)[:20]}, which do not divide its {columns}; {AGAIN}"
+        )
+
+
+def _not_as_declared(weight: str, kind: str, where: Path) -> ValueError:
+    return ValueError(
+        f"{where}: {shown(weight)} is declared as {kind}, but stored as another type; {AGAIN}"
+    )
+
+
+def _without_scale(weight: str, kind: str, leaf: str, where: Path) -> ValueError:
+    return ValueError(f"{where}: {shown(weight)} is {kind} and has no scale (.{leaf}); {AGAIN}")
 
 
 def _check_weight(name: str, place: tuple[OpenFile, str], scale: Scale | None, where: Path) -> None:
@@ -151,75 +311,26 @@ def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     return all(size == 1 for size in scale[1:])
 
 
-def _check_formats(
-    stored: StoredTensors, metadata: Mapping[str, str], scales: Mapping[str, Scale], where: Path
+def _check_declared(
+    stored: StoredTensors,
+    declared: Mapping[str, dict],
+    scales: Mapping[str, Quantised],
+    where: Path,
 ) -> None:
     """Raises ValueError for a layer whose declared format is not read, or is not how it is
     stored."""
-    for layer, about in _formats(stored, metadata, where).items():
-        weight, kind = f"{layer}.weight", about.get("format")
-        details = {**(about["params"] if isinstance(about.get("params"), dict) else {}), **about}
-        if details.get("convrot"):
-            raise ValueError(
-                f"{where}: {shown(weight)} is INT8 ConvRot: its columns are rotated, which is not undone here; {TAKE}"
-            )
-        if not isinstance(kind, str) or kind not in FORMATS:
+    for layer, settings in declared.items():
+        weight, kind = f"{layer}.weight", settings.get("format")
+        if not isinstance(kind, str) or kind not in {*PRODUCTS, *FORMATS}:
             raise ValueError(
                 f"{where}: {shown(weight)} is in the format {str(kind)[:40]!r}, which is not read; {TAKE}"
             )
         if weight not in stored:
             raise ValueError(
-                f"{where}: {shown(layer)} has a format ({kind}) but no weight; download the file again"
+                f"{where}: {shown(layer)} has a format ({kind}) but no weight; {AGAIN}"
             )
-        if stored[weight][0].dtype(stored[weight][1]) not in FORMATS[kind]:
-            raise ValueError(
-                f"{where}: {shown(weight)} is declared as {kind}, but stored as another type; download the file again"
-            )
+        file, key = stored[weight]
+        if kind in PRODUCTS and file.dtype(key) not in PRODUCTS[kind]:
+            raise _not_as_declared(weight, kind, where)
         if weight not in scales:
-            raise ValueError(
-                f"{where}: {shown(weight)} is {kind} and has no scale (.weight_scale); download the file again"
-            )
-
-
-def _formats(stored: StoredTensors, metadata: Mapping[str, str], where: Path) -> dict[str, dict]:
-    """Layer -> its declared format; only layers that exist, whatever prefix the metadata gives
-    them."""
-    declared = {}
-    for name, (file, key) in stored.items():
-        if name.endswith(FORMAT_SUFFIX):
-            text = bytes(file.read(key).reshape(-1).view(torch.uint8).tolist())
-            declared[name.removesuffix(FORMAT_SUFFIX)] = _object(text, f"{where}: {shown(name)}")
-    layers = (
-        _object(metadata[FORMATS_KEY], f"{where}: {FORMATS_KEY}").get("layers")
-        if FORMATS_KEY in metadata
-        else {}
-    )
-    if not isinstance(layers, dict) or not all(
-        isinstance(about, dict) for about in layers.values()
-    ):
-        raise ValueError(
-            f"{where}: {FORMATS_KEY}: its layers are not JSON objects; download the file again"
-        )
-    ours = {
-        key.removesuffix(".weight"): name.removesuffix(".weight")
-        for name, (_, key) in stored.items()
-    }
-    by_layer = {ours.get(name, _bare(name)): about for name, about in layers.items()}
-    return {layer: a for layer, a in by_layer.items() if f"{layer}.weight" in stored} | declared
-
-
-def _bare(layer: str) -> str:
-    """Without the prefixes that checkpoints and trainers put before a transformer's names."""
-    while prefix := next((p for p in PREFIXES if layer.startswith(p)), None):
-        layer = layer.removeprefix(prefix)
-    return layer
-
-
-def _object(text: str | bytes, where: str) -> dict:
-    try:
-        value = parse_json(text)
-    except NotJSON as error:
-        raise ValueError(f"{where}: not JSON ({error}); download the file again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: not a JSON object; download the file again")
-    return value
+            raise _without_scale(weight, kind, "weight_scale", where)

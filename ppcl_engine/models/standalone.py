@@ -13,6 +13,7 @@ from torch import nn
 
 from ..architectures import architecture_named
 from ..plan import PruningPlan, Variant, plan_from_value
+from ..system.gguf_files import is_gguf
 from ..system.tensor_files import TensorFile
 from .assembly import empty_model
 from .comfyui_names import check_parts, read_part, variant_parts
@@ -31,7 +32,7 @@ LEAST_TENSORS = 6  # that a block has, whatever its projections
 
 
 def write_standalone(
-    path: Path, sources: dict[str, Source], plan: PruningPlan, variant: Variant, dtype: torch.dtype
+    path: Path, sources: dict[str, Source], plan: PruningPlan, variant: Variant, store: str
 ) -> Path:
     """Writes ComfyUI's names with teacher indices, the structure as a tensor (hosts drop metadata),
     and a guard of an impossible shape.
@@ -45,7 +46,7 @@ def write_standalone(
     if guard := guard_name(plan, layout):
         extra[guard] = torch.zeros(GUARD_SHAPE, dtype=torch.uint8)
     named = joined_sources(sources, variant_parts(architecture, plan.config, layout, sources))
-    write_sources(path, named, dtype, {STRUCTURE_KEY: structure, "format": "pt"}, extra)
+    write_sources(path, named, store, {STRUCTURE_KEY: structure, "format": "pt"}, extra)
     return path
 
 
@@ -90,7 +91,7 @@ def hints_of(plan: PruningPlan, indices: list[int], config: dict) -> torch.Tenso
 def is_standalone(path: Path) -> bool:
     """Whether it is a standalone in our own layout, also as part of a checkpoint that ComfyUI
     saved."""
-    if not path.is_file():
+    if not path.is_file() or is_gguf(path):
         return False
     file = TensorFile(path)
     # a folded full model has both

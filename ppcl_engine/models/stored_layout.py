@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 
 from ..system.atomic import read_object
+from ..system.gguf_files import GGUFFile, is_gguf
 from ..system.json_text import NotJSON, json_text, parse_json, shown
 from ..system.pickled_files import PickledFile
 from ..system.tensor_files import TensorFile, check_exists
@@ -25,7 +26,7 @@ STRUCTURE_TENSOR = "ppcl_structure"
 # JSON: the teacher's blocks that a file has, for readers that drop metadata
 HINTS_TENSOR = "ppcl_hints"
 LONGEST_TEXT = 10_000_000  # bytes of a plan in a tensor; one for 60 blocks has about ten thousand
-OpenFile = TensorFile | PickledFile
+OpenFile = TensorFile | PickledFile | GGUFFile
 StoredTensors = Mapping[str, tuple[OpenFile, str]]
 """a tensor's name -> file, name in it"""
 
@@ -36,13 +37,13 @@ def open_layout(path: Path) -> tuple[StoredTensors, dict | None]:
     check_exists(path)
     if path.is_dir():
         return _open_folder(transformer_folder(path))
-    file = TensorFile(path)
+    file = GGUFFile(path) if is_gguf(path) else TensorFile(path)
     names = stripped_names(file.keys(), path)
     stored = {ours: (file, name) for ours, name in names.items()}
     return stored, config_of(file) or hints_in(stored).get("config")
 
 
-def config_of(file: TensorFile) -> dict | None:
+def config_of(file: TensorFile | GGUFFile) -> dict | None:
     """The configuration in a file's metadata, if any. Raises ValueError for one that is not an
     object."""
     text = file.metadata.get("config")

@@ -1,5 +1,5 @@
 """Tensors that are read when they are written: by ComfyUI's names, several joined in one, and as a
-file."""
+file in safetensors or GGUF."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from ..architectures import Architecture, Part
-from ..system.float8 import scaled_entries
+from ..system.gguf_files import write_gguf
 from ..system.progress import Progress
 from ..system.tensor_files import TensorEntry, write_tensor_stream
+from .storing import gguf_entry, stored_entries
 
 
 @dataclass(frozen=True)
@@ -57,37 +58,47 @@ def _joined(pieces: list[tuple[Source, int, int]]) -> Source:
 def write_sources(
     path: Path,
     sources: dict[str, Source],
-    dtype: torch.dtype,
+    store: str,
     metadata: dict[str, str],
     extra: dict[str, torch.Tensor] | None = None,
-    scaled: bool = False,
 ) -> None:
-    """A safetensors file of `sources` in `dtype`, read one at a time, and of `extra`, unchanged.
-
-    scaled: matrices in fp8 with one scale each, as ComfyUI reads them.
-    """
-    bar = Progress(total=len(sources), desc=path.stem, unit="tensor")
-
-    def counted(source: Source) -> torch.Tensor:
-        bar.update()
-        return source.read()
-
+    """A safetensors file of `sources`, read one at a time and stored as `store` says, and of `extra`,
+    unchanged."""
     entries = []
-    for key, source in sources.items():
-        read = partial(counted, source)
-        entries += (
-            scaled_entries(key, source.shape, read)
-            if scaled and _is_matrix(key, source)
-            else [TensorEntry(key, dtype, source.shape, read)]
-        )
-    entries += [
-        TensorEntry(key, t.dtype, tuple(t.shape), lambda t=t: t) for key, t in (extra or {}).items()
-    ]
-    with bar:
+    with Progress(total=len(sources), desc=path.stem, unit="tensor") as bar:
+        for key, source in sources.items():
+            entries += stored_entries(key, source.shape, partial(_counted, bar, source), store)
+        entries += [
+            TensorEntry(key, t.dtype, tuple(t.shape), lambda t=t: t)
+            for key, t in (extra or {}).items()
+        ]
         write_tensor_stream(path, entries, metadata)
 
 
-def _is_matrix(key: str, source: Source) -> bool:
-    """Whether it is a linear map's weight: all other tensors of two dimensions are embedding
-    tables."""
-    return len(source.shape) == 2 and key.endswith(".weight") and "embedding.weight" not in key
+def write_gguf_sources(
+    path: Path,
+    architecture: Architecture,
+    sources: dict[str, Source],
+    store: str,
+    metadata: dict[str, str],
+    extra: dict[str, torch.Tensor],
+) -> None:
+    """The same in GGUF, which has no bytes: texts are stored as half-precision numbers."""
+    with Progress(total=len(sources), desc=path.stem, unit="tensor") as bar:
+        entries = [
+            gguf_entry(key, source.shape, partial(_counted, bar, source), store)
+            for key, source in sources.items()
+        ]
+        entries += [
+            (
+                "F16" if t.dtype is torch.uint8 else "F32",
+                TensorEntry(key, t.dtype, tuple(t.shape), lambda t=t: t),
+            )
+            for key, t in extra.items()
+        ]
+        write_gguf(path, architecture.gguf_name, entries, metadata)
+
+
+def _counted(bar: Progress, source: Source) -> torch.Tensor:
+    bar.update()
+    return source.read()

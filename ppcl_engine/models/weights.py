@@ -1,7 +1,8 @@
 """A full transformer's weights in any known layout, read tensor by tensor.
 
 Read: a diffusers transformer folder (sharded or not, safetensors or pickled tensors), a diffusers
-pipeline folder, a ComfyUI single file or checkpoint (bf16, fp16, fp8, scaled fp8, int8).
+pipeline folder, a ComfyUI single file or checkpoint (bf16, fp16, the formats of `scales`), a GGUF
+file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .filling import fill
 from .layout import Layout, full_layout
 from .model_configs import check_model_config, sizes_that_differ
 from .other_models import refuse_inputs, refuse_kinds, refuse_shard, unknown_model
-from .scales import IGNORED_SUFFIXES, SCALE_SUFFIXES, scales_of
+from .scales import IGNORED_SUFFIXES, SCALE_SUFFIXES, scales_of, shape_in
 from .stored_layout import (
     COMFYUI_PREFIX,
     HINTS_TENSOR,
@@ -103,7 +104,7 @@ class Weights:
 
     def shape(self, key: str) -> tuple[int, ...]:
         file, name, part = self._tensors[key]
-        shape = file.shape(name)
+        shape = shape_in((file, name), part.name, self._scales)
         return shape if part.of == 1 else (shape[0] // part.of * len(part.pieces), *shape[1:])
 
     def dtype(self, key: str) -> torch.dtype:
@@ -130,7 +131,7 @@ class Weights:
         return _read_part(*self._tensors[key])
 
     def read(self, key: str, dtype: torch.dtype | None = None, device: str = "cpu") -> torch.Tensor:
-        """The tensor in `dtype` (default: as stored; scaled fp8 and int8 become bf16).
+        """The tensor in `dtype` (default: as stored; a quantised one becomes bf16).
 
         A tensor that grows is moved first and cast on the device: half the bytes to move, and
         casting fp8 is slow on a CPU.

@@ -9,22 +9,40 @@ from typing import Annotated, Literal
 from .base_settings import Common
 from .ranges import Device, FileName, Pixels, Range, Settings
 
+Store = Literal[
+    "float32",
+    "bfloat16",
+    "float8",
+    "int8",
+    "int8_convrot",
+    "mxfp8",
+    "nvfp4",
+    "w4a4",
+    "q8_0",
+    "q5_1",
+    "q5_0",
+    "q4_1",
+    "q4_0",
+]
+"""precisions of an exported file; the later ones through the packages comfy-kitchen and gguf"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(Common):
     """Write the bundle, or one variant as a file of its own."""
 
-    layout: Literal["bundle", "comfyui", "diffusers", "ppcl"] = "bundle"
-    """bundle: all variants, needs the base model. comfyui, diffusers: one variant, renumbered, for
-    stock hosts (no corrections). ppcl: one variant with the teacher's indices, for this project's
-    loaders."""
+    layout: Literal["bundle", "comfyui", "diffusers", "ppcl", "gguf"] = "bundle"
+    """bundle: all variants, needs the base model. comfyui, diffusers, gguf: one variant, renumbered,
+    for stock hosts and ComfyUI-GGUF (no corrections). ppcl: one variant with the teacher's indices,
+    for this project's loaders."""
     variant: str = "small"
     """The variant to write, unless the layout is bundle."""
     name: FileName = "pruned"
     """File name without ending: letters, digits, '-', '_'."""
-    store: Literal["float32", "bfloat16", "float8"] = "bfloat16"
+    store: Store = "bfloat16"
     """Precision in the file. float8: linear maps in scaled fp8, as ComfyUI reads it (layout
-    comfyui)."""
+    comfyui). int8 to w4a4: the blocks' linear maps in ComfyUI's formats (comfyui, ppcl, bundle), for
+    hosts that know them. q8_0 to q4_0: in GGUF's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from .tensor_files import TensorEntry, TwoParts
+from .tensor_files import MadeOnce, TensorEntry
 
 FP8 = torch.float8_e4m3fn
 FP8_MARK, FP8_SCALE = "scaled_fp8", ".scale_weight"  # as ComfyUI names them
@@ -24,8 +25,9 @@ def scaled_fp8(weight: torch.Tensor, dtype: torch.dtype = FP8) -> tuple[torch.Te
 def scaled_entries(
     key: str, shape: tuple[int, ...], read: Callable[[], torch.Tensor]
 ) -> list[TensorEntry]:
-    parts, scale = TwoParts(read, scaled_fp8), key.removesuffix(".weight") + FP8_SCALE
+    scale = key.removesuffix(".weight") + FP8_SCALE
+    parts = MadeOnce(lambda: dict(zip((key, scale), scaled_fp8(read()), strict=True)))
     return [
-        TensorEntry(key, FP8, shape, parts.take_first),
-        TensorEntry(scale, torch.float32, (), parts.take_second),
+        TensorEntry(key, FP8, shape, partial(parts.take, key)),
+        TensorEntry(scale, torch.float32, (), partial(parts.take, scale)),
     ]

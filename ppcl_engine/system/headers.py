@@ -38,7 +38,7 @@ MOST_DIMENSIONS = 16
 LARGEST = 1 << 62  # of a size or an offset
 PASS = "pass a .safetensors file"
 OTHERS = {
-    b"GGUF": "is a GGUF file, which this engine does not read; pass the model in safetensors (bf16, fp16 or fp8)",
+    b"GGUF": "is a GGUF file; give it the ending .gguf",
     b"PK\x03\x04": "is a PyTorch file (.bin, .pt, .ckpt); pass a .safetensors file, or the folder that it belongs to",
     b"\x80\x02": "is a pickled PyTorch file, which can run code; pass a .safetensors file",
 }

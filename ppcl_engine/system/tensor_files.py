@@ -17,7 +17,6 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -290,21 +289,15 @@ def file_mark(path: Path) -> str:
 
 
 @dataclass(eq=False)
-class TwoParts:
-    """A tensor that is stored as two. It is read once; after the second part is taken, nothing is
-    kept in memory."""
+class MadeOnce:
+    """Tensors that are made together when the first of them is taken; nothing of those that were
+    taken is kept in memory."""
 
-    read: Callable[[], torch.Tensor]
-    """makes the tensor"""
-    split: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-    """tensor -> its two parts"""
+    make: Callable[[], dict[str, torch.Tensor]]
+    """makes them by name"""
+    _made: dict[str, torch.Tensor] | None = None
 
-    @cached_property
-    def _parts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.split(self.read())
-
-    def take_first(self) -> torch.Tensor:
-        return self._parts[0]
-
-    def take_second(self) -> torch.Tensor:
-        return self.__dict__.pop("_parts")[1]
+    def take(self, name: str) -> torch.Tensor:
+        if self._made is None:
+            self._made = dict(self.make())
+        return self._made.pop(name)

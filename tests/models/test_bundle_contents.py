@@ -61,7 +61,7 @@ def standalone(tmp_path_factory, bundle, teacher_file):
         sources,
         plan,
         plan.variant("small"),
-        torch.float32,
+        "float32",
     )
 
 

@@ -49,7 +49,7 @@ def test_a_scale_of_zero_belongs_to_zeros(tmp_path):
 )
 @pytest.mark.parametrize(
     "about, said",
-    [({"format": "int8_tensorwise", "convrot": True}, "ConvRot"), ({"format": "nvfp4"}, "nvfp4")],
+    [({"format": "int8_tensorwise", "convrot": True}, "int8"), ({"format": "int3"}, "int3")],
 )
 def test_formats_in_metadata_count_under_any_prefix(tmp_path, before, about, said):
     layers = json.dumps({"layers": {before + LAYER: about}})

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ppcl_engine.architectures import architecture_named
+from ppcl_engine.models.declared_formats import FORMAT_SUFFIX
 from ppcl_engine.models.folding.reading import open_original
-from ppcl_engine.models.scales import FORMAT_SUFFIX
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.system.tensor_files import write_tensors
 
@@ -93,28 +93,43 @@ def about(**values) -> torch.Tensor:
 
 
 REFUSED = {
-    "ConvRot": (
-        {FORMAT_SUFFIX: about(format="int8_tensorwise", convrot=True, convrot_groupsize=16)},
-        "is INT8 ConvRot",
+    "groups that do not divide": (
+        {
+            FORMAT_SUFFIX: about(
+                format="int8_tensorwise", params={"convrot": 1, "convrot_groupsize": 256}
+            )
+        },
+        "rotated in groups of 256, which do not divide its 64",
     ),
-    "ConvRot, said inside": (
-        {FORMAT_SUFFIX: about(format="int8_tensorwise", params={"convrot": 1})},
-        "is INT8 ConvRot",
+    "groups that are no number": (
+        {FORMAT_SUFFIX: about(format="int8_tensorwise", convrot=True, convrot_groupsize="64")},
+        "rotated in groups of 64, which do not divide its 64",
     ),
-    "NVFP4": (
+    "said to be NVFP4": (
         {FORMAT_SUFFIX: about(format="nvfp4")},
-        "is in the format 'nvfp4', which is not read",
+        "is declared as nvfp4, but stored as another type",
     ),
-    "MXFP8": ({FORMAT_SUFFIX: about(format="mxfp8")}, "is in the format 'mxfp8'"),
-    "W4A4": ({FORMAT_SUFFIX: about(format="convrot_w4a4")}, "is in the format 'convrot_w4a4'"),
+    "said to be MXFP8": (
+        {FORMAT_SUFFIX: about(format="mxfp8")},
+        "is declared as mxfp8, but stored",
+    ),
+    "NVFP4 with one of its scales": (
+        {FORMAT_SUFFIX: about(format="nvfp4"), ".weight": torch.ones(64, 32, dtype=torch.uint8)},
+        r"is nvfp4 and has no scale \(.weight_scale_2\)",
+    ),
+    "another format": (
+        {FORMAT_SUFFIX: about(format="int3")},
+        "is in the format 'int3', which is not read",
+    ),
     "no format": ({FORMAT_SUFFIX: about(kind=3)}, "is in the format 'None'"),
     "rubbish": ({FORMAT_SUFFIX: torch.ones(9, dtype=torch.uint8)}, "comfy_quant: not JSON"),
     "said to be fp8": (
         {FORMAT_SUFFIX: about(format="float8_e4m3fn")},
         "is declared as float8_e4m3fn, but stored as another type",
     ),
-    "two levels of scales": ({".weight_scale_2": torch.ones(())}, "belongs to NVFP4"),
-    "smoothed": ({".pre_quant_scale": torch.ones(96)}, "belongs to NVFP4 with smoothed inputs"),
+    "two levels of scales": ({".weight_scale_2": torch.ones(())}, "belongs to NVFP4, which"),
+    "smoothed": ({".pre_quant_scale": torch.ones(96)}, "belongs to NVFP4, which"),
+    "W4A8": ({".weight_s_rel": torch.ones(3)}, "belongs to W4A8"),
     "bitsandbytes": ({".weight.absmax": torch.ones(3)}, "belongs to bitsandbytes in 4 bits"),
     "nf4": (
         {".weight.quant_state.bitsandbytes__nf4": torch.ones(3)},
@@ -157,12 +172,12 @@ def test_what_is_not_read_is_named(tmp_path, int8, change, reason):
 
 def test_formats_in_the_metadata_count_too(tmp_path, int8):
     for name, about_it in (
-        (NAME, {"format": "int8_tensorwise", "convrot": True}),
+        (NAME, {"format": "int3"}),
         ("elsewhere", {"format": "nvfp4"}),
     ):
         text = json.dumps({"layers": {name: about_it}})
         write_tensors(tmp_path / f"{name}.safetensors", int8, {"_quantization_metadata": text})
-    with pytest.raises(ValueError, match="is INT8 ConvRot"):
+    with pytest.raises(ValueError, match="in the format 'int3'"):
         Weights(tmp_path / f"{NAME}.safetensors")
     assert Weights(tmp_path / "elsewhere.safetensors").is_scaled(f"{NAME}.weight")
     write_tensors(tmp_path / "a.safetensors", int8, {"_quantization_metadata": '{"layers": [1]}'})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from ...models.tensor_sources import Source, comfyui_sources
 from ...system.json_text import json_text
 from ...system.progress import Progress
 from ...system.schemas import STRICT, Count, Finite, read_text
-from ...system.tensor_files import TensorEntry, TwoParts, write_tensor_stream
+from ...system.tensor_files import MadeOnce, TensorEntry, write_tensor_stream
 from ...system.two_of_four import INDICES, VALUES, compress, compressed_shapes
 from .source import SparsitySource
 
@@ -120,9 +121,13 @@ def _entries(
         if key not in compressed:
             yield TensorEntry(key, dtype, source.shape, counted(source.read))
             continue
-        parts = TwoParts(lambda source=source: source.read().to(dtype), compress)
+        parts = MadeOnce(partial(_compressed, source, dtype))
         values, indices = compressed_shapes(source.shape)
-        yield TensorEntry(key + VALUES, dtype, values, counted(parts.take_first))
-        yield TensorEntry(key + INDICES, torch.uint8, indices, parts.take_second)
+        yield TensorEntry(key + VALUES, dtype, values, counted(partial(parts.take, VALUES)))
+        yield TensorEntry(key + INDICES, torch.uint8, indices, partial(parts.take, INDICES))
     for key, tensor in extra.items():
         yield TensorEntry(key, tensor.dtype, tuple(tensor.shape), lambda tensor=tensor: tensor)
+
+
+def _compressed(source: Source, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return dict(zip((VALUES, INDICES), compress(source.read().to(dtype)), strict=True))

@@ -12,7 +12,7 @@ from .flux1 import FluxCodec
 from .pipeline import PipelineCodec
 from .qwen_image import QwenImageCodec, QwenImageEditCodec, QwenImageEditPlusCodec
 from .sd35 import StableDiffusion3Codec
-from .table import POSITIONS, TABLES, VOCABULARY_KEY, TableCodec
+from .table import POSITIONS, TABLES, VOCABULARY_KEY, TableCodec, has_tables
 
 PIPELINES = {
     "QwenImagePipeline": QwenImageCodec,
@@ -41,9 +41,9 @@ def open_codec(path: Path, device: str = "cpu") -> Codec:
     check_exists(path)
     if path.is_dir() and (path / "model_index.json").exists():
         return open_pipeline(path, device)
-    if path.is_file():
+    if path.is_file() and has_tables(path):
         file = TensorFile(path)
-        if set(TABLES) <= set(file.entries) and VOCABULARY_KEY in file.metadata:
+        if VOCABULARY_KEY in file.metadata:
             positions = file.read(POSITIONS).float() if POSITIONS in file.entries else None
             tables = (file.read(name).float() for name in TABLES)
             vocabulary = file.about(VOCABULARY_KEY, tuple[str, ...])

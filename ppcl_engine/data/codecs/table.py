@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from ...architectures import Inputs
+from ...system.gguf_files import is_gguf
 from ...system.json_text import json_text
+from ...system.tensor_files import TensorFile
 from ..flow import euler_timesteps
 from .base import check_references
 
 TABLES = ("text_encoder.token_embedding", "vae.mean", "vae.encode", "vae.decode")
 POSITIONS = "text_encoder.position_embedding"
 VOCABULARY_KEY = "vocabulary"
+
+
+def has_tables(path: Path) -> bool:
+    """Whether a model's file has a `TableCodec` in it."""
+    return not is_gguf(path) and set(TABLES) <= set(TensorFile(path).entries)
 
 
 @dataclass(frozen=True)

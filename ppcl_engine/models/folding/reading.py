@@ -27,10 +27,12 @@ from ...architectures.folded import (
     unfolded_config,
 )
 from ...plan import PruningPlan
+from ...system.gguf_files import is_gguf
 from ...system.progress import Progress
 from ...system.tensor_files import TensorFile
 from ..bundle import PLAN_KEY, Bundle
 from ..kinds import open_convertible
+from ..real_values import RealValues
 from ..standalone import Standalone
 from ..stored_layout import STRUCTURE_TENSOR, common_prefix, open_layout
 from ..teacher_hashes import TEACHER_KEY
@@ -95,15 +97,15 @@ class Original:
         return file.dtype(key)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A transformer's tensor; a scaled one as its real values."""
+        """A transformer's tensor; a quantised one as its real values."""
         if isinstance(self.model, Weights):
             return self.model.read(name, dtype)
-        tensor = self.model.read(name) if self.model else self.raw(self.prefix + name)
+        tensor = self.model.read(name) if self.model else self._values.read(self.prefix + name)
         return tensor if dtype is None else tensor.to(dtype)
 
-    def raw(self, name: str) -> torch.Tensor:
-        file, key = self.stored[name]
-        return file.read(key)
+    @cached_property
+    def _values(self) -> RealValues:
+        return RealValues(TensorFile(self.path))
 
     @cached_property
     def mark(self) -> str:
@@ -122,6 +124,10 @@ class Original:
 def open_original(path: Path) -> Original:
     """Raises ValueError for any other kind of file."""
     path = Path(path)
+    if is_gguf(path):
+        raise ValueError(
+            f"{path} is GGUF, whose modulations cannot be folded; fold the model in safetensors"
+        )
     model = open_convertible(path)
     file = TensorFile(path) if path.is_file() else None
     prefix = common_prefix(file.keys()) if file is not None else ""

@@ -19,7 +19,7 @@ from ...system.progress import Progress
 from ...system.schemas import read_text
 from ...system.tensor_files import TensorEntry, TensorFile, write_tensor_stream
 from ..bundle import PLAN_KEY
-from ..scales import SCALE_SUFFIXES
+from ..scales import IGNORED_SUFFIXES
 from ..standalone import STRUCTURE_KEY
 from ..stored_layout import STRUCTURE_TENSOR
 from ..teacher_hashes import TEACHER_KEY, without
@@ -136,10 +136,7 @@ def _entries_by_name(original: Original, folded: Folded) -> dict[str, TensorEntr
     for name, make in folded.maps.items():
         outputs, key = original.shape(f"{name}.weight")[0], original.prefix + name
         shape = (outputs, folded.folding.columns)
-        entries |= {
-            key + ending: None
-            for ending in (*SCALE_SUFFIXES, ".scale_input", ".input_scale", ".comfy_quant")
-        }
+        entries |= {key + ending: None for ending in IGNORED_SUFFIXES}
         entries[f"{key}.weight"] = TensorEntry(f"{key}.weight", folded.dtype, shape, make)
         if folded.folding.form == "table":
             entries[f"{key}.bias"] = None

@@ -24,9 +24,12 @@ from ...models.teacher_hashes import check_all
 from ...models.weights import Weights, full_parameters
 from ...report.inspected import text_of_known, text_of_model
 from ...settings.assess_settings import InspectConfig
+from ...system.gguf_files import GGUF_SUFFIX, is_gguf
 from ...system.json_text import json_text
 from ...system.progress import Progress
 from ...system.tensor_files import TensorFile
+
+UNHASHED = (".bin", GGUF_SUFFIX)  # endings of files that carry no hashes
 
 
 def inspect(config: InspectConfig) -> None:
@@ -70,7 +73,7 @@ def describe(path: Path, legacy_txt_proj: bool = False) -> dict:
 def verified(path: Path, base: Path | None) -> dict:
     """Reads every tensor of the file or folder and compares it with its hash. Raises ValueError naming
     the first that differs."""
-    files = [TensorFile(file) for file in files_of(path) if file.suffix != ".bin"]
+    files = [TensorFile(file) for file in files_of(path) if file.suffix not in UNHASHED]
     count = 0
     for file in files:
         for name in Progress(file.keys(), desc=f"verify {file.path.name}", unit="tensor"):
@@ -134,7 +137,7 @@ def _facts(found: Bundle | Standalone | Released | Weights) -> dict:
 
 def _of_bundle(bundle: Bundle) -> dict:
     plan = bundle.plan
-    check_bundle(bundle.file, plan, whole=True)
+    check_bundle(bundle.tensors, plan, whole=True)
     return {
         "teacher": plan.fingerprint,
         "intervals": [i.name for i in plan.intervals],
@@ -187,7 +190,8 @@ def _folding(config: dict) -> dict[str, str]:
 
 def _sparsity(path: Path) -> dict[str, str]:
     """Which weights are zero, if the file was made sparse."""
-    sparsity = sparsity_of(TensorFile(path).metadata) if path.is_file() else None
+    has_metadata = path.is_file() and not is_gguf(path)
+    sparsity = sparsity_of(TensorFile(path).metadata) if has_metadata else None
     if sparsity is None:
         return {}
     how = f"{sparsity.pattern} by {sparsity.score}"

@@ -4,6 +4,7 @@ of its own."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,17 +18,23 @@ from ...models.comfyui_names import marks_of
 from ...models.layout import Place, layout_of
 from ...models.standalone import hints_of, write_standalone
 from ...models.stored_layout import HINTS_TENSOR
+from ...models.storing import FP8_STORE, check_store
 from ...models.surgery import empty_block
 from ...models.teacher_hashes import teacher_hashes
-from ...models.tensor_sources import Source, comfyui_sources, write_sources
+from ...models.tensor_sources import (
+    Source,
+    comfyui_sources,
+    write_gguf_sources,
+    write_sources,
+)
 from ...models.weights import Weights
 from ...plan import PruningPlan, Variant
 from ...run import Run
 from ...settings.convert_settings import ExportConfig
 from ...system.atomic import write_json
 from ...system.float8 import FP8, FP8_MARK
+from ...system.gguf_files import GGUF_SUFFIX
 from ...system.json_text import json_text
-from ...system.machine import DTYPES
 from ..inputs import open_plan
 from ..run_students import RunStudents
 
@@ -37,48 +44,59 @@ SOURCE_PLAN_KEY = "ppcl_source_plan"
 def export(config: ExportConfig) -> Path:
     """Returns the file (or diffusers folder). Raises ValueError for a variant that the layout cannot
     hold, and for students that are not trained yet."""
-    scaled = config.store == "float8"
-    if scaled and config.layout != "comfyui":
-        raise ValueError(
-            f"--store float8 is ComfyUI's scaled fp8, not for --layout {config.layout}; use --layout comfyui"
-        )
+    check_store(config.layout, config.store)
     run, weights = Run(config.run), Weights(config.model)
-    plan, dtype = open_plan(config, weights), torch.bfloat16 if scaled else DTYPES[config.store]
+    plan = open_plan(config, weights)
     folder = run.folder / "exports"
     if config.layout == "bundle":
         path = folder / f"{config.name}{BUNDLE_SUFFIX}"
-        write_bundle(path, plan, list(bundle_entries(run, plan, dtype)), teacher_hashes(weights))
+        entries = list(bundle_entries(run, plan, config.store))
+        write_bundle(path, plan, entries, teacher_hashes(weights))
         return path
     variant = plan.variant(config.variant)
     tensors = _tensors(run, weights, plan, variant)
     if config.layout == "ppcl":
         return write_standalone(
-            folder / f"{config.name}.safetensors", tensors, plan, variant, dtype
+            folder / f"{config.name}.safetensors", tensors, plan, variant, config.store
         )
+    return _write_stock(config, folder, weights, plan, variant, tensors)
+
+
+def _write_stock(
+    config: ExportConfig,
+    folder: Path,
+    weights: Weights,
+    plan: PruningPlan,
+    variant: Variant,
+    tensors: dict[str, Source],
+) -> Path:
+    """A file that loads without this project: blocks counted from 0 without gaps."""
     _refuse_what_stock_lacks(plan, variant, config.layout)
+    architecture = weights.architecture
     block_map = [place.index for place in layout_of(plan, variant).places]
-    stock_config = weights.architecture.with_blocks(weights.config, block_map)
-    tensors = _renumbered(tensors, weights.architecture, weights.config, stock_config, block_map)
+    stock = architecture.with_blocks(weights.config, block_map)
+    tensors = _renumbered(tensors, architecture, weights.config, stock, block_map)
     metadata = {MAP_KEY: json_text(block_map), SOURCE_PLAN_KEY: plan.to_json(), "format": "pt"}
-    if config.layout == "comfyui":
-        path = folder / f"{config.name}.safetensors"
-        metadata["config"] = json_text(stock_config)
-        extra = {
-            **marks_of(weights.architecture, stock_config),
-            HINTS_TENSOR: hints_of(plan, block_map, stock_config),
-        }
-        if scaled:
-            # ComfyUI reads the marker's size: two elements say fp8 storage alone, products in 16 bits
-            extra[FP8_MARK] = torch.zeros(2, dtype=FP8)
-        write_sources(
-            path, comfyui_sources(weights.architecture, tensors), dtype, metadata, extra, scaled
-        )
+    if config.layout == "diffusers":
+        path = folder / config.name
+        write_sources(path / "diffusion_pytorch_model.safetensors", tensors, config.store, metadata)
+        write_json(path / "config.json", {"_class_name": architecture.diffusers_class, **stock})
         return path
-    path = folder / config.name
-    write_sources(path / "diffusion_pytorch_model.safetensors", tensors, dtype, metadata)
-    write_json(
-        path / "config.json", {"_class_name": weights.architecture.diffusers_class, **stock_config}
-    )
+    metadata["config"] = json_text(stock)
+    extra = {
+        **marks_of(architecture, stock),
+        HINTS_TENSOR: hints_of(plan, block_map, stock),
+    }
+    tensors = comfyui_sources(architecture, tensors)
+    if config.layout == "gguf":
+        path = folder / f"{config.name}{GGUF_SUFFIX}"
+        write_gguf_sources(path, architecture, tensors, config.store, metadata, extra)
+        return path
+    if config.store == FP8_STORE:
+        # ComfyUI reads the marker's size: two elements say fp8 storage alone, products in 16 bits
+        extra[FP8_MARK] = torch.zeros(2, dtype=FP8)
+    path = folder / f"{config.name}.safetensors"
+    write_sources(path, tensors, config.store, metadata, extra)
     return path
 
 
@@ -100,7 +118,7 @@ def _tensors(run: Run, weights: Weights, plan: PruningPlan, variant: Variant) ->
         if index not in unchanged
     )
     sources = {
-        key: Source(weights.shape(key), lambda key=key: weights.read(key))
+        key: Source(weights.shape(key), partial(_unrounded, weights, key))
         for key in weights.keys()
         if not key.startswith(replaced)
     }
@@ -110,6 +128,11 @@ def _tensors(run: Run, weights: Weights, plan: PruningPlan, variant: Variant) ->
         if place.index not in unchanged:
             sources |= _place_tensors(weights, place, changed.state)
     return sources
+
+
+def _unrounded(weights: Weights, key: str) -> torch.Tensor:
+    """A quantised tensor as the numbers that it stands for, to be rounded once, when it is written."""
+    return weights.read(key, torch.float32 if weights.is_scaled(key) else None)
 
 
 class _ChangedBlocks:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ...architectures import architecture_named
 from ...architectures.folded import FOLDING, PRECISIONS, Folding
 from ...data.codecs import open_codec
-from ...data.codecs.table import TABLES
+from ...data.codecs.table import has_tables
 from ...data.flow import euler_timesteps
 from ...data.sampling import picture_size
 from ...models.bundle import BUNDLE_SUFFIX, Bundle
@@ -42,7 +42,6 @@ from ...settings.convert_settings import FoldConfig, unused_settings
 from ...system.distributed import tell
 from ...system.machine import DTYPES, resolve_device, return_freed_memory
 from ...system.progress import Progress
-from ...system.tensor_files import TensorFile
 
 MOST_SAMPLES = 1024  # at once: as many rows go through the time embedder
 
@@ -319,7 +318,7 @@ def _schedule(config: FoldConfig, base: Original, steps: int) -> list[float]:
 def _has_codec(path: Path) -> bool:
     if path.is_dir():
         return (path / "model_index.json").exists()
-    return set(TABLES) <= set(TensorFile(path).entries)
+    return has_tables(path)
 
 
 def _plan_of_folded(plan: PruningPlan, folding: Folding, fingerprint: str) -> PruningPlan:

@@ -69,7 +69,11 @@ def import_released(config: ImportConfig) -> Path:
             for name, shape in imported.shapes.items()
         }
         return write_standalone(
-            folder / f"{config.name}.safetensors", sources, plan, plan.variant(VARIANT), dtype
+            folder / f"{config.name}.safetensors",
+            sources,
+            plan,
+            plan.variant(VARIANT),
+            config.store,
         )
     return _write_bundle(folder / f"{config.name}{BUNDLE_SUFFIX}", imported, base, plan, dtype)
 

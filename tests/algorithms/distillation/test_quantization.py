@@ -5,7 +5,7 @@ import torch
 
 from ppcl_engine.algorithms.distillation.quantization import BITS, rounded, simulated
 from ppcl_engine.system.float8 import scaled_fp8
-from ppcl_engine.system.tensor_files import TwoParts
+from ppcl_engine.system.tensor_files import MadeOnce
 
 WEIGHT = torch.randn(12, 128, generator=torch.Generator().manual_seed(0))
 
@@ -43,11 +43,9 @@ def test_fewer_bits_hurt_more_and_zeros_stay():
         simulated(WEIGHT, "int2")
 
 
-def test_two_parts_are_read_once():
-    reads = []
-    parts = TwoParts(lambda: reads.append(1) or torch.ones(2), lambda t: (t, 2 * t))
-    assert (
-        parts.take_first().tolist() == [1, 1]
-        and parts.take_second().tolist() == [2, 2]
-        and len(reads) == 1
-    )
+def test_parts_are_made_once():
+    made = []
+    parts = MadeOnce(lambda: made.append(1) or {"a": torch.ones(2), "b": torch.zeros(2)})
+    assert parts.take("a").tolist() == [1, 1]
+    assert parts.take("b").tolist() == [0, 0]
+    assert len(made) == 1

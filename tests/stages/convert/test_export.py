@@ -148,9 +148,52 @@ def test_scaled_fp8_opens_as_nearly_the_same_model(
     assert 0 < float((ours - theirs).norm()) < 0.1 * float(theirs.norm())
 
 
-@pytest.mark.parametrize("layout", ["bundle", "ppcl", "diffusers"])
-def test_fp8_in_other_layouts(distilled, teacher_file, layout):
-    with pytest.raises(ValueError, match=f"not for --layout {layout}; use --layout comfyui"):
-        export(
-            ExportConfig(model=teacher_file, run=distilled["none"], layout=layout, store="float8")
+@pytest.mark.parametrize(
+    "layout, store",
+    [
+        *((layout, "float8") for layout in ("bundle", "ppcl", "diffusers", "gguf")),
+        ("diffusers", "nvfp4"),
+        ("gguf", "int8"),
+        ("comfyui", "q8_0"),
+        ("bundle", "q4_0"),
+    ],
+)
+def test_precisions_of_other_layouts(distilled, teacher_file, layout, store):
+    with pytest.raises(ValueError, match=f"--store {store} is not for --layout {layout}; use") as e:
+        export(ExportConfig(model=teacher_file, run=distilled["none"], layout=layout, store=store))
+    assert "\n" not in str(e.value)
+
+
+@pytest.fixture
+def wanted(distilled, teacher_file):
+    """Exports in a precision, to a file that `open_model` reads."""
+
+    def make(correction: str, layout: str, store: str):
+        config = ExportConfig(
+            model=teacher_file, run=distilled[correction], layout=layout, store=store, name=store
         )
+        return export(config)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "layout, store, correction",
+    [
+        ("comfyui", "int8_convrot", "none"),
+        ("comfyui", "nvfp4", "none"),
+        ("ppcl", "int8", "affine"),
+        ("bundle", "mxfp8", "affine"),
+        ("gguf", "q8_0", "none"),
+    ],
+)
+def test_few_bits_open_as_nearly_the_same_model(
+    wanted, engine_output, architecture, padded_inputs, teacher_file, layout, store, correction
+):
+    path, base = wanted(correction, layout, store), teacher_file if layout == "bundle" else None
+    assert path.suffix == (".gguf" if layout == "gguf" else ".safetensors")
+    ours = architecture.call(open_model(path, "small" if base else None, base), padded_inputs(3))
+    theirs = engine_output(correction)
+    assert 0 < float((ours - theirs).norm()) < 0.3 * float(theirs.norm())
+    exact = wanted(correction, layout, "float32")
+    assert path.stat().st_size < 0.6 * exact.stat().st_size

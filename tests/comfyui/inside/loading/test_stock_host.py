@@ -190,10 +190,9 @@ def test_an_export_in_fp8_loads(models, run_node, velocity, wide_text, removed, 
     write_sources(
         path,
         {n: source(s) for n, s in shapes.items()},
-        torch.bfloat16,
+        "float8",
         {"format": "pt"},
         extra,
-        scaled=True,
     )
     with without_the_pack():
         (model,) = run_node("UNETLoader", unet_name=path.name, weight_dtype="default")
