@@ -267,7 +267,7 @@ class Count:
         return self.variant(config.variant) or self.parameters // 2
 
     def tuning_copies(self, config: PolishConfig | FinetuneConfig) -> int:
-        """Of what is trained, outside of its turn and in a file: weights, two moments, and an
+        """Copies of what is trained, outside of its turn and in a file: weights, two moments, and an
         average where there is one."""
         return 4 if config.ema else 3
 

@@ -201,7 +201,7 @@ class StreamedWalk:
         return state
 
     def _optimizer(self, part: str) -> PartOptimizer:
-        """Of a part that is in the module."""
+        """A part's, whose weights are in the module."""
         if part == OUTER:
             assert self._outer is not None
             return self._outer

@@ -77,18 +77,28 @@ class Rules:
 class Walk(Protocol):
     """Where the parts in training are, and how a step gets to their gradients."""
 
-    module: nn.Module
-    """all parts; what is not in memory is on the meta device"""
-    names: Mapping[str, Sequence[str]]
-    """part -> its tensors"""
-    rules: Rules
-    folder: Path | None
-    """of files that only this walk reads"""
+    @property
+    def module(self) -> nn.Module:
+        """All parts; what is not in memory is on the meta device."""
+        ...
+
+    @property
+    def names(self) -> Mapping[str, Sequence[str]]:
+        """Part -> its tensors."""
+        ...
+
+    @property
+    def rules(self) -> Rules: ...
+
+    @property
+    def folder(self) -> Path | None:
+        """Where files are that only this walk reads."""
+        ...
 
     def loss(self, chain: Chain) -> torch.Tensor: ...
 
     def gradients(self) -> Iterator[PartOptimizer]:
-        """Of the last loss: each part of the chain once its gradient is complete. What the caller
+        """Each part of the last loss's chain, once its gradient is complete. What the caller
         does to a part is kept."""
         ...
 

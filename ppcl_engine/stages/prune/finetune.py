@@ -195,7 +195,7 @@ def _figures(
 def _velocities(
     teacher: Teacher, layout: Layout, walk: Walk, inputs: list[dict]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Those of the model, and the teacher's."""
+    """The velocities of the model, and the teacher's."""
     architecture, outer = teacher.architecture, walk.module
     states = walk.folder and walk.folder / "rows"
     with mixed_precision(teacher):
