@@ -61,6 +61,7 @@ class AveragedTrainer(Training):
         for optimizer in self.walk.gradients():
             processes().sum_gradients(optimizer.parameters.values(), loss)
             self.check_finite("gradient", optimizer.clip(), where)
+            optimizer.average_until(self.step)  # of steps in which it was off, before it changes
             optimizer.step(learning_rate)
             optimizer.average_until(self.step + 1)
         self.finish_step(value, where)
