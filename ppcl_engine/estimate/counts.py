@@ -148,7 +148,9 @@ class Count:
     @property
     def text(self) -> float:
         """Bytes of a caption's embedding."""
-        return FP32 * self.samples.text_tokens * self.sizes.config["joint_attention_dim"]
+        return (
+            FP32 * self.samples.text_tokens * self.sizes.architecture.text_width(self.sizes.config)
+        )
 
     def store(self, name: str) -> int:
         """Bytes of a value that is stored in this precision."""
