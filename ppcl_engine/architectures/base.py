@@ -181,6 +181,10 @@ class Architecture(Protocol):
         """Channels of a caption's embedding."""
         return config["joint_attention_dim"]
 
+    def token_channels(self, config: dict) -> int:
+        """Channels of a token as `pack` makes it."""
+        return config["in_channels"]
+
     def block_prefix(self, config: dict, index: int) -> str: ...
 
     def build_block(self, config: dict, index: int) -> nn.Module: ...

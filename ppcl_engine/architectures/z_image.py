@@ -104,6 +104,9 @@ class ZImage(PackedLatents, Architecture):
     def text_width(self, config: dict) -> int:
         return config["cap_feat_dim"]
 
+    def token_channels(self, config: dict) -> int:
+        return config["in_channels"] * PATCH_SIZE**2
+
     def block_prefix(self, config: dict, index: int) -> str:
         return f"{BLOCKS}{index}."
 
@@ -226,7 +229,7 @@ class ZImage(PackedLatents, Architecture):
 
     def latent_shape(self, config: dict, height: int, width: int) -> tuple[int, int, int]:
         """Here `in_channels` counts a latent's channels, not a token's."""
-        return super().latent_shape({"in_channels": 4 * config["in_channels"]}, height, width)
+        return super().latent_shape({"in_channels": self.token_channels(config)}, height, width)
 
     def to_comfyui(self, key: str, keys: Collection[str] = ()) -> Part:
         return COMFYUI_NAMES.place(key)
@@ -239,7 +242,7 @@ class ZImage(PackedLatents, Architecture):
     ) -> Inputs:
         """Standard normal inputs of this shape, for tests, timing and counting."""
         frames, rows, columns = grid
-        channels = config["in_channels"] * PATCH_SIZE**2
+        channels = self.token_channels(config)
         text_shape = (samples, text_tokens, config["cap_feat_dim"])
         return {
             "hidden_states": torch.randn(samples, frames * rows * columns, channels, device=device),

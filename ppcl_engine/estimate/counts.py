@@ -143,7 +143,8 @@ class Count:
     @property
     def latents(self) -> float:
         """Bytes of a picture's latents."""
-        return FP32 * math.prod(self.samples.grid) * self.sizes.config["in_channels"]
+        channels = self.sizes.architecture.token_channels(self.sizes.config)
+        return FP32 * math.prod(self.samples.grid) * channels
 
     @property
     def text(self) -> float:

@@ -93,7 +93,7 @@ def test_depth_alone_is_diffusers_model_with_blocks_removed(
 def test_both_forms_are_weighed(depth, teacher_file, tmp_path):
     run = copied(depth, tmp_path / "run")
     common = {"model": teacher_file, "run": run.folder, "device": "cpu"}
-    detect_width(DetectWidthConfig(**common, method="damage", share=0.6, samples=6))
+    detect_width(DetectWidthConfig(**common, method="damage", share=0.8, samples=6))
     assert weighed(run)["ffn_joint"] == {0, 1, 3, 4}
     assert {site.form for site in run.load_plan().sites} <= {"paper", "gated"}
 
