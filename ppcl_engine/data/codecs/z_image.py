@@ -38,10 +38,9 @@ class ZImageCodec(ScaledCodec):
 
     def _open_text_pipeline(self):
         if self._text_pipeline is None:
-            from diffusers import ZImagePipeline
             from transformers import Qwen2Tokenizer, Qwen3Model
 
-            self._text_pipeline = ZImagePipeline(
+            self._text_pipeline = self._pipeline_class()(
                 scheduler=None,
                 vae=None,
                 text_encoder=self._encoder(Qwen3Model, "text_encoder"),
@@ -49,3 +48,8 @@ class ZImageCodec(ScaledCodec):
                 transformer=None,
             )
         return self._text_pipeline
+
+    def _pipeline_class(self) -> type:
+        from diffusers import ZImagePipeline
+
+        return ZImagePipeline
