@@ -202,9 +202,11 @@ class Architecture(Protocol):
 
     def project_ffn(self, block: nn.Module, kind: str, form: str) -> None: ...
 
-    def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None: ...
+    def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None:
+        raise ValueError(f"blocks of {self.diffusers_class} have no text maps of their own")
 
-    def publish_text(self, block: nn.Module, source: SharedText) -> None: ...
+    def publish_text(self, block: nn.Module, source: SharedText) -> None:
+        raise ValueError(f"blocks of {self.diffusers_class} have no text maps of their own")
 
     def observe(
         self, block: nn.Module, state: BlockState

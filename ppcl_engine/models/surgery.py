@@ -85,8 +85,9 @@ class PassThrough(nn.Module):
 
     def forward(self, *arguments, **named):
         named |= dict(zip(self.order, arguments, strict=False))
-        streams = tuple(named[name] for name in self.returned)
-        return streams if len(streams) > 1 else streams[0]
+        if len(self.returned) == 1:
+            return named[self.returned[0]]
+        return tuple(named[name] for name in self.returned)
 
 
 def interval_streams(

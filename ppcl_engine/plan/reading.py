@@ -10,7 +10,8 @@ from ..system.schemas import MOST_BLOCKS, read_json_text, read_value
 from .parts import FORMS, NUMBER, SITE_KINDS, Interval, WidthSite
 from .pruning_plan import FORMAT_VERSION, PruningPlan
 
-ALL_FORMS: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+COMMON_FORMS: Mapping[str, tuple[str, ...]] = MappingProxyType({"ffn_joint": ("gated",)})
+"""site kind -> the forms that every architecture has, where these are not all"""
 
 
 def plan_from_json(text: str | bytes, where: object = "plan") -> PruningPlan:
@@ -44,7 +45,7 @@ def parse_intervals(text: str) -> tuple[Interval, ...]:
 
 
 def parse_sites(
-    text: str, form: str = "paper", forms: Mapping[str, tuple[str, ...]] = ALL_FORMS
+    text: str, form: str = "paper", forms: Mapping[str, tuple[str, ...]] = COMMON_FORMS
 ) -> tuple[WidthSite, ...]:
     """ "ffn_image:2 text:51-59" -> sites. forms: an architecture's; a site that cannot have `form`
     has the first that it can. Raises ValueError naming the part that is not one."""

@@ -205,7 +205,7 @@ def _candidates(
 def forms_asked(asked: str, architecture: Architecture, kind: str) -> tuple[str, ...]:
     """The forms that a setting asks for, of those that a kind of site has; all of these where it
     has none of them."""
-    known = architecture.forms.get(kind, FORMS["best"])
+    known = architecture.forms[kind] if kind in architecture.forms else FORMS["best"]
     return tuple(form for form in FORMS[asked] if form in known) or known
 
 
