@@ -70,8 +70,11 @@ def exchanged_blocks(
 
     def constructor(blocks: BlockList, stock: type[nn.Module]):
         indices = iter(structure.host.ranges(structure.config)[blocks.name])
+        others = iter(range(structure.host.built_before(structure.config, blocks)))
 
         def construct(*arguments, **named) -> nn.Module:
+            if next(others, None) is not None:
+                return stock(*arguments, **named)
             index = next(indices)
             built[index] = build_block(
                 structure, names, texts, inputs, built, index, partial(stock, *arguments, **named)
@@ -106,8 +109,9 @@ def build_block(
     place = next((place for place in structure.layout.places if place.index == index), None)
     if place is None:
         return Skip(structure.host.list_of(structure.config, index))
-    options = {name: stock.keywords.get(name) for name in ("dtype", "device")}
-    linear: Linear = partial(stock.keywords["operations"].Linear, **options)
+    given = structure.host.list_of(structure.config, index).built_with(stock.keywords)
+    options = {name: given.get(name) for name in ("dtype", "device")}
+    linear: Linear = partial(given["operations"].Linear, **options)
     make = partial(_new_block, stock, structure, inputs)
     block, width = make(), structure.host.engine.width(structure.config)
     if structure.switchable:

@@ -73,6 +73,7 @@ class Flux1(PackedLatents, Architecture):
         ("ffn_text", "paper"): ("norm1_context.",),
         ("ffn_joint", "gated"): ("proj_out.",),
     }
+    forms = {"ffn_joint": ("gated",)}  # attention and FFN share a map and a gate
     released = None
     tiny_config = {
         "patch_size": 1,

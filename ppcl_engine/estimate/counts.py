@@ -142,12 +142,15 @@ class Count:
     @property
     def latents(self) -> float:
         """Bytes of a picture's latents."""
-        return FP32 * math.prod(self.samples.grid) * self.sizes.config["in_channels"]
+        channels = self.sizes.architecture.token_channels(self.sizes.config)
+        return FP32 * math.prod(self.samples.grid) * channels
 
     @property
     def text(self) -> float:
         """Bytes of a caption's embedding."""
-        return FP32 * self.samples.text_tokens * self.sizes.config["joint_attention_dim"]
+        return (
+            FP32 * self.samples.text_tokens * self.sizes.architecture.text_width(self.sizes.config)
+        )
 
     def store(self, name: str) -> float:
         """Bytes of a value that is stored in this precision."""
