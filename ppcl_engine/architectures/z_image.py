@@ -29,6 +29,7 @@ CAPTIONS = "encoder_hidden_states"
 class ZImage(PackedLatents, Architecture):
     name = "z_image"
     diffusers_class = "ZImageTransformer2DModel"
+    gguf_name = "lumina2"
     block_arguments = {"joint": "x"}
     block_returns = ("joint",)
     caption_inputs = (CAPTIONS, f"{CAPTIONS}_mask")
