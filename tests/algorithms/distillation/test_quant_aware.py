@@ -280,17 +280,14 @@ def kill_at(updates: int) -> None:
     """kill -9 of this process in its n-th update."""
     done = []
 
-    def counting(update):
-        def counted(trainer: Trainer | AveragedTrainer, *arguments) -> None:
-            done.append(trainer.step)
-            if len(done) == updates:
-                os.kill(os.getpid(), signal.SIGKILL)
-            update(trainer, *arguments)
-
-        return counted
+    def counted(update, trainer: Trainer | AveragedTrainer, *arguments) -> None:
+        done.append(trainer.step)
+        if len(done) == updates:
+            os.kill(os.getpid(), signal.SIGKILL)
+        update(trainer, *arguments)
 
     for kind in (Trainer, AveragedTrainer):
-        kind.update = counting(kind.update)
+        kind.update = lambda *arguments, update=kind.update: counted(update, *arguments)
 
 
 @pytest.mark.parametrize("stage", STAGES)
