@@ -55,11 +55,7 @@ def test_gradients_add_up_and_all_processes_keep_the_same_bits(tmp_path, count):
     def work() -> int:
         with joined("data", "cpu") as current:
             for loss in LOSSES:
-                trainer = trained(loss)
-                gradients = {f"gradient.{n}": p.grad for n, p in trainer.module.named_parameters()}
-                write_tensors(
-                    tmp_path / f"{loss}_{current.rank}", {**trainer.tensors(), **gradients}
-                )
+                write_tensors(tmp_path / f"{loss}_{current.rank}", trained(loss).tensors())
             current.wait()
         return 0
 
@@ -69,13 +65,12 @@ def test_gradients_add_up_and_all_processes_keep_the_same_bits(tmp_path, count):
         assert all(
             torch.equal(r[name], tensor) for r in replicas for name, tensor in replicas[0].items()
         )
-        trainer = trained(loss)
-        for name, parameter in trainer.module.named_parameters():
-            assert relative(replicas[0][f"gradient.{name}"], parameter.grad) < 1e-6
-            assert relative(replicas[0][f"weight.{name}"], parameter) < 1e-6
-        torch.testing.assert_close(
-            replicas[0]["losses"], torch.tensor(trainer.losses), rtol=1e-6, atol=0
-        )
+        expected = trained(loss).tensors()
+        losses = expected.pop("losses")
+        torch.testing.assert_close(replicas[0]["losses"], losses, rtol=1e-6, atol=0)
+        # weights, and moments, which are sums of the gradients and of their squares
+        assert {name.split(".")[0] for name in expected} == {"weight", "first", "second"}
+        assert all(relative(replicas[0][name], tensor) < 2e-6 for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("kind", [PolishConfig, FinetuneConfig])
