@@ -66,7 +66,7 @@ class StreamedWalk:
 
     def loss(self, chain: Chain) -> torch.Tensor:
         architecture = chain.teacher.architecture
-        with mixed_precision(chain.teacher):
+        with mixed_precision(chain.teacher, cache=False):  # of all blocks, it would not be flat
             with torch.no_grad():
                 state = self._first = chain.begin()
             for position, block in enumerate(chain.blocks):

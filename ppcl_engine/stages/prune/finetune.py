@@ -198,7 +198,7 @@ def _velocities(
     """The velocities of the model, and the teacher's."""
     architecture, outer = teacher.architecture, walk.module
     states = walk.folder and walk.folder / "rows"
-    with mixed_precision(teacher):
+    with mixed_precision(teacher, cache=False):
         embedded = [embed_with(teacher, outer, row) for row in inputs]
         chain = variant_chain(teacher, outer, layout, lambda: embedded[0], torch.sum)
         blocks = walked_blocks(walk, chain.blocks)
