@@ -113,6 +113,8 @@ class Host:
     told: tuple[str, ...] = ()
     """configuration entries that are taken from a plan, since the tensors of a pruned model may not
     show them"""
+    unread: tuple[str, ...] = ()
+    """modules that some version of the host builds and no forward reads; they are taken out"""
     mark: str
     """a tensor outside of the blocks that every file of this architecture has, and that nothing
     else in a checkpoint has"""

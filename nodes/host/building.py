@@ -49,6 +49,9 @@ def finish(transformer: nn.Module, structure: Structure, texts: Texts, inputs) -
             getattr(transformer, host.final),
             inputs,
         )
+    for name in structure.host.unread:
+        if hasattr(transformer, name):
+            delattr(transformer, name)
     transformer.register_forward_pre_hook(forget_texts)
     transformer.register_load_state_dict_post_hook(refuse_unused_scales)
     structure.host.count_text_tokens(transformer, texts)
@@ -205,7 +208,11 @@ def check_tensors(model: nn.Module, tensors: FileTensors) -> None:
         )
     marks = model.ppcl.structure.host.engine.marks
     if unknown := sorted(
-        n for n in given.keys() - expected.keys() if not is_surrounding(n) and n not in marks
+        n
+        for n in given.keys() - expected.keys()
+        if not is_surrounding(n)
+        and n not in marks
+        and n.partition(".")[0] not in model.ppcl.structure.host.unread
     ):
         raise ValueError(
             f"the file has {len(unknown)} tensors that this model does not use, first {unknown[0]}; is it another model's?"

@@ -46,6 +46,7 @@ class ZImageHost(Host):
         ),
     )
     told = ("axes_dims", "axes_lens")
+    unread = ("norm_final",)  # up to 0.3.75 at least
     mark = "cap_pad_token"
     text_map = ""
     viewed = ()
