@@ -13,10 +13,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 TIME_CHANNELS = 256  # of the sinusoids of a timestep
 FFN = 4  # widths inside an FFN
-Z_TIME_CHANNELS, Z_TIME_WIDTH = (
-    256,
-    1024,
-)  # of what Z-Image's modulations read, and inside its embedder
+Z_TIME_CHANNELS = 256  # of what Z-Image's modulations read, at most
+Z_TIME_WIDTH = 1024  # inside its embedder of a timestep
 TABLES = ("pos_embed.pos_embed", "folding.timesteps", "folding.directions")
 """ends of the names of tensors that training never moves, which are not parameters"""
 TEXT_MAPS = ("attn.add_", "attn.to_add_out.", "txt_mlp.", "ff_context.")
@@ -213,11 +211,8 @@ def _z_image_block(config: dict, width: int, index: int) -> Shapes:
 
 def _z_image_outer(config: dict, width: int) -> Shapes:
     """The refiners are blocks; those of the text are not modulated."""
-    time, patch, text = (
-        min(width, Z_TIME_CHANNELS),
-        config["in_channels"] * 4,
-        config["cap_feat_dim"],
-    )
+    time, text = min(width, Z_TIME_CHANNELS), config["cap_feat_dim"]
+    patch = config["in_channels"] * 4  # a token is 2 x 2 latents
     shapes: Shapes = {"x_pad_token": (1, width), "cap_pad_token": (1, width)}
     for index in range(config["n_refiner_layers"]):
         block = _z_image_block(config, width, index)

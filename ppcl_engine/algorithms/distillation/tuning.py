@@ -25,7 +25,13 @@ from ...system.json_text import json_text
 from ...system.machine import resolve_device
 from ...system.progress import Progress, saved
 from ...system.seeds import draw_seed
-from ...system.tensor_files import TensorEntry, TensorFile, file_mark, write_tensor_stream
+from ...system.tensor_files import (
+    OneAtATime,
+    TensorEntry,
+    TensorFile,
+    file_mark,
+    write_tensor_stream,
+)
 from .loop import Session, train_until
 from .part_optimizer import MOMENTS
 from .saved_training import LOSSES, RAW, WEIGHT, SavedParts, check_training, settings_of
@@ -131,19 +137,6 @@ class AveragedTrainer(Training):
     def _saved_parts(self, file: TensorFile) -> SavedParts:
         counts = dict(zip(self.shapes, file.read(COUNTS).tolist(), strict=True))
         return SavedParts(file=file, names=self.walk.names, counts=counts, averaged=self.averages)
-
-
-class OneAtATime:
-    """Reads tensors of parts in their order, each part once."""
-
-    def __init__(self, read: Callable[[str], dict[str, torch.Tensor]]):
-        self.read, self.part, self.tensors = read, None, {}
-
-    def __call__(self, part: str, name: str) -> torch.Tensor:
-        if part != self.part:
-            self.tensors = {}
-            self.part, self.tensors = part, self.read(part)
-        return self.tensors[name]
 
 
 def tune(

@@ -191,9 +191,15 @@ def names_by_part(module: nn.Module, parts: Sequence[str]) -> dict[str, list[str
 
 def optimizer_of(walk: Walk, part: str) -> PartOptimizer:
     """A part's, of parameters that are in the module, as before its first step."""
-    named, rules = dict(walk.module.named_parameters()), walk.rules
+    owner, rules = part_of(walk.module, part), walk.rules
+    named = {f"{part}{name}": parameter for name, parameter in owner.named_parameters()}
     parameters = {name: named[name] for name in walk.names[part] if name in named}
     return PartOptimizer(parameters, rules.weight_decay, rules.ema)
+
+
+def part_of(module: nn.Module, part: str) -> nn.Module:
+    """The sub-module that a part's names begin with; of OUTER the whole."""
+    return module.get_submodule(part.rstrip("."))
 
 
 def load(
