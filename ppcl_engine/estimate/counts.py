@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..algorithms.detection.intervals import PUBLISHED_SHARE
+from ..algorithms.distillation.compact_state import BLOCK, COMPACT
 from ..algorithms.distillation.kept_trainers import SHARE
 from ..algorithms.distillation.quantization import NONE
 from ..algorithms.distillation.round_cache import REUSE
@@ -269,10 +270,12 @@ class Count:
             return sum(self.students)
         return self.variant(config.variant) or self.parameters // 2
 
-    def tuning_copies(self, config: PolishConfig | FinetuneConfig) -> int:
-        """Copies of what is trained, outside of its turn and in a file: weights, two moments, and an
-        average where there is one."""
-        return 4 if config.ema else 3
+    def tuning_bytes(self, config: PolishConfig | FinetuneConfig) -> float:
+        """Bytes of a parameter in training, outside of its turn and in a file: its weight, two
+        moments, and an average where there is one."""
+        if config.optimizer_state == COMPACT:
+            return FP32 + 2 * (1 + FP32 / BLOCK) + (torch.bfloat16.itemsize if config.ema else 0)
+        return FP32 * (4 if config.ema else 3)
 
     def tuning_states(self) -> int:
         """States of a batch between all blocks."""

@@ -226,10 +226,11 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Demand:
 def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
     """Master weights, gradients, moments and average are float32. Streamed, a block's are on the
     device at a time, and the outer layers' where they are trained."""
-    trained, copies = count.trained(config), count.tuning_copies(config)
-    waits, again = copies * FP32 * trained, config.checkpointing or config.streamed
-    here = trained
+    trained, kept = count.trained(config), count.tuning_bytes(config)
+    waits, again = kept * trained, config.checkpointing or config.streamed
+    here, here_bytes = trained, kept + FP32
     if config.streamed:
+        here_bytes = FP32 * (5 if config.ema else 4)  # of a block in its turn nothing is packed
         outer = count.sizes.cost.outer_parameters if isinstance(config, FinetuneConfig) else 0
         here = max(count.sizes.blocks) + count.sizes.correction + outer
     in_memory = (
@@ -239,7 +240,7 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
     # while a save is written, what it holds goes from the files of the training into it
     saves = 2 if on_disk and config.steps > config.save_every else 1
     return Demand(
-        certain=count.teacher + (copies + 1) * FP32 * here + count.on_host(in_memory),
+        certain=count.teacher + here_bytes * here + count.on_host(in_memory),
         likely=(1 if again else count.blocks) * count.backward
         + count.read_in_training(config, here),
         host=in_memory,
