@@ -1,14 +1,18 @@
 """The recipe for a model of 20 B parameters, as README has it, with the fewest steps on tiny pictures.
 
 What a step costs and what is read and kept for it are those of the real thing; how many there are,
-and the tokens of a picture, are not. polish and finetune are not in it: they train all weights of a
-variant at once.
+and the tokens of a picture, are not. polish, which costs what finetune does, is not in it; finetune takes
+one step, on a variant of its own that the disk has room for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from . import tuning
 
 CAPTIONS, TEXT_TOKENS, SIDE = 4, 8, 64  # pixels
 MOST_REMOVED = 4  # blocks; every student takes 4.3 GB of disk while it is trained
@@ -27,6 +31,8 @@ class Step:
     """whether the dry run knows the stage"""
     leaves: tuple[str, ...] = ()
     """files and folders of the run folder that are removed afterwards, for their size"""
+    before: Callable[[], None] = lambda: None
+    """what makes ready for it, unmeasured"""
 
 
 def recipe(model: Path, run: Path, embeddings: Path, blocks: int) -> list[Step]:
@@ -88,6 +94,29 @@ def recipe(model: Path, run: Path, embeddings: Path, blocks: int) -> list[Step]:
                 *dense,
                 "--streamed",
             ],
-            leaves=("sparse",),
+            leaves=("sparse", "depth", "width", "states"),
+        ),
+        *one_step(model, run),
+    ]
+
+
+def one_step(model: Path, run: Path) -> list[Step]:
+    """The new block of an interval, one update long, and one step of finetune with it."""
+    tuned = run / "tuned"
+    common = ["--model", str(model), "--run", str(tuned), "--device", "cpu", "--streamed"]
+    common += ["--dtype", "bfloat16"]
+    distilled = ["distill-depth", *common, "--correction", "none", "--rounds", "1"]
+    finetuned = ["finetune", *common, "--variant", tuning.VARIANT, "--steps", "1", "--ema", "0"]
+    return [
+        Step(
+            name="distill one interval",
+            arguments=[*distilled, "--updates", "1"],
+            before=partial(tuning.prepare, model, tuned, run / "calibration.safetensors"),
+        ),
+        Step(
+            name="finetune",
+            arguments=[*finetuned, "--offload", "disk", "--optimizer-state", "compact"],
+            before=partial(tuning.name_variant, tuned),
+            leaves=("tuned",),
         ),
     ]

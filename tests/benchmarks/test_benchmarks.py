@@ -262,7 +262,7 @@ def test_full_size_goes_on_where_it_was_stopped(tmp_path):
     values = run(full_size, tmp_path, "--folder", tmp_path / "work")
     rows = values["small"]
     assert [row["stage"] for row in rows][:3] == ["calibrate", "probe", "detect"]
-    assert len(rows) == 14 and all(row["read"] > 0 for row in rows)
+    assert len(rows) == 16 and all(row["read"] > 0 for row in rows)
     for row in rows:
         for name in ("read", "written"):
             if row[name] > LARGE_ENOUGH and "ratio" in row:
