@@ -3,7 +3,7 @@ tools read."""
 
 import pytest
 
-from benchmarks import hashing, memory, removal
+from benchmarks import hashing, memory, removal, solving
 from benchmarks.distill_speed import __main__ as distill_speed
 from benchmarks.distill_speed.recipes import plain_loss
 from benchmarks.folding import __main__ as folding
@@ -255,6 +255,12 @@ def test_hashing(tmp_path):
     assert values["bytes"] > 1e5
     for row in (values["disk"], values["page_cache"]):
         assert row["seconds_with"] > 0 and row.keys() >= {"share", "processor_share"}
+
+
+def test_solving(tmp_path):
+    values = run(solving, tmp_path)
+    assert values["share"]["general_solver_and_eigenvalues"] == 1.0
+    assert all(seconds >= 0 for seconds in values["seconds"].values())
 
 
 def test_full_size_goes_on_where_it_was_stopped(tmp_path):
