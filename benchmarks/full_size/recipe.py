@@ -49,16 +49,17 @@ def recipe(model: Path, run: Path, embeddings: Path, blocks: int) -> list[Step]:
         arguments = ["export", *streamed, "--layout", layout, *settings]
         return Step(name=f"export {layout}", arguments=arguments, leaves=leaves)
 
-    def fold(form: str, *settings: str) -> Step:
+    def fold(form: str, *settings: str, leaves: tuple[str, ...] = ("fold",)) -> Step:
         where = ["--path", str(model), "--run", str(run / "fold"), "--name", form]
         arguments = ["fold", *where, "--form", form, *settings, "--device", "cpu"]
-        return Step(name=f"fold {form}", arguments=arguments, predicted=False, leaves=("fold",))
+        return Step(name=f"fold {form}", arguments=arguments, predicted=False, leaves=leaves)
 
     drawing = f"--samples {CAPTIONS} --batch 2 --steps 2 --height {SIDE} --width {SIDE}".split()
     samples = ["--samples", str(CAPTIONS)]
     training = ["--rounds", "1", "--updates", "4"]
     sparse = ["sparsify", "--path", str(model), "--run", str(run / "sparse"), "--device", "cpu"]
     sparse += ["--dtype", "bfloat16", "--calibration", str(run / "calibration.safetensors")]
+    sparse += ["--store", "float8"]
     # a tenth of all candidates: the others would take hours
     candidates = ["--kinds", "text ffn_image", "--form", "gated", "--longest", "1"]
     # the maps that stay dense would take 8 minutes a block on two cores
@@ -81,7 +82,8 @@ def recipe(model: Path, run: Path, embeddings: Path, blocks: int) -> list[Step]:
         ),
         export("comfyui", "--variant", "small", "--store", "float8", leaves=(exported.name,)),
         fold("table", "--steps", "2", "--height", str(SIDE), "--width", str(SIDE)),
-        fold("basis", "--rank", "16"),
+        fold("basis", "--rank", "16", leaves=("fold", "depth", "width", "states")),
+        *one_step(model, run),
         Step(
             name="sparsify",
             arguments=[
@@ -94,9 +96,8 @@ def recipe(model: Path, run: Path, embeddings: Path, blocks: int) -> list[Step]:
                 *dense,
                 "--streamed",
             ],
-            leaves=("sparse", "depth", "width", "states"),
+            leaves=("sparse",),
         ),
-        *one_step(model, run),
     ]
 
 
