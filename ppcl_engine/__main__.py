@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the other imports, which take seconds: Ctrl-C works at once
-    from .system.early import watch
+    from .system.early import wait_passively, watch
 
     watch()
+    wait_passively()
 
 import sys
 from collections.abc import Callable, Sequence

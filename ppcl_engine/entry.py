@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from .system.early import finish, watch
+from .system.early import finish, wait_passively, watch
 
 
 def main() -> int:
     """The exit code."""
     watch()
+    wait_passively()
     from .__main__ import main as work
 
     return finish(work())

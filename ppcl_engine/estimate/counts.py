@@ -43,7 +43,7 @@ PIXELS_A_TOKEN = 16  # height and width
 ACTIVATIONS_PER_TOKEN = 40
 OPTIMISER_COPIES = 4  # weights, gradients, two moments
 SAVED_COPIES = 3  # weights, two moments
-SOLVING_COPIES = 12  # of a map in float64
+SOLVING_COPIES, RANK_COPIES = 7, 5  # of a map in float64
 FP32, EXACT = torch.float32.itemsize, torch.float64.itemsize
 STORED = torch.bfloat16.itemsize  # of a value in a file that is not there
 NAMED_VARIANTS = 5
@@ -188,8 +188,12 @@ class Count:
 
     @property
     def solving(self) -> float:
-        """What solving a map takes: its sums, their factor, the solution, and what the rank takes."""
+        """Bytes that solving a map takes: its sums, their factor, the solution."""
         return SOLVING_COPIES * EXACT * self.width**2
+
+    @property
+    def solving_with_rank(self) -> float:
+        return self.solving + RANK_COPIES * EXACT * self.width**2
 
     def passing(self, states: float) -> tuple[float, float]:
         """Where the states of the two boundaries are that a streamed sweep keeps: bytes in the

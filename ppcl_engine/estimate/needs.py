@@ -137,7 +137,7 @@ def _probe(count: Count, config: ProbeConfig) -> Demand:
     fits = count.blocks * tokens * 4 * count.width**2
     return Demand(
         certain=count.teacher + (0 if config.streamed else 2 * states),
-        likely=states + count.solving + count.on_host(waiting),
+        likely=states + count.solving_with_rank + count.on_host(waiting),
         disk=on_disk + probes,
         flops=count.samples.count * count.forward
         + fits
@@ -186,7 +186,11 @@ def _detect_width(count: Count, config: DetectWidthConfig) -> Demand:
     states, width = count.kept(count.samples.count), WidthCounts.of(count, config)
     measured = width.layouts * min(config.samples, count.samples.count) * count.state
     waiting, on_disk = count.passing(states)
-    fitting = width.equations + max(count.solving, count.reading_student) + count.on_host(waiting)
+    fitting = (
+        width.equations
+        + max(count.solving_with_rank, count.reading_student)
+        + count.on_host(waiting)
+    )
     measuring = count.on_host(count.together(config, measured)) + count.reading_student
     # candidates begin where they differ from the depth-pruned model, half way in the mean
     forwards = width.layouts / 2 * min(config.samples, count.samples.count)
@@ -214,7 +218,7 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Demand:
     training = rest + frozen + OPTIMISER_COPIES * projection + waiting + cache
     training += count.backward + count.read_in_training(config, count.width**2)
     student = count.reading_student if width.students else 0
-    fitting = width.equations + max(count.teacher + student, rest + count.solving)
+    fitting = width.equations + max(count.teacher + student, rest + count.solving_with_rank)
     return Demand(
         certain=count.teacher,
         likely=max(training, fitting) - count.teacher,
