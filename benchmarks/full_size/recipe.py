@@ -59,7 +59,6 @@ def recipe(model: Path, run: Path, embeddings: Path, blocks: int) -> list[Step]:
     training = ["--rounds", "1", "--updates", "4"]
     sparse = ["sparsify", "--path", str(model), "--run", str(run / "sparse"), "--device", "cpu"]
     sparse += ["--dtype", "bfloat16", "--calibration", str(run / "calibration.safetensors")]
-    sparse += ["--store", "float8"]
     # a tenth of all candidates: the others would take hours
     candidates = ["--kinds", "text ffn_image", "--form", "gated", "--longest", "1"]
     # the maps that stay dense would take 8 minutes a block on two cores

@@ -33,6 +33,7 @@ from ..system.atomic import write_text
 from ..system.outputs import check_folder
 from ..system.run_lock import holding
 from .bundled import bundled, render_pictures
+from .first_pictures import STEPS, first_pictures, show_in_browser
 
 FOLDERS = {"qwen": Path("runs/demo"), "flux": Path("runs/demo_flux")}
 FULL_SIZE = {
@@ -72,7 +73,13 @@ def demo(config: DemoConfig) -> Path:
     run = config.run or FOLDERS[config.teacher]
     check_folder(run)
     with holding(run, "demo"):
-        return _whole_method(config, run)
+        if config.teacher == "qwen":
+            sheet = first_pictures(config, run, 2 if config.quick else STEPS)
+            print(f"what the bundle of this package draws, all sizes: {sheet}", flush=True)
+            show_in_browser(sheet)
+        report = _whole_method(config, run)
+        show_in_browser(report)
+        return report
 
 
 def _whole_method(config: DemoConfig, run: Path) -> Path:
