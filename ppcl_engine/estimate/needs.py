@@ -241,10 +241,14 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
         waits + count.tuning_states() if config.streamed and config.offload == "memory" else 0
     )
     on_disk = config.streamed and config.offload == "disk"
+    training = here_bytes * here
+    certain = count.teacher + training
+    if config.streamed and isinstance(config, FinetuneConfig):
+        certain = max(count.teacher, count.outer + training)  # blocks are trained when it has run
     # while a save is written, what it holds goes from the files of the training into it
     saves = 2 if on_disk and config.steps > config.save_every else 1
     return Demand(
-        certain=count.teacher + here_bytes * here + count.on_host(in_memory),
+        certain=certain + count.on_host(in_memory),
         likely=(1 if again else count.blocks) * count.backward
         + count.read_in_training(config, here),
         host=in_memory,
