@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from .system.early import finish, wait_passively, watch
+from .system.early import finish, start
 
 
 def main() -> int:
     """The exit code."""
-    watch()
-    wait_passively()
+    start()
     from .__main__ import main as work
 
     return finish(work())

@@ -14,9 +14,9 @@ from pathlib import Path
 
 
 def main() -> int:
-    from ..system.early import wait_passively
+    from ..system.early import settle
 
-    wait_passively()  # before torch is imported
+    settle()  # before torch is imported
     from .attempt import main
 
     return main(sys.argv[1:])

@@ -120,9 +120,8 @@ def test_nothing_comes_before_it():
         if not _says_nothing(n)
     ]
     assert ast.unparse(start[0]).splitlines()[1:] == [
-        "    from .system.early import wait_passively, watch",
-        "    watch()",
-        "    wait_passively()",
+        "    from .system.early import start",
+        "    start()",
     ]
     imports = [
         n
