@@ -13,7 +13,7 @@ from ..architectures import Architecture, SharedText
 from ..plan import Interval, PruningPlan, Variant
 from .filling import fill
 from .layout import Layout, Place, layout_of
-from .surgery import Edit, build_student, project, pruned_blocks
+from .surgery import Edit, Made, build_student, project, pruned_blocks
 from .weights import Weights
 
 
@@ -37,10 +37,12 @@ def assemble(
     dtype: torch.dtype,
     device: str,
     teacher_block: Callable[[int, Edit], nn.Module] | None = None,
+    made: Made | None = None,
 ) -> nn.Module:
     """diffusers' model of this layout, with the teacher's indices.
 
-    `teacher_block` gives the blocks that stay; by default they are read into memory.
+    `teacher_block` gives the blocks that stay; by default they are read into memory. `made`: as
+    `pruned_blocks` has it.
     """
 
     def student(interval: Interval) -> nn.Module:
@@ -56,6 +58,7 @@ def assemble(
         teacher_block or (lambda index, edit: edit(weights.block(index, dtype, device))),
         student,
         partial(students.projection, dtype=dtype, device=device) if students else None,
+        made,
     )
     return weights.architecture.assemble(weights.outer(dtype, device), weights.config, blocks)
 
@@ -85,15 +88,19 @@ def open_variant(
     dtype: torch.dtype,
     device: str,
     teacher_block: Callable[[int, Edit], nn.Module] | None = None,
+    made: Made | None = None,
 ) -> nn.Module:
-    """The variant's model; a tuned variant is filled with its own weights."""
+    """The variant's model; a tuned variant is filled with its own weights. `made` is told of each
+    place's block: before the next one is made, or of a tuned variant, when all are."""
     layout = layout_of(plan, variant)
     if not variant.tuned:
-        return assemble(weights, students, layout, dtype, device, teacher_block)
+        return assemble(weights, students, layout, dtype, device, teacher_block, made)
     model = empty_model(weights.architecture, plan.config, layout)
-    return fill(
-        model, partial(students.tuned, variant.name), dtype, device, f"variant {variant.name}"
-    )
+    fill(model, partial(students.tuned, variant.name), dtype, device, f"variant {variant.name}")
+    for place in layout.places if made is not None else ():
+        prefix = weights.architecture.block_prefix(plan.config, place.index)
+        made(place, model.get_submodule(prefix.rstrip(".")))
+    return model
 
 
 def empty_model(architecture: Architecture, config: dict, layout: Layout) -> nn.Module:

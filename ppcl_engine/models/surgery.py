@@ -21,6 +21,7 @@ from .filling import check_shape
 from .layout import Layout, Place
 
 Edit = Callable[[nn.Module], nn.Module]
+Made = Callable[[Place, nn.Module], None]
 Projections = Callable[[str, str], dict[str, torch.Tensor]]
 """(place's name, site kind) -> the tensors of its projection, named as in `projection_state`"""
 
@@ -192,11 +193,12 @@ def pruned_blocks(
     teacher_block: Callable[[int, Edit], nn.Module],
     student: Callable[[Interval], nn.Module],
     projections: Projections | None = None,
+    made: Made | None = None,
 ) -> list[nn.Module]:
     """One module for every teacher index: a teacher's block, a student, or a pass-through block.
 
     `teacher_block(index, edit)` returns a new block with `edit` applied (edit is the identity where
-    nothing is projected).
+    nothing is projected). `made` is told of each place's block before the next one is made.
     """
     shared: dict[int, SharedText] = {}
     blocks: list[nn.Module] = [
@@ -211,6 +213,8 @@ def pruned_blocks(
         blocks[place.index] = (
             edit(student(place.interval)) if place.interval else teacher_block(place.index, edit)
         )
+        if made is not None:
+            made(place, blocks[place.index])
     return blocks
 
 

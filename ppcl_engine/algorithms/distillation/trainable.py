@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,8 +25,17 @@ from ...models.streaming import Teacher
 from ...models.surgery import project, projection_modules
 from ...plan import PruningPlan, Variant
 from .quantization import NONE, quantised_in_training
+from .sharding import Units, Work, at_once
 
-MakeBlock = Callable[[], nn.Module]
+
+@dataclass(frozen=True)
+class PlacedBlock:
+    """What stands at a place in one step."""
+
+    make: Callable[[], nn.Module]
+    """puts it together when its turn comes, and again when it is computed a second time"""
+    within: Callable[[Work, BlockState], BlockState] = at_once
+    """runs a work on a state while the tensors that it is made of are gathered"""
 
 
 class TrainableParts(nn.Module):
@@ -43,24 +53,33 @@ class TrainableParts(nn.Module):
         architecture: Architecture,
         students: Students,
         device: str,
+        units: Units | None = None,
     ):
         super().__init__()
-        self.architecture = architecture
-        self.students = nn.ModuleDict(
-            {i.name: students.student(i, torch.float32, device) for i in plan.intervals_of(variant)}
-        )
-        self.projections = nn.ModuleDict(
-            {
-                f"{place}:{kind}": _linears(students.projection(place, kind, torch.float32, device))
-                for place, kind in projections_of(plan, variant)
-            }
-        )
+        self.architecture, self.units = architecture, units or Units(device)
+        intervals = {interval.name: interval for interval in plan.intervals_of(variant)}
+        projected, parts = projections_of(plan, variant), {}
+        for name in dict.fromkeys([*intervals, *(place for place, _ in projected)]):
+            own: dict[str, nn.Module] = {}
+            if name in intervals:
+                own[name] = students.student(intervals[name], torch.float32, device)
+            for kind in (kind for place, kind in projected if place == name):
+                own[f"{name}:{kind}"] = _linears(
+                    students.projection(name, kind, torch.float32, device)
+                )
+            self.units.add(name, own.values())
+            parts |= own
+        self.students = nn.ModuleDict({name: parts[name] for name in intervals})
+        names = [f"{place}:{kind}" for place, kind in projected]
+        self.projections = nn.ModuleDict({name: parts[name] for name in names})
+        self.units.finish(self)
 
-    def blocks(self, layout: Layout, teacher: Teacher) -> list[MakeBlock]:
-        """One a place: makes the block when its turn comes (also again, when it is computed a
-        second time)."""
+    def blocks(self, layout: Layout, teacher: Teacher) -> list[PlacedBlock]:
         shared: dict[int, SharedText] = {}
-        return [partial(self.block, place, teacher, shared) for place in layout.places]
+        return [
+            PlacedBlock(partial(self.block, p, teacher, shared), self.units.within(p.name))
+            for p in layout.places
+        ]
 
     def block(self, place: Place, teacher: Teacher, shared: dict[int, SharedText]) -> nn.Module:
         block = self.students[place.name] if place.interval else teacher.block(place.index)
@@ -77,7 +96,8 @@ class TrainableParts(nn.Module):
         return built
 
     def _projection(self, place: str, kind: str) -> dict[str, torch.Tensor]:
-        return self.projections[f"{place}:{kind}"].state_dict()
+        # a state_dict would take the unit's tensors apart while they are in use
+        return dict(self.projections[f"{place}:{kind}"].named_parameters())
 
 
 def twin(block: nn.Module) -> nn.Module:
@@ -110,20 +130,21 @@ def share_cuts(block: AnyModule, origins: dict[str, nn.Parameter], live: set[nn.
 
 def run_made(
     architecture: Architecture,
-    blocks: Iterable[MakeBlock],
+    blocks: Iterable[PlacedBlock],
     state: BlockState,
     checkpointing: bool,
     bits: str = NONE,
 ) -> BlockState:
     """The state behind the last block. Checkpointed: a block is made and run again for its
     gradients. bits: what weights in training are rounded to."""
-    for make in blocks:
+    for placed in blocks:
 
-        def run(state: BlockState, make: MakeBlock = make) -> BlockState:
-            with quantised_in_training(make(), bits) as block:
+        def run(state: BlockState, placed: PlacedBlock = placed) -> BlockState:
+            with quantised_in_training(placed.make(), bits) as block:
                 return architecture.run_block(block, state)
 
-        state = checkpoint(run, state, use_reentrant=False) if checkpointing else run(state)
+        work = partial(checkpoint, run, use_reentrant=False) if checkpointing else run
+        state = placed.within(work, state)
     return state
 
 

@@ -12,16 +12,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ...architectures.modules import AnyModule
 from ...settings.base_settings import TrainingConfig
 from ...system import progress
 from ...system.distributed import processes
 from ...system.finite import check_finite, first_not_finite
-from ...system.tensor_files import TensorFile, write_tensors
+from ...system.tensor_files import TensorFile
 from .quantization import NONE
 from .saved_training import check_training, settings_of, step_of
+from .sharding import clip, like, local, write_whole
 
 BETAS = (0.9, 0.95)
 FINAL_SHARE = 1 / 30
@@ -82,9 +82,7 @@ class Trainer:
         loss.backward()
         value = float(processes().sum_gradients(self.module.parameters(), loss))
         self._check_finite("loss", value, where)
-        self._check_finite(
-            "gradient", float(nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)), where
-        )
+        self._check_finite("gradient", clip(self.module.parameters()), where)
         self.optimizer.step()
         self.losses.append(value)
         progress.measured(where, self.step, value)
@@ -100,13 +98,11 @@ class Trainer:
         return f"the last good state (step {self.saved}) is kept, lower --learning-rate"
 
     def save(self, path: Path, settings: str) -> None:
-        """Writes the training. Processes that share batches have equal weights, so only the main one
-        writes and the others wait for it. Raises Diverged as `finite_tensors` does."""
-        tensors = self.finite_tensors(path)
-        if processes().writes:
-            write_tensors(
-                path, tensors, {**self.about, "step": str(self.step), "settings": settings}
-            )
+        """Writes the training. Processes that share batches have equal weights, or parts of the
+        same, so only the main one writes and the others wait for it. Raises Diverged as
+        `finite_tensors` does."""
+        metadata = {**self.about, "step": str(self.step), "settings": settings}
+        write_whole(path, self.finite_tensors(path), metadata)
         self.saved = self.step
         if processes().by_rows:
             processes().wait()
@@ -119,9 +115,10 @@ class Trainer:
         """Raises Diverged, with what was saved before kept, for weights or moments that are not
         finite."""
         tensors = self.tensors()
-        if (name := first_not_finite(tensors)) is not None:
+        name = first_not_finite({n: local(t) for n, t in tensors.items()})
+        if processes().any(name is not None):
             raise Diverged(
-                f"{name} is not finite at step {self.step} of {path.stem}; {self._kept()}"
+                f"{name or 'a tensor'} is not finite at step {self.step} of {path.stem}; {self._kept()}"
             )
         return tensors
 
@@ -155,7 +152,8 @@ class Trainer:
         """Raises ValueError for a file whose weights are not finite, as earlier versions wrote
         them."""
         self.load(TensorFile(path))
-        check_finite(self.tensors(), path, "remove the file, lower --learning-rate and train again")
+        tensors = {name: local(tensor) for name, tensor in self.tensors().items()}
+        check_finite(tensors, path, "remove the file, lower --learning-rate and train again")
 
     def load(self, file: TensorFile) -> None:
         check_training(file, {name: tuple(p.shape) for name, p in self.module.named_parameters()})
@@ -165,12 +163,12 @@ class Trainer:
         }
         self.losses = file.read("losses").tolist()
         for name, parameter in self.module.named_parameters():
-            parameter.data.copy_(file.read(f"weight.{name}"))
+            parameter.data.copy_(like(file.read(f"weight.{name}"), parameter))
             if f"first.{name}" in file.entries:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(self.step)),
-                    "exp_avg": file.read(f"first.{name}").to(parameter),
-                    "exp_avg_sq": file.read(f"second.{name}").to(parameter),
+                    "exp_avg": like(file.read(f"first.{name}"), parameter),
+                    "exp_avg_sq": like(file.read(f"second.{name}"), parameter),
                 }
 
 

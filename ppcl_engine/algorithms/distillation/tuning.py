@@ -24,6 +24,7 @@ from ...system.seeds import draw_seed
 from ...system.tensor_files import TensorFile, file_mark
 from .loop import Session, train_until
 from .saved_training import settings_of
+from .sharding import like
 from .trainer import Trainer, resume_settings, saved_step
 
 SETTINGS = ("steps", "learning_rate", "warm_up", "weight_decay", "ema", "seed", "dtype")
@@ -79,8 +80,8 @@ class AveragedTrainer(Trainer):
         counts = file.read("counts")
         for (name, parameter), count in zip(self.module.named_parameters(), counts, strict=True):
             if name in self.average:
-                self.average[name].copy_(file.read(f"weight.{name}"))
-                parameter.data.copy_(file.read(f"raw.{name}"))
+                self.average[name].copy_(like(file.read(f"weight.{name}"), parameter))
+                parameter.data.copy_(like(file.read(f"raw.{name}"), parameter))
             if parameter in self.optimizer.state:
                 self.optimizer.state[parameter]["step"] = count.clone()
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from ...algorithms.distillation.losses import tuning_loss
 from ...algorithms.distillation.quantization import NONE
-from ...algorithms.distillation.trainable import MakeBlock, run_made
+from ...algorithms.distillation.sharding import Units, units_on
+from ...algorithms.distillation.trainable import PlacedBlock, run_made
 from ...algorithms.distillation.trainer import rounding
 from ...algorithms.distillation.tuning import (
     AveragedTrainer,
@@ -30,7 +31,7 @@ from ...algorithms.distillation.tuning import (
 from ...data.calibration import CalibrationSet
 from ...models.assembly import open_variant
 from ...models.cost import STORED_BYTES, CostModel
-from ...models.layout import Layout, layout_of
+from ...models.layout import Layout, Place, layout_of
 from ...models.streaming import Teacher, embed_with, mixed_precision, teacher_velocity
 from ...models.weights import parameter_count, stored_count
 from ...plan import FULL, PruningPlan, Variant
@@ -63,22 +64,41 @@ def finetune(config: FinetuneConfig) -> Path:
     settings = tuning_settings(config, calibration, sources, variant=source.name, data=config.data)
     forget_if_stale(path, settings)
     students = RunStudents(run, teacher.config, teacher.architecture)
-    model = open_variant(teacher.weights, students, plan, source, torch.float32, teacher.device)
+    model, units = _opened(teacher, students, plan, source)
     trainer = AveragedTrainer(model, config.weight_decay, config.ema)
 
     def loss_at(step: int) -> torch.Tensor:
-        return _loss(config, teacher, model, layout, calibration, step)
+        return _loss(config, teacher, model, layout, calibration, step, units)
 
     before = tune(trainer, loss_at, config, path, settings, f"finetune {name}")
     if before < config.steps or name not in {v.name for v in plan.variants}:
         model.load_state_dict(trainer.used())
         tuned = replace(
-            source, name=name, tuned=True, **_figures(teacher, plan, source, model, calibration)
+            source,
+            name=name,
+            tuned=True,
+            **_figures(teacher, plan, source, model, calibration, units),
         )
         kept = tuple(v for v in plan.variants if v.name != name)
         if processes().writes:
             write_text(run.plan, plan.with_parts(variants=(*kept, tuned)).to_json() + "\n")
     return path
+
+
+def _opened(
+    teacher: Teacher, students: RunStudents, plan: PruningPlan, source: Variant
+) -> tuple[nn.Module, Units]:
+    """The model to train, and the units that its blocks are in; sharded, a tuned variant is in the
+    host's memory first, as a whole."""
+    units = units_on(teacher.device)
+
+    def add(place: Place, block: nn.Module) -> None:
+        units.add(place.name, [block])
+
+    device = units.device_of_parts
+    model = open_variant(teacher.weights, students, plan, source, torch.float32, device, made=add)
+    units.finish(model)
+    return model, units
 
 
 def model_velocity(
@@ -88,14 +108,19 @@ def model_velocity(
     inputs: dict,
     checkpointing: bool = False,
     bits: str = NONE,
+    units: Units | None = None,
 ) -> torch.Tensor:
     """Velocity [n, image_tokens, channels] of a pruned model, in the teacher's precision."""
-    with mixed_precision(teacher):
+    units = units or Units(teacher.device)
+
+    def velocity() -> torch.Tensor:
         state = embed_with(teacher, model, inputs)
-        state = run_made(
-            teacher.architecture, _blocks(teacher, model, layout), state, checkpointing, bits
-        )
+        blocks = _blocks(teacher, model, layout, units)
+        state = run_made(teacher.architecture, blocks, state, checkpointing, bits)
         return teacher.architecture.finish(model, state)
+
+    with mixed_precision(teacher):
+        return units.step(velocity)
 
 
 def _loss(
@@ -105,22 +130,26 @@ def _loss(
     layout: Layout,
     calibration: CalibrationSet,
     step: int,
+    units: Units,
 ) -> torch.Tensor:
     draw, bits = step_draw(config, calibration, step), rounding(config, step, config.steps)
     inputs = calibration.fresh(*draw)
     data = calibration.data_velocity(*draw).to(teacher.device) if config.data else None
     with torch.no_grad():
         target = teacher_velocity(teacher, inputs)
-    velocity = model_velocity(teacher, model, layout, inputs, config.checkpointing, bits)
+    velocity = model_velocity(teacher, model, layout, inputs, config.checkpointing, bits, units)
     return tuning_loss(velocity, target, data, config.data)
 
 
-def _blocks(teacher: Teacher, model: nn.Module, layout: Layout) -> list[MakeBlock]:
-    prefixes = [
-        teacher.architecture.block_prefix(teacher.config, place.index).rstrip(".")
+def _blocks(teacher: Teacher, model: nn.Module, layout: Layout, units: Units) -> list[PlacedBlock]:
+    prefixes = {
+        place.name: teacher.architecture.block_prefix(teacher.config, place.index).rstrip(".")
         for place in layout.places
+    }
+    return [
+        PlacedBlock(partial(model.get_submodule, prefix), units.within(name))
+        for name, prefix in prefixes.items()
     ]
-    return [partial(model.get_submodule, prefix) for prefix in prefixes]
 
 
 def _new_name(config: FinetuneConfig, plan: PruningPlan, source: Variant) -> str:
@@ -152,6 +181,7 @@ def _figures(
     source: Variant,
     model: nn.Module,
     calibration: CalibrationSet,
+    units: Units,
 ) -> dict:
     """Size and FLOPs of the model, and its damage on the last samples of the calibration."""
     batches = max(1, round(SAMPLES / calibration.samples * len(calibration)))
@@ -160,9 +190,8 @@ def _figures(
     layout, error, power = layout_of(plan, source), 0.0, 0.0
     for row in inputs:
         target = teacher_velocity(teacher, row).double()
-        error += float(
-            (model_velocity(teacher, model, layout, row).double() - target).square().sum()
-        )
+        velocity = model_velocity(teacher, model, layout, row, units=units).double()
+        error += float((velocity - target).square().sum())
         power += float(target.square().sum())
     error, power = processes().sum(torch.tensor([error, power], dtype=torch.float64)).tolist()
     size, flops = stored_count(model) * STORED_BYTES, cost.variant(plan, source).flops

@@ -17,6 +17,7 @@ import torch
 
 from ...algorithms.distillation.losses import tuning_loss
 from ...algorithms.distillation.quantization import NONE
+from ...algorithms.distillation.sharding import units_on, write_whole
 from ...algorithms.distillation.trainable import TrainableParts, run_made
 from ...algorithms.distillation.trainer import rounding
 from ...algorithms.distillation.tuning import (
@@ -34,7 +35,7 @@ from ...settings.prune_settings import PolishConfig
 from ...system.atomic import write_text
 from ...system.distributed import processes
 from ...system.finite import checked_velocity
-from ...system.tensor_files import file_mark, write_tensors
+from ...system.tensor_files import file_mark
 from ..inputs import open_calibration, open_plan, open_teacher
 from ..run_students import RunStudents
 
@@ -55,7 +56,10 @@ def polish(config: PolishConfig) -> Path:
     variant = plan.variant(config.variant) if config.variant else plan.everything()
     _check_trains(plan, variant)
     students = RunStudents(run, teacher.config, teacher.architecture, polished=False)
-    parts = TrainableParts(plan, variant, teacher.architecture, students, teacher.device)
+    units = units_on(teacher.device)
+    parts = TrainableParts(
+        plan, variant, teacher.architecture, students, units.device_of_parts, units
+    )
     sources = _sources(run, plan, variant)
     names = [*variant.intervals, *variant.sites]
     settings = tuning_settings(config, calibration, sources, parts=names, all_on=config.all_on)
@@ -69,13 +73,10 @@ def polish(config: PolishConfig) -> Path:
         return subset_loss(teacher, parts, layout, inputs, config.checkpointing, bits)
 
     before = tune(trainer, loss_at, config, run.polish_state, settings, "polish")
-    if processes().writes and (
-        before < config.steps or any(run.best(path) == path for path in sources)
-    ):
-        write_text(
-            run.plan,
-            plan.with_parts(variants=tuple(v for v in plan.variants if v.tuned)).to_json() + "\n",
-        )
+    if processes().any(before < config.steps or any(run.best(path) == path for path in sources)):
+        if processes().writes:
+            kept = plan.with_parts(variants=tuple(v for v in plan.variants if v.tuned))
+            write_text(run.plan, kept.to_json() + "\n")
         for path, prefix in sources.items():
             _write(run, path, prefix, trainer.used())
     return run.polished_parts
@@ -120,11 +121,14 @@ def subset_loss(
             architecture, teacher.outer, (b for _, b in teacher.walk(first, last)), front
         )
         checked_velocity(target)
-    with mixed_precision(teacher):
-        state = run_made(
-            architecture, parts.blocks(layout, teacher)[changed:], front, checkpointing, bits
-        )
+
+    def loss() -> torch.Tensor:
+        blocks = parts.blocks(layout, teacher)[changed:]
+        state = run_made(architecture, blocks, front, checkpointing, bits)
         return tuning_loss(architecture.finish(teacher.outer, state), target)
+
+    with mixed_precision(teacher):
+        return parts.units.step(loss)
 
 
 def _trained(layout: Layout) -> bool:
@@ -153,7 +157,7 @@ def _sources(run: Run, plan: PruningPlan, variant: Variant) -> dict[Path, str]:
 
 def _write(run: Run, source: Path, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
     state = dict(_under(tensors, prefix))
-    write_tensors(run.polished(source), state, {"source": file_mark(source), "format": "pt"})
+    write_whole(run.polished(source), state, {"source": file_mark(source), "format": "pt"})
 
 
 def _under(tensors: dict[str, torch.Tensor], prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
