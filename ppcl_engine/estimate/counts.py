@@ -40,6 +40,7 @@ PIXELS_A_TOKEN = 16  # height and width
 # values of one width that a block's backward keeps, counted on diffusers' block
 ACTIVATIONS_PER_TOKEN = 40
 TUNING_COPIES = 5  # weights, gradients, two moments, average
+GATHERED_COPIES = 4  # of a block: gathered, on the way there, gradients, on their way to the shards
 OPTIMISER_COPIES = 4  # weights, gradients, two moments
 SAVED_COPIES = 3  # weights, two moments
 TUNING_SAVED = 4  # used and raw weights, two moments
@@ -109,8 +110,9 @@ def _sizes(
 class Count:
     """Sizes that the stages' needs are made of; bytes unless said otherwise."""
 
-    def __init__(self, config: JobConfig, calibrate: CalibrateConfig | None):
+    def __init__(self, config: JobConfig, calibrate: CalibrateConfig | None, processes: int = 1):
         self.config, self.size = config, DTYPES[config.dtype].itemsize
+        self.processes = processes
         self.samples = _samples(config, calibrate)
         model = Path(config.model)
         changed = model.stat().st_mtime_ns if model.exists() else 0

@@ -31,6 +31,7 @@ from ..system.machine import DTYPES, flops_a_second, resolve_device
 from .counts import (
     EXACT,
     FP32,
+    GATHERED_COPIES,
     NAMED_VARIANTS,
     OPTIMISER_COPIES,
     SAVED_COPIES,
@@ -84,11 +85,12 @@ class Demand:
     flops: float = 0
 
 
-def needs(config: JobConfig, calibrate: CalibrateConfig | None = None) -> Needs:
+def needs(config: JobConfig, calibrate: CalibrateConfig | None = None, processes: int = 1) -> Needs:
     """`calibrate`: of the same job, where its calibration is not there yet; with neither, the
-    smallest one counts."""
+    smallest one counts. `processes`: how many polish or finetune is launched in; memory, bytes
+    read and time are those of each."""
     stage, demand_of = DEMANDS[type(config)]
-    count = Count(config, calibrate)
+    count = Count(config, calibrate, processes)
     demand, (read, written) = demand_of(count, config), traffic(count, config)
     speed = flops_a_second(resolve_device(config.device), DTYPES[config.dtype])
     return Needs(
@@ -216,13 +218,22 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Demand:
 
 
 def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
-    """Master weights, gradients, moments and average are float32."""
+    """Master weights, gradients, moments and average are float32. Of processes that shard them,
+    each has its part, and gathers blocks whole when their turn comes."""
     trained, blocks = count.trained(config), 1 if config.checkpointing else count.blocks
+    sharded = count.processes > 1 and config.parallel == "shard"
+    largest, parts = (
+        max(count.sizes.blocks) + count.sizes.correction,
+        count.processes if sharded else 1,
+    )
+    read = largest if sharded and config.checkpointing else trained
+    gathered = GATHERED_COPIES * FP32 * largest if sharded else 0
+    backward = blocks * count.backward / count.processes
     return Demand(
-        certain=count.teacher + TUNING_COPIES * FP32 * trained,
-        likely=blocks * count.backward + count.read_in_training(config, trained),
+        certain=count.teacher + TUNING_COPIES * FP32 * trained / parts,
+        likely=backward + count.read_in_training(config, read) + gathered,
         disk=TUNING_SAVED * FP32 * trained,
-        flops=4 * config.steps * count.samples.batch * count.forward,
+        flops=4 * config.steps * count.samples.batch * count.forward / count.processes,
     )
 
 

@@ -119,13 +119,16 @@ class Attempt:
         starts."""
         from ..estimate.dry_run import refusal
         from ..estimate.needs import needs
+        from ..system.distributed import launched_together
 
+        count = launched_together()
         calibrate = next((c for _, c in stages if isinstance(c, CalibrateConfig)), None)
         for _, config in stages:
-            if line := refusal(config, calibrate):
+            if line := refusal(config, calibrate, count):
                 raise ValueError(line)
             if reporter is not None:
-                append_event(self.folder, "estimated", **asdict(needs(config, calibrate)))
+                wanted = needs(config, calibrate, count)
+                append_event(self.folder, "estimated", **asdict(wanted))
 
 
 class Ending:
