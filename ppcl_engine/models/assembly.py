@@ -97,7 +97,9 @@ def open_variant(
         return assemble(weights, students, layout, dtype, device, teacher_block, made)
     model = empty_model(weights.architecture, plan.config, layout)
     fill(model, partial(students.tuned, variant.name), dtype, device, f"variant {variant.name}")
-    for place in layout.places if made is not None else ():
+    if made is None:
+        return model
+    for place in layout.places:
         prefix = weights.architecture.block_prefix(plan.config, place.index)
         made(place, model.get_submodule(prefix.rstrip(".")))
     return model

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -94,7 +94,7 @@ class Processes:
             return tensor
         from accelerate.utils import reduce
 
-        return reduce(tensor.detach(), "sum")
+        return cast("torch.Tensor", reduce(tensor.detach(), "sum"))
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any of the processes that share a batch."""

@@ -17,6 +17,7 @@ reads them one by one. Weights are gathered in float32, as they are trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -56,7 +57,7 @@ class Units:
         """What runs a work on a state while that unit's tensors are gathered."""
         return at_once
 
-    def step(self, work: Callable[[], Result]) -> Result:
+    def step(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         """work(), in which units are used, and which returns what gradients begin from."""
         return work()
 
@@ -81,9 +82,9 @@ class ShardedUnits(Units):
         self.root = self._sharded(_Unit([module, units]), set(units.parameters()))
 
     def within(self, name: str) -> Callable[[Work, BlockState], BlockState]:
-        return self.units.get(name, at_once)
+        return partial(_run, self.units[name]) if name in self.units else at_once
 
-    def step(self, work: Callable[[], Result]) -> Result:
+    def step(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         # its cache would keep a copy of every weight from its use to the end of the forward
         with torch.autocast(
             self.kind,
@@ -91,7 +92,7 @@ class ShardedUnits(Units):
             torch.is_autocast_enabled(self.kind),
             cache_enabled=False,
         ):
-            return self.root(work)
+            return self.root(_begun, work)
 
     def _sharded(self, unit: nn.Module, others: set[nn.Parameter]) -> AnyModule:
         from torch.distributed.fsdp import fully_shard
@@ -111,12 +112,33 @@ class _Unit(nn.Module):
         super().__init__()
         self.parts = nn.ModuleList(modules)
 
-    def forward(self, work: Callable[..., Result], *arguments) -> Result:
-        return work(*arguments)
+    def forward(self, call: Callable[..., Result], *arguments) -> Result:
+        return call(*arguments)
 
 
 def at_once(work: Work, state: BlockState) -> BlockState:
     return work(state)
+
+
+def _run(unit: AnyModule, work: Work, state: BlockState) -> BlockState:
+    """What a unit only passes on goes around it: FSDP2 would make views of it."""
+    return replace(state, **unit(_changes, work, state))
+
+
+def _changes(work: Work, state: BlockState) -> dict[str, torch.Tensor]:
+    after = work(state)
+    named = {field.name: getattr(after, field.name) for field in fields(after)}
+    changed = {n: value for n, value in named.items() if value is not getattr(state, n)}
+    return {name: _owned(value) for name, value in changed.items()}
+
+
+def _begun(work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return _owned(work())
+
+
+def _owned(tensor: torch.Tensor) -> torch.Tensor:
+    """FSDP2's hook on a view would be lost when something is written into it."""
+    return tensor.clone() if tensor._is_view() else tensor
 
 
 def units_on(device: str) -> Units:

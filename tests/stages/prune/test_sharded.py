@@ -81,6 +81,7 @@ def test_two_processes_give_what_one_gives(tmp_path, parts_run, teacher_file, mo
 
     launch = Launched(tmp_path / "both", 2, both)
     assert launch.codes() == [0, 0], [p.read_text()[-3000:] for p in launch.outputs]
+    assert not launch.lines("ppcl") and all("Warning" not in p.read_text() for p in launch.outputs)
     assert difference(launched, alone, "tuned") < TOLERANCE
     assert difference(launched, alone, "polished") < TOLERANCE
     damage, expected = (r.load_plan().variant("smallest_tuned").damage for r in (launched, alone))
