@@ -245,8 +245,9 @@ def _exchanging() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # gloo has no type of error of its own; its texts name the line of its source
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+        # gloo has no type of error of its own; its texts name the file of its source
+        lost = isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+        if not lost:
             raise
         reason = str(error).splitlines()[0].split(". ")[0]
         raise Lost(

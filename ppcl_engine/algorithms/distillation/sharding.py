@@ -66,8 +66,13 @@ class ShardedUnits(Units):
     """The units of several processes, each of which holds its part of them."""
 
     def __init__(self, device: str):
+        from torch.distributed import fsdp
         from torch.distributed.device_mesh import init_device_mesh
 
+        if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
+            raise ValueError(
+                f"--parallel shard needs a newer torch than {torch.__version__}; update it, or use --parallel data"
+            )
         super().__init__("cpu")
         self.kind = device.split(":")[0]
         self.mesh = init_device_mesh(self.kind, (processes().count,))

@@ -11,11 +11,11 @@ from pathlib import Path
 import accelerate  # noqa: F401  imported here, the forked processes need not
 import pytest
 import torch
-import torch.distributed.fsdp
 import torch.distributed.tensor  # noqa: F401
+from torch.distributed.fsdp import FSDPModule
 
 from ppcl_engine.__main__ import USER_ERROR, main
-from ppcl_engine.algorithms.distillation.sharding import local
+from ppcl_engine.algorithms.distillation.sharding import ShardedUnits, local
 from ppcl_engine.algorithms.distillation.tuning import AveragedTrainer
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import FinetuneConfig, PolishConfig
@@ -56,6 +56,12 @@ def kept_by(trainer: AveragedTrainer) -> list[int]:
     """Numbers that this process keeps, and those of the whole training."""
     tensors = [tensor for tensor in trainer.tensors().values() if tensor.ndim]
     return [sum(local(t).numel() for t in tensors), sum(t.numel() for t in tensors)]
+
+
+def test_an_old_torch_is_named(monkeypatch):
+    monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
+    with pytest.raises(ValueError, match="--parallel shard needs a newer torch than"):
+        ShardedUnits("cpu")
 
 
 def test_two_processes_give_what_one_gives(tmp_path, parts_run, teacher_file, monkeypatch):
