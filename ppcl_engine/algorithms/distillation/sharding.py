@@ -11,7 +11,8 @@ rounded weights), gradients come to the unit. The root unit holds what is outsid
 stays gathered from the beginning of a step to its end.
 
 Nothing that is trained is kept whole. The teacher's frozen blocks are: each process has them, or
-reads them one by one. Weights are gathered in float32, as they are trained.
+reads them one by one. Weights are gathered in float32, as they are trained. Without checkpointing,
+what mixed precision or --quant-aware makes of them is kept whole until a block's backward.
 """
 
 from __future__ import annotations
@@ -179,12 +180,11 @@ def like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def clip(parameters: Iterable[nn.Parameter], most: float = 1.0) -> float:
     """The norm of all these gradients together, which are then scaled down to `most`. Of sharded
     ones all processes have to call this for the same parameters; one number is exchanged."""
-    trained = [parameter for parameter in parameters if parameter.grad is not None]
-    if not any(map(is_sharded, trained)):
+    trained = list(parameters)
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    if not any(map(is_sharded, gradients)):
         return float(nn.utils.clip_grad_norm_(trained, most))
-    for parameter in trained:
-        assert parameter.grad is not None and is_sharded(parameter.grad)
-    shards = [local(parameter.grad) for parameter in trained if parameter.grad is not None]
+    shards = [local(gradient) for gradient in gradients]
     norm = processes().sum(nn.utils.get_total_norm(shards).square()).sqrt()
     scale = (most / (norm + LEAST)).clamp(max=1.0)
     for shard in shards:
