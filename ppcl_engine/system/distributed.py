@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from .early import RANKS
 
@@ -103,11 +104,15 @@ class Processes:
     def sum_gradients(self, parameters: Iterable[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
         """Puts into every `grad` the sum over the processes that share a batch; returns the sum of
         their losses. Gradients of sharded weights are summed already."""
-        if self.by_rows and not self.shards:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad = self.sum(parameter.grad)
-        return self.sum(loss.detach())
+        if not self.by_rows or self.shards:
+            return self.sum(loss.detach())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for matrix in (gradient for gradient in gradients if gradient.ndim > 1):
+            matrix.copy_(self.sum(matrix))
+        # there are many vectors, and they are small: one exchange for all
+        vectors = [loss.detach().clone(), *(g for g in gradients if g.ndim < 2)]
+        vector_to_parameters(self.sum(parameters_to_vector(vectors)), vectors)
+        return vectors[0]
 
     def wait(self) -> None:
         """Returns when all processes have called it."""

@@ -128,14 +128,50 @@ def at_once(work: Work, state: BlockState) -> BlockState:
 
 def _run(unit: AnyModule, work: Work, state: BlockState) -> BlockState:
     """What a unit only passes on goes around it: FSDP2 would make views of it."""
-    return replace(state, **unit(_changes, work, state))
+    read: list[bool] = []
+    return replace(state, **unit(_changes, work, _passed(_DropUnread, read, state), read))
 
 
-def _changes(work: Work, state: BlockState) -> dict[str, torch.Tensor]:
+def _changes(work: Work, state: BlockState, read: list[bool]) -> dict[str, torch.Tensor]:
+    state = _passed(_NoteUnread, read, state)
     after = work(state)
     named = {field.name: getattr(after, field.name) for field in fields(after)}
     changed = {n: value for n, value in named.items() if value is not getattr(state, n)}
     return {name: _owned(value) for name, value in changed.items()}
+
+
+def _passed(
+    function: type[_NoteUnread | _DropUnread], read: list[bool], state: BlockState
+) -> BlockState:
+    values = {field.name: getattr(state, field.name) for field in fields(state)}
+    tensors = {n: v for n, v in values.items() if isinstance(v, torch.Tensor) and v.requires_grad}
+    if not tensors:
+        return state
+    passed = function.apply(read, *tensors.values())
+    return replace(state, **dict(zip(tensors, passed, strict=True)))
+
+
+class _NoteUnread(torch.autograd.Function):
+    """FSDP2 makes zeros of gradients that are not there, and a weight with a gradient of zeros would
+    decay. So inside of a unit it is noted which are there, and outside the others are dropped."""
+
+    @staticmethod
+    def forward(context, read: list[bool], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        context.set_materialize_grads(False)
+        context.read = read
+        return tensors
+
+    @staticmethod
+    def backward(context, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        context.read[:] = [gradient is not None for gradient in gradients]
+        return None, *gradients
+
+
+class _DropUnread(_NoteUnread):
+    @staticmethod
+    def backward(context, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        pairs = zip(gradients, context.read, strict=True)
+        return None, *(gradient if read else None for gradient, read in pairs)
 
 
 def _begun(work: Callable[[], torch.Tensor]) -> torch.Tensor:
