@@ -117,6 +117,15 @@ def test_parallel(tmp_path, teacher):
     assert row["ratio"] == 1 and row["largest_difference"] == 0 and row["start_seconds"] > 0
 
 
+def test_distributed(tmp_path):
+    """One process only: test_sharded.py has the launches."""
+    from benchmarks import distributed
+
+    values = run(distributed, tmp_path, "--processes")
+    assert values["processes"] == values["memory_ratio"] == 1 and values["difference"] == 0
+    assert values["rows"][0]["memory"][0] > 0 and values["trained"] > 5 * values["block"]
+
+
 def test_removal(tmp_path, teacher):
     values = run(removal, tmp_path, "--teacher", teacher)
     assert [row["blocks"] for row in values["single"]] == ["0", "1", "2", "3", "4", "5"]

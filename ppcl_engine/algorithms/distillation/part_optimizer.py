@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from .sharding import clip, like
+
 BETAS = (0.9, 0.95)
 MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
 """names in files -> AdamW's own"""
@@ -38,7 +40,7 @@ class PartOptimizer:
 
     def clip(self) -> float:
         """Shortens the part's gradient to a norm of 1; returns the norm that it had."""
-        return float(nn.utils.clip_grad_norm_(self.parameters.values(), 1.0))
+        return clip(self.parameters.values())
 
     def step(self, learning_rate: float) -> None:
         for group in self.adamw.param_groups:
@@ -89,7 +91,7 @@ class PartOptimizer:
                 self.adamw.state[parameter] = {
                     "step": torch.tensor(counts[name]),
                     **{
-                        key: moments[f"{kind}.{name}"].to(parameter)
+                        key: like(moments[f"{kind}.{name}"], parameter)
                         for kind, key in MOMENTS.items()
                     },
                 }
