@@ -16,8 +16,8 @@ import shutil
 import statistics
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ import torch
 
 from ppcl_engine.algorithms.distillation.losses import velocity_loss
 from ppcl_engine.algorithms.distillation.trainer import Trainer
+from ppcl_engine.algorithms.distillation.tuning import AveragedTrainer
+from ppcl_engine.algorithms.distillation.walks import ResidentWalk
 from ppcl_engine.data.calibration import load_calibration, save_calibration
 from ppcl_engine.models.assembly import open_variant
 from ppcl_engine.models.weights import Weights
@@ -65,7 +67,7 @@ class Watched:
     """What the trainers inside `watching` did: weights that moved, weights there are, losses of
     each trainer."""
 
-    starts: dict[Trainer, list[torch.Tensor]] = field(default_factory=dict)
+    starts: dict[Trainer | AveragedTrainer, list[torch.Tensor]] = field(default_factory=dict)
 
     @property
     def moved_share(self) -> float:
@@ -81,24 +83,37 @@ class Watched:
         return [trainer.losses for trainer in self.starts]
 
 
-def weights_of(trainer: Trainer) -> list[torch.Tensor]:
-    return [p.detach() for p in trainer.module.parameters()]
+def weights_of(trainer: Trainer | AveragedTrainer) -> list[torch.Tensor]:
+    module = trainer.module if isinstance(trainer, Trainer) else trainer.walk.module
+    return [p.detach() for p in module.parameters()]
 
 
 @contextmanager
 def watching(kept_in: torch.dtype = torch.float32) -> Iterator[Watched]:
     """kept_in: precision of the weights in training; only the wrong way changes it."""
-    watched, update, begin = Watched(), Trainer.update, Trainer.__init__
+    watched = Watched()
+    with ExitStack() as patched:
+        for kind in (Trainer, ResidentWalk):
+            made = _made_in(kept_in, kind.__init__)
+            patched.enter_context(patch.object(kind, "__init__", made))
+        for kind in (Trainer, AveragedTrainer):
+            patched.enter_context(patch.object(kind, "update", _watched(watched, kind.update)))
+        yield watched
 
-    def made(self: Trainer, module: torch.nn.Module, weight_decay: float) -> None:
-        begin(self, module if kept_in is torch.float32 else module.to(kept_in), weight_decay)
 
-    def updated(self: Trainer, *arguments) -> None:
+def _made_in(kept_in: torch.dtype, begin: Callable[..., None]) -> Callable[..., None]:
+    def made(self, module: torch.nn.Module, *arguments) -> None:
+        begin(self, module if kept_in is torch.float32 else module.to(kept_in), *arguments)
+
+    return made
+
+
+def _watched(watched: Watched, update: Callable[..., None]) -> Callable[..., None]:
+    def updated(self: Trainer | AveragedTrainer, *arguments) -> None:
         watched.starts.setdefault(self, [p.clone() for p in weights_of(self)])
         update(self, *arguments)
 
-    with patch.object(Trainer, "__init__", made), patch.object(Trainer, "update", updated):
-        yield watched
+    return updated
 
 
 def last_quarter(losses: list[list[float]]) -> float:

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from ppcl_engine.algorithms.distillation.losses import relative_mse, velocity_loss
-from ppcl_engine.algorithms.distillation.trainer import BETAS, Diverged, cosine_schedule
+from ppcl_engine.algorithms.distillation.part_optimizer import BETAS
+from ppcl_engine.algorithms.distillation.trainer import Diverged, cosine_schedule
 from ppcl_engine.architectures import BlockState
 from ppcl_engine.models.streaming import teacher_velocity
 

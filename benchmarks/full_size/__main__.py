@@ -2,7 +2,8 @@
 what --dry-run says.
 
 First a model of 6 blocks of the same width, then one of 60. A command that would take longer than
---limit on the large one, by the small one's time, is left to the small one, and its row says so.
+--limit on the large one, by the small one's time, or more disk than is free, is left to the small
+one, and its row says so.
 Goes on where it was stopped: rows that are done lie in the working folder.
 """
 
@@ -38,6 +39,7 @@ QUICK = {
 }
 WITHIN = (0.8, 1.25)  # of what the dry run says
 FIGURES = ("memory", "read", "written")
+SMALLEST = 1e6  # bytes; a result file of a few KB says nothing of what a stage writes
 
 
 def measured(step: Step, folder: Path, fresh: bool) -> dict:
@@ -59,8 +61,8 @@ def predicted(step: Step) -> Needs | None:
     return needs(parse(STAGES[stage][0], stage, settings))
 
 
-def row_of(step: Step, blocks: int, folder: Path, fresh: bool) -> dict:
-    said, before = predicted(step), free(folder)
+def row_of(step: Step, said: Needs | None, blocks: int, folder: Path, fresh: bool) -> dict:
+    before = free(folder)
     found = measured(step, folder, fresh)
     if found.pop("code"):
         raise ValueError(f"{' '.join(step.arguments)} failed; see above")
@@ -68,9 +70,20 @@ def row_of(step: Step, blocks: int, folder: Path, fresh: bool) -> dict:
     if said is not None:
         row["predicted"] = asdict(said)
         row["ratio"] = {
-            name: round(asdict(said)[name] / found[name], 3) for name in FIGURES if found[name]
+            name: round(asdict(said)[name] / found[name], 3)
+            for name in FIGURES
+            if found[name] > SMALLEST
         }
     return row
+
+
+def too_much(said: Needs | None, seconds: float, limit: float, folder: Path) -> str:
+    """Why a command can't run here, or nothing."""
+    if seconds > limit:
+        return f"{seconds / 3600:.1f} hours expected"
+    if said is not None and said.disk > free(folder):
+        return f"{said.disk / 1e9:.0f} GB of disk expected, {free(folder) / 1e9:.0f} free"
+    return ""
 
 
 def free(folder: Path) -> int:
@@ -87,11 +100,15 @@ def rows_of(blocks: int, config: dict, folder: Path, fresh: bool, short: dict, l
         random_embeddings(embeddings, config, CAPTIONS, TEXT_TOKENS)
         random_model(model, {**config, "num_layers": blocks})
     for step in recipe(model, work / "run", embeddings, blocks)[len(rows) :]:
+        said = predicted(step)
         expected = short[step.name]["seconds"] * blocks / SMALL if short else 0.0
-        if expected > limit:
-            rows.append({**short[step.name], "cut": f"{expected / 3600:.1f} hours expected"})
+        cut = too_much(said, expected, limit, work)
+        if cut and not short:
+            raise ValueError(f"{step.name} in {work}: {cut}")
+        if cut:
+            rows.append({**short[step.name], "cut": cut})
         else:
-            rows.append(row_of(step, blocks, work, fresh))
+            rows.append(row_of(step, said, blocks, work, fresh))
         for name in step.leaves:
             shutil.rmtree(work / "run" / name, ignore_errors=True)
         write_json(done_file, rows)

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import comfy.supported_models
 import torch
 
-from . import checks, flux1, qwen_image, sd35
+from . import checks, flux1, qwen_image, sd35, z_image
 from .base import Host
 from .entries import PrunedConfig, config_classes
 
-HOSTS: tuple[Host, ...] = (qwen_image.HOST, flux1.HOST, sd35.HOST)
+HOSTS: tuple[Host, ...] = (qwen_image.HOST, flux1.HOST, sd35.HOST, z_image.HOST)
 
 
 def host_named(name: str) -> Host:

@@ -81,6 +81,13 @@ class BlockList:
     argument, in the order of the arguments"""
     gives: tuple[str, ...]
     """the streams that a block returns, in their order"""
+    settings: str = ""
+    """the argument of the block's class that holds dtype, device and operations by name; empty: they
+    are arguments themselves"""
+
+    def built_with(self, arguments: Mapping) -> Mapping:
+        """dtype, device and operations, of the arguments that a block is built with."""
+        return arguments[self.settings] if self.settings else arguments
 
 
 class Host:
@@ -106,6 +113,8 @@ class Host:
     told: tuple[str, ...] = ()
     """configuration entries that are taken from a plan, since the tensors of a pruned model may not
     show them"""
+    unread: tuple[str, ...] = ()
+    """modules that some version of the host builds and no forward reads; they are taken out"""
     mark: str
     """a tensor outside of the blocks that every file of this architecture has, and that nothing
     else in a checkpoint has"""
@@ -155,6 +164,11 @@ class Host:
         blocks."""
         match = self.block_name.match(name)
         return (self.ranges(config)[match[1]].start + int(match[2]), match[3]) if match else None
+
+    def built_before(self, config: Mapping, blocks: BlockList) -> int:
+        """How many blocks of the same class the host's model builds before this list: they stay as
+        they are."""
+        return 0
 
     def cuts_at(self, config: Mapping, site: WidthSite) -> dict[str, Cut]:
         """What a projected site leaves of the linear maps in its block, by their names."""

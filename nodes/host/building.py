@@ -49,6 +49,9 @@ def finish(transformer: nn.Module, structure: Structure, texts: Texts, inputs) -
             getattr(transformer, host.final),
             inputs,
         )
+    for name in structure.host.unread:
+        if hasattr(transformer, name):
+            delattr(transformer, name)
     transformer.register_forward_pre_hook(forget_texts)
     transformer.register_load_state_dict_post_hook(refuse_unused_scales)
     structure.host.count_text_tokens(transformer, texts)
@@ -70,8 +73,11 @@ def exchanged_blocks(
 
     def constructor(blocks: BlockList, stock: type[nn.Module]):
         indices = iter(structure.host.ranges(structure.config)[blocks.name])
+        others = iter(range(structure.host.built_before(structure.config, blocks)))
 
         def construct(*arguments, **named) -> nn.Module:
+            if next(others, None) is not None:
+                return stock(*arguments, **named)
             index = next(indices)
             built[index] = build_block(
                 structure, names, texts, inputs, built, index, partial(stock, *arguments, **named)
@@ -106,8 +112,9 @@ def build_block(
     place = next((place for place in structure.layout.places if place.index == index), None)
     if place is None:
         return Skip(structure.host.list_of(structure.config, index))
-    options = {name: stock.keywords.get(name) for name in ("dtype", "device")}
-    linear: Linear = partial(stock.keywords["operations"].Linear, **options)
+    given = structure.host.list_of(structure.config, index).built_with(stock.keywords)
+    options = {name: given.get(name) for name in ("dtype", "device")}
+    linear: Linear = partial(given["operations"].Linear, **options)
     make = partial(_new_block, stock, structure, inputs)
     block, width = make(), structure.host.engine.width(structure.config)
     if structure.switchable:
@@ -201,7 +208,11 @@ def check_tensors(model: nn.Module, tensors: FileTensors) -> None:
         )
     marks = model.ppcl.structure.host.engine.marks
     if unknown := sorted(
-        n for n in given.keys() - expected.keys() if not is_surrounding(n) and n not in marks
+        n
+        for n in given.keys() - expected.keys()
+        if not is_surrounding(n)
+        and n not in marks
+        and n.partition(".")[0] not in model.ppcl.structure.host.unread
     ):
         raise ValueError(
             f"the file has {len(unknown)} tensors that this model does not use, first {unknown[0]}; is it another model's?"

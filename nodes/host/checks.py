@@ -71,8 +71,10 @@ def differences(hosts: tuple[Host, ...]) -> Iterator[str]:
     for host in hosts:
         for name in host.stock:
             yield from _different(comfy.supported_models, name)
-        for name in (host.model, *(blocks.kind for blocks in host.lists)):
-            yield from _different(host.module, name, BUILT_WITH)
+        yield from _different(host.module, host.model, BUILT_WITH)
+        for blocks in host.lists:
+            wanted = (blocks.settings,) if blocks.settings else BUILT_WITH
+            yield from _different(host.module, blocks.kind, wanted)
 
 
 def _different(owner, name: str, parameters: tuple[str, ...] = ()) -> Iterator[str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import comfy.quant_ops
 import torch
 
+from ...ppcl_engine.models.standalone import GUARD_SHAPE
 from ...ppcl_engine.models.stored_layout import COMFYUI_PREFIX
 from ...ppcl_engine.system.float8 import FP8_MARK
 from .quantised import (
@@ -189,6 +190,7 @@ def _check_plain(name: str, location, where: str) -> None:
     matrix = (
         name.endswith(".weight")
         and len(location.shape) == 2
+        and tuple(location.shape) != GUARD_SHAPE
         and not isinstance(location, Quantised)
     )
     if matrix and not location.dtype.is_floating_point:

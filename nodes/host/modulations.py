@@ -102,6 +102,13 @@ MakeFold = Callable[[str, Modulations], Fold]
 """(form, modulations) -> what stands for them"""
 
 
+def _why_not(architecture: Architecture) -> str:
+    reads = architecture.modulation_reads({})
+    if reads == ("the timestep",):
+        return "those of its kind are small maps, which are not folded"
+    return f"those of its kind read {' and '.join(reads)}"
+
+
 def split(
     architecture: Architecture, wanted: dict[str, object]
 ) -> tuple[dict[str, object], Modulations]:
@@ -110,8 +117,7 @@ def split(
     names = modulation_names(wanted, architecture)
     if not names:
         raise ValueError(
-            f"this {architecture.name} model has no modulations to fold: those of its kind read "
-            f"{' and '.join(architecture.modulation_reads({}))}; set fold to off"
+            f"this {architecture.name} model has no modulations to fold: {_why_not(architecture)}; set fold to off"
         )
     stored: dict[str, dict[str, object]] = {name: {} for name in names}
     rest = {}

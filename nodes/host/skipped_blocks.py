@@ -16,10 +16,6 @@ class Skip(PassThrough):
     def __init__(self, blocks: BlockList):
         super().__init__(blocks.reads, blocks.gives)
 
-    def forward(self, *arguments, **named):
-        outputs = super().forward(*arguments, **named)
-        return outputs if len(outputs) > 1 else outputs[0]
-
 
 class NoRoute:
     """Stands for the forward of a block that a variant leaves out."""

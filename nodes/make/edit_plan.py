@@ -7,8 +7,8 @@ from pathlib import Path
 
 from comfy_api.v0_0_2 import io, ui
 
-from ...ppcl_engine.models.layout import layout_of
-from ...ppcl_engine.plan import Interval, PruningPlan, WidthSite, parse_intervals, parse_sites
+from ...ppcl_engine.models.layout import layout_of, sites_named
+from ...ppcl_engine.plan import Interval, PruningPlan, WidthSite, parse_intervals
 from ...ppcl_engine.run import Run
 from ...ppcl_engine.settings.prune_settings import DistillDepthConfig, DistillWidthConfig
 from ...ppcl_engine.system.atomic import read_json, write_text
@@ -38,7 +38,7 @@ def edited(
         chosen = tuple(known.get(i.name, i) for i in _parsed(parse_intervals, intervals))
         chosen = tuple(sorted(chosen, key=lambda interval: interval.first))
     if sites.strip():
-        groups = _sites(plan, _parsed(lambda text: parse_sites(text, form), sites), scores)
+        groups = _sites(plan, _parsed(lambda text: sites_named(plan, text, form), sites), scores)
     if (chosen, groups) == (plan.intervals, plan.sites):
         return plan
     new = plan.with_parts(intervals=chosen, sites=groups, variants=())

@@ -17,6 +17,7 @@ from ..widgets import check_file_name, help_of, inputs
 from . import results
 from .base import FileType, JobNode
 from .runs import measured, run_input
+from .waiting import in_words_of_widgets
 
 
 class Export(JobNode):
@@ -51,7 +52,10 @@ class Export(JobNode):
     @classmethod
     def perform(cls, run, report_pictures, **given) -> io.NodeOutput:
         check_file_name(given["name"])
-        check_store(given["layout"], given["store"])
+        try:
+            check_store(given["layout"], given["store"])
+        except ValueError as error:
+            raise ValueError(in_words_of_widgets(str(error))) from None
         model = cls.ready(run, given)
         stages = [*measured(run), (ExportConfig, "export", given)]
         if report_pictures:

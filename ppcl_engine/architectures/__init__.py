@@ -9,8 +9,9 @@ from .flux1 import Flux1
 from .projections import SharedText
 from .qwen_image import QwenImage
 from .sd35 import SD35
+from .z_image import ZImage
 
-ARCHITECTURES: tuple[Architecture, ...] = (QwenImage(), Flux1(), SD35())
+ARCHITECTURES: tuple[Architecture, ...] = (QwenImage(), Flux1(), SD35(), ZImage())
 
 __all__ = [
     "ARCHITECTURES",

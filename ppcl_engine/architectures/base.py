@@ -18,7 +18,7 @@ from .modules import AnyModule
 from .projections import SharedText
 
 Inputs = dict[str, torch.Tensor]
-"""What one forward reads, named as diffusers names it, plus `grid` [images, 3] (frames, rows,
+"""What one forward reads, named as most of diffusers' classes name it, plus `grid` [images, 3] (frames, rows,
 columns): first the picture to draw, then an edit model's references, whose tokens are in
 `image_latents`."""
 
@@ -57,25 +57,34 @@ class BlockState:
     all"""
     target_only: bool = False
     """whether references are left out of every statistic and loss"""
+    padding: int = 0
+    """how many of the last image tokens only fill the sequence up: blocks read them, nothing counts
+    them"""
+    joint_order: tuple[str, ...] = ("text", "image")
+    """the streams in the order in which a block that runs them as one sequence has them"""
 
     def with_streams(self, image: torch.Tensor, text: torch.Tensor) -> BlockState:
         return replace(self, image=image, text=text)
 
     def stream(self, name: str) -> torch.Tensor:
-        """ "image", "text", or "joint": text and image as one sequence, text first."""
-        return torch.cat([self.text, self.image], dim=1) if name == "joint" else getattr(self, name)
+        """ "image", "text", or "joint": both as one sequence."""
+        if name == "joint":
+            return torch.cat([self.stream(stream) for stream in self.joint_order], dim=1)
+        return getattr(self, name)
 
     def real(self, name: str) -> torch.Tensor:
         """Mask [n, tokens] of the tokens that count: padding does not, nor, with `target_only`, do
         references."""
         if name == "joint":
-            return torch.cat([self.real("text"), self.real("image")], dim=1)
+            return torch.cat([self.real(stream) for stream in self.joint_order], dim=1)
         tokens = self.stream(name)
         if name == "text" and self.text_mask is not None:
             return self.text_mask
         real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         if name == "image" and self.target_only and self.target_tokens is not None:
             real[:, self.target_tokens :] = False
+        if name == "image" and self.padding:
+            real[:, -self.padding :] = False
         return real
 
     def real_tokens(self, name: str) -> torch.Tensor:
@@ -121,7 +130,9 @@ class Architecture(Protocol):
     block_arguments: dict[str, str]
     """stream -> the name of a block's argument that brings it"""
     block_returns: tuple[str, ...]
-    """the streams in the order in which a block returns them"""
+    """the streams in the order in which a block returns them; ("joint",) where it takes and returns
+    both as one tensor, and then each block has `image_tokens`, the number of its first tokens that
+    are the image's"""
     caption_inputs: tuple[str, ...]
     """the inputs that come from captions, by diffusers' names, one row each; the text itself
     first"""
@@ -168,6 +179,18 @@ class Architecture(Protocol):
 
     def width(self, config: dict) -> int: ...
 
+    def text_width(self, config: dict) -> int:
+        """Channels of a caption's embedding."""
+        return config["joint_attention_dim"]
+
+    def token_channels(self, config: dict) -> int:
+        """Channels of a token as `pack` makes it."""
+        return config["in_channels"]
+
+    def filled_up(self, tokens: int) -> int:
+        """How many tokens of a stream blocks run for so many of its own."""
+        return tokens
+
     def block_prefix(self, config: dict, index: int) -> str: ...
 
     def build_block(self, config: dict, index: int) -> nn.Module: ...
@@ -180,11 +203,16 @@ class Architecture(Protocol):
         """The parts of a block that projections can replace."""
         ...
 
+    forms: dict[str, tuple[str, ...]] = {}
+    """site kind -> the forms of its projections ("paper", "gated"), where it does not have both"""
+
     def project_ffn(self, block: nn.Module, kind: str, form: str) -> None: ...
 
-    def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None: ...
+    def project_text(self, block: nn.Module, source: SharedText, steps: bool) -> None:
+        raise ValueError(f"blocks of {self.diffusers_class} have no text maps of their own")
 
-    def publish_text(self, block: nn.Module, source: SharedText) -> None: ...
+    def publish_text(self, block: nn.Module, source: SharedText) -> None:
+        raise ValueError(f"blocks of {self.diffusers_class} have no text maps of their own")
 
     def observe(
         self, block: nn.Module, state: BlockState

@@ -37,9 +37,8 @@ class Flux1(PackedLatents, Architecture):
     block_arguments = {"image": "hidden_states", "text": "encoder_hidden_states"}
     block_returns = ("text", "image")
     caption_inputs = ("encoder_hidden_states", "pooled_projections")
-    timestep_modulations = ()
+    timestep_modulations, marks = (), {}
     time_embedder = "time_text_embed"
-    marks = {}
     model_configs = {
         name: {
             "patch_size": 1,
@@ -73,6 +72,7 @@ class Flux1(PackedLatents, Architecture):
         ("ffn_text", "paper"): ("norm1_context.",),
         ("ffn_joint", "gated"): ("proj_out.",),
     }
+    forms = {"ffn_joint": ("gated",)}  # attention and FFN share a map and a gate
     released = None
     tiny_config = {
         "patch_size": 1,

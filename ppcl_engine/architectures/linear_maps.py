@@ -39,8 +39,12 @@ class LinearMaps:
 
     conditioning: tuple[str, ...]
     """prefixes of the maps that read the conditioning and return a modulation in chunks"""
+    chunk_like: str = ""
+    """the norm that is as wide as a modulation's chunk; empty: what the map reads is"""
     text: tuple[str, ...] = ()
     """prefixes of the maps that read text tokens, where some of these may be padding"""
+    joint: tuple[str, ...] = ()
+    """the same of the maps that read both streams as one sequence"""
     passed: tuple[Passed, ...] = ()
     """channels that may be reordered"""
 
@@ -86,7 +90,24 @@ LINEAR_MAPS = {
             Passed(givers=("attn2.to_v",), takers=("attn2.to_out.0",), by_head="attn2"),
         ),
     ),
+    "z_image": LinearMaps(
+        conditioning=("adaLN_modulation.",),
+        chunk_like="attention_norm1",
+        text=("correction.maps.text",),
+        joint=("attention.", "feed_forward"),
+        passed=(
+            Passed(givers=("feed_forward.w1", "feed_forward.w3"), takers=("feed_forward.w2",)),
+            Passed(givers=("attention.to_v",), takers=("attention.to_out.0",), by_head="attention"),
+        ),
+    ),
 }
+
+
+def masked_stream(architecture: str, name: str) -> str | None:
+    """ "text" or "joint": what a map reads, where that may hold padding."""
+    maps = LINEAR_MAPS[architecture]
+    streams = {"text": maps.text, "joint": maps.joint}
+    return next((s for s, prefixes in streams.items() if name.startswith(prefixes)), None)
 
 
 def linear_maps(block: AnyModule) -> dict[str, nn.Linear]:
@@ -103,7 +124,9 @@ def known_rows(architecture: str, block: AnyModule, name: str) -> tuple[int, ...
     """Sizes of the groups that a map's outputs are known to form: heads, chunks of a modulation."""
     module = block.get_submodule(name)
     if name.startswith(LINEAR_MAPS[architecture].conditioning):
-        return (module.in_features,) * (module.out_features // module.in_features)
+        like = LINEAR_MAPS[architecture].chunk_like
+        size = len(block.get_submodule(like).weight) if like else module.in_features
+        return (size,) * (module.out_features // size)
     parent, _, leaf = name.rpartition(".")
     return _by_head(block, parent, module.out_features) if leaf in HEADS_OUT else ()
 

@@ -14,6 +14,8 @@ from torch import nn
 
 from .modules import AnyModule
 
+OPEN = 16.0  # 1 - tanh(16) is 2.5e-14, far below float32's last bit
+
 
 class SharedText:
     """Carries a text group's modulated text from the group's source block to its projections,
@@ -124,6 +126,24 @@ class ProjectedLastNorm(ProjectedNorm):
         return super().forward(text, emb)[0]
 
 
+class OpenGate(nn.Sequential):
+    """A modulation by (scale, gate) of attention and of the FFN, cut to attention's half (2 d), as
+    the paper's FFN form needs where gates pass a tanh.
+
+    The second half reads scale 0 and a gate whose tanh is 1 in every precision. Keeps the names of
+    the modulation's own tensors.
+    """
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        return opened(super().forward(conditioning))
+
+
+def opened(first: torch.Tensor) -> torch.Tensor:
+    """[..., 2 d] -> [..., 4 d], the second half scale 0, gate `OPEN`"""
+    zeros = torch.zeros_like(first[..., : first.shape[-1] // 2])
+    return torch.cat([first, zeros, zeros + OPEN], dim=-1)
+
+
 class AddedProjection(nn.Linear):
     """[attention, P(x)] -> W attention + b + P(x): what is left of a map that joined attention and
     FFN."""
@@ -192,12 +212,13 @@ def watched(
     """What parts of a block read and return while it runs, under names of our choice (sub-module ->
     name).
 
-    `returns`: names for what the block returns, before a correction. A part that returns several
-    tensors is seen as the tuple.
+    `returns`: names for what the block returns, before a correction; one name where it returns one
+    tensor. A part that returns several tensors is seen as the tuple.
     """
     seen: dict[str, torch.Tensor] = {}
 
-    def ends(module: AnyModule, arguments, results: tuple[torch.Tensor, ...]) -> None:
+    def ends(module: AnyModule, arguments, results) -> None:
+        results = (results,) if isinstance(results, torch.Tensor) else results
         seen.update(zip(returns, results, strict=True))
 
     handles = [block.register_forward_hook(ends, prepend=True)]

@@ -143,6 +143,9 @@ class SD35(PackedLatents, Architecture):
     def width(self, config: dict) -> int:
         return config["attention_head_dim"] * config["num_attention_heads"]
 
+    def token_channels(self, config: dict) -> int:
+        return config["in_channels"] * config["patch_size"] ** 2
+
     def block_prefix(self, config: dict, index: int) -> str:
         return f"{BLOCKS}{index}."
 
@@ -286,7 +289,7 @@ class SD35(PackedLatents, Architecture):
 
     def latent_shape(self, config: dict, height: int, width: int) -> tuple[int, int, int]:
         """Here `in_channels` counts a latent's channels, not a token's."""
-        return super().latent_shape({"in_channels": 4 * config["in_channels"]}, height, width)
+        return super().latent_shape({"in_channels": self.token_channels(config)}, height, width)
 
     def to_comfyui(self, key: str, keys: Collection[str]) -> Part:
         """The last block, which has no FFN for the text, stores the two parts of its text norm in
@@ -306,7 +309,7 @@ class SD35(PackedLatents, Architecture):
     ) -> Inputs:
         """Standard normal inputs of this shape, for tests, timing and counting."""
         frames, rows, columns = grid
-        channels = config["in_channels"] * config["patch_size"] ** 2
+        channels = self.token_channels(config)
         return {
             "hidden_states": torch.randn(samples, frames * rows * columns, channels, device=device),
             "encoder_hidden_states": torch.randn(

@@ -13,6 +13,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 TIME_CHANNELS = 256  # of the sinusoids of a timestep
 FFN = 4  # widths inside an FFN
+Z_TIME_CHANNELS = 256  # of what Z-Image's modulations read, at most
+Z_TIME_WIDTH = 1024  # inside its embedder of a timestep
 TABLES = ("pos_embed.pos_embed", "folding.timesteps", "folding.directions")
 """ends of the names of tensors that training never moves, which are not parameters"""
 TEXT_MAPS = ("attn.add_", "attn.to_add_out.", "txt_mlp.", "ff_context.")
@@ -191,13 +193,53 @@ def _sd35_outer(config: dict, width: int) -> Shapes:
     )
 
 
+def _z_image_block(config: dict, width: int, index: int) -> Shapes:
+    """Its maps have no bias, but for the modulation."""
+    head, inner = width // config["n_heads"], int(width / 3 * 8)
+    maps = {f"attention.{name}.weight": (width, width) for name in ("to_q", "to_k", "to_v")}
+    norms = ("attention_norm1", "ffn_norm1", "attention_norm2", "ffn_norm2")
+    return (
+        _norms(("attention.norm_q", "attention.norm_k"), head)
+        | maps
+        | {"attention.to_out.0.weight": (width, width)}
+        | {f"feed_forward.{name}.weight": (inner, width) for name in ("w1", "w3")}
+        | {"feed_forward.w2.weight": (width, inner)}
+        | {f"{name}.weight": (width,) for name in norms}
+        | _linear("adaLN_modulation.0", min(width, Z_TIME_CHANNELS), 4 * width)
+    )
+
+
+def _z_image_outer(config: dict, width: int) -> Shapes:
+    """The refiners are blocks; those of the text are not modulated."""
+    time, text = min(width, Z_TIME_CHANNELS), config["cap_feat_dim"]
+    patch = config["in_channels"] * 4  # a token is 2 x 2 latents
+    shapes: Shapes = {"x_pad_token": (1, width), "cap_pad_token": (1, width)}
+    for index in range(config["n_refiner_layers"]):
+        block = _z_image_block(config, width, index)
+        plain = {n: s for n, s in block.items() if not n.startswith("adaLN_modulation.")}
+        shapes |= {f"noise_refiner.{index}.{name}": shape for name, shape in block.items()}
+        shapes |= {f"context_refiner.{index}.{name}": shape for name, shape in plain.items()}
+    return (
+        shapes
+        | _linear("all_x_embedder.2-1", patch, width)
+        | _linear("all_final_layer.2-1.linear", width, patch)
+        | _linear("all_final_layer.2-1.adaLN_modulation.1", time, width)
+        | _linear("t_embedder.mlp.0", TIME_CHANNELS, Z_TIME_WIDTH)
+        | _linear("t_embedder.mlp.2", Z_TIME_WIDTH, time)
+        | {"cap_embedder.0.weight": (text,)}
+        | _linear("cap_embedder.1", text, width)
+    )
+
+
 _BLOCKS: dict[str, Callable[[dict, int, int], Shapes]] = {
     "qwen_image": _qwen_block,
     "flux1": _flux_block,
     "sd35": _sd35_block,
+    "z_image": _z_image_block,
 }
 _OUTER: dict[str, Callable[[dict, int], Shapes]] = {
     "qwen_image": _qwen_outer,
     "flux1": _flux_outer,
     "sd35": _sd35_outer,
+    "z_image": _z_image_outer,
 }

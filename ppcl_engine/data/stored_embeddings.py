@@ -36,7 +36,7 @@ def stored_prompts(
         )
     file, text_name = TensorFile(path), architecture.caption_inputs[0]
     wanted = _wanted(file, architecture)
-    _check_shapes(file, wanted, model_config["joint_attention_dim"])
+    _check_shapes(file, wanted, architecture.text_width(model_config))
     rows = torch.arange(len(empty_rows)) % file.shape("text")[0]
     positive = {name: file.read(stored)[rows] for stored, name in wanted.items() if name}
     negative = {text_name: file.read("empty")}

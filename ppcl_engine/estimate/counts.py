@@ -144,12 +144,15 @@ class Count:
     @property
     def latents(self) -> float:
         """Bytes of a picture's latents."""
-        return FP32 * math.prod(self.samples.grid) * self.sizes.config["in_channels"]
+        channels = self.sizes.architecture.token_channels(self.sizes.config)
+        return FP32 * math.prod(self.samples.grid) * channels
 
     @property
     def text(self) -> float:
         """Bytes of a caption's embedding."""
-        return FP32 * self.samples.text_tokens * self.sizes.config["joint_attention_dim"]
+        return (
+            FP32 * self.samples.text_tokens * self.sizes.architecture.text_width(self.sizes.config)
+        )
 
     def store(self, name: str) -> float:
         """Bytes of a value that is stored in this precision."""
@@ -269,7 +272,7 @@ class Count:
         return self.variant(config.variant) or self.parameters // 2
 
     def tuning_copies(self, config: PolishConfig | FinetuneConfig) -> int:
-        """Of what is trained, outside of its turn and in a file: weights, two moments, and an
+        """Copies of what is trained, outside of its turn and in a file: weights, two moments, and an
         average where there is one."""
         return 4 if config.ema else 3
 

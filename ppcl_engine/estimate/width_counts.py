@@ -10,7 +10,8 @@ from ..algorithms.detection.width_fits import fits_of, fits_of_blocks_given_back
 from ..algorithms.distillation.round_cache import USUAL
 from ..algorithms.grouping import groups_within
 from ..models.layout import layout_of
-from ..plan import FORMS_OF, Interval
+from ..plan import FORMS as BOTH
+from ..plan import Interval
 from ..settings.prune_settings import DetectWidthConfig, DistillWidthConfig
 from .counts import EXACT, FP32, Count
 
@@ -59,7 +60,7 @@ class WidthCounts:
                 found = list(_text_fits(at, config.longest))
                 fits, layouts = fits + found, layouts + len(found)
                 continue
-            forms = min(FORMS[config.form], len(FORMS_OF[kind]))
+            forms = min(FORMS[config.form], len(count.sizes.architecture.forms.get(kind, BOTH)))
             fits += [CountedFit(last=last, parts=1) for last in at for _ in range(forms)]
             layouts += places * forms
         return cls(

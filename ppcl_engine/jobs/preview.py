@@ -23,10 +23,10 @@ from ..data.codecs.base import Codec
 from ..data.codecs.table import has_tables
 from ..data.sampling import Prompts, draw
 from ..models.assembly import Students, assemble, open_variant
-from ..models.layout import full_layout
+from ..models.layout import full_layout, sites_named
 from ..models.surgery import filled_student
 from ..models.weights import Weights
-from ..plan import Interval, PruningPlan, Variant, parse_sites
+from ..plan import Interval, PruningPlan, Variant
 from ..report.drawings.preview_sheet import LAYER_ERRORS, LOSSES, Row, sheet
 from ..run import Run
 from ..settings.convert_settings import JobConfig, SparsifyConfig
@@ -233,7 +233,7 @@ def _width(
     architecture: Architecture,
 ) -> Trained:
     if config.sites:
-        plan = plan.with_parts(sites=parse_sites(config.sites, config.form), variants=())
+        plan = plan.with_parts(sites=sites_named(plan, config.sites, config.form), variants=())
     label = f"student\n{len(plan.sites)} width\nsites"
     return Trained(students, plan, plan.everything(), label)
 

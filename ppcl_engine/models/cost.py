@@ -44,6 +44,9 @@ READ_AS = {
     "attn.add_v_proj": "attn.add_q_proj",
     "attn2.to_k": "attn2.to_q",
     "attn2.to_v": "attn2.to_q",
+    "attention.to_k": "attention.to_q",
+    "attention.to_v": "attention.to_q",
+    "feed_forward.w3": "feed_forward.w1",
 }
 """maps that read the very tensor that another one reads"""
 
@@ -77,11 +80,12 @@ class CostModel:
         references: Sequence[Grid] = (),
     ):
         self.architecture, self.config = architecture, config
-        self._grids, self._text_tokens = [grid, *references], text_tokens
+        self._grids = [grid, *references]
         outer = outer_shapes(architecture, config)
         self.outer_parameters = number_of_values(outer, tables=False)
         self.outer_stored = number_of_values(outer, tables=True)
-        self._image_tokens = sum(map(math.prod, self._grids))
+        self._text_tokens = architecture.filled_up(text_tokens)
+        self._image_tokens = architecture.filled_up(sum(map(math.prod, self._grids)))
         self._conditioning = LINEAR_MAPS[architecture.name].conditioning
         self._size = (
             architecture.name,
@@ -193,7 +197,8 @@ class CostModel:
         for name, shape in shapes.items():
             if len(shape) == 2 and not name.startswith(looked_up):
                 flops += 2 * self._rows(name, shapes) * math.prod(shape)
-        attended = {"attn": self._image_tokens + self._text_tokens, "attn2": self._image_tokens}
+        both = self._image_tokens + self._text_tokens
+        attended = {"attn": both, "attention": both, "attn2": self._image_tokens}
         width = self.architecture.width(self.config)
         return flops + sum(
             4 * n * n * width for name, n in attended.items() if f"{name}.to_q.weight" in shapes

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..architectures import architecture_named
-from ..plan import Interval, PruningPlan, TextGroup, Variant, WidthSite
+from ..plan import FORMS, Interval, PruningPlan, TextGroup, Variant, WidthSite, parse_sites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,18 @@ def checked(plan: PruningPlan) -> PruningPlan:
             raise ValueError(
                 f"width site {site.name}: block {site.block} does not have this part; it has: {', '.join(kinds)}"
             )
+        forms = architecture.forms.get(site.kind, FORMS)
+        if site.form not in forms:
+            raise ValueError(
+                f"width site {site.name}: form {site.form!r} is unknown; known: {', '.join(forms)}"
+            )
     return plan
+
+
+def sites_named(plan: PruningPlan, text: str, form: str) -> tuple[WidthSite, ...]:
+    """ "ffn_image:2 text:51-59" -> sites of the plan's model; one that cannot have `form` has the
+    one that it can. Raises ValueError naming the part that is not a site."""
+    return parse_sites(text, form, architecture_named(plan.architecture).forms)
 
 
 def layout_of(plan: PruningPlan, variant: Variant) -> Layout:

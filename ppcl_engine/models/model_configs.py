@@ -5,7 +5,7 @@ in `weights.Weights`."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,15 +30,28 @@ class _Config(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    patch_size: Patch = 1
     in_channels: Channels
+
+    def problem(self) -> str | None:
+        """What does not fit together in it."""
+        raise NotImplementedError
+
+
+class _TwoStreams(_Config):
+    patch_size: Patch = 1
     num_layers: Layers
     attention_head_dim: Head
     num_attention_heads: Heads
     joint_attention_dim: Size
 
+    def problem(self) -> str | None:
+        axes, head = getattr(self, "axes_dims_rope", None), self.attention_head_dim
+        if axes is not None and sum(axes) != head:
+            return f"axes_dims_rope {axes} do not add up to attention_head_dim {head}"
+        return None
 
-class QwenImageConfig(_Config):
+
+class QwenImageConfig(_TwoStreams):
     out_channels: Channels | None = None
     axes_dims_rope: EvenAxes = [16, 56, 56]
     zero_cond_t: bool = False
@@ -47,7 +60,7 @@ class QwenImageConfig(_Config):
     folding: dict[str, Any] | None = None
 
 
-class Flux1Config(_Config):
+class Flux1Config(_TwoStreams):
     out_channels: Channels | None = None
     num_single_layers: Layers
     pooled_projection_dim: Size
@@ -55,7 +68,7 @@ class Flux1Config(_Config):
     guidance_embeds: bool = False
 
 
-class SD35Config(_Config):
+class SD35Config(_TwoStreams):
     sample_size: Size = 128
     out_channels: Channels
     caption_projection_dim: Size
@@ -64,11 +77,40 @@ class SD35Config(_Config):
     dual_attention_layers: list[Annotated[int, Field(ge=0, lt=MOST_BLOCKS)]] = []
     qk_norm: str | None
 
+    def problem(self) -> str | None:
+        table = self.pos_embed_max_size**2 * self.attention_head_dim * self.num_attention_heads
+        if table > LARGEST_TABLE:
+            return f"pos_embed_max_size {self.pos_embed_max_size} makes a table of {table:,}"
+        return None
+
+
+class ZImageConfig(_Config):
+    all_patch_size: Annotated[list[Literal[2]], Field(min_length=1, max_length=1)] = [2]
+    all_f_patch_size: Annotated[list[Literal[1]], Field(min_length=1, max_length=1)] = [1]
+    dim: Size
+    n_layers: Layers
+    n_refiner_layers: Layers
+    n_heads: Heads
+    n_kv_heads: Heads
+    qk_norm: Literal[True] = True
+    cap_feat_dim: Size
+    siglip_feat_dim: None = None
+    axes_dims: EvenAxes
+    axes_lens: Annotated[list[Size], Field(min_length=3, max_length=3)]
+
+    def problem(self) -> str | None:
+        if sum(self.axes_dims) * self.n_heads != self.dim:
+            return f"axes_dims {self.axes_dims} of {self.n_heads} heads do not add up to dim {self.dim}"
+        if self.n_kv_heads != self.n_heads:
+            return f"n_kv_heads is {self.n_kv_heads}, not n_heads {self.n_heads}"
+        return None
+
 
 SCHEMAS: dict[str, type[_Config]] = {
     "qwen_image": QwenImageConfig,
     "flux1": Flux1Config,
     "sd35": SD35Config,
+    "z_image": ZImageConfig,
 }
 
 
@@ -79,22 +121,10 @@ def check_model_config(name: str, config: object, where: object) -> dict:
         raise ValueError(
             f"{where}: the configuration is not an object but {type(config).__name__}; restore it"
         )
-    read_value(SCHEMAS[name], config, f"{where}: configuration")
-    _check_sizes(config, where)
+    read = read_value(SCHEMAS[name], config, f"{where}: configuration")
+    if problem := read.problem():
+        raise ValueError(f"{where}: configuration: {problem}")
     return config
-
-
-def _check_sizes(config: Mapping[str, Any], where: object) -> None:
-    axes, head = config.get("axes_dims_rope"), config["attention_head_dim"]
-    if axes is not None and sum(axes) != head:
-        raise ValueError(
-            f"{where}: configuration: axes_dims_rope {axes} do not add up to attention_head_dim {head}"
-        )
-    table = config.get("pos_embed_max_size", 0) ** 2 * head * config["num_attention_heads"]
-    if table > LARGEST_TABLE:
-        raise ValueError(
-            f"{where}: configuration: pos_embed_max_size {config['pos_embed_max_size']} makes a table of {table:,}"
-        )
 
 
 def sizes_that_differ(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> list[str]:
@@ -108,6 +138,10 @@ def sizes_that_differ(config: Mapping[str, Any], inferred: Mapping[str, Any]) ->
         "pooled_projection_dim",
         "caption_projection_dim",
         "pos_embed_max_size",
+        "dim",
+        "n_heads",
+        "n_refiner_layers",
+        "cap_feat_dim",
     )
     return [
         n for n in told if n in inferred and config.get(n) is not None and config[n] != inferred[n]

@@ -29,7 +29,7 @@ KINDS = (
     ((".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lokr_w", ".hada_w"), "a LoRA"),
     (("ip_adapter.", "image_proj."), "an IP-Adapter"),
     (("distilled_guidance_layer.",), "Chroma"),
-    (("noise_refiner.", "cap_embedder."), "Z-Image or Lumina"),
+    (("noise_refiner.", "cap_embedder."), "Lumina"),
     (("input_blocks.", "down_blocks.", "output_blocks."), "a UNet (Stable Diffusion 1, 2 or XL)"),
     (("text_model.encoder.", "model.embed_tokens.", "encoder.block.0.layer."), "a text encoder"),
     (("decoder.conv_in.", "encoder.conv_in.", "decoder.conv1.", "encoder.downsamples."), "a VAE"),

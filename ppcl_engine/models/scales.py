@@ -98,11 +98,17 @@ class Scale:
         if scale.numel() == 1:
             return weight * scale.reshape(())
         rows = scale.reshape(len(scale), -1)
-        if part.of > 1:
-            pieces = rows.chunk(part.of)
-            rows = torch.cat([pieces[piece] for piece in part.pieces])
+        rows = _cut(rows, part)
         blocks = weight.reshape(len(weight), rows.shape[1], -1)
         return (blocks * rows[..., None]).reshape(weight.shape)
+
+
+def _cut(rows: torch.Tensor, part: Part) -> torch.Tensor:
+    """The rows of a whole matrix that are this part's."""
+    if part.of == 1:
+        return rows
+    pieces = rows.chunk(part.of)
+    return torch.cat([pieces[piece] for piece in part.pieces])
 
 
 @dataclass(frozen=True)
@@ -141,10 +147,7 @@ class Packed:
         if smoothing is not None:
             values = values * smoothing.to(values)
         check_finite({shown(self.name): values}, self.file.path, BAD_MODEL)
-        if part.of == 1:
-            return values
-        pieces = values.chunk(part.of)
-        return torch.cat([pieces[piece] for piece in part.pieces])
+        return _cut(values, part)
 
 
 @dataclass(frozen=True)

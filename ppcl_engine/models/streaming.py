@@ -86,14 +86,14 @@ class Teacher:
         return self.weights.block(index, self.dtype, self.device)
 
 
-def mixed_precision(teacher: Teacher) -> AbstractContextManager:
+def mixed_precision(teacher: Teacher, cache: bool = True) -> AbstractContextManager:
     """Weights in training stay float32; forward and backward run in the teacher's precision.
 
     Weights in bfloat16 would not move: at the usual learning rates a step is less than half the
-    last bit of most of them.
+    last bit of most of them. cache: keeps what each weight becomes to the end of the context.
     """
-    kind = teacher.device.split(":")[0]
-    return torch.autocast(kind, torch.bfloat16, enabled=teacher.dtype is torch.bfloat16)
+    kind, enabled = teacher.device.split(":")[0], teacher.dtype is torch.bfloat16
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled, cache_enabled=cache)
 
 
 class StreamedBlock(nn.Module):

@@ -9,6 +9,7 @@ need no translation.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from ..plan import Interval
 from .filling import check_shape
 from .layout import Layout, Place
 
+JOINT = ("joint",)  # what blocks return that run both streams as one tensor
 Edit = Callable[[nn.Module], nn.Module]
 Projections = Callable[[str, str], dict[str, torch.Tensor]]
 """(place's name, site kind) -> the tensors of its projection, named as in `projection_state`"""
@@ -55,14 +57,22 @@ def add_correction(block: AnyModule, correction: Correction, returns: tuple[str,
     keep the names that LoRA files use.
     """
 
-    def correct(
-        module: AnyModule, arguments, outputs: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...]:
-        return tuple(module.correction.correct(s, x) for s, x in zip(returns, outputs, strict=True))
-
     block.correction = correction
-    block.register_forward_hook(correct)
+    block.register_forward_hook(_correct_joint if returns == JOINT else partial(_correct, returns))
     return block
+
+
+def _correct(
+    returns: tuple[str, ...], module: AnyModule, arguments, outputs: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    return tuple(module.correction.correct(s, x) for s, x in zip(returns, outputs, strict=True))
+
+
+def _correct_joint(module: AnyModule, arguments, output: torch.Tensor) -> torch.Tensor:
+    """Image and text are corrected each by itself."""
+    image, text = output[:, : module.image_tokens], output[:, module.image_tokens :]
+    correct = module.correction.correct
+    return torch.cat([correct("image", image), correct("text", text)], dim=1)
 
 
 class PassThrough(nn.Module):
@@ -75,6 +85,8 @@ class PassThrough(nn.Module):
 
     def forward(self, *arguments, **named):
         named |= dict(zip(self.order, arguments, strict=False))
+        if len(self.returned) == 1:
+            return named[self.returned[0]]
         return tuple(named[name] for name in self.returned)
 
 

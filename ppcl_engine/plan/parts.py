@@ -14,8 +14,7 @@ from pydantic import Field
 from ..system.schemas import STRICT, BlockIndex, Count, Finite
 
 FORMS = ("paper", "gated")
-FORMS_OF = {"text": FORMS, "ffn_image": FORMS, "ffn_text": FORMS, "ffn_joint": ("gated",)}
-SITE_KINDS = tuple(FORMS_OF)
+SITE_KINDS = ("text", "ffn_image", "ffn_text", "ffn_joint")
 FULL, ALL = "full", "all"
 NUMBER = "[0-9]{1,6}"  # not \d, which takes the digits of all scripts
 NAME = rf"({NUMBER}-{NUMBER}|[a-z_]+:{NUMBER}(-{NUMBER})?)"
@@ -68,8 +67,8 @@ class WidthSite:
     kind: str
     """one of SITE_KINDS"""
     form: str = "paper"
-    """of an FFN: "paper" (x + P x) or "gated" (P inside norm, modulation and gate); `ffn_joint`, in
-    a block that runs text and image as one, is always gated"""
+    """of an FFN: "paper" (x + P x) or "gated" (P inside norm, modulation and gate), of those that
+    the architecture has"""
     score: Finite | None = None
     """its damage, when measured"""
     fitted: tuple[PlaceName, ...] = ()

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ..system.json_text import json_text, shown
 from ..system.schemas import MOST_BLOCKS, STRICT
-from .parts import ALL, FORMS_OF, FULL, NAME, SITE_KINDS, Interval, TextGroup, Variant, WidthSite
+from .parts import ALL, FORMS, FULL, NAME, SITE_KINDS, Interval, TextGroup, Variant, WidthSite
 
 FORMAT_VERSION = 1
 
@@ -169,8 +169,8 @@ class PruningPlan:
             raise ValueError(
                 f"width site kind {site.kind!r} is unknown; known: {', '.join(SITE_KINDS)}"
             )
-        if site.form not in FORMS_OF[site.kind]:
-            forms = ", ".join(FORMS_OF[site.kind])
+        if site.form not in FORMS:
+            forms = ", ".join(FORMS)
             raise ValueError(
                 f"width site {site.name}: form {site.form!r} is unknown; known: {forms}"
             )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from ..system.schemas import MOST_BLOCKS, read_json_text, read_value
-from .parts import FORMS_OF, NUMBER, SITE_KINDS, Interval, WidthSite
+from .parts import FORMS, NUMBER, SITE_KINDS, Interval, WidthSite
 from .pruning_plan import FORMAT_VERSION, PruningPlan
+
+COMMON_FORMS: Mapping[str, tuple[str, ...]] = MappingProxyType({"ffn_joint": ("gated",)})
+"""site kind -> the forms that every architecture has, where these are not all"""
 
 
 def plan_from_json(text: str | bytes, where: object = "plan") -> PruningPlan:
@@ -40,8 +44,11 @@ def parse_intervals(text: str) -> tuple[Interval, ...]:
     return tuple(intervals)
 
 
-def parse_sites(text: str, form: str = "paper") -> tuple[WidthSite, ...]:
-    """ "ffn_image:2 text:51-59" -> sites. Raises ValueError naming the part that is not one."""
+def parse_sites(
+    text: str, form: str = "paper", forms: Mapping[str, tuple[str, ...]] = COMMON_FORMS
+) -> tuple[WidthSite, ...]:
+    """ "ffn_image:2 text:51-59" -> sites. forms: an architecture's; a site that cannot have `form`
+    has the first that it can. Raises ValueError naming the part that is not one."""
     sites = []
     for part in text.replace(",", " ").split():
         match = re.fullmatch(rf"([a-z_]+):({NUMBER})(?:-({NUMBER}))?", part)
@@ -51,9 +58,8 @@ def parse_sites(text: str, form: str = "paper") -> tuple[WidthSite, ...]:
             )
         first, last = int(match[2]), int(match[3] or match[2])
         _check_numbers(part, (first, last))
-        chosen = (
-            form if match[1] != "text" and form in FORMS_OF[match[1]] else FORMS_OF[match[1]][0]
-        )
+        known = FORMS[:1] if match[1] == "text" else forms.get(match[1], FORMS)
+        chosen = form if form in known else known[0]
         sites += [
             WidthSite(block=block, kind=match[1], form=chosen) for block in range(first, last + 1)
         ]

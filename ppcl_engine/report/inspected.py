@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ..models.cost import STORED_BYTES
 from ..system.numbers import bytes_text, count_text
 
-STORED_BYTES = 2  # bfloat16, as files are written by default
 NAME_COLUMN = 16
 UNKNOWN = "-"
 

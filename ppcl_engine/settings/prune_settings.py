@@ -164,7 +164,7 @@ class DetectWidthConfig(StatesConfig):
     neighbouring layers (paper)."""
     form: Literal["best", "paper", "gated"] = "best"
     """FFN projections: paper (x + P x), gated (P inside norm, modulation and gate), or whichever does
-    less damage at a site; ffn_joint is always gated."""
+    less damage at a site; ffn_joint has the one that its model has, if it does not have both."""
     kinds: str = "text ffn_image ffn_text ffn_joint"
     """Kinds of sites to consider, if the model has them; ffn_joint belongs to blocks that run text and
     image as one stream."""

@@ -14,10 +14,11 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -301,3 +302,19 @@ class MadeOnce:
         if self._made is None:
             self._made = dict(self.make())
         return self._made.pop(name)
+
+
+class OneAtATime:
+    """Tensors of many groups, such as blocks, that are taken group by group: a group is read once, and
+    only after the one before it is let go."""
+
+    def __init__(self, read: Callable[[Any], Mapping[str, torch.Tensor]]):
+        """read: group -> its tensors by name."""
+        self.read, self._group = read, None
+        self._tensors: Mapping[str, torch.Tensor] = {}
+
+    def __call__(self, group: Hashable, name: str) -> torch.Tensor:
+        if group != self._group:
+            self._tensors = {}
+            self._group, self._tensors = group, self.read(group)
+        return self._tensors[name]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ppcl_engine
-from ppcl_engine.algorithms.distillation.trainer import Diverged, Trainer, saved_weights
+from ppcl_engine.algorithms.distillation.trainer import Diverged, Trainer, Training, saved_weights
 from ppcl_engine.plan import Variant
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import (
@@ -175,17 +175,22 @@ def test_every_training_keeps_its_last_good_state(
     path = run.folder / name
     if not stage.startswith(("polish", "finetune")):
         path.unlink()
-    update, updates = torch.optim.AdamW.step, []
+    update, stepped = torch.optim.AdamW.step, []
+    finish, steps = Training.finish_step, []
 
-    def exploding(self, *arguments, **named):
-        result = update(self, *arguments, **named)
-        updates.append(1)
-        if len(updates) == (2 if "save_every" in settings else 4):  # the second save is due
-            for parameter in self.param_groups[0]["params"]:
+    def remembered(self, *arguments, **named):
+        stepped.append(self)
+        return update(self, *arguments, **named)
+
+    def exploding(self, *arguments):
+        finish(self, *arguments)
+        steps.append(1)
+        if len(steps) == (2 if "save_every" in settings else 4):  # the second save is due
+            for parameter in stepped[-1].param_groups[0]["params"]:
                 parameter.data.fill_(math.inf)
-        return result
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", exploding)
+    monkeypatch.setattr(torch.optim.AdamW, "step", remembered)
+    monkeypatch.setattr(Training, "finish_step", exploding)
     good = 1 if "save_every" in settings else 2
     with pytest.raises(
         Diverged,

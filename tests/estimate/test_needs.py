@@ -115,7 +115,8 @@ def test_streamed_training_takes_a_block_and_the_rest_waits(tmp_path, kind):
     assert waits <= in_memory.host < 1.01 * waits
     assert in_memory.at_least == on_disk.at_least + in_memory.host
     assert on_disk.disk > 2 * waits > in_memory.disk == waits
-    assert on_disk.read > in_memory.read + 1000 * waits * 0.9 < on_disk.written * 2
+    stepped = 0.7 * config.steps * waits  # of polish a quarter is off, in the mean
+    assert on_disk.read > in_memory.read + stepped and on_disk.written > in_memory.written + stepped
 
 
 @pytest.mark.parametrize(

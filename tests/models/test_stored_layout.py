@@ -246,7 +246,7 @@ NAMES = {
     "Chroma": "distilled_guidance_layer.in_proj.weight",
     "a text encoder": "model.embed_tokens.weight",
     "a VAE": "decoder.conv_in.weight",
-    "Z-Image": "noise_refiner.0.attention.qkv.weight",
+    "Lumina": "noise_refiner.0.attention.qkv.weight",
 }
 
 

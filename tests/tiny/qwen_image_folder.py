@@ -117,7 +117,7 @@ def build_tiny_pipeline(
         AutoencoderKLQwenImage(**VAE_CONFIG).save_pretrained(folder / "vae")
         _text_encoder(vocabulary(words)).save_pretrained(folder / "text_encoder")
     FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG).save_pretrained(folder / "scheduler")
-    _write_tokenizer(folder / "tokenizer", words)
+    write_tokenizer(folder / "tokenizer", words)
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2))
     return folder
 
@@ -138,7 +138,7 @@ def vocabulary(words: Sequence[str]) -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def _write_tokenizer(folder: Path, words: Sequence[str]) -> None:
+def write_tokenizer(folder: Path, words: Sequence[str]) -> None:
     """The released folder's files: vocab.json, merges.txt, added_tokens.json,
     tokenizer_config.json."""
     tokens = vocabulary(words)

@@ -108,11 +108,10 @@ def counted(fit: Fit, state: BlockState, used: tuple[str, ...]) -> torch.Tensor:
 
     used: streams that are read behind the fit's place.
     """
-    real = state.real(fit.stream)
     if fit.stream != "joint" or "text" in used:
-        return real
-    text_tokens = state.text.shape[1]
-    return torch.cat([torch.zeros_like(real[:, :text_tokens]), real[:, text_tokens:]], dim=1)
+        return state.real(fit.stream)
+    real = {"image": state.real("image"), "text": torch.zeros_like(state.real("text"))}
+    return torch.cat([real[stream] for stream in state.joint_order], dim=1)
 
 
 def standing_block(

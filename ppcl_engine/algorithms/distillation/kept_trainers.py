@@ -60,7 +60,7 @@ class KeptTrainers(Generic[TrainedPart]):
         """At the end of a part's round: keeps it, or saves it where there is no room. Raises
         Diverged for what is not finite."""
         trainer.finite_tensors(self.path_of(part))
-        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.optimizer.zero_grad()
         self.sizes[part] = trainer.bytes
         fits = sum(self.sizes[other] for other in self.trainers) + trainer.bytes <= self.limit
         if processes().any(not fits):  # those that share its batches do the same

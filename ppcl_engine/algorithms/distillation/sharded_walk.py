@@ -57,8 +57,7 @@ class ShardedWalk(ResidentWalk):
         from torch.distributed.device_mesh import init_device_mesh
 
         places = list(places)
-        self.kind = device.split(":")[0]
-        self.mesh = init_device_mesh(self.kind, (processes().count,))
+        self.mesh = init_device_mesh(device.split(":")[0], (processes().count,))
         self.units: dict[str, AnyModule] = {}
         """part -> the unit that it is in"""
         for parts in places:
@@ -70,9 +69,7 @@ class ShardedWalk(ResidentWalk):
         super().__init__(module, [part for parts in places for part in parts], rules, checkpointing)
 
     def loss(self, chain: Chain) -> torch.Tensor:
-        # mixed precision's cache would keep a copy of every weight to the end of the forward
-        with torch.autocast(self.kind, enabled=False, cache_enabled=False):
-            velocity = self.root(_owned_result, partial(self._velocity, chain))
+        velocity = self.root(_owned_result, partial(self._velocity, chain))
         self._parts, self._loss = chain.parts, chain.error(velocity)
         return self._loss
 
@@ -89,7 +86,8 @@ class ShardedWalk(ResidentWalk):
 
     def _velocity(self, chain: Chain) -> torch.Tensor:
         architecture = chain.teacher.architecture
-        with mixed_precision(chain.teacher):
+        # a cache would keep a copy of every gathered weight to the end of the forward
+        with mixed_precision(chain.teacher, cache=False):
             state = chain.begin()
             for block in chain.blocks:
                 run = partial(run_made, architecture, [block.make])

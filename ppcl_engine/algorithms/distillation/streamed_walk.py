@@ -27,7 +27,17 @@ from .part_optimizer import PartOptimizer
 from .part_store import PartStore, Tensors
 from .saved_training import AVERAGE, SavedParts
 from .trainable import run_block_made
-from .walks import OUTER, Chain, ChainBlock, Rules, load, names_by_part, optimizer_of, state_of
+from .walks import (
+    OUTER,
+    Chain,
+    ChainBlock,
+    Rules,
+    load,
+    names_by_part,
+    optimizer_of,
+    part_of,
+    state_of,
+)
 
 STREAMS = ("image", "text", "modulated_text")
 """of a state, that change along the blocks; the conditioning does not, but all blocks read it"""
@@ -66,7 +76,7 @@ class StreamedWalk:
 
     def loss(self, chain: Chain) -> torch.Tensor:
         architecture = chain.teacher.architecture
-        with mixed_precision(chain.teacher):
+        with mixed_precision(chain.teacher, cache=False):  # of all blocks, it would not be flat
             with torch.no_grad():
                 state = self._first = chain.begin()
             for position, block in enumerate(chain.blocks):
@@ -180,7 +190,7 @@ class StreamedWalk:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _submodule(self, part: str) -> nn.Module:
-        return self.module.get_submodule(part.rstrip("."))
+        return part_of(self.module, part)
 
     def _weights(self, part: str) -> Tensors:
         """What waits in the store; what does not is as it was saved, or as training began."""
@@ -201,7 +211,7 @@ class StreamedWalk:
         return state
 
     def _optimizer(self, part: str) -> PartOptimizer:
-        """Of a part that is in the module."""
+        """A part's, whose weights are in the module."""
         if part == OUTER:
             assert self._outer is not None
             return self._outer

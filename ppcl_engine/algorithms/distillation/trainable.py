@@ -104,7 +104,8 @@ def part_tensors(
     family, name = part.rstrip(".").split(".")
     if family == "students":
         return students.student(plan.interval(name), torch.float32, device).state_dict()
-    return students.projection(*name.split(":"), torch.float32, device)
+    place, kind = name.split(":")
+    return students.projection(place, kind, torch.float32, device)
 
 
 def twin(block: nn.Module) -> nn.Module:

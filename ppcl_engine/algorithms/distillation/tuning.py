@@ -25,7 +25,7 @@ from ...system.json_text import json_text
 from ...system.machine import resolve_device
 from ...system.progress import Progress, saved
 from ...system.seeds import draw_seed
-from ...system.tensor_files import TensorEntry, TensorFile, file_mark
+from ...system.tensor_files import OneAtATime, TensorEntry, TensorFile, file_mark
 from .loop import Session, train_until
 from .part_optimizer import MOMENTS
 from .saved_training import LOSSES, RAW, WEIGHT, SavedParts, check_training, settings_of
@@ -64,6 +64,7 @@ class AveragedTrainer(Training):
             if not processes().shards:  # which sum them on the way to their shards
                 processes().sum_gradients(optimizer.parameters.values(), loss)
             self.check_finite("gradient", optimizer.clip(), where)
+            optimizer.average_until(self.step)  # of steps in which it was off, before it changes
             optimizer.step(learning_rate)
             optimizer.average_until(self.step + 1)
         self.finish_step(value, where)
@@ -100,7 +101,7 @@ class AveragedTrainer(Training):
         entries, read = [], OneAtATime(partial(self.tensors, path=path))
         for part, names in self.walk.names.items():
             for key, name in self._keys(names, counts):
-                make, like = partial(read, part, key), state[name]
+                make, like = partial(_read_whole, read, part, key), state[name]
                 entries.append(TensorEntry(key, like.dtype, tuple(like.shape), make))
         for key, values in {LOSSES: self.losses, COUNTS: [counts[n] for n in self.shapes]}.items():
             row = torch.tensor(values, dtype=torch.float32)
@@ -132,17 +133,8 @@ class AveragedTrainer(Training):
         return SavedParts(file=file, names=self.walk.names, counts=counts, averaged=self.averages)
 
 
-class OneAtATime:
-    """Reads whole tensors of parts in their order, each part once."""
-
-    def __init__(self, read: Callable[[str], dict[str, torch.Tensor]]):
-        self.read, self.part, self.tensors = read, None, {}
-
-    def __call__(self, part: str, name: str) -> torch.Tensor:
-        if part != self.part:
-            self.tensors = {}
-            self.part, self.tensors = part, self.read(part)
-        return whole(self.tensors[name])
+def _read_whole(read: OneAtATime, part: str, name: str) -> torch.Tensor:
+    return whole(read(part, name))
 
 
 def tune(

@@ -79,18 +79,28 @@ class Rules:
 class Walk(Protocol):
     """Where the parts in training are, and how a step gets to their gradients."""
 
-    module: nn.Module
-    """all parts; what is not in memory is on the meta device"""
-    names: Mapping[str, Sequence[str]]
-    """part -> its tensors"""
-    rules: Rules
-    folder: Path | None
-    """of files that only this walk reads"""
+    @property
+    def module(self) -> nn.Module:
+        """All parts; what is not in memory is on the meta device."""
+        ...
+
+    @property
+    def names(self) -> Mapping[str, Sequence[str]]:
+        """Part -> its tensors."""
+        ...
+
+    @property
+    def rules(self) -> Rules: ...
+
+    @property
+    def folder(self) -> Path | None:
+        """Where files are that only this walk reads."""
+        ...
 
     def loss(self, chain: Chain) -> torch.Tensor: ...
 
     def gradients(self) -> Iterator[PartOptimizer]:
-        """Of the last loss: each part of the chain once its gradient is complete. What the caller
+        """Each part of the last loss's chain, once its gradient is complete. What the caller
         does to a part is kept."""
         ...
 
@@ -183,9 +193,15 @@ def names_by_part(module: nn.Module, parts: Sequence[str]) -> dict[str, list[str
 
 def optimizer_of(walk: Walk, part: str) -> PartOptimizer:
     """A part's, of parameters that are in the module, as before its first step."""
-    named, rules = dict(walk.module.named_parameters()), walk.rules
+    owner, rules = part_of(walk.module, part), walk.rules
+    named = {f"{part}{name}": parameter for name, parameter in owner.named_parameters()}
     parameters = {name: named[name] for name in walk.names[part] if name in named}
     return PartOptimizer(parameters, rules.weight_decay, rules.ema)
+
+
+def part_of(module: nn.Module, part: str) -> nn.Module:
+    """The sub-module that a part's names begin with; of OUTER the whole."""
+    return module.get_submodule(part.rstrip("."))
 
 
 def load(

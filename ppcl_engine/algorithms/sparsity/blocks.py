@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from ...architectures.linear_maps import (
     known_columns,
     known_rows,
     linear_maps,
+    masked_stream,
     present,
     sections,
 )
@@ -65,8 +67,7 @@ def check_maps(block: nn.Module, method: Method, skip: Iterable[str], where: str
 
 
 def watch(architecture: str, block: nn.Module, skip: Iterable[str]) -> Grams:
-    text = LINEAR_MAPS[architecture].text
-    return Grams(pruned_maps(block, skip), lambda name: name.startswith(text))
+    return Grams(pruned_maps(block, skip), partial(masked_stream, architecture))
 
 
 def prune_block(

@@ -42,8 +42,8 @@ class Grams:
 
     layers: dict[str, nn.Linear]
     """by name"""
-    reads_text: Callable[[str], bool]
-    """whether a layer's inputs may be padding"""
+    masked: Callable[[str], str | None]
+    """the stream that a layer reads, where its inputs may be padding"""
     leaders: dict[str, str] = field(default_factory=dict)
     """layer -> the layer whose Gram matrix it shares"""
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -108,7 +108,8 @@ class Grams:
         if x.ndim < 3:
             return weights
         weights = weights[:, None].expand(x.shape[:2])
-        return weights * state.real("text") if self.reads_text(name) else weights
+        stream = self.masked(name)
+        return weights * state.real(stream) if stream else weights
 
     def _add(self, name: str, x: torch.Tensor, weights: torch.Tensor) -> None:
         scaled = x.float().flatten(0, -2) * weights.sqrt().float().reshape(-1, 1)

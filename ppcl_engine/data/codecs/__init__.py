@@ -13,6 +13,7 @@ from .pipeline import PipelineCodec
 from .qwen_image import QwenImageCodec, QwenImageEditCodec, QwenImageEditPlusCodec
 from .sd35 import StableDiffusion3Codec
 from .table import POSITIONS, TABLES, VOCABULARY_KEY, TableCodec, has_tables
+from .z_image import ZImageCodec
 
 PIPELINES = {
     "QwenImagePipeline": QwenImageCodec,
@@ -20,6 +21,7 @@ PIPELINES = {
     "QwenImageEditPlusPipeline": QwenImageEditPlusCodec,
     "FluxPipeline": FluxCodec,
     "StableDiffusion3Pipeline": StableDiffusion3Codec,
+    "ZImagePipeline": ZImageCodec,
 }
 
 

@@ -160,6 +160,14 @@ def _check_layout(folder: Path, text_parts: tuple[str, ...]) -> None:
         )
 
 
+def padded(rows: list[torch.Tensor]) -> Inputs:
+    """[tokens, width] each -> embeddings and their mask."""
+    embeddings = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(embeddings.shape[1]) < lengths[:, None]
+    return {"encoder_hidden_states": embeddings, "encoder_hidden_states_mask": mask}
+
+
 def read_part(loader: type, folder: Path, **options) -> nn.Module:
     """A model of diffusers or transformers from its folder, for evaluation; only safetensors are
     read."""

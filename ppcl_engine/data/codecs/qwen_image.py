@@ -5,12 +5,18 @@ from __future__ import annotations
 import re
 
 import torch
-from torch import nn
 
 from ...architectures import Inputs
 from ...architectures.modules import AnyModule
 from .base import check_references
-from .pipeline import TEXT_TOKENS, TEXTS_AT_ONCE, PipelineCodec, read_part, read_tokenizer
+from .pipeline import (
+    TEXT_TOKENS,
+    TEXTS_AT_ONCE,
+    PipelineCodec,
+    padded,
+    read_part,
+    read_tokenizer,
+)
 from .pipeline_files import QwenVAE
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -172,11 +178,3 @@ class StillsProcessor:
         return BatchFeature(
             {**self.tokenizer(texts, padding=padding, return_tensors=return_tensors), **seen}
         )
-
-
-def padded(rows: list[torch.Tensor]) -> Inputs:
-    """[tokens, width] each -> embeddings and their mask."""
-    embeddings = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(embeddings.shape[1]) < lengths[:, None]
-    return {"encoder_hidden_states": embeddings, "encoder_hidden_states_mask": mask}

@@ -154,6 +154,11 @@ def check_foldable(architecture: Architecture, config: dict, where: object) -> N
     """Raises ValueError for modulations that read more than the timestep, and for a model that is
     already folded."""
     reads = architecture.modulation_reads(config)
+    if not architecture.timestep_modulations and reads == ("the timestep",):
+        raise ValueError(
+            f"{where} is {architecture.name}, whose modulations are small maps of the timestep: folding them would "
+            "save little and is not written; use it as it is"
+        )
     if not architecture.timestep_modulations or reads != ("the timestep",):
         raise ValueError(
             f"{where} is {architecture.name}, whose modulations read {_listed(reads)}: only those that read the timestep "

@@ -3,7 +3,6 @@ of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from ...system.atomic import write_json
 from ...system.float8 import FP8, FP8_MARK
 from ...system.gguf_files import GGUF_SUFFIX
 from ...system.json_text import json_text
+from ...system.tensor_files import OneAtATime
 from ..inputs import open_plan
 from ..run_students import RunStudents
 
@@ -123,10 +123,13 @@ def _tensors(run: Run, weights: Weights, plan: PruningPlan, variant: Variant) ->
         if not key.startswith(replaced)
     }
 
-    changed = _ChangedBlocks(weights, students)
+    def changed(place: Place) -> dict[str, torch.Tensor]:
+        return placed_block(weights, students, place, torch.float32, "cpu", {}).state_dict()
+
+    read = OneAtATime(changed)
     for place in layout.places:
         if place.index not in unchanged:
-            sources |= _place_tensors(weights, place, changed.state)
+            sources |= _place_tensors(weights, place, read)
     return sources
 
 
@@ -135,32 +138,13 @@ def _unrounded(weights: Weights, key: str) -> torch.Tensor:
     return weights.read(key, torch.float32 if weights.is_scaled(key) else None)
 
 
-class _ChangedBlocks:
-    """The tensors of blocks that are not the teacher's own, one block in memory at a time."""
-
-    def __init__(self, weights: Weights, students: RunStudents):
-        self.weights, self.students = weights, students
-        self._place: Place | None = None
-        self._state: dict[str, torch.Tensor] = {}
-
-    def state(self, place: Place) -> dict[str, torch.Tensor]:
-        """A block's tensors are written one after the other, so the last one stays."""
-        if place != self._place:
-            self._state = {}  # before the next one is read
-            block = placed_block(self.weights, self.students, place, torch.float32, "cpu", {})
-            self._place, self._state = place, block.state_dict()
-        return self._state
-
-
-def _place_tensors(
-    weights: Weights, place: Place, state: Callable[[Place], dict[str, torch.Tensor]]
-) -> dict[str, Source]:
-    """The tensors of a block that is not the teacher's own; `state` reads all of them."""
+def _place_tensors(weights: Weights, place: Place, read: OneAtATime) -> dict[str, Source]:
+    """The tensors of a block that is not the teacher's own, by place and name in `read`."""
     with torch.device("meta"):
         shapes = empty_block(weights.architecture, weights.config, place, {}).state_dict()
     prefix = weights.architecture.block_prefix(weights.config, place.index)
     return {
-        prefix + name: Source(tuple(t.shape), lambda n=name: state(place)[n])
+        prefix + name: Source(tuple(t.shape), partial(read, place, name))
         for name, t in shapes.items()
     }
 

@@ -27,11 +27,12 @@ from ...algorithms.detection.width_solutions import (
     ridge_solutions,
 )
 from ...algorithms.resampling import drawn_tokens
+from ...architectures import Architecture
 from ...models.assembly import Students
 from ...models.cost import CostModel
 from ...models.layout import Layout, Place, layout_of
 from ...models.streaming import StateStore, Teacher, room_for_states, sweep
-from ...plan import FORMS_OF, SITE_KINDS, PruningPlan, TextGroup, WidthSite
+from ...plan import SITE_KINDS, PruningPlan, TextGroup, WidthSite
 from ...run import Run
 from ...settings.prune_settings import DetectWidthConfig
 from ...system.atomic import write_json, write_text
@@ -190,9 +191,7 @@ def _candidates(
         ]
         if kind != "text":
             for place in places:
-                for form in [f for f in FORMS[config.form] if f in FORMS_OF[kind]] or FORMS_OF[
-                    kind
-                ]:
+                for form in forms_asked(config.form, cost.architecture, kind):
                     yield _candidate(
                         plan, cost, (WidthSite(block=place.index, kind=kind, form=form),)
                     )
@@ -201,6 +200,13 @@ def _candidates(
             for end in range(start, min(len(places), start + config.longest)):
                 blocks = range(places[start].index, places[end].last + 1)
                 yield _candidate(plan, cost, tuple(WidthSite(block=b, kind="text") for b in blocks))
+
+
+def forms_asked(asked: str, architecture: Architecture, kind: str) -> tuple[str, ...]:
+    """The forms that a setting asks for, of those that a kind of site has; all of these where it
+    has none of them."""
+    known = architecture.forms[kind] if kind in architecture.forms else FORMS["best"]
+    return tuple(form for form in FORMS[asked] if form in known) or known
 
 
 def _candidate(plan: PruningPlan, cost: CostModel, sites: tuple[WidthSite, ...]) -> Candidate:
@@ -283,7 +289,7 @@ def _alignment(
                 ]
                 rows.setdefault(name, {})[row] = torch.cat(parts).cpu()
     store.clear()
-    text = {row: linear_gram(x) for row, x in rows["text_modulated"].items()}
+    text = {row: linear_gram(x) for row, x in rows.get("text_modulated", {}).items()}
     found = {"text": torch.full((len(places), len(places)), torch.nan, dtype=torch.float64)}
     for a, b in product(text, text):
         found["text"][a, b] = cka(text[a], text[b])

@@ -26,9 +26,9 @@ from ...algorithms.distillation.round_cache import USUAL, RoundCache, most_kept
 from ...algorithms.distillation.rounds import FreshStates, Rounds
 from ...algorithms.distillation.trainer import Trainer, resume_settings, rounding, saved_step
 from ...data.calibration import CalibrationSet
-from ...models.layout import layout_of
+from ...models.layout import layout_of, sites_named
 from ...models.streaming import StateStore, Teacher, room_for_states
-from ...plan import WidthSite, parse_sites
+from ...plan import WidthSite
 from ...run import Run
 from ...settings.prune_settings import DistillWidthConfig
 from ...system.atomic import write_text
@@ -50,7 +50,7 @@ def distill_width(config: DistillWidthConfig) -> Path:
     calibration = open_calibration(config, teacher.weights)
     plan = open_plan(config, teacher.weights)
     if config.sites:
-        plan = plan.with_parts(sites=parse_sites(config.sites, config.form), variants=())
+        plan = plan.with_parts(sites=sites_named(plan, config.sites, config.form), variants=())
     if not plan.sites:
         raise ValueError(
             f"{run.plan} has no width sites; run detect-width first, or name them with --sites"

@@ -197,10 +197,10 @@ def _figures(
 def _velocities(
     teacher: Teacher, layout: Layout, walk: Walk, inputs: list[dict]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Those of the model, and the teacher's."""
+    """The velocities of the model, and the teacher's."""
     architecture, outer = teacher.architecture, walk.module
     states = walk.folder and walk.folder / "rows"
-    with mixed_precision(teacher), walk.filled((OUTER,)):
+    with mixed_precision(teacher, cache=False), walk.filled((OUTER,)):
         embedded = [embed_with(teacher, outer, row) for row in inputs]
         chain = variant_chain(teacher, outer, layout, lambda: embedded[0], torch.sum)
         blocks = walked_blocks(walk, chain.blocks)

@@ -25,6 +25,7 @@ from ppcl_engine.algorithms.distillation.quantization import (
 )
 from ppcl_engine.algorithms.distillation.trainable import TrainableParts
 from ppcl_engine.algorithms.distillation.trainer import Trainer, rounding, saved_weights
+from ppcl_engine.algorithms.distillation.tuning import AveragedTrainer
 from ppcl_engine.data.calibration import load_calibration
 from ppcl_engine.estimate.needs import needs
 from ppcl_engine.models.assembly import open_variant
@@ -277,15 +278,16 @@ def test_killed_and_gone_on_is_the_same_bits(new_run, train, stage, updates):
 
 def kill_at(updates: int) -> None:
     """kill -9 of this process in its n-th update."""
-    update, done = Trainer.update, []
+    done = []
 
-    def counted(trainer: Trainer, *arguments) -> None:
+    def counted(update, trainer: Trainer | AveragedTrainer, *arguments) -> None:
         done.append(trainer.step)
         if len(done) == updates:
             os.kill(os.getpid(), signal.SIGKILL)
         update(trainer, *arguments)
 
-    Trainer.update = counted
+    for kind in (Trainer, AveragedTrainer):
+        kind.update = lambda *arguments, update=kind.update: counted(update, *arguments)
 
 
 @pytest.mark.parametrize("stage", STAGES)

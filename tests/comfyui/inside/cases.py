@@ -9,6 +9,7 @@ import pytest
 from ...tiny.flux1_parts import FLUX_DEPTH, FLUX_PARTS
 from ...tiny.sd35_parts import SD35_PARTS, SD35_SIZES
 from ...tiny.trained_run import PlanParts
+from ...tiny.z_image_parts import Z_IMAGE_PARTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,9 @@ CASES = {
         channels=SD35_SIZES | {"dual_attention_layers": []},
         parts=SD35_PARTS,
         pooled=20,
+    ),
+    "z_image": Case(
+        architecture="z_image", file="z_image", channels={"in_channels": 16}, parts=Z_IMAGE_PARTS
     ),
 }
 

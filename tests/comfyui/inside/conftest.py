@@ -32,6 +32,7 @@ from comfy.cli_args import args  # noqa: E402
 
 args.cpu = True
 
+import comfy.ldm.lumina.model as host_lumina  # noqa: E402
 import comfy.model_detection  # noqa: E402
 import comfyui_version  # noqa: E402
 import folder_paths  # noqa: E402
@@ -72,6 +73,20 @@ def figures(request):
             "versions": {**versions(), "comfyui": comfyui_version.__version__},
         }
         write_json(path, {**measured, **about, "command": FIGURES.format(path=path)})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def narrow_time_embedder():
+    """The host's Z-Image computes its conditioning in 1024 and 256 channels, which its own models
+    have; a tiny one has its own width instead of the 256."""
+    stock = host_lumina.TimestepEmbedder
+
+    def make(width: int, output_size: int | None = None, **options):
+        return stock(1024, output_size=min(width, output_size or width), **options)
+
+    host_lumina.TimestepEmbedder = make
+    yield
+    host_lumina.TimestepEmbedder = stock
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,7 @@ def test_forged_runs(server, known, kind, run, nothing_else_changes):
         ("FineTune", {"name": "../../evil"}, "name '../../evil': letters, digits"),
         ("Export", {"name": "../../evil"}, "name '../../evil': letters, digits"),
         ("Export", {"name": LONG}, "letters, digits"),
-        ("Export", {"store": "q8_0"}, "--store q8_0 is not for --layout bundle; use --layout gguf"),
+        ("Export", {"store": "q8_0"}, "store q8_0 is not for layout bundle; use layout gguf"),
         (
             "Sparsify",
             {"sparsity": 0.0},

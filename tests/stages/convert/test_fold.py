@@ -219,6 +219,17 @@ def test_other_architectures_say_why_not(folded, tmp_path, name, reads):
             folded(tmp_path / "other.safetensors", form)
 
 
+def test_small_modulations_are_not_folded(folded, tmp_path):
+    architecture = architecture_named("z_image")
+    shapes = expected_shapes(architecture, architecture.tiny_config)
+    tensors = {key: torch.zeros(shape) for key, shape in shapes.items()}
+    write_tensors(
+        tmp_path / "other.safetensors", tensors, {"config": json.dumps(architecture.tiny_config)}
+    )
+    with pytest.raises(ValueError, match="is z_image, .*save little and is not written; use it as"):
+        folded(tmp_path / "other.safetensors", "table")
+
+
 def test_by_the_command_line(teacher_file, tmp_path, capsys):
     arguments = [
         "fold",

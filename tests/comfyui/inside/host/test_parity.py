@@ -54,7 +54,18 @@ SD35 = {
     "text and FFN": "1-3,text:4-5,ffn_image:7,text:7-7",
     "all": "smallest",
 }
-VARIANTS = {"teacher": QWEN, "flux": FLUX, "sd35": SD35, "sd35_large": SD35}
+Z_IMAGE = {
+    "full": "full",
+    "the last": "4-5",
+    "correction": "1-2",
+    "both intervals": "small",
+    "paper FFN": "ffn_joint:0",
+    "paper FFN of a student": "1-2,ffn_joint:1",
+    "paper FFN of the teacher's": "ffn_joint:1",
+    "gated FFN": "ffn_joint:3",
+    "all": "smallest",
+}
+VARIANTS = {"teacher": QWEN, "flux": FLUX, "sd35": SD35, "sd35_large": SD35, "z_image": Z_IMAGE}
 ROWS = {
     name: (case.architecture, name, ()) for name, case in CASES.items() if case.file in VARIANTS
 }

@@ -12,7 +12,13 @@ from ppcl_engine.models.weights import expected_shapes
 from ppcl_engine.plan import PruningPlan, parse_intervals, parse_sites
 
 # billions
-SIZES = {"flux1_dev": 11.901, "flux1_lite": 8.163, "sd35_large": 8.057, "sd35_medium": 2.243}
+SIZES = {
+    "flux1_dev": 11.901,
+    "flux1_lite": 8.163,
+    "sd35_large": 8.057,
+    "sd35_medium": 2.243,
+    "z_image": 6.155,
+}
 DETECTED = {
     "flux1": (
         "PPCLFlux",
@@ -24,11 +30,13 @@ DETECTED = {
         {"in_channels": 16, "pos_embed_scaling_factor": None},
         "pos_embed_scaling_factor",
     ),
+    "z_image": ("PPCLZImage", {"image_model": "lumina2", "dim": 3840}, "dim"),
 }
 PRUNED = {
     "flux1_dev": ("3-6 30-37", "text:15-18 ffn_image:1 ffn_joint:40 ffn_joint:50"),
     "sd35_large": ("3-6 30-36", "text:15-18 ffn_image:1 ffn_text:2 ffn_image:37 text:37"),
     "sd35_medium": ("3-6 11-14", "text:15-18 ffn_image:3 ffn_text:2 ffn_image:23 text:23"),
+    "z_image": ("3-6 20-24", "ffn_joint:1 ffn_joint:10"),
 }
 
 
@@ -42,10 +50,15 @@ def meta(engine, shapes: dict) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def module_of(size: str) -> str:
+    name = next(name for name in DETECTED if size.startswith(name))
+    return f"host.{name}"
+
+
 @pytest.fixture
 def host_of(pack):
     """By the name of a size: "flux1_dev" """
-    return lambda size: pack(f"host.{size.split('_')[0]}").HOST
+    return lambda size: pack(module_of(size)).HOST
 
 
 @pytest.mark.parametrize(("size", "billions"), SIZES.items())
@@ -59,7 +72,7 @@ def test_full_size(empty_host_model, host_of, size, billions):
 @pytest.mark.parametrize("size", PRUNED)
 def test_only_what_the_host_cannot_load_is_claimed(pack, size):
     """Not the full models, in the host's lists by themselves; nor ControlNets."""
-    module = pack(f"host.{size.split('_')[0]}")
+    module = pack(module_of(size))
     engine = module.HOST.engine
     name, detected, entry = DETECTED[engine.name]
     (ours,) = (c for c in pack("host.entries").config_classes(module.HOST) if c.__name__ == name)

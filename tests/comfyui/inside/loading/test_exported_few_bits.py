@@ -134,16 +134,18 @@ def shape_of(module) -> tuple[int, ...]:
 @pytest.mark.parametrize("store", BY_ROW)
 @on("qwen_image", "flux1")
 def test_a_variant_of_a_bundle_is_quantised_throughout(
-    written, load, velocity, engine_velocity, store, caplog
+    written, load, velocity, engine_velocity, architecture, store, caplog
 ):
-    """On a base in the same format, students and projections keep it; fused maps too."""
+    """On a base in the same format, students and projections keep it; fused maps too, but for FLUX'
+    widest in four bits."""
+    joined = ("linear1",) if (architecture.name, store) == ("flux1", "w4a4") else ()
     path, base = written("bundle", store), written("comfyui", store, "full")
     expected = engine_velocity(path, "small", base)
     for switchable in (False, True):
         options = {"variant": "small", "switchable": switchable, "weight_dtype": "default"}
         model = loaded_clean(caplog, partial(load, path.name, base=base.name, **options))
         if not switchable:
-            assert not_quantised(model) == []
+            assert [name for name in not_quantised(model) if not name.endswith(joined)] == []
         near = max(HALF, INPUTS[STORES[store].format])
         assert relative_error(velocity(model), expected) < near
 
