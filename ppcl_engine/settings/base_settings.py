@@ -95,7 +95,7 @@ class TuningConfig(TrainingConfig):
     offload: Literal["memory", "disk"] = "memory"
     """With --streamed: where weights in training, their moments and averages, and the states between
     blocks wait for their turn: in the host's memory, or in files of the run folder. The result is the
-    same to the bit. Processes that shard them keep them on their devices."""
+    same to the bit. Processes that shard them keep them on their devices, and disk is refused."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -53,7 +53,6 @@ class ShardedWalk(ResidentWalk):
         device: str,
         checkpointing: bool = False,
     ):
-        check_torch()
         from torch.distributed.device_mesh import init_device_mesh
 
         places = list(places)

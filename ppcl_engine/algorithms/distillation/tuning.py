@@ -29,7 +29,7 @@ from ...system.tensor_files import OneAtATime, TensorEntry, TensorFile, file_mar
 from .loop import Session, train_until
 from .part_optimizer import MOMENTS
 from .saved_training import LOSSES, RAW, WEIGHT, SavedParts, check_training, settings_of
-from .sharded_walk import ShardedWalk
+from .sharded_walk import ShardedWalk, check_torch
 from .sharding import whole, write_together
 from .streamed_walk import StreamedWalk
 from .trainer import Training, resume_settings, saved_step
@@ -167,6 +167,19 @@ def tune(
             train_until(min(next_save, config.steps), trainer, chain_at, what, session, save)
             save()
     return before
+
+
+def check_can_shard(config: TuningConfig) -> None:
+    """Raises ValueError, before anything is loaded, for a setting or a torch that processes which
+    shard a training cannot go with."""
+    if not processes().shards:
+        return
+    check_torch()
+    if config.streamed and config.offload == "disk":
+        raise ValueError(
+            "--offload disk: processes that shard a training keep their parts on their devices; leave it out, or use "
+            "--parallel data"
+        )
 
 
 def walk_fills(config: TuningConfig) -> bool:

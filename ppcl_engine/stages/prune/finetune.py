@@ -21,6 +21,7 @@ from ...algorithms.distillation.quantization import NONE
 from ...algorithms.distillation.trainer import rounding
 from ...algorithms.distillation.tuning import (
     AveragedTrainer,
+    check_can_shard,
     forget_if_stale,
     step_draw,
     tune,
@@ -62,6 +63,7 @@ def finetune(config: FinetuneConfig) -> Path:
     Goes on from what is there. Raises Diverged (a ValueError) with the last saved state kept,
     Stopped on Ctrl-C after saving.
     """
+    check_can_shard(config)
     run, teacher = Run(config.run), open_teacher(config)
     calibration, plan = (
         open_calibration(config, teacher.weights),

@@ -15,12 +15,17 @@ import torch.distributed.tensor  # noqa: F401
 from torch.distributed.fsdp import FSDPModule
 
 from ppcl_engine.__main__ import USER_ERROR, main
+from ppcl_engine.algorithms.distillation.part_optimizer import PartOptimizer
 from ppcl_engine.algorithms.distillation.sharded_walk import check_torch
 from ppcl_engine.algorithms.distillation.sharding import local
 from ppcl_engine.algorithms.distillation.tuning import AveragedTrainer
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import FinetuneConfig, PolishConfig
 from ppcl_engine.stages import run_stage
+from ppcl_engine.stages.prune.finetune import finetune
+from ppcl_engine.stages.prune.polish import polish
+from ppcl_engine.system import distributed
+from ppcl_engine.system.distributed import Processes
 from ppcl_engine.system.tensor_files import TensorFile
 
 from ...tiny.processes import Launched, command, relative
@@ -28,15 +33,14 @@ from ...tiny.trained_run import killed, stop_after
 
 TOLERANCE = 1e-4  # of every tensor, relative, after all updates
 TINY = {"steps": 3, "learning_rate": 2e-3, "warm_up": 1, "save_every": 2, "device": "cpu"}
-FINETUNE = {"variant": "smallest", "checkpointing": True}
 
 
-def trained(run: Run, teacher_file: Path, *stages: str) -> None:
-    """polish rounds weights, finetune computes blocks again."""
+def trained(run: Run, teacher_file: Path, *stages: str, streamed: bool = False) -> None:
+    """polish rounds weights and keeps the teacher in memory; finetune may read it block by block."""
     common = {"model": teacher_file, "run": run.folder, **TINY}
     configs = {
         "polish": PolishConfig(**common, quant_aware="int8"),
-        "finetune": FinetuneConfig(**common, **FINETUNE),
+        "finetune": FinetuneConfig(**common, variant="smallest", streamed=streamed),
     }
     for stage in stages:
         run_stage(stage, configs[stage])
@@ -60,6 +64,28 @@ def kept_by(trainer: AveragedTrainer) -> list[int]:
     return [sum(local(t).numel() for t in tensors), sum(t.numel() for t in tensors)]
 
 
+def norms_of_parts(monkeypatch) -> list[float]:
+    """Grows by the norm of each part's gradient before it is clipped, in every step."""
+    clip, norms = PartOptimizer.clip, []
+
+    def watched(optimizer: PartOptimizer) -> float:
+        norms.append(clip(optimizer))
+        return norms[-1]
+
+    monkeypatch.setattr(PartOptimizer, "clip", watched)
+    return norms
+
+
+def test_shards_that_would_wait_on_disk_are_refused_before_anything_is_loaded(tmp_path):
+    common = {"model": tmp_path / "none", "run": tmp_path, "streamed": True, "offload": "disk"}
+    said = "--offload disk: .* leave it out, or use --parallel data"
+    with distributed._working(Processes(count=2, share="shard")):
+        with pytest.raises(ValueError, match=said):
+            polish(PolishConfig(**common))
+        with pytest.raises(ValueError, match=said):
+            finetune(FinetuneConfig(**common, variant="all"))
+
+
 def test_an_old_torch_is_named(monkeypatch):
     monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
     with pytest.raises(ValueError, match="--parallel shard needs a newer torch than"):
@@ -73,7 +99,9 @@ def test_two_processes_give_what_one_gives(tmp_path, parts_run, teacher_file, mo
     with monkeypatch.context() as context, pytest.raises(SystemError):
         stop_after(context, 3, killed)
         trained(launched, teacher_file, "finetune")
+    norms = norms_of_parts(monkeypatch)
     trained(alone, teacher_file, "finetune", "polish")
+    expected = list(norms)
 
     def both() -> int:
         update = AveragedTrainer.update
@@ -84,7 +112,9 @@ def test_two_processes_give_what_one_gives(tmp_path, parts_run, teacher_file, mo
             (tmp_path / name).write_text(json.dumps(kept_by(trainer)))
 
         AveragedTrainer.update = watched
-        trained(launched, teacher_file, "finetune", "polish")
+        trained(launched, teacher_file, "finetune", "polish", streamed=True)
+        found = norms[len(expected) :]
+        (tmp_path / f"norms_{os.environ['RANK']}").write_text(json.dumps(found))
         return 0
 
     launch = Launched(tmp_path / "both", 2, both)
@@ -92,8 +122,11 @@ def test_two_processes_give_what_one_gives(tmp_path, parts_run, teacher_file, mo
     assert not launch.lines("ppcl") and all("Warning" not in p.read_text() for p in launch.outputs)
     assert difference(launched, alone, "tuned") < TOLERANCE
     assert difference(launched, alone, "polished") < TOLERANCE
-    damage, expected = (r.load_plan().variant("smallest_tuned").damage for r in (launched, alone))
-    assert damage == pytest.approx(expected, rel=TOLERANCE)
+    damage, same = (r.load_plan().variant("smallest_tuned").damage for r in (launched, alone))
+    assert damage == pytest.approx(same, rel=TOLERANCE)
+    found, other = (json.loads((tmp_path / f"norms_{rank}").read_text()) for rank in (0, 1))
+    assert found == other == pytest.approx(expected[-len(found) :], rel=TOLERANCE)
+    assert max(found) > 1 > min(found)  # some are shortened, others are not
     shares = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     assert len(shares) == 4 and all(0.45 < here / whole < 0.55 for here, whole in shares)
 
