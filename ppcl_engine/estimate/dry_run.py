@@ -51,14 +51,24 @@ def _print_needs(config: JobConfig, device: str) -> None:
         name: needs(replace(config, streamed=streamed))
         for name, streamed in (("resident", False), ("streamed", True))
     }
-    if isinstance(config, TuningConfig) and config.parallel == "shard":
-        rows |= {f"{count} processes": needs(config, processes=count) for count in LAUNCHES}
+    launches = {f"{n} processes": needs(config, processes=n) for n in _launches(config)}
+    rows |= launches
     stage, there = rows["resident"].stage, device_memory(device)
     print(f"{stage} with these settings and this run's samples, on {device} in {config.dtype}:")
     _print_header()
     for name, row in rows.items():
         fits = "yes" if row.at_least <= there else f"no: {there / 1e9:.0f} GB are there"
         _print_row(name, row, f"  {fits}")
+    if launches:
+        print(
+            "processes: what each needs, on a device of its own; hours leave out what they exchange"
+        )
+
+
+def _launches(config: JobConfig) -> Sequence[int]:
+    """Numbers of processes that can share the stage and need less the more they are."""
+    shards = isinstance(config, TuningConfig) and config.parallel == "shard"
+    return LAUNCHES if shards and not (config.streamed and config.offload == "disk") else ()
 
 
 def print_estimates(stages: Sequence[tuple[str, object]]) -> None:

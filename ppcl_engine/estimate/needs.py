@@ -236,9 +236,12 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
     if streamed:
         outer = count.sizes.cost.outer_parameters if isinstance(config, FinetuneConfig) else 0
         here = block + outer
-    read, gathered = here, 0
+    read, gathered, passes = here, 0, (5 if again else 4) * config.steps / count.processes
     if count.shards:
         read, gathered = block if again else trained, GATHERED_COPIES * FP32 * block
+    activations = (1 if again else count.blocks) * count.backward
+    if again and not streamed:  # the inputs of blocks that are computed again
+        activations += count.tuning_states()
     in_memory = waits + count.tuning_states() if streamed and config.offload == "memory" else 0
     on_disk = streamed and config.offload == "disk"
     # while a save is written, what it holds goes from the files of the training into it
@@ -247,16 +250,10 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
         certain=count.teacher
         + (copies + 1) * FP32 * here / (count.processes if count.shards else 1)
         + count.on_host(in_memory),
-        likely=(1 if again else count.blocks) * count.backward / count.processes
-        + count.read_in_training(config, read)
-        + gathered,
+        likely=activations / count.processes + count.read_in_training(config, read) + gathered,
         host=in_memory,
         disk=saves * waits + (count.tuning_states() if on_disk else 0),
-        flops=(5 if again else 4)
-        * config.steps
-        * count.samples.batch
-        * count.forward
-        / count.processes,
+        flops=passes * count.samples.batch * count.forward,
     )
 
 
