@@ -68,7 +68,7 @@ def _print_needs(config: JobConfig, device: str) -> None:
 def _launches(config: JobConfig) -> Sequence[int]:
     """Numbers of processes that can share the stage and need less the more they are."""
     shards = isinstance(config, TuningConfig) and config.parallel == "shard"
-    return LAUNCHES if shards and not (config.streamed and config.offload == "disk") else ()
+    return LAUNCHES if shards and not config.unshardable else ()
 
 
 def print_estimates(stages: Sequence[tuple[str, object]]) -> None:

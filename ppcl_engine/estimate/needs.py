@@ -36,6 +36,7 @@ from .counts import (
     SAVED_COPIES,
     Count,
 )
+from .demand import Demand
 from .detect_chains import DetectChains
 from .round_states import RoundStates
 from .traffic import traffic
@@ -72,21 +73,6 @@ class Needs:
     """of products in float64 as many as would take the same time"""
     seconds: float
     """of an idle machine; more where blocks are small"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demand:
-    """What a stage takes, whichever machine runs it."""
-
-    certain: float
-    """bytes of the device: weights, optimiser, states that are kept"""
-    likely: float
-    """bytes beside those: what a backward keeps, a cache of states in memory"""
-    host: float = 0
-    """bytes in the host's memory that are certain; where it computes itself, `certain` has them too"""
-    disk: float = 0
-    """bytes of new files that are certain"""
-    flops: float = 0
 
 
 def needs(config: JobConfig, calibrate: CalibrateConfig | None = None, processes: int = 1) -> Needs:
@@ -139,7 +125,7 @@ def _probe(count: Count, config: ProbeConfig) -> Demand:
     fits = count.blocks * tokens * 4 * count.width**2
     return Demand(
         certain=count.teacher + (0 if config.streamed else 2 * states),
-        likely=states + count.solving + count.on_host(waiting),
+        likely=states + count.solving_with_rank + count.on_host(waiting),
         disk=on_disk + probes,
         flops=count.samples.count * count.forward
         + fits
@@ -188,7 +174,11 @@ def _detect_width(count: Count, config: DetectWidthConfig) -> Demand:
     states, width = count.kept(count.samples.count), WidthCounts.of(count, config)
     measured = width.layouts * min(config.samples, count.samples.count) * count.state
     waiting, on_disk = count.passing(states)
-    fitting = width.equations + max(count.solving, count.reading_student) + count.on_host(waiting)
+    fitting = (
+        width.equations
+        + max(count.solving_with_rank, count.reading_student)
+        + count.on_host(waiting)
+    )
     measuring = count.on_host(count.together(config, measured)) + count.reading_student
     # candidates begin where they differ from the depth-pruned model, half way in the mean
     forwards = width.layouts / 2 * min(config.samples, count.samples.count)
@@ -216,7 +206,7 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Demand:
     training = rest + frozen + OPTIMISER_COPIES * projection + waiting + cache
     training += count.backward + count.read_in_training(config, count.width**2)
     student = count.reading_student if width.students else 0
-    fitting = width.equations + max(count.teacher + student, rest + count.solving)
+    fitting = width.equations + max(count.teacher + student, rest + count.solving_with_rank)
     return Demand(
         certain=count.teacher,
         likely=max(training, fitting) - count.teacher,
@@ -229,16 +219,23 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
     """Master weights, gradients, moments and average are float32. Streamed, a block's are on the
     device at a time, and the outer layers' where they are trained. Of processes that shard them,
     each has its part, and gathers a block when its turn comes; then --streamed is the teacher."""
-    trained, copies = count.trained(config), count.tuning_copies(config)
+    trained, kept = count.trained(config), count.tuning_bytes(config)
     streamed = config.streamed and not count.shards
-    waits, again = copies * FP32 * trained, config.checkpointing or config.streamed
-    block, here = max(count.sizes.blocks) + count.sizes.correction, trained
+    waits, again = kept * trained, config.checkpointing or config.streamed
+    block = max(count.sizes.blocks) + count.sizes.correction
+    here, here_bytes = trained, kept + FP32
     if streamed:
+        here_bytes = FP32 * (5 if config.ema else 4)  # of a block in its turn nothing is packed
         outer = count.sizes.cost.outer_parameters if isinstance(config, FinetuneConfig) else 0
         here = block + outer
     read, gathered, passes = here, 0, (5 if again else 4) * config.steps / count.processes
+    training = here_bytes * here
     if count.shards:
+        training /= count.processes
         read, gathered = block if again else trained, GATHERED_COPIES * FP32 * block
+    certain = count.teacher + training
+    if streamed and isinstance(config, FinetuneConfig):
+        certain = max(count.teacher, count.outer + training)  # blocks are trained when it has run
     activations = (1 if again else count.blocks) * count.backward
     if again and not streamed:  # the inputs of blocks that are computed again
         activations += count.tuning_states()
@@ -247,9 +244,7 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
     # while a save is written, what it holds goes from the files of the training into it
     saves = 2 if on_disk and config.steps > config.save_every else 1
     return Demand(
-        certain=count.teacher
-        + (copies + 1) * FP32 * here / (count.processes if count.shards else 1)
-        + count.on_host(in_memory),
+        certain=certain + count.on_host(in_memory),
         likely=activations / count.processes + count.read_in_training(config, read) + gathered,
         host=in_memory,
         disk=saves * waits + (count.tuning_states() if on_disk else 0),

@@ -96,6 +96,9 @@ class TuningConfig(TrainingConfig):
     """With --streamed: where weights in training, their moments and averages, and the states between
     blocks wait for their turn: in the host's memory, or in files of the run folder. The result is the
     same to the bit. Processes that shard them keep them on their devices, and disk is refused."""
+    optimizer_state: Literal["float32", "compact"] = "float32"
+    """What the optimiser keeps between steps: float32, or moments in 8 bits and averages in bfloat16,
+    8 bytes a parameter with its weight instead of 16. Processes that shard it refuse compact."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,6 +106,13 @@ class TuningConfig(TrainingConfig):
             raise ValueError(
                 "--parallel intervals: this stage trains all parts on one loss; use --parallel shard"
             )
+
+    @property
+    def unshardable(self) -> str:
+        """The setting that processes which shard a training cannot go with; "" for none."""
+        if self.streamed and self.offload == "disk":
+            return "--offload disk"
+        return "--optimizer-state compact" if self.optimizer_state == "compact" else ""
 
 
 @cache

@@ -35,12 +35,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, as the other one is: its shard, type and device."""
+    """A whole tensor, placed as the other one is: its shard and device."""
     if not is_sharded(other):
-        return tensor.to(other)
+        return tensor.to(other.device)
     from torch.distributed.tensor import distribute_tensor
 
-    shard, tensor = _shard(other), tensor.to(local(other))
+    shard, tensor = _shard(other), tensor.to(local(other).device)
     # every process has all of it, so nothing is sent
     return distribute_tensor(tensor, shard.device_mesh, shard.placements, src_data_rank=None)
 

@@ -76,9 +76,10 @@ def norms_of_parts(monkeypatch) -> list[float]:
     return norms
 
 
-def test_shards_that_would_wait_on_disk_are_refused_before_anything_is_loaded(tmp_path):
-    common = {"model": tmp_path / "none", "run": tmp_path, "streamed": True, "offload": "disk"}
-    said = "--offload disk: .* leave it out, or use --parallel data"
+@pytest.mark.parametrize("given", [{"offload": "disk"}, {"optimizer_state": "compact"}])
+def test_shards_that_would_be_kept_otherwise_are_refused_before_anything_is_loaded(tmp_path, given):
+    common = {"model": tmp_path / "none", "run": tmp_path, "streamed": True, **given}
+    said = "^--(offload disk|optimizer-state compact): .* leave it out, or use --parallel data"
     with distributed._working(Processes(count=2, share="shard")):
         with pytest.raises(ValueError, match=said):
             polish(PolishConfig(**common))
