@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """Of one process; bytes read and written are counted in `traffic.py`."""
+    """What one process takes; bytes read and written are counted in `traffic.py`."""
 
     certain: float
     """bytes of the device: weights, optimiser, states that are kept"""
