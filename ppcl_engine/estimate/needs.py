@@ -40,6 +40,7 @@ from .demand import Demand
 from .detect_chains import DetectChains
 from .round_states import RoundStates
 from .traffic import traffic
+from .tuning_counts import bytes_a_parameter
 from .width_counts import WidthCounts
 
 BYTES_A_SECOND = 5e8  # of a disk
@@ -219,7 +220,7 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
     """Master weights, gradients, moments and average are float32. Streamed, a block's are on the
     device at a time, and the outer layers' where they are trained. Of processes that shard them,
     each has its part, and gathers a block when its turn comes; then --streamed is the teacher."""
-    trained, kept = count.trained(config), count.tuning_bytes(config)
+    trained, kept = count.trained(config), bytes_a_parameter(config)
     streamed = config.streamed and not count.shards
     waits, again = kept * trained, config.checkpointing or config.streamed
     block = max(count.sizes.blocks) + count.sizes.correction
