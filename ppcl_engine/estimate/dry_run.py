@@ -67,8 +67,9 @@ def _print_needs(config: JobConfig, device: str) -> None:
 
 def _launches(config: JobConfig) -> Sequence[int]:
     """Numbers of processes that can share the stage and need less the more they are."""
-    shards = isinstance(config, TuningConfig) and config.parallel == "shard"
-    return LAUNCHES if shards and not config.unshardable else ()
+    if not isinstance(config, TuningConfig) or config.parallel != "shard":
+        return ()
+    return () if config.unshardable else LAUNCHES
 
 
 def print_estimates(stages: Sequence[tuple[str, object]]) -> None:
