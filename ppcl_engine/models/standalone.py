@@ -97,8 +97,8 @@ def structure_of(plan: PruningPlan, variant: Variant) -> PruningPlan:
 
 
 def hints_of(num_blocks: int, indices: list[int], config: dict) -> torch.Tensor:
-    """For a file that renumbers its blocks: their teacher indices, of `num_blocks`. Loaders that drop metadata need
-    them, or LoRAs would land on the wrong blocks."""
+    """For a file that renumbers its blocks: their teacher indices, of `num_blocks`. Loaders that drop
+    metadata need them, or LoRAs would land on the wrong blocks."""
     return as_tensor({"indices": indices, "blocks": num_blocks, "config": config})
 
 

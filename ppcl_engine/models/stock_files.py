@@ -42,13 +42,13 @@ def write_stock(
     by which `sources` are numbered; None for a full model, whose file says nothing of it.
     original: see `write_sources`.
     """
-    count, hints = architecture.num_blocks(config), {}
-    stock, tensors, metadata = config, sources, {**metadata, "format": "pt"}
+    stock, tensors, hints = config, sources, {}
+    metadata = {**metadata, "format": "pt"}
     if indices is not None:
         stock = architecture.with_blocks(config, indices)
         tensors = renumbered(sources, architecture, config, indices, stock, range(len(indices)))
-        metadata[MAP_KEY] = json_text(indices)
-        hints[HINTS_TENSOR] = hints_of(count, indices, stock)
+        metadata = {MAP_KEY: json_text(indices), **metadata}
+        hints[HINTS_TENSOR] = hints_of(architecture.num_blocks(config), indices, stock)
     if layout == "diffusers":
         write_sources(path / "diffusion_pytorch_model.safetensors", tensors, store, metadata)
         write_json(path / "config.json", {"_class_name": architecture.diffusers_class, **stock})
