@@ -4,7 +4,7 @@ file in safetensors or GGUF."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from ..architectures import Architecture, Part
 from ..system.gguf_files import write_gguf
 from ..system.progress import Progress
 from ..system.tensor_files import TensorEntry, write_tensor_stream
+from .stored_layout import StoredTensors
 from .storing import gguf_entry, stored_entries
 
 
@@ -23,6 +24,8 @@ class Source:
 
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    unchanged: bool = False
+    """whether it is what the file that it comes from has under the same name"""
 
 
 def comfyui_sources(architecture: Architecture, sources: dict[str, Source]) -> dict[str, Source]:
@@ -52,7 +55,8 @@ def _joined(pieces: list[tuple[Source, int, int]]) -> Source:
         cut = {s: s.read().chunk(n) for s, n in dict.fromkeys((s, n) for s, _, n in pieces)}
         return torch.cat([cut[s][position] for s, position, _ in pieces])
 
-    return Source((source.shape[0] // of * len(pieces), *source.shape[1:]), read)
+    unchanged = all(piece.unchanged for piece, _, _ in pieces)
+    return Source((source.shape[0] // of * len(pieces), *source.shape[1:]), read, unchanged)
 
 
 def write_sources(
@@ -61,18 +65,37 @@ def write_sources(
     store: str,
     metadata: dict[str, str],
     extra: dict[str, torch.Tensor] | None = None,
+    original: StoredTensors | None = None,
 ) -> None:
     """A safetensors file of `sources`, read one at a time and stored as `store` says, and of `extra`,
-    unchanged."""
+    unchanged. original: where unchanged sources come from."""
     entries = []
     with Progress(total=len(sources), desc=path.stem, unit="tensor") as bar:
         for key, source in sources.items():
-            entries += stored_entries(key, source.shape, partial(_counted, bar, source), store)
+            own = stored_entries(key, source.shape, partial(_counted, bar, source), store)
+            entries += as_stored(original, own) if original and source.unchanged else own
         entries += [
             TensorEntry(key, t.dtype, tuple(t.shape), lambda t=t: t)
             for key, t in (extra or {}).items()
         ]
         write_tensor_stream(path, entries, metadata)
+
+
+def as_stored(original: StoredTensors, entries: list[TensorEntry]) -> list[TensorEntry]:
+    """A tensor, or a quantised matrix with its scales, as a file has it, where the file has the same
+    form: so nothing is rounded a second time."""
+    copies = []
+    for entry in entries:
+        if entry.name not in original:
+            return entries
+        file, name = original[entry.name]
+        if (file.dtype(name), tuple(file.shape(name))) != (entry.dtype, entry.shape):
+            return entries
+        # bytes are the text that names the form
+        if entry.dtype is torch.uint8 and not torch.equal(file.read(name), entry.read()):
+            return entries
+        copies.append(replace(entry, read=partial(file.read, name)))
+    return copies
 
 
 def write_gguf_sources(

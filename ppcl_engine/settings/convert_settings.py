@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
+from ..system.wording import shown
 from .base_settings import Common
 from .ranges import Device, FileName, Pixels, Range, Settings
 
@@ -25,6 +27,7 @@ Store = Literal[
     "q4_0",
 ]
 """precisions of an exported file; the later ones through the packages comfy-kitchen and gguf"""
+STRENGTHS = Range(-100.0, 100.0)  # as ComfyUI's LoRA loaders have it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +220,59 @@ class SparsifyConfig(Settings):
     def model(self) -> Path:
         """The full model; for a standalone, the file itself."""
         return self.base or self.path
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(Settings):
+    """Bake LoRAs into a model, whole or pruned, and write it as a file of its own."""
+
+    path: Path
+    """What to merge into: a diffusers folder, a ComfyUI single file, a GGUF file, a standalone, or a
+    bundle."""
+    lora: tuple[str, ...]
+    """A LoRA and its strength, as style.safetensors:0.8 (without a strength: 1); once for each."""
+    base: Path | None = None
+    """For a bundle: the full model it was made from."""
+    variant: str | None = None
+    """For a bundle: which variant, or intervals and sites as '3-4,8-10,text:51-59'; by default the
+    smallest."""
+    run: Path = Path("runs/merge")
+    """The folder that the file is written to."""
+    name: FileName = "merged"
+    """File name without ending: letters, digits, '-', '_'."""
+    layout: Literal["same", "comfyui", "diffusers", "ppcl", "gguf"] = "same"
+    """same: the model's own; a bundle's variant gets ppcl. comfyui, diffusers, gguf: renumbered, for
+    stock hosts and ComfyUI-GGUF (no corrections). ppcl: with the teacher's indices, for this
+    project's loaders."""
+    store: Store = "bfloat16"
+    """Precision in the file, as in export; what the model is stored in does not matter."""
+    dry_run: bool = False
+    """Only print what of the LoRAs has a place in the model, and what the merge would read and
+    write."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.loras:
+            raise ValueError("--lora is empty; give a LoRA file as FILE:STRENGTH")
+
+    @property
+    def loras(self) -> tuple[tuple[Path, float], ...]:
+        """(file, strength) of each. Raises ValueError for a strength that is not a number."""
+        return tuple(map(lora_given, self.lora))
+
+
+def lora_given(text: str) -> tuple[Path, float]:
+    """ "a.safetensors:0.8" -> (file, 0.8). A colon of a path is not one before a strength."""
+    path, colon, strength = text.rpartition(":")
+    if not colon or any(part in strength for part in ("/", "\\", ".safetensors")):
+        path, strength = text, "1"
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not path or not STRENGTHS.holds(value):
+        raise ValueError(f"--lora {shown(text)}: write FILE:STRENGTH, the strength {STRENGTHS}")
+    return Path(path), value
 
 
 JobConfig = Common | SparsifyConfig

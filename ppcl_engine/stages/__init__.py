@@ -24,6 +24,7 @@ STAGES: dict[str, tuple[type, str]] = {
     "export": (convert_settings.ExportConfig, "convert.export"),
     "fold": (convert_settings.FoldConfig, "convert.fold"),
     "sparsify": (convert_settings.SparsifyConfig, "convert.sparsify"),
+    "merge": (convert_settings.MergeConfig, "convert.merge"),
     "import": (convert_settings.ImportConfig, "convert.import_released"),
     "evaluate": (assess_settings.EvaluateConfig, "assess.evaluate"),
     "generate": (assess_settings.GenerateConfig, "assess.generate"),

@@ -21,6 +21,7 @@ NEXT = {
     "export": "ppcl inspect --path {result}",
     "fold": "ppcl inspect --path {result}",
     "sparsify": "ppcl inspect --path {result}",
+    "merge": "ppcl inspect --path {result}",
     "import": "ppcl inspect --path {result}",
     "inspect": "ppcl generate --path {path} --prompt TEXT (a bundle needs --base MODEL too)",
     "generate": "ppcl bench --path {path} (a bundle needs --base MODEL too)",
