@@ -159,10 +159,11 @@ class QwenImage21(FlatLatents, Architecture):
     def assemble(self, outer: AnyModule, config: dict, blocks: list[nn.Module]) -> nn.Module:
         """diffusers' model with these blocks; its forward is diffusers' own, which does not tell
         them where the image is."""
-        outer.transformer_blocks = nn.ModuleList(blocks)
-        for block in outer.transformer_blocks:
+        none: AnyModule = SimpleNamespace(processor=None)
+        for block in blocks:
             if not hasattr(block, "attn"):  # diffusers' forward asks every block what it attends by
-                block.attn = SimpleNamespace(processor=None)
+                block.attn = none
+        outer.transformer_blocks = nn.ModuleList(blocks)
         outer.register_to_config(num_layers=len(blocks))
         outer.register_forward_pre_hook(_tell_image_tokens, with_kwargs=True)
         return outer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ...architectures import Inputs
 from ...system.schemas import read_checked_object
 from .pipeline import read_part, read_tokenizer
 from .pipeline_files import QwenImage21Index
@@ -18,20 +17,12 @@ class QwenImage21Codec(QwenImageCodec):
     have an alpha channel.
 
     The model is meant to be drawn from without guidance: our guidance 1, the pipeline's
-    true_cfg_scale 1.
+    true_cfg_scale 1. Condition images, which the pipeline also takes, are not read.
     """
 
     rescales_guidance = False
     latent_side = LATENT_SIDE
     text_parts = ("text_encoder/config.json", "processor")
-
-    def text(self, texts: list[str], references: torch.Tensor | None = None) -> Inputs:
-        if references is not None:
-            raise ValueError(
-                f"{self.folder} is Qwen-Image 2.1, of which only drawing from text is supported; "
-                "leave the references out"
-            )
-        return self._text(texts)
 
     def latents(self, pictures: torch.Tensor) -> torch.Tensor:
         """[n, 3, H, W], which are opaque -> [n, channels, H/16, W/16]"""

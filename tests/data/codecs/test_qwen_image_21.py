@@ -143,7 +143,9 @@ def test_a_schedule_of_its_own(folder, pipeline, codec, tmp_path):
 
 
 def test_references_are_one_line(codec):
-    with pytest.raises(ValueError, match="only drawing from text is supported; leave the ref"):
+    with pytest.raises(
+        ValueError, match="pipeline draws from text alone here and changes no pictures; leave"
+    ):
         codec.text(["a cat"], torch.rand(1, 1, 3, 32, 32))
 
 
