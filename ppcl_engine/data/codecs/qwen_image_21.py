@@ -51,14 +51,13 @@ class QwenImage21Codec(QwenImageCodec):
 
     def _open_text_pipeline(self):
         if self._text_pipeline is None:
-            from diffusers import QwenImage21Pipeline
             from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 
             encoder = read_part(
                 Qwen3VLForConditionalGeneration, self.folder / "text_encoder", dtype=self.dtype
             )
             tokenizer = read_tokenizer(Qwen2Tokenizer, self.folder / "processor")
-            self._text_pipeline = QwenImage21Pipeline(
+            self._text_pipeline = self._pipeline_class()(
                 scheduler=None,
                 vae=None,
                 text_encoder=encoder.to(self.device),
@@ -66,6 +65,11 @@ class QwenImage21Codec(QwenImageCodec):
                 transformer=None,
             )
         return self._text_pipeline
+
+    def _pipeline_class(self) -> type:
+        from diffusers import QwenImage21Pipeline
+
+        return QwenImage21Pipeline
 
     def _vae_class(self) -> type:
         from diffusers import AutoencoderKLQwenImage21
