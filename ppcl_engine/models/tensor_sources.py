@@ -3,10 +3,11 @@ file in safetensors or GGUF."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -16,6 +17,9 @@ from ..system.progress import Progress
 from ..system.tensor_files import TensorEntry, write_tensor_stream
 from .storing import gguf_entry, stored_entries
 
+EVERYWHERE: Mapping[str, str] = MappingProxyType({})
+"""every tensor is stored alike"""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -23,6 +27,8 @@ class Source:
 
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    of: tuple[str, ...] = ()
+    """diffusers' names, with the teacher's indices, of the tensors that it is made of; empty: not known"""
 
 
 def comfyui_sources(architecture: Architecture, sources: dict[str, Source]) -> dict[str, Source]:
@@ -52,7 +58,8 @@ def _joined(pieces: list[tuple[Source, int, int]]) -> Source:
         cut = {s: s.read().chunk(n) for s, n in dict.fromkeys((s, n) for s, _, n in pieces)}
         return torch.cat([cut[s][position] for s, position, _ in pieces])
 
-    return Source((source.shape[0] // of * len(pieces), *source.shape[1:]), read)
+    names = tuple(dict.fromkeys(name for s, _, _ in pieces for name in s.of))
+    return Source((source.shape[0] // of * len(pieces), *source.shape[1:]), read, names)
 
 
 def write_sources(
@@ -61,13 +68,15 @@ def write_sources(
     store: str,
     metadata: dict[str, str],
     extra: dict[str, torch.Tensor] | None = None,
+    stores: Mapping[str, str] = EVERYWHERE,
 ) -> None:
-    """A safetensors file of `sources`, read one at a time and stored as `store` says, and of `extra`,
-    unchanged."""
+    """A safetensors file of `sources`, read one at a time and stored as `store` says, or `stores` for a
+    tensor of this name, and of `extra`, unchanged."""
     entries = []
     with Progress(total=len(sources), desc=path.stem, unit="tensor") as bar:
         for key, source in sources.items():
-            entries += stored_entries(key, source.shape, partial(_counted, bar, source), store)
+            read, chosen = partial(_counted, bar, source), stores.get(key, store)
+            entries += stored_entries(key, source.shape, read, chosen)
         entries += [
             TensorEntry(key, t.dtype, tuple(t.shape), lambda t=t: t)
             for key, t in (extra or {}).items()
@@ -82,11 +91,12 @@ def write_gguf_sources(
     store: str,
     metadata: dict[str, str],
     extra: dict[str, torch.Tensor],
+    stores: Mapping[str, str] = EVERYWHERE,
 ) -> None:
     """The same in GGUF, which has no bytes: texts are stored as half-precision numbers."""
     with Progress(total=len(sources), desc=path.stem, unit="tensor") as bar:
         entries = [
-            gguf_entry(key, source.shape, partial(_counted, bar, source), store)
+            gguf_entry(key, source.shape, partial(_counted, bar, source), stores.get(key, store))
             for key, source in sources.items()
         ]
         entries += [
