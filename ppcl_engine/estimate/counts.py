@@ -20,7 +20,7 @@ from ..models.cost import CostModel, Grid, largest_pair
 from ..models.layout import full_layout
 from ..models.opening import model_config
 from ..models.stored_layout import transformer_folder
-from ..models.storing import BITS
+from ..models.storing import BITS, MIXED
 from ..models.streaming import room_for_states
 from ..plan import Interval, PruningPlan
 from ..run import Run
@@ -282,10 +282,13 @@ class Count:
         """How much of what is trained takes part in a step, in the mean."""
         return (1 + config.all_on) / 2 if isinstance(config, PolishConfig) else 1
 
-    def exported(self, config: ExportConfig) -> int:
-        """Values in the exported file."""
+    def exported(self, config: ExportConfig) -> float:
+        """Bytes of the exported file."""
+        if config.store == MIXED:
+            return config.budget_gb * 1e9
         bundle = config.layout == "bundle"
-        return sum(self.students) if bundle else self.variant(config.variant)
+        values = sum(self.students) if bundle else self.variant(config.variant)
+        return values * self.store(config.store)
 
     def variant(self, name: str) -> int:
         """Parameters of a variant, 0 where it is not known yet."""

@@ -5,7 +5,7 @@ What is certain is counted apart, so that nothing is refused that would have fit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from ..algorithms.detection.curves import STREAMS
 from ..algorithms.sparsity.patterns import UNSTRUCTURED
 from ..algorithms.sparsity.source import open_source
 from ..models.layout import Place, full_layout
+from ..models.storing import MIXED
 from ..settings.assess_settings import EvaluateConfig
 from ..settings.base_settings import StatesConfig
 from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
@@ -28,6 +29,7 @@ from ..settings.prune_settings import (
     VariantsConfig,
 )
 from ..system.machine import DTYPES, flops_a_second, resolve_device
+from .bit_demands import bits_demand
 from .counts import (
     EXACT,
     FP32,
@@ -260,10 +262,13 @@ def _variants(count: Count, config: VariantsConfig) -> Demand:
 
 def _export(count: Count, config: ExportConfig) -> Demand:
     """A bundle is written tensor by tensor, other layouts block by block."""
-    stored = count.exported(config)
     block = 0 if config.layout == "bundle" else max(count.sizes.blocks) * FP32
     tensor = count.largest_tensor * (FP32 + count.store(config.store))
-    return Demand(certain=0, likely=block + tensor, disk=stored * count.store(config.store))
+    demand = Demand(certain=0, likely=block + tensor, disk=count.exported(config))
+    if config.store != MIXED and not config.refit:
+        return demand
+    memory, disk, flops = bits_demand(count, config)
+    return replace(demand, certain=memory, disk=demand.disk + disk, flops=flops)
 
 
 def _evaluate(count: Count, config: EvaluateConfig) -> Demand:

@@ -56,8 +56,9 @@ BITS = {
     **{name: kind.bits for name, kind in STORES.items()},
     FP8_STORE: 8,
     **PLAIN_BITS,
+    MIXED: 16,
 }
-"""`--store` -> bits of a weight"""
+"""`--store` -> bits of a weight; of `mixed`, the most"""
 
 
 def check_store(layout: str, store: str) -> None:

@@ -32,7 +32,7 @@ from ..resampling import squares
 from ..sparsity.blocks import watch
 from ..sparsity.grams import EVEN, Grams, timestep_weights
 from ..sparsity.source import SparsitySource
-from .rounding import Layers, Matrix, rounded_matrix, with_numbers
+from .rounding import Layers, Matrix, numbers_in, rounded_matrix
 
 Damages = dict[tuple[str, Layers], dict[str, float]]
 """(place's name, layers of a matrix) -> store -> damage"""
@@ -177,8 +177,8 @@ class BitDamages:
             self.shares[place.name, layers] = change / total if total else 0.0
         student = place not in self.walk.source.layout.places
         target = place.name if student else len(self.walk.source.layout.places)
-        coarse = with_numbers(block, worst.values())
-        self._add(_rounded(place.name), place.last + 1, target, coarse, states)
+        with numbers_in(block, worst.values()):
+            self._add(_rounded(place.name), place.last + 1, target, block, states)
 
     def _changes(self, place: Place, block, worst, states: BlockStates) -> dict[Layers, float]:
         """By matrix: the change of the block's output with it alone rounded, relative and squared, the
@@ -189,7 +189,8 @@ class BitDamages:
         streams = architecture.used_streams(self.walk.source.config, place.last)
         changes = {}
         for layers, numbers in worst.items():
-            after = architecture.run_block(with_numbers(block, [numbers]), before)
+            with numbers_in(block, [numbers]):
+                after = architecture.run_block(block, before)
             changes[layers] = sum(_relative(after, exact, stream) for stream in streams)
         return changes
 

@@ -3,7 +3,8 @@ some of them rounded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,6 @@ from torch import nn
 
 from ...architectures.modules import AnyModule
 from ...models.storing import SHARED_SCALES, as_stored
-from ..distillation.trainable import twin
 from ..sparsity.grams import Grams
 from ..sparsity.layer import layer_error
 from .feedback import fed_back
@@ -87,11 +87,18 @@ def _columns_as_stored(store: str, part: torch.Tensor, largest: float) -> torch.
     return as_stored(store, part)[:, :count]
 
 
-def with_numbers(block: nn.Module, numbers: Iterable[Mapping[str, torch.Tensor]]) -> nn.Module:
-    """A copy of the block with other weights in some of its layers."""
-    other: AnyModule = twin(block)
+@contextmanager
+def numbers_in(block: AnyModule, numbers: Iterable[Mapping[str, torch.Tensor]]) -> Iterator[None]:
+    """The block has other weights in some of its layers. It is no copy: a copy of a block that hands its
+    text on would hand it to nobody."""
+    exact = {}
     for by_layer in numbers:
         for name, weight in by_layer.items():
-            layer = other.get_submodule(name)
-            layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
-    return other
+            layer = block.get_submodule(name)
+            exact[name] = layer.weight
+            layer.weight = nn.Parameter(weight.to(exact[name].dtype), requires_grad=False)
+    try:
+        yield
+    finally:
+        for name, weight in exact.items():
+            block.get_submodule(name).weight = weight
