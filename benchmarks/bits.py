@@ -1,8 +1,7 @@
 """Fewer weights, fewer bits, or both: a bundled teacher's files of equal bytes, by the error of their velocity.
 
-Pruned only: the named variants in 16 bits, which are also the first budgets. In bits only: the whole teacher
-with a format for each matrix. Both: intervals and formats under one budget, and formats of a named
-variant. Each of these with weights as they are and refitted. Errors are of samples that nothing was fitted
+Pruned only: the named variants in 16 bits. In bits only: the whole teacher with a format for each matrix.
+Both: intervals and formats under one budget. The last two with weights as they are and refitted. Errors are of samples that nothing was fitted
 on, with 95 % bootstrap intervals over them; differences are of the same samples. Rows that are done are
 read from `runs/bits`, so an interrupted run goes on.
 """
@@ -11,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.models.bundle_contents import PROJECTION, student_prefix
 from ppcl_engine.models.opening import open_model
 from ppcl_engine.models.weights import Weights
+from ppcl_engine.plan import FULL
 from ppcl_engine.run import Run
 from ppcl_engine.settings.convert_settings import ExportConfig
 from ppcl_engine.settings.prune_settings import (
@@ -40,13 +41,15 @@ from ppcl_engine.system.atomic import read_json, write_json, write_text
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from .shared import output
-from .shared.pruned_demo import BATCH, DEMO, SAMPLES, UNSEEN
+from .shared.pruned_demo import BATCH, DEMO
 from .shared.scoring import SEED, mean_with_interval
 from .shared.teachers import BUNDLED, NARROW, describe, random_teacher, rendered
 
 SHARES = (0.38, 0.33)  # of the full file in 16 bits: budgets that no pruning alone meets
 ROUNDS, LONGEST = 12, 6  # of students, where the teacher has no bundle
-BITS, BOTH = "bits only", "intervals and bits"
+PRUNED, BITS, BOTH = "pruned only", "bits only", "intervals and bits"
+NAMED = ("small", "smallest")
+SAMPLES = UNSEEN = 96
 
 
 @dataclass(eq=False)
@@ -74,7 +77,7 @@ def prepare(chosen) -> Context:
     weights = Weights(path)
     run = Run(chosen.work / weights.fingerprint[:8])
     samples, unseen = (8, 8) if chosen.quick else (SAMPLES, UNSEEN)
-    batch = min(BATCH, samples)
+    batch = min(BATCH, samples // 2)
     if not run.calibration.exists():
         save_calibration(run.calibration, rendered(path, weights, samples, batch, seed=0))
     if Bundle(DEMO).plan.fingerprint == weights.fingerprint:
@@ -160,26 +163,23 @@ def _measure(context: Context, name: str, settings: dict) -> dict | None:
 
 
 def rows_of(context: Context) -> list[dict]:
-    full = measured(context, "full", variant="full", store="bfloat16")
-    assert full is not None
+    """Pruned only: each named size. The others: in the bytes of the smallest of these, and in fewer."""
     plan = context.run.load_plan()
-    names = [v.name for v in plan.variants if v.name in ("small", "smallest")]
-    pruned = {name: measured(context, name, variant=name, store="bfloat16") for name in names}
-    budgets = {row["bytes"]: name for name, row in pruned.items() if row}
-    budgets |= {round(share * full["bytes"]): None for share in SHARES}
-    rows = [{"method": "none", "variant": "full", "budget": full["bytes"], "refit": False, **full}]
-    for budget, name in sorted(budgets.items(), reverse=True):
-        if name is not None:
-            row = {"method": "pruned only", "variant": name, "budget": budget, "refit": False}
-            rows.append(row | (pruned[name] or {}))
-        ways = [(BITS, "full"), (BOTH, "auto"), *((f"{n} in bits", n) for n in names if n != name)]
-        for method, variant in ways:
-            for refit in (False, True):
-                given = {"variant": variant, "budget_gb": budget / 1e9, "refit": refit}
-                label = f"{variant}_{budget}{'_refit' if refit else ''}"
-                found = measured(context, label, store="mixed", **given)
-                row = {"method": method, "variant": variant, "budget": budget, "refit": refit}
-                rows.append(row | (found or {}))
+    sizes = [("none", FULL), *((PRUNED, v.name) for v in plan.variants if v.name in NAMED)]
+    rows = []
+    for method, variant in sizes:
+        found = measured(context, variant, variant=variant, store="bfloat16")
+        assert found is not None
+        about = {"method": method, "variant": variant, "budget": found["bytes"], "refit": False}
+        rows.append({**about, **found})
+    budgets = [rows[-1]["bytes"], *(round(share * rows[0]["bytes"]) for share in SHARES)]
+    for budget, refit in product(budgets, (False, True)):
+        for method, variant in ((BOTH, "auto"), (BITS, FULL)):
+            label = f"{variant}_{budget}{'_refit' if refit else ''}"
+            given = {"variant": variant, "budget_gb": budget / 1e9, "refit": refit}
+            found = measured(context, label, store="mixed", **given) or {}
+            about = {"method": method, "variant": variant, "budget": budget, "refit": refit}
+            rows.append({**about, **found})
     return rows
 
 

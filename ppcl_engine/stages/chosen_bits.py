@@ -4,21 +4,24 @@ with the intervals that are replaced; and weights that make up for rounding."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from ..algorithms.few_bits.choice import Choice, Part, choose
-from ..algorithms.few_bits.measuring import BitDamages, Walk, refitted_blocks
+from ..algorithms.few_bits.measuring import BitDamages, Damages, Walk, refitted_blocks
 from ..algorithms.few_bits.rounding import Layers, Matrix
+from ..algorithms.few_bits.saved import SavedDamages
 from ..algorithms.sparsity.source import SparsitySource
 from ..architectures.folded import FOLDING
 from ..architectures.linear_maps import linear_maps
 from ..models.assembly import placed_block
-from ..models.layout import Place, layout_of
+from ..models.layout import Place, layout_of, projections_of
 from ..models.storing import (
+    CHOICES,
     MIXED,
     fitting_stores,
     is_block_matrix,
@@ -31,8 +34,9 @@ from ..models.weights import Weights
 from ..plan import FULL, Interval, PruningPlan, Variant
 from ..settings.convert_settings import ExportConfig
 from ..system.gguf_files import gguf_header_size, gguf_size
+from ..system.json_text import json_text
 from ..system.machine import DTYPES, resolve_device
-from ..system.tensor_files import OneAtATime, TensorEntry, header_size
+from ..system.tensor_files import OneAtATime, TensorEntry, file_mark, header_size
 from .exported import Contents, contents_of, tensors_of
 from .inputs import open_calibration
 from .run_students import RunStudents
@@ -171,10 +175,51 @@ class BitChooser:
             choose(parts, students, _nothing(parts, students), budget - fixed), fixed
         )
         matrices = {part.place: part.matrices for part in (*parts, *(s for _, s in students))}
-        damages = BitDamages(self._walk(variant), matrices, self.config.refit).measure()
+        damages = self._damages(variant, matrices)
         chosen = choose(parts, students, damages, budget - fixed)
         assert isinstance(chosen, Choice)  # checked before anything was measured
         return chosen
+
+    def _damages(self, variant: Variant, matrices: dict[Place, Sequence[Matrix]]) -> Damages:
+        """Measured, or those that an export with another budget has measured."""
+        saved = SavedDamages(self.students.run.bits, self._settings(variant))
+        damages = saved.read()
+        wanted = {
+            (place.name, matrix.layers) for place, some in matrices.items() for matrix in some
+        }
+        if not wanted <= damages.keys():
+            damages = BitDamages(self._walk(variant), matrices, self.config.refit).measure()
+            saved.write(damages)
+        return damages
+
+    def _settings(self, variant: Variant) -> str:
+        """What decides the damages; saved with them and compared when they are used again."""
+        run, config = self.students.run, self.config
+        paths = [run.best(run.student(interval.name)) for interval in self.plan.intervals]
+        paths += [
+            run.best(run.projection(place, kind))
+            for place, kind in projections_of(self.plan, variant)
+        ]
+        if variant.tuned:
+            paths.append(run.tuned_variant(variant.name))
+        values = {
+            "calibration": open_calibration(config, self.weights).hash,
+            "model": self.weights.fingerprint,
+            "model_file": self._mark(),
+            "formats": CHOICES[config.layout],
+            "layout": config.layout,
+            "refit": config.refit,
+            "dtype": config.dtype,
+            "variant": [variant.name if variant.tuned else "", variant.intervals, variant.sites],
+            "parts": [file_mark(path) for path in paths if path.exists()],
+        }
+        return json_text(values, sort_keys=True)
+
+    def _mark(self) -> list:
+        """Of a model in another precision: a fingerprint is the same in all."""
+        path = Path(self.config.model)
+        files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
+        return [(file.name, file.stat().st_size) for file in files]
 
     def _check_budget(self, chosen: Choice | int, fixed: int) -> None:
         if isinstance(chosen, int):

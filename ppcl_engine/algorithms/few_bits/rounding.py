@@ -73,7 +73,7 @@ def _as_read(written, exact, matrices, store: str) -> RoundedMatrix:
         layer_error(exact[name] - new, matrices[name])
         for name, new in zip(written, numbers, strict=True)
     ]
-    return RoundedMatrix(sum(errors), written, dict(zip(written, numbers, strict=True)))
+    return RoundedMatrix(max(0.0, sum(errors)), written, dict(zip(written, numbers, strict=True)))
 
 
 def _columns_as_stored(store: str, part: torch.Tensor, largest: float) -> torch.Tensor:
