@@ -49,7 +49,7 @@ SHARES = (0.38, 0.33)  # of the full file in 16 bits: budgets that no pruning al
 ROUNDS, LONGEST = 12, 6  # of students, where the teacher has no bundle
 PRUNED, BITS, BOTH = "pruned only", "bits only", "intervals and bits"
 NAMED = ("small", "smallest")
-SAMPLES = UNSEEN = 96
+SAMPLES, UNSEEN = 32, 96
 
 
 @dataclass(eq=False)

@@ -87,6 +87,7 @@ def _exported(folder: Path) -> list:
     file = model_files_in(folder / EXPORTS)[0]
     lines = [
         f"{exported_name(file)}: {bytes_text(file.stat().st_size)}",
+        results.bits_text(file.with_suffix(".bits.json")),
         results.variants_text(plan),
         results.report_of(folder),
     ]

@@ -219,7 +219,7 @@ class BitChooser:
         """Of a model in another precision: a fingerprint is the same in all."""
         path = Path(self.config.model)
         files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
-        return [(file.name, file.stat().st_size) for file in files]
+        return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     def _check_budget(self, chosen: Choice | int, fixed: int) -> None:
         if isinstance(chosen, int):

@@ -12,22 +12,20 @@ from collections.abc import Callable
 
 import torch
 
-from ..sparsity.compensation import inverse_factor
-
 
 def fed_back(
     weight: torch.Tensor,
-    gram: torch.Tensor,
+    factor: torch.Tensor,
     rounded: Callable[[torch.Tensor], torch.Tensor],
     columns: int,
 ) -> torch.Tensor:
     """The rounded weight [rows, all columns], float64.
 
-    rounded: what some neighbouring columns are stored as, whatever the others are. columns: how many
-    share a scale. With U upper triangular, H^-1 = U^T U, and E the error of block b, the columns
-    behind it become W - E U_bb^-1 U_b.
+    factor: U upper triangular, H^-1 = U^T U (`sparsity.compensation.inverse_factor`). rounded: what some
+    neighbouring columns are stored as, whatever the others are. columns: how many share a scale. With E
+    the error of block b, the columns behind it become W - E U_bb^-1 U_b.
     """
-    factor, new = inverse_factor(gram), weight.double().clone()
+    new = weight.double().clone()
     for first in range(0, new.shape[1], columns):
         block, behind = slice(first, first + columns), slice(first + columns, None)
         kept = rounded(new[:, block]).double()

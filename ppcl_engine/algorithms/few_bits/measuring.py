@@ -32,7 +32,7 @@ from ..resampling import squares
 from ..sparsity.blocks import watch
 from ..sparsity.grams import EVEN, Grams, timestep_weights
 from ..sparsity.source import SparsitySource
-from .rounding import Layers, Matrix, numbers_in, rounded_matrix
+from .rounding import Layers, Matrix, exact_matrix, numbers_in
 
 Damages = dict[tuple[str, Layers], dict[str, float]]
 """(place's name, layers of a matrix) -> store -> damage"""
@@ -164,13 +164,16 @@ class BitDamages:
     def _round(self, place: Place, block: nn.Module, grams: Grams, states: BlockStates) -> None:
         where, worst = f"block {place.name}", {}
         for matrix in self.matrices[place]:
-            rounded = {
-                store: rounded_matrix(block, grams, matrix.layers, store, self.refit, where)
-                for store in matrix.sizes
-            }
-            errors = {store: found.error for store, found in rounded.items()}
+            exact = exact_matrix(block, grams, matrix.layers, where)
+            errors: dict[str, float] = {}
+            for store in matrix.sizes:
+                found = exact.rounded(store, self.refit)
+                if found.error >= max(errors.values(), default=0.0):
+                    worst[matrix.layers] = {
+                        name: numbers.to(self.walk.dtype) for name, numbers in found.numbers.items()
+                    }
+                errors[store] = found.error
             self.errors[place.name, matrix.layers] = errors
-            worst[matrix.layers] = rounded[max(errors, key=lambda s: errors[s])].numbers
         changes = self._changes(place, block, worst, states)
         total = sum(changes.values())
         for layers, change in changes.items():
@@ -233,8 +236,7 @@ def refitted_blocks(
     for place, block, grams, _ in walk.blocks("refit"):
         weights: dict[str, torch.Tensor] = {}
         for layers, store in chosen.get(place, {}).items():
-            weights |= rounded_matrix(
-                block, grams, layers, store, True, f"block {place.name}"
-            ).weights
+            exact = exact_matrix(block, grams, layers, f"block {place.name}")
+            weights |= exact.rounded(store, refit=True).weights
         yield place, weights
     walk.store.clear()

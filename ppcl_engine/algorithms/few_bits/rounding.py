@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import nn
 
 from ...architectures.modules import AnyModule
 from ...models.storing import SHARED_SCALES, as_stored
+from ..sparsity.compensation import inverse_factor
 from ..sparsity.grams import Grams
 from ..sparsity.layer import layer_error
 from .feedback import fed_back
@@ -41,39 +43,61 @@ class RoundedMatrix:
     """by layer: what is read again"""
 
 
-def rounded_matrix(
-    block: AnyModule, grams: Grams, layers: Layers, store: str, refit: bool, where: str
-) -> RoundedMatrix:
-    """refit: the weights that are not rounded yet make up for those that are, where that leaves a
-    smaller error; formats with one scale a row stay as they are."""
-    weights = {name: block.get_submodule(name).weight.double() for name in layers}
-    matrices = {name: grams.of(name, f"{where}, {name}") for name in layers}
-    plain = _as_read(weights, weights, matrices, store)
-    if not refit or store not in SHARED_SCALES:
-        return plain
-    largest = max(float(weight.abs().max()) for weight in weights.values())
-    fed = {
-        name: fed_back(
-            weight,
-            matrices[name],
-            lambda part: _columns_as_stored(store, part, largest),
-            SHARED_SCALES[store],
+@dataclass(frozen=True, eq=False)
+class ExactMatrix:
+    """A matrix before it is rounded, with what its layers read."""
+
+    weights: Mapping[str, torch.Tensor]
+    """by layer, float64"""
+    grams: Mapping[str, torch.Tensor]
+    """by layer; the same tensor for layers that read the same"""
+
+    @cached_property
+    def largest(self) -> float:
+        return max(float(weight.abs().max()) for weight in self.weights.values())
+
+    @cached_property
+    def factors(self) -> dict[str, torch.Tensor]:
+        """By layer: of the inverse Gram matrix."""
+        known: dict[int, torch.Tensor] = {}
+        for gram in self.grams.values():
+            if id(gram) not in known:
+                known[id(gram)] = inverse_factor(gram)
+        return {name: known[id(gram)] for name, gram in self.grams.items()}
+
+    def rounded(self, store: str, refit: bool) -> RoundedMatrix:
+        """refit: the weights that are not rounded yet make up for those that are, where that leaves
+        a smaller error; formats with one scale a row stay as they are."""
+        plain = self._as_read(self.weights, store)
+        if not refit or store not in SHARED_SCALES:
+            return plain
+        fed = {}
+        for name, weight in self.weights.items():
+            rounded = partial(_columns_as_stored, store, largest=self.largest)
+            fed[name] = fed_back(weight, self.factors[name], rounded, SHARED_SCALES[store])
+        again = self._as_read(fed, store)
+        return again if again.error < plain.error else plain
+
+    def _as_read(self, written: Mapping[str, torch.Tensor], store: str) -> RoundedMatrix:
+        """Rows are quantised together, as they lie in the file: nvfp4 has one scale for all of them."""
+        rows = [len(weight) for weight in written.values()]
+        parts = as_stored(store, torch.cat(list(written.values()))).double().split(rows)
+        numbers = dict(zip(written, parts, strict=True))
+        error = sum(
+            layer_error(self.weights[name] - new, self.grams[name]) for name, new in numbers.items()
         )
-        for name, weight in weights.items()
-    }
-    again = _as_read(fed, weights, matrices, store)
-    return again if again.error < plain.error else plain
+        return RoundedMatrix(max(0.0, error), written, numbers)
 
 
-def _as_read(written, exact, matrices, store: str) -> RoundedMatrix:
-    """Rows are quantised together, as they lie in the file: nvfp4 has one scale for all of them."""
-    rows = [len(weight) for weight in written.values()]
-    numbers = as_stored(store, torch.cat(list(written.values()))).double().split(rows)
-    errors = [
-        layer_error(exact[name] - new, matrices[name])
-        for name, new in zip(written, numbers, strict=True)
-    ]
-    return RoundedMatrix(max(0.0, sum(errors)), written, dict(zip(written, numbers, strict=True)))
+def exact_matrix(block: AnyModule, grams: Grams, layers: Layers, where: str) -> ExactMatrix:
+    """Raises ValueError for a layer that no calibration sample reaches."""
+    weights = {name: block.get_submodule(name).weight.double() for name in layers}
+    found: dict[str, torch.Tensor] = {}
+    for name in layers:
+        leader = grams.leaders.get(name, name)
+        if leader not in found:
+            found[leader] = grams.of(name, f"{where}, {name}")
+    return ExactMatrix(weights, {name: found[grams.leaders.get(name, name)] for name in layers})
 
 
 def _columns_as_stored(store: str, part: torch.Tensor, largest: float) -> torch.Tensor:
