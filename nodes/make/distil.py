@@ -181,7 +181,12 @@ class FineTune(JobNode):
             ],
             previews=True,
             last=(
-                *inputs(FinetuneConfig, "offload", offload={"optional": True}),
+                *inputs(
+                    FinetuneConfig,
+                    "offload optimizer_state",
+                    offload={"optional": True},
+                    optimizer_state={"optional": True},
+                ),
                 _quant_aware_input(),
             ),
         )

@@ -1,4 +1,4 @@
-"""What it takes to measure formats of few bits, and to refit in them, beside the file itself."""
+"""The bytes of an exported file, and what it takes to choose its formats and to refit in them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,20 @@ WATCHED = 2  # walks of a block: to watch what its maps read, and rounded
 REFIT = 3  # products of a map with its Gram matrix: error feedback, and the error
 
 
+def exported_bytes(count: Count, config: ExportConfig) -> float:
+    if config.store == MIXED:
+        return config.budget_gb * 1e9
+    bundle = config.layout == "bundle"
+    values = sum(count.students) if bundle else count.variant(config.variant)
+    return values * count.store(config.store)
+
+
 def bits_demand(count: Count, config: ExportConfig) -> tuple[float, float, float]:
     """(bytes of the device's memory, bytes of files, FLOPs), of the full model: a block with its Gram
     matrices; the states of the whole calibration set at two boundaries; those of one batch for every
-    block, with formats to choose."""
+    block, with formats to choose. Nothing where neither is asked for."""
+    if config.store != MIXED and not config.refit:
+        return 0, 0, 0
     cost, size = count.sizes.cost, count.size
     places = full_layout(count.blocks).places
     costs = {place: cost.place(place) for place in places}
