@@ -9,6 +9,7 @@ read from `runs/bits`, so an interrupted run goes on.
 from __future__ import annotations
 
 import time
+from argparse import BooleanOptionalAction, Namespace
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ppcl_engine.algorithms.resampling import ratio_estimate, squares
-from ppcl_engine.data.calibration import CalibrationSet, save_calibration
+from ppcl_engine.data.calibration import CalibrationSet, load_calibration, save_calibration
 from ppcl_engine.data.rendered.tables import fit_codec
 from ppcl_engine.demo.run import LEARNING_RATE, REMOVE
 from ppcl_engine.models.bundle import Bundle
@@ -49,7 +50,7 @@ SHARES = (0.38, 0.33)  # of the full file in 16 bits: budgets that no pruning al
 ROUNDS, LONGEST = 12, 6  # of students, where the teacher has no bundle
 PRUNED, BITS, BOTH = "pruned only", "bits only", "intervals and bits"
 NAMED = ("small", "smallest")
-SAMPLES, UNSEEN = 32, 96
+SAMPLES, UNSEEN = 96, 240
 
 
 @dataclass(eq=False)
@@ -58,7 +59,7 @@ class Context:
     weights: Weights
     run: Run
     unseen: CalibrationSet
-    quick: bool
+    chosen: Namespace
 
     def __post_init__(self):
         self.target = self.velocities(self.path)
@@ -75,8 +76,8 @@ def prepare(chosen) -> Context:
         path = chosen.work / "teacher.safetensors"
         random_teacher(path, {**NARROW, "num_layers": 4}, seed=0, codec=fit_codec(0, samples=16))
     weights = Weights(path)
-    run = Run(chosen.work / weights.fingerprint[:8])
-    samples, unseen = (8, 8) if chosen.quick else (SAMPLES, UNSEEN)
+    samples, unseen = (8, 8) if chosen.quick else (chosen.samples, chosen.unseen)
+    run = Run(chosen.work / f"{weights.fingerprint[:8]}_{samples}_{unseen}")
     batch = min(BATCH, samples // 2)
     if not run.calibration.exists():
         save_calibration(run.calibration, rendered(path, weights, samples, batch, seed=0))
@@ -84,7 +85,8 @@ def prepare(chosen) -> Context:
         _unpack(DEMO, run)
     else:
         _prune(path, run, weights, chosen.quick)
-    return Context(path, weights, run, rendered(path, weights, unseen, batch, seed=1), chosen.quick)
+    unseen_samples = rendered(path, weights, unseen, batch, seed=1)
+    return Context(path, weights, run, unseen_samples, chosen)
 
 
 def _unpack(path: Path, run: Run) -> None:
@@ -172,8 +174,9 @@ def rows_of(context: Context) -> list[dict]:
         assert found is not None
         about = {"method": method, "variant": variant, "budget": found["bytes"], "refit": False}
         rows.append({**about, **found})
-    budgets = [rows[-1]["bytes"], *(round(share * rows[0]["bytes"]) for share in SHARES)]
-    for budget, refit in product(budgets, (False, True)):
+    shares = SHARES[:1] if context.chosen.quick else context.chosen.shares
+    budgets = [rows[-1]["bytes"], *(round(share * rows[0]["bytes"]) for share in shares)]
+    for refit, budget in product((False, True) if context.chosen.refit else (False,), budgets):
         for method, variant in ((BOTH, "auto"), (BITS, FULL)):
             label = f"{variant}_{budget}{'_refit' if refit else ''}"
             given = {"variant": variant, "budget_gb": budget / 1e9, "refit": refit}
@@ -208,7 +211,11 @@ def run(chosen) -> dict:
     for row in rows:
         row.pop("velocity_rows", None)
     teacher = describe(context.path, context.weights)
-    return {"rows": rows, "differences": compared, "teacher": teacher, "samples": SAMPLES}
+    counts = {
+        "samples": load_calibration(context.run.calibration).samples,
+        "unseen": len(context.target),
+    }
+    return {"rows": rows, "differences": compared, "teacher": teacher, **counts}
 
 
 def show(values: dict) -> None:
@@ -237,6 +244,18 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("--teacher", type=Path, help="default: the bundled Qwen-Image one")
     parser.add_argument(
         "--work", type=Path, help="where files and rows are kept (default runs/bits)"
+    )
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="that formats are measured on")
+    parser.add_argument("--unseen", type=int, default=UNSEEN, help="samples that errors are of")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="*",
+        default=SHARES,
+        help="budgets below the smallest pruned file, of the full file's bytes",
+    )
+    parser.add_argument(
+        "--refit", action=BooleanOptionalAction, default=True, help="rows with refitted weights too"
     )
     chosen = output.parse(parser, arguments)
     chosen.work = chosen.work or Path("runs/bits_quick" if chosen.quick else "runs/bits")
