@@ -139,7 +139,7 @@ def gguf_entry(
 
 
 def fitting_stores(layout: str, shape: tuple[int, ...]) -> list[str]:
-    """Of the formats that `mixed` chooses from, those that can hold a block's matrix of this shape."""
+    """The formats that `mixed` chooses from and that can hold a block's matrix of this shape."""
     return [store for store in CHOICES[layout] if _fits(store, *shape)]
 
 

@@ -216,7 +216,7 @@ class BitChooser:
         return json_text(values, sort_keys=True)
 
     def _mark(self) -> list:
-        """Of a model in another precision: a fingerprint is the same in all."""
+        """Which files the model is: its fingerprint is the same in all precisions."""
         path = Path(self.config.model)
         files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
         return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -303,7 +303,7 @@ def _held(source: Source, prefixes: Mapping[str, Place]) -> tuple[Place, Layers]
 
 
 def _known(held: Mapping[str, tuple[Place, Layers] | None]) -> Iterator:
-    """Those that are in a block."""
+    """The ones that are in a block."""
     return ((name, found) for name, found in held.items() if found is not None)
 
 

@@ -29,7 +29,7 @@ SOURCE_PLAN_KEY = "ppcl_source_plan"
 
 @dataclass(frozen=True)
 class Contents:
-    """Of a file."""
+    """What a file holds."""
 
     sources: dict[str, Source]
     """by their names in it"""
