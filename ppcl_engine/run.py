@@ -25,6 +25,7 @@ class Run:
         self.alignment = self.folder / "alignment.safetensors"
         self.tuned = self.folder / "tuned"
         self.polished_parts = self.folder / "polished"
+        self.bits = self.folder / "bits"
         self.sparsified = self.folder / "sparsified"
         self.polish_state = self.polished_parts / "state.safetensors"
         self.evaluation = self.folder / "evaluate.json"

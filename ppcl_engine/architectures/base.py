@@ -144,6 +144,8 @@ class Architecture(Protocol):
     marks: dict[str, str]
     """empty tensors that hosts put into their single files for what shapes do not show -> the entry
     of the configuration that each turns on"""
+    unread: tuple[str, ...] = ()
+    """tensors of hosts' single files that no forward reads, by their names there"""
     model_configs: dict[str, dict]
     """full-size models by name; the first is the default"""
     tiny_config: dict

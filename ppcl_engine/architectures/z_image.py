@@ -34,6 +34,7 @@ class ZImage(PackedLatents, Architecture):
     block_returns = ("joint",)
     caption_inputs = (CAPTIONS, f"{CAPTIONS}_mask")
     timestep_modulations, marks = (), {}
+    unread = ("norm_final.weight",)  # Lumina 2's; in the file that ComfyUI's makers publish
     time_embedder = "t_embedder"
     model_configs = {
         "z_image": {

@@ -25,7 +25,7 @@ from ..models.streaming import room_for_states
 from ..plan import Interval, PruningPlan
 from ..run import Run
 from ..settings.base_settings import TrainingConfig
-from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
+from ..settings.convert_settings import JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
     CalibrateConfig,
     DistillDepthConfig,
@@ -278,11 +278,6 @@ class Count:
     def tuning_states(self) -> int:
         """States of a batch between all blocks."""
         return self.blocks * self.samples.batch * self.state
-
-    def exported(self, config: ExportConfig) -> int:
-        """Values in the exported file."""
-        bundle = config.layout == "bundle"
-        return sum(self.students) if bundle else self.variant(config.variant)
 
     def variant(self, name: str) -> int:
         """Parameters of a variant, 0 where it is not known yet."""

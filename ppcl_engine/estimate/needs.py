@@ -38,6 +38,7 @@ from .counts import (
 )
 from .demand import Demand
 from .detect_chains import DetectChains
+from .export_demands import bits_demand, exported_bytes
 from .round_states import RoundStates
 from .traffic import traffic
 from .tuning_counts import bytes_a_parameter
@@ -265,10 +266,11 @@ def _variants(count: Count, config: VariantsConfig) -> Demand:
 
 def _export(count: Count, config: ExportConfig) -> Demand:
     """A bundle is written tensor by tensor, other layouts block by block."""
-    stored = count.exported(config)
     block = 0 if config.layout == "bundle" else max(count.sizes.blocks) * FP32
     tensor = count.largest_tensor * (FP32 + count.store(config.store))
-    return Demand(certain=0, likely=block + tensor, disk=stored * count.store(config.store))
+    memory, states, flops = bits_demand(count, config)
+    disk = exported_bytes(count, config) + states
+    return Demand(certain=memory, likely=block + tensor, disk=disk, flops=flops)
 
 
 def _evaluate(count: Count, config: EvaluateConfig) -> Demand:

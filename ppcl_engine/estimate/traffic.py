@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..algorithms.detection.curves import FIT, STREAMS
 from ..algorithms.distillation.kept_trainers import SHARE, rounds_between_saves
+from ..models.storing import MIXED
 from ..settings.assess_settings import EvaluateConfig
 from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
@@ -28,6 +29,7 @@ from ..settings.prune_settings import (
 from ..system.machine import free_memory
 from .counts import EXACT, FP32, NAMED_VARIANTS, SAVED_COPIES, Count
 from .detect_chains import DetectChains
+from .export_demands import exported_bytes
 from .round_states import RoundStates
 from .tuning_counts import bytes_a_parameter, share_of_steps
 from .width_counts import WidthCounts, measuring_walks
@@ -210,14 +212,14 @@ def _variants(count: Count, config: VariantsConfig) -> Traffic:
 
 
 def _export(count: Count, config: ExportConfig) -> Traffic:
-    """A bundle holds a hash of every tensor of the teacher."""
+    """A bundle holds a hash of every tensor of the teacher. Chosen and refitted formats take a walk each."""
     gone = 0 if config.layout == "bundle" else sum(i.removed + 1 for i in count.intervals)
-    walks = 1 - gone / count.blocks
+    walks = (1 + (config.store == MIXED) + config.refit) * (1 - gone / count.blocks)
     return Traffic(
         walks=walks,
         resident_walks=walks,
         read=sum(count.students) * FP32,
-        written=count.exported(config) * count.store(config.store),
+        written=exported_bytes(count, config),
     )
 
 

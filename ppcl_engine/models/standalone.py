@@ -53,15 +53,22 @@ def write_standalone(
     Without the guard a stock host would build the blocks that are missing, and skip tensors that it
     does not know, silently. original: see `write_sources`.
     """
+    named, about, extra = standalone_contents(sources, plan, variant)
+    write_sources(path, named, store, {**(metadata or {}), **about}, extra, original)
+    return path
+
+
+def standalone_contents(
+    sources: dict[str, Source], plan: PruningPlan, variant: Variant
+) -> tuple[dict[str, Source], dict[str, str], dict[str, torch.Tensor]]:
+    """(the tensors by their names in the file, its metadata, what is written beside them)"""
     structure = structure_of(plan, variant).to_json()
     architecture, layout = architecture_named(plan.architecture), layout_of(plan, variant)
     extra = {STRUCTURE_TENSOR: as_tensor(structure)}
     if guard := guard_name(plan, layout):
         extra[guard] = torch.zeros(GUARD_SHAPE, dtype=torch.uint8)
     named = joined_sources(sources, variant_parts(architecture, plan.config, layout, sources))
-    metadata = {**(metadata or {}), STRUCTURE_KEY: structure, "format": "pt"}
-    write_sources(path, named, store, metadata, extra, original)
-    return path
+    return named, {STRUCTURE_KEY: structure, "format": "pt"}, extra
 
 
 def guard_name(plan: PruningPlan, layout: Layout) -> str | None:

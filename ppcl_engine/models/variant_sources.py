@@ -25,7 +25,8 @@ def variant_sources(
         model = empty_model(architecture, weights.config, layout)
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         return {
-            n: Source(s, lambda n=n: students.tuned(variant.name, n)) for n, s in shapes.items()
+            n: Source(s, lambda n=n: students.tuned(variant.name, n), (n,))
+            for n, s in shapes.items()
         }
     unchanged = {place.index for place in layout.places if place.is_teacher}
     replaced = tuple(
@@ -34,7 +35,7 @@ def variant_sources(
         if index not in unchanged
     )
     sources = {
-        key: Source(weights.shape(key), partial(unrounded, weights, key))
+        key: Source(weights.shape(key), partial(unrounded, weights, key), (key,))
         for key in weights.keys()
         if not key.startswith(replaced)
     }
@@ -60,6 +61,6 @@ def _place_tensors(weights: Weights, place: Place, read: OneAtATime) -> dict[str
         shapes = empty_block(weights.architecture, weights.config, place, {}).state_dict()
     prefix = weights.architecture.block_prefix(weights.config, place.index)
     return {
-        prefix + name: Source(tuple(t.shape), partial(read, place, name))
+        prefix + name: Source(tuple(t.shape), partial(read, place, name), (prefix + name,))
         for name, t in shapes.items()
     }

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from ..system.wording import shown
 from .base_settings import Common
-from .ranges import Device, FileName, Pixels, Range, Settings
+from .ranges import Device, FileName, Limit, Pixels, Range, Settings
 
 Store = Literal[
     "float32",
@@ -25,6 +25,7 @@ Store = Literal[
     "q5_0",
     "q4_1",
     "q4_0",
+    "mixed",
 ]
 """precisions of an exported file; the later ones through the packages comfy-kitchen and gguf"""
 STRENGTHS = Range(-100.0, 100.0)  # as ComfyUI's LoRA loaders have it
@@ -39,13 +40,20 @@ class ExportConfig(Common):
     for stock hosts and ComfyUI-GGUF (no corrections). ppcl: one variant with the teacher's indices,
     for this project's loaders."""
     variant: str = "small"
-    """The variant to write, unless the layout is bundle."""
+    """The variant to write, unless the layout is bundle. auto, with the store mixed: the intervals
+    are chosen too, under the same budget."""
     name: FileName = "pruned"
     """File name without ending: letters, digits, '-', '_'."""
     store: Store = "bfloat16"
     """Precision in the file. float8: linear maps in scaled fp8, as ComfyUI reads it (layout
     comfyui). int8 to w4a4: the blocks' linear maps in ComfyUI's formats (comfyui, ppcl, bundle), for
-    hosts that know them. q8_0 to q4_0: in GGUF's."""
+    hosts that know them. q8_0 to q4_0: in GGUF's. mixed: a format for each matrix, chosen within
+    budget_gb by its measured damage (comfyui, ppcl, gguf)."""
+    budget_gb: Limit = 0.0
+    """With the store mixed: the most GB (a billion bytes) that the file may have."""
+    refit: bool = False
+    """Let weights make up for the rounding of others, by least squares on the run's calibration set, as
+    GPTQ does, without training (mxfp8, nvfp4, q8_0 to q4_0, mixed; not in a bundle)."""
 
 
 @dataclass(frozen=True, kw_only=True)

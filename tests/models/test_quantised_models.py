@@ -280,3 +280,9 @@ def test_a_file_is_its_parts(written, store):
         ]
     header = 200 * len(parts) + 200
     assert sum(parts) <= path.stat().st_size <= sum(parts) + header
+
+
+def test_matrices_of_z_image_s_blocks_are_quantised():
+    """Its blocks are called layers; its refiners are not among them."""
+    assert is_block_matrix("layers.3.attention.qkv.weight", (192, 64))
+    assert not is_block_matrix("noise_refiner.0.attention.qkv.weight", (192, 64))

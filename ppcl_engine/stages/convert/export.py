@@ -5,48 +5,91 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from ...models.bundle import BUNDLE_SUFFIX, write_bundle
 from ...models.bundle_contents import bundle_entries
-from ...models.layout import layout_of
-from ...models.standalone import write_standalone
-from ...models.stock_files import SOURCE_PLAN_KEY, refuse_what_stock_lacks, write_stock
-from ...models.storing import check_store
+from ...models.storing import FP8_STORE, MIXED, check_bits, check_store
 from ...models.teacher_hashes import teacher_hashes
+from ...models.tensor_sources import write_gguf_sources, write_sources
 from ...models.variant_sources import variant_sources
 from ...models.weights import Weights
+from ...plan import PruningPlan
 from ...run import Run
 from ...settings.convert_settings import ExportConfig
+from ...system.atomic import write_json
+from ...system.float8 import FP8, FP8_MARK
+from ...system.gguf_files import GGUF_SUFFIX
+from ..chosen_bits import REST, BitChooser, Bits
+from ..exported import Contents, contents_of
 from ..inputs import open_plan
 from ..run_students import RunStudents
 
 
 def export(config: ExportConfig) -> Path:
     """Returns the file (or diffusers folder). Raises ValueError for a variant that the layout cannot
-    hold, and for students that are not trained yet."""
+    hold, for students that are not trained yet, and for a budget that no choice of formats meets."""
     check_store(config.layout, config.store)
+    check_bits(config.layout, config.store, config.budget_gb, config.refit)
     run, weights = Run(config.run), Weights(config.model)
     plan = open_plan(config, weights)
-    folder = run.folder / "exports"
     if config.layout == "bundle":
-        path = folder / f"{config.name}{BUNDLE_SUFFIX}"
+        path = run.folder / "exports" / f"{config.name}{BUNDLE_SUFFIX}"
         entries = list(bundle_entries(run, plan, config.store))
         write_bundle(path, plan, entries, teacher_hashes(weights))
         return path
-    variant, architecture = plan.variant(config.variant), weights.architecture
-    students = RunStudents(run, weights.config, architecture)
+    if config.store == MIXED or config.refit:
+        with torch.no_grad():
+            return _with_bits(config, weights, plan)
+    students = RunStudents(run, weights.config, weights.architecture)
+    variant = plan.variant(config.variant)
     tensors = variant_sources(students, weights, plan, variant)
-    if config.layout == "ppcl":
-        return write_standalone(
-            folder / f"{config.name}.safetensors", tensors, plan, variant, config.store
-        )
-    refuse_what_stock_lacks(plan, variant, config.layout)
-    return write_stock(
-        folder / config.name,
-        config.layout,
-        config.store,
-        architecture,
-        weights.config,
-        [place.index for place in layout_of(plan, variant).places],
-        tensors,
-        {SOURCE_PLAN_KEY: plan.to_json()},
+    contents = contents_of(config.layout, weights, plan, variant, tensors)
+    return _write(config, weights, contents, {})
+
+
+def _with_bits(config: ExportConfig, weights: Weights, plan: PruningPlan) -> Path:
+    """Formats by the calibration set, and a report of them beside the file."""
+    students = RunStudents(Run(config.run), weights.config, weights.architecture)
+    chooser = BitChooser(config, weights, students, plan)
+    bits = chooser.bits()
+    contents = chooser.contents(bits.variant, chooser.refitted(bits) if config.refit else None)
+    path = _write(config, weights, contents, chooser.names(bits, contents))
+    if config.store == MIXED:
+        _tell(config, path, bits)
+    return path
+
+
+def _tell(config: ExportConfig, path: Path, bits: Bits) -> None:
+    report = {"budget_gb": config.budget_gb, "bytes": path.stat().st_size, **bits.to_json()}
+    write_json(path.with_suffix(".bits.json"), report)
+    counts = ", ".join(f"{count} {store}" for store, count in report["matrices"].items())
+    print(
+        f"{report['bytes']:,} bytes of {config.budget_gb * 1e9:,.0f}; replaced: {' '.join(bits.variant.intervals) or 'none'}; "
+        f"matrices: {counts}; predicted damage {bits.damage:.4g}"
     )
+
+
+def _write(
+    config: ExportConfig, weights: Weights, contents: Contents, stores: dict[str, str]
+) -> Path:
+    """stores: by name in the file, where they are not all in `config.store`."""
+    folder, architecture = Run(config.run).folder / "exports", weights.architecture
+    store = REST if config.store == MIXED else config.store
+    sources, metadata, extra = contents.sources, contents.metadata, contents.extra
+    if config.layout == "diffusers":
+        path = folder / config.name
+        write_sources(path / "diffusion_pytorch_model.safetensors", sources, store, metadata)
+        about = {"_class_name": architecture.diffusers_class, **contents.config}
+        write_json(path / "config.json", about)
+        return path
+    if config.layout == "gguf":
+        path = folder / f"{config.name}{GGUF_SUFFIX}"
+        write_gguf_sources(path, architecture, sources, store, metadata, extra, stores)
+        return path
+    if store == FP8_STORE:
+        # ComfyUI reads the marker's size: two elements say fp8 storage alone, products in 16 bits
+        extra = {**extra, FP8_MARK: torch.zeros(2, dtype=FP8)}
+    path = folder / f"{config.name}.safetensors"
+    write_sources(path, sources, store, metadata, extra, stores=stores)
+    return path
