@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import pytest
 
@@ -75,7 +76,17 @@ CASES = {
     "z_image": Case(
         architecture="z_image", file="z_image", channels={"in_channels": 16}, parts=Z_IMAGE_PARTS
     ),
+    "krea2": Case(
+        architecture="krea2",
+        file="krea2",
+        channels={"in_channels": 64},
+        frames=True,
+        parts=Z_IMAGE_PARTS,
+    ),
 }
+
+if not find_spec("comfy.ldm.krea2"):  # older versions of ComfyUI do not know it
+    del CASES["krea2"]
 
 
 # sizes of an edit model's reference latents

@@ -45,8 +45,7 @@ def meta(engine, shapes: dict) -> dict[str, torch.Tensor]:
     tensors = {}
     for key, shape in shapes.items():
         part = engine.to_comfyui(key, shapes)
-        whole = shape if part.of == 1 else (shape[0] // len(part.pieces) * part.of, *shape[1:])
-        tensors[part.name] = torch.empty(whole, dtype=torch.bfloat16, device="meta")
+        tensors[part.name] = torch.empty(part.whole(shape), dtype=torch.bfloat16, device="meta")
     return tensors
 
 
