@@ -41,7 +41,7 @@ class Krea2Host(Host):
             gives=("joint",),
         ),
     )
-    told = ("rope_theta",)
+    told = ("intermediate_size", "rope_theta")
     mark = "txtfusion.projector.weight"
     text_map = ""
     viewed = ("mod",)

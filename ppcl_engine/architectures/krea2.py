@@ -86,21 +86,23 @@ class Krea2(PackedLatents, Architecture):
         """Configuration from shapes alone, for files without one (ComfyUI single files)."""
         keys = list(keys)
         width, in_channels = shapes("img_in.weight")
-        head, heads, key_heads, inner = _sizes(shapes, f"{BLOCKS}0.")
-        _, text_heads, text_key_heads, text_inner = _sizes(shapes, f"{TEXT_BLOCKS[0]}0.")
+        head, heads, key_heads = _heads(shapes, f"{BLOCKS}0.")
+        _, text_heads, text_key_heads = _heads(shapes, f"{TEXT_BLOCKS[0]}0.")
+        # in a pruned model some FFNs are projected; where all are, nothing reads their size
+        ffns = [key for key in keys if key.startswith(BLOCKS) and key.endswith(".ff.gate.weight")]
         return {
             "in_channels": in_channels,
             "num_layers": depth(keys, BLOCKS),
             "attention_head_dim": head,
             "num_attention_heads": heads,
             "num_key_value_heads": key_heads,
-            "intermediate_size": inner,
+            "intermediate_size": shapes(ffns[0])[0] if ffns else 0,
             "timestep_embed_dim": shapes("time_embed.linear_1.weight")[1],
             "text_hidden_dim": shapes("txt_in.linear_1.weight")[1],
             "num_text_layers": shapes("text_fusion.projector.weight")[1],
             "text_num_attention_heads": text_heads,
             "text_num_key_value_heads": text_key_heads,
-            "text_intermediate_size": text_inner,
+            "text_intermediate_size": shapes(f"{TEXT_BLOCKS[0]}0.ff.gate.weight")[0],
             "num_layerwise_text_blocks": depth(keys, TEXT_BLOCKS[0]),
             "num_refiner_text_blocks": depth(keys, TEXT_BLOCKS[1]),
             "axes_dims_rope": [head * share // 8 for share in ROTARY_SHARES],
@@ -253,11 +255,11 @@ class Krea2(PackedLatents, Architecture):
         }
 
 
-def _sizes(shapes: Callable[[str], tuple[int, ...]], prefix: str) -> tuple[int, int, int, int]:
-    """Of a block: channels of a head, heads, heads of keys and values, channels in the FFN."""
+def _heads(shapes: Callable[[str], tuple[int, ...]], prefix: str) -> tuple[int, int, int]:
+    """Of a block: channels of a head, heads, heads of keys and values."""
     head = shapes(f"{prefix}attn.norm_q.weight")[0]
     heads, key_heads = (shapes(f"{prefix}attn.to_{name}.weight")[0] // head for name in "qk")
-    return head, heads, key_heads, shapes(f"{prefix}ff.gate.weight")[0]
+    return head, heads, key_heads
 
 
 def _places(inputs: Inputs) -> torch.Tensor:
