@@ -56,7 +56,7 @@ def host_of(names: Iterable[str], where: str) -> Host:
 def _why_not_here(name: str) -> str:
     """Why the nodes do not know an architecture, and what to do."""
     if name in NEWER:
-        return f"this version of ComfyUI does not know (it has no {NEWER[name]}); update ComfyUI"
+        return f"needs a newer ComfyUI, since this one has no {NEWER[name]}; update ComfyUI"
     return (
         f"has no nodes yet ({_KNOWN} have); export it with layout comfyui and choose it in a loader of "
         "ComfyUI's own, where that knows the model"
