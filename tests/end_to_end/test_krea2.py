@@ -109,4 +109,4 @@ def test_a_text_site_is_one_line(depth, teacher_file, tmp_path, line_of):
 def test_dry_run_of_the_full_size(architecture, capsys, tmp_path):
     arguments = ["--model", architecture.name, "--run", str(tmp_path), "--dry-run"]
     assert main(["distill-depth", *arguments]) == 0
-    assert "28 blocks, 12.8 B" in capsys.readouterr().out
+    assert "28 blocks, 12.82 B" in capsys.readouterr().out
