@@ -32,7 +32,9 @@ LAYOUTS = (
     (tuple(GGUF_STORES), ("gguf",)),
 )
 """stores -> the layouts that have them"""
-IN_BLOCKS = re.compile(r"(?:^|\.)\w*blocks\.[0-9]+\.|^(?:students|projections)\.")
+IN_BLOCKS = re.compile(
+    r"(?:^|\.)(?:\w*blocks|layers|\w+_refiner)\.[0-9]+\.|^(?:students|projections)\."
+)
 CORRECTION = re.compile(r"(?:^|\.)correction\.")
 PLAIN_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
 BITS = {
