@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from ..algorithms.detection.intervals import PUBLISHED_SHARE
-from ..algorithms.distillation.compact_state import BLOCK, COMPACT
 from ..algorithms.distillation.kept_trainers import SHARE
 from ..algorithms.distillation.quantization import NONE
 from ..algorithms.distillation.round_cache import REUSE
@@ -109,8 +108,10 @@ def _sizes(
 class Count:
     """Sizes that the stages' needs are made of; bytes unless said otherwise."""
 
-    def __init__(self, config: JobConfig, calibrate: CalibrateConfig | None):
+    def __init__(self, config: JobConfig, calibrate: CalibrateConfig | None, processes: int = 1):
         self.config, self.size = config, DTYPES[config.dtype].itemsize
+        self.processes = processes
+        self.shards = processes > 1 and getattr(config, "parallel", "") == "shard"
         self.samples = _samples(config, calibrate)
         model = Path(config.model)
         changed = model.stat().st_mtime_ns if model.exists() else 0
@@ -274,20 +275,9 @@ class Count:
             return sum(self.students)
         return self.variant(config.variant) or self.parameters // 2
 
-    def tuning_bytes(self, config: PolishConfig | FinetuneConfig) -> float:
-        """Bytes of a parameter in training, outside of its turn and in a file: its weight, two
-        moments, and an average where there is one."""
-        if config.optimizer_state == COMPACT:
-            return FP32 + 2 * (1 + FP32 / BLOCK) + (torch.bfloat16.itemsize if config.ema else 0)
-        return FP32 * (4 if config.ema else 3)
-
     def tuning_states(self) -> int:
         """States of a batch between all blocks."""
         return self.blocks * self.samples.batch * self.state
-
-    def on_share(self, config: PolishConfig | FinetuneConfig) -> float:
-        """How much of what is trained takes part in a step, in the mean."""
-        return (1 + config.all_on) / 2 if isinstance(config, PolishConfig) else 1
 
     def exported(self, config: ExportConfig) -> int:
         """Values in the exported file."""

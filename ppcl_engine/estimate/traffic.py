@@ -29,6 +29,7 @@ from ..system.machine import free_memory
 from .counts import EXACT, FP32, NAMED_VARIANTS, SAVED_COPIES, Count
 from .detect_chains import DetectChains
 from .round_states import RoundStates
+from .tuning_counts import bytes_a_parameter, share_of_steps
 from .width_counts import WidthCounts, measuring_walks
 
 
@@ -179,12 +180,12 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Traffic:
     step, written behind it, and read once more when it is saved."""
     saves, frozen = math.ceil(config.steps / config.save_every), 0.0
     weights = FP32 * count.trained(config)
-    all_kept = count.tuning_bytes(config) * count.trained(config)
+    all_kept = bytes_a_parameter(config) * count.trained(config)
     if isinstance(config, PolishConfig):
         replaced = sum(len(interval.blocks) for interval in count.intervals) / count.blocks
-        frozen = 1 - count.on_share(config) * replaced
-    on_disk = config.offload == "disk"
-    turns = config.steps * count.on_share(config) if on_disk else 0
+        frozen = 1 - share_of_steps(config) * replaced
+    on_disk = config.offload == "disk" and not count.shards
+    turns = config.steps * share_of_steps(config) if on_disk else 0
     states = config.steps * count.tuning_states() if on_disk else 0
     return Traffic(
         walks=config.steps * (1 + 2 * frozen),
