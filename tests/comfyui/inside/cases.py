@@ -30,6 +30,8 @@ class Case:
     """width of the pooled text in its conditioning"""
     guidance: float | None = None
     """in its conditioning"""
+    text: int = 24
+    """channels of a text token"""
 
 
 # 64 in all: some formats want no less
@@ -90,10 +92,18 @@ CASES = {
         frames=True,
         parts=Z_IMAGE_PARTS,
     ),
+    "krea2_wide": Case(
+        architecture="krea2",
+        file="krea2_wide",
+        channels={"in_channels": 64, "text_hidden_dim": 64, "text_intermediate_size": 256},
+        frames=True,
+        parts=Z_IMAGE_PARTS,
+        text=3 * 64,
+    ),
 }
 
 if not find_spec("comfy.ldm.krea2"):  # older versions of ComfyUI do not know it
-    del CASES["krea2"]
+    del CASES["krea2"], CASES["krea2_wide"]
 
 
 # sizes of an edit model's reference latents
