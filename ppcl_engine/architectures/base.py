@@ -123,7 +123,7 @@ class Part:
     """where ComfyUI has diffusers' matrix as one vector: the number of its rows"""
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Of diffusers' tensor, from that of the whole tensor in ComfyUI's layout."""
+        """The shape of diffusers' tensor, from that of the whole tensor in ComfyUI's layout."""
         if self.rows and len(stored) == 1:
             return self.rows, stored[0] // self.rows
         return stored if self.of == 1 else (stored[0] // self.of * len(self.pieces), *stored[1:])

@@ -256,7 +256,7 @@ class Krea2(PackedLatents, Architecture):
 
 
 def _heads(shapes: Callable[[str], tuple[int, ...]], prefix: str) -> tuple[int, int, int]:
-    """Of a block: channels of a head, heads, heads of keys and values."""
+    """Sizes of a block: channels of a head, heads, heads of keys and values."""
     head = shapes(f"{prefix}attn.norm_q.weight")[0]
     heads, key_heads = (shapes(f"{prefix}attn.to_{name}.weight")[0] // head for name in "qk")
     return head, heads, key_heads

@@ -44,13 +44,13 @@ def blockwise(model, inputs):
 
 
 def built(*edited: nn.Module):
-    """Of our parts; `edited` blocks first."""
+    """The model of our parts; `edited` blocks first."""
     blocks = [*edited, *(KREA.build_block(TINY, i) for i in range(len(edited), 6))]
     return KREA.assemble(KREA.build_outer(TINY), TINY, blocks).eval().requires_grad_(False)
 
 
 def places(grid: tuple) -> torch.Tensor:
-    """Of five text tokens, then the image's, as diffusers' pipeline makes them."""
+    """Places of five text tokens, then the image's, as diffusers' pipeline makes them."""
     from diffusers import Krea2Pipeline
 
     return Krea2Pipeline.prepare_position_ids(5, *grid[1:], device=torch.device("cpu"))

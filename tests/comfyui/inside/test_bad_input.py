@@ -99,7 +99,7 @@ def hostile_bundles(models, bundle) -> None:
 
 
 KREA2_HERE = (
-    "krea2.ppcl.safetensors is a bundle: students only; choose as base"
+    "variant 'small' is not in the plan"
     if find_spec("comfy.ldm.krea2")
     else "krea2 needs a newer ComfyUI, since this one has no comfy.ldm.krea2; update ComfyUI"
 )
