@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 import comfy.supported_models
 import torch
@@ -12,13 +13,20 @@ from . import checks, flux1, qwen_image, sd35, z_image
 from .base import Host
 from .entries import PrunedConfig, config_classes
 
-HOSTS: tuple[Host, ...] = (qwen_image.HOST, flux1.HOST, sd35.HOST, z_image.HOST)
+HOSTS: tuple[Host, ...] = (
+    qwen_image.HOST,
+    flux1.HOST,
+    sd35.HOST,
+    z_image.HOST,
+)
+NEWER = {"krea2": "comfy.ldm.krea2"}
+"""architecture -> the module of ComfyUI that builds it, which older versions do not have"""
+if find_spec(NEWER["krea2"]):
+    from . import krea2
+
+    HOSTS += (krea2.HOST,)
 
 _KNOWN = ", ".join(host.engine.name for host in HOSTS)
-_NOT_HERE = (
-    f"has no nodes yet ({_KNOWN} have); export it with layout comfyui and choose it in a loader of "
-    "ComfyUI's own, where that knows the model"
-)
 
 
 def host_named(name: str) -> Host:
@@ -26,7 +34,7 @@ def host_named(name: str) -> Host:
     for host in HOSTS:
         if host.engine.name == name:
             return host
-    raise ValueError(f"{name} {_NOT_HERE}")
+    raise ValueError(f"{name} {_why_not_here(name)}")
 
 
 def host_of(names: Iterable[str], where: str) -> Host:
@@ -38,9 +46,20 @@ def host_of(names: Iterable[str], where: str) -> Host:
             return host
     for architecture in ARCHITECTURES:
         if architecture.detect(names):
-            raise ValueError(f"{where} is {architecture.name}, which {_NOT_HERE}")
+            why = _why_not_here(architecture.name)
+            raise ValueError(f"{where} is {architecture.name}, which {why}")
     raise ValueError(
         f"{where} is not a model of a supported architecture ({_KNOWN}); choose another one"
+    )
+
+
+def _why_not_here(name: str) -> str:
+    """Why the nodes do not know an architecture, and what to do."""
+    if name in NEWER:
+        return f"needs a newer ComfyUI, since this one has no {NEWER[name]}; update ComfyUI"
+    return (
+        f"has no nodes yet ({_KNOWN} have); export it with layout comfyui and choose it in a loader of "
+        "ComfyUI's own, where that knows the model"
     )
 
 

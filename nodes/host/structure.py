@@ -124,15 +124,8 @@ def config_of(host: Host, tensors: FileTensors, known: Mapping | None = None) ->
 
 def engine_shapes(engine: Architecture, tensors: FileTensors) -> dict[str, tuple[int, ...]]:
     """Shapes by diffusers' names, of tensors by the host's names."""
-    shapes = {}
-    for key, part in parts_in(
-        engine, (name for name in tensors if name not in engine.marks)
-    ).items():
-        shape = tuple(tensors[part.name].shape)
-        shapes[key] = (
-            shape if part.of == 1 else (shape[0] // part.of * len(part.pieces), *shape[1:])
-        )
-    return shapes
+    parts = parts_in(engine, (name for name in tensors if name not in engine.marks))
+    return {key: part.shape(tuple(tensors[part.name].shape)) for key, part in parts.items()}
 
 
 def blocks_in(host: Host, names: Iterable[str]) -> dict[str, list[int]]:

@@ -162,10 +162,7 @@ def check_base(
     the returned note says so."""
     marks = (FP8_MARK, *host.engine.marks)
     parts = parts_in(host.engine, (n for n in base if n not in marks))
-    shapes = {
-        key: Cut(rows=(part.pieces, part.of)).shape(base[part.name].shape)
-        for key, part in parts.items()
-    }
+    shapes = {key: part.shape(base[part.name].shape) for key, part in parts.items()}
     vectors = {base[part.name] for key, part in parts.items() if len(shapes[key]) == 1}
     if path.suffix == GGUF or any(stored.dtype in FLOAT8 for stored in vectors):
         return (

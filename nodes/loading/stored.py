@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -28,9 +29,13 @@ class Stored:
     """in the file"""
     cut: Cut = Cut()
     """what is read of it"""
+    flat: bool = False
+    """whether the host has it as one vector"""
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.flat:
+            return (math.prod(self.file.shape(self.name)),)
         return self.cut.shape(self.file.shape(self.name))
 
     @property
@@ -38,6 +43,8 @@ class Stored:
         return self.file.dtype(self.name)
 
     def read(self) -> torch.Tensor:
+        if self.flat:
+            return self.file.read(self.name).flatten()
         # where only first rows are kept, the others need not be read
         kept, of = self.cut.rows
         if self.cut.columns == ALL and kept == tuple(range(len(kept))):
@@ -186,6 +193,8 @@ def in_host_names(
             named[f"{own[module]}.{leaf}"] = location
         elif part is None:
             named[_correction(host, config, usual_name(host.engine, name))] = location
+        elif part.rows:
+            named[part.name] = replace(location, flat=True)
         else:
             for position, piece in enumerate(part.pieces):
                 cut = Cut(rows=((position,), len(part.pieces)))

@@ -36,7 +36,7 @@ def check_same_model(model, weights: Weights) -> None:
     names = names_in_model(model, [part.name for part in parts.values()])
     for key, part in parts.items():
         shape, actual = weights.shape(key), own.get(names[part.name])
-        whole = (shape[0] // len(part.pieces) * part.of, *shape[1:]) if part.of > 1 else shape
+        whole = part.whole(shape)
         if actual != whole:
             text = f"is {actual}, not {whole}" if actual else "is missing"
             raise ValueError(f"the MODEL's {names[part.name]} {text}; {advice}")

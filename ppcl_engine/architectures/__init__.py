@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from .base import REFERENCES, Architecture, BlockState, Inputs, Part, placed
 from .flux1 import Flux1
+from .krea2 import Krea2
 from .projections import SharedText
 from .qwen_image import QwenImage
 from .qwen_image_21 import QwenImage21
@@ -18,6 +19,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     SD35(),
     ZImage(),
     QwenImage21(),
+    Krea2(),
 )
 
 __all__ = [

@@ -7,6 +7,7 @@ itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -118,6 +119,20 @@ class Part:
     """which of its `of` equal pieces make up diffusers' tensor, in that tensor's order"""
     of: int = 1
     """into how many equal pieces the rows of `name` are cut"""
+    rows: int = 0
+    """where ComfyUI has diffusers' matrix as one vector: the number of its rows"""
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of diffusers' tensor, from that of the whole tensor in ComfyUI's layout."""
+        if self.rows and len(stored) == 1:
+            return self.rows, stored[0] // self.rows
+        return stored if self.of == 1 else (stored[0] // self.of * len(self.pieces), *stored[1:])
+
+    def whole(self, own: tuple[int, ...]) -> tuple[int, ...]:
+        """The inverse of `shape`."""
+        if self.rows:
+            return (math.prod(own),)
+        return own if self.of == 1 else (own[0] // len(self.pieces) * self.of, *own[1:])
 
 
 class Architecture(Protocol):

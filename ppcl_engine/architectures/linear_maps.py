@@ -109,6 +109,13 @@ LINEAR_MAPS = {
             Passed(givers=("attn.to_v",), takers=("attn.to_out.0",), by_head="attn"),
         ),
     ),
+    "krea2": LinearMaps(
+        conditioning=(),
+        text=("correction.maps.text",),
+        joint=("attn.", "ff"),
+        # not attention's: several heads read the same values, each behind a gate of its own
+        passed=(Passed(givers=("ff.gate", "ff.up"), takers=("ff.down",)),),
+    ),
 }
 
 
@@ -177,5 +184,7 @@ def sections(passed: Passed, block: AnyModule) -> int:
 
 
 def _by_head(block: AnyModule, attention: str, size: int) -> tuple[int, ...]:
-    heads = block.get_submodule(attention).heads
-    return (size // heads,) * heads
+    """Keys and values may have fewer heads, of the same size."""
+    module = block.get_submodule(attention)
+    head = module.to_q.out_features // module.heads
+    return (head,) * (size // head)

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from .base import Part
 
-# the first word is followed by the block's number
-NUMBERED = re.compile(r"(\w+)\.([0-9]{1,9})\.(.+)")
+# the first word or two are followed by the block's number
+NUMBERED = re.compile(r"((?:\w+\.)?\w+)\.([0-9]{1,9})\.(.+)")
 LINEAR = {"weight": "weight", "bias": "bias"}
 
 Modules = Mapping[str, str | tuple[str, tuple[int, ...], int]]
@@ -53,14 +53,14 @@ class NameTable:
     def place(self, key: str) -> Part:
         """Where diffusers' tensor lies in ComfyUI's layout. Raises KeyError for a name that is in
         no row."""
-        template, number = _split(key)
+        template, number = (key, "") if key in self._parts else _split(key)
         part = self._parts[template]
         return replace(part, name=part.name.format(number))
 
     def contents(self, name: str) -> tuple[str, ...]:
         """diffusers' names of what ComfyUI's tensor holds; a name that is in no row comes back
         unchanged."""
-        template, number = _split(name)
+        template, number = (name, "") if name in self._contents else _split(name)
         return tuple(key.format(number) for key in self._contents.get(template, [])) or (name,)
 
 

@@ -259,12 +259,56 @@ def _qwen21_outer(config: dict, width: int) -> Shapes:
     }
 
 
+def _krea2_part(width: int, head: int, key_heads: int, inner: int) -> Shapes:
+    """Gated attention and a gated FFN with their norms: of a block, and of one of the text's. No
+    map has a bias."""
+    square, keys = ("attn.to_q", "attn.to_gate", "attn.to_out.0"), ("attn.to_k", "attn.to_v")
+    return (
+        _norms(("attn.norm_q", "attn.norm_k"), head)
+        | {f"{name}.weight": (width, width) for name in square}
+        | {f"{name}.weight": (key_heads * head, width) for name in keys}
+        | {f"ff.{name}.weight": (inner, width) for name in ("gate", "up")}
+        | {"ff.down.weight": (width, inner)}
+        | {f"{name}.weight": (width,) for name in ("norm1", "norm2")}
+    )
+
+
+def _krea2_block(config: dict, width: int, index: int) -> Shapes:
+    head, key_heads = config["attention_head_dim"], config["num_key_value_heads"]
+    part = _krea2_part(width, head, key_heads, config["intermediate_size"])
+    return {"scale_shift_table": (6, width)} | part
+
+
+def _krea2_outer(config: dict, width: int) -> Shapes:
+    text, channels = config["text_hidden_dim"], config["in_channels"]
+    head = text // config["text_num_attention_heads"]
+    key_heads, inner = config["text_num_key_value_heads"], config["text_intermediate_size"]
+    shapes: Shapes = {}
+    for kind in ("layerwise", "refiner"):
+        for index in range(config[f"num_{kind}_text_blocks"]):
+            prefix = f"text_fusion.{kind}_blocks.{index}."
+            part = _krea2_part(text, head, key_heads, inner)
+            shapes |= {prefix + name: shape for name, shape in part.items()}
+    return (
+        shapes
+        | {"text_fusion.projector.weight": (1, config["num_text_layers"])}
+        | _linear("img_in", channels, width)
+        | _mlp("time_embed", config["timestep_embed_dim"], width)
+        | _linear("time_mod_proj", width, 6 * width)
+        | {"txt_in.norm.weight": (text,)}
+        | _mlp("txt_in", text, width)
+        | {"final_layer.scale_shift_table": (2, width), "final_layer.norm.weight": (width,)}
+        | _linear("final_layer.linear", width, channels)
+    )
+
+
 _BLOCKS: dict[str, Callable[[dict, int, int], Shapes]] = {
     "qwen_image": _qwen_block,
     "flux1": _flux_block,
     "sd35": _sd35_block,
     "z_image": _z_image_block,
     "qwen_image_21": _qwen21_block,
+    "krea2": _krea2_block,
 }
 _OUTER: dict[str, Callable[[dict, int], Shapes]] = {
     "qwen_image": _qwen_outer,
@@ -272,4 +316,5 @@ _OUTER: dict[str, Callable[[dict, int], Shapes]] = {
     "sd35": _sd35_outer,
     "z_image": _z_image_outer,
     "qwen_image_21": _qwen21_outer,
+    "krea2": _krea2_outer,
 }

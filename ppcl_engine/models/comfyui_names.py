@@ -61,6 +61,8 @@ def check_parts(
         rows, *others = shape or (1,)
         if part.of > 1:
             shape = (rows * len(part.pieces) // pieces[part.name], *others)
+        elif part.rows:
+            shape = part.shape(shape)
         check_shape(part.name, shape, shapes[key], where)
         if not (file.dtype(name).is_floating_point or part.name in scales):
             raise ValueError(
@@ -88,6 +90,7 @@ def read_part(
         part = Part(part.name, tuple(there.index(piece) for piece in part.pieces), len(there))
     if part.of == 1:
         tensor = file.read(name)
+        tensor = tensor.unflatten(0, (part.rows, -1)) if part.rows else tensor
     else:
         rows = file.shape(name)[0] // part.of
         tensor = torch.cat([file.read(name, rows, piece * rows) for piece in part.pieces])

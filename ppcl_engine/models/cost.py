@@ -48,6 +48,8 @@ READ_AS = {
     "attention.to_v": "attention.to_q",
     "feed_forward.w3": "feed_forward.w1",
     "img_mlp.gate_layer": "img_mlp.proj",
+    "attn.to_gate": "attn.to_q",
+    "ff.up": "ff.gate",
 }
 """maps that read the very tensor that another one reads"""
 
@@ -196,7 +198,7 @@ class CostModel:
         folding, flops = folding_of(self.config), 0
         looked_up = self._conditioning if folding is not None and folding.form == "table" else ()
         for name, shape in shapes.items():
-            if len(shape) == 2 and not name.startswith(looked_up):
+            if is_map(name, shape) and not name.startswith(looked_up):
                 flops += 2 * self._rows(name, shapes) * math.prod(shape)
         both = self.architecture.attended_pairs(self._image_tokens, self._text_tokens)
         attended = {"attn": both, "attention": both, "attn2": self._image_tokens**2}
@@ -222,10 +224,15 @@ class CostModel:
         maps, read = [], {}
         for name, shape in shapes.items():
             module = name.removesuffix(".weight")
-            if len(shape) == 2 and not any(part in module for part in skip):
+            if is_map(name, shape) and not any(part in module for part in skip):
                 maps.append((shape[0], shape[1]))
                 read[READ_AS.get(module, module)] = (self._rows(name, shapes), shape[1])
         return maps, list(read.values())
+
+
+def is_map(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a block's tensor is a linear map's weight, and not a table of vectors."""
+    return len(shape) == 2 and name.endswith(".weight")
 
 
 @lru_cache(maxsize=64)

@@ -124,12 +124,40 @@ class QwenImage21Config(_Config):
         return axes_problem(self.axes_dims_rope, self.attention_head_dim)
 
 
+class Krea2Config(_Config):
+    num_layers: Layers
+    attention_head_dim: Head
+    num_attention_heads: Heads
+    num_key_value_heads: Heads
+    intermediate_size: Size
+    timestep_embed_dim: Annotated[int, Field(ge=2, le=1 << 14, multiple_of=2)]
+    text_hidden_dim: Size
+    num_text_layers: Annotated[int, Field(ge=1, le=1024)]
+    text_num_attention_heads: Heads
+    text_num_key_value_heads: Heads
+    text_intermediate_size: Size
+    num_layerwise_text_blocks: Layers
+    num_refiner_text_blocks: Layers
+    axes_dims_rope: EvenAxes
+
+    def problem(self) -> str | None:
+        for prefix in ("", "text_"):
+            heads = getattr(self, f"{prefix}num_attention_heads")
+            shared = getattr(self, f"{prefix}num_key_value_heads")
+            if heads % shared:
+                return f"{prefix}num_attention_heads {heads} is not a multiple of {prefix}num_key_value_heads {shared}"
+        if self.text_hidden_dim % self.text_num_attention_heads:
+            return f"text_hidden_dim {self.text_hidden_dim} is not a multiple of text_num_attention_heads {self.text_num_attention_heads}"
+        return axes_problem(self.axes_dims_rope, self.attention_head_dim)
+
+
 SCHEMAS: dict[str, type[_Config]] = {
     "qwen_image": QwenImageConfig,
     "flux1": Flux1Config,
     "sd35": SD35Config,
     "z_image": ZImageConfig,
     "qwen_image_21": QwenImage21Config,
+    "krea2": Krea2Config,
 }
 
 
@@ -163,6 +191,16 @@ def sizes_that_differ(config: Mapping[str, Any], inferred: Mapping[str, Any]) ->
         "cap_feat_dim",
         "context_in_dim",
         "mlp_ratio",
+        "num_key_value_heads",
+        "intermediate_size",
+        "timestep_embed_dim",
+        "text_hidden_dim",
+        "num_text_layers",
+        "text_num_attention_heads",
+        "text_num_key_value_heads",
+        "text_intermediate_size",
+        "num_layerwise_text_blocks",
+        "num_refiner_text_blocks",
     )
     return [
         n for n in told if n in inferred and config.get(n) is not None and config[n] != inferred[n]

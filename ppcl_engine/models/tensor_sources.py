@@ -3,6 +3,7 @@ file in safetensors or GGUF."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,9 +47,14 @@ def joined_sources(sources: dict[str, Source], parts: dict[str, Part]) -> dict[s
     for key, source in sources.items():
         part = parts[key]
         pieces = tensors.setdefault(part.name, {})
+        source = _as_vector(source) if part.rows else source
         for position, piece in enumerate(part.pieces):
             pieces[piece] = (source, position, len(part.pieces))
     return {name: _joined([pieces[n] for n in sorted(pieces)]) for name, pieces in tensors.items()}
+
+
+def _as_vector(source: Source) -> Source:
+    return Source((math.prod(source.shape),), lambda: source.read().flatten())
 
 
 def _joined(pieces: list[tuple[Source, int, int]]) -> Source:

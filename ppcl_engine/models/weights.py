@@ -104,8 +104,7 @@ class Weights:
 
     def shape(self, key: str) -> tuple[int, ...]:
         file, name, part = self._tensors[key]
-        shape = shape_in((file, name), part.name, self._scales)
-        return shape if part.of == 1 else (shape[0] // part.of * len(part.pieces), *shape[1:])
+        return part.shape(shape_in((file, name), part.name, self._scales))
 
     def dtype(self, key: str) -> torch.dtype:
         """As stored."""
@@ -294,7 +293,8 @@ def usual_name(architecture: Architecture, name: str) -> str:
 
 def _read_part(file: OpenFile, name: str, part: Part) -> torch.Tensor:
     if part.of == 1:
-        return file.read(name)
+        stored = file.read(name)
+        return stored.unflatten(0, (part.rows, -1)) if part.rows else stored
     rows = file.shape(name)[0] // part.of
     return torch.cat([file.read(name, rows, piece * rows) for piece in part.pieces])
 

@@ -30,6 +30,7 @@ WIDE = {
     "sd35": {**HEADS, "caption_projection_dim": 64, "dual_attention_layers": [0]},
     "z_image": {"dim": 192, "n_heads": 6, "n_kv_heads": 6, "n_layers": 2, "axes_dims": [8, 12, 12]},
     "qwen_image_21": {"num_layers": 2},
+    "krea2": {"num_layers": 2, "text_hidden_dim": 64},
 }
 ROUNDING = {
     "int8": 0.01,

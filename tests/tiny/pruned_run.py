@@ -152,6 +152,7 @@ def check_depth_alone(
     stock = kind.from_pretrained(
         export(ExportConfig(**common, layout="diffusers", name="stock"))
     ).eval()
+    stock.requires_grad_(False)  # torch multiplies without a bias in another order where it is on
     single = export(ExportConfig(**common, layout="comfyui", name="single"))
     bundle = export(ExportConfig(**common, layout="bundle"))
     for model in (stock, open_model(single), open_model(bundle, variant, teacher)):

@@ -63,7 +63,7 @@ def build_tiny_qwen_image_21_pipeline(folder: Path, seed: int = 0) -> Path:
         enlarge(transformer)
         transformer.save_pretrained(folder / "transformer")
         AutoencoderKLQwenImage21(**VAE_CONFIG).save_pretrained(folder / "vae")
-        _text_encoder(vocabulary(WORDS)).save_pretrained(folder / "text_encoder")
+        text_encoder(vocabulary(WORDS)).save_pretrained(folder / "text_encoder")
     FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG).save_pretrained(folder / "scheduler")
     write_tokenizer(folder / "processor", WORDS)
     (folder / "processor" / "chat_template.jinja").write_text(TEMPLATE)
@@ -71,7 +71,7 @@ def build_tiny_qwen_image_21_pipeline(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _text_encoder(tokens: dict[str, int]) -> torch.nn.Module:
+def text_encoder(tokens: dict[str, int]) -> torch.nn.Module:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     text = {

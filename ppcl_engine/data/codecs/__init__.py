@@ -9,6 +9,7 @@ from ...system.atomic import read_object
 from ...system.tensor_files import TensorFile, check_exists
 from .base import Codec
 from .flux1 import FluxCodec
+from .krea2 import Krea2Codec
 from .pipeline import PipelineCodec
 from .qwen_image import QwenImageCodec, QwenImageEditCodec, QwenImageEditPlusCodec
 from .qwen_image_21 import QwenImage21Codec
@@ -24,6 +25,7 @@ PIPELINES = {
     "StableDiffusion3Pipeline": StableDiffusion3Codec,
     "ZImagePipeline": ZImageCodec,
     "QwenImage21Pipeline": QwenImage21Codec,
+    "Krea2Pipeline": Krea2Codec,
 }
 
 

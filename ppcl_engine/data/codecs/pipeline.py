@@ -59,7 +59,7 @@ class PipelineCodec:
         """The pipeline's own, shifted for the picture's size. Raises ValueError for fewer steps
         than the shift needs."""
         from diffusers import FlowMatchEulerDiscreteScheduler
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+        from diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
 
         scheduler: AnyModule = FlowMatchEulerDiscreteScheduler.from_config(
             read_checked_object(self.folder / SCHEDULER_FILE, Scheduler)
@@ -70,8 +70,7 @@ class PipelineCodec:
             raise ValueError(
                 f"{self.folder / SCHEDULER_FILE} has a shift_terminal, which needs 2 steps; raise --steps"
             )
-        lengths = config.base_image_seq_len, config.max_image_seq_len
-        shift = calculate_shift(image_tokens, *lengths, config.base_shift, config.max_shift)
+        shift = self._shift(config, image_tokens)
         retrieve_timesteps(scheduler, **self._spacing(steps), mu=shift)
         return scheduler.sigmas.tolist()
 
@@ -108,6 +107,13 @@ class PipelineCodec:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _shift(self, config: AnyModule, image_tokens: int) -> float:
+        """By how much timesteps are moved towards the noise; `config`: the scheduler's."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        lengths = config.base_image_seq_len, config.max_image_seq_len
+        return calculate_shift(image_tokens, *lengths, config.base_shift, config.max_shift)
 
     def _spacing(self, steps: int) -> dict:
         """How the pipeline's call asks its scheduler for timesteps: equal steps before the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,6 +32,17 @@ class QwenImage21Index(_Open):
     """model_index.json"""
 
     sample_sigmas: Annotated[list[Finite], Field(min_length=1, max_length=1000)] | None = None
+
+
+class Krea2Index(_Open):
+    """model_index.json"""
+
+    is_distilled: bool = False
+    patch_size: Literal[2] = 2
+    text_encoder_select_layers: (
+        Annotated[list[Annotated[int, Field(ge=0, le=1024)]], Field(min_length=1, max_length=1024)]
+        | None
+    ) = None
 
 
 class PooledVAE(_Open):

@@ -41,9 +41,9 @@ class QwenImageCodec(PipelineCodec):
             chunk = texts[first : first + TEXTS_AT_ONCE]
             with torch.no_grad():
                 embeddings, mask = self._encoded(pipeline, chunk)
-            lengths = [embeddings.shape[1]] * len(chunk) if mask is None else mask.sum(1).tolist()
+            real = torch.ones(embeddings.shape[:2]) if mask is None else mask
             rows += [
-                row[:length].float().cpu() for row, length in zip(embeddings, lengths, strict=True)
+                row[own.bool()].float().cpu() for row, own in zip(embeddings, real, strict=True)
             ]
         return padded(rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import pytest
 
@@ -29,6 +30,8 @@ class Case:
     """width of the pooled text in its conditioning"""
     guidance: float | None = None
     """in its conditioning"""
+    text: int = 24
+    """channels of a text token"""
 
 
 # 64 in all: some formats want no less
@@ -82,7 +85,25 @@ CASES = {
         channels={"in_channels": 16, **WIDE_Z},
         parts=Z_IMAGE_PARTS,
     ),
+    "krea2": Case(
+        architecture="krea2",
+        file="krea2",
+        channels={"in_channels": 64},
+        frames=True,
+        parts=Z_IMAGE_PARTS,
+    ),
+    "krea2_wide": Case(
+        architecture="krea2",
+        file="krea2_wide",
+        channels={"in_channels": 64, "text_hidden_dim": 64, "text_intermediate_size": 256},
+        frames=True,
+        parts=Z_IMAGE_PARTS,
+        text=3 * 64,
+    ),
 }
+
+if not find_spec("comfy.ldm.krea2"):  # older versions of ComfyUI do not know it
+    del CASES["krea2"], CASES["krea2_wide"]
 
 
 # sizes of an edit model's reference latents

@@ -31,7 +31,7 @@ def inputs(host_case, architecture, references) -> SimpleNamespace:
     generator = torch.Generator().manual_seed(5)
     latents, text = (
         torch.randn(1, 16, 1, 8, 12, generator=generator),
-        torch.randn(1, 7, 24, generator=generator),
+        torch.randn(1, 7, host_case.text, generator=generator),
     )
     more, captions = {}, {"encoder_hidden_states": text}
     if host_case.pooled:

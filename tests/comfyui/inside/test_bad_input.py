@@ -1,6 +1,7 @@
 """What a user can get wrong is one clear line, and the next request works."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -43,18 +44,20 @@ def broken_files(models, teacher, make_model, save_model) -> None:
         if ".3.attn.to_k" not in name
     }
     write_tensors(folder / "short.safetensors", short, TensorFile(teacher).metadata)
-    _write_without_nodes(models)
+    _write_without_nodes(models, "qwen_image_21", "qwen21")
+    _write_without_nodes(models, "krea2", "krea2")
 
 
-def _write_without_nodes(models) -> None:
-    """A file and a bundle of an architecture that the nodes do not know."""
-    architecture = architecture_named("qwen_image_21")
+def _write_without_nodes(models, name: str, file: str) -> None:
+    """A file and a bundle of an architecture that the nodes do not know, or that an older ComfyUI
+    does not."""
+    architecture = architecture_named(name)
     config, shapes = (
         architecture.tiny_config,
         expected_shapes(architecture, architecture.tiny_config),
     )
     write_tensors(
-        models.diffusion_models / "qwen21.safetensors",
+        models.diffusion_models / f"{file}.safetensors",
         {architecture.to_comfyui(key).name: torch.zeros(1) for key in shapes},
     )
     plan = PruningPlan(
@@ -64,7 +67,7 @@ def _write_without_nodes(models) -> None:
         fingerprint="f",
         intervals=parse_intervals("1-2"),
     )
-    write_bundle(models.ppcl / "qwen21.ppcl.safetensors", plan, [])
+    write_bundle(models.ppcl / f"{file}.ppcl.safetensors", plan, [])
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +98,11 @@ def hostile_bundles(models, bundle) -> None:
     write_tensors(models.ppcl / "lacking.ppcl.safetensors", less, {PLAN_KEY: json.dumps(plan)})
 
 
+KREA2_HERE = (
+    "variant 'small' is not in the plan"
+    if find_spec("comfy.ldm.krea2")
+    else "krea2 needs a newer ComfyUI, since this one has no comfy.ldm.krea2; update ComfyUI"
+)
 WRONG = {
     "a model without nodes": (
         {"file": "qwen21.safetensors"},
@@ -104,6 +112,7 @@ WRONG = {
         {"file": "qwen21.ppcl.safetensors"},
         "qwen_image_21 has no nodes yet (qwen_image, ",
     ),
+    "an architecture of newer hosts": ({"file": "krea2.ppcl.safetensors"}, KREA2_HERE),
     "no such file": ({"file": "../secrets.safetensors"}, "is neither in"),
     "truncated": ({"file": "truncated.safetensors"}, "is truncated"),
     "no model": ({"file": "text.safetensors"}, "not a safetensors file"),

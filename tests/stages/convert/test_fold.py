@@ -219,7 +219,7 @@ def test_other_architectures_say_why_not(folded, tmp_path, name, reads):
             folded(tmp_path / "other.safetensors", form)
 
 
-@pytest.mark.parametrize("name", ["z_image", "qwen_image_21"])
+@pytest.mark.parametrize("name", ["z_image", "qwen_image_21", "krea2"])
 def test_small_modulations_are_not_folded(folded, tmp_path, name):
     architecture = architecture_named(name)
     shapes = expected_shapes(architecture, architecture.tiny_config)

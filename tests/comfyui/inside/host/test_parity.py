@@ -65,7 +65,14 @@ Z_IMAGE = {
     "gated FFN": "ffn_joint:3",
     "all": "smallest",
 }
-VARIANTS = {"teacher": QWEN, "flux": FLUX, "sd35": SD35, "sd35_large": SD35, "z_image": Z_IMAGE}
+VARIANTS = {
+    "teacher": QWEN,
+    "flux": FLUX,
+    "sd35": SD35,
+    "sd35_large": SD35,
+    "z_image": Z_IMAGE,
+    "krea2": Z_IMAGE,
+}
 ROWS = {
     name: (case.architecture, name, ()) for name, case in CASES.items() if case.file in VARIANTS
 }

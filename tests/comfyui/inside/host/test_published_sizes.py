@@ -1,6 +1,8 @@
 """Real names and shapes on the meta device, of architectures whose maps the host fuses: every
 tensor has a home, parameters are as published."""
 
+from importlib.util import find_spec
+
 import comfy.supported_models
 import pytest
 import torch
@@ -18,6 +20,7 @@ SIZES = {
     "sd35_large": 8.057,
     "sd35_medium": 2.243,
     "z_image": 6.155,
+    "krea2": 12.820,
 }
 DETECTED = {
     "flux1": (
@@ -31,13 +34,17 @@ DETECTED = {
         "pos_embed_scaling_factor",
     ),
     "z_image": ("PPCLZImage", {"image_model": "lumina2", "dim": 3840}, "dim"),
+    "krea2": ("PPCLKrea2", {"image_model": "krea2"}, "image_model"),
 }
 PRUNED = {
     "flux1_dev": ("3-6 30-37", "text:15-18 ffn_image:1 ffn_joint:40 ffn_joint:50"),
     "sd35_large": ("3-6 30-36", "text:15-18 ffn_image:1 ffn_text:2 ffn_image:37 text:37"),
     "sd35_medium": ("3-6 11-14", "text:15-18 ffn_image:3 ffn_text:2 ffn_image:23 text:23"),
     "z_image": ("3-6 20-24", "ffn_joint:1 ffn_joint:10"),
+    "krea2": ("3-6 20-24", "ffn_joint:1 ffn_joint:10"),
 }
+if not find_spec("comfy.ldm.krea2"):  # older versions of ComfyUI do not know it
+    del SIZES["krea2"], PRUNED["krea2"]
 
 
 def meta(engine, shapes: dict) -> dict[str, torch.Tensor]:
@@ -45,8 +52,7 @@ def meta(engine, shapes: dict) -> dict[str, torch.Tensor]:
     tensors = {}
     for key, shape in shapes.items():
         part = engine.to_comfyui(key, shapes)
-        whole = shape if part.of == 1 else (shape[0] // len(part.pieces) * part.of, *shape[1:])
-        tensors[part.name] = torch.empty(whole, dtype=torch.bfloat16, device="meta")
+        tensors[part.name] = torch.empty(part.whole(shape), dtype=torch.bfloat16, device="meta")
     return tensors
 
 
