@@ -63,6 +63,8 @@ def judge_benchmark(
         raise ValueError(f"--benchmark {config.benchmark} needs its own file: --prompts {files}")
     if config.references is not None:
         raise ValueError("benchmarks are drawn from text alone; leave --references out")
+    if reading.codec.edits:
+        raise ValueError(f"{config.model} is an edit model; benchmarks are drawn from text alone")
     every = BENCHMARKS[config.benchmark].items(config.prompts)
     items = spread(every, config.captions)
     needs = {item.needs for item in items}
@@ -111,7 +113,7 @@ def _result(
 
 def _folder_name(variant: str) -> str:
     """A name may have characters that a folder's cannot have everywhere."""
-    return quote(variant, safe="")
+    return quote(variant, safe="").replace(".", "%2E")
 
 
 def _picture_name(place: int) -> str:
@@ -156,9 +158,9 @@ class _Drawing:
         model, batches = self._model(variant), []
         shown = Progress(self._batches, desc=f"draw {variant.name}", unit="batch")
         for number, rows in enumerate(shown):
-            make = partial(self._latents, model, rows)
-            batches.append(saved.done(number, make)["latents"])
-        del model, make
+            drawn = saved.done(number, partial(self._latents, model, rows))
+            batches.append(drawn["latents"])
+        del model
         gc.collect()
         return batches
 

@@ -28,6 +28,10 @@ class Benchmark:
         items = self.load(path)
         if not items:
             raise ValueError(f"{path} has no prompt; give {self.files} of {self.title}")
+        if unjudged := [item.name for item in items if not item.is_judged]:
+            raise ValueError(
+                f"{path}: nothing is said of prompt {unjudged[0]} that its picture can be judged by"
+            )
         return items
 
 

@@ -4,6 +4,7 @@ named in one line."""
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,12 @@ class Item:
     """text that the picture fits"""
 
     @property
+    def is_judged(self) -> bool:
+        """Whether there is anything to ask, to read or to compare with."""
+        has_words = any(letter.isalnum() for letter in self.words)
+        return bool(self.questions or has_words or self.fits.strip())
+
+    @property
     def needs(self) -> str:
         """What a grader must be able to do: "ask", "read" or "similarity"."""
         if self.questions:
@@ -57,7 +64,7 @@ def csv_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str
     """(where it stands, the row) of a csv file with a head line. Raises ValueError naming a missing
     column, or a row that is too short."""
     csv.field_size_limit(MOST_CELL)
-    reader = csv.DictReader(read_text(path).splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         for column in columns:
             if column not in (reader.fieldnames or ()):

@@ -107,6 +107,11 @@ WRONG = {
         lambda folder: write_lines(folder / "f", [{"prompt": "a"}]),
         "line 1 has no 'text', or one of another kind",
     ),
+    "no word": (
+        "longtext",
+        lambda folder: write_lines(folder / "f", [{"prompt": "a", "text": ["?"]}]),
+        "nothing is said of prompt 0",
+    ),
     "no place": (
         "geneval",
         lambda folder: write_lines(
