@@ -30,12 +30,14 @@ from ...system.atomic import read_object, write_json
 from ...system.distributed import processes
 from ...system.finite import check_finite
 from ...system.hashes import text_hash
+from ...system.json_text import json_text
 from ...system.machine import DTYPES, resolve_device
 from ...system.outputs import check_folder
 from ...system.progress import Progress
 from ...system.tensor_files import TensorFile, write_tensors
 
-ABOUT = "pairs.json"
+ABOUT, MARK = "pairs.json", "made"
+"""how the shards were made; where a file of captions has its hash"""
 BAD_TEXT = "the text encoder's weights are damaged: download the model's folder again"
 
 
@@ -46,10 +48,10 @@ def make_data(config: DataConfig) -> Path:
     texts, weights = caption_file(config.prompts), Weights(config.teacher)
     codec = open_codec(config.teacher, resolve_device(config.device))
     check_references(codec.edits, False, config.teacher)
-    _check_about(config, weights, texts)
+    mark = _checked_mark(config, weights, texts)
     shards = _shards(config, texts)
     left = [shard for shard in processes().own(shards) if not shard.path.exists()]
-    _encode(config, weights, codec, left)
+    _encode(config, weights, codec, left, mark)
     codec.release()
     if left:
         model = _open_model(config, weights)
@@ -89,8 +91,9 @@ def _name(number: int) -> str:
     return f"{number:05d}"
 
 
-def _check_about(config: DataConfig, weights: Weights, texts: list[str]) -> None:
-    """Keeps what decides the shards beside them. Raises ValueError naming the setting that differs."""
+def _checked_mark(config: DataConfig, weights: Weights, texts: list[str]) -> str:
+    """A hash of what decides the shards, which is kept beside them. Raises ValueError naming a setting
+    that differs from that of shards that are there."""
     names = ("seed", "steps", "guidance", "height", "width", "dtype", "store", "shard")
     about = {
         "prompts": text_hash("\n".join(texts)),
@@ -98,36 +101,42 @@ def _check_about(config: DataConfig, weights: Weights, texts: list[str]) -> None
         **{name: getattr(config, name) for name in names},
     }
     path = config.out / ABOUT
-    if not path.exists():
-        return write_json(path, about)
-    before = read_object(path)
+    before = read_object(path) if path.exists() else {}
     changed = [name for name, value in about.items() if before.get(name) != value]
-    if changed:
+    if changed and any(config.out.glob("*.tar")):
         raise ValueError(
             f"{config.out} holds shards that were made otherwise ({changed[0]} differs); give another --out, "
             "or the same settings to go on"
         )
+    if changed:
+        write_json(path, about)
+    return text_hash(json_text(about))
 
 
-def _encode(config: DataConfig, weights: Weights, codec: Codec, shards: list[_Shard]) -> None:
-    """Leaves the captions of every shard, and the empty caption, in files."""
-    kept = DTYPES[config.store]
+def _encode(
+    config: DataConfig, weights: Weights, codec: Codec, shards: list[_Shard], mark: str
+) -> None:
+    """Leaves the captions of every shard, and the empty caption, in files with this mark."""
+    architecture, kept = weights.architecture, DTYPES[config.store]
+
+    def is_there(path: Path) -> bool:
+        return path.exists() and TensorFile(path).metadata.get(MARK) == mark
 
     def write(path: Path, tensors: Inputs) -> None:
         check_finite(tensors, path.name, BAD_TEXT)
-        write_tensors(path, {name: tensor.to(kept) for name, tensor in tensors.items()})
+        stored = {name: tensor.to(kept) for name, tensor in tensors.items()}
+        write_tensors(path, stored, {MARK: mark})
 
-    empty = config.out / EMPTY
-    if not empty.exists():
-        write(empty, caption_tensors(weights.architecture, codec.text([""]), 0))
-    todo = [shard for shard in shards if not shard.captions.exists()]
+    if not is_there(config.out / EMPTY):
+        write(config.out / EMPTY, caption_tensors(architecture, codec.text([""]), 0))
+    todo = [shard for shard in shards if not is_there(shard.captions)]
     for shard in Progress(todo, desc="captions", unit="shard"):
         text = codec.text(shard.texts)
-        rows = (caption_tensors(weights.architecture, text, row) for row in range(len(shard.texts)))
-        write(
-            shard.captions,
-            {f"{number}.{name}": t for number, row in enumerate(rows) for name, t in row.items()},
-        )
+        rows = [caption_tensors(architecture, text, row) for row in range(len(shard.texts))]
+        named = {
+            f"{number}.{name}": t for number, row in enumerate(rows) for name, t in row.items()
+        }
+        write(shard.captions, named)
 
 
 def _open_model(config: DataConfig, weights: Weights) -> AnyModule:
