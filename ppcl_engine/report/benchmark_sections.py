@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..data.benchmarks import BENCHMARKS
+from ..data.photos import read_picture
 from ..run import Run
 from ..system.schemas import read_checked_object
 from .drawings.picture_sheet import picture_sheet
@@ -101,8 +102,6 @@ def _lost(run: Run, name: str, result: dict) -> Html:
 def _small(path: Path) -> torch.Tensor:
     """uint8 [3, height, width]"""
     import numpy as np
-
-    from ..data.photos import read_picture
 
     picture = read_picture(path)
     picture.thumbnail((SIDE, SIDE))

@@ -3,6 +3,7 @@ alone."""
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ ANSWER = "{} Answer with yes or no."
 FITS = "Does this picture fit the following text? {}"
 WRITE = "Write out all of the text in this picture and nothing else."
 READ_TOKENS = 1024
+TOKEN_KINDS = "mm_token_type_ids"
+"""an input that transformers before 5 finds out by itself"""
 
 
 class VisionLanguageModel(Grader):
@@ -81,6 +84,7 @@ class VisionLanguageModel(Grader):
         return {
             name: t.to(self.device, self.dtype) if t.is_floating_point() else t.to(self.device)
             for name, t in inputs.items()
+            if name != TOKEN_KINDS or name in self._reads
         }
 
     def _open(self) -> None:
@@ -92,6 +96,7 @@ class VisionLanguageModel(Grader):
         self._tokenizer = self._processor.tokenizer
         self._answers = _first_tokens(self._tokenizer, self.folder)
         model: Any = read_part(AutoModelForImageTextToText, self.folder, dtype=self.dtype)
+        self._reads = signature(model.forward).parameters
         self._model = model.to(self.device)
 
 
@@ -113,7 +118,7 @@ class ChatStills:
     def __call__(self, text: list[str], images: list, return_tensors: str):
         inputs = self._stills(text, images, padding=False, return_tensors=return_tensors)
         # positions in rows and columns are computed where this says that a token is a picture's
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == self._image_token).int()
+        inputs[TOKEN_KINDS] = (inputs["input_ids"] == self._image_token).int()
         return inputs
 
 

@@ -11,20 +11,23 @@ from ppcl_engine.run import Run
 from ppcl_engine.stages import benchmark
 
 from ...tiny.benchmark_files import dpg_file, tiny_judge
+from ...tiny.memory import check_one_model_at_a_time
 from ...tiny.pruned_run import copied
 from ...tiny.qwen_image_folder import DRAWING, SIZE
 
 
 @pytest.fixture(scope="module")
 def judged(pipeline, pipeline_run, tmp_path_factory) -> tuple[Run, list[str]]:
-    """A run that was judged on a few prompts, and the command."""
+    """A run that was judged on a few prompts, one model in memory at a time, and the command."""
     folder = tmp_path_factory.mktemp("judged")
     run = copied(pipeline_run, folder / "run")
     common = ("evaluate", "--model", pipeline, "--run", run.folder, "--device", "cpu")
     given = ("--benchmark", "dpg", "--prompts", dpg_file(folder), "--variants", "small")
     judge = ("--judge", tiny_judge(folder / "judge"), "--batch", 2)
     command = [str(part) for part in (*common, *given, *judge, *SIZE, *DRAWING)]
-    assert main(command) == 0
+    with pytest.MonkeyPatch.context() as patched:
+        transformers = check_one_model_at_a_time(patched)
+        assert main(command) == 0 and len(transformers) == 2
     return run, command
 
 
