@@ -8,6 +8,7 @@ reasoning (how well the picture fits the answer). Style and diversity compare pi
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ...system.atomic import read_object
 from ...system.json_text import NotJSON, parse_json
@@ -78,13 +79,14 @@ def _texts(path: Path) -> dict[str, str]:
 def _questions(entry: dict, where: str) -> tuple[Question, ...]:
     """The authors keep both tables as objects or as JSON in a text."""
     try:
-        texts, parents = (
-            parse_json(table) if isinstance(table, str) else table
-            for table in (entry["question"], entry["dependency"])
-        )
+        texts, parents = (_table(entry[name]) for name in ("question", "dependency"))
         asked = {
             int(n): (str(text), [p for p in parents[n] if p], where) for n, text in texts.items()
         }
     except (AttributeError, KeyError, TypeError, NotJSON, ValueError):
         raise ValueError(f"{where}: its questions are not as OneIG-Bench has them") from None
     return in_order(asked)
+
+
+def _table(value: Any) -> Any:
+    return parse_json(value) if isinstance(value, str) else value

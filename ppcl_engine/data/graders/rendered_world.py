@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from .base import ASK, READ, SIMILARITY, Grader
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TABLES = dict(
+TABLES: dict[str, Sequence[str]] = dict(
     zip(FIELDS, (CHARACTERS, COLOUR_NAMES, SHAPES, COLOUR_NAMES, COLOUR_NAMES), strict=True)
 )
 COLOUR_OF = {"character": "character_colour", "shape": "shape_colour", "background": "background"}
