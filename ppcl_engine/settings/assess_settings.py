@@ -16,13 +16,13 @@ class EvaluateConfig(Common):
     public benchmark."""
 
     captions: Count = 100
-    """Pictures drawn a variant; of a benchmark with more prompts, as many, spread over its file."""
+    """Pictures drawn a variant."""
     prompts: Path | None = None
     """Captions to draw, one a line; the bundled teachers draw random captions of their
     own task by default. With --benchmark, its own file."""
     benchmark: Literal["none", "dpg", "geneval", "longtext", "oneig", "t2i_compbench"] = "none"
     """Draw and judge the prompts of a public benchmark instead, from its own file (docs/judging.md),
-    and write benchmarks.html."""
+    and write benchmarks.html; of more prompts than --captions, as many, spread over the file."""
     judge: Path | None = None
     """With --benchmark: folder of a vision-language model for transformers, such as Qwen2.5-VL or
     Qwen3-VL, which answers questions about the pictures and reads them."""
