@@ -30,6 +30,8 @@ class Run:
         self.polish_state = self.polished_parts / "state.safetensors"
         self.evaluation = self.folder / "evaluate.json"
         self.report = self.folder / "report.html"
+        self.benchmarks = self.folder / "benchmarks"
+        self.benchmark_page = self.folder / "benchmarks.html"
         self.states = self.folder / "states"
 
     def load_plan(self) -> PruningPlan:
@@ -58,6 +60,10 @@ class Run:
         if not (polished.exists() and trained.exists()):
             return trained
         return polished if TensorFile(polished).text("source") == file_mark(trained) else trained
+
+    def benchmark(self, name: str) -> Path:
+        """What was found with a benchmark; beside it, a folder of that name holds the pictures."""
+        return self.benchmarks / f"{name}.json"
 
     def tuned_variant(self, name: str) -> Path:
         return self.tuned / f"{name}.safetensors"

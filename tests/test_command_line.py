@@ -58,7 +58,7 @@ def test_help_lists_the_stages_by_their_folders(capsys):
     assert sorted(name for names in found.values() for name in names) == sorted(
         [*EVERY_STAGE, "run"]
     )
-    assert found["prune"] == EVERY_STAGE[:9] and found["run"] == ["demo", "run"]
+    assert found["prune"] == EVERY_STAGE[:10] and found["run"] == ["demo", "run"]
 
 
 @pytest.mark.parametrize("stage", [*EVERY_STAGE, "run"])

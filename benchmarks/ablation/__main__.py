@@ -4,16 +4,14 @@ sizes of one training.
 Every row has the same calibration data and the same budget of block passes, half of it for the same
 learning-rate search. Scores are on captions and samples that nothing was trained on, with 95 %
 bootstrap intervals. Rows that are done are read from `runs/ablation`, so an interrupted run goes
-on.
+on. `--seeds 3 --processes 4` trains every row three times, four at once: drops are then means over
+seeds, and each row has its paired difference from ours.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +21,7 @@ from ppcl_engine.data.rendered.tables import fit_codec
 from ppcl_engine.demo.bundled import TEACHERS, bundled
 from ppcl_engine.models.opening import open_model
 from ppcl_engine.models.streaming import Teacher
-from ppcl_engine.models.weights import Weights, expected_shapes
+from ppcl_engine.models.weights import Weights
 from ppcl_engine.run import Run
 from ppcl_engine.settings.prune_settings import DetectConfig, ProbeConfig
 from ppcl_engine.stages.prune.detect import detect
@@ -31,142 +29,53 @@ from ppcl_engine.stages.prune.probe import probe
 from ppcl_engine.system.atomic import read_json, replacing, write_json
 
 from ..shared import output
-from ..shared.scoring import Judge
+from ..shared.scoring import SEED, Judge
 from ..shared.teachers import NARROW, describe, random_teacher, rendered
 from . import chart
 from .half import half_row, trained_longer
-from .rows import (
-    PAPER,
-    Build,
-    Context,
-    Recipe,
-    baseline_row,
-    intervals,
-    recipe_row,
-    sequential_row,
-    trained,
-)
+from .processes import train_rows
+from .rows import Build, Context, trained
+from .seeds import REFERENCE, combined, read_readings, resampled_drops
 from .sizes import one_training, subsets
+from .tables import SIZES, TABLES, TUNED, Row, half, ours, rows
 
 BUDGET = 16_000  # block passes of a row
 # of the longer training, and enough for a narrow interval
 HALF_BUDGET, HALF_CAPTIONS = 80_000, 2_000
 CAPTIONS, SAMPLES, BATCH, QUICK_BATCH = 300, 480, 48, 8
-PAPER_REMOVED = 25 / 60  # of the blocks
-OURS_REMOVED = 1 / 4  # of the blocks, where half of the parameters go; width takes the rest
-# of the budget: students and projections alone, which switch
-PARTS = {"depth": 0.35, "width": 0.1, "polish": 0.55}
-TUNED = {"depth": 0.25, "width": 0.05, "polish": 0.3, "finetune": 0.4}
 TINY = {**NARROW, "num_layers": 6}  # the teacher of a quick run
-SIZES = {"large": 0.684, "medium": 0.584, "small": 0.519}  # 13.97, 11.93 and 10.60 of 20.43 B
-TABLES = ("ladder", "equal_parameters", "sizes")
-HALF = -1.0  # stands for `half` of the teacher at hand
-OTHERS = ("tinyfusion", "hierarchical_prune", "cosine", "mse", "every_second", "random_contiguous")
-
-
-@dataclass(frozen=True)
-class Row:
-    table: str
-    name: str
-    build: Callable[[Context], Build]
-
-    @property
-    def folder(self) -> str:
-        return f"{self.table}-{self.name}".replace(" ", "_").replace("+", "with").replace(",", "")
-
-
-def rows() -> list[Row]:
-    """In the order in which they run; what a row needs of the context is looked up when its turn
-    comes."""
-    ladder, equal = "ladder", "equal_parameters"
-
-    def paper(width: dict | None, shares: dict[str, float]) -> Callable[[Context], Build]:
-        def build(c: Context) -> Build:
-            chosen = width and {
-                **width,
-                "share": half(c) if width["share"] == HALF else width["share"],
-            }
-            return recipe_row(Recipe(intervals=greedy(c), depth=PAPER, width=chosen, shares=shares))
-
-        return build
-
-    text = {"method": "cka", "form": "paper", "kinds": "text", "share": 0.56}
-    both = {"method": "cka", "form": "paper", "share": 0.519}
-    at_half = {"method": "cka", "form": "paper", "share": HALF}
-    return [
-        Row(equal, "ours", lambda c: recipe_row(ours(c, half(c), TUNED))),
-        Row(equal, "ours, parts only", lambda c: recipe_row(ours(c, half(c), PARTS))),
-        Row(equal, "ppcl", paper(at_half, {"depth": 0.5, "width": 0.25, "finetune": 0.25})),
-        *(
-            Row(equal, name, lambda c, name=name: baseline_row(name, c.teacher.num_blocks // 2))
-            for name in OTHERS
-        ),
-        Row(
-            ladder,
-            "cka_sequential",
-            lambda c: baseline_row("cka_sequential", removed(c, PAPER_REMOVED)),
-        ),
-        Row(ladder, "+ linear probes", lambda c: sequential_row(greedy(c))),
-        Row(ladder, "+ non-sequential", paper(None, {"depth": 1.0})),
-        Row(ladder, "+ text", paper(text, {"depth": 0.75, "width": 0.25})),
-        Row(ladder, "+ FFN", paper(both, {"depth": 0.65, "width": 0.35})),
-        Row(ladder, "+ fine-tune", paper(both, {"depth": 0.45, "width": 0.25, "finetune": 0.3})),
-        Row("sizes", "separate large", lambda c: recipe_row(ours(c, SIZES["large"], PARTS))),
-        Row("sizes", "separate medium", lambda c: recipe_row(ours(c, SIZES["medium"], PARTS))),
-        Row("sizes", "one training small", lambda c: recipe_row(ours(c, SIZES["small"], PARTS))),
-    ]
-
-
-def removed(context: Context, share: float) -> int:
-    return max(1, round(context.teacher.num_blocks * share))
-
-
-def greedy(context: Context) -> str:
-    return intervals(context, "ppcl", removed(context, PAPER_REMOVED))
-
-
-def half(context: Context) -> float:
-    """Share of the parameters that a model without half of its blocks, of each kind, has: what the
-    baselines get."""
-    shapes = expected_shapes(context.teacher.architecture, context.teacher.config)
-    count = {name: math.prod(shape) for name, shape in shapes.items()}
-    prefix = partial(context.teacher.architecture.block_prefix, context.teacher.config)
-    blocks = tuple(map(prefix, range(context.teacher.num_blocks)))
-    return 1 - sum(size for name, size in count.items() if name.startswith(blocks)) / 2 / sum(
-        count.values()
-    )
-
-
-def ours(context: Context, share: float, shares: dict[str, float]) -> Recipe:
-    """Intervals by measured damage, affine starts, width in the cheapest forms, polish, and a
-    fine-tune where it is asked for."""
-    count = removed(context, OURS_REMOVED * 2 * (1 - share))
-    width = {"method": "damage", "form": "best", "share": share, "samples": 48}
-    return Recipe(
-        intervals=intervals(context, "budget", count), width=width, shares=shares, finetune_rate=0.3
-    )
 
 
 def measure(context: Context, judge: Judge, row: Row, build: Build, folder: Path) -> dict:
     """Trains and scores one row, or reads what an earlier run left."""
     path = folder / row.folder / "row.json"
-    if path.exists():
-        return read_json(path)
     start = time.monotonic()
     model, search = trained(context, build, folder / row.folder, judge.validation_error)
-    values = {"name": row.name, "table": row.table, **judge.score(model, row.name), **search}
+    score = judge.score(model, row.name, folder / row.readings)
+    values = {"name": row.name, "table": row.table, **score, **search}
     values |= subsets(context, judge, row.name, model, folder / row.folder / "run")
     values["seconds"] = time.monotonic() - start
     write_json(path, values)
     return values
 
 
-def prepare(chosen, folder: Path) -> tuple[Context, Judge]:
+def is_done(row: Row, folder: Path, seeds: int) -> bool:
+    """One seed alone does without what was read of each picture, which earlier runs did not keep."""
+    there = (folder / row.folder / "row.json").exists()
+    return there and (seeds == 1 or (folder / row.readings).exists())
+
+
+def seed_folder(work: Path, seed: int) -> Path:
+    return work / f"seed_{seed}" if seed else work
+
+
+def prepare(chosen, folder: Path, seed: int) -> tuple[Context, Judge]:
+    """The calibration, the samples of searches and scores, and the captions are the seed's own."""
     weights = Weights(chosen.teacher)
     teacher = Teacher(weights, torch.float32, "cpu", streamed=False)
     batch = BATCH if not chosen.quick else QUICK_BATCH
     samples = SAMPLES if not chosen.quick else 2 * batch
-    calibration = rendered(chosen.teacher, weights, samples, batch, seed=0)
+    calibration = rendered(chosen.teacher, weights, samples, batch, seed=3 * seed)
     base = Run(folder / "base")
     if not base.calibration.exists():
         save_calibration(base.calibration, calibration)
@@ -176,7 +85,7 @@ def prepare(chosen, folder: Path) -> tuple[Context, Judge]:
         "samples": 128 if not chosen.quick else samples,
     }
     write_json(base.folder / "detect_settings.json", settings)
-    common = {"model": chosen.teacher, "run": base.folder, "device": "cpu"}
+    common = {"model": chosen.teacher, "run": base.folder, "device": "cpu", "seed": seed}
     probe(ProbeConfig(**common))
     detect(DetectConfig(**common, **settings))
     budget = chosen.budget or (BUDGET if not chosen.quick else 300)
@@ -186,46 +95,113 @@ def prepare(chosen, folder: Path) -> tuple[Context, Judge]:
         calibration=calibration,
         base=base.folder,
         budget=budget,
+        seed=seed,
     )
-    unseen = rendered(chosen.teacher, weights, 240 if not chosen.quick else batch, batch, seed=1)
+    unseen = rendered(
+        chosen.teacher, weights, 240 if not chosen.quick else batch, batch, seed=3 * seed + 1
+    )
     captions = chosen.captions or (CAPTIONS if not chosen.quick else 4)
-    validation = rendered(chosen.teacher, weights, 2 * batch, batch, seed=2)
-    judge = Judge(chosen.teacher, open_model(chosen.teacher), validation, unseen, captions, folder)
+    validation = rendered(chosen.teacher, weights, 2 * batch, batch, seed=3 * seed + 2)
+    given = (chosen.teacher, open_model(chosen.teacher), validation, unseen, captions, folder)
+    judge = Judge(*given, seed=SEED + seed)
     return (replace(context, rates=(1e-3,)) if chosen.quick else context), judge
 
 
-def run(chosen) -> dict:
-    folder = Path(chosen.work)
-    context, judge = prepare(chosen, folder)
+@dataclass(frozen=True)
+class Trial:
+    """Everything of one seed."""
+
+    folder: Path
+    context: Context
+    judge: Judge
+    builds: dict[Row, Build]
+
+
+def prepared_trial(chosen, seed: int) -> Trial:
+    folder = seed_folder(Path(chosen.work), seed)
+    context, judge = prepare(chosen, folder, seed)
     # finds every row's intervals before anything is trained
-    builds = {row: row.build(context) for row in rows()}
+    builds = {row: row.build(context) for row in rows() if is_chosen(row, chosen)}
+    return Trial(folder, context, judge, builds)
+
+
+def is_chosen(row: Row, chosen) -> bool:
+    wanted = not chosen.only or row.folder in chosen.only.split(",")
+    return row.table in chosen.tables and wanted
+
+
+def run(chosen) -> dict:
+    seeds = range(chosen.seeds) if chosen.only_seed is None else [chosen.only_seed]
+    trials = [prepared_trial(chosen, seed) for seed in seeds]
+    if chosen.processes > 1:
+        left = [
+            (seed, row.folder)
+            for seed, trial in zip(seeds, trials, strict=True)
+            for row in trial.builds
+            if not is_done(row, trial.folder, chosen.seeds)
+        ]
+        train_rows(left, row_arguments(chosen), Path(chosen.work), chosen.processes)
+    found = [_rows_of(trial, chosen) for trial in trials]
+    first = trials[0]
+    tables = {
+        name: [row for row in _over_seeds(trials, found) if row["table"] == name]
+        for name in TABLES
+        if name in chosen.tables
+    }
+    about = {
+        "budget": first.context.budget,
+        "rates": first.context.rates,
+        "seeds": len(trials),
+        "teacher": describe(chosen.teacher, first.context.teacher.weights),
+    }
+    half = _half(chosen, first.context, first.judge, first.folder)
+    return {**tables, "ours_at_half": half, **about}
+
+
+def row_arguments(chosen) -> list[str]:
+    """The options of a process that trains one row."""
+    given = {
+        "--teacher": chosen.teacher,
+        "--work": chosen.work,
+        "--budget": chosen.budget,
+        "--captions": chosen.captions,
+        "--seeds": chosen.seeds,
+    }
+    words = [str(word) for pair in given.items() if pair[1] for word in pair]
+    return [*(["--quick"] if chosen.quick else []), *words, "--tables", *chosen.tables]
+
+
+def _rows_of(trial: Trial, chosen) -> list[tuple[dict, Path]]:
+    """Every row of a seed, and the file with what was read of its pictures."""
     done = []
-    for row, build in builds.items():
-        if (
-            row.table not in chosen.tables
-            or chosen.only
-            and row.folder not in chosen.only.split(",")
-        ):
-            continue
-        done.append(measure(context, judge, row, build, folder))
-        values = done[-1]
+    for row, build in trial.builds.items():
+        path = trial.folder / row.folder / "row.json"
+        if is_done(row, trial.folder, chosen.seeds):
+            values = read_json(path)
+        else:
+            values = measure(trial.context, trial.judge, row, build, trial.folder)
+        done.append((values, trial.folder / row.readings))
         print(
             f"\n{row.table} {row.name}: drop {values['drop_percent']:.2f} % ({values['low']:.2f}-{values['high']:.2f}), "
             f"velocity error {values['velocity_error']['value']:.4f}, {values['parameters'] / 1e6:.2f} M",
             flush=True,
         )
-    done += one_training(context, judge, folder, SIZES) if "sizes" in chosen.tables else []
-    tables = {
-        name: [row for row in done if row["table"] == name]
-        for name in TABLES
-        if name in chosen.tables
-    }
-    about = {
-        "budget": context.budget,
-        "rates": context.rates,
-        "teacher": describe(chosen.teacher, context.teacher.weights),
-    }
-    return {**tables, "ours_at_half": _half(chosen, context, judge, folder), **about}
+    if "sizes" in chosen.tables:
+        done += one_training(trial.context, trial.judge, trial.folder, SIZES)
+    return done
+
+
+def _over_seeds(trials: list[Trial], found: list[list[tuple[dict, Path]]]) -> list[dict]:
+    """The rows of one seed as they are; of several, their means and differences from ours."""
+    if len(trials) == 1:
+        return [values for values, _ in found[0]]
+    table = []
+    for same in zip(*found, strict=True):
+        pairs = zip(same, trials, strict=True)
+        readings = [read_readings(path, trial.judge.kept) for (_, path), trial in pairs]
+        table.append(([values for values, _ in same], resampled_drops(readings)))
+    ours = next((drops for values, drops in table if values[0]["name"] == REFERENCE), None)
+    return [combined(values, drops, None if drops is ours else ours) for values, drops in table]
 
 
 def _half(chosen, context: Context, judge: Judge, folder: Path) -> dict | None:
@@ -266,6 +242,7 @@ def show(values: dict) -> None:
                 f"{r['velocity_error']['value']:.4f}",
                 f"{r['mean_of_subsets']:.4f}" if r.get("mean_of_subsets") else "-",
                 f"{r.get('learning_rate', 0):g}",
+                against(r.get("difference")),
             ]
             for r in values[table]
         ]
@@ -278,8 +255,16 @@ def show(values: dict) -> None:
             "velocity error",
             "mean of subsets",
             "rate",
+            f"against {REFERENCE}",
         ]
         output.print_table(table.replace("_", " "), header, lines)
+
+
+def against(difference: dict | None) -> str:
+    if difference is None:
+        return "-"
+    low, value, high = (f"{difference[name]:+.2f}" for name in ("low", "value", "high"))
+    return f"{value} ({low} to {high}), {difference['verdict']}"
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -304,6 +289,16 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument(
         "--only",
         help="folders of the rows to train now, comma-separated; no result file is written",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        help="seeds of every row (1): the teacher stays, calibration, training and drawing vary",
+    )
+    parser.add_argument("--only-seed", type=int, help="with --only: the seed to train now")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="rows that are trained side by side (1)"
     )
     chosen = output.parse(parser, arguments)
     suffix = f"_{chosen.teacher}" if chosen.teacher in TEACHERS and chosen.teacher != "qwen" else ""

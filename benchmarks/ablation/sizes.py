@@ -122,25 +122,25 @@ def _damage(context: Context, judge: Judge, run: Run, plan: PruningPlan) -> Dama
 
 def one_training(
     context: Context, judge: Judge, folder: Path, sizes: dict[str, float]
-) -> list[dict]:
-    """The sizes above the smallest, as subsets of its parts: nothing is trained."""
+) -> list[tuple[dict, Path]]:
+    """The sizes above the smallest, as subsets of its parts, and what was read of their pictures:
+    nothing is trained."""
     run = Run(folder / ONE_TRAINING / "run")
     if not run.plan.exists():
         return []
     rows, largest_first = [], sorted(sizes.items(), key=lambda item: -item[1])[:-1]
     for size, share in largest_first:
         name, path = f"one training {size}", folder / ONE_TRAINING / f"{size}.json"
-        if not path.exists():
+        if not (path.exists() and path.with_suffix(".safetensors").exists()):
             variant = within(context, judge, run, share, name)
             plan, teacher = run.load_plan(), context.teacher
             students = RunStudents(run, teacher.config, teacher.architecture)
             model = open_variant(
                 teacher.weights, students, plan, variant, teacher.dtype, teacher.device
             )
-            write_json(
-                path, {"name": name, "table": "sizes", **judge.score(model, name), "passes": 0}
-            )
-        rows.append(read_json(path))
+            score = judge.score(model, name, path.with_suffix(".safetensors"))
+            write_json(path, {"name": name, "table": "sizes", **score, "passes": 0})
+        rows.append((read_json(path), path.with_suffix(".safetensors")))
     return rows
 
 

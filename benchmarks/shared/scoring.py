@@ -29,7 +29,7 @@ RESAMPLES = 2000
 
 class Judge:
     """Draws the same captions from the same noise with every model; what the teacher drew is kept
-    in `folder`."""
+    in `folder`. seed: of captions and noise."""
 
     def __init__(
         self,
@@ -40,11 +40,12 @@ class Judge:
         captions: int,
         folder: Path,
         steps: int = STEPS,
+        seed: int = SEED,
     ):
-        self.steps = steps
+        self.steps, self.seed = steps, seed
         self.architecture = Weights(model).architecture
         self.reading = Reading(open_codec(model), has_reader=True)
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(seed)
         self.texts = [caption.text() for caption in random_captions(captions, generator)]
         self.prompts = encode_prompts(self.reading.codec, self.texts)
         path = folder / (
@@ -52,6 +53,7 @@ class Judge:
             if steps == STEPS
             else f"teacher_{captions}_{steps}.safetensors"
         )
+        self.kept = path
         if not path.exists():
             write_tensors(
                 path, {name: t.float() for name, t in self._draw(teacher, "teacher").items()}
@@ -82,9 +84,12 @@ class Judge:
         """The teacher's velocities on the unseen samples, batch by batch."""
         return self.target.split([len(batch["timestep"]) for batch in self.unseen.batches])
 
-    def score(self, model: nn.Module, name: str) -> dict:
-        """drop_percent with its interval, the accuracies, image distance and velocity error."""
+    def score(self, model: nn.Module, name: str, keep: Path | None = None) -> dict:
+        """drop_percent with its interval, the accuracies, image distance and velocity error. keep: a
+        file for what was read of each caption's picture."""
         ours = self._draw(model, name)
+        if keep is not None:
+            write_tensors(keep, {reading: ours[reading] for reading in READINGS})
         power = squares(self.teacher["latents"])
         distance = squares(ours["latents"] - self.teacher["latents"])
         accuracies = {f"{r}_accuracy": float(ours[r].double().mean()) for r in READINGS}
@@ -102,7 +107,7 @@ class Judge:
             self.architecture,
             model,
             self.prompts,
-            SEED,
+            self.seed,
             self.steps,
             GUIDANCE,
             BATCH,

@@ -16,10 +16,10 @@ from ppcl_engine.data import flow, sampling
 from ppcl_engine.data.calibration import CalibrationSet
 from ppcl_engine.data.codecs import open_codec
 from ppcl_engine.data.codecs.table import TableCodec
+from ppcl_engine.data.noised_batches import spread_timesteps
 from ppcl_engine.data.rendered.captions import random_captions, render
 from ppcl_engine.models.weights import Weights, expected_shapes
 from ppcl_engine.plan import Interval
-from ppcl_engine.stages.prune.calibrate import spread_timesteps
 from ppcl_engine.system.tensor_files import TensorEntry, TensorFile, write_tensor_stream
 
 BUNDLED = Path(demo.__file__).parent / "teacher.safetensors"

@@ -1,4 +1,4 @@
-"""Intervals of a mean, a ratio and a share: bootstrap and Wilson."""
+"""Intervals of a mean, a ratio, a share and a benchmark's score: bootstrap and Wilson."""
 
 from __future__ import annotations
 
@@ -36,6 +36,34 @@ def bootstrap_ratio(
     ratios = above.double()[choice].sum(1) / below.double()[choice].sum(1)
     low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64))
     return float(low), float(high)
+
+
+def resampled_scores(
+    earned: torch.Tensor,
+    possible: torch.Tensor,
+    categories: torch.Tensor,
+    seed: int,
+    resamples: int = 1000,
+) -> torch.Tensor:
+    """[rows, 1 + resamples]: the mean over categories of sum(earned) / sum(possible). First of all
+    samples, then of samples drawn anew within each category, the same for all rows, so that
+    differences of rows are paired. earned: [rows, n]; possible, categories: [n]."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.zeros(len(earned), 1 + resamples, dtype=torch.float64)
+    groups = [torch.nonzero(categories == c)[:, 0] for c in categories.unique()]
+    for group in groups:
+        choice = torch.randint(len(group), (resamples, len(group)), generator=generator)
+        counts = torch.ones(1 + resamples, len(group), dtype=torch.float64)
+        counts[1:] = torch.zeros_like(counts[1:]).scatter_add_(1, choice, counts[1:])
+        scores += (earned[:, group].double() @ counts.T) / (possible[group].double() @ counts.T)
+    return scores / len(groups)
+
+
+def spread_estimate(values: torch.Tensor) -> dict[str, float]:
+    """value, low, high: the first of `values` [1 + resamples], and the 95 % percentile interval of
+    the others."""
+    low, high = torch.quantile(values[1:], torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return {"value": float(values[0]), "low": float(low), "high": float(high)}
 
 
 def drawn_tokens(real: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -18,10 +18,11 @@ BAD_SOURCE = (
 
 
 class SavedBatches:
-    """A calibration's finished batches, one file each, and those that are being drawn."""
+    """Finished batches of a calibration, or of what `what` says, one file each, and those that are being
+    drawn."""
 
-    def __init__(self, folder: Path, settings: str):
-        self.folder, self.settings = folder, settings
+    def __init__(self, folder: Path, settings: str, what: str = "calibration batch"):
+        self.folder, self.settings, self.what = folder, settings, what
 
     def done(self, number: int, make: Callable[[], Inputs]) -> Inputs:
         """A finished batch, made by `make` if it is not saved yet. Raises ValueError where the text
@@ -30,7 +31,7 @@ class SavedBatches:
         if path.exists() and (file := TensorFile(path)).metadata.get("settings") == self.settings:
             return file.read_all()
         inputs = make()
-        check_finite(inputs, f"calibration batch {number}", BAD_SOURCE)
+        check_finite(inputs, f"{self.what} {number}", BAD_SOURCE)
         write_tensors(path, inputs, {"settings": self.settings})
         return inputs
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from ..system.texts import check_line_ends, lines_of, read_text
 from .photos import READ, picture_names, read_picture
+from .shards import Sample
 
 
 def caption_file(path: Path) -> list[str]:
@@ -50,6 +53,20 @@ def picture_files(folder: Path) -> list[tuple[Path, str]]:
                 f"{picture} has no caption; write it into {picture.with_suffix('.txt').name}"
             )
     return [(picture, read_text(picture.with_suffix(".txt")).strip()) for picture in pictures]
+
+
+def unpack_pictures(samples: Iterable[tuple[str, Sample]], folder: Path, most: int) -> None:
+    """Writes the pictures of the first `most` samples of tar shards into a folder, as `picture_files`
+    reads them. Raises ValueError naming a sample without a picture or a caption."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for number, (where, sample) in enumerate(islice(samples, most)):
+        endings = [ending for ending in sample if f".{ending}" in READ]
+        if not endings or "txt" not in sample:
+            absent = "caption (.txt)" if endings else f"picture ({' '.join(READ)})"
+            raise ValueError(f"{where} has no {absent}, and is no pair that `ppcl data` made")
+        (folder / f"{number:09d}.{endings[0]}").write_bytes(sample[endings[0]])
+        (folder / f"{number:09d}.txt").write_bytes(sample["txt"])
 
 
 def reference_files(folder: Path, pictures: Sequence[Path]) -> list[list[Path]]:

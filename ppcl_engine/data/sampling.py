@@ -3,7 +3,7 @@ latents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -162,7 +162,7 @@ def encode_prompts(codec: Codec, texts: list[str], height: int = 0, width: int =
     Encoding comes first and the codec is then released, so that the text encoder has left memory
     before the transformer is loaded.
     """
-    prompts = _prompts(
+    prompts = prompts_of(
         codec, picture_size(codec, height, width), codec.text(texts), codec.text([""])
     )
     codec.release()
@@ -186,7 +186,7 @@ def encode_edits(
     read, grid = reference_tokens(architecture, codec, pictures)
     codec.release()
     return replace(
-        _prompts(codec, size, {**positive, **read}, {**negative, **read}), references=grid
+        prompts_of(codec, size, {**positive, **read}, {**negative, **read}), references=grid
     )
 
 
@@ -200,9 +200,10 @@ def reference_tokens(
     return {REFERENCES: tokens}, architecture.grid(latents).expand(pictures.shape[1], 3)
 
 
-def _prompts(
+def prompts_of(
     codec: Codec, size: tuple[int, int], positive: TextInputs, negative: TextInputs
 ) -> Prompts:
+    """Prompts of captions that are encoded already; size: height and width in pixels."""
     rows, columns = (side // codec.pixels_per_latent for side in size)
     return Prompts(
         positive=positive,
@@ -225,15 +226,29 @@ def draw_prompts(
 ) -> torch.Tensor:
     """Clean latents [n, channels, rows, columns] of all captions; picture i starts from the noise
     of (seed, i)."""
-    latents = []
-    for rows in Progress(torch.arange(prompts.count).split(batch), desc=description, unit="batch"):
-        noise = torch.stack([seeded_noise(seed, i, prompts.latent_shape) for i in rows.tolist()])
-        grid = prompts.grid(architecture.grid(noise))
-        clean = draw(
-            architecture, model, architecture.pack(noise), grid, prompts.rows(rows), steps, guidance
-        )
-        latents.append(architecture.unpack(clean, grid))
-    return torch.cat(latents)
+    batches = Progress(torch.arange(prompts.count).split(batch), desc=description, unit="batch")
+    return torch.cat(
+        [draw_rows(architecture, model, prompts, rows, seed, steps, guidance) for rows in batches]
+    )
+
+
+def draw_rows(
+    architecture: Architecture,
+    model: AnyModule,
+    prompts: Prompts,
+    rows: torch.Tensor,
+    seed: int,
+    steps: int,
+    guidance: float,
+    numbers: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """As `draw_prompts`, the captions `rows` alone, together. numbers: of the pictures' noise, where
+    they are not the rows'."""
+    indices = rows.tolist() if numbers is None else numbers
+    noise = torch.stack([seeded_noise(seed, i, prompts.latent_shape) for i in indices])
+    grid, given = prompts.grid(architecture.grid(noise)), prompts.rows(rows)
+    clean = draw(architecture, model, architecture.pack(noise), grid, given, steps, guidance)
+    return architecture.unpack(clean, grid)
 
 
 def seeded_noise(seed: int, index: int, shape: tuple[int, ...]) -> torch.Tensor:

@@ -6,6 +6,8 @@ import base64
 import html
 from collections.abc import Sequence
 
+from .texts import STYLE
+
 NONE = "–"  # a figure that was not measured
 
 
@@ -26,6 +28,19 @@ def joined(content: tuple | list) -> Html:
     return Html(
         "".join(part if isinstance(part, Html) else html.escape(str(part)) for part in content)
     )
+
+
+def document(title: str, *content: Html) -> str:
+    """A whole page, with everything in it."""
+    head = [
+        Html(
+            '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        ),
+        tag("title", title),
+        tag("style", Html(STYLE)),
+    ]
+    body = tag("body", tag("main", *content))
+    return f"<!doctype html>\n{tag('html', tag('head', *head), body, lang='en')}\n"
 
 
 def image(png: bytes, alt: str, **attributes: object) -> Html:

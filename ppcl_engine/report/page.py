@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..system.numbers import count_text, duration_text
-from .html import NONE, Html, image, joined, table, tag
+from .html import NONE, Html, document, image, joined, table, tag
 from .results import Results
 from .texts import (
     CKA_TEXT,
@@ -19,7 +19,6 @@ from .texts import (
     MAP_TEXT,
     PICTURE_TEXT,
     SIZE_TEXT,
-    STYLE,
     TIMESTEP_TEXT,
 )
 from .variant_tables import fidelity_table, fidelity_text, size_table, stat_text
@@ -28,8 +27,15 @@ from .width_section import WidthResults, notes_list, site_table, width_text
 THUMBNAIL = 192  # pixels, the longer side of a picture in the page
 
 
-def page(results: Results, drawings: dict[str, bytes], seconds: float | None) -> str:
+def page(
+    results: Results,
+    drawings: dict[str, bytes],
+    seconds: float | None,
+    benchmarks: Sequence[Html] = (),
+) -> str:
+    """`benchmarks`: the sections on public benchmarks, where the run was judged on any."""
     source = results.plan.provenance.get("source_model") or results.plan.architecture
+    *sections, facts = _sections(results, drawings, seconds)
     body = [
         tag(
             "header",
@@ -37,16 +43,11 @@ def page(results: Results, drawings: dict[str, bytes], seconds: float | None) ->
             tag("h1", source),
             tag("p", _lead(results), class_="lead"),
         ),
-        *_sections(results, drawings, seconds),
+        *sections,
+        *benchmarks,
+        facts,
     ]
-    head = [
-        Html(
-            '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        ),
-        tag("title", f"{source}: PPCL report"),
-        tag("style", Html(STYLE)),
-    ]
-    return f"<!doctype html>\n{tag('html', tag('head', *head), tag('body', tag('main', *body)), lang='en')}\n"
+    return document(f"{source}: PPCL report", *body)
 
 
 def _section(title: str, text: str | Html, *content: Html) -> Html:

@@ -34,6 +34,36 @@ class Evaluation(_Open):
     captions_shown: list[str]
 
 
+class Stat(_Open):
+    value: Finite
+    low: Finite
+    high: Finite
+
+
+class JudgedVariant(Stat):
+    name: str
+    folder: str
+    """of its pictures"""
+    difference: Stat | None
+    """None: the teacher's"""
+
+
+class LostPrompt(_Open):
+    prompt: str
+    picture: str
+    """name of the file in every variant's folder"""
+    shares: dict[str, Finite]
+
+
+class BenchmarkResult(_Open):
+    grader: str
+    prompts: Count
+    available: Count
+    """prompts in the benchmark's file"""
+    variants: Annotated[list[JudgedVariant], Field(min_length=1)]
+    lost_most: list[LostPrompt]
+
+
 class DetectedInterval(_Open):
     first: BlockIndex
     last: BlockIndex

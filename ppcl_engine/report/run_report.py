@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..run import Run
 from ..system.atomic import replacing, write_json, write_text
+from .benchmark_sections import benchmark_sections, read_benchmarks
 from .drawings import line_charts
 from .drawings.damage_map import damage_map
 from .drawings.layer_map import layer_map
@@ -38,7 +39,8 @@ def write_report(run: Path, seconds: float | None = None) -> Path:
         with replacing(files.folder / f"{name}.png") as temporary:
             temporary.write_bytes(png)
     write_json(files.folder / "report.json", summary(results, seconds))
-    write_text(files.report, page(results, drawings, seconds))
+    benchmarks = benchmark_sections(files, read_benchmarks(files))
+    write_text(files.report, page(results, drawings, seconds, benchmarks))
     return files.report
 
 

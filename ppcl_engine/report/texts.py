@@ -39,6 +39,13 @@ SCORE_TEXTS = {
 }
 SCORE_NAMES = {"damage": "damage alone", "cka": "1 − CKA"}
 BY_HAND_TEXT = " The plan's sites are not those that detection chose: they were named by hand."
+BENCHMARK_TEXT = (
+    "Prompts of public benchmarks, one picture each, drawn from the same noise by all variants. In brackets 95 % bootstrap intervals over "
+    "prompts. Below, the paired difference from the teacher with its own interval: better or worse only where that leaves 0 out. "
+    "The columns say -style because prompts and rules are the benchmark's and the judge is not."
+)
+LOST_TEXT = "In the authors' own code: {grader}. Shown are the prompts at which the variants lost most against the teacher, in the mean."
+
 STYLE = """
 :root{--ink:#1b2733;--quiet:#5c6b7a;--rule:#d9dfe5;--accent:#0072b2;--shade:#f3f6f9}
 *{box-sizing:border-box}

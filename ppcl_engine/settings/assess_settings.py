@@ -12,13 +12,20 @@ from .ranges import Count, Device, Guidance, Pixels, Range, Seed, Settings, Step
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Common):
-    """Compare variants with the teacher at the same seeds, and write report.html."""
+    """Compare variants with the teacher at the same seeds, and write report.html; or judge them on a
+    public benchmark."""
 
     captions: Count = 100
     """Pictures drawn a variant."""
     prompts: Path | None = None
     """Captions to draw, one a line; the bundled teachers draw random captions of their
-    own task by default."""
+    own task by default. With --benchmark, its own file."""
+    benchmark: Literal["none", "dpg", "geneval", "longtext", "oneig", "t2i_compbench"] = "none"
+    """Draw and judge the prompts of a public benchmark instead, from its own file (docs/judging.md),
+    and write benchmarks.html; of more prompts than --captions, as many, spread over the file."""
+    judge: Path | None = None
+    """With --benchmark: folder of a vision-language model for transformers, such as Qwen2.5-VL or
+    Qwen3-VL, which answers questions about the pictures and reads them."""
     references: Path | None = None
     """For an edit model, instead of captions: folder of pictures to change, each with a .txt
     instruction of the same name."""

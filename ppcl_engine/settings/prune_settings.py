@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from .base_settings import Common, SharedConfig, StatesConfig, TrainingConfig, TuningConfig
 from .ranges import (
     Count,
     CountOrZero,
+    Device,
     FileNameOrEmpty,
     Gigabytes,
     GigabytesOrZero,
@@ -20,10 +21,49 @@ from .ranges import (
     Range,
     Rate,
     Samples,
+    Seed,
+    Settings,
     Share,
     Steps,
     TextForm,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Settings):
+    """Let the teacher draw captions, and keep its pictures' latents and the encoded captions in tar
+    shards, which calibrate reads. Several processes share the shards."""
+
+    parallel: ClassVar[str] = "intervals"  # each process makes shards of its own
+
+    teacher: Path
+    """The model that draws: a diffusers pipeline folder, or a bundled teacher."""
+    prompts: Path
+    """Text file, one caption a line."""
+    out: Path
+    """Folder for the shards. The same command goes on where it stopped."""
+    shard: Count = 256
+    """Pairs in a shard."""
+    batch: Count = 4
+    """Pictures drawn at once."""
+    steps: Steps = 50
+    """Sampling steps."""
+    guidance: Guidance = 4.0
+    """Classifier-free guidance."""
+    height: Pixels = 0
+    """Height of a picture in pixels; 0 is the model's default."""
+    width: Pixels = 0
+    """Width of a picture in pixels; 0 is the model's default."""
+    store: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the encoded captions in the shards; latents are float32."""
+    device: Device = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the blocks."""
+    streamed: bool = False
+    """Read blocks from disk one after the other instead of keeping the whole model in memory."""
+    seed: Seed = 0
+    """Seed of the noise: a picture depends on it and on the caption's place in the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +86,10 @@ class CalibrateConfig(Common):
     [n, tokens] for a model that masks text; pooled [n, width] and empty_pooled [1, width] for one
     that reads pooled text). The teacher draws in equal steps, since only a pipeline folder has the
     model's own schedule."""
+    shards: str = ""
+    """Tar shards, as webdataset lays them out, with braces for several: 'data/{00..99}.tar'. Either of
+    pairs that `ppcl data` made, or of pictures, each with a .txt caption of the same name. They are
+    read one after the other, up to as many samples as are wanted."""
     samples: Samples = 128
     """Samples to keep; captions and pictures are used again with other timesteps when there are
     fewer."""

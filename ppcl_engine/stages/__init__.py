@@ -12,6 +12,7 @@ from ..system.early import begin
 from ..system.outputs import check_folder
 
 STAGES: dict[str, tuple[type, str]] = {
+    "data": (prune_settings.DataConfig, "prune.make_data"),
     "calibrate": (prune_settings.CalibrateConfig, "prune.calibrate"),
     "probe": (prune_settings.ProbeConfig, "prune.probe"),
     "detect": (prune_settings.DetectConfig, "prune.detect"),
@@ -40,7 +41,8 @@ ROOMS = {
     "run": "several stages with one command",
 }
 """folder of the stages, or what runs several -> what they are for"""
-FUNCTIONS = {"import": "import_released"}  # where the stage's name is a keyword of Python
+FUNCTIONS = {"import": "import_released", "data": "make_data"}
+"""the stage's function, where it has another name: the stage's is a keyword of Python, or no verb"""
 
 
 def room_of(stage: str) -> str:

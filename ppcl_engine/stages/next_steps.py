@@ -8,6 +8,7 @@ from dataclasses import fields
 from ..settings.ranges import Settings
 
 NEXT = {
+    "data": "ppcl calibrate --model {teacher} --run FOLDER --shards {result}",
     "calibrate": "ppcl probe {shared}",
     "probe": "ppcl detect {shared}",
     "detect": "ppcl distill-depth {shared}",
@@ -29,7 +30,7 @@ NEXT = {
     "demo": "ppcl calibrate --model MODEL --run FOLDER --dry-run, for a model of your own",
 }
 """stage -> the command after it. {shared}: the settings that both have and that differ from the defaults; {path}: the file that the
-stage looked at; {result}: what it made"""
+stage looked at; {result}: what it made; {teacher}: the model that drew"""
 SHARED = ("model", "run", "device", "dtype", "streamed", "seed")
 
 
@@ -39,7 +40,8 @@ def next_step(stage: str, config: Settings, result: object) -> str:
     template = NEXT[stage]
     if getattr(config, "dry_run", False) or ("{path}" in template and path is None):
         return ""
-    quoted = {"path": shlex.quote(str(path)), "result": shlex.quote(str(result))}
+    values = {"path": path, "result": result, "teacher": getattr(config, "teacher", None)}
+    quoted = {name: shlex.quote(str(value)) for name, value in values.items()}
     return "next: " + template.format(shared=_shared(config), **quoted)
 
 

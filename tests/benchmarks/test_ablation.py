@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.ablation import __main__ as ablation
 from benchmarks.ablation import rows as recipes
+from benchmarks.ablation import tables
 
 from .quick import quick_teacher, run
 
@@ -21,7 +22,7 @@ LADDER = [
     "+ FFN",
     "+ fine-tune",
 ]
-EQUAL = {"ours", "ours, parts only", "ppcl", *ablation.OTHERS}
+EQUAL = {"ours", "ours, parts only", "ppcl", *tables.OTHERS}
 SIZES = {
     "separate large",
     "separate medium",
@@ -53,17 +54,17 @@ def values(ablate) -> dict:
 
 
 def test_every_table_has_its_rows(values):
-    names = {table: [row["name"] for row in values[table]] for table in ablation.TABLES}
+    names = {table: [row["name"] for row in values[table]] for table in tables.TABLES}
     assert names["ladder"] == LADDER
     assert set(names["equal_parameters"]) == EQUAL
     assert set(names["sizes"]) == SIZES
 
 
 def test_every_row_is_trained_within_its_budget(values):
-    rows = [row for table in ablation.TABLES for row in values[table]]
+    rows = [row for table in tables.TABLES for row in values[table]]
     assert all(row["captions"] == 4 for row in rows)
     assert all(row["passes"] in (0, values["budget"]) for row in rows)
-    others = [row["parameters"] for row in rows if row["name"] in ablation.OTHERS]
+    others = [row["parameters"] for row in rows if row["name"] in tables.OTHERS]
     assert all(row["parameters"] <= max(others) for row in values["equal_parameters"])
     switched = next(row for row in values["ladder"] if row["name"] == "+ non-sequential")
     assert switched["mean_of_subsets"] > 0

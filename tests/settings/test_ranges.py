@@ -152,8 +152,8 @@ def test_a_gpu_that_is_not_there(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, line",
     [
-        (["prob"], "unknown stage 'prob'; did you mean 'probe'? known: calibrate,"),
-        (["x" * 5000], f"unknown stage '{'x' * (MOST_SHOWN - 2)}…; known: calibrate,"),
+        (["prob"], "unknown stage 'prob'; did you mean 'probe'? known: data,"),
+        (["x" * 5000], f"unknown stage '{'x' * (MOST_SHOWN - 2)}…; known: data,"),
         (
             ["detect", "--longestt", "3"],
             "detect has no setting '--longestt'; did you mean '--longest'? known: --biased,",

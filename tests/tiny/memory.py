@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 
 from ppcl_engine.data.codecs.pipeline import PipelineCodec
+from ppcl_engine.stages import benchmark
 from ppcl_engine.stages.assess import evaluate, generate
 
 
@@ -33,6 +34,7 @@ def check_one_model_at_a_time(monkeypatch) -> list[weakref.ref]:
         monkeypatch.setattr(PipelineCodec, name, check)
 
     watched(evaluate, "open_variant")
+    watched(benchmark, "open_variant")
     watched(generate, "open_model")
     checked("pictures")
     checked("latents")

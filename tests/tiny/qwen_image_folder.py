@@ -115,7 +115,7 @@ def build_tiny_pipeline(
         enlarge(transformer)
         transformer.save_pretrained(folder / "transformer", max_shard_size=SHARD_SIZE)
         AutoencoderKLQwenImage(**VAE_CONFIG).save_pretrained(folder / "vae")
-        _text_encoder(vocabulary(words)).save_pretrained(folder / "text_encoder")
+        text_encoder(vocabulary(words)).save_pretrained(folder / "text_encoder")
     FlowMatchEulerDiscreteScheduler(**SCHEDULER_CONFIG).save_pretrained(folder / "scheduler")
     write_tokenizer(folder / "tokenizer", words)
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2))
@@ -171,7 +171,7 @@ def write_tokenizer(folder: Path, words: Sequence[str]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
-def _text_encoder(tokens: dict[str, int]) -> torch.nn.Module:
+def text_encoder(tokens: dict[str, int]) -> torch.nn.Module:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text = {

@@ -2,7 +2,7 @@
 
 Measured are the velocity error on the calibration set by timestep; on pictures drawn from the same noise
 PSNR of latents and pictures, SSIM, what a reader recognises in them, and how much the caption matters;
-and time, memory and size.
+and time, memory and size. With a public benchmark, its prompts are drawn and judged instead.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from ...system.finite import BAD_PICTURE, check_finite, checked_velocity
 from ...system.machine import DTYPES, PeakMemory, resolve_device
 from ...system.progress import Progress
 from ...system.tensor_files import write_tensors
+from ..benchmark import judge_benchmark
 from ..inputs import open_calibration, open_plan
 from ..run_students import RunStudents
 
@@ -63,7 +64,13 @@ def evaluate_with(config: EvaluateConfig, seconds: Callable[[], float] | None) -
     """As `evaluate`. seconds(): how long the whole run took, for the report."""
     start = time.monotonic()
     run, weights = Run(config.run), Weights(config.model)
-    plan, calibration = open_plan(config, weights), open_calibration(config, weights)
+    plan = open_plan(config, weights)
+    if config.benchmark != "none":
+        reading, variants = reader_of(config, weights.path), _variants(config, plan)
+        return judge_benchmark(config, weights, plan, variants, reading)
+    if config.judge is not None:
+        raise ValueError("--judge judges a benchmark's pictures; name it with --benchmark")
+    calibration = open_calibration(config, weights)
     reading = reader_of(config, weights.path)
     texts, prompts = _prompts(config, weights, reading)
     comparison = _Comparison(config, run, weights, plan, calibration, reading, texts, prompts)

@@ -1,7 +1,8 @@
 """Calibrate: record what blocks see in real use (method: paper, section 4.1).
 
-Three sources: pictures with captions (noised at timesteps over the whole schedule), prompts alone
-and stored embeddings (the teacher draws; states on its way are kept). An edit model's pictures come
+Sources: pictures with captions (noised at timesteps over the whole schedule), in a folder or in tar
+shards; pairs in shards that the teacher made; prompts alone and stored embeddings (the teacher draws;
+states on its way are kept). An edit model's pictures come
 with those that they were made from, the references: triples of reference, instruction and picture.
 """
 
@@ -19,10 +20,11 @@ from ...algorithms.grouping import groups_within
 from ...algorithms.saved_batches import SavedBatches
 from ...architectures import Architecture, Inputs
 from ...architectures.folded import folding_of
-from ...data import flow, sampling
+from ...data import sampling
 from ...data.calibration import CLEAN, CalibrationSet, save_calibration
 from ...data.codecs import open_codec
 from ...data.codecs.base import Codec, check_references
+from ...data.noised_batches import noised_batch, spread_timesteps
 from ...data.picture_files import (
     caption_file,
     check_pictures,
@@ -43,6 +45,7 @@ from ...system.finite import checked_velocity
 from ...system.json_text import json_text
 from ...system.machine import DTYPES, resolve_device
 from ...system.progress import Progress
+from ..calibrated_shards import holds_pairs, pair_batches, unpacked
 
 
 def calibrate(config: CalibrateConfig) -> Path:
@@ -52,12 +55,13 @@ def calibrate(config: CalibrateConfig) -> Path:
         "references": None if config.images else config.references,
         "prompts": config.prompts,
         "embeddings": config.embeddings,
+        "shards": config.shards or None,
     }
     given = [name for name, source in sources.items() if source is not None]
     if len(given) != 1:
         raise ValueError(
-            "calibrate needs one source: --images (of an edit model with --references), --references alone, --prompts or "
-            "--embeddings"
+            "calibrate needs one source: --images (of an edit model with --references), --references alone, --prompts, "
+            "--embeddings or --shards"
         )
     run, weights = Run(config.run), Weights(config.model)
     origin = {
@@ -69,21 +73,20 @@ def calibrate(config: CalibrateConfig) -> Path:
     values = {f.name: str(getattr(config, f.name)) for f in fields(config) if f.name != "run"}
     settings = json_text({**values, "fingerprint": weights.fingerprint})
     saved = SavedBatches(run.states / "calibrate", settings)
-    batches = (
-        _from_images(config, config.images, weights, saved)
-        if config.images
-        else _from_drawing(config, weights, saved)
-    )
-    save_calibration(run.calibration, CalibrationSet(batches, origin))
+    save_calibration(run.calibration, CalibrationSet(_batches(config, weights, saved), origin))
     saved.remove()
     return run.calibration
 
 
-def spread_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
-    """One timestep in each of `count` equal parts of (0, 1), in random order: the whole schedule is
-    covered."""
-    parts = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    return parts[torch.randperm(count, generator=generator)]
+def _batches(config: CalibrateConfig, weights: Weights, saved: SavedBatches) -> list[Inputs]:
+    if config.shards and holds_pairs(config.shards):
+        batches = pair_batches(config, weights, saved)
+        _check_batch(config, weights, batches[0])
+        return batches
+    images = unpacked(config, saved) if config.shards else config.images
+    if images:
+        return _from_images(config, images, weights, saved)
+    return _from_drawing(config, weights, saved)
 
 
 def _from_images(
@@ -126,7 +129,7 @@ def _from_images(
                 weights.architecture, weights.config, text, config.guidance
             )
             latents = codec.latents(load_pictures(paths, size))
-            batch = _noised(weights.architecture, latents, timesteps[chunk], text, noise_seed)
+            batch = noised_batch(weights.architecture, latents, timesteps[chunk], text, noise_seed)
             references = pictures(chunk)
             if references is None:
                 return batch
@@ -134,10 +137,13 @@ def _from_images(
 
         batches.append(saved.done(number, make))
     codec.release()  # before the model comes
-    _check_model(
-        config, weights, {name: tensor for name, tensor in batches[0].items() if name != CLEAN}
-    )
+    _check_batch(config, weights, batches[0])
     return batches
+
+
+def _check_batch(config: CalibrateConfig, weights: Weights, batch: Inputs) -> None:
+    """As `_check_model`, a batch that has its clean pictures."""
+    _check_model(config, weights, {name: t for name, t in batch.items() if name != CLEAN})
 
 
 def _check_model(config: CalibrateConfig, weights: Weights, batch: Inputs) -> None:
@@ -152,16 +158,6 @@ def _check_model(config: CalibrateConfig, weights: Weights, batch: Inputs) -> No
             state = teacher.architecture.run_block(block, state)
         check_states(teacher.num_blocks, state)
         checked_velocity(teacher.architecture.finish(teacher.outer, state))
-
-
-def _noised(
-    architecture: Architecture, latents: torch.Tensor, t: torch.Tensor, text, noise_seed: int
-) -> Inputs:
-    clean = architecture.pack(latents)
-    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(noise_seed))
-    return sampling.inputs_of(
-        flow.noised(clean, noise, t), t, text, architecture.grid(latents), clean
-    )
 
 
 def _references(config: CalibrateConfig, pictures: list[Path]) -> list[list[Path]]:

@@ -9,12 +9,13 @@ import torch
 from ppcl_engine.data import flow
 from ppcl_engine.data.calibration import CLEAN, load_calibration
 from ppcl_engine.data.flow import noised
+from ppcl_engine.data.noised_batches import spread_timesteps
 from ppcl_engine.demo.bundled import TEACHER, render_pictures
 from ppcl_engine.models.streaming import Teacher
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.settings.prune_settings import CalibrateConfig
 from ppcl_engine.stages.prune import calibrate as stage
-from ppcl_engine.stages.prune.calibrate import calibrate, spread_timesteps
+from ppcl_engine.stages.prune.calibrate import calibrate
 from ppcl_engine.system.progress import Progress
 
 CAPTIONS = (
