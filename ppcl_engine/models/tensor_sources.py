@@ -54,7 +54,8 @@ def joined_sources(sources: dict[str, Source], parts: dict[str, Part]) -> dict[s
 
 
 def _as_vector(source: Source) -> Source:
-    return Source((math.prod(source.shape),), lambda: source.read().flatten())
+    shape = (math.prod(source.shape),)
+    return replace(source, shape=shape, read=lambda: source.read().flatten(), unchanged=False)
 
 
 def _joined(pieces: list[tuple[Source, int, int]]) -> Source:
