@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from comfy_api.v0_0_2 import io, ui
 
-from ...ppcl_engine.jobs.state import current_state
+from ...ppcl_engine.jobs.state import JobState, current_state
 from ...ppcl_engine.settings.base_settings import Common, StatesConfig
 from ...ppcl_engine.system.wording import DEVICE_FORM, DEVICES
 from ..node import Node
 from ..widgets import WHOLE_SEED, help_of, inputs, values
 from . import results
+from .budgets import prepared
 from .runs import RunType, model_of, progress_text
 from .waiting import Start, finish_upstream, run_job, screen_of
 
@@ -95,15 +96,17 @@ class JobNode(Node):
         states: bool = False,
         last: tuple[io.Input, ...] = (),
         kind: type = Common,
+        decided: tuple[str, ...] = (),
     ) -> io.Schema:
         """The node's schema. last: widgets added after the first release; they come last, since saved
-        workflows hold values by position."""
+        workflows hold values by position. decided: common settings that the node decides itself."""
+        common = common_inputs(seed, previews, states, kind)
         return io.Schema(
             node_id=f"PPCL_{name}",
             display_name=f"{display_name} (PPCL)",
             category=CATEGORY,
             description=description,
-            inputs=[*settings, *common_inputs(seed, previews, states, kind), *last],
+            inputs=[*settings, *(row for row in common if row.id not in decided), *last],
             outputs=[*outputs(*cls.PICTURES), *more],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -123,14 +126,15 @@ class JobNode(Node):
         upstream: str,
         given: dict,
         model: Path,
-        **bring,
+        **more: Callable[[Path], None],
     ) -> Path:
         """Prepares the run, and starts it and waits as the widgets say; returns its folder. stages:
-        (settings class, name, settings beyond those that all share)."""
+        (settings class, name, settings beyond those that all share). more: `bring` and `check` of
+        `run_job`."""
         check_device(given["device"])
         shared = {name: given[name] for name in COMMON if name in given} | {"model": str(model)}
         ready = [(name, values(kind_of, {**shared, **own})) for kind_of, name, own in stages]
-        return run_job(kind, ready, upstream, how_of(given), screen_of(cls), **bring)
+        return run_job(kind, ready, upstream, how_of(given), screen_of(cls), **more)
 
     @classmethod
     def ready(cls, run: str, given: dict) -> Path:
@@ -146,8 +150,8 @@ class JobNode(Node):
         if state.status == "done":
             produced = show(folder)
         else:
-            card = results.state_picture(folder, state)
-            produced = [*[card] * len(cls.PICTURES), progress_text(folder, state), *cls.nothing()]
+            card, text = _standing(folder, state)
+            produced = [*[card] * len(cls.PICTURES), text, *cls.nothing()]
         screen_of(cls).say(next(value for value in produced if isinstance(value, str)))
         shown = next(
             (
@@ -163,6 +167,13 @@ class JobNode(Node):
     def nothing(cls) -> list:
         """What stands in place of the outputs behind the text while the run is not finished."""
         return []
+
+
+def _standing(folder: Path, state: JobState) -> tuple[torch.Tensor, str]:
+    """Picture and text of a job that is not finished; of one that was not started, what it would take."""
+    if state.status == "queued" and state.pid is None:
+        return prepared(folder)
+    return results.state_picture(folder, state), progress_text(folder, state)
 
 
 def check_device(name: str) -> None:

@@ -13,6 +13,8 @@ from ppcl_engine.settings.ranges import Range, rules_of
 
 COMMON = "device dtype streamed seed wait start keep_running"
 WIDGETS = {
+    "PruneModel": "model_file prompts target target_in quality name size most_hours device seed wait start keep_running "
+    "preview_seconds",
     "RecordCalibration": "model_file samples each_picture batch empty_captions seed",
     "CalibrateFromPrompts": f"model_file prompts samples batch empty_captions steps guidance height width {COMMON} "
     "references",
