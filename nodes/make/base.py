@@ -7,15 +7,17 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from comfy_api.v0_0_2 import io, ui
 
 from ...ppcl_engine.jobs.state import JobState, current_state
 from ...ppcl_engine.settings.base_settings import Common, StatesConfig
+from ...ppcl_engine.settings.presets import PRESETS, QUALITIES, preset
 from ...ppcl_engine.system.wording import DEVICE_FORM, DEVICES
 from ..node import Node
-from ..widgets import WHOLE_SEED, help_of, inputs, values
+from ..widgets import WHOLE_SEED, help_of, inputs, values, with_advanced
 from . import results
 from .budgets import prepared
 from .runs import RunType, model_of, progress_text
@@ -26,6 +28,8 @@ FileType = io.Custom("COMBO")
 CATEGORY = "PPCL/make"
 COMMON = ("device", "dtype", "streamed", "seed")
 DEVICE = re.compile(DEVICE_FORM)
+COMMON_FIRST = ("dtype", "streamed", "wait", "start", "preset")
+AS_SET = "as set"
 HOW = ("wait", "start", "keep_running", "preview_seconds")
 
 
@@ -66,6 +70,23 @@ def common_inputs(seed: bool, previews: bool, states: bool, kind: type) -> list[
     ]
 
 
+def preset_input() -> io.Input:
+    return io.Combo.Input(
+        "preset",
+        options=[AS_SET, *QUALITIES],
+        default=AS_SET,
+        optional=True,
+        tooltip="How much work: as the widgets are set, or in place of those that count it: quick, good (a sixth of the "
+        "paper's updates), paper. With start off the node says what each takes here.",
+    )
+
+
+def preset_of(stage: str, given: dict) -> dict:
+    """The settings of the stage that the widget `preset` chooses in place of other widgets."""
+    chosen = given.get("preset", AS_SET)
+    return {} if chosen == AS_SET or stage not in PRESETS else preset(stage, chosen)
+
+
 def outputs(*names: str) -> list[io.Output]:
     """A run, pictures of these names, and a text."""
     return [
@@ -80,8 +101,12 @@ class JobNode(Node):
 
     PICTURES = ("preview",)
     """names of the outputs between the run and the text"""
+    SHOWN: ClassVar[int] = 0
+    """which of the pictures the node itself shows"""
     FILES = {"run": model_of}
     LOOKED_UP = ("device",)
+    FIRST: ClassVar[tuple[str, ...]] = ()
+    """the settings that people change; the page may fold the others away"""
 
     @classmethod
     def schema(
@@ -97,16 +122,21 @@ class JobNode(Node):
         last: tuple[io.Input, ...] = (),
         kind: type = Common,
         decided: tuple[str, ...] = (),
+        presets: bool = False,
     ) -> io.Schema:
         """The node's schema. last: widgets added after the first release; they come last, since saved
-        workflows hold values by position. decided: common settings that the node decides itself."""
-        common = common_inputs(seed, previews, states, kind)
+        workflows hold values by position. decided: common settings that the node decides itself.
+        presets: whether its stages have some."""
+        common = [
+            row for row in common_inputs(seed, previews, states, kind) if row.id not in decided
+        ]
+        rows = [*settings, *common, *last, *([preset_input()] if presets else [])]
         return io.Schema(
             node_id=f"PPCL_{name}",
             display_name=f"{display_name} (PPCL)",
             category=CATEGORY,
             description=description,
-            inputs=[*settings, *(row for row in common if row.id not in decided), *last],
+            inputs=with_advanced(rows, {*cls.FIRST, *COMMON_FIRST}),
             outputs=[*outputs(*cls.PICTURES), *more],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -133,7 +163,10 @@ class JobNode(Node):
         `run_job`."""
         check_device(given["device"])
         shared = {name: given[name] for name in COMMON if name in given} | {"model": str(model)}
-        ready = [(name, values(kind_of, {**shared, **own})) for kind_of, name, own in stages]
+        ready = [
+            (name, values(kind_of, {**shared, **own, **preset_of(name, given)}))
+            for kind_of, name, own in stages
+        ]
         return run_job(kind, ready, upstream, how_of(given), screen_of(cls), **more)
 
     @classmethod
@@ -153,14 +186,8 @@ class JobNode(Node):
             card, text = _standing(folder, state)
             produced = [*[card] * len(cls.PICTURES), text, *cls.nothing()]
         screen_of(cls).say(next(value for value in produced if isinstance(value, str)))
-        shown = next(
-            (
-                ui.PreviewImage(value, cls=cls)
-                for value in produced
-                if isinstance(value, torch.Tensor)
-            ),
-            None,
-        )
+        pictures = [value for value in produced if isinstance(value, torch.Tensor)]
+        shown = ui.PreviewImage(pictures[cls.SHOWN], cls=cls) if pictures else None
         return io.NodeOutput(folder.name, *produced, ui=shown)
 
     @classmethod

@@ -26,6 +26,8 @@ POLISH = {"polish_steps": "steps", "polish_learning_rate": "learning_rate"}
 
 
 class DistillDepth(JobNode):
+    FIRST = ("rounds", "updates", "learning_rate")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -42,6 +44,7 @@ class DistillDepth(JobNode):
                 ),
             ],
             previews=True,
+            presets=True,
             states=True,
         )
 
@@ -63,6 +66,8 @@ def _trained(folder: Path, kind: str) -> list:
 
 
 class DistillWidth(JobNode):
+    FIRST = ("choose", "share", "sites", "rounds", "updates", "learning_rate", "polish_steps")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -90,6 +95,7 @@ class DistillWidth(JobNode):
                 *(_polish_input(name) for name in POLISH),
             ],
             previews=True,
+            presets=True,
             states=True,
         )
 
@@ -147,6 +153,8 @@ def _widened(folder: Path) -> list:
 
 
 class FineTune(JobNode):
+    FIRST = ("variant", "name", "steps", "learning_rate")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -164,6 +172,7 @@ class FineTune(JobNode):
                 ),
             ],
             previews=True,
+            presets=True,
             last=tuple(inputs(FinetuneConfig, "offload", offload={"optional": True})),
         )
 

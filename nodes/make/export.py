@@ -22,6 +22,7 @@ from .waiting import in_words_of_widgets
 
 class Export(JobNode):
     PICTURES = ("layer map",)
+    FIRST = ("layout", "name", "variant", "store")
 
     @classmethod
     def define_schema(cls) -> io.Schema:

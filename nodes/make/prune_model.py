@@ -38,6 +38,16 @@ OF_ALL, GIGABYTES = "share of the model", "GB"
 class PruneModel(JobNode):
     PICTURES = ("pictures", "layer map")
     FILES = {"model_file": model_path}
+    FIRST = (
+        "model_file",
+        "prompts",
+        "target",
+        "target_in",
+        "quality",
+        "name",
+        "size",
+        "most_hours",
+    )
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -33,7 +33,7 @@ LARGE = 1_000_000_000  # parameters; smaller ones are taken for the bundled teac
 PIXELS = 1024  # height and width of a large model's pictures
 RATES = {"distill-depth": 3e-3, "distill-width": 1e-3, "polish": 1e-3}
 """learning rates of the bundled teachers; those of the settings are the authors' for 20 B parameters"""
-BATCHES, MOST_BATCH = 8, 16
+BATCHES, MOST_BATCH = 4, 16  # batches at least: one is held out; each has enough for four pictures
 ROOM = 0.9  # share of a device's memory that a job may plan with
 ORDER = (
     "calibrate",
@@ -167,7 +167,11 @@ def _own_settings(wish: Wish, cost: CostModel, large: bool) -> dict[str, dict]:
     return {
         "calibrate": {**wish.source, **guidance, **size, **empty, "batch": batch},
         "detect": {"remove": blocks_to_remove(wish.share, cost)},
-        "detect-width": {"share": wish.share},
+        "detect-width": {
+            "share": wish.share,
+            # one form is fitted and measured in half the time
+            "form": "paper" if wish.quality == "quick" else "best",
+        },
         "distill-depth": rates.get("distill-depth", {}),
         "distill-width": rates.get("distill-width", {}),
         "polish": {"checkpointing": large, **rates.get("polish", {})},

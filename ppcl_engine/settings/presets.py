@@ -36,9 +36,9 @@ PRESETS: dict[str, dict[str, dict]] = {
         "paper": {"rounds": 15, "updates": 400},
     },
     "detect-width": {
-        "quick": {"samples": 8, "longest": 3, "form": "paper"},
-        "good": {"samples": 16, "longest": 5, "form": "best"},
-        "paper": {"samples": 32, "longest": 8, "form": "best"},
+        "quick": {"samples": 8, "longest": 3},
+        "good": {"samples": 16, "longest": 5},
+        "paper": {"samples": 32, "longest": 8},
     },
     "distill-width": {
         "quick": {"rounds": 1, "updates": 20},

@@ -13,7 +13,7 @@ def test_a_preset_is_settings_of_its_stage(stage):
     for row in rows:
         from_mapping(STAGES[stage][0], {"model": "m", "run": "r", **row}, stage)
     assert rows[0].keys() == rows[1].keys() == rows[2].keys()
-    for name in rows[0].keys() - {"form", "updates", "rounds"}:
+    for name in rows[0].keys() - {"updates", "rounds"}:
         values = [row[name] for row in rows]
         assert values == sorted(values), name
 

@@ -97,6 +97,14 @@ def test_the_words_are_in_the_run(run_node, output, teacher):
     )
     assert text.startswith(f"{name}: not started; about ") and "\npaper: " in text
     other, _ = run_node(
+        "PPCL_CalibrateFromPrompts",
+        model_file=teacher.name,
+        prompts=PROMPTS,
+        **{**NODE, "preset": "quick"},
+    )
+    ((_, settings),) = read_spec(output.path(other)).stages
+    assert (settings["samples"], settings["steps"], settings["batch"]) == (24, 10, 2)
+    other, _ = run_node(
         "PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts="a blue fox", **NODE
     )
     again, _ = run_node(

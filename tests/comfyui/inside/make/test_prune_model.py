@@ -16,7 +16,7 @@ TINY = {
     "calibrate": {"samples": 8, "steps": 2},
     "detect": {"samples": 4, "longest": 3, "bootstrap": 2},
     "distill-depth": {"rounds": 1, "updates": 2},
-    "detect-width": {"samples": 2, "longest": 2, "form": "paper"},
+    "detect-width": {"samples": 2, "longest": 2},
     "distill-width": {"rounds": 1, "updates": 2},
     "polish": {"steps": 2},
     "variants": {"samples": 2},
