@@ -173,7 +173,14 @@ class FineTune(JobNode):
             ],
             previews=True,
             presets=True,
-            last=tuple(inputs(FinetuneConfig, "offload", offload={"optional": True})),
+            last=tuple(
+                inputs(
+                    FinetuneConfig,
+                    "offload optimizer_state",
+                    offload={"optional": True},
+                    optimizer_state={"optional": True},
+                )
+            ),
         )
 
     @classmethod

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 
 from ..algorithms.detection.intervals import PUBLISHED_SHARE
+from ..algorithms.distillation.compact_state import BLOCK, COMPACT
 from ..algorithms.distillation.kept_trainers import SHARE
 from ..algorithms.distillation.quantization import NONE
 from ..algorithms.distillation.round_cache import REUSE
 from ..architectures import Architecture
-from ..data.codecs import open_codec
-from ..data.codecs.table import has_tables
 from ..models.cost import CostModel, Grid, largest_pair
 from ..models.layout import full_layout
 from ..models.opening import model_config
@@ -35,14 +34,14 @@ from ..settings.prune_settings import (
 )
 from ..system.machine import DTYPES, free_memory, resolve_device
 from ..system.tensor_files import TensorFile
+from .picture_grids import grid_of
 
-GRID, TEXT_TOKENS = (1, 64, 64), 128  # 1024 x 1024 pixels
-PIXELS_A_TOKEN = 16  # height and width
+TEXT_TOKENS = 128
 # values of one width that a block's backward keeps, counted on diffusers' block
 ACTIVATIONS_PER_TOKEN = 40
 OPTIMISER_COPIES = 4  # weights, gradients, two moments
 SAVED_COPIES = 3  # weights, two moments
-SOLVING_COPIES = 12  # of a map in float64
+SOLVING_COPIES, RANK_COPIES = 7, 5  # of a map in float64
 FP32, EXACT = torch.float32.itemsize, torch.float64.itemsize
 STORED = torch.bfloat16.itemsize  # of a value in a file that is not there
 NAMED_VARIANTS = 5
@@ -187,8 +186,12 @@ class Count:
 
     @property
     def solving(self) -> float:
-        """What solving a map takes: its sums, their factor, the solution, and what the rank takes."""
+        """Bytes that solving a map takes: its sums, their factor, the solution."""
         return SOLVING_COPIES * EXACT * self.width**2
+
+    @property
+    def solving_with_rank(self) -> float:
+        return self.solving + RANK_COPIES * EXACT * self.width**2
 
     def passing(self, states: float) -> tuple[float, float]:
         """Where the states of the two boundaries are that a streamed sweep keeps: bytes in the
@@ -269,10 +272,12 @@ class Count:
             return sum(self.students)
         return self.variant(config.variant) or self.parameters // 2
 
-    def tuning_copies(self, config: PolishConfig | FinetuneConfig) -> int:
-        """Copies of what is trained, outside of its turn and in a file: weights, two moments, and an
-        average where there is one."""
-        return 4 if config.ema else 3
+    def tuning_bytes(self, config: PolishConfig | FinetuneConfig) -> float:
+        """Bytes of a parameter in training, outside of its turn and in a file: its weight, two
+        moments, and an average where there is one."""
+        if config.optimizer_state == COMPACT:
+            return FP32 + 2 * (1 + FP32 / BLOCK) + (torch.bfloat16.itemsize if config.ema else 0)
+        return FP32 * (4 if config.ema else 3)
 
     def tuning_states(self) -> int:
         """States of a batch between all blocks."""
@@ -302,7 +307,7 @@ def _samples(config: JobConfig, calibrate: CalibrateConfig | None) -> Samples:
         path = config.calibration
     calibrate = config if isinstance(config, CalibrateConfig) else calibrate
     if calibrate is not None:
-        grid = _grid(calibrate)
+        grid = grid_of(calibrate)
         references = (grid,) if calibrate.references else ()  # one or more
         text, batch = _text_tokens(calibrate), calibrate.batch
         return Samples(
@@ -334,23 +339,3 @@ def stored_bytes(model: Path) -> int:
         return 0
     weights = [path for path in transformer_folder(model).iterdir() if path.suffix in WEIGHTS]
     return sum(path.stat().st_size for path in weights)
-
-
-def _grid(config: CalibrateConfig) -> tuple[int, int, int]:
-    """The grid of the pictures that calibrate will draw or read: as asked for, or the model's own size where
-    it is cheap to know."""
-    model = Path(config.model)
-    rows, columns, pixels = _usual_grid(model, model.stat().st_mtime_ns if model.is_file() else 0)
-    return 1, config.height // pixels or rows, config.width // pixels or columns
-
-
-@lru_cache(maxsize=16)
-def _usual_grid(model: Path, changed: int) -> tuple[int, int, int]:
-    """Rows and columns of tokens in a picture of the model's usual size, and pixels along a token;
-    `changed` as in `_sizes`, 0 for what is not a file."""
-    if not changed or not has_tables(model):
-        return *GRID[1:], PIXELS_A_TOKEN
-    codec = open_codec(model)
-    pixels = 2 * codec.pixels_per_latent
-    rows, columns = (side // pixels for side in codec.picture_size)
-    return rows, columns, pixels

@@ -12,8 +12,9 @@ from ..settings.convert_settings import JobConfig
 from ..settings.prune_settings import CalibrateConfig
 from ..system.machine import device_memory, free_disk, resolve_device
 from .advice import STREAMED, last_advice, setting_advice
-from .counts import GRID, TEXT_TOKENS
+from .counts import TEXT_TOKENS
 from .needs import DEMANDS, Needs, needs
+from .picture_grids import GRID
 
 COLUMNS = (
     "GB memory",

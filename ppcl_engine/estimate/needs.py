@@ -137,7 +137,7 @@ def _probe(count: Count, config: ProbeConfig) -> Demand:
     fits = count.blocks * tokens * 4 * count.width**2
     return Demand(
         certain=count.teacher + (0 if config.streamed else 2 * states),
-        likely=states + count.solving + count.on_host(waiting),
+        likely=states + count.solving_with_rank + count.on_host(waiting),
         disk=on_disk + probes,
         flops=count.samples.count * count.forward
         + fits
@@ -186,7 +186,11 @@ def _detect_width(count: Count, config: DetectWidthConfig) -> Demand:
     states, width = count.kept(count.samples.count), WidthCounts.of(count, config)
     measured = width.layouts * min(config.samples, count.samples.count) * count.state
     waiting, on_disk = count.passing(states)
-    fitting = width.equations + max(count.solving, count.reading_student) + count.on_host(waiting)
+    fitting = (
+        width.equations
+        + max(count.solving_with_rank, count.reading_student)
+        + count.on_host(waiting)
+    )
     measuring = count.on_host(count.together(config, measured)) + count.reading_student
     # candidates begin where they differ from the depth-pruned model, half way in the mean
     forwards = width.layouts / 2 * min(config.samples, count.samples.count)
@@ -214,7 +218,7 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Demand:
     training = rest + frozen + OPTIMISER_COPIES * projection + waiting + cache
     training += count.backward + count.read_in_training(config, count.width**2)
     student = count.reading_student if width.students else 0
-    fitting = width.equations + max(count.teacher + student, rest + count.solving)
+    fitting = width.equations + max(count.teacher + student, rest + count.solving_with_rank)
     return Demand(
         certain=count.teacher,
         likely=max(training, fitting) - count.teacher,
@@ -226,20 +230,25 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Demand:
 def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
     """Master weights, gradients, moments and average are float32. Streamed, a block's are on the
     device at a time, and the outer layers' where they are trained."""
-    trained, copies = count.trained(config), count.tuning_copies(config)
-    waits, again = copies * FP32 * trained, config.checkpointing or config.streamed
-    here = trained
+    trained, kept = count.trained(config), count.tuning_bytes(config)
+    waits, again = kept * trained, config.checkpointing or config.streamed
+    here, here_bytes = trained, kept + FP32
     if config.streamed:
+        here_bytes = FP32 * (5 if config.ema else 4)  # of a block in its turn nothing is packed
         outer = count.sizes.cost.outer_parameters if isinstance(config, FinetuneConfig) else 0
         here = max(count.sizes.blocks) + count.sizes.correction + outer
     in_memory = (
         waits + count.tuning_states() if config.streamed and config.offload == "memory" else 0
     )
     on_disk = config.streamed and config.offload == "disk"
+    training = here_bytes * here
+    certain = count.teacher + training
+    if config.streamed and isinstance(config, FinetuneConfig):
+        certain = max(count.teacher, count.outer + training)  # blocks are trained when it has run
     # while a save is written, what it holds goes from the files of the training into it
     saves = 2 if on_disk and config.steps > config.save_every else 1
     return Demand(
-        certain=count.teacher + (copies + 1) * FP32 * here + count.on_host(in_memory),
+        certain=certain + count.on_host(in_memory),
         likely=(1 if again else count.blocks) * count.backward
         + count.read_in_training(config, here),
         host=in_memory,

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from ..algorithms.detection.intervals import PUBLISHED_SHARE
 from ..data.codecs.table import has_tables
-from ..estimate.counts import GRID, TEXT_TOKENS
+from ..estimate.counts import TEXT_TOKENS
 from ..estimate.needs import needs
+from ..estimate.picture_grids import GRID
 from ..models.cost import STORED_BYTES, CostModel
 from ..models.opening import model_config
 from ..settings.base_settings import from_mapping

@@ -91,6 +91,9 @@ class TuningConfig(TrainingConfig):
     """With --streamed: where weights in training, their moments and averages, and the states between
     blocks wait for their turn: in the host's memory, or in files of the run folder. The result is the
     same to the bit."""
+    optimizer_state: Literal["float32", "compact"] = "float32"
+    """What the optimiser keeps between steps: float32, or moments in 8 bits and averages in bfloat16,
+    8 bytes a parameter with its weight instead of 16."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -3,7 +3,7 @@ tools read."""
 
 import pytest
 
-from benchmarks import hashing, memory, removal
+from benchmarks import hashing, memory, removal, solving
 from benchmarks.distill_speed import __main__ as distill_speed
 from benchmarks.distill_speed.recipes import plain_loss
 from benchmarks.folding import __main__ as folding
@@ -257,12 +257,18 @@ def test_hashing(tmp_path):
         assert row["seconds_with"] > 0 and row.keys() >= {"share", "processor_share"}
 
 
+def test_solving(tmp_path):
+    values = run(solving, tmp_path)
+    assert values["share"]["general_solver_and_eigenvalues"] == 1.0
+    assert all(seconds >= 0 for seconds in values["seconds"].values())
+
+
 def test_full_size_goes_on_where_it_was_stopped(tmp_path):
     """On a small model in this process: what every stage reads and writes is what the dry run says."""
     values = run(full_size, tmp_path, "--folder", tmp_path / "work")
     rows = values["small"]
     assert [row["stage"] for row in rows][:3] == ["calibrate", "probe", "detect"]
-    assert len(rows) == 14 and all(row["read"] > 0 for row in rows)
+    assert len(rows) == 16 and all(row["read"] > 0 for row in rows)
     for row in rows:
         for name in ("read", "written"):
             if row[name] > LARGE_ENOUGH and "ratio" in row:

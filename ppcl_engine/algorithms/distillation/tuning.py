@@ -32,8 +32,9 @@ from ...system.tensor_files import (
     file_mark,
     write_tensor_stream,
 )
+from .compact_state import CODES, COMPACT, FULL, is_packed, scale_shape
 from .loop import Session, train_until
-from .part_optimizer import MOMENTS
+from .part_optimizer import MOMENTS, SCALES
 from .saved_training import LOSSES, RAW, WEIGHT, SavedParts, check_training, settings_of
 from .streamed_walk import StreamedWalk
 from .trainer import Training, resume_settings, saved_step
@@ -89,9 +90,8 @@ class AveragedTrainer(Training):
         with self.walk.at_hand(part, last=True) as optimizer:
             optimizer.average_until(self.step)
             raw = optimizer.parameters if self.averages else {}
-            tensors = {
-                f"{WEIGHT}{n}": t for n, t in (self._tables(part) | optimizer.used()).items()
-            }
+            used = self._tables(part) | optimizer.used() | optimizer.average
+            tensors = {f"{WEIGHT}{name}": tensor for name, tensor in used.items()}
             tensors |= {f"{RAW}{name}": tensor.detach() for name, tensor in raw.items()}
             tensors |= optimizer.moments()
             self.check_finite_tensors(tensors, path)
@@ -102,9 +102,9 @@ class AveragedTrainer(Training):
         counts, state = self.walk.counts(), self.walk.module.state_dict()
         entries, read = [], OneAtATime(partial(self.tensors, path=path))
         for part, names in self.walk.names.items():
-            for key, name in self._keys(names, counts):
-                make, like = partial(read, part, key), state[name]
-                entries.append(TensorEntry(key, like.dtype, tuple(like.shape), make))
+            for key, dtype, shape in self._keys({name: state[name] for name in names}, counts):
+                make = partial(read, part, key)
+                entries.append(TensorEntry(key, dtype, shape, make))
         for key, values in {LOSSES: self.losses, COUNTS: [counts[n] for n in self.shapes]}.items():
             row = torch.tensor(values, dtype=torch.float32)
             entries.append(TensorEntry(key, row.dtype, tuple(row.shape), partial(torch.clone, row)))
@@ -114,14 +114,26 @@ class AveragedTrainer(Training):
             for entry in entries:
                 entry.read()
 
-    def _keys(self, names: Iterable[str], counts: dict[str, float]) -> Iterator[tuple[str, str]]:
-        """(name in the file, whose shape it has)"""
-        for name in names:
-            yield f"{WEIGHT}{name}", name
-            if self.averages and name in self.shapes:
-                yield f"{RAW}{name}", name
+    def _keys(
+        self, tensors: dict[str, torch.Tensor], counts: dict[str, float]
+    ) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name in the file, type, shape)"""
+        compact = self.walk.rules.compact
+        for name, tensor in tensors.items():
+            shape, trained = tuple(tensor.shape), name in self.shapes
+            averaged = self.averages and trained
+            yield (
+                f"{WEIGHT}{name}",
+                torch.bfloat16 if averaged and compact else tensor.dtype,
+                shape,
+            )
+            if averaged:
+                yield f"{RAW}{name}", tensor.dtype, shape
+            packed = compact and is_packed(shape)
             for kind in MOMENTS if counts.get(name) else ():
-                yield f"{kind}.{name}", name
+                yield f"{kind}.{name}", CODES if packed else tensor.dtype, shape
+                if packed:
+                    yield f"{SCALES[kind]}.{name}", tensor.dtype, scale_shape(shape)
 
     def save(self, path: Path, settings: str) -> None:
         super().save(path, settings)
@@ -181,7 +193,8 @@ def walking(
 ) -> Iterator[Walk]:
     """As the settings say. module: streamed, with its blocks on the meta device; begin: as
     StreamedWalk has it; folder: where what is streamed waits on disk."""
-    rules = Rules(weight_decay=config.weight_decay, ema=config.ema)
+    compact = config.optimizer_state == COMPACT
+    rules = Rules(weight_decay=config.weight_decay, ema=config.ema, compact=compact)
     folder = processes().folder(folder)
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
     if not config.streamed:
@@ -201,9 +214,11 @@ def tuning_settings(
     """The settings that decide a training's result. `sources`: the files of the parts that it
     starts from."""
     marks = {path.name: file_mark(path) for path in sources}
+    # left out where it is off, for files from before that setting existed
+    state = ("optimizer_state",) if config.optimizer_state != FULL else ()
     return json_text(
         {
-            **resume_settings(config, SETTINGS),
+            **resume_settings(config, (*SETTINGS, *state)),
             **more,
             "calibration": calibration.hash[:16],
             "sources": marks,

@@ -72,6 +72,8 @@ class Rules:
 
     weight_decay: float
     ema: float
+    compact: bool = False
+    """moments in 8 bits and averages in bfloat16 between steps"""
 
 
 class Walk(Protocol):
@@ -194,7 +196,7 @@ def optimizer_of(walk: Walk, part: str) -> PartOptimizer:
     owner, rules = part_of(walk.module, part), walk.rules
     named = {f"{part}{name}": parameter for name, parameter in owner.named_parameters()}
     parameters = {name: named[name] for name in walk.names[part] if name in named}
-    return PartOptimizer(parameters, rules.weight_decay, rules.ema)
+    return PartOptimizer(parameters, rules.weight_decay, rules.ema, rules.compact)
 
 
 def part_of(module: nn.Module, part: str) -> nn.Module:

@@ -151,6 +151,16 @@ def test_the_api_form_is_the_same_workflow(known, path):
         assert given == {k: v for k, v in values.items() if k not in ignored}
 
 
+@pytest.mark.parametrize("name", ["ppcl-demo-three-sizes", "ppcl-demo-in-one-node"])
+def test_app_mode_shows_widgets_and_results_that_are_there(known, name):
+    """What newer pages read of `extra`: widgets by node and name, and nodes with a result."""
+    path = ROOT / "workflows" / f"{name}.json"
+    nodes, chosen = workflow_in(path)[0], json.loads(path.read_text())["extra"]["linearData"]
+    kinds = {node["id"]: known[node["type"]] for node in nodes}
+    assert chosen["inputs"] and all(w in widgets_of(kinds[n]) for n, w in chosen["inputs"])
+    assert chosen["outputs"] and all(kinds[n]["output_node"] for n in chosen["outputs"])
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_files_to_download_are_named_in_the_widgets(path):
     for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
