@@ -15,7 +15,7 @@ from .waiting import in_words_of_widgets
 
 
 def budget_of(folder: Path) -> Budget:
-    """Of the job in this folder."""
+    """The budget of the job in this folder."""
     return Budget([config for _, config in configs(read_spec(folder), folder)])
 
 
