@@ -102,7 +102,7 @@ class JobNode(Node):
     PICTURES = ("preview",)
     """names of the outputs between the run and the text"""
     SHOWN: ClassVar[int] = 0
-    """which of the pictures the node itself shows"""
+    """which of the pictures of a finished run the node itself shows"""
     FILES = {"run": model_of}
     LOOKED_UP = ("device",)
     FIRST: ClassVar[tuple[str, ...]] = ()
@@ -177,17 +177,17 @@ class JobNode(Node):
 
     @classmethod
     def output(cls, folder: Path, show: Callable[[Path], list]) -> io.NodeOutput:
-        """The node's outputs. show(folder): those of a finished run, behind its name, a picture
-        first. Of a run that is not finished, every picture says how it stands."""
-        state = current_state(folder)
+        """The node's outputs. show(folder): those of a finished run, behind its name. Of a run that is
+        not finished, every picture says how it stands."""
+        state, number = current_state(folder), 0
         if state.status == "done":
-            produced = show(folder)
+            produced, number = show(folder), cls.SHOWN
         else:
             card, text = _standing(folder, state)
             produced = [*[card] * len(cls.PICTURES), text, *cls.nothing()]
         screen_of(cls).say(next(value for value in produced if isinstance(value, str)))
         pictures = [value for value in produced if isinstance(value, torch.Tensor)]
-        shown = ui.PreviewImage(pictures[cls.SHOWN], cls=cls) if pictures else None
+        shown = ui.PreviewImage(pictures[number], cls=cls) if pictures else None
         return io.NodeOutput(folder.name, *produced, ui=shown)
 
     @classmethod

@@ -10,7 +10,7 @@ from ...ppcl_engine.estimate.budget import Budget, budgets_by_quality
 from ...ppcl_engine.jobs.spec import configs, read_spec
 from ...ppcl_engine.report.drawings.canvas import BLUE, VERMILION
 from ...ppcl_engine.system.numbers import bytes_text, duration_text
-from ..pictures import table_card
+from ..pictures import table_card, text_card
 from .waiting import in_words_of_widgets
 
 
@@ -27,9 +27,16 @@ def prepared(folder: Path) -> tuple[torch.Tensor, str]:
     """Picture and text of a job that was not started: what it would take, and with each preset."""
     stages = configs(read_spec(folder), folder)
     budget = budget_of(folder)
-    rows = {"as set": budget} | budgets_by_quality([c for _, c in stages], [s for s, _ in stages])
-    text = [f"{folder.name}: not started; {_title(budget)}", *_compared(rows)]
-    return budget_picture(budget), "\n".join(text)
+    try:
+        rows = {"as set": budget} | budgets_by_quality(
+            [c for _, c in stages], [s for s, _ in stages]
+        )
+        text = [f"{folder.name}: not started; {_title(budget)}", *_compared(rows)]
+        return budget_picture(budget), "\n".join(text)
+    except ValueError as error:  # it is prepared for a device of another machine
+        line = in_words_of_widgets(str(error))
+        text = f"{folder.name}: not started; what it takes cannot be told here: {line}"
+        return text_card(text, BLUE), text
 
 
 def check_budget(budget: Budget, most_hours: float) -> None:

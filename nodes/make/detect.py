@@ -109,7 +109,8 @@ class Detect(JobNode):
 def _detected(folder: Path) -> list:
     plan = Run(folder).load_plan()
     curve = damage_curve(_config_of(folder), Run(folder))
-    text = [results.plan_text(plan, results.damage_table(folder)), _points(curve)]
+    text = [results.plan_text(plan, results.damage_table(folder))]
+    text += [_points(curve)] if curve else []
     pictures = [results.map_picture(plan), results.curves_picture(folder, plan)]
     return [*pictures, "\n".join(text), _untrained(folder, curve)]
 

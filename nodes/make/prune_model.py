@@ -30,7 +30,7 @@ from .base import FileType, JobNode, check_device
 from .budgets import budget_of, budget_picture, check_budget
 from .calibrate_from_prompts import source_of
 from .export import exported
-from .waiting import screen_of
+from .waiting import in_words_of_widgets, screen_of
 
 OF_ALL, GIGABYTES = "share of the model", "GB"
 
@@ -108,17 +108,13 @@ class PruneModel(JobNode):
         source = source_of(prompts, clip, NO_FOLDER)
         if clip is None and not brings_text_encoder(model):
             raise ValueError(f"{model_file} brings no text encoder; connect one to clip")
-        wish = Wish(
-            model=model,
-            share=share_of(model, target) if target_in == GIGABYTES else target,
-            quality=quality,
-            source={source.setting: source.file},
-            name=name,
-            size=size,
-            device=given["device"],
-            seed=given["seed"],
-        )
-        stages = recipe(wish, runs().root)
+        wanted = {"quality": quality, "name": name, "size": size, "seed": given["seed"]}
+        wanted |= {"source": {source.setting: source.file}, "device": given["device"]}
+        try:
+            share = share_of(model, target) if target_in == GIGABYTES else target
+            stages = recipe(Wish(model=model, share=share, **wanted), runs().root)
+        except ValueError as error:
+            raise ValueError(in_words_of_widgets(str(error))) from None
 
         def bring(folder: Path) -> None:
             source.write(folder)

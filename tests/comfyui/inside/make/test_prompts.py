@@ -111,6 +111,13 @@ def test_the_words_are_in_the_run(run_node, output, teacher):
         "PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts=PROMPTS, **NODE
     )
     assert other != name and again == name
+    _, text = run_node(
+        "PPCL_CalibrateFromPrompts",
+        model_file=teacher.name,
+        prompts=PROMPTS,
+        **{**NODE, "device": "cuda:77"},
+    )
+    assert "what it takes cannot be told here: device cuda:77 is not on this machine" in text
 
 
 def test_the_hosts_text_encoder(run_node, output, teacher, clip):

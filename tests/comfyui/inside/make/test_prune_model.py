@@ -92,6 +92,7 @@ def test_from_a_wish_to_a_file(run_node, output, small_teacher):
         ({"target": 5.0, "target_in": "GB"}, "target is .*% of the full model's"),
         ({"prompts": " "}, "0 prompts are given"),
         ({"name": "../up"}, "name '../up'"),
+        ({"device": "cuda:77"}, "device cuda:77 is not on this machine; "),
         ({"quality": "best"}, "quality 'best' is not a choice; choose from quick, good, paper"),
         ({"start": True, "most_hours": 0.0}, "most_hours is 0; choose a quicker quality"),
     ],
