@@ -107,8 +107,10 @@ def _sizes(
 class Count:
     """Sizes that the stages' needs are made of; bytes unless said otherwise."""
 
-    def __init__(self, config: JobConfig, calibrate: CalibrateConfig | None):
+    def __init__(self, config: JobConfig, calibrate: CalibrateConfig | None, processes: int = 1):
         self.config, self.size = config, DTYPES[config.dtype].itemsize
+        self.processes = processes
+        self.shards = processes > 1 and getattr(config, "parallel", "") == "shard"
         self.samples = _samples(config, calibrate)
         model = Path(config.model)
         changed = model.stat().st_mtime_ns if model.exists() else 0

@@ -36,12 +36,14 @@ from .counts import (
     SAVED_COPIES,
     Count,
 )
+from .demand import Demand
 from .detect_chains import DetectChains
 from .round_states import RoundStates
 from .traffic import traffic
 from .width_counts import WidthCounts
 
 BYTES_A_SECOND = 5e8  # of a disk
+GATHERED_COPIES = 4  # of a block: gathered, on the way there, gradients, on their way to the shards
 WORKING_COPIES = 8  # of a map in float64: masks' prices, what went, the refit's directions
 SOLVING = 5  # products of two maps
 COMPRESSED = {"2:4": 9 / 16}
@@ -73,26 +75,12 @@ class Needs:
     """of an idle machine; more where blocks are small"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Demand:
-    """What a stage takes, whichever machine runs it."""
-
-    certain: float
-    """bytes of the device: weights, optimiser, states that are kept"""
-    likely: float
-    """bytes beside those: what a backward keeps, a cache of states in memory"""
-    host: float = 0
-    """bytes in the host's memory that are certain; where it computes itself, `certain` has them too"""
-    disk: float = 0
-    """bytes of new files that are certain"""
-    flops: float = 0
-
-
-def needs(config: JobConfig, calibrate: CalibrateConfig | None = None) -> Needs:
+def needs(config: JobConfig, calibrate: CalibrateConfig | None = None, processes: int = 1) -> Needs:
     """`calibrate`: of the same job, where its calibration is not there yet; with neither, the
-    smallest one counts."""
+    smallest one counts. `processes`: how many polish or finetune is launched in; memory, bytes read
+    and time are those of each."""
     stage, demand_of = DEMANDS[type(config)]
-    count = Count(config, calibrate)
+    count = Count(config, calibrate, processes)
     demand, (read, written) = demand_of(count, config), traffic(count, config)
     speed = flops_a_second(resolve_device(config.device), DTYPES[config.dtype])
     return Needs(
@@ -229,31 +217,38 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Demand:
 
 def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
     """Master weights, gradients, moments and average are float32. Streamed, a block's are on the
-    device at a time, and the outer layers' where they are trained."""
+    device at a time, and the outer layers' where they are trained. Of processes that shard them,
+    each has its part, and gathers a block when its turn comes; then --streamed is the teacher."""
     trained, kept = count.trained(config), count.tuning_bytes(config)
+    streamed = config.streamed and not count.shards
     waits, again = kept * trained, config.checkpointing or config.streamed
+    block = max(count.sizes.blocks) + count.sizes.correction
     here, here_bytes = trained, kept + FP32
-    if config.streamed:
+    if streamed:
         here_bytes = FP32 * (5 if config.ema else 4)  # of a block in its turn nothing is packed
         outer = count.sizes.cost.outer_parameters if isinstance(config, FinetuneConfig) else 0
-        here = max(count.sizes.blocks) + count.sizes.correction + outer
-    in_memory = (
-        waits + count.tuning_states() if config.streamed and config.offload == "memory" else 0
-    )
-    on_disk = config.streamed and config.offload == "disk"
+        here = block + outer
+    read, gathered, passes = here, 0, (5 if again else 4) * config.steps / count.processes
     training = here_bytes * here
+    if count.shards:
+        training /= count.processes
+        read, gathered = block if again else trained, GATHERED_COPIES * FP32 * block
     certain = count.teacher + training
-    if config.streamed and isinstance(config, FinetuneConfig):
+    if streamed and isinstance(config, FinetuneConfig):
         certain = max(count.teacher, count.outer + training)  # blocks are trained when it has run
+    activations = (1 if again else count.blocks) * count.backward
+    if again and not streamed:  # the inputs of blocks that are computed again
+        activations += count.tuning_states()
+    in_memory = waits + count.tuning_states() if streamed and config.offload == "memory" else 0
+    on_disk = streamed and config.offload == "disk"
     # while a save is written, what it holds goes from the files of the training into it
     saves = 2 if on_disk and config.steps > config.save_every else 1
     return Demand(
         certain=certain + count.on_host(in_memory),
-        likely=(1 if again else count.blocks) * count.backward
-        + count.read_in_training(config, here),
+        likely=activations / count.processes + count.read_in_training(config, read) + gathered,
         host=in_memory,
         disk=saves * waits + (count.tuning_states() if on_disk else 0),
-        flops=(5 if again else 4) * config.steps * count.samples.batch * count.forward,
+        flops=passes * count.samples.batch * count.forward,
     )
 
 

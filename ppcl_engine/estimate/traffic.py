@@ -183,7 +183,7 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Traffic:
     if isinstance(config, PolishConfig):
         replaced = sum(len(interval.blocks) for interval in count.intervals) / count.blocks
         frozen = 1 - count.on_share(config) * replaced
-    on_disk = config.offload == "disk"
+    on_disk = config.offload == "disk" and not count.shards
     turns = config.steps * count.on_share(config) if on_disk else 0
     states = config.steps * count.tuning_states() if on_disk else 0
     return Traffic(

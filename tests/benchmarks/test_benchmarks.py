@@ -11,6 +11,7 @@ from benchmarks.full_size import __main__ as full_size
 from benchmarks.hostile import __main__ as hostile
 from benchmarks.shared import teachers
 from benchmarks.shared.teachers import random_teacher
+from ppcl_engine.estimate.needs import needs
 
 from .quick import CONFIG, quick_teacher, run
 
@@ -115,6 +116,17 @@ def test_parallel(tmp_path, teacher):
     )
     (row,) = values["rows"]
     assert row["ratio"] == 1 and row["largest_difference"] == 0 and row["start_seconds"] > 0
+
+
+def test_distributed(tmp_path):
+    """One process only: test_sharded.py has the launches."""
+    from benchmarks import distributed
+
+    values = run(distributed, tmp_path, "--processes")
+    assert values["processes"] == values["memory_ratio"] == 1 and values["difference"] == 0
+    assert values["rows"][0]["memory"][0] > 0 and values["trained"] > 5 * values["block"]
+    each = [needs(distributed.published(tmp_path), processes=n).memory for n in (2, 4, 8)]
+    assert each[0] > 80e9 > each[1] > each[2]
 
 
 def test_removal(tmp_path, teacher):

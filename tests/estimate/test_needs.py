@@ -245,3 +245,16 @@ def test_few_rounds_read_less(tmp_path):
     assert few.read < many.read / 5 and few.written < many.written / 5
     resident = needs(DistillDepthConfig(**{**common, "streamed": False}, rounds=15, updates=400))
     assert resident.read < few.read
+
+
+def test_processes_that_shard_a_training_have_their_part_of_it_each(
+    teacher_file, make_run, tmp_path, capsys
+):
+    config = PolishConfig(model=teacher_file, run=make_run(tmp_path, teacher_file), device="cpu")
+    teacher = Count(config, None).teacher
+    alone, two, eight = (needs(config, processes=count).at_least - teacher for count in (1, 2, 8))
+    assert two == pytest.approx(alone / 2, abs=1) and eight == pytest.approx(alone / 8, abs=1)
+    assert needs(replace(config, parallel="data"), processes=2).at_least == alone + teacher
+    print_estimate(config)
+    rows = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in rows if " processes " in line] == ["2", "4", "8"]

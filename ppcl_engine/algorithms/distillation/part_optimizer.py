@@ -10,6 +10,7 @@ from torch import nn
 
 from ...system.seeds import draw_seed
 from .compact_state import is_packed, pack, rounded_at_random, unpack
+from .sharding import clip, like
 
 BETAS = (0.9, 0.95)
 MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq"}
@@ -55,7 +56,7 @@ class PartOptimizer:
 
     def clip(self) -> float:
         """Shortens the part's gradient to a norm of 1; returns the norm that it had."""
-        return float(nn.utils.clip_grad_norm_(self.parameters.values(), 1.0))
+        return clip(self.parameters.values())
 
     def step(self, learning_rate: float) -> None:
         for group in self.adamw.param_groups:
@@ -135,12 +136,12 @@ class PartOptimizer:
 
     def _unpack(self) -> None:
         for name, count in self._counts.items():
-            state = {"step": torch.tensor(count)}
+            parameter, state = self.parameters[name], {"step": torch.tensor(count)}
             for kind, key in MOMENTS.items():
                 moment = self._packed.pop(f"{kind}.{name}")
                 scales = self._packed.pop(f"{SCALES[kind]}.{name}", None)
                 if scales is not None:
                     moment = unpack(moment, scales, SIGNED[kind])
-                state[key] = moment.to(self.parameters[name])
-            self.adamw.state[self.parameters[name]] = state
+                state[key] = like(moment.to(parameter.dtype), parameter)
+            self.adamw.state[parameter] = state
         self._counts = {}

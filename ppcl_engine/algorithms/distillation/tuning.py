@@ -25,17 +25,13 @@ from ...system.json_text import json_text
 from ...system.machine import resolve_device
 from ...system.progress import Progress, saved
 from ...system.seeds import draw_seed
-from ...system.tensor_files import (
-    OneAtATime,
-    TensorEntry,
-    TensorFile,
-    file_mark,
-    write_tensor_stream,
-)
+from ...system.tensor_files import OneAtATime, TensorEntry, TensorFile, file_mark
 from .compact_state import CODES, COMPACT, FULL, is_packed, scale_shape
 from .loop import Session, train_until
 from .part_optimizer import MOMENTS, SCALES
 from .saved_training import LOSSES, RAW, WEIGHT, SavedParts, check_training, settings_of
+from .sharded_walk import ShardedWalk, check_torch
+from .sharding import whole, write_together
 from .streamed_walk import StreamedWalk
 from .trainer import Training, resume_settings, saved_step
 from .walks import Chain, ResidentWalk, Rules, Walk
@@ -66,7 +62,8 @@ class AveragedTrainer(Training):
         value = float(processes().sum(loss.detach()))
         self.check_finite("loss", value, where)
         for optimizer in self.walk.gradients():
-            processes().sum_gradients(optimizer.parameters.values(), loss)
+            if not processes().shards:  # which sum them on the way to their shards
+                processes().sum_gradients(optimizer.parameters.values(), loss)
             self.check_finite("gradient", optimizer.clip(), where)
             optimizer.average_until(self.step)  # of steps in which it was off, before it changes
             optimizer.step(learning_rate)
@@ -74,7 +71,8 @@ class AveragedTrainer(Training):
         self.finish_step(value, where)
 
     def used(self, part: str) -> dict[str, torch.Tensor]:
-        """A part's weights as they are to be used, of a training that has ended."""
+        """A part's weights as they are to be used, of a training that has ended; sharded where they
+        are."""
         with self.walk.at_hand(part, last=True) as optimizer:
             optimizer.average_until(self.step)
             return {**self._tables(part), **optimizer.used()}
@@ -85,8 +83,8 @@ class AveragedTrainer(Training):
         return {name: state[name] for name in self.walk.names[part] if name not in self.shapes}
 
     def tensors(self, part: str, path: Path) -> dict[str, torch.Tensor]:
-        """What a file has of a part that a save at `path` needs. Raises Diverged for what is not
-        finite."""
+        """What a file has of a part that a save at `path` needs; sharded where it is. Raises
+        Diverged for what is not finite."""
         with self.walk.at_hand(part, last=True) as optimizer:
             optimizer.average_until(self.step)
             raw = optimizer.parameters if self.averages else {}
@@ -103,16 +101,12 @@ class AveragedTrainer(Training):
         entries, read = [], OneAtATime(partial(self.tensors, path=path))
         for part, names in self.walk.names.items():
             for key, dtype, shape in self._keys({name: state[name] for name in names}, counts):
-                make = partial(read, part, key)
+                make = partial(_read_whole, read, part, key)
                 entries.append(TensorEntry(key, dtype, shape, make))
         for key, values in {LOSSES: self.losses, COUNTS: [counts[n] for n in self.shapes]}.items():
             row = torch.tensor(values, dtype=torch.float32)
             entries.append(TensorEntry(key, row.dtype, tuple(row.shape), partial(torch.clone, row)))
-        if processes().writes:
-            write_tensor_stream(path, entries, metadata)
-        else:
-            for entry in entries:
-                entry.read()
+        write_together(path, entries, metadata)
 
     def _keys(
         self, tensors: dict[str, torch.Tensor], counts: dict[str, float]
@@ -151,6 +145,10 @@ class AveragedTrainer(Training):
         return SavedParts(file=file, names=self.walk.names, counts=counts, averaged=self.averages)
 
 
+def _read_whole(read: OneAtATime, part: str, name: str) -> torch.Tensor:
+    return whole(read(part, name))
+
+
 def tune(
     trainer: AveragedTrainer,
     chain_at: Callable[[int], Chain],
@@ -183,25 +181,50 @@ def tune(
     return before
 
 
+def check_can_shard(config: TuningConfig) -> None:
+    """Raises ValueError, before anything is loaded, for a setting or a torch that processes which
+    shard a training cannot go with."""
+    if not processes().shards:
+        return
+    check_torch()
+    if config.unshardable:
+        raise ValueError(
+            f"{config.unshardable}: processes that shard a training keep all of it on their devices, in float32; leave it "
+            "out, or use --parallel data"
+        )
+
+
+def walk_fills(config: TuningConfig) -> bool:
+    """Whether a module's blocks begin on the meta device, and the walk fills them."""
+    return config.streamed or processes().shards
+
+
 @contextmanager
 def walking(
     module: nn.Module,
-    parts: Sequence[str],
+    places: Sequence[Sequence[str]],
     begin: Callable[[str], dict[str, torch.Tensor]],
     config: TuningConfig,
     folder: Path,
 ) -> Iterator[Walk]:
-    """As the settings say. module: streamed, with its blocks on the meta device; begin: as
-    StreamedWalk has it; folder: where what is streamed waits on disk."""
+    """As the settings say. module: its blocks on the meta device where the walk fills them; places:
+    the parts that stand at one place together; begin: as StreamedWalk has it; folder: where what is
+    streamed waits on disk."""
+    parts = [part for together in places for part in together]
     compact = config.optimizer_state == COMPACT
     rules = Rules(weight_decay=config.weight_decay, ema=config.ema, compact=compact)
     folder = processes().folder(folder)
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    device = resolve_device(config.device)
+    if processes().shards:
+        again = config.checkpointing or config.streamed
+        yield ShardedWalk(module, places, rules, begin, device, again)
+        return
     if not config.streamed:
         yield ResidentWalk(module, parts, rules, config.checkpointing)
         return
     waits_in = folder if config.offload == "disk" else None
-    walk = StreamedWalk(module, parts, rules, begin, resolve_device(config.device), waits_in)
+    walk = StreamedWalk(module, parts, rules, begin, device, waits_in)
     try:
         yield walk
     finally:
