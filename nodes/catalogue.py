@@ -7,6 +7,7 @@ from .make.detect import Detect, Probe
 from .make.distil import DistillDepth, DistillWidth, FineTune
 from .make.edit_plan import EditPlan
 from .make.export import Export
+from .make.prune_model import PruneModel
 from .make.record_calibration import RecordCalibration
 from .make.sparsify import Sparsify
 from .make.watch_and_cancel import CancelJob, PrepareRun, WatchJob
@@ -20,6 +21,7 @@ from .use.lora_report import LoraReport
 
 LOADING = [LoadModel, ChooseVariant, Info, LoraReport, Compare, DemoCaption, DemoDecode, FoldModel]
 MAKING = [
+    PruneModel,
     RecordCalibration,
     CalibrateFromPrompts,
     Probe,

@@ -34,6 +34,24 @@ def text_card(text: str, colour: str) -> torch.Tensor:
     return tensor_of(picture)
 
 
+def table_card(title: str, rows: list[tuple[str, ...]], colour: str) -> torch.Tensor:
+    """A table below a line of text: the first column to the left, the others to the right."""
+    font, draw = ImageFont.load_default(20), ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    above = _wrapped(draw, title, font, CARD - 50)[:MOST_LINES]
+    picture = Image.new("RGB", (CARD, LINE * (len(above) + len(rows)) + 34), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((0, 0, 8, picture.height), fill=colour)
+    for row, line in enumerate(above):
+        draw.text((28, 12 + LINE * row), line, fill=INK, font=font)
+    top = 22 + LINE * len(above)
+    width = (CARD - 50) // max(len(row) for row in rows)
+    for number, row in enumerate(rows):
+        for column, text in enumerate(row):
+            place = (28 + width * (column + bool(column)), top + LINE * number)
+            draw.text(place, text, fill=INK, font=font, anchor="ra" if column else "la")
+    return tensor_of(picture)
+
+
 def _wrapped(draw: ImageDraw.ImageDraw, text: str, font, wide: int) -> list[str]:
     lines = [""]
     for word in text.split():

@@ -4,6 +4,7 @@ command line: this is where a widget's tooltip comes from."""
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import fields
 from types import NoneType, UnionType
 from typing import Literal, get_args, get_origin
@@ -17,6 +18,7 @@ from ..ppcl_engine.settings.ranges import rules_of
 from .checks import MOST_CHARACTERS
 
 FILE_NAME = rules_of(ExportConfig)["name"]
+WIDGETS = (io.Int.Input, io.Float.Input, io.Boolean.Input, io.String.Input, io.Combo.Input)
 WHOLE_SEED = {"control_after_generate": False}
 """without it the page would change the seed after each run"""
 
@@ -39,6 +41,15 @@ def _input(kind: type, name: str, **changes) -> io.Input:
         bounds = {"min": hint(allowed.least), "max": hint(allowed.most)}
         return _NUMBERS[hint](name, **{**bounds, **_step(hint, given["default"]), **given})
     return {bool: io.Boolean, str: io.String}[hint].Input(name, **given)
+
+
+def with_advanced(rows: list[io.Input], first: Collection[str]) -> list[io.Input]:
+    """The same inputs, in the same order; all widgets but `first` are marked as advanced where the host
+    knows that mark, and its page then folds them away."""
+    for row in rows:
+        if isinstance(row, WIDGETS) and hasattr(row, "advanced"):
+            row.advanced = row.id not in first or None
+    return rows
 
 
 def _plain(hint):

@@ -7,16 +7,19 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from comfy_api.v0_0_2 import io, ui
 
-from ...ppcl_engine.jobs.state import current_state
+from ...ppcl_engine.jobs.state import JobState, current_state
 from ...ppcl_engine.settings.base_settings import Common, StatesConfig
+from ...ppcl_engine.settings.presets import PRESETS, QUALITIES, preset
 from ...ppcl_engine.system.wording import DEVICE_FORM, DEVICES
 from ..node import Node
-from ..widgets import WHOLE_SEED, help_of, inputs, values
+from ..widgets import WHOLE_SEED, help_of, inputs, values, with_advanced
 from . import results
+from .budgets import prepared
 from .runs import RunType, model_of, progress_text
 from .waiting import Start, finish_upstream, run_job, screen_of
 
@@ -25,6 +28,8 @@ FileType = io.Custom("COMBO")
 CATEGORY = "PPCL/make"
 COMMON = ("device", "dtype", "streamed", "seed")
 DEVICE = re.compile(DEVICE_FORM)
+COMMON_FIRST = ("dtype", "streamed", "wait", "start", "preset")
+AS_SET = "as set"
 HOW = ("wait", "start", "keep_running", "preview_seconds")
 
 
@@ -65,6 +70,23 @@ def common_inputs(seed: bool, previews: bool, states: bool, kind: type) -> list[
     ]
 
 
+def preset_input() -> io.Input:
+    return io.Combo.Input(
+        "preset",
+        options=[AS_SET, *QUALITIES],
+        default=AS_SET,
+        optional=True,
+        tooltip="How much work: as the widgets are set, or in place of those that count it: quick, good (a sixth of the "
+        "paper's updates), paper. With start off the node says what each takes here.",
+    )
+
+
+def preset_of(stage: str, given: dict) -> dict:
+    """The settings of the stage that the widget `preset` chooses in place of other widgets."""
+    chosen = given.get("preset", AS_SET)
+    return {} if chosen == AS_SET or stage not in PRESETS else preset(stage, chosen)
+
+
 def outputs(*names: str) -> list[io.Output]:
     """A run, pictures of these names, and a text."""
     return [
@@ -79,8 +101,12 @@ class JobNode(Node):
 
     PICTURES = ("preview",)
     """names of the outputs between the run and the text"""
+    SHOWN: ClassVar[int] = 0
+    """which of the pictures of a finished run the node itself shows"""
     FILES = {"run": model_of}
     LOOKED_UP = ("device",)
+    FIRST: ClassVar[tuple[str, ...]] = ()
+    """the settings that people change; the page may fold the others away"""
 
     @classmethod
     def schema(
@@ -95,15 +121,22 @@ class JobNode(Node):
         states: bool = False,
         last: tuple[io.Input, ...] = (),
         kind: type = Common,
+        decided: tuple[str, ...] = (),
+        presets: bool = False,
     ) -> io.Schema:
         """The node's schema. last: widgets added after the first release; they come last, since saved
-        workflows hold values by position."""
+        workflows hold values by position. decided: common settings that the node decides itself.
+        presets: whether its stages have some."""
+        common = [
+            row for row in common_inputs(seed, previews, states, kind) if row.id not in decided
+        ]
+        rows = [*settings, *common, *last, *([preset_input()] if presets else [])]
         return io.Schema(
             node_id=f"PPCL_{name}",
             display_name=f"{display_name} (PPCL)",
             category=CATEGORY,
             description=description,
-            inputs=[*settings, *common_inputs(seed, previews, states, kind), *last],
+            inputs=with_advanced(rows, {*cls.FIRST, *COMMON_FIRST}),
             outputs=[*outputs(*cls.PICTURES), *more],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
@@ -123,14 +156,18 @@ class JobNode(Node):
         upstream: str,
         given: dict,
         model: Path,
-        **bring,
+        **more: Callable[[Path], None],
     ) -> Path:
         """Prepares the run, and starts it and waits as the widgets say; returns its folder. stages:
-        (settings class, name, settings beyond those that all share)."""
+        (settings class, name, settings beyond those that all share). more: `bring` and `check` of
+        `run_job`."""
         check_device(given["device"])
         shared = {name: given[name] for name in COMMON if name in given} | {"model": str(model)}
-        ready = [(name, values(kind_of, {**shared, **own})) for kind_of, name, own in stages]
-        return run_job(kind, ready, upstream, how_of(given), screen_of(cls), **bring)
+        ready = [
+            (name, values(kind_of, {**shared, **own, **preset_of(name, given)}))
+            for kind_of, name, own in stages
+        ]
+        return run_job(kind, ready, upstream, how_of(given), screen_of(cls), **more)
 
     @classmethod
     def ready(cls, run: str, given: dict) -> Path:
@@ -140,29 +177,30 @@ class JobNode(Node):
 
     @classmethod
     def output(cls, folder: Path, show: Callable[[Path], list]) -> io.NodeOutput:
-        """The node's outputs. show(folder): those of a finished run, behind its name, a picture
-        first. Of a run that is not finished, every picture says how it stands."""
-        state = current_state(folder)
+        """The node's outputs. show(folder): those of a finished run, behind its name. Of a run that is
+        not finished, every picture says how it stands."""
+        state, number = current_state(folder), 0
         if state.status == "done":
-            produced = show(folder)
+            produced, number = show(folder), cls.SHOWN
         else:
-            card = results.state_picture(folder, state)
-            produced = [*[card] * len(cls.PICTURES), progress_text(folder, state), *cls.nothing()]
+            card, text = _standing(folder, state)
+            produced = [*[card] * len(cls.PICTURES), text, *cls.nothing()]
         screen_of(cls).say(next(value for value in produced if isinstance(value, str)))
-        shown = next(
-            (
-                ui.PreviewImage(value, cls=cls)
-                for value in produced
-                if isinstance(value, torch.Tensor)
-            ),
-            None,
-        )
+        pictures = [value for value in produced if isinstance(value, torch.Tensor)]
+        shown = ui.PreviewImage(pictures[number], cls=cls) if pictures else None
         return io.NodeOutput(folder.name, *produced, ui=shown)
 
     @classmethod
     def nothing(cls) -> list:
         """What stands in place of the outputs behind the text while the run is not finished."""
         return []
+
+
+def _standing(folder: Path, state: JobState) -> tuple[torch.Tensor, str]:
+    """Picture and text of a job that is not finished; of one that was not started, what it would take."""
+    if state.status == "queued" and state.pid is None:
+        return prepared(folder)
+    return results.state_picture(folder, state), progress_text(folder, state)
 
 
 def check_device(name: str) -> None:

@@ -16,6 +16,16 @@ from .prompts import EncodedPrompts, Prompts, References
 
 class CalibrateFromPrompts(JobNode):
     PICTURES = ()
+    FIRST = (
+        "model_file",
+        "prompts",
+        "samples",
+        "steps",
+        "guidance",
+        "height",
+        "width",
+        "references",
+    )
     FILES = {"model_file": model_path, "references": references_folder}
 
     @classmethod
@@ -45,6 +55,7 @@ class CalibrateFromPrompts(JobNode):
                     steps={"min": 1},
                 ),
             ],
+            presets=True,
             last=(
                 io.Combo.Input(
                     "references",

@@ -27,6 +27,8 @@ POLISH = {"polish_steps": "steps", "polish_learning_rate": "learning_rate"}
 
 
 class DistillDepth(JobNode):
+    FIRST = ("rounds", "updates", "learning_rate")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -43,6 +45,7 @@ class DistillDepth(JobNode):
                 ),
             ],
             previews=True,
+            presets=True,
             states=True,
             last=(_quant_aware_input(),),
         )
@@ -65,6 +68,8 @@ def _trained(folder: Path, kind: str) -> list:
 
 
 class DistillWidth(JobNode):
+    FIRST = ("choose", "share", "sites", "rounds", "updates", "learning_rate", "polish_steps")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -92,6 +97,7 @@ class DistillWidth(JobNode):
                 *(_polish_input(name) for name in POLISH),
             ],
             previews=True,
+            presets=True,
             states=True,
             last=(_quant_aware_input(),),
         )
@@ -163,6 +169,8 @@ def _widened(folder: Path) -> list:
 
 
 class FineTune(JobNode):
+    FIRST = ("variant", "name", "steps", "learning_rate")
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return cls.schema(
@@ -180,6 +188,7 @@ class FineTune(JobNode):
                 ),
             ],
             previews=True,
+            presets=True,
             last=(
                 *inputs(
                     FinetuneConfig,

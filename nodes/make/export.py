@@ -22,6 +22,7 @@ from .waiting import in_words_of_widgets
 
 class Export(JobNode):
     PICTURES = ("layer map",)
+    FIRST = ("layout", "name", "variant", "store")
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -75,14 +76,15 @@ class Export(JobNode):
         stages = [*measured(run), (ExportConfig, "export", given)]
         if report_pictures:
             stages.append((EvaluateConfig, "evaluate", {"captions": report_pictures}))
-        return cls.output(cls.work("export", stages, run, given, model), _exported)
+        return cls.output(cls.work("export", stages, run, given, model), exported)
 
     @classmethod
     def nothing(cls) -> list:
         return [""]
 
 
-def _exported(folder: Path) -> list:
+def exported(folder: Path) -> list:
+    """Layer map, text and file of a run that has exported a model."""
     plan = Run(folder).load_plan()
     file = model_files_in(folder / EXPORTS)[0]
     lines = [

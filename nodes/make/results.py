@@ -19,6 +19,7 @@ from ...ppcl_engine.plan import FULL, PruningPlan, Variant
 from ...ppcl_engine.report.drawings import damage_map, layer_map, line_charts
 from ...ppcl_engine.report.drawings.canvas import BLUE, INK, QUIET
 from ...ppcl_engine.report.drawings.preview_sheet import LAYER_ERRORS, sheet
+from ...ppcl_engine.report.drawings.side_by_side import Column, side_by_side
 from ...ppcl_engine.run import Run
 from ...ppcl_engine.system.atomic import read_json
 from ...ppcl_engine.system.numbers import count_text
@@ -26,6 +27,7 @@ from ...ppcl_engine.system.tensor_files import TensorFile
 from ..pictures import CARD, picture_of, stacked, tensor_of, text_card
 from .runs import progress_text
 
+SHOWN = 4  # pictures of a variant
 ANY_GRID, ANY_TEXT_TOKENS = (1, 2, 2), 2  # any will do: numbers of parameters do not depend on them
 
 
@@ -231,6 +233,25 @@ def state_picture(folder: Path, state: JobState) -> torch.Tensor:
         return stacked(
             [card, tensor_of(preview.resize((CARD, round(preview.height * CARD / preview.width))))]
         )
+
+
+def drawn_picture(folder: Path) -> torch.Tensor:
+    """The first pictures that every variant drew in the comparison, side by side, the full model's
+    first."""
+    if not Run(folder).evaluation.exists():
+        return text_card("Nothing was drawn: the model's file brings no text encoder.", QUIET)
+    drawn = TensorFile(folder / "pictures.safetensors")
+    columns = [
+        Column(
+            name=row["name"],
+            pictures=drawn.read(row["name"])[:SHOWN].movedim(1, -1) / 255,
+            parameters=row["parameters"],
+            bytes=row["bytes"],
+            seconds=row["seconds_per_step"],
+        )
+        for row in read_json(Run(folder).evaluation)["variants"]
+    ]
+    return side_by_side(columns)
 
 
 def report_of(folder: Path) -> str:

@@ -32,6 +32,7 @@ def named_file(name: str) -> Path | None:
 
 
 class Sparsify(JobNode):
+    FIRST = ("file", "variant", "pattern", "sparsity", "name")
     PICTURES = ("layer errors",)
     FILES = {**JobNode.FILES, "file": named_file}
 

@@ -17,13 +17,22 @@ from comfy_api.v0_0_2 import ComfyAPISync
 from PIL import Image
 
 from ...ppcl_engine.jobs.launch import stop
-from ...ppcl_engine.jobs.state import LOG, PREVIEW, JobState, ask_to_cancel, current_state
+from ...ppcl_engine.jobs.state import (
+    LOG,
+    PREVIEW,
+    JobState,
+    ask_to_cancel,
+    current_state,
+    read_events,
+)
+from ...ppcl_engine.jobs.whole_job import share_done, stage_seconds
 from ..paths import runs
 from .runs import check_recorded, folder_of, last_line, one_line, progress_text
 
 EVERY = 0.2  # seconds between two looks at the state
 PATIENCE = 30.0  # seconds that a job has to save and end
 WIDEST = 1024  # pixels of a preview
+BAR = 1000  # parts of a bar over several stages
 FLAG = re.compile(r"--([a-z][a-z-]*)")
 
 
@@ -42,12 +51,14 @@ class Start:
 
 
 class Screen:
-    """What the page shows of a node while it works: a bar, a picture and a line. Only changes are
-    sent."""
+    """What the page shows of a node while it works: a bar over the whole job, a picture and a line. Only
+    changes are sent."""
 
     def __init__(self, node_id: str | None):
         self.node_id = node_id
         self._shown: dict[str, object] = {}
+        self._seconds: dict[int, float] = {}
+        self._furthest = 0
 
     def show(self, folder: Path, state: JobState) -> None:
         if self.node_id is None:  # called by a program, not by the page
@@ -55,14 +66,29 @@ class Screen:
         preview = self._changed("preview", _changed_at(folder / PREVIEW))
         if self._changed("step", (state.stage, state.step, state.steps)) or preview:
             picture = _thumbnail(folder / PREVIEW) if preview else None
-            ComfyAPISync().execution.set_progress(
-                state.step,
-                max(state.steps, 1),
-                node_id=self.node_id,
-                preview_image=picture,
-                ignore_size_limit=True,
-            )
+            self._send(*self._bar(folder, state), picture)
         self.say(progress_text(folder, state))
+
+    def picture(self, picture: Image.Image) -> None:
+        """Shows a picture before the first preview."""
+        if self.node_id is not None:
+            self._send(0, 1, picture)
+
+    def _bar(self, folder: Path, state: JobState) -> tuple[int, int]:
+        """(how far, of how much). Of several stages the bar shows all, and never falls, although a stage
+        may count several things one after the other."""
+        if state.stages < 2:
+            return state.step, max(state.steps, 1)
+        if not self._seconds and state.number:
+            self._seconds = stage_seconds(read_events(folder))
+        done = 1.0 if state.status == "done" else share_done(state, self._seconds)
+        self._furthest = max(self._furthest, round(BAR * done))
+        return self._furthest, BAR
+
+    def _send(self, done: int, most: int, picture: Image.Image | None) -> None:
+        ComfyAPISync().execution.set_progress(
+            done, most, node_id=self.node_id, preview_image=picture, ignore_size_limit=True
+        )
 
     def say(self, text: str) -> None:
         if self.node_id is not None and self._changed("text", text):
@@ -82,19 +108,24 @@ def run_job(
     upstream: str,
     how: Start,
     screen: Screen,
-    bring=lambda folder: None,
+    bring: Callable[[Path], None] = lambda folder: None,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Prepares the run of these stages, or finds it again, and starts it and waits as `how` says.
-    Returns its folder. bring(folder): puts files there that the stages read.
+    Returns its folder. bring(folder): puts files there that the stages read; check(folder): raises
+    ValueError if a job that was never started should not be.
 
     Raises ValueError with the job's own message if it fails, and the host's interrupt if the user
     stops it.
     """
     options = {"outlive": how.keep_running, "preview_seconds": how.preview_seconds}
-    path = runs().prepare(kind, stages, upstream, **options).path
+    prepared = runs().prepare(kind, stages, upstream, **options)
+    path = prepared.path
     bring(path)
     if not how.start or current_state(path).status == "done":
         return path
+    if prepared.is_new:
+        check(path)
     leave_memory()
     process = runs().start(path)
     if how.wait:

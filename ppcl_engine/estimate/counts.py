@@ -14,8 +14,6 @@ from ..algorithms.distillation.kept_trainers import SHARE
 from ..algorithms.distillation.quantization import NONE
 from ..algorithms.distillation.round_cache import REUSE
 from ..architectures import Architecture
-from ..data.codecs import open_codec
-from ..data.codecs.table import has_tables
 from ..models.cost import CostModel, Grid, largest_pair
 from ..models.layout import full_layout
 from ..models.opening import model_config
@@ -35,9 +33,9 @@ from ..settings.prune_settings import (
 )
 from ..system.machine import DTYPES, free_memory, resolve_device
 from ..system.tensor_files import TensorFile
+from .picture_grids import grid_of
 
-GRID, TEXT_TOKENS = (1, 64, 64), 128  # 1024 x 1024 pixels
-PIXELS_A_TOKEN = 16  # height and width
+TEXT_TOKENS = 128
 # values of one width that a block's backward keeps, counted on diffusers' block
 ACTIVATIONS_PER_TOKEN = 40
 OPTIMISER_COPIES = 4  # weights, gradients, two moments
@@ -294,7 +292,7 @@ def _samples(config: JobConfig, calibrate: CalibrateConfig | None) -> Samples:
         path = config.calibration
     calibrate = config if isinstance(config, CalibrateConfig) else calibrate
     if calibrate is not None:
-        grid = _grid(calibrate)
+        grid = grid_of(calibrate)
         references = (grid,) if calibrate.references else ()  # one or more
         text, batch = _text_tokens(calibrate), calibrate.batch
         return Samples(
@@ -326,14 +324,3 @@ def stored_bytes(model: Path) -> int:
         return 0
     weights = [path for path in transformer_folder(model).iterdir() if path.suffix in WEIGHTS]
     return sum(path.stat().st_size for path in weights)
-
-
-def _grid(config: CalibrateConfig) -> tuple[int, int, int]:
-    """The grid of the pictures that calibrate will draw or read: as asked for, or the model's own size where
-    it is cheap to know."""
-    (rows, columns), pixels = GRID[1:], PIXELS_A_TOKEN
-    if Path(config.model).is_file() and has_tables(Path(config.model)):
-        codec = open_codec(config.model)
-        pixels = 2 * codec.pixels_per_latent
-        rows, columns = (side // pixels for side in codec.picture_size)
-    return 1, config.height // pixels or rows, config.width // pixels or columns

@@ -13,9 +13,10 @@ from ..settings.convert_settings import JobConfig, MergeConfig
 from ..settings.prune_settings import CalibrateConfig
 from ..system.machine import device_memory, free_disk, resolve_device
 from .advice import STREAMED, last_advice, setting_advice
-from .counts import GRID, TEXT_TOKENS
+from .counts import TEXT_TOKENS
 from .merging import print_merge
 from .needs import DEMANDS, Needs, needs
+from .picture_grids import GRID
 
 LAUNCHES = (2, 4, 8)  # processes that a training is shown divided among
 COLUMNS = (

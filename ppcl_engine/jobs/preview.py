@@ -31,6 +31,7 @@ from ..report.drawings.preview_sheet import LAYER_ERRORS, LOSSES, Row, sheet
 from ..run import Run
 from ..settings.convert_settings import JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
+    DetectConfig,
     DistillDepthConfig,
     DistillWidthConfig,
     FinetuneConfig,
@@ -42,6 +43,7 @@ from ..system.machine import DTYPES, resolve_device
 from ..system.progress import listening
 from ..system.tensor_files import TensorFile
 from .state import METRICS, PREVIEW
+from .untrained import AXES, LEAST, damage_curve, untrained_sizes
 
 PICTURES, STEPS = 4, 12
 PICTURE_INPUTS = {"hidden_states", "timestep", "grid"}  # all other inputs are the caption's
@@ -72,12 +74,13 @@ class Preview:
         self._painter: Painter | None = None
 
     def draw(self, finished: bool) -> bool:
-        """Draws when it is time, and (`finished`) at the end of a stage that trained or pruned weights.
-        Whether there is a new picture."""
+        """Draws when it is time, and (`finished`) at the end of a stage that trained or pruned weights,
+        or found a plan. Whether there is a new picture."""
         begun, config = time.monotonic(), self.config
         if config is None or not self.seconds or self.asked():
             return False
-        if type(config) not in {*TRAINING, *CURVES_ALONE} or not (finished or begun >= self._due):
+        due = finished or (begun >= self._due and not isinstance(config, DetectConfig))
+        if type(config) not in {*TRAINING, *CURVES_ALONE, DetectConfig} or not due:
             return False
         with listening(None), torch.random.fork_rng(devices=[]), torch.no_grad():
             drawn = self._draw(config)
@@ -85,14 +88,16 @@ class Preview:
         return drawn
 
     def _draw(self, config: JobConfig) -> bool:
-        curves = loss_curves(self.folder / METRICS)
+        curves, axes = loss_curves(self.folder / METRICS), CURVES_ALONE.get(type(config), LOSSES)
+        if isinstance(config, DetectConfig):
+            curves, axes = {LEAST: damage_curve(config, Run(config.run))}, AXES
         try:
             rows = self._rows(config)
         except Enough:
             return False
         if not curves and not rows:
             return False
-        picture = sheet(curves, rows, *CURVES_ALONE.get(type(config), LOSSES))
+        picture = sheet(curves, rows, *axes)
         with replacing(self.folder / PREVIEW) as temporary:
             temporary.write_bytes(picture)
         return True
@@ -102,7 +107,11 @@ class Preview:
             return []
         if self._painter is None and can_paint(config):
             self._painter = Painter(config, self.asked)
-        return self._painter.rows(config) if self._painter is not None else []
+        if self._painter is None:
+            return []
+        if isinstance(config, DetectConfig):
+            return self._painter.untrained_rows(config)
+        return self._painter.rows(config)
 
 
 class Enough(Exception):
@@ -166,15 +175,30 @@ class Painter:
         )
         return [Row("teacher", self.teacher), Row(trained.label, self._pictures(model))]
 
+    def untrained_rows(self, config: DetectConfig) -> list[Row]:
+        """The teacher's pictures, and those of every size with students in closed form."""
+        sizes = untrained_sizes(config, self.weights, self._go_on)
+        if sizes is None:
+            return []
+        given = (self.weights, sizes.students, sizes.plan)
+        models = (open_variant(*given, v, self.dtype, self.device) for v in sizes.variants)
+        drawn = zip(sizes.variants, models, strict=True)
+        return [
+            Row("teacher", self.teacher),
+            *(Row(sizes.label(variant), self._pictures(model)) for variant, model in drawn),
+        ]
+
+    def _go_on(self, *_) -> None:
+        """Raises Enough if the job was asked to stop."""
+        if self.asked():
+            raise Enough
+
     def _pictures(self, model: nn.Module) -> torch.Tensor:
         """[n, 3, height, width] in [0, 1]"""
-
-        def seen(step: int, x: torch.Tensor, t: float) -> None:
-            if self.asked():
-                raise Enough
-
         architecture = self.weights.architecture
-        clean = draw(architecture, model, self.noise, self.grid, self.prompts, STEPS, 1.0, seen)
+        clean = draw(
+            architecture, model, self.noise, self.grid, self.prompts, STEPS, 1.0, self._go_on
+        )
         pictures = self.codec.pictures(architecture.unpack(clean, self.grid))
         self.codec.release()
         return pictures

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from ..system.json_text import MOST_DEPTH
+from ..system.json_text import MOST_DEPTH, json_text
 from ..system.texts import check_line_ends, lines_of, read_text
 from .base_settings import PATHS_OF_WINDOWS
 
@@ -47,3 +47,16 @@ def _hint(text: str, error: str) -> str:
     number = re.search(r"at line (\d+)", error)
     line = text.split("\n")[int(number[1]) - 1] if number else ""
     return f"; {PATHS_OF_WINDOWS}" if re.search(r'"[^"]*\\', line) else ""
+
+
+def toml_text(tables: dict[str, dict[str, str | bool | int | float]]) -> str:
+    """Tables of plain values as a TOML file. A text is written as JSON writes it, which TOML reads too."""
+    parts = []
+    for name, table in tables.items():
+        lines = [f"{key} = {_toml_value(value)}" for key, value in table.items()]
+        parts.append("\n".join([f"[{name}]", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _toml_value(value: str | bool | int | float) -> str:
+    return repr(value) if type(value) in (int, float) else json_text(value, ensure_ascii=False)

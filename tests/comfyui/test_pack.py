@@ -6,6 +6,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 NODES = sorted((ROOT / "nodes").rglob("*.py"))
 PACK = [ROOT / "__init__.py", *NODES, *sorted((ROOT / "ppcl_engine").rglob("*.py"))]
@@ -248,6 +250,22 @@ def test_what_is_shipped():
     ]
     for kind, page in (("workflows", ".json"), ("web/docs", ".md")):
         assert [n for n in files if n.startswith(kind) and n.endswith(page)]
+
+
+PAGES = sorted((ROOT / "web" / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_chinese_page_says_what_the_english_one_says(page):
+    """ComfyUI's page looks for <node>/<language>.md first. Names of inputs, values and nodes stay as they
+    are, and none is left out."""
+    english = page.read_text(encoding="utf-8")
+    chinese = (page.with_suffix("") / "zh.md").read_text(encoding="utf-8")
+    assert chinese.splitlines()[0] == english.splitlines()[0]
+    named = re.compile(r"\*\*([\w ,]+?)\*\*|`([^`\n]+)`")
+    words = {"".join(found) for found in named.findall(english)}
+    assert {word for word in words if word not in chinese} == set()
+    assert len(re.findall("[\u4e00-\u9fff]", chinese)) > len(english) / 12
 
 
 def test_tests_are_not_shipped():

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from ppcl_engine.jobs.preview import (
     trained_so_far,
 )
 from ppcl_engine.jobs.spec import JobSpec, configs
+from ppcl_engine.jobs.untrained import damage_curve
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.report.drawings.preview_sheet import Row, sheet, smoothed
@@ -31,6 +34,7 @@ from ppcl_engine.run import Run
 from ppcl_engine.stages import run_stage
 from ppcl_engine.system import progress
 from ppcl_engine.system.atomic import write_text
+from ppcl_engine.system.tensor_files import write_tensors
 
 from ..tiny.qwen_image_folder import build_tiny_pipeline
 
@@ -190,6 +194,34 @@ def test_drawing_ends_when_asked_and_takes_a_tenth_of_the_time(drawn, painting_t
     asked.clear()
     before = (folder / "preview.png").read_bytes()
     assert not preview.draw(finished=True) and (folder / "preview.png").read_bytes() == before
+
+
+def test_a_plan_is_drawn_before_any_training(drawn, painting_teacher, tmp_path):
+    """The full model, and each size with students in closed form, below the damage of every number
+    of blocks."""
+    run = Run(tmp_path)
+    shutil.copyfile(Run(drawn[0]).calibration, run.calibration)
+    plan = Run(drawn[0]).load_plan()
+    scored = tuple(
+        replace(i, score=0.1 * n, correction="none") for n, i in enumerate(plan.intervals, start=1)
+    )
+    write_text(run.plan, plan.with_parts(intervals=scored, variants=()).to_json())
+    error = torch.full((6, 3, 2), torch.nan, dtype=torch.float64)
+    for u, j, damage in ((1, 1, 0.1), (3, 1, 0.2), (1, 2, 0.4)):
+        error[u, j] = damage
+    power = torch.ones(2, dtype=torch.float64)
+    write_tensors(run.curves, {"error": error, "power": power}, gaps=True)
+    spec = JobSpec(stages=(("detect", {"model": str(painting_teacher), "device": "cpu"}),))
+    ((_, config),) = configs(spec, tmp_path)
+    assert damage_curve(config, run) == pytest.approx({1: 0.1, 2: 0.3})
+    preview = Preview(tmp_path, 0.01, lambda: False)
+    preview.config = config
+    assert not preview.draw(finished=False) and preview.draw(finished=True)
+    whole = Image.open(tmp_path / "preview.png")
+    rows = preview._painter.untrained_rows(config)
+    assert [row.name.split(",")[0] for row in rows] == ["teacher", "large", "small"]
+    assert whole.height > 2 * 150 * 2.7
+    assert not torch.equal(rows[0].pictures, rows[-1].pictures)
 
 
 def test_seconds_of_0_draw_nothing(drawn, painting_teacher):

@@ -134,21 +134,7 @@ def budget_intervals(
     may contain no protected block, and one of `starts` only as its first. O(num_blocks * longest *
     remove). Raises ValueError when the budget cannot be met.
     """
-    best = [[math.inf] * (remove + 1) for _ in range(num_blocks + 1)]
-    choice: dict[tuple[int, int], int] = {}
-    best[0][0] = 0.0
-    for end in range(1, num_blocks + 1):  # blocks 0..end-1 are decided
-        for removed in range(remove + 1):
-            best[end][removed], choice[end, removed] = best[end - 1][removed], 1
-            for length in range(2, min(longest, end, removed + 1) + 1):
-                start = end - length
-                if protect.intersection(range(start, end)) or starts.intersection(
-                    range(start + 1, end)
-                ):
-                    break
-                total = best[start][removed - length + 1] + cost(start, end - 1)
-                if total < best[end][removed]:
-                    best[end][removed], choice[end, removed] = total, length
+    best, choice = _solved(cost, num_blocks, longest, remove, protect, starts)
     if math.isinf(best[num_blocks][remove]):
         raise ValueError(
             f"{remove} blocks cannot be removed with intervals of at most {longest}; lower --remove"
@@ -160,6 +146,48 @@ def budget_intervals(
             intervals.append((end - length, end - 1))
         end, removed = end - length, removed - length + 1
     return intervals[::-1]
+
+
+def least_damages(
+    cost: Callable[[int, int], float],
+    num_blocks: int,
+    longest: int,
+    most: int,
+    protect: frozenset[int],
+    starts: frozenset[int] = frozenset(),
+) -> list[float]:
+    """The sum of costs of `budget_intervals` for every number of blocks from 0 to `most`; infinite
+    where so many cannot be removed."""
+    best, _ = _solved(cost, num_blocks, longest, most, protect, starts)
+    return best[num_blocks]
+
+
+def _solved(
+    cost: Callable[[int, int], float],
+    num_blocks: int,
+    longest: int,
+    most: int,
+    protect: frozenset[int],
+    starts: frozenset[int],
+) -> tuple[list[list[float]], dict[tuple[int, int], int]]:
+    """best[end][removed]: least cost with blocks 0..end-1 decided; the length of the last interval
+    behind each, 1 for a block that stays."""
+    best = [[math.inf] * (most + 1) for _ in range(num_blocks + 1)]
+    choice: dict[tuple[int, int], int] = {}
+    best[0][0] = 0.0
+    for end in range(1, num_blocks + 1):
+        for removed in range(most + 1):
+            best[end][removed], choice[end, removed] = best[end - 1][removed], 1
+            for length in range(2, min(longest, end, removed + 1) + 1):
+                start = end - length
+                if protect.intersection(range(start, end)) or starts.intersection(
+                    range(start + 1, end)
+                ):
+                    break
+                total = best[start][removed - length + 1] + cost(start, end - 1)
+                if total < best[end][removed]:
+                    best[end][removed], choice[end, removed] = total, length
+    return best, choice
 
 
 def stability(chosen: list[tuple[int, int]], resampled: list[list[tuple[int, int]]]) -> list[float]:

@@ -75,7 +75,7 @@ def _named(
     full = cost.variant(plan, Variant(name=FULL))
     most = full.parameters - cost.variant(plan, depth).parameters
     sets = {FULL: ()}
-    sets |= {name: _subset(cost, plan, most * share) for name, share in SHARES.items()}
+    sets |= {name: subset(cost, plan, most * share) for name, share in SHARES.items()}
     limits = {
         "parameters": full.parameters - config.most_parameters * 1e6
         if config.most_parameters
@@ -86,7 +86,7 @@ def _named(
     }
     for name, saving in limits.items():
         if saving is not None:
-            sets[f"within_{name}"] = _subset(cost, plan, saving)
+            sets[f"within_{name}"] = subset(cost, plan, saving)
     if config.most_milliseconds:
         removed = (milliseconds * plan.num_blocks - config.most_milliseconds) / milliseconds
         sets["within_milliseconds"] = _subset_of(
@@ -99,7 +99,7 @@ def _named(
     return [_measured(variant, plan, cost, milliseconds, measured) for variant in named]
 
 
-def _subset(cost: CostModel, plan: PruningPlan, saving: float) -> tuple[str, ...]:
+def subset(cost: CostModel, plan: PruningPlan, saving: float) -> tuple[str, ...]:
     """Intervals that save at least `saving` parameters at the least damage."""
     gains = [
         sum(cost.block(b).parameters for b in i.blocks) - cost.student(i).parameters

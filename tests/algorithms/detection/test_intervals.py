@@ -13,6 +13,7 @@ from ppcl_engine.algorithms.detection.intervals import (
     first_difference,
     greedy_intervals,
     least_damage,
+    least_damages,
     stability,
 )
 
@@ -112,6 +113,8 @@ def test_the_budget_programme_equals_brute_force(data):
     chosen = budget_intervals(lambda u, v: costs[u, v], blocks, longest, remove, protect)
     assert tuple(chosen) in possible
     assert total(chosen) == min(map(total, possible))
+    sums = least_damages(lambda u, v: costs[u, v], blocks, longest, remove, protect)
+    assert sums[remove] == total(chosen) and len(sums) == remove + 1
 
 
 @settings(max_examples=60, deadline=None)

@@ -151,6 +151,37 @@ def test_the_api_form_is_the_same_workflow(known, path):
         assert given == {k: v for k, v in values.items() if k not in ignored}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "subgraphs").glob("*.json")), ids=lambda p: p.stem)
+def test_a_blueprint_is_listed_and_fits_the_nodes(server, known, path):
+    """A subgraph that newer pages offer among the nodes."""
+    (key,) = [k for k, row in server.get("/global_subgraphs").items() if row["name"] == path.stem]
+    (graph,) = json.loads(server.get(f"/global_subgraphs/{key}")["data"])["definitions"][
+        "subgraphs"
+    ]
+    links = {link["id"]: link for link in graph["links"]}
+    for node in graph["nodes"]:
+        info, values = known[node["type"]], node["widgets_values"]
+        assert len(widgets_of(info)) == len(values), node["type"]
+        for name, value in zip(widgets_of(info), values, strict=True):
+            assert is_allowed(value, *inputs_of(info)[name]), (node["type"], name, value)
+        for slot, given in enumerate(node["inputs"]):
+            assert inputs_of(info)[given["name"]][0] == given["type"]
+            if given["link"] is not None:
+                link = links[given["link"]]
+                assert (link["target_id"], link["target_slot"]) == (node["id"], slot)
+                assert link["type"] == given["type"]
+
+
+@pytest.mark.parametrize("name", ["ppcl-demo-three-sizes", "ppcl-demo-in-one-node"])
+def test_app_mode_shows_widgets_and_results_that_are_there(known, name):
+    """What newer pages read of `extra`: widgets by node and name, and nodes with a result."""
+    path = ROOT / "workflows" / f"{name}.json"
+    nodes, chosen = workflow_in(path)[0], json.loads(path.read_text())["extra"]["linearData"]
+    kinds = {node["id"]: known[node["type"]] for node in nodes}
+    assert chosen["inputs"] and all(w in widgets_of(kinds[n]) for n, w in chosen["inputs"])
+    assert chosen["outputs"] and all(kinds[n]["output_node"] for n in chosen["outputs"])
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_files_to_download_are_named_in_the_widgets(path):
     for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:

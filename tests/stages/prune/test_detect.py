@@ -1,11 +1,17 @@
 """Detection finds runs of blocks that were planted, and only those."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ppcl_engine.data.calibration import CalibrationSet
+from ppcl_engine.algorithms.detection.closed_forms import closed_forms
+from ppcl_engine.algorithms.detection.damage import Damage
+from ppcl_engine.data.calibration import CalibrationSet, load_calibration
+from ppcl_engine.models.streaming import StateStore, Teacher
+from ppcl_engine.models.weights import Weights
+from ppcl_engine.plan import Variant
 from ppcl_engine.run import Run
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
@@ -70,6 +76,26 @@ def test_budget_and_protection_are_kept(planted, run_stages):
         run_stages(*planted, "detect", protect="10")
     with pytest.raises(ValueError, match="9 blocks cannot be removed"):
         run_stages(*planted, "detect", remove=9, longest=5)
+
+
+def test_students_in_closed_form_do_the_damage_that_was_measured(planted, run_stages):
+    """Fitted on the first half of the batches and measured on the second, as detection does."""
+    teacher_file, folder = planted
+    plan = run_stages(*planted, "detect", remove=REMOVE, longest=5).load_plan()
+    intervals = tuple(replace(i, correction="affine") for i in plan.intervals)
+    plan = plan.with_parts(intervals=intervals)
+    teacher = Teacher(Weights(teacher_file), torch.float32, "cpu", streamed=False)
+    inputs = load_calibration(Run(folder).calibration).all_inputs()
+    passed: list[int] = []
+    with torch.no_grad():
+        students = closed_forms(
+            teacher, inputs[:3], intervals, StateStore(None), lambda: passed.append(1)
+        )
+        measured = Damage(teacher, students, plan, inputs[3:])
+        for interval in intervals:
+            alone = Variant(name=interval.name, intervals=(interval.name,))
+            assert measured.of(alone) == pytest.approx(interval.score, rel=0.01)
+    assert len(passed) == PLANTED[-1][1] + 1  # no further than the last interval
 
 
 @pytest.mark.parametrize("method", ["ppcl", "budget"])

@@ -95,7 +95,15 @@ def test_the_words_are_in_the_run(run_node, output, teacher):
         stage == "calibrate"
         and (folder / settings["prompts"]).read_text().splitlines()[0] == "a red fox"
     )
-    assert text == f"{name}: queued"
+    assert text.startswith(f"{name}: not started; about ") and "\npaper: " in text
+    other, _ = run_node(
+        "PPCL_CalibrateFromPrompts",
+        model_file=teacher.name,
+        prompts=PROMPTS,
+        **{**NODE, "preset": "quick"},
+    )
+    ((_, settings),) = read_spec(output.path(other)).stages
+    assert (settings["samples"], settings["steps"], settings["batch"]) == (24, 10, 2)
     other, _ = run_node(
         "PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts="a blue fox", **NODE
     )
@@ -103,6 +111,13 @@ def test_the_words_are_in_the_run(run_node, output, teacher):
         "PPCL_CalibrateFromPrompts", model_file=teacher.name, prompts=PROMPTS, **NODE
     )
     assert other != name and again == name
+    _, text = run_node(
+        "PPCL_CalibrateFromPrompts",
+        model_file=teacher.name,
+        prompts=PROMPTS,
+        **{**NODE, "device": "cuda:77"},
+    )
+    assert "what it takes cannot be told here: device cuda:77 is not on this machine" in text
 
 
 def test_the_hosts_text_encoder(run_node, output, teacher, clip):

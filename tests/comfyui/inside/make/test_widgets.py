@@ -13,18 +13,21 @@ from ppcl_engine.settings.ranges import Range, rules_of
 
 COMMON = "device dtype streamed seed wait start keep_running"
 WIDGETS = {
+    "PruneModel": "model_file prompts target target_in quality name size most_hours device seed wait start keep_running "
+    "preview_seconds",
     "RecordCalibration": "model_file samples each_picture batch empty_captions seed",
     "CalibrateFromPrompts": f"model_file prompts samples batch empty_captions steps guidance height width {COMMON} "
-    "references",
-    "Probe": "ridge train_steps learning_rate held_out device dtype streamed wait start keep_running target_tokens_only",
-    "Detect": f"method remove longest protect samples tokens bootstrap eps max_drop {COMMON} target_tokens_only",
+    "references preset",
+    "Probe": "ridge train_steps learning_rate held_out device dtype streamed wait start keep_running target_tokens_only "
+    "preset",
+    "Detect": f"method remove longest protect samples tokens bootstrap eps max_drop {COMMON} target_tokens_only preset",
     "EditPlan": "intervals sites form",
     "DistillDepth": "rounds updates learning_rate intervals correction init loss warm_up weight_decay cache_gb "
-    f"{COMMON} preview_seconds target_tokens_only quant_aware",
+    f"{COMMON} preview_seconds target_tokens_only quant_aware preset",
     "DistillWidth": "choose share sites form longest rounds updates learning_rate give_back warm_up cache_gb polish_steps "
-    f"polish_learning_rate {COMMON} preview_seconds target_tokens_only quant_aware",
+    f"polish_learning_rate {COMMON} preview_seconds target_tokens_only quant_aware preset",
     "FineTune": "variant name steps learning_rate warm_up weight_decay ema data checkpointing save_every "
-    f"{COMMON} preview_seconds offload optimizer_state quant_aware",
+    f"{COMMON} preview_seconds offload optimizer_state quant_aware preset",
     "Export": "layout name variant store report_pictures device dtype streamed wait start keep_running budget_gb refit",
     "Sparsify": "file variant pattern sparsity score granularity exchange compensate permute skip name store device dtype "
     "streamed wait start keep_running preview_seconds",
@@ -76,6 +79,15 @@ def widgets(pack):
 def test_the_order_of_widgets_never_changes(widgets, node):
     """Saved workflows hold values by position: append, and this line too."""
     assert list(widgets(node)) == WIDGETS[node].split()
+
+
+@pytest.mark.parametrize("node", ["PruneModel", *SETTINGS])
+def test_what_people_change_is_not_folded_away(widgets, node):
+    """On hosts that know the mark."""
+    rows, first = widgets(node), set(host_nodes.NODE_CLASS_MAPPINGS[f"PPCL_{node}"].FIRST)
+    folded = {name for name, row in rows.items() if getattr(row, "advanced", None)}
+    assert first and first <= rows.keys() and not folded & {*first, "wait", "start", "preset"}
+    assert bool(folded) == hasattr(rows["wait"], "advanced")
 
 
 def test_every_making_node_is_here(pack):
