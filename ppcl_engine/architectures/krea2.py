@@ -147,7 +147,8 @@ class Krea2(PackedLatents, Architecture):
 
         from .krea2_blocks import with_exact_norms
 
-        return with_exact_norms(Krea2Transformer2DModel.from_config({**config, "num_layers": 0}))
+        outer: AnyModule = Krea2Transformer2DModel.from_config({**config, "num_layers": 0})
+        return with_exact_norms(outer)
 
     def assemble(self, outer: AnyModule, config: dict, blocks: list[nn.Module]) -> nn.Module:
         """diffusers' model with these blocks; its forward is diffusers' own, which does not tell

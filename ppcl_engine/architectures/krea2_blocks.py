@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_krea2 import Krea2RMSNorm, Krea2TransformerBlock
 from torch import nn
 
+from .modules import AnyModule
 from .projections import linear_like
 
 
@@ -46,14 +47,14 @@ class PaperBlock(Krea2TransformerBlock):
         return hidden_states + self.ff(self.norm2(hidden_states))
 
 
-def with_exact_norms(module: nn.Module) -> nn.Module:
+def with_exact_norms(module: AnyModule) -> AnyModule:
     for norm in module.modules():
         if type(norm) is Krea2RMSNorm:
             norm.__class__ = ExactNorm
     return module
 
 
-def project(block: Krea2TransformerBlock, form: str) -> None:
+def project(block: AnyModule, form: str) -> None:
     """Puts a linear map in the place of the FFN."""
     width = block.ff.gate.in_features
     block.ff = linear_like(block.ff.gate, width, width)

@@ -33,7 +33,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -279,7 +279,7 @@ def read_events(folder: Path) -> list[dict]:
     return [_event(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
-def finished_stages(events: list[dict]) -> int:
+def finished_stages(events: Sequence[dict]) -> int:
     """How many stages are done, including those of the earlier attempt that this one continues."""
     carried = sum(
         e["finished"]

@@ -33,11 +33,10 @@ class Krea2Codec(QwenImageCodec):
 
     def _open_text_pipeline(self):
         if self._text_pipeline is None:
-            from diffusers import Krea2Pipeline
             from transformers import Qwen2Tokenizer, Qwen3VLModel
 
             encoder = read_part(Qwen3VLModel, self.folder / "text_encoder", dtype=self.dtype)
-            self._text_pipeline = Krea2Pipeline(
+            self._text_pipeline = self._pipeline_class()(
                 scheduler=None,
                 vae=None,
                 text_encoder=encoder.to(self.device),
@@ -46,6 +45,11 @@ class Krea2Codec(QwenImageCodec):
                 text_encoder_select_layers=self._index().get("text_encoder_select_layers"),
             )
         return self._text_pipeline
+
+    def _pipeline_class(self) -> type:
+        from diffusers import Krea2Pipeline
+
+        return Krea2Pipeline
 
     def _index(self) -> dict:
         return read_checked_object(self.folder / "model_index.json", Krea2Index)
