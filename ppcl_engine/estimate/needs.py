@@ -13,9 +13,10 @@ from ..algorithms.detection.curves import STREAMS
 from ..algorithms.sparsity.patterns import UNSTRUCTURED
 from ..algorithms.sparsity.source import open_source
 from ..models.layout import Place, full_layout
+from ..models.streaming import room_for_states
 from ..settings.assess_settings import EvaluateConfig
 from ..settings.base_settings import StatesConfig
-from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
+from ..settings.convert_settings import AdaptLoraConfig, ExportConfig, JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
     CalibrateConfig,
     DetectConfig,
@@ -29,6 +30,7 @@ from ..settings.prune_settings import (
 )
 from ..system.machine import DTYPES, flops_a_second, resolve_device
 from .counts import (
+    ADAPTING_PASSES,
     EXACT,
     FP32,
     NAMED_VARIANTS,
@@ -45,6 +47,11 @@ BYTES_A_SECOND = 5e8  # of a disk
 WORKING_COPIES = 8  # of a map in float64: masks' prices, what went, the refit's directions
 SOLVING = 5  # products of two maps
 COMPRESSED = {"2:4": 9 / 16}
+ADAPTING_STATES = 6  # copies of a boundary's states while a LoRA is adapted
+SUMS, FFN_WIDTHS = (
+    3,
+    4,
+)  # sums, scaled sums and their factor; what an FFN's last map reads, in widths
 SCORING, MOVING, EXCHANGING, REFITTING = 5, 32, 8, 33
 """Products of a map with its Gram matrix that shares, budgets of clusters, exchanges and refit
 take, at most or about."""
@@ -266,6 +273,29 @@ def _export(count: Count, config: ExportConfig) -> Demand:
     return Demand(certain=0, likely=block + tensor, disk=stored * count.store(config.store))
 
 
+def _adapt_lora(count: Count, config: AdaptLoraConfig) -> Demand:
+    """States of both teachers at both ends of a place, what its block gives alone, and what it is to
+    give. The closed form sums what the widest map of a block reads."""
+    places = len(count.intervals)
+    states = ADAPTING_STATES * count.kept(count.samples.count)
+    room = room_for_states() if config.streamed else states
+    waiting, on_disk = min(room, states), max(0, states - room)
+    student = max(count.students) * (count.size + FP32)
+    sums = SUMS * EXACT * (FFN_WIDTHS * count.width) ** 2
+    block = count.forward / count.blocks
+    fitting = (
+        places
+        * block
+        * (ADAPTING_PASSES * count.samples.count + 3 * config.updates * count.samples.batch)
+    )
+    return Demand(
+        certain=count.teacher + (0 if config.streamed else waiting),
+        likely=student + sums + count.backward + (count.on_host(waiting) if config.streamed else 0),
+        disk=on_disk,
+        flops=2 * count.samples.count * count.forward + fitting,
+    )
+
+
 def _evaluate(count: Count, config: EvaluateConfig) -> Demand:
     return Demand(
         certain=count.teacher,
@@ -332,6 +362,7 @@ DEMANDS = {
     VariantsConfig: ("variants", _variants),
     FinetuneConfig: ("finetune", _tuned),
     ExportConfig: ("export", _export),
+    AdaptLoraConfig: ("adapt-lora", _adapt_lora),
     SparsifyConfig: ("sparsify", _sparsify),
     EvaluateConfig: ("evaluate", _evaluate),
 }

@@ -19,6 +19,7 @@ NEXT = {
     "finetune": "ppcl evaluate {shared}",
     "evaluate": "ppcl export {shared}",
     "export": "ppcl inspect --path {result}",
+    "adapt-lora": "load {result} on the pruned model with any LoRA loader of ComfyUI",
     "fold": "ppcl inspect --path {result}",
     "sparsify": "ppcl inspect --path {result}",
     "import": "ppcl inspect --path {result}",
