@@ -14,8 +14,10 @@ from .lora_kinds import LowRank
 
 ADAPTED = "ppcl_adapted"
 """metadata of an adapted LoRA: for which plan and variant"""
-DIFFUSERS, COMFYUI = "transformer.", "diffusion_model."
-"""prefixes of a LoRA's names: diffusers' names of modules, ComfyUI's"""
+COMFYUI = "diffusion_model."
+DIFFUSERS = {"z_image": COMFYUI}
+"""prefix before diffusers' names of modules that ComfyUI's stock loader takes; "transformer." for all
+others"""
 
 
 def adapted_tensors(
@@ -36,7 +38,7 @@ def adapted_tensors(
     own = {architecture.projection_names[kind]["map"]: kind for kind in projections}
     tensors: dict[str, torch.Tensor] = {}
     for name, pair in pairs.items():
-        modules = [f"{DIFFUSERS}{prefix}{name}"]
+        modules = [f"{DIFFUSERS.get(architecture.name, 'transformer.')}{prefix}{name}"]
         if name in own:
             theirs = COMFYUI + block_prefix_in_comfyui(architecture, config, prefix)
             kind = own[name]
