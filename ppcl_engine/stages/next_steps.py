@@ -19,7 +19,7 @@ NEXT = {
     "finetune": "ppcl evaluate {shared}",
     "evaluate": "ppcl export {shared}",
     "export": "ppcl inspect --path {result}",
-    "adapt-lora": "load {result} on the pruned model with any LoRA loader of ComfyUI",
+    "adapt-lora": "ppcl export {shared}, and {result} in a LoRA loader behind that model",
     "fold": "ppcl inspect --path {result}",
     "sparsify": "ppcl inspect --path {result}",
     "import": "ppcl inspect --path {result}",

@@ -21,11 +21,14 @@ def write_lora(
     rank: int = RANK,
     metadata: dict[str, str] | None = None,
 ) -> Path:
-    """Pairs that change each of these maps by about a tenth."""
+    """Pairs that change each of these maps, where a block has it, by about a tenth."""
     weights, generator = Weights(teacher), torch.Generator().manual_seed(0)
     prefixes = [weights.architecture.block_prefix(weights.config, block) for block in blocks]
     tensors = {}
+    there = set(weights.keys())
     for module in [*outer, *(prefix + name for prefix in prefixes for name in maps)]:
+        if f"{module}.weight" not in there:
+            continue
         rows, columns = weights.shape(f"{module}.weight")
         down, up = (torch.randn(s, generator=generator) for s in ((rank, columns), (rows, rank)))
         tensors[f"transformer.{module}.lora_A.weight"] = down / columns**0.5

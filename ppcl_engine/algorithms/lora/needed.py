@@ -63,11 +63,9 @@ class Names:
             for kind, prefixes in replaced.items()
             if any(f"{name}.".startswith(prefixes) for name in maps)
         )
-        gone = (gone_parts(self.architecture, place)) or ("\0",)
+        gone = gone_parts(self.architecture, place)
         left = tuple(name for name in maps if not f"{name}.".startswith(gone))
-        if place.interval is None and not projections:
-            return None
-        if not left and not projections:
+        if not projections and (place.interval is None or not left):
             return None
         return Work(place, left, projections)
 
@@ -97,7 +95,7 @@ class Names:
         if place is None or (place.interval is not None and index in fitted):
             return False
         name = key.removeprefix(self.prefixes[index])
-        return not name.startswith(gone_parts(self.architecture, place) or ("\0",))
+        return not name.startswith(gone_parts(self.architecture, place))
 
 
 def fitted_maps(

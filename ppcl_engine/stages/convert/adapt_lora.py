@@ -243,7 +243,7 @@ class _Course:
         return self.config.rank or self.names.rank(work)
 
     def _hollow_pairs(self, fit: PlaceFit, device: str = "") -> Pairs:
-        """Of the right shapes, to be restored."""
+        """Pairs of the right shapes, to be restored."""
         maps = self._maps(fit.block, fit.work)
         linears = {name: fit.block.get_submodule(name) for name in maps}
         empty = {
