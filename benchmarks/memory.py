@@ -54,7 +54,8 @@ IMPORTS = "imports"  # a process that loads the libraries and stops: the floor u
 SITES = {"share": 0.5, "longest": 1, "kinds": "text ffn_image", "form": "gated", "cache_gb": 0.1}
 # of polish and finetune; on disk, since the host's memory is the device's here
 TUNING = {"steps": 2, "save_every": 2, "offload": "disk"}
-REPEATS = 3  # of streamed runs; resident ones are ruled by the weights
+TUNED = ("polish", "finetune")  # write 20 GB a run at 60 blocks: once
+REPEATS = 3  # of other streamed runs; resident ones are ruled by the weights
 FLAT, GROWS = 1.05, 2.0  # the goals
 
 
@@ -159,7 +160,7 @@ def measured(folder: Path, scale: Scale) -> list[dict]:
     for depth in scale.depths:
         model = prepare(folder, scale, depth)
         for stage in STAGES:
-            for streamed in (*[True] * scale.repeats, False):
+            for streamed in (*[True] * (1 if stage in TUNED else scale.repeats), False):
                 run = folder / "run"
                 shutil.copytree(folder / f"prepared_{depth}", run)
                 row = measure(stage, model, run, streamed, scale)
@@ -241,7 +242,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument(
         "--folder",
         type=Path,
-        help="where temporary files go (7 GB pass through; on a disk, not in memory)",
+        help="where temporary files go (30 GB pass through; on a disk, not in memory)",
     )
     parser.add_argument("--depths", type=int, nargs=2, help="other depths than 15 and 60")
     chosen: Namespace = output.parse(parser, arguments)

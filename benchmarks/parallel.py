@@ -49,8 +49,12 @@ def new_run(folder: Path, chosen) -> Run:
     return run
 
 
-def command(chosen, run: Run, count: int, mode: str) -> list[str]:
-    launcher = [
+def launcher(count: int) -> list[str]:
+    """Arguments of python in front of a module's name: for several processes, accelerate's."""
+    if count == 1:
+        return ["-m"]
+    return [
+        "-m",
         "accelerate.commands.launch",
         "--multi_gpu",
         "--num_processes",
@@ -65,6 +69,9 @@ def command(chosen, run: Run, count: int, mode: str) -> list[str]:
         str(free_port()),
         "-m",
     ]
+
+
+def command(chosen, run: Run, count: int, mode: str) -> list[str]:
     settings = {
         "model": chosen.teacher,
         "run": run.folder,
@@ -75,14 +82,7 @@ def command(chosen, run: Run, count: int, mode: str) -> list[str]:
         "device": "cpu",
     }
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return [
-        sys.executable,
-        "-m",
-        *(launcher if count > 1 else []),
-        "ppcl_engine",
-        "distill-depth",
-        *options,
-    ]
+    return [sys.executable, *launcher(count), "ppcl_engine", "distill-depth", *options]
 
 
 def free_port() -> int:

@@ -3,7 +3,8 @@ good they are then.
 
 Every stage that trains runs on the demo's teacher in float32, in bfloat16 (forward and backward in
 bfloat16, the weights in training in float32), and in bfloat16 with these weights in bfloat16 too,
-which is the wrong way, to compare with. `moved_share`: weights that differ from where they began.
+which is the wrong way, to compare with; polish and finetune also with moments in 8 bits and averages
+in bfloat16 (`--optimizer-state compact`). `moved_share`: weights that differ from where they began.
 `loss_ratio_to_float32`: error of the final velocity with the trained parts, relative to that of the
 parts trained in float32, both judged in float32 on the calibration set; `noise`: relative standard
 deviation of float32's own error over seeds. `training_loss_ratio`: of the losses while training,
@@ -59,6 +60,8 @@ STAGES = {
     "finetune": (finetune, FinetuneConfig),
 }
 SINGLE, HALF = {"dtype": "float32"}, {"dtype": "bfloat16"}
+COMPACT = {**HALF, "optimizer_state": "compact"}
+TUNING = ("polish", "finetune")  # stages that know it
 GOALS = {"moved_share_of_float32": 0.99, "loss_ratio_to_float32": 1.01}
 
 
@@ -192,6 +195,7 @@ def measure(stage: str, work: Path, settings: dict, seeds: int) -> dict:
     single = [trained(seed, SINGLE) for seed in range(seeds)]
     half = [trained(seed, HALF) for seed in range(seeds)]
     wrong = trained(0, HALF, torch.bfloat16)
+    compact = [trained(seed, COMPACT) for seed in range(seeds) if stage in TUNING]
     mean = {
         name: [statistics.fmean(row[name] for row in rows) for rows in (single, half)]
         for name in wrong
@@ -207,6 +211,16 @@ def measure(stage: str, work: Path, settings: dict, seeds: int) -> dict:
             "moved_share": wrong["moved_share"],
             "loss_ratio_to_float32": wrong["error"] / single[0]["error"],
         },
+        **({"compact": compared(compact, single)} if compact else {}),
+    }
+
+
+def compared(rows: list[dict], single: list[dict]) -> dict:
+    """Rows of the same seeds, in the mean, against those in float32."""
+    errors = [statistics.fmean(row["error"] for row in found) for found in (rows, single)]
+    return {
+        "moved_share": statistics.fmean(row["moved_share"] for row in rows),
+        "loss_ratio_to_float32": errors[0] / errors[1],
     }
 
 
@@ -222,7 +236,7 @@ def run(chosen: Namespace, folder: Path) -> dict:
     values["distill_width"] = measure("distill_width", folder, settings("distill_width"), seeds)
     _train(folder / "start", "distill_width", settings("distill_width"))
     _name_everything(Run(folder / "start"))
-    for stage in ("polish", "finetune"):
+    for stage in TUNING:
         values[stage] = measure(stage, folder, settings(stage), seeds)
     met = all(
         row["moved_share"] >= GOALS["moved_share_of_float32"] * row["float32"]["moved_share"]
@@ -270,6 +284,7 @@ def show(values: dict) -> None:
                 stage,
                 *(f"{100 * share:.2f} %" for share in shares),
                 *(f"{ratio:.4f}" for ratio in ratios),
+                f"{row['compact']['loss_ratio_to_float32']:.4f}" if "compact" in row else "",
             ]
         )
     header = [
@@ -280,6 +295,7 @@ def show(values: dict) -> None:
         "loss ratio",
         "noise",
         "ratio, weights in bf16",
+        "ratio, compact state",
     ]
     output.print_table("training in bfloat16 at the default rate", header, rows)
 

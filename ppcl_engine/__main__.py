@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the other imports, which take seconds: Ctrl-C works at once
-    from .system.early import watch
+    from .system.early import start
 
-    watch()
+    start()
 
 import sys
 from collections.abc import Callable, Sequence

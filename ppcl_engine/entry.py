@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .system.early import finish, watch
+from .system.early import finish, start
 
 
 def main() -> int:
     """The exit code."""
-    watch()
+    start()
     from .__main__ import main as work
 
     return finish(work())

@@ -27,7 +27,7 @@ from ppcl_engine.system.atomic import write_json
 from ..shared import output
 from ..shared.teachers import NARROW
 from .model import random_embeddings, random_model
-from .process import Watched, run
+from .process import Watched, load_libraries, run
 from .recipe import CAPTIONS, TEXT_TOKENS, Step, recipe
 
 SMALL, LARGE = 6, 60  # blocks
@@ -45,6 +45,7 @@ SMALLEST = 1e6  # bytes; a result file of a few KB says nothing of what a stage 
 def measured(step: Step, folder: Path, fresh: bool) -> dict:
     """The figures of a process of its own (quick runs: of this one)."""
     if not fresh:
+        load_libraries()
         with Watched() as watched, contextlib.redirect_stdout(io.StringIO()):
             code = run(step.arguments)
         return {**watched.figures(), "code": code}
@@ -100,6 +101,7 @@ def rows_of(blocks: int, config: dict, folder: Path, fresh: bool, short: dict, l
         random_embeddings(embeddings, config, CAPTIONS, TEXT_TOKENS)
         random_model(model, {**config, "num_layers": blocks})
     for step in recipe(model, work / "run", embeddings, blocks)[len(rows) :]:
+        step.before()
         said = predicted(step)
         expected = short[step.name]["seconds"] * blocks / SMALL if short else 0.0
         cut = too_much(said, expected, limit, work)

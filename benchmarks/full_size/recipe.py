@@ -1,14 +1,18 @@
 """The recipe for a model of 20 B parameters, as README has it, with the fewest steps on tiny pictures.
 
 What a step costs and what is read and kept for it are those of the real thing; how many there are,
-and the tokens of a picture, are not. polish and finetune are not in it: they train all weights of a
-variant at once.
+and the tokens of a picture, are not. polish, which costs what finetune does, is not in it; finetune takes
+one step, on a variant of its own that the disk has room for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from . import tuning
 
 CAPTIONS, TEXT_TOKENS, SIDE = 4, 8, 64  # pixels
 MOST_REMOVED = 4  # blocks; every student takes 4.3 GB of disk while it is trained
@@ -27,6 +31,8 @@ class Step:
     """whether the dry run knows the stage"""
     leaves: tuple[str, ...] = ()
     """files and folders of the run folder that are removed afterwards, for their size"""
+    before: Callable[[], None] = lambda: None
+    """what makes ready for it, unmeasured"""
 
 
 def recipe(model: Path, run: Path, embeddings: Path, blocks: int) -> list[Step]:
@@ -43,10 +49,10 @@ def recipe(model: Path, run: Path, embeddings: Path, blocks: int) -> list[Step]:
         arguments = ["export", *streamed, "--layout", layout, *settings]
         return Step(name=f"export {layout}", arguments=arguments, leaves=leaves)
 
-    def fold(form: str, *settings: str) -> Step:
+    def fold(form: str, *settings: str, leaves: tuple[str, ...] = ("fold",)) -> Step:
         where = ["--path", str(model), "--run", str(run / "fold"), "--name", form]
         arguments = ["fold", *where, "--form", form, *settings, "--device", "cpu"]
-        return Step(name=f"fold {form}", arguments=arguments, predicted=False, leaves=("fold",))
+        return Step(name=f"fold {form}", arguments=arguments, predicted=False, leaves=leaves)
 
     drawing = f"--samples {CAPTIONS} --batch 2 --steps 2 --height {SIDE} --width {SIDE}".split()
     samples = ["--samples", str(CAPTIONS)]
@@ -75,7 +81,8 @@ def recipe(model: Path, run: Path, embeddings: Path, blocks: int) -> list[Step]:
         ),
         export("comfyui", "--variant", "small", "--store", "float8", leaves=(exported.name,)),
         fold("table", "--steps", "2", "--height", str(SIDE), "--width", str(SIDE)),
-        fold("basis", "--rank", "16"),
+        fold("basis", "--rank", "16", leaves=("fold", "depth", "width", "states")),
+        *one_step(model, run),
         Step(
             name="sparsify",
             arguments=[
@@ -89,5 +96,27 @@ def recipe(model: Path, run: Path, embeddings: Path, blocks: int) -> list[Step]:
                 "--streamed",
             ],
             leaves=("sparse",),
+        ),
+    ]
+
+
+def one_step(model: Path, run: Path) -> list[Step]:
+    """The new block of an interval, one update long, and one step of finetune with it."""
+    tuned = run / "tuned"
+    common = ["--model", str(model), "--run", str(tuned), "--device", "cpu", "--streamed"]
+    common += ["--dtype", "bfloat16"]
+    distilled = ["distill-depth", *common, "--correction", "none", "--rounds", "1"]
+    finetuned = ["finetune", *common, "--variant", tuning.VARIANT, "--steps", "1", "--ema", "0"]
+    return [
+        Step(
+            name="distill one interval",
+            arguments=[*distilled, "--updates", "1"],
+            before=partial(tuning.prepare, model, tuned, run / "calibration.safetensors"),
+        ),
+        Step(
+            name="finetune",
+            arguments=[*finetuned, "--offload", "disk", "--optimizer-state", "compact"],
+            before=partial(tuning.name_variant, tuned),
+            leaves=("tuned",),
         ),
     ]

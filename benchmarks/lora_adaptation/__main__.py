@@ -205,9 +205,10 @@ def _pictures(subject: Pruned, model: nn.Module, task: str, chosen) -> torch.Ten
         c.text() for c in random_captions(chosen.captions, torch.Generator().manual_seed(SEED))
     ]
     prompts = encode_prompts(subject.world.codec, texts)
+    steps = 1 if chosen.quick else STEPS[task]
     guidance = 1.0 if task == "few_steps" else GUIDANCE
     return draw_prompts(
-        subject.world.architecture, model, prompts, SEED, STEPS[task], guidance, 16, "draw"
+        subject.world.architecture, model, prompts, SEED, steps, guidance, 16, "draw"
     )
 
 

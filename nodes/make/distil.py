@@ -164,7 +164,14 @@ class FineTune(JobNode):
                 ),
             ],
             previews=True,
-            last=tuple(inputs(FinetuneConfig, "offload", offload={"optional": True})),
+            last=tuple(
+                inputs(
+                    FinetuneConfig,
+                    "offload optimizer_state",
+                    offload={"optional": True},
+                    optimizer_state={"optional": True},
+                )
+            ),
         )
 
     @classmethod

@@ -9,6 +9,8 @@ import torch
 from ..data.rendered.captions import random_captions, render
 
 TEACHER = Path(__file__).with_name("teacher.safetensors")
+BUNDLE = TEACHER.with_name("demo.ppcl.safetensors")
+"""of the first of the teachers"""
 TEACHERS = {"qwen": TEACHER, "flux": TEACHER.with_name("teacher_flux.safetensors")}
 
 

@@ -33,6 +33,7 @@ from ..system.atomic import write_text
 from ..system.outputs import check_folder
 from ..system.run_lock import holding
 from .bundled import bundled, render_pictures
+from .first_pictures import STEPS, first_pictures, show_in_browser
 
 FOLDERS = {"qwen": Path("runs/demo"), "flux": Path("runs/demo_flux")}
 FULL_SIZE = {
@@ -41,6 +42,7 @@ FULL_SIZE = {
     "bootstrap": 200,
     "longest": 8,
     "rounds": 10,
+    "stock_rounds": 3,
     "depth_updates": 40,
     "weighed": 48,
     "width_updates": 20,
@@ -53,6 +55,7 @@ QUICK = {
     "bootstrap": 5,
     "longest": 2,
     "rounds": 1,
+    "stock_rounds": 1,
     "depth_updates": 2,
     "weighed": 4,
     "width_updates": 2,
@@ -72,7 +75,13 @@ def demo(config: DemoConfig) -> Path:
     run = config.run or FOLDERS[config.teacher]
     check_folder(run)
     with holding(run, "demo"):
-        return _whole_method(config, run)
+        if config.teacher == "qwen":
+            sheet = first_pictures(config, run, 2 if config.quick else STEPS)
+            print(f"what the bundle of this package draws, all sizes: {sheet}", flush=True)
+            show_in_browser(sheet)
+        report = _whole_method(config, run)
+        show_in_browser(report)
+        return report
 
 
 def _whole_method(config: DemoConfig, run: Path) -> Path:
@@ -119,13 +128,14 @@ def _whole_method(config: DemoConfig, run: Path) -> Path:
     variants(VariantsConfig(**common))
     export(ExportConfig(**common))
     export(ExportConfig(**common, layout="ppcl", variant="small", name="small"))
-    _stock(common, depth)
+    _stock(common, {**depth, "rounds": size["stock_rounds"]})
     judged = EvaluateConfig(**common, captions=config.captions, steps=size["drawn"])
     return evaluate_with(judged, lambda: time.monotonic() - start)
 
 
 def _stock(common: dict, depth: dict) -> None:
     """Makes students without corrections, and files of them for hosts without this project's nodes.
+    No figure of the report is theirs, so that fewer updates are enough.
 
     depth: how students are trained.
     """

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..algorithms.detection.intervals import PUBLISHED_SHARE
+from ..algorithms.distillation.compact_state import BLOCK, COMPACT
 from ..algorithms.distillation.kept_trainers import SHARE
 from ..algorithms.distillation.quantization import NONE
 from ..algorithms.distillation.round_cache import REUSE
@@ -42,7 +43,7 @@ PIXELS_A_TOKEN = 16  # height and width
 ACTIVATIONS_PER_TOKEN = 40
 OPTIMISER_COPIES = 4  # weights, gradients, two moments
 SAVED_COPIES = 3  # weights, two moments
-SOLVING_COPIES = 12  # of a map in float64
+SOLVING_COPIES, RANK_COPIES = 7, 5  # of a map in float64
 FP32, EXACT = torch.float32.itemsize, torch.float64.itemsize
 STORED = torch.bfloat16.itemsize  # of a value in a file that is not there
 NAMED_VARIANTS = 5
@@ -111,8 +112,10 @@ def _sizes(
 class Count:
     """Sizes that the stages' needs are made of; bytes unless said otherwise."""
 
-    def __init__(self, config: JobConfig, calibrate: CalibrateConfig | None):
+    def __init__(self, config: JobConfig, calibrate: CalibrateConfig | None, processes: int = 1):
         self.config, self.size = config, DTYPES[config.dtype].itemsize
+        self.processes = processes
+        self.shards = processes > 1 and getattr(config, "parallel", "") == "shard"
         self.samples = _samples(config, calibrate)
         model = Path(config.model)
         changed = model.stat().st_mtime_ns if model.exists() else 0
@@ -190,8 +193,12 @@ class Count:
 
     @property
     def solving(self) -> float:
-        """What solving a map takes: its sums, their factor, the solution, and what the rank takes."""
+        """Bytes that solving a map takes: its sums, their factor, the solution."""
         return SOLVING_COPIES * EXACT * self.width**2
+
+    @property
+    def solving_with_rank(self) -> float:
+        return self.solving + RANK_COPIES * EXACT * self.width**2
 
     def passing(self, states: float) -> tuple[float, float]:
         """Where the states of the two boundaries are that a streamed sweep keeps: bytes in the
@@ -272,10 +279,12 @@ class Count:
             return sum(self.students)
         return self.variant(config.variant) or self.parameters // 2
 
-    def tuning_copies(self, config: PolishConfig | FinetuneConfig) -> int:
-        """Copies of what is trained, outside of its turn and in a file: weights, two moments, and an
-        average where there is one."""
-        return 4 if config.ema else 3
+    def tuning_bytes(self, config: PolishConfig | FinetuneConfig) -> float:
+        """Bytes of a parameter in training, outside of its turn and in a file: its weight, two
+        moments, and an average where there is one."""
+        if config.optimizer_state == COMPACT:
+            return FP32 + 2 * (1 + FP32 / BLOCK) + (torch.bfloat16.itemsize if config.ema else 0)
+        return FP32 * (4 if config.ema else 3)
 
     def tuning_states(self) -> int:
         """States of a batch between all blocks."""

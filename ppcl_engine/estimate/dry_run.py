@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from ..models.cost import CostModel
 from ..models.opening import model_config
+from ..settings.base_settings import TuningConfig
 from ..settings.convert_settings import JobConfig
 from ..settings.prune_settings import CalibrateConfig
 from ..system.machine import device_memory, free_disk, resolve_device
@@ -15,6 +16,7 @@ from .advice import STREAMED, last_advice, setting_advice
 from .counts import GRID, TEXT_TOKENS
 from .needs import DEMANDS, Needs, needs
 
+LAUNCHES = (2, 4, 8)  # processes that a training is shown divided among
 COLUMNS = (
     "GB memory",
     "for certain",
@@ -49,12 +51,24 @@ def _print_needs(config: JobConfig, device: str) -> None:
         name: needs(replace(config, streamed=streamed))
         for name, streamed in (("resident", False), ("streamed", True))
     }
+    launches = {f"{n} processes": needs(config, processes=n) for n in _launches(config)}
+    rows |= launches
     stage, there = rows["resident"].stage, device_memory(device)
     print(f"{stage} with these settings and this run's samples, on {device} in {config.dtype}:")
     _print_header()
     for name, row in rows.items():
         fits = "yes" if row.at_least <= there else f"no: {there / 1e9:.0f} GB are there"
         _print_row(name, row, f"  {fits}")
+    if launches:
+        print(
+            "processes: what each needs, on a device of its own; hours leave out what they exchange"
+        )
+
+
+def _launches(config: JobConfig) -> Sequence[int]:
+    """Numbers of processes that can share the stage and need less the more they are."""
+    shards = isinstance(config, TuningConfig) and config.parallel == "shard"
+    return LAUNCHES if shards and not config.unshardable else ()
 
 
 def print_estimates(stages: Sequence[tuple[str, object]]) -> None:
@@ -89,18 +103,21 @@ def _print_row(name: str, row: Needs, end: str) -> None:
     print(f"{name:13} {' '.join(cells)} {row.seconds / 3600:>11.2f}{end}")
 
 
-def refusal(config: JobConfig, calibrate: CalibrateConfig | None = None) -> str | None:
+def refusal(
+    config: JobConfig, calibrate: CalibrateConfig | None = None, processes: int = 1
+) -> str | None:
     """Why the stage cannot run on this machine, in a line that names what to change; None when it
     may fit.
 
-    `calibrate`: of the same job, where its calibration is not there yet.
+    `calibrate`: of the same job, where its calibration is not there yet. `processes`: those that
+    were launched together.
     """
-    device, wanted = resolve_device(config.device), needs(config, calibrate)
+    device, wanted = resolve_device(config.device), needs(config, calibrate, processes)
     there, free = device_memory(device), free_disk(config.run)
     if wanted.at_least > there:
         return (
             f"{wanted.stage} needs {wanted.at_least / 1e9:.1f} GB of memory or more on {device}, {there / 1e9:.1f} GB are "
-            f"there: {_what_fits(config, calibrate, there)}"
+            f"there: {_what_fits(config, calibrate, there, processes)}"
         )
     if wanted.disk > free:
         return (
@@ -110,10 +127,12 @@ def refusal(config: JobConfig, calibrate: CalibrateConfig | None = None) -> str 
     return None
 
 
-def _what_fits(config: JobConfig, calibrate: CalibrateConfig | None, there: int) -> str:
+def _what_fits(
+    config: JobConfig, calibrate: CalibrateConfig | None, there: int, processes: int
+) -> str:
     """The change after which it may."""
     changes = ({"streamed": True}, {"dtype": "bfloat16"}, {"streamed": True, "dtype": "bfloat16"})
     for change in changes:
-        if needs(replace(config, **change), calibrate).at_least <= there:
+        if needs(replace(config, **change), calibrate, processes).at_least <= there:
             return " and ".join(setting_advice(config, name) or FITTING[name] for name in change)
     return f"{last_advice(config)}, or use a device with more memory"

@@ -13,7 +13,6 @@ from ..algorithms.detection.curves import STREAMS
 from ..algorithms.sparsity.patterns import UNSTRUCTURED
 from ..algorithms.sparsity.source import open_source
 from ..models.layout import Place, full_layout
-from ..models.streaming import room_for_states
 from ..settings.assess_settings import EvaluateConfig
 from ..settings.base_settings import StatesConfig
 from ..settings.convert_settings import AdaptLoraConfig, ExportConfig, JobConfig, SparsifyConfig
@@ -30,7 +29,6 @@ from ..settings.prune_settings import (
 )
 from ..system.machine import DTYPES, flops_a_second, resolve_device
 from .counts import (
-    ADAPTING_PASSES,
     EXACT,
     FP32,
     NAMED_VARIANTS,
@@ -38,20 +36,18 @@ from .counts import (
     SAVED_COPIES,
     Count,
 )
+from .demand import Demand
 from .detect_chains import DetectChains
+from .lora_demand import adapt_lora
 from .round_states import RoundStates
 from .traffic import traffic
 from .width_counts import WidthCounts
 
 BYTES_A_SECOND = 5e8  # of a disk
+GATHERED_COPIES = 4  # of a block: gathered, on the way there, gradients, on their way to the shards
 WORKING_COPIES = 8  # of a map in float64: masks' prices, what went, the refit's directions
 SOLVING = 5  # products of two maps
 COMPRESSED = {"2:4": 9 / 16}
-ADAPTING_STATES = 6  # copies of a boundary's states while a LoRA is adapted
-SUMS, FFN_WIDTHS = (
-    3,
-    4,
-)  # sums, scaled sums and their factor; what an FFN's last map reads, in widths
 SCORING, MOVING, EXCHANGING, REFITTING = 5, 32, 8, 33
 """Products of a map with its Gram matrix that shares, budgets of clusters, exchanges and refit
 take, at most or about."""
@@ -80,26 +76,12 @@ class Needs:
     """of an idle machine; more where blocks are small"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Demand:
-    """What a stage takes, whichever machine runs it."""
-
-    certain: float
-    """bytes of the device: weights, optimiser, states that are kept"""
-    likely: float
-    """bytes beside those: what a backward keeps, a cache of states in memory"""
-    host: float = 0
-    """bytes in the host's memory that are certain; where it computes itself, `certain` has them too"""
-    disk: float = 0
-    """bytes of new files that are certain"""
-    flops: float = 0
-
-
-def needs(config: JobConfig, calibrate: CalibrateConfig | None = None) -> Needs:
+def needs(config: JobConfig, calibrate: CalibrateConfig | None = None, processes: int = 1) -> Needs:
     """`calibrate`: of the same job, where its calibration is not there yet; with neither, the
-    smallest one counts."""
+    smallest one counts. `processes`: how many polish or finetune is launched in; memory, bytes read
+    and time are those of each."""
     stage, demand_of = DEMANDS[type(config)]
-    count = Count(config, calibrate)
+    count = Count(config, calibrate, processes)
     demand, (read, written) = demand_of(count, config), traffic(count, config)
     speed = flops_a_second(resolve_device(config.device), DTYPES[config.dtype])
     return Needs(
@@ -144,7 +126,7 @@ def _probe(count: Count, config: ProbeConfig) -> Demand:
     fits = count.blocks * tokens * 4 * count.width**2
     return Demand(
         certain=count.teacher + (0 if config.streamed else 2 * states),
-        likely=states + count.solving + count.on_host(waiting),
+        likely=states + count.solving_with_rank + count.on_host(waiting),
         disk=on_disk + probes,
         flops=count.samples.count * count.forward
         + fits
@@ -193,7 +175,11 @@ def _detect_width(count: Count, config: DetectWidthConfig) -> Demand:
     states, width = count.kept(count.samples.count), WidthCounts.of(count, config)
     measured = width.layouts * min(config.samples, count.samples.count) * count.state
     waiting, on_disk = count.passing(states)
-    fitting = width.equations + max(count.solving, count.reading_student) + count.on_host(waiting)
+    fitting = (
+        width.equations
+        + max(count.solving_with_rank, count.reading_student)
+        + count.on_host(waiting)
+    )
     measuring = count.on_host(count.together(config, measured)) + count.reading_student
     # candidates begin where they differ from the depth-pruned model, half way in the mean
     forwards = width.layouts / 2 * min(config.samples, count.samples.count)
@@ -221,7 +207,7 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Demand:
     training = rest + frozen + OPTIMISER_COPIES * projection + waiting + cache
     training += count.backward + count.read_in_training(config, count.width**2)
     student = count.reading_student if width.students else 0
-    fitting = width.equations + max(count.teacher + student, rest + count.solving)
+    fitting = width.equations + max(count.teacher + student, rest + count.solving_with_rank)
     return Demand(
         certain=count.teacher,
         likely=max(training, fitting) - count.teacher,
@@ -232,26 +218,38 @@ def _distill_width(count: Count, config: DistillWidthConfig) -> Demand:
 
 def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
     """Master weights, gradients, moments and average are float32. Streamed, a block's are on the
-    device at a time, and the outer layers' where they are trained."""
-    trained, copies = count.trained(config), count.tuning_copies(config)
-    waits, again = copies * FP32 * trained, config.checkpointing or config.streamed
-    here = trained
-    if config.streamed:
+    device at a time, and the outer layers' where they are trained. Of processes that shard them,
+    each has its part, and gathers a block when its turn comes; then --streamed is the teacher."""
+    trained, kept = count.trained(config), count.tuning_bytes(config)
+    streamed = config.streamed and not count.shards
+    waits, again = kept * trained, config.checkpointing or config.streamed
+    block = max(count.sizes.blocks) + count.sizes.correction
+    here, here_bytes = trained, kept + FP32
+    if streamed:
+        here_bytes = FP32 * (5 if config.ema else 4)  # of a block in its turn nothing is packed
         outer = count.sizes.cost.outer_parameters if isinstance(config, FinetuneConfig) else 0
-        here = max(count.sizes.blocks) + count.sizes.correction + outer
-    in_memory = (
-        waits + count.tuning_states() if config.streamed and config.offload == "memory" else 0
-    )
-    on_disk = config.streamed and config.offload == "disk"
+        here = block + outer
+    read, gathered, passes = here, 0, (5 if again else 4) * config.steps / count.processes
+    training = here_bytes * here
+    if count.shards:
+        training /= count.processes
+        read, gathered = block if again else trained, GATHERED_COPIES * FP32 * block
+    certain = count.teacher + training
+    if streamed and isinstance(config, FinetuneConfig):
+        certain = max(count.teacher, count.outer + training)  # blocks are trained when it has run
+    activations = (1 if again else count.blocks) * count.backward
+    if again and not streamed:  # the inputs of blocks that are computed again
+        activations += count.tuning_states()
+    in_memory = waits + count.tuning_states() if streamed and config.offload == "memory" else 0
+    on_disk = streamed and config.offload == "disk"
     # while a save is written, what it holds goes from the files of the training into it
     saves = 2 if on_disk and config.steps > config.save_every else 1
     return Demand(
-        certain=count.teacher + (copies + 1) * FP32 * here + count.on_host(in_memory),
-        likely=(1 if again else count.blocks) * count.backward
-        + count.read_in_training(config, here),
+        certain=certain + count.on_host(in_memory),
+        likely=activations / count.processes + count.read_in_training(config, read) + gathered,
         host=in_memory,
         disk=saves * waits + (count.tuning_states() if on_disk else 0),
-        flops=(5 if again else 4) * config.steps * count.samples.batch * count.forward,
+        flops=passes * count.samples.batch * count.forward,
     )
 
 
@@ -271,29 +269,6 @@ def _export(count: Count, config: ExportConfig) -> Demand:
     block = 0 if config.layout == "bundle" else max(count.sizes.blocks) * FP32
     tensor = count.largest_tensor * (FP32 + count.store(config.store))
     return Demand(certain=0, likely=block + tensor, disk=stored * count.store(config.store))
-
-
-def _adapt_lora(count: Count, config: AdaptLoraConfig) -> Demand:
-    """States of both teachers at both ends of a place, what its block gives alone, and what it is to
-    give. The closed form sums what the widest map of a block reads."""
-    places = len(count.intervals)
-    states = ADAPTING_STATES * count.kept(count.samples.count)
-    room = room_for_states() if config.streamed else states
-    waiting, on_disk = min(room, states), max(0, states - room)
-    student = max(count.students) * (count.size + FP32)
-    sums = SUMS * EXACT * (FFN_WIDTHS * count.width) ** 2
-    block = count.forward / count.blocks
-    fitting = (
-        places
-        * block
-        * (ADAPTING_PASSES * count.samples.count + 3 * config.updates * count.samples.batch)
-    )
-    return Demand(
-        certain=count.teacher + (0 if config.streamed else waiting),
-        likely=student + sums + count.backward + (count.on_host(waiting) if config.streamed else 0),
-        disk=on_disk,
-        flops=2 * count.samples.count * count.forward + fitting,
-    )
 
 
 def _evaluate(count: Count, config: EvaluateConfig) -> Demand:
@@ -362,7 +337,7 @@ DEMANDS = {
     VariantsConfig: ("variants", _variants),
     FinetuneConfig: ("finetune", _tuned),
     ExportConfig: ("export", _export),
-    AdaptLoraConfig: ("adapt-lora", _adapt_lora),
+    AdaptLoraConfig: ("adapt-lora", adapt_lora),
     SparsifyConfig: ("sparsify", _sparsify),
     EvaluateConfig: ("evaluate", _evaluate),
 }

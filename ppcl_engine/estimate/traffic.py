@@ -177,19 +177,20 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Traffic:
     """A step reads all blocks for the teacher, and those that stay frozen for the model in training
     and for its gradients. What waits on disk is read for the forward (weights alone) and for its
     step, written behind it, and read once more when it is saved."""
-    saves, copies = math.ceil(config.steps / config.save_every), count.tuning_copies(config)
-    weights, frozen = FP32 * count.trained(config), 0.0
+    saves, frozen = math.ceil(config.steps / config.save_every), 0.0
+    weights = FP32 * count.trained(config)
+    all_kept = count.tuning_bytes(config) * count.trained(config)
     if isinstance(config, PolishConfig):
         replaced = sum(len(interval.blocks) for interval in count.intervals) / count.blocks
         frozen = 1 - count.on_share(config) * replaced
-    on_disk = config.offload == "disk"
-    stepped = config.steps * count.on_share(config) * weights if on_disk else 0
+    on_disk = config.offload == "disk" and not count.shards
+    turns = config.steps * count.on_share(config) if on_disk else 0
     states = config.steps * count.tuning_states() if on_disk else 0
     return Traffic(
         walks=config.steps * (1 + 2 * frozen),
-        written=saves * copies * weights,
-        states_written=copies * stepped + states,
-        states_read=(1 + copies) * stepped + (saves * copies * weights if on_disk else 0) + states,
+        written=saves * all_kept,
+        states_written=turns * all_kept + states,
+        states_read=turns * (weights + all_kept) + (saves * all_kept if on_disk else 0) + states,
     )
 
 

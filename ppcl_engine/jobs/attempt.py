@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ..settings.convert_settings import JobConfig
 from ..settings.prune_settings import CalibrateConfig
 from ..stages import run_stage
+from ..system.launch_environment import launched_together
 from .cancelling import CancelListener
 from .failures import DONE, INTERRUPTED, UNEXPECTED, USER_ERROR, failure
 from .reporter import Reporter
@@ -120,12 +121,14 @@ class Attempt:
         from ..estimate.dry_run import refusal
         from ..estimate.needs import needs
 
+        count = launched_together()
         calibrate = next((c for _, c in stages if isinstance(c, CalibrateConfig)), None)
         for _, config in stages:
-            if line := refusal(config, calibrate):
+            if line := refusal(config, calibrate, count):
                 raise ValueError(line)
             if reporter is not None:
-                append_event(self.folder, "estimated", **asdict(needs(config, calibrate)))
+                wanted = needs(config, calibrate, count)
+                append_event(self.folder, "estimated", **asdict(wanted))
 
 
 class Ending:

@@ -96,7 +96,7 @@ def configs(spec: JobSpec, folder: Path, model: Path | None = None) -> list[tupl
 
 def _sharing(kind: type, parallel: str) -> dict:
     """The `parallel` setting of a stage that several processes share. Polish and fine-tuning have one
-    loss, so their processes share its rows whatever the spec says."""
+    loss, so their processes shard it whatever the spec says."""
     return (
         {"parallel": parallel}
         if issubclass(kind, SharedConfig) and not issubclass(kind, TuningConfig)

@@ -14,6 +14,9 @@ from pathlib import Path
 
 
 def main() -> int:
+    from ..system.early import settle
+
+    settle()  # before torch is imported
     from .attempt import main
 
     return main(sys.argv[1:])

@@ -71,6 +71,11 @@ class TuningConfig(TrainingConfig):
     """Settings that polish and finetune share. Also with bfloat16 the trained weights and the
     optimiser are float32."""
 
+    parallel: Literal["data", "intervals", "shard"] = "shard"
+    """How several processes share the work; each takes its rows of every batch. shard: each keeps
+    its part of the weights, gradients, moments and averages (FSDP2), so that more processes need
+    less memory each; --streamed then reads only the teacher block by block. data: each keeps all of
+    them, which sends less. intervals: not here, as all parts train on one loss."""
     steps: Count = 1000
     """Steps (paper: 1,000)."""
     learning_rate: Rate = 1e-5
@@ -90,14 +95,24 @@ class TuningConfig(TrainingConfig):
     offload: Literal["memory", "disk"] = "memory"
     """With --streamed: where weights in training, their moments and averages, and the states between
     blocks wait for their turn: in the host's memory, or in files of the run folder. The result is the
-    same to the bit."""
+    same to the bit. Processes that shard them keep them on their devices, and disk is refused."""
+    optimizer_state: Literal["float32", "compact"] = "float32"
+    """What the optimiser keeps between steps: float32, or moments in 8 bits and averages in bfloat16,
+    8 bytes a parameter with its weight instead of 16. Processes that shard it refuse compact."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.parallel != "data":
+        if self.parallel == "intervals":
             raise ValueError(
-                f"--parallel {self.parallel}: this stage trains all parts on one loss; use --parallel data"
+                "--parallel intervals: this stage trains all parts on one loss; use --parallel shard"
             )
+
+    @property
+    def unshardable(self) -> str:
+        """The setting that processes which shard a training cannot go with; "" for none."""
+        if self.streamed and self.offload == "disk":
+            return "--offload disk"
+        return "--optimizer-state compact" if self.optimizer_state == "compact" else ""
 
 
 @cache

@@ -13,7 +13,7 @@ from ..models.streaming import Teacher
 from ..models.weights import Weights
 from ..plan import PruningPlan
 from ..run import Run
-from ..settings.base_settings import Common, StatesConfig
+from ..settings.base_settings import Common, StatesConfig, TuningConfig
 from ..system.distributed import processes
 from ..system.machine import DTYPES, resolve_device
 
@@ -38,9 +38,10 @@ def open_calibration(config: Common, weights: Weights) -> CalibrationSet:
     calibration.check_model(weights.architecture.name, weights.fingerprint, path)
     fewest = min(len(batch["timestep"]) for batch in calibration.batches)
     if sharing.by_rows and fewest < sharing.count:
+        intervals = "" if isinstance(config, TuningConfig) else ", or use --parallel intervals"
         raise ValueError(
-            f"{path} has a batch of {fewest} samples for {sharing.count} processes; calibrate with a larger --batch, "
-            "launch fewer processes, or use --parallel intervals"
+            f"{path} has a batch of {fewest} samples for {sharing.count} processes; calibrate with a larger --batch, or "
+            f"launch fewer processes{intervals}"
         )
     if _target_only(config):  # it changes the hash: no stage resumes from files made the other way
         calibration = replace(

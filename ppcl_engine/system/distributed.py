@@ -1,8 +1,9 @@
 """Several processes in one training, as `accelerate launch` or torchrun start them.
 
 data: each takes its rows of every batch; loss, gradients and normal equations are summed over the
-processes. intervals: each trains intervals of its own; they exchange nothing but files. One
-process: every function here returns its input, and accelerate is not imported.
+processes. shard: the same, and each holds its part of what is trained (`sharded_walk.py`). intervals:
+each trains intervals of its own; they exchange nothing but files. One process: every function here
+returns its input, and accelerate is not imported.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from .launch_environment import environment_number, is_main, launched, several
 
 # a stage may take days; a process that dies is noticed by its closed connection, not by a timeout
 PATIENCE = timedelta(days=30)
 GLANCE = 0.005  # seconds between two looks of a waiting process, so that it reacts to Ctrl-C
-BUCKET = 1 << 24  # numbers summed at once, since they are copied for it
 GRID_INPUT = "grid"  # the one input that has no row for each sample
 
 Config = TypeVar("Config")
@@ -47,7 +48,7 @@ class Processes:
     count: int = 1
     """number of processes"""
     share: str = ""
-    """ "data", "intervals", or "" for nothing"""
+    """ "data", "shard", "intervals", or "" for nothing"""
     gpu: str = "cuda"
     """the GPU of this process"""
 
@@ -57,7 +58,12 @@ class Processes:
 
     @property
     def by_rows(self) -> bool:
-        return self.count > 1 and self.share == "data"
+        return self.count > 1 and self.share in ("data", "shard")
+
+    @property
+    def shards(self) -> bool:
+        """Whether it holds only its part of what is trained."""
+        return self.count > 1 and self.share == "shard"
 
     @property
     def writes(self) -> bool:
@@ -83,7 +89,11 @@ class Processes:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over the processes that share a batch; no gradient flows back through it."""
-        return _summed(tensor.detach().clone()) if self.by_rows else tensor
+        if not self.by_rows:
+            return tensor
+        from accelerate.utils import reduce
+
+        return cast("torch.Tensor", reduce(tensor.detach(), "sum"))
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any of the processes that share a batch."""
@@ -92,26 +102,24 @@ class Processes:
     def sum_gradients(self, parameters: Iterable[torch.Tensor], loss: torch.Tensor) -> torch.Tensor:
         """Puts into every `grad` the sum over the processes that share a batch; returns the sum of
         their losses."""
-        loss = loss.detach()
-        if self.by_rows:
-            loss = loss.clone()
-            for bucket in _buckets([loss, *(p.grad for p in parameters if p.grad is not None)]):
-                flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-                flat = _summed(flat.to(torch.promote_types(flat.dtype, torch.float32)))
-                for tensor, part in zip(
-                    bucket, flat.split([t.numel() for t in bucket]), strict=True
-                ):
-                    tensor.copy_(part.view_as(tensor))
-        return loss
+        if not self.by_rows:
+            return loss.detach()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for matrix in (gradient for gradient in gradients if gradient.ndim > 1):
+            matrix.copy_(self.sum(matrix))
+        # there are many vectors, and they are small: one exchange for all
+        vectors = [loss.detach().clone(), *(g for g in gradients if g.ndim < 2)]
+        vector_to_parameters(self.sum(parameters_to_vector(vectors)), vectors)
+        return vectors[0]
 
     def wait(self) -> None:
         """Returns when all processes have called it."""
         if self.count > 1:
-            work = _reached(lambda: torch.distributed.all_reduce(torch.zeros(1), async_op=True))
+            work = torch.distributed.all_reduce(torch.zeros(1), async_op=True)
             while work is not None and not work.is_completed():
                 time.sleep(GLANCE)
             if work is not None:
-                _reached(work.wait)
+                work.wait()
 
 
 ALONE = Processes()
@@ -121,14 +129,6 @@ _CURRENT: ContextVar[Processes] = ContextVar("processes", default=ALONE)
 def processes() -> Processes:
     """This process, and what it shares at the moment."""
     return _CURRENT.get()
-
-
-@contextmanager
-def joined(share: str, device: str = "auto") -> Iterator[Processes]:
-    """Whatever runs inside is shared with the launch's other processes, if there are any."""
-    everyone = _everyone(device == "cpu") if launched() else ALONE
-    with _working(replace(everyone, share=share)) as current:
-        yield current
 
 
 @contextmanager
@@ -144,10 +144,12 @@ def together(work: Callable[[Config], Result], config: Config, share: str = "") 
     if not launched():
         return work(config)
     everyone, result = _everyone(getattr(config, "device", "auto") == "cpu"), None
-    if share or everyone.is_main:
-        with _working(replace(everyone, share=share) if share else Processes(gpu=everyone.gpu)):
-            result = work(config)
-    everyone.wait()
+    shared = replace(everyone, share=share) if share else Processes(gpu=everyone.gpu)
+    with _exchanging():
+        if share or everyone.is_main:
+            with _working(shared):
+                result = work(config)
+        everyone.wait()
     return result if everyone.is_main else None
 
 
@@ -202,39 +204,23 @@ def _is_first_to_say(line: str) -> bool:
     one speaks."""
     if not (several() and torch.distributed.is_initialized()):
         return is_main()
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        return (
-            torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(seconds=5)).add(
-                line, 1
-            )
-            == 1
-        )
+        return torch.distributed.distributed_c10d._get_default_store().add(line, 1) == 1
     except RuntimeError:  # it was lost with the process that held it
         return True
 
 
-def _summed(tensor: torch.Tensor) -> torch.Tensor:
-    """In place. Tensors in memory go through gloo, so they never wait for a GPU."""
-    _reached(lambda: torch.distributed.all_reduce(tensor))
-    return tensor
-
-
-def _reached(exchange: Callable[[], Result]) -> Result:
+@contextmanager
+def _exchanging() -> Iterator[None]:
+    """Raises Lost where the processes exchange something inside, and one of them has ended."""
     try:
-        return exchange()
-    except RuntimeError as error:  # of torch.distributed: a closed connection
+        yield
+    except RuntimeError as error:
+        # gloo has no type of error of its own; its texts name the file of its source
+        lost = isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
+        if not lost:
+            raise
         reason = str(error).splitlines()[0].split(". ")[0]
         raise Lost(
             f"another process has ended, so this one ends too; what was saved is kept ({reason})"
         ) from error
-
-
-def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    bucket: list[torch.Tensor] = []
-    for tensor in tensors:
-        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    yield bucket

@@ -30,7 +30,12 @@ def is_main() -> bool:
 
 
 def several() -> bool:
-    return any(environment_number(name, 1) > 1 for name in SIZES)
+    return launched_together() > 1
+
+
+def launched_together() -> int:
+    """How many processes the launch has; known before they have met."""
+    return max(environment_number(name, 1) for name in SIZES)
 
 
 def environment_number(name: str, default: int) -> int:

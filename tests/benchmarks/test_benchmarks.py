@@ -3,14 +3,16 @@ tools read."""
 
 import pytest
 
-from benchmarks import hashing, memory, removal
+from benchmarks import hashing, memory, removal, solving
 from benchmarks.distill_speed import __main__ as distill_speed
 from benchmarks.distill_speed.recipes import plain_loss
 from benchmarks.folding import __main__ as folding
 from benchmarks.full_size import __main__ as full_size
 from benchmarks.hostile import __main__ as hostile
+from benchmarks.lora_adaptation import __main__ as lora_adaptation
 from benchmarks.shared import teachers
 from benchmarks.shared.teachers import random_teacher
+from ppcl_engine.estimate.needs import needs
 
 from .quick import CONFIG, quick_teacher, run
 
@@ -115,6 +117,17 @@ def test_parallel(tmp_path, teacher):
     )
     (row,) = values["rows"]
     assert row["ratio"] == 1 and row["largest_difference"] == 0 and row["start_seconds"] > 0
+
+
+def test_distributed(tmp_path):
+    """One process only: test_sharded.py has the launches."""
+    from benchmarks import distributed
+
+    values = run(distributed, tmp_path, "--processes")
+    assert values["processes"] == values["memory_ratio"] == 1 and values["difference"] == 0
+    assert values["rows"][0]["memory"][0] > 0 and values["trained"] > 5 * values["block"]
+    each = [needs(distributed.published(tmp_path), processes=n).memory for n in (2, 4, 8)]
+    assert each[0] > 80e9 > each[1] > each[2]
 
 
 def test_removal(tmp_path, teacher):
@@ -257,12 +270,18 @@ def test_hashing(tmp_path):
         assert row["seconds_with"] > 0 and row.keys() >= {"share", "processor_share"}
 
 
+def test_solving(tmp_path):
+    values = run(solving, tmp_path)
+    assert values["share"]["general_solver_and_eigenvalues"] == 1.0
+    assert all(seconds >= 0 for seconds in values["seconds"].values())
+
+
 def test_full_size_goes_on_where_it_was_stopped(tmp_path):
     """On a small model in this process: what every stage reads and writes is what the dry run says."""
     values = run(full_size, tmp_path, "--folder", tmp_path / "work")
     rows = values["small"]
     assert [row["stage"] for row in rows][:3] == ["calibrate", "probe", "detect"]
-    assert len(rows) == 14 and all(row["read"] > 0 for row in rows)
+    assert len(rows) == 16 and all(row["read"] > 0 for row in rows)
     for row in rows:
         for name in ("read", "written"):
             if row[name] > LARGE_ENOUGH and "ratio" in row:
@@ -270,3 +289,12 @@ def test_full_size_goes_on_where_it_was_stopped(tmp_path):
     before = (tmp_path / "work" / "rows_6.json").stat().st_mtime_ns
     run(full_size, tmp_path, "--folder", tmp_path / "work")
     assert (tmp_path / "work" / "rows_6.json").stat().st_mtime_ns == before
+
+
+def test_lora_adaptation(tmp_path):
+    options = ("--teachers", "qwen", "--loras", "inverted", "--work", tmp_path / "work")
+    values = run(lora_adaptation, tmp_path, *options)
+    (row,) = values["rows"]
+    for measure in ("velocity", "pictures"):
+        assert set(row[measure]["errors"]) == {"as it is", "adapted", "trained on it"}
+        assert row[measure]["regained"].keys() == {"value", "low", "high"}

@@ -44,7 +44,7 @@ def teacher(architecture, make_model, tmp_path, monkeypatch):
     return path
 
 
-def test_the_demo_runs_on_flux(teacher, timed_once, tmp_path, capsys):
+def test_the_demo_runs_on_flux_and_goes_on(teacher, timed_once, tmp_path, capsys):
     run = tmp_path / "run"
     given = ["--teacher", "flux", "--run", str(run), "--quick", "--captions", "3"]
     assert main(["demo", *given]) == 0
@@ -65,6 +65,13 @@ def test_the_demo_runs_on_flux(teacher, timed_once, tmp_path, capsys):
     stock = json.loads((run / "stock/exports/small-diffusers/config.json").read_text())
     assert stock["_class_name"] == "FluxTransformer2DModel"
     assert stock["num_layers"] + stock["num_single_layers"] == 12 - REMOVED
+    # run again it goes on: nothing is trained anew
+    folders = ("depth", "width", "polished", "stock/depth")
+    files = [p for name in folders for p in (run / name).rglob("*.safetensors")]
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    assert len(before) > 8
+    assert main(["demo", *given]) == 0
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 def test_a_teacher_that_is_not_there_is_one_line(architecture, tmp_path, monkeypatch, capsys):

@@ -120,8 +120,8 @@ def test_nothing_comes_before_it():
         if not _says_nothing(n)
     ]
     assert ast.unparse(start[0]).splitlines()[1:] == [
-        "    from .system.early import watch",
-        "    watch()",
+        "    from .system.early import start",
+        "    start()",
     ]
     imports = [
         n
@@ -138,3 +138,12 @@ def _says_nothing(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) or (
         isinstance(node, ast.ImportFrom) and node.module == "__future__"
     )
+
+
+def test_threads_wait_asleep_unless_the_environment_says_otherwise(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    early.wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    early.wait_passively()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"

@@ -111,7 +111,10 @@ def test_streamed_training_takes_a_block_and_the_rest_waits(tmp_path, kind):
     trains half of the 20 B in finetune."""
     config = kind(model=Path("qwen_image"), run=tmp_path, device="cpu", streamed=True)
     in_memory, on_disk = (needs(replace(config, offload=o)) for o in ("memory", "disk"))
-    waits = 16 * Count(config, None).trained(config)
+    trained = Count(config, None).trained(config)
+    waits = 16 * trained
+    compact = needs(replace(config, offload="memory", optimizer_state="compact"))
+    assert 8 * trained < compact.host < 8.1 * trained
     assert on_disk.at_least < 14 * GB and on_disk.host == 0
     assert waits <= in_memory.host < 1.01 * waits
     assert in_memory.at_least == on_disk.at_least + in_memory.host
@@ -243,3 +246,16 @@ def test_few_rounds_read_less(tmp_path):
     assert few.read < many.read / 5 and few.written < many.written / 5
     resident = needs(DistillDepthConfig(**{**common, "streamed": False}, rounds=15, updates=400))
     assert resident.read < few.read
+
+
+def test_processes_that_shard_a_training_have_their_part_of_it_each(
+    teacher_file, make_run, tmp_path, capsys
+):
+    config = PolishConfig(model=teacher_file, run=make_run(tmp_path, teacher_file), device="cpu")
+    teacher = Count(config, None).teacher
+    alone, two, eight = (needs(config, processes=count).at_least - teacher for count in (1, 2, 8))
+    assert two == pytest.approx(alone / 2, abs=1) and eight == pytest.approx(alone / 8, abs=1)
+    assert needs(replace(config, parallel="data"), processes=2).at_least == alone + teacher
+    print_estimate(config)
+    rows = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in rows if " processes " in line] == ["2", "4", "8"]

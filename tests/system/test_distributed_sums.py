@@ -4,6 +4,7 @@ whole."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from ppcl_engine.algorithms.distillation.losses import LOSSES
 from ppcl_engine.algorithms.distillation.trainer import Trainer
 from ppcl_engine.settings.prune_settings import FinetuneConfig, PolishConfig
-from ppcl_engine.system.distributed import Processes, joined, processes
+from ppcl_engine.system.distributed import Processes, processes, together
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from ..tiny.processes import Launched, relative
@@ -52,11 +53,12 @@ def trained(loss: str) -> Trainer:
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_gradients_add_up_and_all_processes_keep_the_same_bits(tmp_path, count):
+    def write(config: SimpleNamespace) -> None:
+        for loss in LOSSES:
+            write_tensors(tmp_path / f"{loss}_{processes().rank}", trained(loss).tensors())
+
     def work() -> int:
-        with joined("data", "cpu") as current:
-            for loss in LOSSES:
-                write_tensors(tmp_path / f"{loss}_{current.rank}", trained(loss).tensors())
-            current.wait()
+        together(write, SimpleNamespace(device="cpu"), "data")
         return 0
 
     assert Launched(tmp_path, count, work).codes() == [0] * count

@@ -14,7 +14,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ...models.filling import check_shape
 from ...system.finite import check_finite
 from ...system.tensor_files import TensorFile
-from .part_optimizer import MOMENTS
+from .compact_state import scale_shape
+from .part_optimizer import MOMENTS, SCALES
 
 WEIGHT = "weight."
 RAW = "raw."
@@ -49,7 +50,8 @@ def read_losses(path: Path) -> torch.Tensor:
 
 def moment_names(file: TensorFile, parameters: Iterable[str]) -> list[str]:
     """The moments that are there: a parameter has none before its first update."""
-    keys = [f"{kind}.{name}" for name in parameters for kind in MOMENTS]
+    kinds = (*MOMENTS, *SCALES.values())
+    keys = [f"{kind}.{name}" for name in parameters for kind in kinds]
     return [key for key in keys if key in file.entries]
 
 
@@ -64,8 +66,11 @@ def check_training(file: TensorFile, parameters: Mapping[str, tuple[int, ...]]) 
             raise ValueError(
                 f"{file.path} has only {there[0]} of a parameter's two moments; train it again"
             )
-        for key in (f"{WEIGHT}{name}", *there):
-            check_shape(key, file.shape(key), shape, file.path)
+        expected = {key: shape for key in (f"{WEIGHT}{name}", *there)}
+        scales = [f"{kind}.{name}" for kind in SCALES.values()]
+        expected |= {key: scale_shape(shape) for key in scales if key in file.entries}
+        for key, size in expected.items():
+            check_shape(key, file.shape(key), size, file.path)
             if not file.dtype(key).is_floating_point:
                 raise ValueError(
                     f"{file.path}: {key} is {file.dtype(key)}, not numbers that are trained; train it again"

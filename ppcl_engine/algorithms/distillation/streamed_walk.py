@@ -200,8 +200,9 @@ class StreamedWalk:
         if weights is None:
             weights = {f"{part}{name}": tensor for name, tensor in self.begin(part).items()}
         if self._uses_averages and self.rules.ema:
-            averages = {n: t for n, t in self._state(part).items() if n.startswith(AVERAGE)}
-            weights = weights | {n.removeprefix(AVERAGE): t for n, t in averages.items()}
+            state = {n: t for n, t in self._state(part).items() if n.startswith(AVERAGE)}
+            averages = {n.removeprefix(AVERAGE): t for n, t in state.items()}
+            weights = weights | {n: t.to(weights[n].dtype) for n, t in averages.items()}
         return weights
 
     def _state(self, part: str) -> Tensors:

@@ -77,7 +77,8 @@ class TrainableParts(nn.Module):
         return built
 
     def _projection(self, place: str, kind: str) -> dict[str, torch.Tensor]:
-        return self.projections[f"{place}:{kind}"].state_dict()
+        # a state_dict would take sharded tensors apart while they are in use
+        return dict(self.projections[f"{place}:{kind}"].named_parameters())
 
 
 def student_part(interval: str) -> str:

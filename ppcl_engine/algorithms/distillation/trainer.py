@@ -22,6 +22,7 @@ from ...system.tensor_files import TensorFile, write_tensors
 from .part_optimizer import PartOptimizer
 from .quantization import NONE
 from .saved_training import LOSSES, WEIGHT, check_training, moment_names, settings_of, step_of
+from .sharding import local
 
 FINAL_SHARE = 1 / 30
 PLAIN_SHARE = 0.9
@@ -66,8 +67,8 @@ class Training:
         raise NotImplementedError
 
     def save(self, path: Path, settings: str) -> None:
-        """Writes the training. Processes that share batches have equal weights, so only the main one
-        writes and the others wait for it. Raises Diverged as `write` does."""
+        """Writes the training. Processes that share batches have equal weights, or parts of the
+        same, so only the main one writes and the others wait for it. Raises Diverged as `write` does."""
         self.write(path, {**self.about, "step": str(self.step), "settings": settings})
         self.saved = self.step
         if processes().by_rows:
@@ -96,9 +97,10 @@ class Training:
 
     def check_finite_tensors(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
         """The same for weights or moments."""
-        if (name := first_not_finite(tensors)) is not None:
+        name = first_not_finite({n: local(t) for n, t in tensors.items()})
+        if processes().any(name is not None):
             raise Diverged(
-                f"{name} is not finite at step {self.step} of {path.stem}; {self._kept()}"
+                f"{name or 'a tensor'} is not finite at step {self.step} of {path.stem}; {self._kept()}"
             )
 
     def _kept(self) -> str:

@@ -25,16 +25,13 @@ from ...system.json_text import json_text
 from ...system.machine import resolve_device
 from ...system.progress import Progress, saved
 from ...system.seeds import draw_seed
-from ...system.tensor_files import (
-    OneAtATime,
-    TensorEntry,
-    TensorFile,
-    file_mark,
-    write_tensor_stream,
-)
+from ...system.tensor_files import OneAtATime, TensorEntry, TensorFile, file_mark
+from .compact_state import CODES, COMPACT, FULL, is_packed, scale_shape
 from .loop import Session, train_until
-from .part_optimizer import MOMENTS
+from .part_optimizer import MOMENTS, SCALES
 from .saved_training import LOSSES, RAW, WEIGHT, SavedParts, check_training, settings_of
+from .sharded_walk import ShardedWalk, check_torch
+from .sharding import whole, write_together
 from .streamed_walk import StreamedWalk
 from .trainer import Training, resume_settings, saved_step
 from .walks import Chain, ResidentWalk, Rules, Walk
@@ -65,7 +62,8 @@ class AveragedTrainer(Training):
         value = float(processes().sum(loss.detach()))
         self.check_finite("loss", value, where)
         for optimizer in self.walk.gradients():
-            processes().sum_gradients(optimizer.parameters.values(), loss)
+            if not processes().shards:  # which sum them on the way to their shards
+                processes().sum_gradients(optimizer.parameters.values(), loss)
             self.check_finite("gradient", optimizer.clip(), where)
             optimizer.average_until(self.step)  # of steps in which it was off, before it changes
             optimizer.step(learning_rate)
@@ -73,7 +71,8 @@ class AveragedTrainer(Training):
         self.finish_step(value, where)
 
     def used(self, part: str) -> dict[str, torch.Tensor]:
-        """A part's weights as they are to be used, of a training that has ended."""
+        """A part's weights as they are to be used, of a training that has ended; sharded where they
+        are."""
         with self.walk.at_hand(part, last=True) as optimizer:
             optimizer.average_until(self.step)
             return {**self._tables(part), **optimizer.used()}
@@ -84,14 +83,13 @@ class AveragedTrainer(Training):
         return {name: state[name] for name in self.walk.names[part] if name not in self.shapes}
 
     def tensors(self, part: str, path: Path) -> dict[str, torch.Tensor]:
-        """What a file has of a part that a save at `path` needs. Raises Diverged for what is not
-        finite."""
+        """What a file has of a part that a save at `path` needs; sharded where it is. Raises
+        Diverged for what is not finite."""
         with self.walk.at_hand(part, last=True) as optimizer:
             optimizer.average_until(self.step)
             raw = optimizer.parameters if self.averages else {}
-            tensors = {
-                f"{WEIGHT}{n}": t for n, t in (self._tables(part) | optimizer.used()).items()
-            }
+            used = self._tables(part) | optimizer.used() | optimizer.average
+            tensors = {f"{WEIGHT}{name}": tensor for name, tensor in used.items()}
             tensors |= {f"{RAW}{name}": tensor.detach() for name, tensor in raw.items()}
             tensors |= optimizer.moments()
             self.check_finite_tensors(tensors, path)
@@ -102,26 +100,34 @@ class AveragedTrainer(Training):
         counts, state = self.walk.counts(), self.walk.module.state_dict()
         entries, read = [], OneAtATime(partial(self.tensors, path=path))
         for part, names in self.walk.names.items():
-            for key, name in self._keys(names, counts):
-                make, like = partial(read, part, key), state[name]
-                entries.append(TensorEntry(key, like.dtype, tuple(like.shape), make))
+            for key, dtype, shape in self._keys({name: state[name] for name in names}, counts):
+                make = partial(_read_whole, read, part, key)
+                entries.append(TensorEntry(key, dtype, shape, make))
         for key, values in {LOSSES: self.losses, COUNTS: [counts[n] for n in self.shapes]}.items():
             row = torch.tensor(values, dtype=torch.float32)
             entries.append(TensorEntry(key, row.dtype, tuple(row.shape), partial(torch.clone, row)))
-        if processes().writes:
-            write_tensor_stream(path, entries, metadata)
-        else:
-            for entry in entries:
-                entry.read()
+        write_together(path, entries, metadata)
 
-    def _keys(self, names: Iterable[str], counts: dict[str, float]) -> Iterator[tuple[str, str]]:
-        """(name in the file, whose shape it has)"""
-        for name in names:
-            yield f"{WEIGHT}{name}", name
-            if self.averages and name in self.shapes:
-                yield f"{RAW}{name}", name
+    def _keys(
+        self, tensors: dict[str, torch.Tensor], counts: dict[str, float]
+    ) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name in the file, type, shape)"""
+        compact = self.walk.rules.compact
+        for name, tensor in tensors.items():
+            shape, trained = tuple(tensor.shape), name in self.shapes
+            averaged = self.averages and trained
+            yield (
+                f"{WEIGHT}{name}",
+                torch.bfloat16 if averaged and compact else tensor.dtype,
+                shape,
+            )
+            if averaged:
+                yield f"{RAW}{name}", tensor.dtype, shape
+            packed = compact and is_packed(shape)
             for kind in MOMENTS if counts.get(name) else ():
-                yield f"{kind}.{name}", name
+                yield f"{kind}.{name}", CODES if packed else tensor.dtype, shape
+                if packed:
+                    yield f"{SCALES[kind]}.{name}", tensor.dtype, scale_shape(shape)
 
     def save(self, path: Path, settings: str) -> None:
         super().save(path, settings)
@@ -137,6 +143,10 @@ class AveragedTrainer(Training):
     def _saved_parts(self, file: TensorFile) -> SavedParts:
         counts = dict(zip(self.shapes, file.read(COUNTS).tolist(), strict=True))
         return SavedParts(file=file, names=self.walk.names, counts=counts, averaged=self.averages)
+
+
+def _read_whole(read: OneAtATime, part: str, name: str) -> torch.Tensor:
+    return whole(read(part, name))
 
 
 def tune(
@@ -171,24 +181,50 @@ def tune(
     return before
 
 
+def check_can_shard(config: TuningConfig) -> None:
+    """Raises ValueError, before anything is loaded, for a setting or a torch that processes which
+    shard a training cannot go with."""
+    if not processes().shards:
+        return
+    check_torch()
+    if config.unshardable:
+        raise ValueError(
+            f"{config.unshardable}: processes that shard a training keep all of it on their devices, in float32; leave it "
+            "out, or use --parallel data"
+        )
+
+
+def walk_fills(config: TuningConfig) -> bool:
+    """Whether a module's blocks begin on the meta device, and the walk fills them."""
+    return config.streamed or processes().shards
+
+
 @contextmanager
 def walking(
     module: nn.Module,
-    parts: Sequence[str],
+    places: Sequence[Sequence[str]],
     begin: Callable[[str], dict[str, torch.Tensor]],
     config: TuningConfig,
     folder: Path,
 ) -> Iterator[Walk]:
-    """As the settings say. module: streamed, with its blocks on the meta device; begin: as
-    StreamedWalk has it; folder: where what is streamed waits on disk."""
-    rules = Rules(weight_decay=config.weight_decay, ema=config.ema)
+    """As the settings say. module: its blocks on the meta device where the walk fills them; places:
+    the parts that stand at one place together; begin: as StreamedWalk has it; folder: where what is
+    streamed waits on disk."""
+    parts = [part for together in places for part in together]
+    compact = config.optimizer_state == COMPACT
+    rules = Rules(weight_decay=config.weight_decay, ema=config.ema, compact=compact)
     folder = processes().folder(folder)
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+    device = resolve_device(config.device)
+    if processes().shards:
+        again = config.checkpointing or config.streamed
+        yield ShardedWalk(module, places, rules, begin, device, again)
+        return
     if not config.streamed:
         yield ResidentWalk(module, parts, rules, config.checkpointing)
         return
     waits_in = folder if config.offload == "disk" else None
-    walk = StreamedWalk(module, parts, rules, begin, resolve_device(config.device), waits_in)
+    walk = StreamedWalk(module, parts, rules, begin, device, waits_in)
     try:
         yield walk
     finally:
@@ -201,9 +237,11 @@ def tuning_settings(
     """The settings that decide a training's result. `sources`: the files of the parts that it
     starts from."""
     marks = {path.name: file_mark(path) for path in sources}
+    # left out where it is off, for files from before that setting existed
+    state = ("optimizer_state",) if config.optimizer_state != FULL else ()
     return json_text(
         {
-            **resume_settings(config, SETTINGS),
+            **resume_settings(config, (*SETTINGS, *state)),
             **more,
             "calibration": calibration.hash[:16],
             "sources": marks,

@@ -1,5 +1,6 @@
 """How a step of polish or finetune gets to its gradients: through a chain of blocks that are all in
-memory (here), or one block at a time (`streamed_walk`)."""
+memory (here), one block at a time (`streamed_walk`), or with its blocks divided among processes
+(`sharded_walk`)."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from ...models.streaming import StateStore, Teacher, mixed_precision
 from .part_optimizer import PartOptimizer
 from .quantization import NONE
 from .saved_training import AVERAGE, SavedParts
+from .sharding import like
 from .trainable import MakeBlock, run_made
 
 OUTER = ""
@@ -72,6 +74,8 @@ class Rules:
 
     weight_decay: float
     ema: float
+    compact: bool = False
+    """moments in 8 bits and averages in bfloat16 between steps"""
 
 
 class Walk(Protocol):
@@ -164,7 +168,7 @@ class ResidentWalk:
         for part, optimizer in self.optimizers.items():
             weights = saved.weights(part)
             for name, parameter in optimizer.parameters.items():
-                parameter.copy_(weights[name])
+                parameter.copy_(like(weights[name], parameter))
             load(optimizer, saved.state(part), saved.counts, step)
 
     def was_saved(self, saved: SavedParts, step: int) -> None:
@@ -194,7 +198,7 @@ def optimizer_of(walk: Walk, part: str) -> PartOptimizer:
     owner, rules = part_of(walk.module, part), walk.rules
     named = {f"{part}{name}": parameter for name, parameter in owner.named_parameters()}
     parameters = {name: named[name] for name in walk.names[part] if name in named}
-    return PartOptimizer(parameters, rules.weight_decay, rules.ema)
+    return PartOptimizer(parameters, rules.weight_decay, rules.ema, rules.compact)
 
 
 def part_of(module: nn.Module, part: str) -> nn.Module:
@@ -208,7 +212,7 @@ def load(
     """What belongs to a part beside its weights, as it was at a step."""
     optimizer.load_moments(state, counts)
     for name, parameter in optimizer.parameters.items() if optimizer.ema else ():
-        optimizer.average[name] = state[f"{AVERAGE}{name}"].to(parameter.device)
+        optimizer.average[name] = like(state[f"{AVERAGE}{name}"], parameter)
     optimizer.averaged = step
 
 

@@ -21,10 +21,12 @@ from ...algorithms.distillation.quantization import NONE
 from ...algorithms.distillation.trainer import rounding
 from ...algorithms.distillation.tuning import (
     AveragedTrainer,
+    check_can_shard,
     forget_if_stale,
     step_draw,
     tune,
     tuning_settings,
+    walk_fills,
     walking,
 )
 from ...algorithms.distillation.walks import (
@@ -61,6 +63,7 @@ def finetune(config: FinetuneConfig) -> Path:
     Goes on from what is there. Raises Diverged (a ValueError) with the last saved state kept,
     Stopped on Ctrl-C after saving.
     """
+    check_can_shard(config)
     run, teacher = Run(config.run), open_teacher(config)
     calibration, plan = (
         open_calibration(config, teacher.weights),
@@ -73,7 +76,7 @@ def finetune(config: FinetuneConfig) -> Path:
     settings = tuning_settings(config, calibration, sources, variant=source.name, data=config.data)
     forget_if_stale(path, settings)
     students = RunStudents(run, teacher.config, teacher.architecture)
-    opened = hollow_variant if config.streamed else open_variant
+    opened = hollow_variant if walk_fills(config) else open_variant
     model = opened(teacher.weights, students, plan, source, torch.float32, teacher.device)
     parts = {part_of(teacher, place): place for place in layout.places}
 
@@ -86,7 +89,8 @@ def finetune(config: FinetuneConfig) -> Path:
     def chain_at(step: int) -> Chain:
         return _chain(config, teacher, model, layout, calibration, step)
 
-    with walking(model, [OUTER, *parts], begin, config, run.states / "finetune") as walk:
+    places = [[OUTER], *([part] for part in parts)]
+    with walking(model, places, begin, config, run.states / "finetune") as walk:
         before = tune(AveragedTrainer(walk), chain_at, config, path, settings, f"finetune {name}")
         if before < config.steps or name not in {v.name for v in plan.variants}:
             walk.use_averages()
@@ -198,7 +202,7 @@ def _velocities(
     """The velocities of the model, and the teacher's."""
     architecture, outer = teacher.architecture, walk.module
     states = walk.folder and walk.folder / "rows"
-    with mixed_precision(teacher, cache=False):
+    with mixed_precision(teacher, cache=False), walk.filled((OUTER,)):
         embedded = [embed_with(teacher, outer, row) for row in inputs]
         chain = variant_chain(teacher, outer, layout, lambda: embedded[0], torch.sum)
         blocks = walked_blocks(walk, chain.blocks)

@@ -16,6 +16,7 @@ import torch
 
 from ...algorithms.distillation.losses import tuning_loss
 from ...algorithms.distillation.quantization import NONE
+from ...algorithms.distillation.sharding import write_whole
 from ...algorithms.distillation.trainable import (
     TrainableParts,
     part_tensors,
@@ -26,10 +27,12 @@ from ...algorithms.distillation.trainable import (
 from ...algorithms.distillation.trainer import rounding
 from ...algorithms.distillation.tuning import (
     AveragedTrainer,
+    check_can_shard,
     forget_if_stale,
     step_draw,
     tune,
     tuning_settings,
+    walk_fills,
     walking,
 )
 from ...algorithms.distillation.walks import Chain, ChainBlock
@@ -41,7 +44,7 @@ from ...settings.prune_settings import PolishConfig
 from ...system.atomic import write_text
 from ...system.distributed import processes
 from ...system.finite import checked_velocity
-from ...system.tensor_files import file_mark, write_tensors
+from ...system.tensor_files import file_mark
 from ..inputs import open_calibration, open_plan, open_teacher
 from ..run_students import RunStudents
 
@@ -54,6 +57,7 @@ def polish(config: PolishConfig) -> Path:
     parts. Goes on from what is there. Raises Diverged (a ValueError) with the last saved state
     kept, Stopped on Ctrl-C after saving.
     """
+    check_can_shard(config)
     run, teacher = Run(config.run), open_teacher(config)
     calibration, plan = (
         open_calibration(config, teacher.weights),
@@ -62,7 +66,7 @@ def polish(config: PolishConfig) -> Path:
     variant = plan.variant(config.variant) if config.variant else plan.everything()
     _check_trains(plan, variant)
     students = RunStudents(run, teacher.config, teacher.architecture, polished=False)
-    where = "meta" if config.streamed else teacher.device
+    where = "meta" if walk_fills(config) else teacher.device
     parts = TrainableParts(plan, variant, teacher.architecture, students, where)
     sources = _sources(run, plan, variant)
     names = [*variant.intervals, *variant.sites]
@@ -77,10 +81,13 @@ def polish(config: PolishConfig) -> Path:
         layout = layout_of(plan, subset(plan, variant, config, step))
         return subset_chain(teacher, parts, layout, inputs, rounding(config, step, config.steps))
 
-    with walking(parts, list(sources.values()), begin, config, run.states / "polish") as walk:
+    places = _places(plan, variant)
+    with walking(parts, places, begin, config, run.states / "polish") as walk:
         trainer = AveragedTrainer(walk)
         before = tune(trainer, chain_at, config, run.polish_state, settings, "polish")
-        if before < config.steps or any(run.best(path) == path for path in sources):
+        if processes().any(
+            before < config.steps or any(run.best(path) == path for path in sources)
+        ):
             _write(run, plan, sources, trainer)
     return run.polished_parts
 
@@ -157,13 +164,20 @@ def _sources(run: Run, plan: PruningPlan, variant: Variant) -> dict[Path, str]:
     }
 
 
+def _places(plan: PruningPlan, variant: Variant) -> list[list[str]]:
+    """The parts of each place: a student, projections, or both."""
+    places = {name: [student_part(name)] for name in variant.intervals}
+    for place, kind in projections_of(plan, variant):
+        places.setdefault(place, []).append(projection_part(place, kind))
+    return list(places.values())
+
+
 def _write(run: Run, plan: PruningPlan, sources: dict[Path, str], trainer: AveragedTrainer) -> None:
     """The polished parts, and the plan without what was measured on others."""
-    if not processes().writes:
-        return
-    tuned = tuple(v for v in plan.variants if v.tuned)
-    write_text(run.plan, plan.with_parts(variants=tuned).to_json() + "\n")
+    if processes().writes:
+        tuned = tuple(v for v in plan.variants if v.tuned)
+        write_text(run.plan, plan.with_parts(variants=tuned).to_json() + "\n")
     for path, part in sources.items():
         tensors = trainer.used(part)
         state = {f"weight.{name.removeprefix(part)}": t for name, t in tensors.items()}
-        write_tensors(run.polished(path), state, {"source": file_mark(path), "format": "pt"})
+        write_whole(run.polished(path), state, {"source": file_mark(path), "format": "pt"})

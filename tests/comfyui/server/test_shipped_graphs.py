@@ -175,6 +175,7 @@ def with_the_bundled_teacher(prompt: dict) -> dict:
     return graph
 
 
+@pytest.mark.any_host
 def test_the_large_model_s_graph_runs_with_the_bundled_teacher(server):
     """Streamed and in bfloat16, as it is shipped."""
     prompt = quickly(with_the_bundled_teacher(shipped("ppcl-qwen-image-distil")))

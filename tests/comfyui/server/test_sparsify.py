@@ -19,6 +19,8 @@ from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 from .conftest import ROOT, Made, eventually, listening
 from .graphs import QUICK, Graph, quickly, shipped
 
+# the job is the engine's; that the host loads what it writes is tried inside of every host
+pytestmark = pytest.mark.any_host
 DEMO = ROOT / "ppcl_engine" / "demo"
 TEACHER, BUNDLE = DEMO / "teacher.safetensors", DEMO / "demo.ppcl.safetensors"
 FAST = {name: value for name, value in QUICK["PPCL_Sparsify"].items() if name != "preview_seconds"}
@@ -82,7 +84,6 @@ def test_unchanged_inputs_do_not_run_again(server, drawn, runs):
     assert {path.name: len(read_events(path)) for path in runs()} == before
 
 
-@pytest.mark.any_host
 def test_a_variant_whose_job_is_stopped_ends_in_the_same_bits(
     server, known, runs, calibrated, tmp_path
 ):

@@ -66,13 +66,15 @@ def trained(begun, tmp_path):
 
 @EVERY_ARCHITECTURE
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("dtype, offload", [("float32", "memory"), ("bfloat16", "disk")])
+@pytest.mark.parametrize(
+    "dtype, offload, state", [("float32", "memory", "float32"), ("bfloat16", "disk", "compact")]
+)
 def test_one_block_at_a_time_is_the_same_bits(
-    trained, monkeypatch, tmp_path, stage, dtype, offload
+    trained, monkeypatch, tmp_path, stage, dtype, offload, state
 ):
     """Also on rounded weights, of which the second half of the steps makes use."""
     monkeypatch.setattr(training, "PLAIN_SHARE", 0.5)
-    settings = {"dtype": dtype, "quant_aware": "int8"}
+    settings = {"dtype": dtype, "quant_aware": "int8", "optimizer_state": state}
     resident = trained(stage, "resident", checkpointing=offload == "disk", **settings)
     streamed = trained(stage, "streamed", streamed=True, offload=offload, **settings)
     assert streamed.keys() == resident.keys() and len(resident) > 1
@@ -100,11 +102,13 @@ def killed_in_third_sweep(train, parts: int) -> int:
         os._exit(1)
 
 
-@pytest.mark.parametrize("goes_on", [{"streamed": True, "offload": "disk"}, {}])
-def test_killed_in_a_backward_sweep_is_the_same_bits(trained, tmp_path, goes_on):
+@pytest.mark.parametrize(
+    "state, goes_on", [("float32", {"streamed": True, "offload": "disk"}), ("compact", {})]
+)
+def test_killed_in_a_backward_sweep_is_the_same_bits(trained, tmp_path, state, goes_on):
     """What the killed process left on disk is not used: training goes on from its last save, also
     with all blocks in memory."""
-    settings, places = {"steps": 4}, 4
+    settings, places = {"steps": 4, "optimizer_state": state}, 4
     whole = trained("finetune", "whole", **settings)
     killed = killed_in_third_sweep(
         lambda: trained("finetune", "halted", streamed=True, offload="disk", **settings), places

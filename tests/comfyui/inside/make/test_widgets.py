@@ -24,7 +24,7 @@ WIDGETS = {
     "DistillWidth": "choose share sites form longest rounds updates learning_rate give_back warm_up cache_gb polish_steps "
     f"polish_learning_rate {COMMON} preview_seconds target_tokens_only",
     "FineTune": "variant name steps learning_rate warm_up weight_decay ema data checkpointing save_every "
-    f"{COMMON} preview_seconds offload",
+    f"{COMMON} preview_seconds offload optimizer_state",
     "Export": "layout name variant store report_pictures device dtype streamed wait start keep_running",
     "Sparsify": "file variant pattern sparsity score granularity exchange compensate permute skip name store device dtype "
     "streamed wait start keep_running preview_seconds",
