@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from ppcl_engine.__main__ import main
+from ppcl_engine.algorithms.distillation.trainer import Trainer
 from ppcl_engine.models.lora_writing import ADAPTED
 from ppcl_engine.settings.convert_settings import AdaptLoraConfig
 from ppcl_engine.stages.convert.adapt_lora import adapt_lora
+from ppcl_engine.system.interruption import Stopped
 from ppcl_engine.system.tensor_files import TensorFile
 
 from ...tiny.loras import RANK, write_lora
+from ...tiny.trained_run import control_c
 
 MAPS = ("attn.to_q", "attn.to_out.0", "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.2")
 BLOCKS = list(range(6))
@@ -68,16 +71,23 @@ def test_what_was_not_replaced_is_what_the_lora_says_to_the_bit(adapted, lora):
         assert len(pair) == RANK
 
 
-def test_streamed_and_resumed_give_the_same_bits(adapted, adapt, lora, complete_run, tmp_path):
-    again = adapt(lora, "again", streamed=True)
-    expected = TensorFile(adapted).read_all()
-    found = TensorFile(again).read_all()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    again.unlink()
-    complete_run.lora_fit("again", "3-4").unlink()
-    found = TensorFile(adapt(lora, "again")).read_all()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+def test_streamed_stopped_and_gone_on_with_gives_the_same_bits(adapted, adapt, lora, monkeypatch):
+    update, done = Trainer.update, []
+
+    def stopping(self, *arguments):
+        update(self, *arguments)
+        if self.step == 5 and not done:
+            done.append(True)
+            control_c()
+
+    monkeypatch.setattr(Trainer, "update", stopping)
+    with pytest.raises(Stopped, match="stopped at step 5 of place 0; saved"):
+        adapt(lora, "again", streamed=True)
+    ours, theirs = (
+        TensorFile(p).read_all() for p in (adapt(lora, "again", streamed=True), adapted)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 @pytest.mark.parametrize(
