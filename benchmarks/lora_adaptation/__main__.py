@@ -28,6 +28,7 @@ from ppcl_engine.demo.bundled import bundled
 from ppcl_engine.demo.run import LEARNING_RATE
 from ppcl_engine.models.assembly import open_variant
 from ppcl_engine.models.bundle import Bundle
+from ppcl_engine.models.lora_writing import ADAPTED
 from ppcl_engine.models.opening import open_model
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan, Variant, parse_intervals
@@ -38,7 +39,7 @@ from ppcl_engine.stages.convert.adapt_lora import adapt_lora
 from ppcl_engine.stages.prune.distill_depth import distill_depth
 from ppcl_engine.stages.run_students import RunStudents
 from ppcl_engine.system.atomic import read_json, write_json, write_text
-from ppcl_engine.system.tensor_files import write_tensors
+from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 from ..shared import output, teachers
 from ..shared.pruned_demo import DEMO
@@ -161,7 +162,8 @@ def measure(subject: Pruned, task: str, chosen) -> dict:
     )
     seconds = time.monotonic() - began
     files = dict(zip(USES, (whole, adapted, direct), strict=True))
-    values = {"teacher": subject.name, "lora": task, "adapting_seconds": seconds}
+    places = TensorFile(adapted).about(ADAPTED)["losses"]
+    values = {"teacher": subject.name, "lora": task, "adapting_seconds": seconds, "places": places}
     values |= compared(subject, task, whole, files, chosen)
     write_json(path, {**values, "seconds": time.monotonic() - start})
     return read_json(path)
