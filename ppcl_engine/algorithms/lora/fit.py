@@ -139,7 +139,7 @@ class PlaceFit:
                 given = self.run(pairs, goal)
             with torch.enable_grad(), _uncorrected(self.block):
                 before = self.run(pairs, goal)
-            total = sum(before.stream(s).float().sum() for s in maps)
+            total = torch.stack([before.stream(s).float().sum() for s in maps]).sum()
             found = torch.autograd.grad(total, [added[m] for m in maps.values()])
         finally:
             for handle in handles:
