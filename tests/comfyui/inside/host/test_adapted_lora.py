@@ -1,10 +1,13 @@
 """An adapted LoRA, in the host's stock loader, changes the pruned model as the engine means it."""
 
+import shutil
+
 import pytest
 
 from benchmarks.lora_adaptation.training import add_lora
 from ppcl_engine import open_model
 from ppcl_engine.data.calibration import CalibrationSet, save_calibration
+from ppcl_engine.jobs.spec import JobSpec, write_spec
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.run import Run
 from ppcl_engine.settings.convert_settings import AdaptLoraConfig
@@ -45,7 +48,8 @@ def adapted(architecture, teacher, run_folder, models, host_case):
             device="cpu",
         )
     )
-    return made.replace(models.loras / made.name)
+    shutil.copyfile(made, models.loras / made.name)
+    return models.loras / made.name
 
 
 @pytest.mark.parametrize("switchable", [True, False])
@@ -62,3 +66,13 @@ def test_stock_loader(
     expected = engine_forward(architecture, add_lora(model, adapted, STRENGTH), inputs)
     assert relative_error(plain, expected) > 0.01
     assert relative_error(velocity(changed), expected) < 1e-4
+
+
+def test_what_the_node_shows_of_a_finished_run(pack, models, run_folder, adapted, architecture):
+    settings = {"lora": "style.safetensors", "name": adapted.stem}
+    write_spec(run_folder, JobSpec(stages=(("adapt-lora", settings),)))
+    picture, text, name = pack("make.adapt_lora")._adapted(run_folder)
+    assert picture.ndim == 4 and picture.shape[-1] == 3
+    assert name == f"ppcl/{run_folder.name}-{adapted.name}" and text.startswith(f"{name}: ")
+    assert (models.loras / name).read_bytes() == adapted.read_bytes()
+    assert all(" as the LoRA was, " in line for line in text.splitlines()[1:])
