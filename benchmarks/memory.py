@@ -3,7 +3,8 @@
 Every measurement is a fresh process; its peak is the operating system's own (VmHWM: resident and
 mapped pages together). Where a freed buffer goes back to the system depends on when the reading
 thread ran, which moves single streamed peaks by a few percent: the highest of `REPEATS` runs
-counts. `identical`: streamed and resident runs wrote the same files, byte for byte.
+counts. The host's memory is the device's here, so streamed stages are told that nothing of it is
+free: states and students that would wait there wait in files. `identical`: streamed and resident runs wrote the same files, byte for byte.
 """
 
 from __future__ import annotations
@@ -16,11 +17,16 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
+from ppcl_engine.algorithms.distillation import kept_trainers
 from ppcl_engine.architectures.qwen_image import QwenImage
 from ppcl_engine.data.calibration import CalibrationSet, save_calibration
+from ppcl_engine.models import streaming
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.plan import PruningPlan
 from ppcl_engine.run import Run
@@ -31,6 +37,11 @@ from ppcl_engine.settings.prune_settings import (
     PolishConfig,
     ProbeConfig,
 )
+from ppcl_engine.stages.prune.detect_width import detect_width
+from ppcl_engine.stages.prune.distill_depth import distill_depth
+from ppcl_engine.stages.prune.finetune import finetune
+from ppcl_engine.stages.prune.polish import polish
+from ppcl_engine.stages.prune.probe import probe
 from ppcl_engine.system.atomic import write_text
 from ppcl_engine.system.tensor_files import write_tensors
 
@@ -105,22 +116,32 @@ def prepare(folder: Path, scale: Scale, depth: int) -> Path:
     return model
 
 
+@contextmanager
+def nothing_free() -> Iterator[None]:
+    with (
+        patch.object(streaming, "free_memory", lambda *device: 0),
+        patch.object(kept_trainers, "free_memory", lambda *device: 0),
+    ):
+        yield
+
+
 def run_stage(
     stage: str, model: Path, run: Path, streamed: bool, rounds: int, updates: int
 ) -> dict:
     """Runs a stage in this process: {"peak": bytes, "seconds"}."""
-    from ppcl_engine.stages.prune.detect_width import detect_width
-    from ppcl_engine.stages.prune.distill_depth import distill_depth
-    from ppcl_engine.stages.prune.finetune import finetune
-    from ppcl_engine.stages.prune.polish import polish
-    from ppcl_engine.stages.prune.probe import probe
-
     common = {"model": model, "run": run, "streamed": streamed, "device": "cpu"}
     start = time.perf_counter()
+    with nothing_free() if streamed else nullcontext():
+        _do(stage, common, rounds, updates)
+    return {"peak": peak_bytes(), "seconds": round(time.perf_counter() - start, 2)}
+
+
+def _do(stage: str, common: dict, rounds: int, updates: int) -> None:
     if stage == "probe":
         probe(ProbeConfig(**common))
     elif stage == "distill_depth":
-        shutil.rmtree(Run(run).students)  # other stages' students are copies that were not trained
+        # other stages' students are copies that were not trained
+        shutil.rmtree(Run(common["run"]).students)
         distill_depth(DistillDepthConfig(**common, rounds=rounds, updates=updates))
     elif stage == "detect_width":
         detect_width(DetectWidthConfig(**common, **SITES, samples=BATCHES * SAMPLES))
@@ -130,7 +151,6 @@ def run_stage(
         finetune(FinetuneConfig(**common, **TUNING, variant="all", name="tuned"))
     else:
         from diffusers import QwenImageTransformer2DModel  # noqa: F401
-    return {"peak": peak_bytes(), "seconds": round(time.perf_counter() - start, 2)}
 
 
 def measure(stage: str, model: Path, run: Path, streamed: bool, scale: Scale) -> dict:
@@ -154,12 +174,12 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def measured(folder: Path, scale: Scale) -> list[dict]:
+def measured(folder: Path, scale: Scale, stages: Sequence[str]) -> list[dict]:
     """One row a run: {"depth", "stage", "streamed", "peak", "seconds", "digest"}."""
     rows = []
     for depth in scale.depths:
         model = prepare(folder, scale, depth)
-        for stage in STAGES:
+        for stage in stages:
             for streamed in (*[True] * (1 if stage in TUNED else scale.repeats), False):
                 run = folder / "run"
                 shutil.copytree(folder / f"prepared_{depth}", run)
@@ -183,7 +203,7 @@ def measured(folder: Path, scale: Scale) -> list[dict]:
     return rows
 
 
-def summary(rows: list[dict]) -> dict:
+def summary(rows: list[dict], stages: Sequence[str]) -> dict:
     def by_depth(stage: str, streamed: bool, field: str) -> dict[str, list]:
         found: dict[str, list] = {}
         for row in rows:
@@ -206,16 +226,11 @@ def summary(rows: list[dict]) -> dict:
         )
 
     modes = {"streamed": True, "resident": False}
-    same = {stage: same_files(stage) for stage in STAGES}
-    ratios = {mode: {stage: ratio(stage, flag) for stage in STAGES} for mode, flag in modes.items()}
     return {
-        **{stage: peaks(stage, True) for stage in STAGES},
-        "resident": {stage: peaks(stage, False) for stage in STAGES},
-        "ratios": ratios,
-        "identical": all(same.values()),
-        "identical_stages": same,
-        "goal_met": max(ratios["streamed"].values()) <= FLAT
-        and min(ratios["resident"].values()) >= GROWS,
+        **{stage: peaks(stage, True) for stage in stages},
+        "resident": {stage: peaks(stage, False) for stage in stages},
+        "ratios": {mode: {s: ratio(s, flag) for s in stages} for mode, flag in modes.items()},
+        "identical_stages": {stage: same_files(stage) for stage in stages},
         "runs": [
             {name: row[name] for name in ("stage", "depth", "streamed", "peak", "seconds")}
             for row in rows
@@ -223,10 +238,30 @@ def summary(rows: list[dict]) -> dict:
     }
 
 
+def joined(before: dict, values: dict) -> dict:
+    """Stages that were measured before and not now stay as they were."""
+    measured_now = set(values["identical_stages"])
+    kept = [row for row in before.get("runs", ()) if row["stage"] not in measured_now]
+    both = {**{stage: before[stage] for stage in STAGES if stage in before}, **values}
+    for name in ("resident", "identical_stages"):
+        both[name] = {**before.get(name, {}), **values[name]}
+    ratios = before.get("ratios", {})
+    both["ratios"] = {
+        mode: {**ratios.get(mode, {}), **found} for mode, found in values["ratios"].items()
+    }
+    streamed, resident = (both["ratios"][mode].values() for mode in ("streamed", "resident"))
+    return {
+        **both,
+        "runs": [*kept, *values["runs"]],
+        "identical": all(both["identical_stages"].values()),
+        "goal_met": max(streamed) <= FLAT and min(resident) >= GROWS,
+    }
+
+
 def show(values: dict, depths: tuple[int, int]) -> None:
     rows = []
     for mode in ("streamed", "resident"):
-        for stage in STAGES:
+        for stage in values["identical_stages"]:
             peaks = values[stage] if mode == "streamed" else values["resident"][stage]
             sizes = [f"{peaks[str(depth)] / 1e6:.0f} MB" for depth in depths]
             ratio, same = values["ratios"][mode][stage], values["identical_stages"][stage]
@@ -245,13 +280,23 @@ def main(arguments: list[str] | None = None) -> Path:
         help="where temporary files go (30 GB pass through; on a disk, not in memory)",
     )
     parser.add_argument("--depths", type=int, nargs=2, help="other depths than 15 and 60")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=STAGES,
+        help="these alone; the result's other stages stay",
+    )
     chosen: Namespace = output.parse(parser, arguments)
     scale = QUICK if chosen.quick else FULL
     if chosen.depths:
         scale = replace(scale, depths=tuple(chosen.depths))
     with tempfile.TemporaryDirectory(dir=chosen.folder, prefix="ppcl_memory_") as name:
         imports = measure(IMPORTS, Path(name), Path(name), True, scale)["peak"]
-        values = {**summary(measured(Path(name), scale)), "imports": imports}
+        rows = measured(Path(name), scale, chosen.stages)
+    known = chosen.output / "memory.json"
+    before = json.loads(known.read_text()) if known.exists() else {}
+    values = {**joined(before, summary(rows, chosen.stages)), "imports": imports}
     values |= {
         "teacher": scale.config,
         "intervals": {str(d): len(intervals(d)) for d in scale.depths},

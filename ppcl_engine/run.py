@@ -27,6 +27,7 @@ class Run:
         self.polished_parts = self.folder / "polished"
         self.loras = self.folder / "loras"
         self.lora_fits = self.folder / "lora_fits"
+        self.bits = self.folder / "bits"
         self.sparsified = self.folder / "sparsified"
         self.polish_state = self.polished_parts / "state.safetensors"
         self.evaluation = self.folder / "evaluate.json"

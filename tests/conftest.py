@@ -22,7 +22,7 @@ from ppcl_engine.stages import function_of
 from ppcl_engine.system.tensor_files import write_tensors
 from ppcl_engine.system.user_cache import FOLDER
 
-from .tiny.models import tiny_model
+from .tiny.models import tiny_grid, tiny_model
 
 torch.set_num_threads(1)
 
@@ -112,8 +112,9 @@ def padded_inputs(architecture):
     holds noise, not zeros. references: the sizes of an edit model's."""
 
     def make(
-        seed: int = 0, samples: int = 6, grid=(1, 2, 3), text_tokens: int = 5, references=()
+        seed: int = 0, samples: int = 6, grid=None, text_tokens: int = 5, references=()
     ) -> dict:
+        grid = grid or tiny_grid(architecture)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             inputs = architecture.random_inputs(

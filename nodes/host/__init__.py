@@ -7,11 +7,18 @@ from collections.abc import Iterable
 import comfy.supported_models
 import torch
 
+from ...ppcl_engine.architectures import ARCHITECTURES
 from . import checks, flux1, qwen_image, sd35, z_image
 from .base import Host
 from .entries import PrunedConfig, config_classes
 
 HOSTS: tuple[Host, ...] = (qwen_image.HOST, flux1.HOST, sd35.HOST, z_image.HOST)
+
+_KNOWN = ", ".join(host.engine.name for host in HOSTS)
+_NOT_HERE = (
+    f"has no nodes yet ({_KNOWN} have); export it with layout comfyui and choose it in a loader of "
+    "ComfyUI's own, where that knows the model"
+)
 
 
 def host_named(name: str) -> Host:
@@ -19,9 +26,7 @@ def host_named(name: str) -> Host:
     for host in HOSTS:
         if host.engine.name == name:
             return host
-    raise ValueError(
-        f"{name} has no nodes yet; known: {', '.join(host.engine.name for host in HOSTS)}"
-    )
+    raise ValueError(f"{name} {_NOT_HERE}")
 
 
 def host_of(names: Iterable[str], where: str) -> Host:
@@ -31,9 +36,11 @@ def host_of(names: Iterable[str], where: str) -> Host:
     for host in HOSTS:
         if host.engine.detect(names):
             return host
-    known = ", ".join(host.engine.name for host in HOSTS)
+    for architecture in ARCHITECTURES:
+        if architecture.detect(names):
+            raise ValueError(f"{where} is {architecture.name}, which {_NOT_HERE}")
     raise ValueError(
-        f"{where} is not a model of a supported architecture ({known}); choose another one"
+        f"{where} is not a model of a supported architecture ({_KNOWN}); choose another one"
     )
 
 

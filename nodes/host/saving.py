@@ -222,7 +222,11 @@ def _numbered_from_0(
     prefixes = dict(
         zip(map(structure.prefix, indices), _prefixes_from_0(structure, indices), strict=True)
     )
-    renamed = {HINTS_TENSOR: hints_of(plan, indices, host.engine.with_blocks(plan.config, indices))}
+    renamed = {
+        HINTS_TENSOR: hints_of(
+            plan.num_blocks, indices, host.engine.with_blocks(plan.config, indices)
+        )
+    }
     for name, tensor in tensors.items():
         match = host.block_name.match(name)
         renamed[f"{prefixes[f'{match[1]}.{match[2]}.']}{match[3]}" if match else name] = tensor

@@ -8,6 +8,7 @@ from comfy_api.v0_0_2 import io
 
 from ...ppcl_engine.plan import parse_intervals
 from ...ppcl_engine.run import Run
+from ...ppcl_engine.settings.base_settings import TrainingConfig
 from ...ppcl_engine.settings.prune_settings import (
     DetectWidthConfig,
     DistillDepthConfig,
@@ -43,6 +44,7 @@ class DistillDepth(JobNode):
             ],
             previews=True,
             states=True,
+            last=(_quant_aware_input(),),
         )
 
     @classmethod
@@ -91,6 +93,7 @@ class DistillWidth(JobNode):
             ],
             previews=True,
             states=True,
+            last=(_quant_aware_input(),),
         )
 
     @classmethod
@@ -98,7 +101,11 @@ class DistillWidth(JobNode):
         model = cls.ready(run, given)
         stages = [*_width_stages(choose, given)]
         if polish_steps:
-            polish = {"steps": polish_steps, "learning_rate": polish_learning_rate}
+            polish = {
+                "steps": polish_steps,
+                "learning_rate": polish_learning_rate,
+                **_given(given, "quant_aware"),
+            }
             stages.append((PolishConfig, "polish", polish))
         folder = cls.work("width", stages, run, given, model)
         return cls.output(folder, _widened)
@@ -114,12 +121,21 @@ def _polish_input(name: str) -> io.Input:
     return widget
 
 
+def _quant_aware_input() -> io.Input:
+    (widget,) = inputs(TrainingConfig, "quant_aware", quant_aware={"optional": True})
+    return widget
+
+
+def _given(given: dict, name: str) -> dict:
+    """A value that workflows saved before its setting existed do not have."""
+    return {name: given[name]} if name in given else {}
+
+
 def _width_stages(choose: str, given: dict) -> list[tuple[type, str, dict]]:
     """The stages that find and train width sites, in the three ways that the widget offers."""
     names = ["rounds", "updates", "learning_rate", "give_back", "warm_up", "cache_gb"]
-    # workflows saved before this setting existed do not have it
-    tokens = {name: given[name] for name in ("target_tokens_only",) if name in given}
-    distill = {**tokens, **{name: given[name] for name in names}}
+    tokens = _given(given, "target_tokens_only")
+    distill = {**tokens, **_given(given, "quant_aware"), **{name: given[name] for name in names}}
     if choose == NAMED:
         if not given["sites"].strip():
             raise ValueError(
@@ -164,13 +180,14 @@ class FineTune(JobNode):
                 ),
             ],
             previews=True,
-            last=tuple(
-                inputs(
+            last=(
+                *inputs(
                     FinetuneConfig,
                     "offload optimizer_state",
                     offload={"optional": True},
                     optimizer_state={"optional": True},
-                )
+                ),
+                _quant_aware_input(),
             ),
         )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from comfy_api.v0_0_2 import io
 
 from ...ppcl_engine.jobs.store import model_files_in
-from ...ppcl_engine.models.storing import check_store
+from ...ppcl_engine.models.storing import check_bits, check_store
 from ...ppcl_engine.run import Run
 from ...ppcl_engine.settings.assess_settings import EvaluateConfig
 from ...ppcl_engine.settings.convert_settings import ExportConfig
@@ -47,6 +47,14 @@ class Export(JobNode):
                 ),
             ),
             seed=False,
+            last=tuple(
+                inputs(
+                    ExportConfig,
+                    "budget_gb refit",
+                    budget_gb={"optional": True},
+                    refit={"optional": True},
+                )
+            ),
         )
 
     @classmethod
@@ -54,6 +62,13 @@ class Export(JobNode):
         check_file_name(given["name"])
         try:
             check_store(given["layout"], given["store"])
+            # workflows saved before these two existed do not have them
+            check_bits(
+                given["layout"],
+                given["store"],
+                given.get("budget_gb", 0.0),
+                given.get("refit", False),
+            )
         except ValueError as error:
             raise ValueError(in_words_of_widgets(str(error))) from None
         model = cls.ready(run, given)
@@ -72,6 +87,7 @@ def _exported(folder: Path) -> list:
     file = model_files_in(folder / EXPORTS)[0]
     lines = [
         f"{exported_name(file)}: {bytes_text(file.stat().st_size)}",
+        results.bits_text(file.with_suffix(".bits.json")),
         results.variants_text(plan),
         results.report_of(folder),
     ]

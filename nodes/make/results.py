@@ -38,6 +38,16 @@ def calibration_text(folder: Path) -> str:
     )
 
 
+def bits_text(report: Path) -> str:
+    """What an export chose within a budget; nothing where there was none."""
+    if not report.exists():
+        return ""
+    values = read_json(report)
+    counts = ", ".join(f"{count} {store}" for store, count in values["matrices"].items())
+    replaced = " ".join(values["intervals"]) or "none"
+    return f"matrices: {counts}; intervals replaced: {replaced}; predicted damage {values['predicted_damage']:.4g}"
+
+
 def probe_errors(folder: Path) -> dict[str, dict[int, float]]:
     """Stream -> block -> squared error on held-out samples, relative to what the block adds."""
     by_stream: dict[str, dict[int, float]] = {}

@@ -8,10 +8,17 @@ from .base import REFERENCES, Architecture, BlockState, Inputs, Part, placed
 from .flux1 import Flux1
 from .projections import SharedText
 from .qwen_image import QwenImage
+from .qwen_image_21 import QwenImage21
 from .sd35 import SD35
 from .z_image import ZImage
 
-ARCHITECTURES: tuple[Architecture, ...] = (QwenImage(), Flux1(), SD35(), ZImage())
+ARCHITECTURES: tuple[Architecture, ...] = (
+    QwenImage(),
+    Flux1(),
+    SD35(),
+    ZImage(),
+    QwenImage21(),
+)
 
 __all__ = [
     "ARCHITECTURES",

@@ -131,8 +131,8 @@ class Architecture(Protocol):
     """stream -> the name of a block's argument that brings it"""
     block_returns: tuple[str, ...]
     """the streams in the order in which a block returns them; ("joint",) where it takes and returns
-    both as one tensor, and then each block has `image_tokens`, the number of its first tokens that
-    are the image's"""
+    both as one tensor, and then each block has `image_tokens`, the slice of its tokens that are the
+    image's"""
     caption_inputs: tuple[str, ...]
     """the inputs that come from captions, by diffusers' names, one row each; the text itself
     first"""
@@ -144,6 +144,8 @@ class Architecture(Protocol):
     marks: dict[str, str]
     """empty tensors that hosts put into their single files for what shapes do not show -> the entry
     of the configuration that each turns on"""
+    unread: tuple[str, ...] = ()
+    """tensors of hosts' single files that no forward reads, by their names there"""
     model_configs: dict[str, dict]
     """full-size models by name; the first is the default"""
     tiny_config: dict
@@ -190,6 +192,10 @@ class Architecture(Protocol):
     def filled_up(self, tokens: int) -> int:
         """How many tokens of a stream blocks run for so many of its own."""
         return tokens
+
+    def attended_pairs(self, image: int, text: int) -> int:
+        """How many pairs of tokens a block's joint attention computes for so many of each."""
+        return (image + text) ** 2
 
     def block_prefix(self, config: dict, index: int) -> str: ...
 

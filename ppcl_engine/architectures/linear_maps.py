@@ -106,6 +106,15 @@ LINEAR_MAPS = {
             Passed(givers=("attention.to_v",), takers=("attention.to_out.0",), by_head="attention"),
         ),
     ),
+    "qwen_image_21": LinearMaps(
+        conditioning=(),
+        text=("correction.maps.text",),
+        joint=("attn.", "img_mlp"),
+        passed=(
+            Passed(givers=("img_mlp.proj", "img_mlp.gate_layer"), takers=("img_mlp.out",)),
+            Passed(givers=("attn.to_v",), takers=("attn.to_out.0",), by_head="attn"),
+        ),
+    ),
 }
 
 

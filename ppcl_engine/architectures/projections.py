@@ -194,6 +194,25 @@ def without_ffn(modulation: nn.Linear) -> nn.Linear:
     return cut
 
 
+def left_of(whole: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """What a cut map of this shape keeps of a weight or bias of the whole one."""
+    if 3 * shape[0] == 2 * whole.shape[0]:
+        return PaddedDual.kept(whole)
+    return whole[tuple(slice(size) for size in shape)]
+
+
+def spread_out(cut: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The inverse: in the size of the whole, zero where nothing is left."""
+    whole = torch.zeros(shape, dtype=cut.dtype)
+    if 3 * cut.shape[0] == 2 * shape[0]:
+        first, _, last = whole.chunk(3)
+        for part, kept in zip((first, last), cut.chunk(2), strict=True):
+            part.copy_(kept)
+    else:
+        left_of(whole, tuple(cut.shape)).copy_(cut)
+    return whole
+
+
 def publish(block: AnyModule, text_map: AnyModule, source: SharedText) -> None:
     """Keeps what enters `text_map`, a block's first map of the modulated text, for the group behind
     the block."""

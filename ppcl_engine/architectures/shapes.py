@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from .base import Architecture
 from .folded import Folding, folding_of
+from .qwen_image_21 import FFN_RATIO, TEXT_WIDTH
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -231,15 +232,44 @@ def _z_image_outer(config: dict, width: int) -> Shapes:
     )
 
 
+def _qwen21_block(config: dict, width: int, index: int) -> Shapes:
+    """No map has a bias, and the modulation is not the block's."""
+    inner = width * config.get("mlp_ratio", FFN_RATIO)
+    square = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    return (
+        _norms(("attn.norm_q", "attn.norm_k"), config["attention_head_dim"])
+        | {f"{name}.weight": (width, width) for name in square}
+        | {f"img_mlp.{name}.weight": (inner, width) for name in ("proj", "gate_layer")}
+        | {"img_mlp.out.weight": (width, inner)}
+    )
+
+
+def _qwen21_outer(config: dict, width: int) -> Shapes:
+    text, channels = config.get("context_in_dim", TEXT_WIDTH), config["in_channels"]
+    return {
+        "time_text_embed.timestep_embedder.linear_1.weight": (width, TIME_CHANNELS),
+        "time_text_embed.timestep_embedder.linear_2.weight": (width, width),
+        "txt_in.text_norm.weight": (text,),
+        "txt_in.in_layer.weight": (width, text),
+        "txt_in.out_layer.weight": (width, width),
+        "img_in.weight": (width, channels),
+        "modulation.1.weight": (4 * width, width),
+        "norm_out.linear.weight": (width, width),
+        "proj_out.weight": (config.get("out_channels") or channels, width),
+    }
+
+
 _BLOCKS: dict[str, Callable[[dict, int, int], Shapes]] = {
     "qwen_image": _qwen_block,
     "flux1": _flux_block,
     "sd35": _sd35_block,
     "z_image": _z_image_block,
+    "qwen_image_21": _qwen21_block,
 }
 _OUTER: dict[str, Callable[[dict, int], Shapes]] = {
     "qwen_image": _qwen_outer,
     "flux1": _flux_outer,
     "sd35": _sd35_outer,
     "z_image": _z_image_outer,
+    "qwen_image_21": _qwen21_outer,
 }

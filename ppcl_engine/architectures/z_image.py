@@ -34,6 +34,7 @@ class ZImage(PackedLatents, Architecture):
     block_returns = ("joint",)
     caption_inputs = (CAPTIONS, f"{CAPTIONS}_mask")
     timestep_modulations, marks = (), {}
+    unread = ("norm_final.weight",)  # Lumina 2's; in the file that ComfyUI's makers publish
     time_embedder = "t_embedder"
     model_configs = {
         "z_image": {
@@ -181,7 +182,8 @@ class ZImage(PackedLatents, Architecture):
 
     def run_block(self, block: AnyModule, state: BlockState) -> BlockState:
         mask, rotary = state.extra
-        block.image_tokens = tokens = state.image.shape[1]
+        tokens = state.image.shape[1]
+        block.image_tokens = slice(tokens)
         joined = block(state.stream("joint"), mask, rotary, state.conditioning)
         return state.with_streams(joined[:, :tokens], joined[:, tokens:])
 
@@ -285,4 +287,4 @@ def _tell_image_tokens(outer: AnyModule, arguments: tuple, named: dict) -> None:
     _, frames, rows, columns = (named.get("x") or arguments[0])[0].shape
     tokens = frames * (rows // PATCH_SIZE) * (columns // PATCH_SIZE)
     for layer in outer.layers:
-        layer.image_tokens = tokens + -tokens % MULTIPLE
+        layer.image_tokens = slice(tokens + -tokens % MULTIPLE)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from ..algorithms.detection.intervals import PUBLISHED_SHARE
-from ..algorithms.distillation.compact_state import BLOCK, COMPACT
 from ..algorithms.distillation.kept_trainers import SHARE
 from ..algorithms.distillation.quantization import NONE
 from ..algorithms.distillation.round_cache import REUSE
@@ -26,7 +25,7 @@ from ..models.streaming import room_for_states
 from ..plan import Interval, PruningPlan
 from ..run import Run
 from ..settings.base_settings import TrainingConfig
-from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
+from ..settings.convert_settings import JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
     CalibrateConfig,
     DistillDepthConfig,
@@ -279,25 +278,9 @@ class Count:
             return sum(self.students)
         return self.variant(config.variant) or self.parameters // 2
 
-    def tuning_bytes(self, config: PolishConfig | FinetuneConfig) -> float:
-        """Bytes of a parameter in training, outside of its turn and in a file: its weight, two
-        moments, and an average where there is one."""
-        if config.optimizer_state == COMPACT:
-            return FP32 + 2 * (1 + FP32 / BLOCK) + (torch.bfloat16.itemsize if config.ema else 0)
-        return FP32 * (4 if config.ema else 3)
-
     def tuning_states(self) -> int:
         """States of a batch between all blocks."""
         return self.blocks * self.samples.batch * self.state
-
-    def on_share(self, config: PolishConfig | FinetuneConfig) -> float:
-        """How much of what is trained takes part in a step, in the mean."""
-        return (1 + config.all_on) / 2 if isinstance(config, PolishConfig) else 1
-
-    def exported(self, config: ExportConfig) -> int:
-        """Values in the exported file."""
-        bundle = config.layout == "bundle"
-        return sum(self.students) if bundle else self.variant(config.variant)
 
     def variant(self, name: str) -> int:
         """Parameters of a variant, 0 where it is not known yet."""

@@ -9,11 +9,12 @@ from dataclasses import replace
 from ..models.cost import CostModel
 from ..models.opening import model_config
 from ..settings.base_settings import TuningConfig
-from ..settings.convert_settings import JobConfig
+from ..settings.convert_settings import JobConfig, MergeConfig
 from ..settings.prune_settings import CalibrateConfig
 from ..system.machine import device_memory, free_disk, resolve_device
 from .advice import STREAMED, last_advice, setting_advice
 from .counts import GRID, TEXT_TOKENS
+from .merging import print_merge
 from .needs import DEMANDS, Needs, needs
 
 LAUNCHES = (2, 4, 8)  # processes that a training is shown divided among
@@ -30,7 +31,10 @@ COLUMNS = (
 FITTING = {"streamed": STREAMED[-1], "dtype": "choose dtype bfloat16"}
 
 
-def print_estimate(config: JobConfig) -> None:
+def print_estimate(config: JobConfig | MergeConfig) -> None:
+    if isinstance(config, MergeConfig):
+        print_merge(config)
+        return
     name, architecture, settings = model_config(config.model)
     device = resolve_device(config.device)
     blocks = architecture.num_blocks(settings)
@@ -67,8 +71,9 @@ def _print_needs(config: JobConfig, device: str) -> None:
 
 def _launches(config: JobConfig) -> Sequence[int]:
     """Numbers of processes that can share the stage and need less the more they are."""
-    shards = isinstance(config, TuningConfig) and config.parallel == "shard"
-    return LAUNCHES if shards and not config.unshardable else ()
+    if not isinstance(config, TuningConfig) or config.parallel != "shard":
+        return ()
+    return () if config.unshardable else LAUNCHES
 
 
 def print_estimates(stages: Sequence[tuple[str, object]]) -> None:

@@ -38,9 +38,11 @@ from .counts import (
 )
 from .demand import Demand
 from .detect_chains import DetectChains
+from .export_demands import bits_demand, exported_bytes
 from .lora_demand import adapt_lora
 from .round_states import RoundStates
 from .traffic import traffic
+from .tuning_counts import bytes_a_parameter
 from .width_counts import WidthCounts
 
 BYTES_A_SECOND = 5e8  # of a disk
@@ -220,7 +222,7 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Demand:
     """Master weights, gradients, moments and average are float32. Streamed, a block's are on the
     device at a time, and the outer layers' where they are trained. Of processes that shard them,
     each has its part, and gathers a block when its turn comes; then --streamed is the teacher."""
-    trained, kept = count.trained(config), count.tuning_bytes(config)
+    trained, kept = count.trained(config), bytes_a_parameter(config)
     streamed = config.streamed and not count.shards
     waits, again = kept * trained, config.checkpointing or config.streamed
     block = max(count.sizes.blocks) + count.sizes.correction
@@ -265,10 +267,11 @@ def _variants(count: Count, config: VariantsConfig) -> Demand:
 
 def _export(count: Count, config: ExportConfig) -> Demand:
     """A bundle is written tensor by tensor, other layouts block by block."""
-    stored = count.exported(config)
     block = 0 if config.layout == "bundle" else max(count.sizes.blocks) * FP32
     tensor = count.largest_tensor * (FP32 + count.store(config.store))
-    return Demand(certain=0, likely=block + tensor, disk=stored * count.store(config.store))
+    memory, states, flops = bits_demand(count, config)
+    disk = exported_bytes(count, config) + states
+    return Demand(certain=memory, likely=block + tensor, disk=disk, flops=flops)
 
 
 def _evaluate(count: Count, config: EvaluateConfig) -> Demand:

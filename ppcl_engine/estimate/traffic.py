@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ..algorithms.detection.curves import FIT, STREAMS
 from ..algorithms.distillation.kept_trainers import SHARE, rounds_between_saves
+from ..models.storing import MIXED
 from ..settings.assess_settings import EvaluateConfig
 from ..settings.convert_settings import AdaptLoraConfig, ExportConfig, JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
@@ -28,7 +29,9 @@ from ..settings.prune_settings import (
 from ..system.machine import free_memory
 from .counts import ADAPTING_PASSES, EXACT, FP32, NAMED_VARIANTS, SAVED_COPIES, Count
 from .detect_chains import DetectChains
+from .export_demands import exported_bytes
 from .round_states import RoundStates
+from .tuning_counts import bytes_a_parameter, share_of_steps
 from .width_counts import WidthCounts, measuring_walks
 
 
@@ -179,12 +182,12 @@ def _tuned(count: Count, config: PolishConfig | FinetuneConfig) -> Traffic:
     step, written behind it, and read once more when it is saved."""
     saves, frozen = math.ceil(config.steps / config.save_every), 0.0
     weights = FP32 * count.trained(config)
-    all_kept = count.tuning_bytes(config) * count.trained(config)
+    all_kept = bytes_a_parameter(config) * count.trained(config)
     if isinstance(config, PolishConfig):
         replaced = sum(len(interval.blocks) for interval in count.intervals) / count.blocks
-        frozen = 1 - count.on_share(config) * replaced
+        frozen = 1 - share_of_steps(config) * replaced
     on_disk = config.offload == "disk" and not count.shards
-    turns = config.steps * count.on_share(config) if on_disk else 0
+    turns = config.steps * share_of_steps(config) if on_disk else 0
     states = config.steps * count.tuning_states() if on_disk else 0
     return Traffic(
         walks=config.steps * (1 + 2 * frozen),
@@ -209,14 +212,14 @@ def _variants(count: Count, config: VariantsConfig) -> Traffic:
 
 
 def _export(count: Count, config: ExportConfig) -> Traffic:
-    """A bundle holds a hash of every tensor of the teacher."""
+    """A bundle holds a hash of every tensor of the teacher. Chosen and refitted formats take a walk each."""
     gone = 0 if config.layout == "bundle" else sum(i.removed + 1 for i in count.intervals)
-    walks = 1 - gone / count.blocks
+    walks = (1 + (config.store == MIXED) + config.refit) * (1 - gone / count.blocks)
     return Traffic(
         walks=walks,
         resident_walks=walks,
         read=sum(count.students) * FP32,
-        written=count.exported(config) * count.store(config.store),
+        written=exported_bytes(count, config),
     )
 
 

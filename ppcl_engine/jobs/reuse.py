@@ -27,7 +27,7 @@ PRODUCTS = (
     "tuned",
 )
 """the files and folders that stages leave for later stages"""
-CHECKED = ("probes", "curves.safetensors")
+CHECKED = ("probes", "curves.safetensors", "bits")
 """products that hold their settings: a stage uses them only if these are its own"""
 # scratch files of all stages; only those of calibrate are used again after an interruption
 SCRATCH, RESUMED = "states", "calibrate"

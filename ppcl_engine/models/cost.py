@@ -47,6 +47,7 @@ READ_AS = {
     "attention.to_k": "attention.to_q",
     "attention.to_v": "attention.to_q",
     "feed_forward.w3": "feed_forward.w1",
+    "img_mlp.gate_layer": "img_mlp.proj",
 }
 """maps that read the very tensor that another one reads"""
 
@@ -190,18 +191,18 @@ class CostModel:
         return Cost(values, values, float(self._flops(shapes)))
 
     def _flops(self, shapes: Shapes) -> int:
-        """Two for each weight and row that it is multiplied with; attention multiplies all tokens with
-        all, twice."""
+        """Two for each weight and row that it is multiplied with; attention multiplies pairs of tokens,
+        twice."""
         folding, flops = folding_of(self.config), 0
         looked_up = self._conditioning if folding is not None and folding.form == "table" else ()
         for name, shape in shapes.items():
             if len(shape) == 2 and not name.startswith(looked_up):
                 flops += 2 * self._rows(name, shapes) * math.prod(shape)
-        both = self._image_tokens + self._text_tokens
-        attended = {"attn": both, "attention": both, "attn2": self._image_tokens}
+        both = self.architecture.attended_pairs(self._image_tokens, self._text_tokens)
+        attended = {"attn": both, "attention": both, "attn2": self._image_tokens**2}
         width = self.architecture.width(self.config)
         return flops + sum(
-            4 * n * n * width for name, n in attended.items() if f"{name}.to_q.weight" in shapes
+            4 * pairs * width for name, pairs in attended.items() if f"{name}.to_q.weight" in shapes
         )
 
     def _rows(self, name: str, shapes: Shapes) -> int:

@@ -40,6 +40,12 @@ class Coverage:
         lines += [f"{words}: {_listed(names)}" for words, names in self._named() if names]
         return "\n".join(lines)
 
+    def line(self) -> str:
+        """The same in one line, without the names of those that are reached."""
+        first, *names = self.text().splitlines()
+        missed = [line for line in names if not line.startswith("reached")]
+        return "; ".join([first, *missed])
+
     def _missed(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
         return (
             ("belong to removed blocks", self.removed),

@@ -45,10 +45,13 @@ class _TwoStreams(_Config):
     joint_attention_dim: Size
 
     def problem(self) -> str | None:
-        axes, head = getattr(self, "axes_dims_rope", None), self.attention_head_dim
-        if axes is not None and sum(axes) != head:
-            return f"axes_dims_rope {axes} do not add up to attention_head_dim {head}"
-        return None
+        return axes_problem(getattr(self, "axes_dims_rope", None), self.attention_head_dim)
+
+
+def axes_problem(axes: list[int] | None, head: int) -> str | None:
+    if axes is not None and sum(axes) != head:
+        return f"axes_dims_rope {axes} do not add up to attention_head_dim {head}"
+    return None
 
 
 class QwenImageConfig(_TwoStreams):
@@ -106,11 +109,27 @@ class ZImageConfig(_Config):
         return None
 
 
+class QwenImage21Config(_Config):
+    patch_size: Literal[1] = 1
+    out_channels: Channels | None = None
+    num_layers: Layers
+    attention_head_dim: Head
+    num_attention_heads: Heads
+    context_in_dim: Size = 4096
+    mlp_ratio: Annotated[int, Field(ge=1, le=64)] = 3
+    axes_dims_rope: EvenAxes = [16, 56, 56]
+    causal_condition: Literal[True] = True
+
+    def problem(self) -> str | None:
+        return axes_problem(self.axes_dims_rope, self.attention_head_dim)
+
+
 SCHEMAS: dict[str, type[_Config]] = {
     "qwen_image": QwenImageConfig,
     "flux1": Flux1Config,
     "sd35": SD35Config,
     "z_image": ZImageConfig,
+    "qwen_image_21": QwenImage21Config,
 }
 
 
@@ -142,6 +161,8 @@ def sizes_that_differ(config: Mapping[str, Any], inferred: Mapping[str, Any]) ->
         "n_heads",
         "n_refiner_layers",
         "cap_feat_dim",
+        "context_in_dim",
+        "mlp_ratio",
     )
     return [
         n for n in told if n in inferred and config.get(n) is not None and config[n] != inferred[n]

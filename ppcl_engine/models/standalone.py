@@ -21,7 +21,14 @@ from .filling import fill
 from .layout import Layout, checked, layout_of
 from .model_configs import check_model_config
 from .scales import scales_of
-from .stored_layout import STRUCTURE_TENSOR, as_tensor, common_prefix, object_in, open_layout
+from .stored_layout import (
+    STRUCTURE_TENSOR,
+    StoredTensors,
+    as_tensor,
+    common_prefix,
+    object_in,
+    open_layout,
+)
 from .surgery import empty_block
 from .tensor_sources import Source, joined_sources, write_sources
 from .weights import usual_name
@@ -32,22 +39,36 @@ LEAST_TENSORS = 6  # that a block has, whatever its projections
 
 
 def write_standalone(
-    path: Path, sources: dict[str, Source], plan: PruningPlan, variant: Variant, store: str
+    path: Path,
+    sources: dict[str, Source],
+    plan: PruningPlan,
+    variant: Variant,
+    store: str,
+    metadata: dict[str, str] | None = None,
+    original: StoredTensors | None = None,
 ) -> Path:
     """Writes ComfyUI's names with teacher indices, the structure as a tensor (hosts drop metadata),
     and a guard of an impossible shape.
 
     Without the guard a stock host would build the blocks that are missing, and skip tensors that it
-    does not know, silently.
+    does not know, silently. original: see `write_sources`.
     """
+    named, about, extra = standalone_contents(sources, plan, variant)
+    write_sources(path, named, store, {**(metadata or {}), **about}, extra, original)
+    return path
+
+
+def standalone_contents(
+    sources: dict[str, Source], plan: PruningPlan, variant: Variant
+) -> tuple[dict[str, Source], dict[str, str], dict[str, torch.Tensor]]:
+    """(the tensors by their names in the file, its metadata, what is written beside them)"""
     structure = structure_of(plan, variant).to_json()
     architecture, layout = architecture_named(plan.architecture), layout_of(plan, variant)
     extra = {STRUCTURE_TENSOR: as_tensor(structure)}
     if guard := guard_name(plan, layout):
         extra[guard] = torch.zeros(GUARD_SHAPE, dtype=torch.uint8)
     named = joined_sources(sources, variant_parts(architecture, plan.config, layout, sources))
-    write_sources(path, named, store, {STRUCTURE_KEY: structure, "format": "pt"}, extra)
-    return path
+    return named, {STRUCTURE_KEY: structure, "format": "pt"}, extra
 
 
 def guard_name(plan: PruningPlan, layout: Layout) -> str | None:
@@ -82,10 +103,10 @@ def structure_of(plan: PruningPlan, variant: Variant) -> PruningPlan:
     )
 
 
-def hints_of(plan: PruningPlan, indices: list[int], config: dict) -> torch.Tensor:
-    """For a file that renumbers its blocks: their teacher indices. Loaders that drop metadata need
-    them, or LoRAs would land on the wrong blocks."""
-    return as_tensor({"indices": indices, "blocks": plan.num_blocks, "config": config})
+def hints_of(num_blocks: int, indices: list[int], config: dict) -> torch.Tensor:
+    """For a file that renumbers its blocks: their teacher indices, of `num_blocks`. Loaders that drop
+    metadata need them, or LoRAs would land on the wrong blocks."""
+    return as_tensor({"indices": indices, "blocks": num_blocks, "config": config})
 
 
 def is_standalone(path: Path) -> bool:

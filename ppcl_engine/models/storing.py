@@ -10,7 +10,7 @@ import torch
 
 from ..system.few_bits import STORES, quantised_entries
 from ..system.float8 import scaled_entries
-from ..system.gguf_files import block_columns
+from ..system.gguf_files import block_columns, gguf_rounded, gguf_size
 from ..system.machine import DTYPES
 from ..system.tensor_files import TensorEntry
 
@@ -25,14 +25,32 @@ GGUF_STORES = {
     "q4_0": ("Q4_0", 4.5),
 }
 """`--store` -> GGUF's name of the type of a block's matrices, bits of a weight in it"""
+MIXED = "mixed"
+"""`--store` for a format of its own for each matrix"""
+CHOICES = {
+    "comfyui": ("bfloat16", "mxfp8", "int8_convrot", "int8", "nvfp4"),
+    "ppcl": ("bfloat16", "mxfp8", "int8_convrot", "int8", "nvfp4"),
+    "gguf": ("bfloat16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+}
+"""layout -> what `mixed` chooses from. Not w4a4: hosts round its inputs to four bits too, an error
+that nobody sees in the weights. Not float8: a file is in it as a whole."""
+SHARED_SCALES = {
+    "mxfp8": 32,
+    "nvfp4": 16,
+    **dict.fromkeys(("q8_0", "q5_1", "q5_0", "q4_1", "q4_0"), 32),
+}
+"""`--store` -> how many neighbouring columns of a row share a scale, where the others do not count"""
 LAYOUTS = (
     (tuple(DTYPES), ("bundle", "comfyui", "diffusers", "ppcl", "gguf")),
     ((FP8_STORE,), ("comfyui",)),
     (tuple(STORES), ("comfyui", "ppcl", "bundle")),
     (tuple(GGUF_STORES), ("gguf",)),
+    ((MIXED,), tuple(CHOICES)),
 )
 """stores -> the layouts that have them"""
-IN_BLOCKS = re.compile(r"(?:^|\.)\w*blocks\.[0-9]+\.|^(?:students|projections)\.")
+IN_BLOCKS = re.compile(
+    r"(?:^|\.)(?:\w*blocks|layers|\w+_refiner)\.[0-9]+\.|^(?:students|projections)\."
+)
 CORRECTION = re.compile(r"(?:^|\.)correction\.")
 PLAIN_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
 BITS = {
@@ -40,8 +58,9 @@ BITS = {
     **{name: kind.bits for name, kind in STORES.items()},
     FP8_STORE: 8,
     **PLAIN_BITS,
+    MIXED: 16,
 }
-"""`--store` -> bits of a weight"""
+"""`--store` -> bits of a weight; of `mixed`, the most"""
 
 
 def check_store(layout: str, store: str) -> None:
@@ -50,6 +69,26 @@ def check_store(layout: str, store: str) -> None:
     if layout not in known:
         raise ValueError(
             f"--store {store} is not for --layout {layout}; use --layout {' or '.join(known)}"
+        )
+
+
+def check_bits(layout: str, store: str, budget_gb: float, refit: bool) -> None:
+    """Raises ValueError for settings of chosen formats that do not belong together."""
+    if store == MIXED and not budget_gb:
+        raise ValueError("--store mixed needs --budget-gb: the most GB that the file may have")
+    if budget_gb and store != MIXED:
+        raise ValueError(
+            f"--budget-gb {budget_gb:g} has nothing to choose with --store {store}; use --store mixed, or leave "
+            "--budget-gb out"
+        )
+    if refit and layout == "bundle":
+        raise ValueError(
+            "--refit is not for --layout bundle, whose parts stand in several variants; use --layout comfyui, ppcl or gguf"
+        )
+    if refit and store not in (MIXED, *SHARED_SCALES):
+        raise ValueError(
+            f"--refit does nothing for --store {store}, which has no scales of blocks of columns; use --store mixed, "
+            f"{', '.join(SHARED_SCALES)}, or leave --refit out"
         )
 
 
@@ -99,6 +138,38 @@ def gguf_entry(
             "choose another --store"
         )
     return kind, entry
+
+
+def fitting_stores(layout: str, shape: tuple[int, ...]) -> list[str]:
+    """The formats that `mixed` chooses from and that can hold a block's matrix of this shape."""
+    return [store for store in CHOICES[layout] if _fits(store, *shape)]
+
+
+def _fits(store: str, rows: int, columns: int) -> bool:
+    if store in STORES:
+        return rows % STORES[store].rows == 0 and columns % STORES[store].columns == 0
+    return store in DTYPES or columns % block_columns(GGUF_STORES[store][0]) == 0
+
+
+def stored_size(layout: str, key: str, shape: tuple[int, ...], store: str) -> int:
+    """Bytes that a tensor takes in a file, with its scales and without its part of the header."""
+
+    def unread() -> torch.Tensor:
+        raise AssertionError(key)
+
+    if layout == "gguf":
+        kind, entry = gguf_entry(key, shape, unread, store)
+        return gguf_size(kind, entry.shape)
+    return sum(entry.size for entry in stored_entries(key, shape, unread, store))
+
+
+def as_stored(store: str, weight: torch.Tensor) -> torch.Tensor:
+    """The numbers that a matrix stands for when it is stored, float32."""
+    if store in STORES:
+        return STORES[store].rounded(weight)
+    if store in DTYPES:
+        return weight.to(DTYPES[store]).float()
+    return gguf_rounded(GGUF_STORES[store][0], weight)
 
 
 def _is_linear(key: str, shape: tuple[int, ...]) -> bool:

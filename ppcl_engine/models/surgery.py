@@ -69,10 +69,15 @@ def _correct(
 
 
 def _correct_joint(module: AnyModule, arguments, output: torch.Tensor) -> torch.Tensor:
-    """Image and text are corrected each by itself."""
-    image, text = output[:, : module.image_tokens], output[:, module.image_tokens :]
-    correct = module.correction.correct
-    return torch.cat([correct("image", image), correct("text", text)], dim=1)
+    """Image and text are corrected each by itself, whichever comes first."""
+    start, stop, _ = module.image_tokens.indices(output.shape[1])
+    parts = [
+        ("text", output[:, :start]),
+        ("image", output[:, start:stop]),
+        ("text", output[:, stop:]),
+    ]
+    corrected = [module.correction.correct(s, x) for s, x in parts if x.shape[1]]
+    return torch.cat(corrected, dim=1)
 
 
 class PassThrough(nn.Module):

@@ -263,8 +263,14 @@ def _parts_of(
     architecture: Architecture, stored: StoredTensors
 ) -> dict[str, tuple[OpenFile, str, Part]]:
     """diffusers' name -> file, name in it, which of its rows."""
-    marks = ("scaled_fp8", STRUCTURE_TENSOR, HINTS_TENSOR, *architecture.marks)
-    names = [name for name in stored if not name.endswith(IGNORED_SUFFIXES) and name not in marks]
+    others = {
+        "scaled_fp8",
+        STRUCTURE_TENSOR,
+        HINTS_TENSOR,
+        *architecture.marks,
+        *architecture.unread,
+    }
+    names = [name for name in stored if not name.endswith(IGNORED_SUFFIXES) and name not in others]
     parts = parts_in(architecture, names)
     return {key: (*stored[part.name], part) for key, part in parts.items()}
 

@@ -32,7 +32,8 @@ def parse(kind: type[Kind], stage: str, arguments: Sequence[str]) -> Kind:
     import tyro  # not before the mistakes that are found without it
 
     printed = io.StringIO()
-    config = (tyro.conf.PositionalRequiredArgs,) if positional else ()
+    # a setting of several values is given several times
+    config = (tyro.conf.UseAppendAction, tyro.conf.PositionalRequiredArgs)[: 1 + positional]
     try:
         with redirect_stderr(printed), _endless_lines():
             return tyro.cli(kind, args=arguments, prog=command, config=config)

@@ -153,6 +153,10 @@ def _converted(hint, value, where: str):
                 f"{where} = {shown(value)}; choose from {', '.join(map(str, get_args(hint)))}"
             )
         return value
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise ValueError(f"{where} = {shown(value)} is not a list of texts")
+        return tuple(value)
     kinds = get_args(hint) or (hint,)
     if Path in kinds and isinstance(value, str):
         if not value:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
+from ..system.wording import shown
 from .base_settings import Common, StatesConfig
-from .ranges import CountOrZero, Device, FileName, Pixels, Range, Rate, Settings
+from .ranges import CountOrZero, Device, FileName, Limit, Pixels, Range, Rate, Settings
 
 Store = Literal[
     "float32",
@@ -23,8 +25,10 @@ Store = Literal[
     "q5_0",
     "q4_1",
     "q4_0",
+    "mixed",
 ]
 """precisions of an exported file; the later ones through the packages comfy-kitchen and gguf"""
+STRENGTHS = Range(-100.0, 100.0)  # as ComfyUI's LoRA loaders have it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +40,20 @@ class ExportConfig(Common):
     for stock hosts and ComfyUI-GGUF (no corrections). ppcl: one variant with the teacher's indices,
     for this project's loaders."""
     variant: str = "small"
-    """The variant to write, unless the layout is bundle."""
+    """The variant to write, unless the layout is bundle. auto, with the store mixed: the intervals
+    are chosen too, under the same budget."""
     name: FileName = "pruned"
     """File name without ending: letters, digits, '-', '_'."""
     store: Store = "bfloat16"
     """Precision in the file. float8: linear maps in scaled fp8, as ComfyUI reads it (layout
     comfyui). int8 to w4a4: the blocks' linear maps in ComfyUI's formats (comfyui, ppcl, bundle), for
-    hosts that know them. q8_0 to q4_0: in GGUF's."""
+    hosts that know them. q8_0 to q4_0: in GGUF's. mixed: a format for each matrix, chosen within
+    budget_gb by its measured damage (comfyui, ppcl, gguf)."""
+    budget_gb: Limit = 0.0
+    """With the store mixed: the most GB (a billion bytes) that the file may have."""
+    refit: bool = False
+    """Let weights make up for the rounding of others, by least squares on the run's calibration set, as
+    GPTQ does, without training (mxfp8, nvfp4, q8_0 to q4_0, mixed; not in a bundle)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +249,59 @@ class SparsifyConfig(Settings):
     def model(self) -> Path:
         """The full model; for a standalone, the file itself."""
         return self.base or self.path
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(Settings):
+    """Bake LoRAs into a model, whole or pruned, and write it as a file of its own."""
+
+    path: Path
+    """What to merge into: a diffusers folder, a ComfyUI single file, a GGUF file, a standalone, or a
+    bundle."""
+    lora: tuple[str, ...]
+    """A LoRA and its strength, as style.safetensors:0.8 (without a strength: 1); once for each."""
+    base: Path | None = None
+    """For a bundle: the full model it was made from."""
+    variant: str | None = None
+    """For a bundle: which variant, or intervals and sites as '3-4,8-10,text:51-59'; by default the
+    smallest."""
+    run: Path = Path("runs/merge")
+    """The folder that the file is written to."""
+    name: FileName = "merged"
+    """File name without ending: letters, digits, '-', '_'."""
+    layout: Literal["same", "comfyui", "diffusers", "ppcl", "gguf"] = "same"
+    """same: the model's own; a bundle's variant gets ppcl. comfyui, diffusers, gguf: renumbered, for
+    stock hosts and ComfyUI-GGUF (no corrections). ppcl: with the teacher's indices, for this
+    project's loaders."""
+    store: Store = "bfloat16"
+    """Precision in the file, as in export; what the model is stored in does not matter."""
+    dry_run: bool = False
+    """Only print what of the LoRAs has a place in the model, and what the merge would read and
+    write."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.loras:
+            raise ValueError("--lora is empty; give a LoRA file as FILE:STRENGTH")
+
+    @property
+    def loras(self) -> tuple[tuple[Path, float], ...]:
+        """(file, strength) of each. Raises ValueError for a strength that is not a number."""
+        return tuple(map(lora_given, self.lora))
+
+
+def lora_given(text: str) -> tuple[Path, float]:
+    """ "a.safetensors:0.8" -> (file, 0.8). A colon of a path is not one before a strength."""
+    path, colon, strength = text.rpartition(":")
+    if not colon or any(part in strength for part in ("/", "\\", ".safetensors")):
+        path, strength = text, "1"
+    try:
+        value = float(strength)
+    except ValueError:
+        value = math.nan
+    if not path or not STRENGTHS.holds(value):
+        raise ValueError(f"--lora {shown(text)}: write FILE:STRENGTH, the strength {STRENGTHS}")
+    return Path(path), value
 
 
 JobConfig = Common | SparsifyConfig

@@ -25,6 +25,7 @@ STAGES: dict[str, tuple[type, str]] = {
     "adapt-lora": (convert_settings.AdaptLoraConfig, "convert.adapt_lora"),
     "fold": (convert_settings.FoldConfig, "convert.fold"),
     "sparsify": (convert_settings.SparsifyConfig, "convert.sparsify"),
+    "merge": (convert_settings.MergeConfig, "convert.merge"),
     "import": (convert_settings.ImportConfig, "convert.import_released"),
     "evaluate": (assess_settings.EvaluateConfig, "assess.evaluate"),
     "generate": (assess_settings.GenerateConfig, "assess.generate"),

@@ -22,6 +22,7 @@ NEXT = {
     "adapt-lora": "ppcl export {shared}, and {result} in a LoRA loader behind that model",
     "fold": "ppcl inspect --path {result}",
     "sparsify": "ppcl inspect --path {result}",
+    "merge": "ppcl inspect --path {result}",
     "import": "ppcl inspect --path {result}",
     "inspect": "ppcl generate --path {path} --prompt TEXT (a bundle needs --base MODEL too)",
     "generate": "ppcl bench --path {path} (a bundle needs --base MODEL too)",

@@ -47,8 +47,9 @@ def wait_passively() -> None:
 def print_any_letter() -> None:
     """Consoles and log files of Windows know few letters: the others are written as codes."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # there may be none, or one of a host's
-            stream.reconfigure(errors="backslashreplace")
+        reconfigure = getattr(stream, "reconfigure", None)  # there may be none, or one of a host's
+        if reconfigure:
+            reconfigure(errors="backslashreplace")
 
 
 def begin() -> None:

@@ -130,6 +130,13 @@ class Store:
         )
         return found.state_dict("weight")
 
+    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        """The numbers that the stored matrix stands for, float32."""
+        scales = self.quantised(weight)
+        return dequantised(
+            self.format, scales.pop("weight"), scales, self.settings(weight.shape[1])
+        )
+
 
 def _blocks(size: int) -> Callable[[int, int], tuple[int, int]]:
     """Scales of blocks of `size` columns, in tiles of 128 by 4 as tensor cores read them."""

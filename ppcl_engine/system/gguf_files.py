@@ -27,6 +27,8 @@ GGUF_SUFFIX = ".gguf"
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # of a tensor whose rows were too short for blocks
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """GGUF's name of a type that is not made of blocks -> torch's"""
+ALIGNMENT = 32  # the package's, of the bytes of each tensor
+ENTRY, FIXED = 64, 512  # bytes of a tensor's or text's entry beside its name; of the rest
 NUMPY = {"F32": np.float32, "F16": np.float16}
 
 
@@ -148,6 +150,27 @@ def block_columns(kind: str) -> int:
     """What a row's columns have to be a multiple of in this type of GGUF."""
     package = gguf(f"--store {kind.lower()}")
     return package.GGML_QUANT_SIZES[package.GGMLQuantizationType[kind]][0]
+
+
+def gguf_size(kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor in this type, with the gap up to the next one."""
+    package = gguf("--layout gguf")
+    block, size = package.GGML_QUANT_SIZES[package.GGMLQuantizationType[kind]]
+    return -(-math.prod(shape) // block * size // ALIGNMENT) * ALIGNMENT
+
+
+def gguf_rounded(kind: str, weight: torch.Tensor) -> torch.Tensor:
+    """The numbers that a matrix stands for when it is stored in this type, float32."""
+    package = gguf(f"--store {kind.lower()}")
+    type_, numbers = package.GGMLQuantizationType[kind], weight.detach().cpu().float().numpy()
+    stored = package.quants.quantize(numbers, type_)
+    return torch.from_numpy(package.quants.dequantize(stored, type_)).to(weight.device)
+
+
+def gguf_header_size(names: Iterable[str], metadata: dict[str, str]) -> int:
+    """At most so many bytes: names, shapes and places of tensors, and the texts."""
+    texts = sum(len(name) + len(text.encode()) + ENTRY for name, text in metadata.items())
+    return sum(len(name.encode()) + ENTRY for name in names) + texts + FIXED
 
 
 def write_gguf(

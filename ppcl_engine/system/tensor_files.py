@@ -111,6 +111,11 @@ def _header(entries: list[TensorEntry], metadata: dict[str, str], hashes: dict[s
     return struct.pack("<Q", len(text)) + text
 
 
+def header_size(entries: list[TensorEntry], metadata: dict[str, str]) -> int:
+    """Bytes of a file beside its tensors."""
+    return len(_header(entries, metadata, {entry.name: "0" * DIGITS for entry in entries}))
+
+
 def check_exists(path: Path) -> None:
     """Raises ValueError for a model's path that is neither a file nor a folder."""
     if not Path(path).exists():

@@ -196,6 +196,6 @@ def test_the_registry_names_what_it_knows(architecture):
     assert detect_architecture(keys, "file") is architecture
     with pytest.raises(
         ValueError,
-        match="file is of no known architecture .known: qwen_image, flux1, sd35, z_image.; its first keys: a, b, c, d$",
+        match="file is of no known architecture .known: qwen_image, flux1, sd35, z_image, qwen_image_21.; its first keys: a, b, c, d$",
     ):
         detect_architecture("edcba", "file")

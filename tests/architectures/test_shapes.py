@@ -18,6 +18,7 @@ OPTIONS = {
     ),
     "flux1": ({"guidance_embeds": False}, {"out_channels": 8}),
     "z_image": ({"n_refiner_layers": 2}, {"dim": 96, "n_heads": 6}),
+    "qwen_image_21": ({"mlp_ratio": 2}, {"out_channels": None}),
     "sd35": ({"qk_norm": None}, {"qk_norm": "layer_norm", "dual_attention_layers": [5]}),
 }
 CASES = {

@@ -9,8 +9,10 @@ from torch import nn
 
 from ppcl_engine.architectures import architecture_named, detect_architecture
 from ppcl_engine.models.model_configs import check_model_config
+from ppcl_engine.models.opening import open_model
 from ppcl_engine.models.surgery import Correction, add_correction
-from ppcl_engine.models.weights import expected_shapes
+from ppcl_engine.models.weights import Weights, expected_shapes
+from ppcl_engine.system.tensor_files import write_tensors
 
 from ..tiny.models import check_comfyui_file, comfyui_state, tiny_inputs, tiny_model
 
@@ -186,3 +188,13 @@ def test_the_last_text_is_not_used():
 
 def test_blocks_that_are_kept_give_the_configuration():
     assert Z_IMAGE.with_blocks(TINY, [0, 2, 5]) == {**TINY, "n_layers": 3}
+
+
+def test_a_norm_that_no_forward_reads_may_be_in_the_file(model, tmp_path):
+    """The file that ComfyUI's makers publish has it."""
+    path, state = tmp_path / "z_image.safetensors", comfyui_state(Z_IMAGE, model)
+    write_tensors(path, {**state, "norm_final.weight": torch.ones(TINY["dim"])})
+    assert not any("norm_final" in key for key in Weights(path).keys())
+    inputs = make_inputs()
+    with torch.no_grad():
+        assert torch.equal(Z_IMAGE.call(open_model(path), inputs), Z_IMAGE.call(model, inputs))

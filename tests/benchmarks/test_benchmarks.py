@@ -252,6 +252,25 @@ def test_quant_aware(tmp_path):
     assert found["returned"] == pytest.approx((plain - aware) / (plain - untouched))
 
 
+def test_bits(tmp_path):
+    from benchmarks import bits
+
+    values = run(bits, tmp_path, "--work", tmp_path / "work")
+    rows = {(row["method"], row["budget"], row["refit"]): row for row in values["rows"]}
+    assert len(rows) == len(values["rows"]) and {row["method"] for row in values["rows"]} == {
+        "none",
+        bits.PRUNED,
+        bits.BITS,
+        bits.BOTH,
+    }
+    for row in rows.values():
+        assert row.get("bytes", 0) <= row["budget"]
+    (whole,) = (row for row in values["rows"] if row["method"] == "none")
+    assert all(whole["bytes"] > row["budget"] for row in values["rows"] if row is not whole)
+    for found in values["differences"]:
+        assert found["low"] <= found["value"] <= found["high"]
+
+
 def test_hostile_goes_on_where_it_was_stopped(tmp_path):
     """Files alone in the quick form; no fault among them, and what was tried before is not tried
     again."""

@@ -23,6 +23,8 @@ REAL = {
     "flux_dev_8b": ("flux1_dev", "flux"),
     "qwen_image_10b": ("qwen_image", "qwen"),
     "sd35_large": ("sd35_large", "qwen"),
+    "z_image": ("z_image", "qwen"),
+    "qwen_image_21": ("qwen_image_21", "qwen"),
 }
 SMALL = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": [2, 6, 8]}
 SMALL |= {"num_layers": 4, "num_single_layers": 8}

@@ -326,5 +326,5 @@ def test_a_model_that_changes_no_pictures_takes_no_references(triples, tmp_path,
         "calibrate", "--model", plain, "--run", tmp_path / "run", "--device", "cpu", *given
     )
     assert line.endswith(
-        "plain draws from text alone and cannot change pictures; leave the references out"
+        "plain draws from text alone here and changes no pictures; leave the references out"
     )

@@ -38,7 +38,7 @@ def plan_of(name: str, fingerprint: str, intervals: str) -> PruningPlan:
     )
 
 
-@pytest.mark.parametrize("other", ["flux1", "sd35"])
+@pytest.mark.parametrize("other", ["flux1", "sd35", "qwen_image_21"])
 def test_a_plan_of_another_architecture(teacher_file, make_run, tmp_path, line_of, other):
     run, plan = Run(make_run(tmp_path / "run", teacher_file)), plan_of(other, "f" * 64, "1-2")
     write_text(run.plan, plan.to_json())

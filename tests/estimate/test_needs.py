@@ -182,6 +182,20 @@ def test_a_large_model_is_made_sparse_with_little_memory(capsys, tmp_path):
     assert 4 * GB < needs(config).at_least < 10 * GB and 80 * GB < needs(config).disk < 85 * GB
 
 
+def test_bits_are_chosen_with_little_memory(tmp_path):
+    config = ExportConfig(
+        model=Path("qwen_image"),
+        run=tmp_path,
+        device="cpu",
+        layout="ppcl",
+        store="mixed",
+        budget_gb=8,
+        streamed=True,
+    )
+    assert 4 * GB < needs(config).at_least < 10 * GB and 8 * GB < needs(config).disk < 9 * GB
+    assert needs(config).seconds < needs(replace(config, refit=True)).seconds
+
+
 def test_a_variant_counts_what_is_left_of_it(teacher_file, make_run, tmp_path):
     run = tuned_run(make_run(tmp_path, teacher_file), teacher_file)
     bundle = export(ExportConfig(model=teacher_file, run=run.folder))

@@ -28,6 +28,8 @@ WIDE = {
     "qwen_image": {**HEADS, "axes_dims_rope": [4, 14, 14]},
     "flux1": {**HEADS, "axes_dims_rope": [4, 14, 14], "num_single_layers": 2},
     "sd35": {**HEADS, "caption_projection_dim": 64, "dual_attention_layers": [0]},
+    "z_image": {"dim": 192, "n_heads": 6, "n_kv_heads": 6, "n_layers": 2, "axes_dims": [8, 12, 12]},
+    "qwen_image_21": {"num_layers": 2},
 }
 ROUNDING = {
     "int8": 0.01,
@@ -278,3 +280,9 @@ def test_a_file_is_its_parts(written, store):
         ]
     header = 200 * len(parts) + 200
     assert sum(parts) <= path.stat().st_size <= sum(parts) + header
+
+
+def test_matrices_of_z_image_s_blocks_are_quantised():
+    """Its blocks are called layers; its refiners are not among them."""
+    assert is_block_matrix("layers.3.attention.qkv.weight", (192, 64))
+    assert not is_block_matrix("noise_refiner.0.attention.qkv.weight", (192, 64))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+
+from ppcl_engine.system.tensor_files import write_tensors
 
 RANK = 3
 
@@ -110,3 +114,15 @@ KINDS = {
 def module_of(kind: str, name: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
     """A module's tensors, by their names in a file."""
     return {name + ending: tensor for ending, tensor in KINDS[kind](rows, columns).items()}
+
+
+def write_lora(path: Path, matrices: dict[str, tuple[int, int]], kinds: tuple[str, ...], seed=0):
+    """A file with a module for each of these matrices, of one kind after the other; small changes."""
+    torch.manual_seed(seed)
+    tensors = {}
+    for number, (name, shape) in enumerate(matrices.items()):
+        tensors |= module_of(kinds[number % len(kinds)], name, *shape)
+    shrink = ("up.weight", "lora_B.weight", "w1_a", "lokr_w2_a")
+    small = {n: t * (0.1 if n.endswith(shrink) else 1) for n, t in tensors.items()}
+    write_tensors(path, small)
+    return path

@@ -13,6 +13,13 @@ from ppcl_engine.models.tensor_sources import Source, comfyui_sources
 from ppcl_engine.models.weights import Weights
 from ppcl_engine.system.tensor_files import write_tensors
 
+GRIDS = {"qwen_image_21": (1, 2, 4)}
+"""where diffusers' class does not take any number of tokens"""
+
+
+def tiny_grid(architecture: Architecture) -> tuple[int, int, int]:
+    return GRIDS.get(architecture.name, (1, 2, 3))
+
 
 def tiny_model(architecture: Architecture, seed: int = 0, **changes) -> torch.nn.Module:
     import diffusers
@@ -38,12 +45,16 @@ def enlarge(model: torch.nn.Module) -> None:
             )
 
 
-def tiny_inputs(architecture: Architecture, grid=(1, 2, 3), samples: int = 4, **changes) -> dict:
+def tiny_inputs(architecture: Architecture, grid=None, samples: int = 4, **changes) -> dict:
     """Without padding; `changes`: of the configuration."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return architecture.random_inputs(
-            {**architecture.tiny_config, **changes}, samples, grid, 5, "cpu"
+            {**architecture.tiny_config, **changes},
+            samples,
+            grid or tiny_grid(architecture),
+            5,
+            "cpu",
         )
 
 

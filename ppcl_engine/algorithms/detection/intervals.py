@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..budgets import front, together
+
 Cka = Callable[[int, int], float]
 DEGENERATE = 1e-4  # max D of an untrained model is 1e-5
 PUBLISHED_SHARE = 25 / 60
@@ -171,18 +173,10 @@ def stability(chosen: list[tuple[int, int]], resampled: list[list[tuple[int, int
 def least_damage(items: list[tuple[float, float]], saving: float) -> list[int] | None:
     """Which items to switch on so that their savings reach `saving` at the least damage; exact.
 
-    items: (saving, damage), damage additive. Keeps the Pareto front of (saving, damage); None when
-    all together save too little.
+    items: (saving, damage), damage additive. None when all together save too little.
     """
-    front: list[tuple[float, float, tuple[int, ...]]] = [(0.0, 0.0, ())]
-    for index, (gain, damage) in enumerate(items):
-        front += [(s + gain, d + damage, (*chosen, index)) for s, d, chosen in front]
-        front.sort(key=lambda row: (row[1], -row[0]))
-        kept, most = [], -math.inf
-        for row in front:
-            if row[0] > most:
-                kept.append(row)
-                most = row[0]
-        front = kept
-    enough = [row for row in front if row[0] >= saving]
-    return list(min(enough, key=lambda row: row[1])[2]) if enough else None
+    switches = [front([(0, 0, None), (-s, d, index)]) for index, (s, d) in enumerate(items)]
+    nothing = front([(0, 0, None)])
+    ways = together([nothing, *switches])
+    way = ways.within(-saving)
+    return None if way is None else [i for i in ways.chosen(way) if isinstance(i, int)]

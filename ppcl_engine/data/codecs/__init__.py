@@ -11,6 +11,7 @@ from .base import Codec
 from .flux1 import FluxCodec
 from .pipeline import PipelineCodec
 from .qwen_image import QwenImageCodec, QwenImageEditCodec, QwenImageEditPlusCodec
+from .qwen_image_21 import QwenImage21Codec
 from .sd35 import StableDiffusion3Codec
 from .table import POSITIONS, TABLES, VOCABULARY_KEY, TableCodec, has_tables
 from .z_image import ZImageCodec
@@ -22,6 +23,7 @@ PIPELINES = {
     "FluxPipeline": FluxCodec,
     "StableDiffusion3Pipeline": StableDiffusion3Codec,
     "ZImagePipeline": ZImageCodec,
+    "QwenImage21Pipeline": QwenImage21Codec,
 }
 
 

@@ -62,5 +62,5 @@ def check_references(edits: bool, given: bool, where: object) -> None:
         )
     if given and not edits:
         raise ValueError(
-            f"{where} draws from text alone and cannot change pictures; leave the references out"
+            f"{where} draws from text alone here and changes no pictures; leave the references out"
         )

@@ -41,6 +41,7 @@ class PipelineCodec:
     rescales_guidance: ClassVar[bool] = False
     edits: ClassVar[bool] = False
     vae_schema: ClassVar[type] = PooledVAE
+    latent_side: ClassVar[int] = LATENT_SIDE
     text_parts: ClassVar[tuple[str, ...]]
     """files of the text encoders and tokenizers, in the order in which they are looked for"""
 
@@ -49,7 +50,7 @@ class PipelineCodec:
         self.dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
         _check_layout(self.folder, self.text_parts)
         self.latent_channels, self.pixels_per_latent = self._sizes(self._vae_config())
-        side = LATENT_SIDE * self.pixels_per_latent
+        side = self.latent_side * self.pixels_per_latent
         self.picture_size = (side, side)
         self._text_pipeline = None
         self._vae = None

@@ -28,6 +28,12 @@ class Scheduler(_Open):
     num_train_timesteps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
 
+class QwenImage21Index(_Open):
+    """model_index.json"""
+
+    sample_sigmas: Annotated[list[Finite], Field(min_length=1, max_length=1000)] | None = None
+
+
 class PooledVAE(_Open):
     """The VAE of FLUX and SD3.5."""
 

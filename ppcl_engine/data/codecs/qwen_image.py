@@ -40,14 +40,15 @@ class QwenImageCodec(PipelineCodec):
         for first in range(0, len(texts), TEXTS_AT_ONCE):
             chunk = texts[first : first + TEXTS_AT_ONCE]
             with torch.no_grad():
-                embeddings, mask = pipeline.encode_prompt(
-                    chunk, self.device, max_sequence_length=TEXT_TOKENS
-                )
+                embeddings, mask = self._encoded(pipeline, chunk)
             lengths = [embeddings.shape[1]] * len(chunk) if mask is None else mask.sum(1).tolist()
             rows += [
                 row[:length].float().cpu() for row, length in zip(embeddings, lengths, strict=True)
             ]
         return padded(rows)
+
+    def _encoded(self, pipeline, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return pipeline.encode_prompt(texts, self.device, max_sequence_length=TEXT_TOKENS)
 
     def _framed(self, x: torch.Tensor) -> torch.Tensor:
         return x.unsqueeze(2)

@@ -156,7 +156,7 @@ def check_foldable(architecture: Architecture, config: dict, where: object) -> N
     reads = architecture.modulation_reads(config)
     if not architecture.timestep_modulations and reads == ("the timestep",):
         raise ValueError(
-            f"{where} is {architecture.name}, whose modulations are small maps of the timestep: folding them would "
+            f"{where} is {architecture.name}, whose modulations are small beside its blocks: folding them would "
             "save little and is not written; use it as it is"
         )
     if not architecture.timestep_modulations or reads != ("the timestep",):

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ...algorithms.block_states import BlockStates
 from ...algorithms.sparsity.blocks import check_maps, prune_block, watch
 from ...algorithms.sparsity.files import Sparsity, write_sparse
 from ...algorithms.sparsity.grams import timestep_weights
@@ -126,7 +126,7 @@ class _Sparsifying:
         places = self.source.layout.places
         for number, place in enumerate(Progress(places, desc="sparsify", unit="block")):
             block = self.source.block(place, self.dtype, self.device, self.shared)
-            states = _States(store, number, embedded)
+            states = BlockStates(store, number, embedded)
             if not self._is_done(place):
                 self._prune_block(block, place, states, weights)
                 self._tell(number, place)
@@ -152,12 +152,12 @@ class _Sparsifying:
             architecture.embed(outer, placed(inputs, self.device, self.dtype)) for inputs in rows
         ]
 
-    def _advance(self, block: nn.Module, states: _States) -> None:
+    def _advance(self, block: nn.Module, states: BlockStates) -> None:
         for batch, state in states:
             states.put(batch, self.source.architecture.run_block(block, state))
 
     def _prune_block(
-        self, block: nn.Module, place: Place, states: _States, weights: list[torch.Tensor]
+        self, block: nn.Module, place: Place, states: BlockStates, weights: list[torch.Tensor]
     ) -> None:
         check_finite(block.state_dict(), f"{self.config.path}, block {place.name}", BAD_MODEL)
         grams, architecture = (
@@ -247,25 +247,3 @@ class _Sparsifying:
 
 def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-
-
-@dataclass(frozen=True)
-class _States:
-    """The inputs of one block, batch by batch. Its outputs go into the same store."""
-
-    store: StateStore
-    number: int
-    """of the block, counted from 0 without gaps"""
-    embedded: list[BlockState]
-    """each batch before the first block, for the parts of a state that no block changes"""
-
-    def __iter__(self) -> Iterator[tuple[int, BlockState]]:
-        for batch, like in enumerate(self.embedded):
-            yield batch, self.store.get(self.number, batch, replace(like, modulated_text=None))
-
-    def put(self, batch: int, after: BlockState) -> None:
-        self.store.put(self.number + 1, batch, after)
-
-    def drop(self) -> None:
-        for batch in range(len(self.embedded)):
-            self.store.drop(self.number, batch)

@@ -17,6 +17,11 @@ from ppcl_engine.models.weights import Weights
 pytestmark = pytest.mark.parametrize(
     "architecture", [a.name for a in ARCHITECTURES], indirect=True, scope="module"
 )
+JOINT_MAPS = {
+    "z_image": ("attention.", "feed_forward."),
+    "qwen_image_21": ("attn.", "img_mlp."),
+}
+"""prefixes of the maps that read text and image in one sequence"""
 METHOD = Method(pattern=pattern_named("2:4"), sparsity=0.5, score="wanda")
 
 
@@ -77,7 +82,7 @@ def test_grams_are_those_of_a_plain_forward(teacher, at_block, scheme):
                 real = torch.ones(x.shape[:-1], dtype=torch.bool)
                 if state.text_mask is not None and ("add_" in name or "txt_mlp" in name):
                     real = state.text_mask
-                elif name.startswith(("attention.", "feed_forward.")):
+                elif name.startswith(JOINT_MAPS.get(teacher.architecture.name, ())):
                     real = state.real("joint")
                 weights = (weights if x.ndim == 2 else weights[:, None].expand(x.shape[:2]))[real]
                 total = total + torch.einsum(
@@ -100,7 +105,7 @@ def test_channels_in_another_order_change_no_output(teacher, at_block):
         grams, before = grams_of(teacher, block, states, times), copy.deepcopy(block)
         matrices = {name: grams.of(name, name) for name in grams.layers}
         changed = _permute(teacher.architecture.name, block, matrices, METHOD)
-        assert any(name.endswith(("net.2", "w2", "proj_out")) for name in changed)
+        assert any(name.endswith(("net.2", "w2", "proj_out", "img_mlp.out")) for name in changed)
         assert any("to_out" in name or name == "proj_out" for name in changed)
         run = teacher.architecture.run_block
         for state in states:
@@ -143,6 +148,6 @@ def test_known_groups_add_up(teacher):
         for name, (rows, columns) in known.items():
             module = block.get_submodule(name)
             assert sum(rows) in (0, module.out_features) and sum(columns) in (0, module.in_features)
-        assert any(len(rows) > 2 for rows, _ in known.values()) and any(
+        assert any(len(rows) > 1 for rows, _ in known.values()) and any(
             columns for _, columns in known.values()
         )

@@ -33,6 +33,7 @@ class Case:
 
 # 64 in all: some formats want no less
 WIDE = {"attention_head_dim": 32, "axes_dims_rope": [4, 14, 14]}
+WIDE_Z = {"dim": 192, "n_heads": 6, "n_kv_heads": 6, "axes_dims": [8, 12, 12]}
 CASES = {
     "qwen_image": Case(
         architecture="qwen_image",
@@ -74,6 +75,12 @@ CASES = {
     ),
     "z_image": Case(
         architecture="z_image", file="z_image", channels={"in_channels": 16}, parts=Z_IMAGE_PARTS
+    ),
+    "z_image_wide": Case(
+        architecture="z_image",
+        file="z_image_wide",
+        channels={"in_channels": 16, **WIDE_Z},
+        parts=Z_IMAGE_PARTS,
     ),
 }
 

@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 
-from ppcl_engine.models.bundle import PLAN_KEY
+from ppcl_engine.architectures import architecture_named
+from ppcl_engine.models.bundle import PLAN_KEY, write_bundle
 from ppcl_engine.models.stored_layout import STRUCTURE_TENSOR
+from ppcl_engine.models.weights import expected_shapes
+from ppcl_engine.plan import PruningPlan, parse_intervals
 from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 
@@ -40,6 +43,28 @@ def broken_files(models, teacher, make_model, save_model) -> None:
         if ".3.attn.to_k" not in name
     }
     write_tensors(folder / "short.safetensors", short, TensorFile(teacher).metadata)
+    _write_without_nodes(models)
+
+
+def _write_without_nodes(models) -> None:
+    """A file and a bundle of an architecture that the nodes do not know."""
+    architecture = architecture_named("qwen_image_21")
+    config, shapes = (
+        architecture.tiny_config,
+        expected_shapes(architecture, architecture.tiny_config),
+    )
+    write_tensors(
+        models.diffusion_models / "qwen21.safetensors",
+        {architecture.to_comfyui(key).name: torch.zeros(1) for key in shapes},
+    )
+    plan = PruningPlan(
+        architecture=architecture.name,
+        config=config,
+        num_blocks=6,
+        fingerprint="f",
+        intervals=parse_intervals("1-2"),
+    )
+    write_bundle(models.ppcl / "qwen21.ppcl.safetensors", plan, [])
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +96,14 @@ def hostile_bundles(models, bundle) -> None:
 
 
 WRONG = {
+    "a model without nodes": (
+        {"file": "qwen21.safetensors"},
+        "qwen21.safetensors is qwen_image_21, which has no nodes yet (qwen_image, flux1, sd35, z_im",
+    ),
+    "a bundle of it": (
+        {"file": "qwen21.ppcl.safetensors"},
+        "qwen_image_21 has no nodes yet (qwen_image, ",
+    ),
     "no such file": ({"file": "../secrets.safetensors"}, "is neither in"),
     "truncated": ({"file": "truncated.safetensors"}, "is truncated"),
     "no model": ({"file": "text.safetensors"}, "not a safetensors file"),

@@ -14,6 +14,7 @@ from ...tiny.flux1_parts import FLUX_DEPTH, FLUX_PARTS
 from ...tiny.models import tiny_model
 from ...tiny.sd35_parts import SD35_PARTS, SD35_SIZES
 from ...tiny.trained_run import write_parts
+from .conftest import ROOT
 from .graphs import CAPTIONS, TEACHER, quickly, shipped
 
 FLUX, SD35 = architecture_named("flux1"), architecture_named("sd35")
@@ -184,3 +185,36 @@ def test_the_large_model_s_graph_runs_with_the_bundled_teacher(server):
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
     save = next(number for number, node in prompt.items() if node["class_type"] == "SaveImage")
     assert len(entry["outputs"][save]["images"]) == len(CAPTIONS.splitlines())
+
+
+MAKING = {"CalibrateFromPrompts", "Probe", "Detect", "DistillDepth", "Export"}
+
+
+def test_the_int8_graph_draws_beside_the_full_model(server):
+    """As shipped: both loaded, drawn and compared. Exchanged: the jobs that make the file, for the file of a
+    small run; they have a graph of their own, which is run."""
+    pytest.importorskip("comfy_kitchen", reason="this ComfyUI knows no int8")
+    teacher, run = ROOT / "ppcl_engine" / TEACHER, Run(server.base / "int8_parts")
+    run.folder.mkdir()
+    write_parts(run, teacher, width=False)
+    prompt = shipped("ppcl-demo-pruned-int8")
+    (export_node,) = [n for n in prompt.values() if n["class_type"] == "PPCL_Export"]
+    settings = {
+        name: export_node["inputs"][name] for name in ("layout", "name", "variant", "store")
+    }
+    made = export(ExportConfig(model=teacher, run=run.folder, **settings))
+    made.replace(server.base / "models" / "ppcl" / made.name)
+    making = {f"PPCL_{name}" for name in MAKING}
+    graph = {number: node for number, node in prompt.items() if node["class_type"] not in making}
+    for node in graph.values():
+        match node["class_type"]:
+            case "PPCL_LoadModel" if isinstance(node["inputs"]["file"], list):
+                node["inputs"]["file"] = made.name
+            case "PPCL_DemoCaption":
+                node["inputs"]["captions"] = CAPTIONS.splitlines()[0]
+            case "KSampler":
+                node["inputs"]["steps"] = 2
+    entry = server.run(graph)
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
+    (compare,) = [n for n, node in graph.items() if node["class_type"] == "PPCL_Compare"]
+    assert len(graph) == 10 and len(entry["outputs"][compare]["images"]) == 1

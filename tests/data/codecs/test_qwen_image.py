@@ -250,7 +250,7 @@ def cut_weights(copy):
     [
         (
             edit_class,
-            r"names SanaPipeline; known pipelines: QwenImagePipeline, .*FluxPipeline, StableDiffusion3Pipeline, ZImagePipeline$",
+            r"names SanaPipeline; known pipelines: QwenImagePipeline, .*FluxPipeline, StableDiffusion3Pipeline, ZImagePipeline, QwenImage21Pipeline$",
         ),
         (
             edit_scheduler,

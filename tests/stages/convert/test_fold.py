@@ -219,14 +219,15 @@ def test_other_architectures_say_why_not(folded, tmp_path, name, reads):
             folded(tmp_path / "other.safetensors", form)
 
 
-def test_small_modulations_are_not_folded(folded, tmp_path):
-    architecture = architecture_named("z_image")
+@pytest.mark.parametrize("name", ["z_image", "qwen_image_21"])
+def test_small_modulations_are_not_folded(folded, tmp_path, name):
+    architecture = architecture_named(name)
     shapes = expected_shapes(architecture, architecture.tiny_config)
     tensors = {key: torch.zeros(shape) for key, shape in shapes.items()}
     write_tensors(
         tmp_path / "other.safetensors", tensors, {"config": json.dumps(architecture.tiny_config)}
     )
-    with pytest.raises(ValueError, match="is z_image, .*save little and is not written; use it as"):
+    with pytest.raises(ValueError, match=f"is {name}, .*save little and is not written; use it as"):
         folded(tmp_path / "other.safetensors", "table")
 
 

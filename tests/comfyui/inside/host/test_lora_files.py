@@ -1,5 +1,6 @@
 """Every kind of LoRA, by every layout of names: the engine changes a full model's weights as the
-host does."""
+host does, and a file that LoRAs were merged into gives the host's velocity with its own loader of
+them."""
 
 import comfy.lora
 import comfy.lora_convert
@@ -9,9 +10,11 @@ import torch
 from ppcl_engine.models.lora_files import LoraFile
 from ppcl_engine.models.tensor_sources import Source, comfyui_sources
 from ppcl_engine.models.weights import Weights
+from ppcl_engine.settings.convert_settings import MergeConfig
+from ppcl_engine.stages.convert.merge import merge
 from ppcl_engine.system.tensor_files import write_tensors
 
-from ....tiny.lora_files import KINDS, module_of
+from ....tiny.lora_files import KINDS, module_of, write_lora
 from ..forwards import relative_error
 from .adapted import ADAPTED
 
@@ -97,3 +100,32 @@ def test_a_file_of_every_kind(architecture, teacher, layouts, layout, patched, t
     assert touched == expected.keys()
     for name, weight in expected.items():
         assert relative_error(ours[name], weight) < 1e-6, name
+
+
+MERGED = ("kohya", "LoKr", "DoRA by columns", "LoHa", "DoRA by rows")
+
+
+@pytest.mark.parametrize("variant", ["full", "smallest"])
+def test_a_merged_file(
+    architecture, teacher, bundle, models, layouts, load, run_node, velocity, tmp_path, variant
+):
+    """As the host's own LoRA loader behind the model; of a pruned model, on students and cut maps."""
+    name = f"{architecture.name}_{variant}_merged.safetensors"
+    lora = write_lora(models.loras / name, layouts["the host's"], MERGED)
+    config = MergeConfig(
+        path=teacher if variant == "full" else bundle,
+        base=None if variant == "full" else teacher,
+        variant=None if variant == "full" else variant,
+        lora=(f"{lora}:{STRENGTH}",),
+        run=tmp_path,
+        store="float32",
+    )
+    folder = models.diffusion_models if variant == "full" else models.ppcl
+    merge(config).replace(folder / name)
+    alone = load(bundle.name, base=teacher.name, variant=variant, switchable=False)
+    (expected,) = run_node(
+        "LoraLoaderModelOnly", model=alone, lora_name=name, strength_model=STRENGTH
+    )
+    expected, actual = velocity(expected), velocity(load(name))
+    assert relative_error(actual, expected) < 1e-4
+    assert relative_error(velocity(alone), expected) > 0.02

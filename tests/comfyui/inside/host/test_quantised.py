@@ -18,7 +18,12 @@ from ..conftest import BOUND
 from ..forwards import relative_error
 from ..quantised import EXACT, KINDS, NEAR, NEWER, READ, ROUNDED, Kind, numbers, stored
 
-CASES = {"qwen_image": "qwen_image_wide", "flux1": "flux1_wide", "sd35": "sd35"}
+CASES = {
+    "qwen_image": "qwen_image_wide",
+    "flux1": "flux1_wide",
+    "sd35": "sd35",
+    "z_image": "z_image_wide",
+}
 # where all would take long
 SOME = ("scaled fp8", "float8_e4m3fn in metadata", "int8 convrot", "nvfp4")
 PLAIN = {"qwen_image": "3-4", "flux1": "9-10", "sd35": "4-5"}  # an interval without a correction
@@ -92,7 +97,7 @@ def test_a_base(load, velocity, bundle, base_of, name, caplog):
 
 
 @kinds(*SOME)
-@on("qwen_image", "sd35")
+@on("qwen_image", "sd35", "z_image")
 def test_a_base_of_other_architectures(load, velocity, bundle, base_of, name):
     (base, exact), kind = base_of(name), KINDS[name]
     expected = load(bundle.name, base=exact, variant="smallest", switchable=False)

@@ -4,6 +4,7 @@ ours read the numbers that the engine reads, and a bundle's students keep their 
 from __future__ import annotations
 
 from functools import cache, partial
+from itertools import cycle
 
 import comfy.quant_ops
 import pytest
@@ -11,8 +12,8 @@ import torch
 
 from ppcl_engine.models.bundle import Bundle
 from ppcl_engine.models.opening import open_model
-from ppcl_engine.models.storing import is_block_matrix
-from ppcl_engine.models.tensor_sources import Source, comfyui_sources
+from ppcl_engine.models.storing import MIXED, is_block_matrix
+from ppcl_engine.models.tensor_sources import Source, comfyui_sources, write_sources
 from ppcl_engine.settings.convert_settings import ExportConfig
 from ppcl_engine.stages.convert.export import export
 from ppcl_engine.system.few_bits import STORES
@@ -51,11 +52,26 @@ def written(models, teacher, run_folder, bundle):
             variant=variant,
             name=f"{teacher.stem}_{layout}_{store}_{variant}",
         )
+        if store == MIXED:
+            return mixed(make(layout, "bfloat16", variant))
         folder = models.diffusion_models if layout == "comfyui" else models.ppcl
         path = export(config)
         return path.replace(folder / path.name)
 
     return make
+
+
+def mixed(path):
+    """The same tensors with the formats in turn, in a file beside it."""
+    file, extra = TensorFile(path), {}
+    sources = {n: Source(file.shape(n), partial(file.read, n)) for n in file.keys()}
+    for name in [n for n in sources if not file.dtype(n).is_floating_point]:
+        extra[name] = sources.pop(name).read()
+    matrices = [n for n, s in sources.items() if is_block_matrix(n, s.shape)]
+    stores = dict(zip(matrices, cycle(("bfloat16", *READ)), strict=False))
+    target = path.with_stem(f"{path.stem}_mixed")
+    write_sources(target, sources, "bfloat16", file.metadata, extra, stores)
+    return target
 
 
 @pytest.fixture
@@ -81,7 +97,7 @@ def loaded_clean(caplog, make):
     return model
 
 
-@pytest.mark.parametrize("store", READ)
+@pytest.mark.parametrize("store", [*READ, *([MIXED] if READ else [])])
 @on("qwen_image", "flux1")
 def test_the_host_s_loader_and_ours(
     written, load, run_node, velocity, engine_velocity, in_full, store, caplog
@@ -91,7 +107,8 @@ def test_the_host_s_loader_and_ours(
     expected = in_full(path)
     exact = numbers(expected)
     assert relative_error(velocity(expected), engine_velocity(path)) < NEAR
-    near = max(NEAR, INPUTS.get(STORES[store].format, 0))
+    rounding = READ if store == MIXED else (store,)
+    near = max(NEAR, *(INPUTS.get(STORES[name].format, 0) for name in rounding))
     stock = partial(run_node, "UNETLoader", unet_name=path.name, weight_dtype="default")
     ours = partial(load, path.name, variant="", switchable=False, weight_dtype="default")
     for make in (lambda: stock()[0], ours):

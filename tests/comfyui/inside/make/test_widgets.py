@@ -20,12 +20,12 @@ WIDGETS = {
     "Detect": f"method remove longest protect samples tokens bootstrap eps max_drop {COMMON} target_tokens_only",
     "EditPlan": "intervals sites form",
     "DistillDepth": "rounds updates learning_rate intervals correction init loss warm_up weight_decay cache_gb "
-    f"{COMMON} preview_seconds target_tokens_only",
+    f"{COMMON} preview_seconds target_tokens_only quant_aware",
     "DistillWidth": "choose share sites form longest rounds updates learning_rate give_back warm_up cache_gb polish_steps "
-    f"polish_learning_rate {COMMON} preview_seconds target_tokens_only",
+    f"polish_learning_rate {COMMON} preview_seconds target_tokens_only quant_aware",
     "FineTune": "variant name steps learning_rate warm_up weight_decay ema data checkpointing save_every "
-    f"{COMMON} preview_seconds offload optimizer_state",
-    "Export": "layout name variant store report_pictures device dtype streamed wait start keep_running",
+    f"{COMMON} preview_seconds offload optimizer_state quant_aware",
+    "Export": "layout name variant store report_pictures device dtype streamed wait start keep_running budget_gb refit",
     "Sparsify": "file variant pattern sparsity score granularity exchange compensate permute skip name store device dtype "
     "streamed wait start keep_running preview_seconds",
     "AdaptLora": "lora variant name rank updates learning_rate warm_up device dtype streamed seed wait start "
