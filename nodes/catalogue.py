@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .make.adapt_lora import AdaptLora
 from .make.calibrate_from_prompts import CalibrateFromPrompts
 from .make.detect import Detect, Probe
 from .make.distil import DistillDepth, DistillWidth, FineTune
@@ -32,6 +33,7 @@ MAKING = [
     FineTune,
     Export,
     Sparsify,
+    AdaptLora,
     WatchJob,
     CancelJob,
     PrepareRun,

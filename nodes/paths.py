@@ -3,6 +3,7 @@ up in a list, never joined to a path."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import folder_paths
 
 from ..ppcl_engine.jobs.store import RunStore
 from ..ppcl_engine.models.bundle import BUNDLE_SUFFIX
+from ..ppcl_engine.system.atomic import replacing
 from .listing import Contents, changed_at, contents_of, guarded, remembered
 
 CATEGORY = "ppcl"
@@ -18,6 +20,7 @@ GGUF = ".gguf"
 # the last is ComfyUI-GGUF's, if that pack is installed
 CATEGORIES = (CATEGORY, "diffusion_models", "unet_gguf")
 LORAS = "loras"
+ADAPTED_LORAS = "ppcl"  # folder in it
 ENDINGS = (".safetensors", GGUF)
 TABLES = "tables"  # in models/ppcl: a cache of folded modulations
 DEMO = Path(__file__).parents[1] / "ppcl_engine" / "demo"
@@ -235,6 +238,18 @@ def demo_teacher() -> Path:
 
 def lora_files() -> list[str]:
     return list(contents_under(LORAS, ("",)).files)
+
+
+def adapted_lora(run: str, file: Path) -> str:
+    """Copies the adapted LoRA of a run to where the host's loaders list LoRAs, under `ppcl/`; returns
+    its name in their lists. The run's own name keeps it apart from other runs'."""
+    name = f"{ADAPTED_LORAS}/{run}-{file.name}"
+    target = Path(folder_paths.get_folder_paths(LORAS)[0]) / name
+    if not (target.exists() and target.stat().st_size == file.stat().st_size):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as unfinished:
+            shutil.copyfile(file, unfinished)
+    return name
 
 
 def lora_path(name: str) -> Path:

@@ -25,6 +25,8 @@ class Run:
         self.alignment = self.folder / "alignment.safetensors"
         self.tuned = self.folder / "tuned"
         self.polished_parts = self.folder / "polished"
+        self.loras = self.folder / "loras"
+        self.lora_fits = self.folder / "lora_fits"
         self.bits = self.folder / "bits"
         self.sparsified = self.folder / "sparsified"
         self.polish_state = self.polished_parts / "state.safetensors"
@@ -64,6 +66,14 @@ class Run:
     def benchmark(self, name: str) -> Path:
         """What was found with a benchmark; beside it, a folder of that name holds the pictures."""
         return self.benchmarks / f"{name}.json"
+
+    def lora(self, name: str) -> Path:
+        """An adapted LoRA."""
+        return self.loras / f"{name}.safetensors"
+
+    def lora_fit(self, name: str, place: str) -> Path:
+        """The pairs of one place of it, in training."""
+        return self.lora_fits / name / f"{place}.safetensors"
 
     def tuned_variant(self, name: str) -> Path:
         return self.tuned / f"{name}.safetensors"

@@ -18,7 +18,7 @@ from ..paths import known_model, runs
 RunType = io.Custom("PPCL_RUN")
 RECORDING = "recording.json"  # in a recorded run: its model and limits
 TAIL = 300  # bytes at the end of a file that contain its last line
-TRAINING = {"distill-depth", "distill-width", "polish", "finetune"}
+TRAINING = {"distill-depth", "distill-width", "polish", "finetune", "adapt-lora"}
 LONGEST_ERROR = 500  # characters: a state file may come from anywhere
 
 

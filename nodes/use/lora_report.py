@@ -1,20 +1,26 @@
-"""PPCL_LoraReport: what of a LoRA reaches a pruned model."""
+"""PPCL_LoraReport: what of a LoRA reaches a pruned model, in words and as a picture of its energy."""
 
 from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 
 import comfy.utils
 import torch
-from comfy_api.v0_0_2 import io
+from comfy_api.v0_0_2 import io, ui
 
+from ...ppcl_engine.algorithms.lora.energies import energies, share_text
 from ...ppcl_engine.architectures import Architecture
 from ...ppcl_engine.models.lora import Coverage, coverage
+from ...ppcl_engine.models.lora_files import LoraFile
 from ...ppcl_engine.models.weights import expected_shapes
+from ...ppcl_engine.report.drawings.canvas import VERMILION
+from ...ppcl_engine.report.drawings.lora_map import lora_map
 from ..host.branch import PREFIX, known, layout_in, name_of
 from ..node import Node
 from ..paths import lora_files, lora_path
+from ..pictures import picture_of, text_card
 
 SUFFIX = re.compile(
     r"\.(lora|alpha|dora_scale|diff|diff_b|set_weight|w_norm|b_norm|hada_|lokr_|oft_|[ab][12]\b).*$"
@@ -55,6 +61,18 @@ def _engine_names(engine: Architecture, target, shapes: dict) -> list[str]:
     return names
 
 
+def energy_report(model, path: Path, title: str) -> tuple[torch.Tensor, str]:
+    """(picture, line) of where a LoRA's energy is. Of a file that the engine cannot read as a LoRA of
+    this model, why."""
+    host, config = known(model)
+    layout = layout_in(model)
+    try:
+        rows, uncounted = energies(LoraFile(path, host.engine, config), host.engine, config, layout)
+    except ValueError as error:
+        return text_card(str(error), VERMILION), ""
+    return picture_of(lora_map(title, rows, layout.num_blocks)), share_text(rows, uncounted)
+
+
 class LoraReport(Node):
     FILES = {"lora": lora_path}
 
@@ -71,10 +89,22 @@ class LoraReport(Node):
                 ),
                 io.Combo.Input("lora", options=lora_files(), tooltip="A file of models/loras."),
             ],
-            outputs=[io.String.Output(display_name="text")],
+            is_output_node=True,
+            outputs=[
+                io.String.Output(display_name="text"),
+                io.Image.Output(
+                    display_name="energy",
+                    tooltip="The share of the LoRA's energy in every block, and what became of the block.",
+                ),
+            ],
         )
 
     @classmethod
     def perform(cls, model, lora) -> io.NodeOutput:
         tensors = comfy.utils.load_torch_file(str(lora_path(lora)), safe_load=True)
-        return io.NodeOutput(f"{lora} on {name_of(model)}: {lora_report(model, tensors).text()}")
+        title = f"{lora} on {name_of(model)}"
+        picture, line = energy_report(model, lora_path(lora), title)
+        text = f"{title}: {lora_report(model, tensors).text()}"
+        if line:
+            text = f"{text}\n{line}"
+        return io.NodeOutput(text, picture, ui=ui.PreviewImage(picture, cls=cls))

@@ -47,6 +47,9 @@ class LinearMaps:
     """the same of the maps that read both streams as one sequence"""
     passed: tuple[Passed, ...] = ()
     """channels that may be reordered"""
+    last: tuple[tuple[str, str], ...] = ()
+    """(stream, the map whose output is the last that a block adds to it), where nothing but a gate
+    stands between them"""
 
 
 def _ffn(name: str) -> Passed:
@@ -70,6 +73,7 @@ LINEAR_MAPS = {
             "correction.maps.text",
         ),
         passed=(_ffn("img_mlp"), _ffn("txt_mlp"), JOINT),
+        last=(("image", "img_mlp.net.2"), ("text", "txt_mlp.net.2")),
     ),
     "flux1": LinearMaps(
         conditioning=("norm.linear", "norm1.linear", "norm1_context.linear"),
@@ -80,6 +84,7 @@ LINEAR_MAPS = {
             Passed(givers=("attn.to_v",), takers=("proj_out",), by_head="attn"),
             Passed(givers=("proj_mlp",), takers=("proj_out",), first="width"),
         ),
+        last=(("image", "ff.net.2"), ("text", "ff_context.net.2"), ("joint", "proj_out")),
     ),
     "sd35": LinearMaps(
         conditioning=("norm1.linear", "norm1_context.linear"),
@@ -89,6 +94,7 @@ LINEAR_MAPS = {
             JOINT,
             Passed(givers=("attn2.to_v",), takers=("attn2.to_out.0",), by_head="attn2"),
         ),
+        last=(("image", "ff.net.2"), ("text", "ff_context.net.2")),
     ),
     "z_image": LinearMaps(
         conditioning=("adaLN_modulation.",),

@@ -30,6 +30,7 @@ ADVICE = {
         f"choose a smaller variant, or {BATCH}",
     ),
     convert_settings.ExportConfig: ([], "close other programs"),
+    convert_settings.AdaptLoraConfig: ([STREAMED], "calibrate again with fewer samples"),
     convert_settings.SparsifyConfig: (
         [("streamed", False, "turn on streamed (states between blocks wait on disk)")],
         "calibrate again with fewer samples",

@@ -44,6 +44,9 @@ SOLVING_COPIES, RANK_COPIES = 7, 5  # of a map in float64
 FP32, EXACT = torch.float32.itemsize, torch.float64.itemsize
 STORED = torch.bfloat16.itemsize  # of a value in a file that is not there
 NAMED_VARIANTS = 5
+# forwards of a place's block over all samples while a LoRA is adapted: alone, for three beginnings,
+# twice for the closed form, and for what was reached
+ADAPTING_PASSES = 7
 WEIGHTS = (".safetensors", ".bin")
 PUBLISHED_LENGTH = 3  # blocks of an interval
 

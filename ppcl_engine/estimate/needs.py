@@ -15,7 +15,7 @@ from ..algorithms.sparsity.source import open_source
 from ..models.layout import Place, full_layout
 from ..settings.assess_settings import EvaluateConfig
 from ..settings.base_settings import StatesConfig
-from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
+from ..settings.convert_settings import AdaptLoraConfig, ExportConfig, JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
     CalibrateConfig,
     DetectConfig,
@@ -39,6 +39,7 @@ from .counts import (
 from .demand import Demand
 from .detect_chains import DetectChains
 from .export_demands import bits_demand, exported_bytes
+from .lora_demand import adapt_lora
 from .round_states import RoundStates
 from .traffic import traffic
 from .tuning_counts import bytes_a_parameter
@@ -339,6 +340,7 @@ DEMANDS = {
     VariantsConfig: ("variants", _variants),
     FinetuneConfig: ("finetune", _tuned),
     ExportConfig: ("export", _export),
+    AdaptLoraConfig: ("adapt-lora", adapt_lora),
     SparsifyConfig: ("sparsify", _sparsify),
     EvaluateConfig: ("evaluate", _evaluate),
 }

@@ -14,7 +14,7 @@ from ..algorithms.detection.curves import FIT, STREAMS
 from ..algorithms.distillation.kept_trainers import SHARE, rounds_between_saves
 from ..models.storing import MIXED
 from ..settings.assess_settings import EvaluateConfig
-from ..settings.convert_settings import ExportConfig, JobConfig, SparsifyConfig
+from ..settings.convert_settings import AdaptLoraConfig, ExportConfig, JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
     CalibrateConfig,
     DetectConfig,
@@ -27,7 +27,7 @@ from ..settings.prune_settings import (
     VariantsConfig,
 )
 from ..system.machine import free_memory
-from .counts import EXACT, FP32, NAMED_VARIANTS, SAVED_COPIES, Count
+from .counts import ADAPTING_PASSES, EXACT, FP32, NAMED_VARIANTS, SAVED_COPIES, Count
 from .detect_chains import DetectChains
 from .export_demands import exported_bytes
 from .round_states import RoundStates
@@ -223,6 +223,21 @@ def _export(count: Count, config: ExportConfig) -> Traffic:
     )
 
 
+def _adapt_lora(count: Count, config: AdaptLoraConfig) -> Traffic:
+    """Both teachers pass every block with one reading of it. A place reads what it is to give and its
+    input with every forward."""
+    states, places = count.kept(count.samples.count), len(count.intervals)
+    share = count.share_on_disk(states)
+    swept = 2 * (count.blocks + len(count.interval_ends)) * states
+    update = 2 * count.samples.batch * count.state
+    fitted = places * (2 * ADAPTING_PASSES * states + config.updates * update)
+    return Traffic(
+        read=FP32 * sum(count.sizes.student(interval) for interval in count.intervals),
+        states_written=share * (swept + 2 * places * states),
+        states_read=share * (swept + fitted),
+    )
+
+
 def _evaluate(count: Count, config: EvaluateConfig) -> Traffic:
     forwards = math.ceil(config.captions / config.batch) * config.steps * 2 + count.batches
     return Traffic(walks=NAMED_VARIANTS * forwards)
@@ -251,6 +266,7 @@ TRAFFIC = {
     VariantsConfig: _variants,
     FinetuneConfig: _tuned,
     ExportConfig: _export,
+    AdaptLoraConfig: _adapt_lora,
     SparsifyConfig: _sparsify,
     EvaluateConfig: _evaluate,
 }

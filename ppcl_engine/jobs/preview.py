@@ -29,7 +29,7 @@ from ..models.weights import Weights
 from ..plan import Interval, PruningPlan, Variant
 from ..report.drawings.preview_sheet import LAYER_ERRORS, LOSSES, Row, sheet
 from ..run import Run
-from ..settings.convert_settings import JobConfig, SparsifyConfig
+from ..settings.convert_settings import AdaptLoraConfig, JobConfig, SparsifyConfig
 from ..settings.prune_settings import (
     DetectConfig,
     DistillDepthConfig,
@@ -293,7 +293,10 @@ def _finetune(
 
 
 # stages of which only the curves are drawn, with the names of their axes
-CURVES_ALONE: dict[type, tuple[str, str]] = {SparsifyConfig: LAYER_ERRORS}
+CURVES_ALONE: dict[type, tuple[str, str]] = {
+    SparsifyConfig: LAYER_ERRORS,
+    AdaptLoraConfig: LOSSES,
+}
 TRAINING: dict[type, Callable[..., Trained | None]] = {
     DistillDepthConfig: _depth,
     DistillWidthConfig: _width,
@@ -341,6 +344,13 @@ def loss_curves(path: Path) -> dict[str, dict[int, float]]:
 
 def _kind(what: str) -> str:
     """Which kind of training a name in metrics.csv belongs to. Names are "interval 3-4",
-    "ffn_image of block 2" or a stage's; of a map that is being pruned, "layer attn.to_q"."""
+    "ffn_image of block 2" or a stage's; of a map that is being pruned, "layer attn.to_q"; of a LoRA that is
+    being adapted, "place 3-4"."""
     first = what.split(" ")[0]
-    return first if first in ("interval", "layer") else "site" if " of block " in what else what
+    return (
+        first
+        if first in ("interval", "layer", "place")
+        else "site"
+        if " of block " in what
+        else what
+    )

@@ -26,6 +26,7 @@ ALLOWED = (
     "variants",
     "finetune",
     "export",
+    "adapt-lora",
     "sparsify",
     "evaluate",
 )

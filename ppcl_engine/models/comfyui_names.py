@@ -114,6 +114,11 @@ def _projections(
     return names
 
 
+def block_prefix_in_comfyui(architecture: Architecture, config: dict, ours: str) -> str:
+    """ "transformer_blocks.3." -> "double_blocks.3." """
+    return _prefix(architecture, ours, expected_shapes(architecture, config))
+
+
 def _prefix(architecture: Architecture, ours: str, whole: Collection[str]) -> str:
     """ "transformer_blocks.3." -> "double_blocks.3." """
     key = next(key for key in whole if key.startswith(ours))

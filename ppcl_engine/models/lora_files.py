@@ -11,7 +11,7 @@ As in ComfyUI, a pair without an alpha has the scale 1, whatever the file's meta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,6 +82,16 @@ class LoraFile:
     def targets(self) -> tuple[str, ...]:
         """The tensors that it changes, by diffusers' names."""
         return tuple(self._by_key)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self._file.metadata
+
+    def tensors_without(self, dropped: Iterable[Module]) -> dict[str, torch.Tensor]:
+        """All tensors of the file as they are, those of unknown names included, without those of some
+        modules."""
+        gone = {tensor for module in dropped for tensor in module.fields.values()}
+        return {name: self._file.read(name) for name in self._file.keys() if name not in gone}
 
     def reads_base(self, key: str) -> bool:
         """Whether the change of this tensor depends on the tensor itself."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..system.wording import shown
-from .base_settings import Common
-from .ranges import Device, FileName, Limit, Pixels, Range, Settings
+from .base_settings import Common, StatesConfig
+from .ranges import CountOrZero, Device, FileName, Limit, Pixels, Range, Rate, Settings
 
 Store = Literal[
     "float32",
@@ -90,6 +90,27 @@ class ImportConfig(Settings):
     streamed: bool = False
     """Read the teacher's blocks from disk one after the other instead of keeping the whole model in
     memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptLoraConfig(StatesConfig):
+    """Carry a LoRA of the full model over to a pruned variant: what belonged to replaced blocks is
+    fitted to what replaced them."""
+
+    lora: Path
+    """The LoRA, made for the full model: a .safetensors file of any kind that ComfyUI reads."""
+    variant: str = "small"
+    """The variant that it is for, or intervals and sites as '3-4,8-10,ffn_image:5'."""
+    name: FileName = "adapted"
+    """File name without ending: letters, digits, '-', '_'."""
+    rank: Annotated[int, Range(0, 4096)] = 0
+    """Rank of the new pairs; 0 is the LoRA's own in the blocks that were replaced."""
+    updates: CountOrZero = 200
+    """Updates of a place's pairs after their closed form; 0 keeps the closed form."""
+    learning_rate: Rate = 1e-3
+    """Peak learning rate (AdamW 0.9, 0.95), cosine to a thirtieth over all updates."""
+    warm_up: CountOrZero = 8
+    """Updates until the peak learning rate."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ STAGES: dict[str, tuple[type, str]] = {
     "variants": (prune_settings.VariantsConfig, "prune.variants"),
     "finetune": (prune_settings.FinetuneConfig, "prune.finetune"),
     "export": (convert_settings.ExportConfig, "convert.export"),
+    "adapt-lora": (convert_settings.AdaptLoraConfig, "convert.adapt_lora"),
     "fold": (convert_settings.FoldConfig, "convert.fold"),
     "sparsify": (convert_settings.SparsifyConfig, "convert.sparsify"),
     "merge": (convert_settings.MergeConfig, "convert.merge"),

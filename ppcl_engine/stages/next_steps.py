@@ -20,6 +20,7 @@ NEXT = {
     "finetune": "ppcl evaluate {shared}",
     "evaluate": "ppcl export {shared}",
     "export": "ppcl inspect --path {result}",
+    "adapt-lora": "ppcl export {shared}, and {result} in a LoRA loader behind that model",
     "fold": "ppcl inspect --path {result}",
     "sparsify": "ppcl inspect --path {result}",
     "merge": "ppcl inspect --path {result}",

@@ -9,6 +9,7 @@ from benchmarks.distill_speed.recipes import plain_loss
 from benchmarks.folding import __main__ as folding
 from benchmarks.full_size import __main__ as full_size
 from benchmarks.hostile import __main__ as hostile
+from benchmarks.lora_adaptation import __main__ as lora_adaptation
 from benchmarks.shared import teachers
 from benchmarks.shared.teachers import random_teacher
 from ppcl_engine.estimate.needs import needs
@@ -307,3 +308,12 @@ def test_full_size_goes_on_where_it_was_stopped(tmp_path):
     before = (tmp_path / "work" / "rows_6.json").stat().st_mtime_ns
     run(full_size, tmp_path, "--folder", tmp_path / "work")
     assert (tmp_path / "work" / "rows_6.json").stat().st_mtime_ns == before
+
+
+def test_lora_adaptation(tmp_path):
+    options = ("--teachers", "qwen", "--loras", "inverted", "--work", tmp_path / "work")
+    values = run(lora_adaptation, tmp_path, *options)
+    (row,) = values["rows"]
+    for measure in ("velocity", "pictures"):
+        assert set(row[measure]["errors"]) == {"as it is", "adapted", "trained on it"}
+        assert row[measure]["regained"].keys() == {"value", "low", "high"}

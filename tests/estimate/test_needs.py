@@ -47,6 +47,7 @@ def test_a_tiny_model_fits(stage, teacher_file, make_run, tmp_path):
     folder = make_run(tmp_path, teacher_file)
     size = {"height": 64, "width": 64} if stage == "calibrate" else {}
     model = "path" if stage == "sparsify" else "model"
+    size |= {"lora": "style.safetensors"} if stage == "adapt-lora" else {}
     ((_, config),) = configs(
         JobSpec(stages=((stage, {model: str(teacher_file), "device": "cpu", **size}),)), folder
     )

@@ -25,6 +25,7 @@ OURS = [
     "PPCL_CalibrateFromPrompts",
     "PPCL_RecordCalibration",
     "PPCL_LoraReport",
+    "PPCL_AdaptLora",
     "PPCL_WatchJob",
     "PPCL_CancelJob",
 ]

@@ -78,7 +78,7 @@ def test_lora_report(run_node, smallest, models):
     }
     write_tensors(models.loras / "flux_report.safetensors", stored)
     for model in smallest:
-        (text,) = run_node("PPCL_LoraReport", model=model, lora="flux_report.safetensors")
+        text, _ = run_node("PPCL_LoraReport", model=model, lora="flux_report.safetensors")
         assert text.splitlines()[0].endswith(
             "covers 3 of 8 modules; 2 belong to removed blocks; 2 belong to projected parts; 1 are not of this model"
         )

@@ -167,7 +167,7 @@ def test_lora_report(run_node, smallest, models):
     }
     write_tensors(models.loras / "sd35_report.safetensors", stored)
     for model in smallest:
-        (text,) = run_node("PPCL_LoraReport", model=model, lora="sd35_report.safetensors")
+        text, _ = run_node("PPCL_LoraReport", model=model, lora="sd35_report.safetensors")
         assert text.splitlines()[0].endswith(
             "covers 3 of 7 modules; 1 belong to removed blocks; 2 belong to projected parts; 1 are not of this model"
         )

@@ -31,6 +31,8 @@ WIDGETS = {
     "Export": "layout name variant store report_pictures device dtype streamed wait start keep_running budget_gb refit",
     "Sparsify": "file variant pattern sparsity score granularity exchange compensate permute skip name store device dtype "
     "streamed wait start keep_running preview_seconds",
+    "AdaptLora": "lora variant name rank updates learning_rate warm_up device dtype streamed seed wait start "
+    "keep_running preview_seconds target_tokens_only",
     "WatchJob": "run_name wait",
     "CancelJob": "run_name",
     "PrepareRun": "processes parallel",
@@ -44,10 +46,12 @@ SETTINGS = {
     "FineTune": prune_settings.FinetuneConfig,
     "Export": convert_settings.ExportConfig,
     "Sparsify": convert_settings.SparsifyConfig,
+    "AdaptLora": convert_settings.AdaptLoraConfig,
 }
 # the search's, which has one choice more
 OTHER = {("DistillWidth", "form"): prune_settings.DetectWidthConfig}
 OWN_WORDS = {
+    ("AdaptLora", "lora"),
     ("DistillWidth", "sites"),
     ("CalibrateFromPrompts", "prompts"),
     ("CalibrateFromPrompts", "references"),
@@ -134,6 +138,8 @@ def test_the_settings_take_the_widgets_values(pack, widgets, node):
             given["form"] = "paper"
         if node == "CalibrateFromPrompts":  # the node writes its text to a file
             given["prompts"] = "prompts.txt"
+        if node == "AdaptLora":
+            given["lora"] = "style.safetensors"
         model = "path" if node == "Sparsify" else "model"
         from_mapping(kind, {**values(kind, given), model: "m", "run": "r"}, node)
 

@@ -105,7 +105,7 @@ def test_damage_is_measured_or_added_up(pack, whole, switched):
 @pytest.mark.parametrize("switchable", [True, False])
 def test_lora_report(run_node, load, small_lora, bundle, teacher, variant, expected, switchable):
     model = load(bundle.name, base=teacher.name, variant=variant, switchable=switchable)
-    (text,) = run_node("PPCL_LoraReport", model=model, lora=small_lora)
+    text, _ = run_node("PPCL_LoraReport", model=model, lora=small_lora)
     first, *names = text.splitlines()
     assert first.endswith(expected)
     assert "not of this model: diffusion_model.joint.0" in names
@@ -127,7 +127,7 @@ def test_lora_report_on_projected_parts(run_node, load, bundle, teacher, models)
     )
     for variant in ("smallest", "1-2,text:3-4", "ffn_text:0"):
         model = load(bundle.name, base=teacher.name, variant=variant, switchable=False)
-        (text,) = run_node("PPCL_LoraReport", model=model, lora="every.safetensors")
+        text, _ = run_node("PPCL_LoraReport", model=model, lora="every.safetensors")
         (loaded,) = run_node(
             "LoraLoaderModelOnly", model=model, lora_name="every.safetensors", strength_model=1.0
         )
