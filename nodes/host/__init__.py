@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.util import find_spec
 
 import comfy.supported_models
 import torch
@@ -19,9 +18,9 @@ HOSTS: tuple[Host, ...] = (
     sd35.HOST,
     z_image.HOST,
 )
-NEWER = {"krea2": "comfy.ldm.krea2"}
-"""architecture -> the module of ComfyUI that builds it, which older versions do not have"""
-if find_spec(NEWER["krea2"]):
+NEWER = {"krea2": "Krea2"}
+"""architecture -> its class in comfy.supported_models, which older versions do not have"""
+if hasattr(comfy.supported_models, NEWER["krea2"]):
     from . import krea2
 
     HOSTS += (krea2.HOST,)
@@ -56,7 +55,7 @@ def host_of(names: Iterable[str], where: str) -> Host:
 def _why_not_here(name: str) -> str:
     """Why the nodes do not know an architecture, and what to do."""
     if name in NEWER:
-        return f"needs a newer ComfyUI, since this one has no {NEWER[name]}; update ComfyUI"
+        return "needs a newer ComfyUI, since this one does not know it; update ComfyUI"
     return (
         f"has no nodes yet ({_KNOWN} have); export it with layout comfyui and choose it in a loader of "
         "ComfyUI's own, where that knows the model"

@@ -7,11 +7,11 @@ that was stopped goes on at the batch that was being drawn, or near the picture 
 from __future__ import annotations
 
 import gc
+import string
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from urllib.parse import quote
 
 import torch
 
@@ -44,6 +44,8 @@ from .run_students import RunStudents
 
 SHOWN = 6  # prompts that lost most
 SAVE_EVERY = 20  # pictures between two saves of what was judged
+PLAIN = frozenset((string.ascii_letters + string.digits + "_-~").encode())
+"""bytes that a folder's name may have everywhere"""
 
 
 def judge_benchmark(
@@ -113,7 +115,7 @@ def _result(
 
 def _folder_name(variant: str) -> str:
     """A name may have characters that a folder's cannot have everywhere."""
-    return quote(variant, safe="").replace(".", "%2E")
+    return "".join(chr(b) if b in PLAIN else f"%{b:02X}" for b in variant.encode())
 
 
 def _picture_name(place: int) -> str:

@@ -101,7 +101,7 @@ def hostile_bundles(models, bundle) -> None:
 KREA2_HERE = (
     "variant 'small' is not in the plan"
     if find_spec("comfy.ldm.krea2")
-    else "krea2 needs a newer ComfyUI, since this one has no comfy.ldm.krea2; update ComfyUI"
+    else "krea2 needs a newer ComfyUI, since this one does not know it; update ComfyUI"
 )
 WRONG = {
     "a model without nodes": (
