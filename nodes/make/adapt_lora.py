@@ -23,6 +23,7 @@ STAGE = "adapt-lora"
 
 class AdaptLora(JobNode):
     FILES = {**JobNode.FILES, "lora": lora_path}
+    FIRST = ("lora", "variant", "name", "updates")
 
     @classmethod
     def define_schema(cls) -> io.Schema:
