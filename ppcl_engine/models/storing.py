@@ -48,7 +48,9 @@ LAYOUTS = (
     ((MIXED,), tuple(CHOICES)),
 )
 """stores -> the layouts that have them"""
-IN_BLOCKS = re.compile(r"(?:^|\.)(?:\w*blocks|layers)\.[0-9]+\.|^(?:students|projections)\.")
+IN_BLOCKS = re.compile(
+    r"(?:^|\.)(?<!fusion\.)(?:\w*blocks|layers)\.[0-9]+\.|^(?:students|projections)\."
+)
 CORRECTION = re.compile(r"(?:^|\.)correction\.")
 PLAIN_BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
 BITS = {

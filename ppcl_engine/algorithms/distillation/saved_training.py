@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ...models.filling import check_shape
 from ...system.finite import check_finite
 from ...system.tensor_files import TensorFile
-from .compact_state import scale_shape
+from .compact_state import CODES, scale_shape
 from .part_optimizer import MOMENTS, SCALES
 
 WEIGHT = "weight."
@@ -67,8 +67,13 @@ def check_training(file: TensorFile, parameters: Mapping[str, tuple[int, ...]]) 
                 f"{file.path} has only {there[0]} of a parameter's two moments; train it again"
             )
         expected = {key: shape for key in (f"{WEIGHT}{name}", *there)}
-        scales = [f"{kind}.{name}" for kind in SCALES.values()]
-        expected |= {key: scale_shape(shape) for key in scales if key in file.entries}
+        for kind, scales in SCALES.items():
+            codes, scales = f"{kind}.{name}", f"{scales}.{name}"
+            packed = codes in there and file.dtype(codes) == CODES
+            if packed != (scales in file.entries):
+                raise ValueError(f"{file.path}: {codes} and {scales} do not match; train it again")
+            expected |= {scales: scale_shape(shape)} if packed else {}
+        expected |= {key: shape for key in (f"{RAW}{name}",) if key in file.entries}
         for key, size in expected.items():
             check_shape(key, file.shape(key), size, file.path)
             if not file.dtype(key).is_floating_point:

@@ -27,7 +27,7 @@ def zeros(model: torch.nn.Module) -> dict[str, int]:
     return {
         name: int((module.weight == 0).sum())
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and "blocks." in name
+        if isinstance(module, torch.nn.Linear) and "blocks." in name and "fusion" not in name
     }
 
 
