@@ -100,7 +100,7 @@ def test_a_stopped_calibration_goes_on_to_the_same_bits(tmp_path, prompts, sourc
         else {"images": render_pictures(tmp_path / "images", 4, 0)}
     )
     expected = bits(calibrate(config(tmp_path / "whole", **given)))
-    name = "_drawn" if source == "prompts" else "_noised"
+    name = "_drawn" if source == "prompts" else "noised_batch"
     make, made = getattr(stage, name), []
 
     def stops_at_the_second(*arguments):
