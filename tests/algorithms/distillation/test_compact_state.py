@@ -12,6 +12,8 @@ from ppcl_engine.algorithms.distillation.compact_state import (
     scale_shape,
     unpack,
 )
+from ppcl_engine.algorithms.distillation.saved_training import check_training
+from ppcl_engine.system.tensor_files import TensorFile, write_tensors
 
 SHAPE = (48, 256)
 
@@ -49,3 +51,16 @@ def test_a_step_below_half_of_what_bfloat16_knows_counts_in_the_mean():
         values = rounded_at_random(values + step, number).float()
     assert values.mean() == pytest.approx(1 + 2.0**-8, abs=4e-4)
     assert torch.equal(rounded_at_random(-values, 0).float(), -values)  # exact values stay
+
+
+@pytest.mark.parametrize("lacks", ["codes", "scales"])
+def test_codes_without_scales_are_not_taken_for_moments(tmp_path, lacks):
+    """Codes reach 448: taken for moments they would be another training."""
+    codes, scales = pack(torch.rand(SHAPE), signed=True)
+    moment = {"first.w": codes, "first_scale.w": scales, "second.w": torch.rand(SHAPE)}
+    moment |= {"first.w": torch.rand(SHAPE)} if lacks == "codes" else {}
+    kept = {name: t for name, t in moment.items() if lacks == "codes" or "scale" not in name}
+    path = tmp_path / "tuned.safetensors"
+    write_tensors(path, {"weight.w": torch.rand(SHAPE), **kept}, {"step": "1"})
+    with pytest.raises(ValueError, match=r"first\.w and first_scale\.w do not match; train it"):
+        check_training(TensorFile(path), {"w": SHAPE})
