@@ -104,7 +104,8 @@ def test_every_name_of_the_host_is_looked_at(pack, monkeypatch):
     used = {
         (module, name)
         for module, name in used
-        if module in sys.modules and f"{module}.{name}" not in sys.modules
+        if module in sys.modules
+        and f"{module}.{name}" not in sys.modules
         # what only newer hosts have is called by files that are not imported here
         and hasattr(sys.modules[module], name)
     }
