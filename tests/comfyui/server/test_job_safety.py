@@ -9,6 +9,8 @@ import pytest
 from .conftest import NOT_IN_LIST
 from .graphs import TEACHER, Graph
 
+# what is refused, and in which words, is our own; that each host passes it on is tried by test_wrong_widgets.py
+pytestmark = pytest.mark.any_host
 LONG = "x" * 5000
 # without a run before them
 ALONE = {"CalibrateFromPrompts": {"prompts": "a red K"}, "WatchJob": {}, "CancelJob": {}}
