@@ -3,7 +3,8 @@ diffusers and ComfyUI-GGUF."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,28 +21,40 @@ from .comfyui_names import marks_of
 from .standalone import hints_of
 from .stored_layout import HINTS_TENSOR, StoredTensors
 from .storing import FP8_STORE
-from .tensor_sources import Source, comfyui_sources, write_gguf_sources, write_sources
+from .tensor_sources import (
+    EVERYWHERE,
+    Source,
+    comfyui_sources,
+    write_gguf_sources,
+    write_sources,
+)
 
 SOURCE_PLAN_KEY = "ppcl_source_plan"
 
 
-def write_stock(
-    path: Path,
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds."""
+
+    sources: dict[str, Source]
+    """by their names in it"""
+    metadata: dict[str, str]
+    extra: dict[str, torch.Tensor]
+    """written as they are"""
+    config: dict
+    """the model's, as the file's readers count its blocks"""
+
+
+def stock_contents(
     layout: str,
-    store: str,
     architecture: Architecture,
     config: dict,
     indices: list[int] | None,
     sources: dict[str, Source],
     metadata: dict[str, str],
-    original: StoredTensors | None = None,
-) -> Path:
-    """Returns the file (or diffusers folder).
-
-    path: without ending. config: the teacher's. indices: of the teacher's blocks that the model has,
-    by which `sources` are numbered; None for a full model, whose file says nothing of it.
-    original: see `write_sources`.
-    """
+) -> Contents:
+    """config: the teacher's. indices: of the teacher's blocks that the model has, by which `sources`
+    are numbered; None for a full model, whose file says nothing of it."""
     stock, tensors, hints = config, sources, {}
     metadata = {**metadata, "format": "pt"}
     if indices is not None:
@@ -50,21 +63,38 @@ def write_stock(
         metadata = {MAP_KEY: json_text(indices), **metadata}
         hints[HINTS_TENSOR] = hints_of(architecture.num_blocks(config), indices, stock)
     if layout == "diffusers":
-        write_sources(path / "diffusion_pytorch_model.safetensors", tensors, store, metadata)
-        write_json(path / "config.json", {"_class_name": architecture.diffusers_class, **stock})
-        return path
+        return Contents(tensors, metadata, {}, stock)
     metadata["config"] = json_text(stock)
     extra = {**marks_of(architecture, stock), **hints}
-    tensors = comfyui_sources(architecture, tensors)
+    return Contents(comfyui_sources(architecture, tensors), metadata, extra, stock)
+
+
+def write_contents(
+    path: Path,
+    layout: str,
+    store: str,
+    architecture: Architecture,
+    contents: Contents,
+    original: StoredTensors | None = None,
+    stores: Mapping[str, str] = EVERYWHERE,
+) -> Path:
+    """Returns the file (or diffusers folder). path: without ending. original, stores: see
+    `write_sources`."""
+    sources, metadata, extra = contents.sources, contents.metadata, contents.extra
+    if layout == "diffusers":
+        write_sources(path / "diffusion_pytorch_model.safetensors", sources, store, metadata)
+        about = {"_class_name": architecture.diffusers_class, **contents.config}
+        write_json(path / "config.json", about)
+        return path
     if layout == "gguf":
         path = path.with_name(f"{path.name}{GGUF_SUFFIX}")
-        write_gguf_sources(path, architecture, tensors, store, metadata, extra)
+        write_gguf_sources(path, architecture, sources, store, metadata, extra, stores)
         return path
     if store == FP8_STORE:
         # ComfyUI reads the marker's size: two elements say fp8 storage alone, products in 16 bits
-        extra[FP8_MARK] = torch.zeros(2, dtype=FP8)
+        extra = {**extra, FP8_MARK: torch.zeros(2, dtype=FP8)}
     path = path.with_name(f"{path.name}.safetensors")
-    write_sources(path, tensors, store, metadata, extra, original)
+    write_sources(path, sources, store, metadata, extra, original, stores)
     return path
 
 

@@ -20,6 +20,7 @@ from ..architectures.folded import FOLDING
 from ..architectures.linear_maps import linear_maps
 from ..models.assembly import placed_block
 from ..models.layout import Place, layout_of, projections_of
+from ..models.stock_files import Contents
 from ..models.storing import (
     CHOICES,
     MIXED,
@@ -38,7 +39,7 @@ from ..system.gguf_files import gguf_header_size, gguf_size
 from ..system.json_text import json_text
 from ..system.machine import DTYPES, resolve_device
 from ..system.tensor_files import OneAtATime, TensorEntry, file_mark, header_size
-from .exported import Contents, contents_of
+from .exported import contents_of
 from .inputs import open_calibration
 from .run_students import RunStudents
 

@@ -9,19 +9,17 @@ import torch
 
 from ...models.bundle import BUNDLE_SUFFIX, write_bundle
 from ...models.bundle_contents import bundle_entries
-from ...models.storing import FP8_STORE, MIXED, check_bits, check_store
+from ...models.stock_files import Contents, write_contents
+from ...models.storing import MIXED, check_bits, check_store
 from ...models.teacher_hashes import teacher_hashes
-from ...models.tensor_sources import write_gguf_sources, write_sources
 from ...models.variant_sources import variant_sources
 from ...models.weights import Weights
 from ...plan import PruningPlan
 from ...run import Run
 from ...settings.convert_settings import ExportConfig
 from ...system.atomic import write_json
-from ...system.float8 import FP8, FP8_MARK
-from ...system.gguf_files import GGUF_SUFFIX
 from ..chosen_bits import REST, BitChooser, Bits
-from ..exported import Contents, contents_of
+from ..exported import contents_of
 from ..inputs import open_plan
 from ..run_students import RunStudents
 
@@ -74,22 +72,6 @@ def _write(
     config: ExportConfig, weights: Weights, contents: Contents, stores: dict[str, str]
 ) -> Path:
     """stores: by name in the file, where they are not all in `config.store`."""
-    folder, architecture = Run(config.run).folder / "exports", weights.architecture
+    path = Run(config.run).folder / "exports" / config.name
     store = REST if config.store == MIXED else config.store
-    sources, metadata, extra = contents.sources, contents.metadata, contents.extra
-    if config.layout == "diffusers":
-        path = folder / config.name
-        write_sources(path / "diffusion_pytorch_model.safetensors", sources, store, metadata)
-        about = {"_class_name": architecture.diffusers_class, **contents.config}
-        write_json(path / "config.json", about)
-        return path
-    if config.layout == "gguf":
-        path = folder / f"{config.name}{GGUF_SUFFIX}"
-        write_gguf_sources(path, architecture, sources, store, metadata, extra, stores)
-        return path
-    if store == FP8_STORE:
-        # ComfyUI reads the marker's size: two elements say fp8 storage alone, products in 16 bits
-        extra = {**extra, FP8_MARK: torch.zeros(2, dtype=FP8)}
-    path = folder / f"{config.name}.safetensors"
-    write_sources(path, sources, store, metadata, extra, stores=stores)
-    return path
+    return write_contents(path, config.layout, store, weights.architecture, contents, stores=stores)

@@ -7,7 +7,7 @@ from pathlib import Path
 from ...models.merge_sources import MergeSource
 from ...models.merging import MergedLora, layout_for, merged, open_merge
 from ...models.standalone import write_standalone
-from ...models.stock_files import write_stock
+from ...models.stock_files import stock_contents, write_contents
 from ...settings.convert_settings import MergeConfig
 from ...system.gguf_files import GGUF_SUFFIX
 from ...system.json_text import json_text
@@ -33,17 +33,10 @@ def merge(config: MergeConfig) -> Path:
         return write_standalone(
             file, sources, model.plan, model.variant, config.store, metadata, original
         )
-    return write_stock(
-        path,
-        layout,
-        config.store,
-        model.architecture,
-        model.config,
-        model.indices,
-        sources,
-        metadata,
-        original,
+    contents = stock_contents(
+        layout, model.architecture, model.config, model.indices, sources, metadata
     )
+    return write_contents(path, layout, config.store, model.architecture, contents, original)
 
 
 def _described(model: MergeSource, loras: list[MergedLora]) -> dict[str, str]:
